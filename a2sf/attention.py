@@ -1,0 +1,177 @@
+"""Attention over slots: the output and what each token was paid, in one call.
+
+Owns `attend` and the two passes that carry out the block law in a layer: `block` for any number
+of tokens a row, `decode` for one. Knows nothing of models: a layer hands in projected, rotated
+queries, keys and values, and gets the attention output back.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from a2sf import scoring
+from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.scoring import EMPTY
+
+QUERY_TILE = 256
+"""Queries attended at a time, so that a long block needs tile x slots logits, not block x slots."""
+
+
+def attend(
+    query: Tensor,
+    query_position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    weights: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the stored tokens at or before each query.
+
+    Each query's row is normalised before anything is summed; a KV head's group of query heads is
+    summed, never averaged. Softmax runs in float32, or in float64 for float64 models.
+
+    Args:
+        query: [rows, H_q, width, D].
+        query_position: [rows, width] integer; each must reach at least one stored token.
+        keys, values: [rows, H_kv, slots, D].
+        position: [rows, H_kv, slots] int32, `EMPTY` where no token is.
+        weights: [rows, H_kv, width] float32, how much each query counts in `mass`.
+        scale: factor on the logits.
+
+    Returns:
+        The output [rows, H_q, width, D] in the query's dtype, and the attention mass
+        [rows, H_kv, slots] float32: the weighted sum over queries and group.
+    """
+    rows, q_heads, width, dim = query.shape
+    kv_heads, slots = keys.shape[1:3]
+    group = q_heads // kv_heads
+    grouped = query.view(rows, kv_heads, group, width, dim)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    mass = torch.zeros(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
+    outputs = []
+    for first in range(0, width, QUERY_TILE):
+        tile = slice(first, first + QUERY_TILE)
+        q = grouped[:, :, :, tile]
+        tokens = q.shape[3]
+        logits = q.reshape(rows, kv_heads, group * tokens, dim) @ keys.transpose(2, 3)
+        logits = logits.view(rows, kv_heads, group, tokens, slots) * scale
+        unseen = position[:, :, None, :] > query_position[:, None, tile, None]
+        logits = logits.masked_fill(unseen[:, :, None], -math.inf)
+        probabilities = torch.softmax(logits, dim=-1, dtype=precision)
+        mass += (weights[:, :, None, tile] @ probabilities.float().sum(dim=2)).squeeze(2)
+        probabilities = probabilities.to(values.dtype).view(rows, kv_heads, group * tokens, slots)
+        outputs.append((probabilities @ values).view(rows, kv_heads, group, tokens, dim))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
+    return output.reshape(rows, q_heads, width, dim), mass
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one forward pass does to a batch of rows, the same in every layer."""
+
+    start: Tensor
+    """[rows] int64: the position of each row's first new token; the true count of tokens seen."""
+    lengths: Tensor
+    """[rows] int64: how many new tokens are real; 0 leaves the row as it is."""
+    used: Tensor
+    """[rows] int64: slots in use before the pass."""
+    policy: PolicyTensors
+
+    @property
+    def excess(self) -> Tensor:
+        """[rows] int64: tokens to evict first, so that at most budget - 1 are stored."""
+        over = (self.used - (self.policy.budget - 1)).clamp(min=0)
+        return torch.where(self.lengths > 0, over, 0)
+
+    @property
+    def used_after(self) -> Tensor:
+        """[rows] int64: slots in use after the pass."""
+        return self.used - self.excess + self.lengths
+
+
+def block(
+    slots: LayerSlots,
+    layer: int,
+    step: Block,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Carry out the block law in one layer: trim, place, attend, accumulate.
+
+    Args:
+        slots: the layer's slots; used - excess + width must fit in them for every row.
+        layer: the layer's index, which picks its alphas.
+        step: the pass.
+        query: [rows, H_q, width, D], right-padded beyond each row's length.
+        keys, values: [rows, H_kv, width, D], likewise.
+        scale: factor on the logits.
+
+    Returns:
+        The attention output, [rows, H_q, width, D]; padding's is meaningless.
+    """
+    width, kv_heads = query.shape[2], keys.shape[1]
+    policy = step.policy
+    alpha = policy.alpha[:, layer]
+    slots.trim(step.excess, step.start, policy.sinks, policy.recent)
+    offsets = torch.arange(width, device=query.device)
+    query_position = step.start[:, None] + offsets
+    position = query_position.masked_fill(offsets >= step.lengths[:, None], EMPTY)
+    at = step.used - step.excess
+    slots.append(keys, values, position, at)
+    weights = scoring.query_weights(alpha, step.lengths, width)
+    output, mass = attend(
+        query, query_position, slots.keys, slots.values, slots.position, weights, scale
+    )
+    hashed = policy.random_seed >= 0
+    slots.score.copy_(
+        torch.where(
+            hashed[:, None, None],
+            slots.score,
+            scoring.accumulate(slots.score, mass, alpha, step.lengths),
+        )
+    )
+    if bool(hashed.any()):
+        wide = query_position[:, None, :].expand(-1, kv_heads, -1)
+        fresh = scoring.random_scores(policy.random_seed.clamp(min=0), layer, wide)
+        index = (at[:, None] + offsets)[:, None, :].expand(-1, kv_heads, -1)
+        fresh = torch.where(hashed[:, None, None], fresh, slots.score.gather(2, index))
+        slots.score.scatter_(2, index, fresh)
+    return output
+
+
+def decode(
+    slots: LayerSlots,
+    layer: int,
+    step: Block,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Carry out the block law for one token a row: the new token takes the victim's slot.
+
+    Arguments as for `block` with width 1 and every length 1. Equal to it but for slot order.
+    """
+    policy = step.policy
+    alpha = policy.alpha[:, layer]
+    full = step.used >= policy.budget
+    victim = slots.victim(step.start, policy.sinks, policy.recent)
+    slot = torch.where(full[:, None], victim, step.used[:, None])
+    slots.overwrite(slot, keys, values, step.start)
+    weights = torch.ones(*alpha.shape, 1, dtype=torch.float32, device=query.device)
+    output, mass = attend(
+        query, step.start[:, None], slots.keys, slots.values, slots.position, weights, scale
+    )
+    hashed = (policy.random_seed >= 0)[:, None, None]
+    fresh = scoring.random_scores(
+        policy.random_seed.clamp(min=0), layer, step.start[:, None, None].expand(*alpha.shape, 1)
+    )
+    accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
+    unaccumulated = slots.score.scatter(2, slot[..., None], fresh)
+    slots.score.copy_(torch.where(hashed, unaccumulated, accumulated))
+    return output

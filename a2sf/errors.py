@@ -1,0 +1,70 @@
+"""The one tree of exceptions that this project raises on purpose.
+
+Owns the kinds of failure, not their wording on any wire: the service maps each kind to a status
+code in one table, the command lines print the message as one line and exit 2.
+
+    A2SFError
+    ├── InvalidArgument      a value the caller chose is not accepted; names field and range
+    ├── NotFound             a model, dataset or table that is not where one looked
+    ├── Unsupported          something real that this program refuses by name
+    ├── TableError           an alpha table that cannot be used
+    │   ├── TableCorrupt     not whole: not JSON, cut short, or its digest does not match
+    │   ├── TableInvalid     whole, but a field is missing, unknown or out of range
+    │   ├── TableTooNew      written by a newer program
+    │   └── TableMismatch    made for another model
+    ├── ResourceExhausted    no room now; the same call may succeed later
+    └── Unavailable          starting, draining or stopped
+"""
+
+
+class A2SFError(Exception):
+    """Root of the tree. Its message is one sentence or two, fit to be shown to the user."""
+
+
+class InvalidArgument(A2SFError, ValueError):
+    """A value the caller chose is not accepted.
+
+    `field` is the name under which the caller set it (dotted for nested fields); `problem` says
+    what is wrong with the value and what would be accepted.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class NotFound(A2SFError, LookupError):
+    """A named thing is not where one looked. The message says where that was and what to do."""
+
+
+class Unsupported(A2SFError):
+    """Something real that this program refuses by name, rather than doing it wrongly."""
+
+
+class TableError(A2SFError):
+    """An alpha table that cannot be used; whatever was loaded before stays in use."""
+
+
+class TableCorrupt(TableError):
+    """The file is not a whole table: not JSON, cut short, or its digest does not match."""
+
+
+class TableInvalid(TableError):
+    """The file is whole, but a field is missing, unknown, of the wrong type or out of range."""
+
+
+class TableTooNew(TableError):
+    """The file's schema version is newer than this program."""
+
+
+class TableMismatch(TableError):
+    """The table was made for a model of another shape or with other weights."""
+
+
+class ResourceExhausted(A2SFError):
+    """There is no room now; the same call may succeed later."""
+
+
+class Unavailable(A2SFError):
+    """The server is starting, draining or stopped."""

@@ -1,0 +1,332 @@
+"""The only seam with transformers: which models are supported, how they load, how attention plugs in.
+
+Owns loading (packaged model, directory, hub), refusing by name what would be done wrongly, a
+model's identity, and the registered attention function. A caller hands every forward pass a
+`LayerAttention`, which transformers carries to each layer as a keyword argument; nothing is patched
+and no state hangs on a module. Knows nothing of requests or schedules.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from a2sf import reference
+from a2sf.errors import InvalidArgument, NotFound, Unsupported
+from a2sf.schema import ModelIdentity
+
+REFERENCE = "reference"
+"""The name under which the packaged model is asked for."""
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+"""Families whose logits are tested equal to transformers' own. To add one: name it here; the
+tests' matrix of families picks it up."""
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
+by the longest position in the batch, which would let one request change another's logits."""
+
+_ATTENTION_NAME = "a2sf"
+_FINGERPRINT_BYTES = 4096
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class LayerAttention(Protocol):
+    """What a forward pass does in the place of attention."""
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            layer: the layer's index.
+            query: [rows, H_q, width, D], rotated.
+            keys, values: [rows, H_kv, width, D], the keys rotated.
+            scale: factor on the logits.
+
+        Returns:
+            The attention output, [rows, H_q, width, D].
+        """
+        ...
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layer_attention: LayerAttention,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    assert attention_mask is None, "masks come from positions; transformers makes none for us"
+    layer_index = module.layer_idx
+    assert isinstance(layer_index, int)
+    output = layer_attention(layer_index, query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attention)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that caches and checks need."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    """Positions the model was made for, in tokens."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer and its identity."""
+
+    identity: ModelIdentity
+    shape: ModelShape
+    module: Any
+    """The transformers model, in evaluation mode."""
+    tokenizer: Any
+    """The transformers fast tokenizer."""
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Turn text into token ids, with the beginning-of-sequence token where the model has one."""
+        return tuple(self.tokenizer(text).input_ids)
+
+    @torch.inference_mode()
+    def hidden_states(
+        self, token_ids: Tensor, positions: Tensor, attention: LayerAttention
+    ) -> Tensor:
+        """Run all layers with `attention` in each, from [rows, width] ids and positions.
+
+        Returns [rows, width, hidden], normalised and ready for `logits`.
+        """
+        output = self.module.get_decoder()(
+            input_ids=token_ids,
+            position_ids=positions,
+            use_cache=False,
+            layer_attention=attention,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], the model's dtype."""
+        projected: Tensor = self.module.get_output_embeddings()(hidden)
+        return projected
+
+
+def load_model(
+    id_or_path: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedModel:
+    """Load a model with its tokenizer, from safetensors only and without remote code.
+
+    Args:
+        id_or_path: "reference" for the packaged model, a directory, or a hub id.
+        revision: branch, tag or commit, for a hub id.
+        device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
+
+    Raises:
+        NotFound: there is no such model, or it cannot be reached.
+        Unsupported: the model is of a kind that this program would run wrongly.
+        InvalidArgument: device or dtype is not one of those above.
+    """
+    target = _device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
+    directory = _directory(id_or_path, revision)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
+    _refuse_unsupported(id_or_path, config)
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise NotFound(
+            f"model {id_or_path!r}: no *.safetensors in {directory}; other formats are not read"
+        )
+    shape = ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+    )
+    identity = ModelIdentity(
+        id=id_or_path
+        if id_or_path == REFERENCE
+        else Path(id_or_path).name
+        if Path(id_or_path).is_dir()
+        else id_or_path,
+        revision=revision,
+        architecture=config.architectures[0],
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_kv_heads=shape.num_kv_heads,
+        fingerprint=fingerprint(config, shape, weights),
+    )
+    stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
+    chosen = stored if dtype == "auto" else _DTYPES[dtype]
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=chosen,
+            attn_implementation=_ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
+    module = module.to(target).eval().requires_grad_(False)
+    return LoadedModel(
+        identity=identity,
+        shape=shape,
+        module=module,
+        tokenizer=tokenizer,
+        device=target,
+        dtype=chosen,
+        eos_token_ids=_eos_token_ids(directory, config),
+    )
+
+
+def fingerprint(config: Any, shape: ModelShape, weights: Sequence[Path]) -> str:
+    """SHA-256 (hex) over the canonical shape and rope settings and every k_proj weight's start.
+
+    Weights are read as stored, so the digest does not depend on the dtype a model is loaded in.
+    """
+    canonical = {
+        "architecture": config.architectures[0],
+        "num_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": config.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "rope": config.rope_parameters,
+    }
+    digest = hashlib.sha256(
+        json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    )
+    found: dict[int, bytes] = {}
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                match = re.search(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$", name)
+                if match:
+                    found[int(match[1])] = _first_bytes(file.get_slice(name))
+    if sorted(found) != list(range(shape.num_layers)):
+        raise Unsupported(f"k_proj weights found for layers {sorted(found)} of {shape.num_layers}")
+    for layer in sorted(found):
+        digest.update(found[layer])
+    return digest.hexdigest()
+
+
+def _first_bytes(stored: Any) -> bytes:
+    _, columns = stored.get_shape()
+    # No stored element is under one byte wide, so these rows always hold enough.
+    rows: Tensor = stored[: -(-_FINGERPRINT_BYTES // columns)]
+    return bytes(rows.contiguous().view(torch.uint8).flatten()[:_FINGERPRINT_BYTES].numpy())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InvalidArgument("device", f"{name!r}; accepted: auto, cpu, cuda, cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidArgument("device", f"{name!r}, but this machine has no CUDA device; use cpu")
+    return torch.device(name)
+
+
+def _directory(id_or_path: str, revision: str | None) -> Path:
+    if id_or_path == REFERENCE:
+        return reference.path()
+    local = Path(id_or_path).expanduser()
+    if local.is_dir():
+        return local
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_or_path):
+        raise NotFound(
+            f"model {id_or_path!r}: no such directory; accepted: {REFERENCE}, a directory with "
+            "config.json and *.safetensors, or a Hugging Face hub id such as org/name"
+        )
+    try:
+        return Path(snapshot_download(id_or_path, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise NotFound(
+            f"model {id_or_path!r}: no such directory, and the Hugging Face hub did not give it "
+            f"({_one_line(error)}); accepted: {REFERENCE}, a directory, or a hub id"
+        ) from error
+
+
+def _refuse_unsupported(name: str, config: Any) -> None:
+    architectures = config.architectures or ["unknown"]
+    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise Unsupported(
+            f"model {name!r} is a {architectures[0]}; supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise Unsupported(
+            f"model {name!r} uses rope type {rope_type!r}, whose factors depend on the batch; "
+            f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+
+
+def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
+    ids = config.eos_token_id
+    if (directory / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(directory).eos_token_id or ids
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(":. ")

@@ -1,0 +1,195 @@
+"""What a request may forget, from the wish to the numbers.
+
+Owns `CachePolicy` (what a caller, a table or the server asks for, every field optional), the
+presets, and `resolve`, which turns the three into one `EffectivePolicy` of plain integers. Past
+`resolve` no budget is a ratio and no window a share. Knows nothing of tensors or of transport.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from a2sf.errors import InvalidArgument
+from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Positive, Ratio, Share, TablePolicy
+
+DEFAULT_SINKS = 4
+DEFAULT_PREFILL_CHUNK = 0
+
+Preset = Literal["full", "window", "h2o", "tova_per_head", "random"]
+"""Methods known from elsewhere, as settings of the block law.
+
+    preset         alpha  recent                       source
+    full           1      0                            budget = prompt + max_new: nothing is evicted
+    window         1      budget - sinks - 1           StreamingLLM, arXiv 2309.17453
+    h2o            1      floor((budget - sinks) / 2)  H2O, arXiv 2306.14048
+    tova_per_head  0      0, or as given               TOVA, arXiv 2401.06104, without its head mean
+    random         -      0, or as given               baseline: the score is a hash, never updated
+
+The method of the A2SF paper (arXiv 2407.20485) is a uniform `alpha`; ours is a table.
+"""
+
+PRESETS: tuple[Preset, ...] = ("full", "window", "h2o", "tova_per_head", "random")
+_OWN_RECENT = ("full", "window", "h2o")
+
+
+class CachePolicy(Frozen):
+    """What a caller asks of the cache. Fields left out come from the table, then the server.
+
+    At most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent` and
+    `recent_share`. A ratio is of prompt + max_new tokens, a share of budget - sinks - 1.
+    """
+
+    preset: Preset | None = None
+    table: str | None = None
+    alpha: Alpha | None = None
+    budget: Positive | None = None
+    budget_ratio: Ratio | None = None
+    recent: Count | None = None
+    recent_share: Share | None = None
+    sinks: Count | None = None
+    prefill_chunk: Count | None = None
+    random_seed: Count | None = Field(default=None, lt=2**31)
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        for names in (
+            ("preset", "table", "alpha"),
+            ("budget", "budget_ratio"),
+            ("recent", "recent_share"),
+        ):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"give at most one of {', '.join(names)}; got {', '.join(given)}")
+        if self.preset in _OWN_RECENT and (
+            self.recent is not None or self.recent_share is not None
+        ):
+            raise ValueError(f"preset {self.preset} sets its own recent window; leave recent out")
+        if self.preset == "full" and (self.budget is not None or self.budget_ratio is not None):
+            raise ValueError("preset full keeps every token; leave budget and budget_ratio out")
+        if self.random_seed is not None and self.preset != "random":
+            raise ValueError("random_seed is for preset random only")
+        return self
+
+    @property
+    def names_method(self) -> bool:
+        """Whether this policy says how to score: by preset, table or uniform alpha."""
+        return self.preset is not None or self.table is not None or self.alpha is not None
+
+
+class EffectivePolicy(Frozen):
+    """One sequence's policy in plain numbers: what the block law is carried out with."""
+
+    method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
+    alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
+    budget: Positive
+    recent: Count
+    sinks: Count
+    prefill_chunk: Count
+    table_name: str | None = None
+    table_sha256: str | None = None
+    random_seed: Count | None = Field(
+        default=None, description="Set for method random only: scores are a hash of it."
+    )
+
+    def staging_slots(self, prompt_tokens: int) -> int:
+        """Slots that a prompt of this length needs while it is prefilled under this policy."""
+        if self.prefill_chunk == 0:
+            return prompt_tokens
+        return min(prompt_tokens, self.budget - 1 + self.prefill_chunk)
+
+
+def resolve(
+    request: CachePolicy,
+    *,
+    table: AlphaTable | None,
+    server: CachePolicy,
+    length: int,
+    slots: int,
+    num_layers: int,
+    num_kv_heads: int,
+) -> EffectivePolicy:
+    """Turn a wish into plain numbers: the request's fields, else the table's, else the server's.
+
+    `table` is the one that the request (or else the server) names, already looked up. `length` is
+    prompt + max_new in tokens, `slots` the most slots a row of the slab has. Raises
+    InvalidArgument naming the field, its value and what is accepted; nothing is clamped.
+    """
+    method = request if request.names_method else server
+    if (method.table is None) != (table is None):
+        raise AssertionError("the caller looks up the table that the policy names")
+    fitted = table.policy if table is not None else None
+    preset = method.preset
+
+    sources = (request, fitted, server) if fitted else (request, server)
+    # Nothing is evicted from a full cache, so there is nothing to protect.
+    sinks = _first((s.sinks for s in sources), 0 if preset == "full" else DEFAULT_SINKS)
+    prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
+    budget = length if preset == "full" else _budget(sources, length)
+    if preset == "window":
+        recent = max(budget - sinks - 1, 0)
+    elif preset == "h2o":
+        recent = max((budget - sinks) // 2, 0)
+    else:
+        recent = 0 if preset == "full" else _recent(sources, budget - sinks - 1)
+
+    if budget > slots:
+        reason = (
+            f"prompt + max_new is {length} tokens and preset full keeps them all"
+            if preset == "full"
+            else f"budget is {budget} tokens"
+        )
+        raise InvalidArgument("cache_policy.budget", f"{reason}; accepted: at most {slots} slots")
+    if budget < sinks + recent + 1:
+        raise InvalidArgument(
+            "cache_policy.budget",
+            f"budget is {budget} tokens, and sinks {sinks} + recent {recent} + 1 for the newest "
+            f"need {sinks + recent + 1}; raise budget, or lower sinks or recent",
+        )
+    if fitted is not None:
+        alpha = fitted.alpha
+    else:
+        # random never accumulates; 1 leaves its scores as they were placed.
+        uniform = {"tova_per_head": 0.0}.get(preset, 1.0) if preset else method.alpha
+        assert uniform is not None
+        alpha = ((uniform,) * num_kv_heads,) * num_layers
+    return EffectivePolicy(
+        method=preset or ("table" if table else "a2sf"),
+        alpha=alpha,
+        budget=budget,
+        recent=recent,
+        sinks=sinks,
+        prefill_chunk=prefill_chunk,
+        table_name=table.name if table else None,
+        table_sha256=table.sha256 if table else None,
+        random_seed=(method.random_seed or 0) if preset == "random" else None,
+    )
+
+
+def _first(values: Iterable[int | None], default: int) -> int:
+    return next((value for value in values if value is not None), default)
+
+
+def _budget(sources: Iterable[CachePolicy | TablePolicy], length: int) -> int:
+    for source in sources:
+        if source.budget is not None:
+            return source.budget
+        if source.budget_ratio is not None:
+            budget = math.floor(source.budget_ratio * length + 0.5)
+            if budget < 1:
+                raise InvalidArgument(
+                    "cache_policy.budget_ratio",
+                    f"{source.budget_ratio} of {length} tokens is less than one slot",
+                )
+            return budget
+    raise InvalidArgument("cache_policy.budget", "no budget given; accepted: 1 or more tokens")
+
+
+def _recent(sources: Iterable[CachePolicy | TablePolicy], room: int) -> int:
+    for source in sources:
+        if source.recent is not None:
+            return source.recent
+        if source.recent_share is not None:
+            return math.floor(source.recent_share * max(room, 0))
+    return 0

@@ -1,0 +1,109 @@
+"""The law of forgetting, as pure functions on tensors.
+
+Owns how scores decay and accumulate, who may be evicted, and in which order. Knows nothing of
+where slots live or how attention is computed. Faster code elsewhere (compiled, Triton) is tested
+against these functions, and they against a reference written out token by token in the tests.
+
+Source: A2SF, arXiv 2407.20485, `A <- alpha * A + S[n]`, with a factor for each layer and KV head.
+"""
+
+import torch
+from torch import Tensor
+
+WEIGHT_CUTOFF = 1e-6
+"""Queries that weigh less than this in a block's score are dropped, here and in every fast path.
+
+It bounds the window of queries that count to ln(1e-6) / ln(alpha): 132 tokens at alpha .9, 1,375
+at .99. alpha = 1 keeps every query.
+"""
+
+EMPTY = 2**31 - 1
+"""The position of a slot that holds no token. No query reaches it, no window excludes it."""
+
+
+def query_weights(alpha: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Weigh each query of a block in the block's score: `alpha^(c-1-j)`, with `0^0 = 1`.
+
+    Args:
+        alpha: [rows, H_kv] float64.
+        lengths: [rows] integer, how many of the block's `width` tokens are real (c).
+        width: tokens of the padded block.
+
+    Returns:
+        [rows, H_kv, width] float32; 0 for padding and below `WEIGHT_CUTOFF`.
+    """
+    age = lengths[:, None] - 1 - torch.arange(width, device=alpha.device)
+    weights = alpha[..., None] ** age.clamp(min=0)[:, None, :]
+    counts = (age >= 0)[:, None, :] & (weights >= WEIGHT_CUTOFF)
+    return torch.where(counts, weights, 0.0).float()
+
+
+def accumulate(score: Tensor, mass: Tensor, alpha: Tensor, lengths: Tensor) -> Tensor:
+    """Decay the scores over a block and add what its queries paid: `alpha^c * score + mass`.
+
+    Args:
+        score: [rows, H_kv, slots] float32.
+        mass: [rows, H_kv, slots] float32, the weighted attention summed over queries and group.
+        alpha: [rows, H_kv] float64.
+        lengths: [rows] integer, the block's tokens (c).
+    """
+    return (alpha ** lengths[:, None]).float()[..., None] * score + mass
+
+
+def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
+    """Mark the slots that a trim before position `start` may evict.
+
+    Args:
+        position: [rows, H_kv, slots] int32, `EMPTY` where there is no token.
+        start: [rows] integer, the position of the next token to be placed.
+        sinks: [rows] integer, the first positions, never evicted.
+        recent: [rows] integer, the last positions before `start`, never evicted.
+
+    Returns:
+        [rows, H_kv, slots] bool.
+    """
+    return (position >= sinks[:, None, None]) & (position < (start - recent)[:, None, None])
+
+
+def eviction_key(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
+    """Order slots for eviction: the smallest key goes first.
+
+    A non-negative float's bits order as the float does, so the score's bits above the position
+    give the order (score, then position) in one integer, without ties. Slots that are not
+    `allowed` get the largest key: protection is a mask, the scores stay untouched.
+
+    Args:
+        score: [rows, H_kv, slots] float32, not negative.
+        position: [rows, H_kv, slots] int32.
+        allowed: [rows, H_kv, slots] bool.
+
+    Returns:
+        [rows, H_kv, slots] int64.
+    """
+    bits = score.contiguous().view(torch.int32).to(torch.int64)
+    return torch.where(allowed, (bits << 32) | position, torch.iinfo(torch.int64).max)
+
+
+def random_scores(seed: Tensor, layer: int, position: Tensor) -> Tensor:
+    """Scores of the `random` baseline: a hash of (seed, layer, head, position) in [0, 1).
+
+    Args:
+        seed: [rows] int64, from 0 to 2^31 - 1.
+        layer: the layer's index.
+        position: [rows, H_kv, tokens] integer.
+
+    Returns:
+        [rows, H_kv, tokens] float32.
+    """
+    heads = torch.arange(position.shape[1], device=position.device)[None, :, None]
+    mixed = _mix(seed[:, None, None] ^ _mix(heads + (layer << 16) + 1))
+    mixed = _mix(mixed ^ position.to(torch.int64))
+    return (mixed >> 8).float() / 2**24
+
+
+def _mix(value: Tensor) -> Tensor:
+    """Scramble 32 bits held in int64: xor-shifts and odd multipliers, as 32-bit hashes do."""
+    mask = 0xFFFFFFFF
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & mask
+    value = ((value ^ (value >> 15)) * 0x846CA68B) & mask
+    return value ^ (value >> 16)

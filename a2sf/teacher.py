@@ -1,0 +1,187 @@
+"""Teacher forcing through eviction: what a model predicts along a given text under a policy.
+
+Owns the layer-by-layer scan: every position of a layer is projected at once, and only its
+attention rows are walked in order, by the very functions that the engine decodes with. That is
+exact, because a layer's evictions depend on nothing above it. Knows nothing of what the
+predictions are compared with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from a2sf import attention
+from a2sf.attention import Block
+from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.models import LoadedModel
+from a2sf.policy import EffectivePolicy
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to run along."""
+
+    token_ids: tuple[int, ...]
+    """The whole text, prompt first."""
+    prompt_tokens: int
+    """So many tokens are prefilled by the policy's prefill_chunk; each later one is a decode step."""
+    counted: tuple[int, ...]
+    """The positions whose predictions are wanted; position t predicts token t + 1."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.prompt_tokens <= len(self.token_ids)
+        assert all(0 <= t < len(self.token_ids) for t in self.counted)
+
+
+def logits(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    policies: Sequence[EffectivePolicy] | None,
+    *,
+    batch: int = 32,
+) -> list[Tensor]:
+    """Predict along each example, under its policy or (None) with the full cache.
+
+    Args:
+        model: the model.
+        examples: the texts; they are batched inside, by prefill_chunk and length.
+        policies: one an example, or None for plain attention over everything.
+        batch: the most examples in one forward pass.
+
+    Returns:
+        For each example a tensor [len(counted), vocab] in float32 (float64 for float64 models).
+    """
+
+    def chunk(index: int) -> int:
+        return policies[index].prefill_chunk if policies else 0
+
+    order = sorted(range(len(examples)), key=lambda i: (chunk(i), len(examples[i].token_ids)))
+    results: dict[int, Tensor] = {}
+    for prefill_chunk, group in groupby(order, key=chunk):
+        members = list(group)
+        for first in range(0, len(members), batch):
+            rows = members[first : first + batch]
+            part = [examples[i] for i in rows]
+            scan: _Scan | _Full = _Full()
+            if policies:
+                scan = _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk)
+            results.update(zip(rows, _forward(model, part, scan), strict=True))
+    return [results[i] for i in range(len(examples))]
+
+
+def _forward(
+    model: LoadedModel, examples: Sequence[Example], scan: "_Scan | _Full"
+) -> list[Tensor]:
+    width = max(len(e.token_ids) for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
+    positions = torch.arange(width).expand(len(examples), -1)
+    hidden = model.hidden_states(ids.to(model.device), positions.to(model.device), scan)
+    precision = torch.promote_types(model.dtype, torch.float32)
+    return [
+        model.logits(hidden[row, list(example.counted)]).to(precision)
+        for row, example in enumerate(examples)
+    ]
+
+
+class _Full:
+    """Plain causal attention. Padding stands at the right, where no real token sees it."""
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The block law along a batch of texts: prompt blocks, then one token at a time."""
+
+    policy: PolicyTensors
+    prompt: Tensor
+    """[rows] int64: tokens of each prompt."""
+    steps: int
+    """Decode steps of the longest continuation; shorter rows run on over their padding."""
+    chunk: int
+    """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
+    block_slots: int
+    decode_slots: int
+
+    @classmethod
+    def over(
+        cls,
+        model: LoadedModel,
+        examples: Sequence[Example],
+        policies: Sequence[EffectivePolicy],
+        prefill_chunk: int,
+    ) -> "_Scan":
+        longest_prompt = max(e.prompt_tokens for e in examples)
+        budget = max(p.budget for p in policies)
+        chunk = min(prefill_chunk or longest_prompt, longest_prompt)
+        # A row whose prompt is done waits for its last trim while longer ones append blocks, which
+        # for it are padding but still need the room.
+        one_block = chunk == longest_prompt
+        waiting = min(longest_prompt, budget - 1 + chunk)
+        return cls(
+            policy=PolicyTensors.stack(list(policies), model.device),
+            prompt=torch.tensor([e.prompt_tokens for e in examples], device=model.device),
+            steps=max(len(e.token_ids) - e.prompt_tokens for e in examples),
+            chunk=chunk,
+            block_slots=longest_prompt if one_block else waiting + chunk,
+            decode_slots=budget,
+        )
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        rows, kv_heads, width, dim = keys.shape
+        slots = LayerSlots.empty(
+            rows,
+            kv_heads,
+            max(self.block_slots, self.decode_slots),
+            dim,
+            keys.dtype,
+            keys.device,
+        )
+        output = torch.zeros_like(query)
+        nothing = torch.zeros_like(self.prompt)
+        step = Block(start=nothing, lengths=nothing, used=nothing, policy=self.policy)
+
+        staging = slots.view(slice(None), self.block_slots)
+        for first in range(0, int(self.prompt.max()), self.chunk):
+            tile = slice(first, first + self.chunk)
+            lengths = (self.prompt - first).clamp(0, self.chunk)
+            step = replace(step, start=torch.full_like(lengths, first), lengths=lengths)
+            output[:, :, tile] = attention.block(
+                staging, layer, step, query[:, :, tile], keys[:, :, tile], values[:, :, tile], scale
+            )
+            step = replace(step, used=step.used_after)
+        over = (step.used - self.policy.budget).clamp(min=0)
+        slots.trim(over, self.prompt, self.policy.sinks, self.policy.recent)
+        used = step.used - over
+
+        window = slots.view(slice(None), self.decode_slots)
+        ones = torch.ones_like(self.prompt)
+        for ahead in range(self.steps):
+            at = self.prompt + ahead
+            index = at.clamp(max=width - 1)[:, None, None, None]
+            step = Block(start=at, lengths=ones, used=used, policy=self.policy)
+            answer = attention.decode(
+                window,
+                layer,
+                step,
+                *(t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)),
+                scale,
+            )
+            inside = (at < width)[:, None, None, None]
+            previous = output.gather(2, index.expand_as(answer))
+            output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
+            used = step.used_after
+        return output

@@ -1,0 +1,52 @@
+"""Fixtures that every part shares: tiny random models, the packaged one, the real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from a2sf.models import LoadedModel, load_model
+
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("default")
+
+# Two cores are all that the slowest supported machine has; more threads only fight.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny random GQA Llama (3 layers, 4 query and 2 KV heads of 8)."""
+    from tests.tiny import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir: Path) -> LoadedModel:
+    """The tiny model in float32 on the processor."""
+    return load_model(str(tiny_model_dir), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_64(tiny_model_dir: Path) -> LoadedModel:
+    """The tiny model in float64, where near-ties cannot hide."""
+    return load_model(str(tiny_model_dir), device="cpu", dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> LoadedModel:
+    """The packaged model in float32 on the processor."""
+    return load_model("reference", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real calibration data; tests that need it are skipped where it is not."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("A2SF_DATA_DIR", default))
+    if not path.is_dir():
+        pytest.skip(f"no data in {path}; set A2SF_DATA_DIR")
+    return path
