@@ -1,4 +1,4 @@
-"""The only seam with transformers: which models are supported, how they load, how attention plugs in.
+"""The only seam with transformers: which models are supported, loading, plugging in attention.
 
 Owns loading (packaged model, directory, hub), refusing by name what would be done wrongly, a
 model's identity, and the registered attention function. A caller hands every forward pass a
@@ -9,7 +9,7 @@ and no state hangs on a module. Knows nothing of requests or schedules.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +58,7 @@ class LayerAttention(Protocol):
     """What a forward pass does in the place of attention."""
 
     def __call__(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
     ) -> Tensor:
         """Attend in one layer.
 
@@ -123,7 +123,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Turn text into token ids, with the beginning-of-sequence token where the model has one."""
+        """Turn text into token ids, with the beginning-of-sequence token if the model has one."""
         return tuple(self.tokenizer(text).input_ids)
 
     @torch.inference_mode()
@@ -145,7 +145,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], the model's dtype."""
+        """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""
         projected: Tensor = self.module.get_output_embeddings()(hidden)
         return projected
 

@@ -28,7 +28,7 @@ class Example:
     token_ids: tuple[int, ...]
     """The whole text, prompt first."""
     prompt_tokens: int
-    """So many tokens are prefilled by the policy's prefill_chunk; each later one is a decode step."""
+    """So many tokens are prefilled by prefill_chunk; each later one is a decode step."""
     counted: tuple[int, ...]
     """The positions whose predictions are wanted; position t predicts token t + 1."""
 
@@ -173,13 +173,10 @@ class _Scan:
             at = self.prompt + ahead
             index = at.clamp(max=width - 1)[:, None, None, None]
             step = Block(start=at, lengths=ones, used=used, policy=self.policy)
-            answer = attention.decode(
-                window,
-                layer,
-                step,
-                *(t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)),
-                scale,
+            q, k, v = (
+                t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)
             )
+            answer = attention.decode(window, layer, step, q, k, v, scale)
             inside = (at < width)[:, None, None, None]
             previous = output.gather(2, index.expand_as(answer))
             output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
