@@ -27,8 +27,8 @@ def trainer(total_tokens: int) -> Trainer:
 def test_a_batch_is_decided_by_its_step() -> None:
     mixture = Mixture(TOKENIZER, None, seed=0)
     stage = FIRST_EDITION.stages[2]
-    first, again, other = (mixture.batch(stage, step, 1024) for step in (4, 4, 5))
-    assert first.inputs.shape == (1024 // stage.length, stage.length)
+    first, again, other = (mixture.batch(stage, step) for step in (4, 4, 5))
+    assert first.inputs.shape == (stage.batch_tokens // stage.length, stage.length)
     assert torch.equal(first.inputs, again.inputs)
     assert torch.equal(first.weights, again.weights)
     assert not torch.equal(first.inputs, other.inputs)
@@ -51,7 +51,7 @@ def test_pieces_tokenize_as_the_whole_document_does() -> None:
 
 
 def test_an_export_has_the_weights_of_the_checkpoint_in_bfloat16(tmp_path: Path) -> None:
-    run = trainer(total_tokens=TINY.batch_tokens)
+    run = trainer(total_tokens=TINY.stages[0].batch_tokens)
     run.step()
     run.save(tmp_path)
     weights = load_file(export(tmp_path, tmp_path / "release"))
@@ -62,18 +62,18 @@ def test_an_export_has_the_weights_of_the_checkpoint_in_bfloat16(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_hundred_steps_lower_the_loss() -> None:
-    run = trainer(total_tokens=100 * TINY.batch_tokens)
+    run = trainer(total_tokens=100 * TINY.stages[0].batch_tokens)
     losses = [run.step()["loss"] for _ in range(100)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 @pytest.mark.slow
 def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
-    whole = trainer(total_tokens=30 * TINY.batch_tokens)
+    whole = trainer(total_tokens=30 * TINY.stages[0].batch_tokens)
     for _ in range(15):
         whole.step()
     whole.save(tmp_path)
-    resumed = trainer(total_tokens=30 * TINY.batch_tokens)
+    resumed = trainer(total_tokens=30 * TINY.stages[0].batch_tokens)
     resumed.load(tmp_path)
     assert [whole.step() for _ in range(15)] == [resumed.step() for _ in range(15)]
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):

@@ -1,0 +1,209 @@
+"""The block law on tensors equals the law written out token by token."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a2sf import attention, scoring
+from a2sf.attention import Block
+from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.policy import EffectivePolicy
+from a2sf.scoring import EMPTY
+from tests.written_out import Head
+
+CPU = torch.device("cpu")
+
+
+def test_scores_of_the_worked_example_are_82_and_44() -> None:
+    # The paper's figure: S11 = .4, S12 = .3, S21 = .5, S22 = .2 at alpha = .8.
+    alpha = torch.tensor([[0.8]], dtype=torch.float64)
+    one = torch.tensor([1])
+    score = torch.zeros(1, 1, 2)
+    for row in ([0.4, 0.3], [0.5, 0.2]):
+        score = scoring.accumulate(score, torch.tensor([[row]]), alpha, one)
+    assert score[0, 0].tolist() == pytest.approx([0.82, 0.44])
+
+    weights = scoring.query_weights(alpha, torch.tensor([2]), 2)
+    at_once = weights[0, 0] @ torch.tensor([[0.4, 0.3], [0.5, 0.2]])
+    assert at_once.tolist() == pytest.approx([0.82, 0.44])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "window"), [(0.0, 1), (0.9, 132), (0.95, 270), (0.99, 1375), (0.999, 13809)]
+)
+def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int) -> None:
+    weights = scoring.query_weights(
+        torch.tensor([[alpha]], dtype=torch.float64), torch.tensor([15000]), 15000
+    )
+    assert int((weights > 0).sum()) == window
+    assert weights[0, 0, -1] == 1.0
+
+
+def test_a_tie_goes_to_the_oldest() -> None:
+    position = torch.tensor([[[7, 3, 5, EMPTY]]], dtype=torch.int32)
+    score = torch.tensor([[[0.25, 0.25, 0.5, 0.0]]])
+    allowed = scoring.evictable(position, torch.tensor([8]), torch.tensor([0]), torch.tensor([0]))
+    key = scoring.eviction_key(score, position, allowed)
+    assert key.argsort(dim=-1)[0, 0].tolist()[:3] == [1, 0, 2]
+    assert not allowed[0, 0, 3]
+
+
+def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
+    position = torch.arange(4000).expand(2, 3, -1)
+    scores = scoring.random_scores(torch.tensor([0, 1]), 2, position)
+    other = scoring.random_scores(torch.tensor([0, 1]), 3, position)
+    flat = [*scores.reshape(6, -1), *other.reshape(6, -1)]
+    assert scores.min() >= 0
+    assert scores.max() < 1
+    correlation = np.corrcoef(torch.stack(flat).numpy())
+    assert abs(correlation - np.eye(12)).max() < 0.1
+    for row in flat:
+        histogram = torch.histc(row, bins=10, min=0, max=1)
+        assert histogram.min() > 300
+        assert histogram.max() < 500
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    rows = draw(st.integers(1, 3))
+    kv_heads = draw(st.integers(1, 2))
+    policies = []
+    for _ in range(rows):
+        sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+        policies.append(
+            {
+                "sinks": sinks,
+                "recent": recent,
+                "budget": sinks + recent + 1 + draw(st.integers(0, 12)),
+                "alpha": [
+                    draw(st.sampled_from([0.0, 0.5, 0.83, 0.99, 1.0])) for _ in range(kv_heads)
+                ],
+                "random_seed": draw(st.sampled_from([None, None, None, 5])),
+                "prompt": draw(st.integers(1, 14)),
+            }
+        )
+    return {
+        "policies": policies,
+        "kv_heads": kv_heads,
+        "group": draw(st.integers(1, 3)),
+        "chunk": draw(st.sampled_from([0, 1, 2, 3, 5])),
+        "steps": draw(st.integers(0, 8)),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
+    dim, layer, scale = 4, 1, 0.7
+    policies, kv_heads, group = case["policies"], case["kv_heads"], case["group"]
+    rows, steps = len(policies), case["steps"]
+    rng = torch.Generator().manual_seed(case["seed"])
+    length = max(p["prompt"] for p in policies) + steps
+
+    def normal(heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, length, dim, generator=rng, dtype=torch.float64)
+
+    query, keys, values = normal(kv_heads * group), normal(kv_heads), normal(kv_heads)
+
+    # Written out, head by head.
+    witness = {}
+    for row, policy in enumerate(policies):
+        for head in range(kv_heads):
+            seed = policy["random_seed"]
+            state = Head(
+                alpha=policy["alpha"][head],
+                budget=policy["budget"],
+                recent=policy["recent"],
+                sinks=policy["sinks"],
+                random_score=None
+                if seed is None
+                else lambda p, seed=seed, head=head: float(
+                    scoring.random_scores(
+                        torch.tensor([seed]), layer, torch.full((1, kv_heads, 1), p)
+                    )[0, head, 0]
+                ),
+            )
+            q = query[row, head * group : (head + 1) * group].transpose(0, 1).tolist()
+            k, v = keys[row, head].tolist(), values[row, head].tolist()
+            n = policy["prompt"]
+            out = state.prompt(q[:n], k[:n], v[:n], scale, case["chunk"])
+            for t in range(n, n + steps):
+                out += state.block(t, q[t : t + 1], k[t : t + 1], v[t : t + 1], scale)
+            witness[row, head] = (state, out)
+
+    # On tensors, all rows together, ragged.
+    effective = [
+        EffectivePolicy(
+            method="table",
+            alpha=((0.5,) * kv_heads, tuple(p["alpha"])),
+            budget=p["budget"],
+            recent=p["recent"],
+            sinks=p["sinks"],
+            prefill_chunk=case["chunk"],
+            random_seed=p["random_seed"],
+        )
+        for p in policies
+    ]
+    stacked = PolicyTensors.stack(effective, CPU)
+    prompt = torch.tensor([p["prompt"] for p in policies])
+    chunk = case["chunk"] or int(prompt.max())
+    budget = int(stacked.budget.max())
+    slots = LayerSlots.empty(rows, kv_heads, budget + 2 * chunk, dim, torch.float64, CPU)
+    output = torch.zeros_like(query)
+    used = torch.zeros(rows, dtype=torch.int64)
+    for first in range(0, int(prompt.max()), chunk):
+        tile = slice(first, first + chunk)
+        step = Block(
+            start=torch.full((rows,), first),
+            lengths=(prompt - first).clamp(0, chunk),
+            used=used,
+            policy=stacked,
+        )
+        padded = [
+            torch.nn.functional.pad(t[:, :, tile], (0, 0, 0, chunk - t[:, :, tile].shape[2]))
+            for t in (query, keys, values)
+        ]
+        answer = attention.block(slots, layer, step, *padded, scale)
+        output[:, :, tile] = answer[:, :, : output[:, :, tile].shape[2]]
+        used = step.used_after
+    excess = (used - stacked.budget).clamp(min=0)
+    slots.trim(excess, prompt, stacked.sinks, stacked.recent)
+    used = used - excess
+    for ahead in range(steps):
+        at = (prompt + ahead)[:, None, None, None]
+        token = [t.gather(2, at.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)]
+        step = Block(
+            start=prompt + ahead, lengths=torch.ones_like(prompt), used=used, policy=stacked
+        )
+        answer = attention.decode(slots.view(slice(None), budget), layer, step, *token, scale)
+        output.scatter_(2, at.expand_as(answer), answer)
+        used = step.used_after
+
+    for (row, head), (state, out) in witness.items():
+        real = policies[row]["prompt"] + steps
+        mine = output[row, head * group : (head + 1) * group, :real].transpose(0, 1)
+        torch.testing.assert_close(mine, torch.tensor(out, dtype=torch.float64))
+        held = slots.position[row, head]
+        stored = {int(p): float(s) for p, s in zip(held, slots.score[row, head]) if p != EMPTY}
+        assert stored.keys() == {t.position for t in state.tokens}
+        assert int(used[row]) == len(stored)
+        for token in state.tokens:
+            assert stored[token.position] == pytest.approx(token.score, rel=1e-5, abs=1e-7)
+
+
+def test_a_long_block_attended_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(random.Random(0).randrange(2**31))
+    query = torch.randn(2, 4, 50, 8, generator=rng, dtype=torch.float64)
+    keys = torch.randn(2, 2, 50, 8, generator=rng, dtype=torch.float64)
+    position = torch.arange(50, dtype=torch.int32).expand(2, 2, -1).contiguous()
+    weights = torch.rand(2, 2, 50, generator=rng)
+    arguments = (query, torch.arange(50).expand(2, -1), keys, keys, position, weights, 0.3)
+    whole = attention.attend(*arguments)
+    monkeypatch.setattr(attention, "QUERY_TILE", 7)
+    for one, other in zip(whole, attention.attend(*arguments), strict=True):
+        torch.testing.assert_close(one, other)
