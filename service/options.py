@@ -1,0 +1,131 @@
+"""What the server is started with, and loading what it serves.
+
+Owns the settings, their checks that need no model, and `load_core`, which the engine's thread runs.
+Knows nothing of the command line or of handlers.
+"""
+
+import ipaddress
+import logging
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from a2sf import reference
+from a2sf.engine import Engine, EngineConfig
+from a2sf.errors import InvalidArgument, NotFound
+from a2sf.models import REFERENCE, load_model
+from a2sf.policy import DEFAULT_SINKS, CachePolicy
+from a2sf.schema import Count, Frozen, Positive, first_problem
+from service.servicers import Core
+from service.tables import TableStore
+
+log = logging.getLogger(__name__)
+
+MAX_PORT = 65535
+
+
+class ServerOptions(Frozen):
+    """Everything that `serve` can be told."""
+
+    model: str = REFERENCE
+    """`reference`, a directory, or a hub id."""
+    revision: str | None = None
+    tables: Path | None = None
+    """Directory of alpha tables; None: those that ship with the reference model, for that model."""
+    default_table: str | None = None
+    """Table of requests that name no method; None: preset h2o."""
+    host: str = "127.0.0.1"
+    port: Count = 50051
+    """0 lets the system choose."""
+    insecure_bind: bool = False
+    """Whether plain text may leave this machine."""
+    max_batch: Positive = 8
+    slots: Positive = 1024
+    default_budget: Positive = 256
+    max_prefill_tokens: Positive | None = None
+    max_waiting: Count = 64
+    device: str = "auto"
+    dtype: str = "auto"
+    port_file: Path | None = None
+    grace_s: float = 30.0
+    """Seconds that running requests get to finish once the server is told to stop."""
+
+    @property
+    def address(self) -> str:
+        """Where to listen. Raises InvalidArgument for what must not be listened on."""
+        if self.port > MAX_PORT:
+            raise InvalidArgument("port", f"{self.port}; accepted: 0 to {MAX_PORT}")
+        if not self.insecure_bind and not _is_loopback(self.host):
+            raise InvalidArgument(
+                "host",
+                f"{self.host} can be reached from outside, and this server speaks plain text "
+                "without authentication; bind 127.0.0.1, or say --insecure-bind where the "
+                "network itself is trusted",
+            )
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The engine's sizes. Raises InvalidArgument where they contradict each other."""
+        least = DEFAULT_SINKS + 1
+        if not least <= self.default_budget <= self.slots:
+            raise InvalidArgument(
+                "default-budget",
+                f"{self.default_budget}; accepted: {least} (sinks and the newest token) to "
+                f"{self.slots} (slots)",
+            )
+        # A table brings a budget of its own; the server's is for requests that name another method.
+        method = {"table": self.default_table} if self.default_table else {"preset": "h2o"}
+        try:
+            return EngineConfig(
+                slots=self.slots,
+                max_batch=self.max_batch,
+                max_prefill_tokens=self.max_prefill_tokens,
+                max_waiting=self.max_waiting,
+                default_policy=CachePolicy.model_validate(
+                    {**method, "budget": self.default_budget}
+                ),
+            )
+        except ValidationError as error:
+            raise InvalidArgument("options", first_problem(error)) from error
+
+
+def load_core(options: ServerOptions) -> Core:
+    """Load the model and the tables and build the engine; takes seconds to minutes.
+
+    Raises NotFound, Unsupported, InvalidArgument or TableError for what cannot be served.
+    """
+    config = options.engine_config
+    directory = options.tables
+    if directory is not None and not directory.is_dir():
+        # Said before the model is loaded, which takes a while.
+        raise NotFound(f"tables directory {directory}: no such directory")
+    model = load_model(
+        options.model, revision=options.revision, device=options.device, dtype=options.dtype
+    )
+    shipped = reference.path() / "tables"
+    if directory is None and options.model == REFERENCE and shipped.is_dir():
+        directory = shipped
+    tables = TableStore.read(directory, model.identity) if directory else TableStore()
+    if options.default_table is not None:
+        budget = tables.lookup(options.default_table).policy.budget
+        if budget is not None and budget > options.slots:
+            raise InvalidArgument(
+                "default-table",
+                f"{options.default_table} was fitted for a budget of {budget} tokens, and there "
+                f"are {options.slots} slots; give --slots {budget} or more",
+            )
+    engine = Engine(model, config)
+    log.info(
+        "model=%s device=%s dtype=%s rows=%d slots=%d slab_bytes=%d tables=%d refused=%d",
+        *(model.identity.id, model.device, model.dtype, config.max_batch, config.slots),
+        *(engine.kv_slab_bytes, len(tables.tables), len(tables.refused)),
+    )
+    return Core(model=model, engine=engine, config=config, tables=tables)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

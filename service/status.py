@@ -1,0 +1,160 @@
+"""Errors on the wire: the one table from error class to gRPC status, read in both directions.
+
+Owns the codes, the google.rpc details and what a client may learn of a failure. An error that is
+not of the project's tree becomes an opaque INTERNAL: its text may hold anything, so it goes to the
+log, beside the request id that the client is given. Knows nothing of handlers or channels.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from pydantic import ValidationError
+
+from a2sf import errors
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "a2sf.inference.v1"
+"""Whose reasons the ErrorInfo details carry."""
+
+RETRY_AFTER_MS = 500
+"""What a client is told to wait when there is no room; a completion takes about that or more."""
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""The trailer that gRPC clients with a retry policy obey by themselves."""
+
+CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
+    errors.TableCorrupt: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TableInvalid: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TableTooNew: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TableMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TableError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+}
+"""Each class by its own row; a subclass without one goes by its nearest parent."""
+
+_CLASSES = {cls.__name__: cls for cls in CODES}
+_BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it
+
+
+class InvalidRequest(errors.InvalidArgument):
+    """Several values of one request are not accepted; `violations` are (field, problem) pairs."""
+
+    def __init__(self, violations: Iterable[tuple[str, str]]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(*self.violations[0])
+
+
+class RemoteError(errors.A2SFError):
+    """The server failed or the call was cut off; the message says which."""
+
+
+def from_validation(error: ValidationError, prefix: str = "") -> InvalidRequest:
+    """Turn pydantic's report on a part of a request into violations by dotted proto names.
+
+    `prefix` is where the part sits in the request, such as `input.sampling`.
+    """
+    violations = []
+    for problem in error.errors(include_url=False):
+        where = prefix
+        for part in problem["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+        message = problem["msg"].removeprefix("Value error, ")
+        # A whole part as the value is no help, and text may be a prompt.
+        shown = isinstance(problem["input"], (int, float)) and problem["loc"]
+        got = f" (got {problem['input']!r})" if shown else ""
+        violations.append((where, f"{message}{got}"))
+    return InvalidRequest(violations)
+
+
+@dataclass(frozen=True)
+class WireStatus:
+    """What ends a failed call: the arguments of a servicer context's `abort`."""
+
+    code: grpc.StatusCode
+    details: str
+    trailers: tuple[tuple[str, str | bytes], ...]
+
+
+def to_wire(error: Exception, request_id: str) -> WireStatus:
+    """Put `error` into a status with details; log the cause where the client must not see it."""
+    reason = next((cls for cls in type(error).__mro__ if cls in CODES), None)
+    if reason is None:
+        log.error("request_id=%s outcome=INTERNAL", request_id, exc_info=error)
+        code, message = grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}"
+        name = "Internal"
+    else:
+        code, message, name = CODES[reason], str(error), reason.__name__
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.append(
+        _packed(
+            error_details_pb2.ErrorInfo(
+                reason=name, domain=DOMAIN, metadata={"request_id": request_id}
+            )
+        )
+    )
+    trailers: list[tuple[str, str | bytes]] = []
+    if isinstance(error, errors.InvalidArgument):
+        pairs = getattr(error, "violations", ((error.field, error.problem),))
+        violation = error_details_pb2.BadRequest.FieldViolation
+        status.details.append(
+            _packed(
+                error_details_pb2.BadRequest(
+                    field_violations=[violation(field=f, description=d) for f, d in pairs]
+                )
+            )
+        )
+    elif isinstance(error, errors.ResourceExhausted):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(RETRY_AFTER_MS)
+        status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+        trailers.append((PUSHBACK_KEY, str(RETRY_AFTER_MS)))
+    rich = rpc_status.to_status(status)
+    return WireStatus(code, message, (*rich.trailing_metadata, *trailers))
+
+
+def from_wire(error: grpc.aio.AioRpcError, timeout_s: float | None = None) -> errors.A2SFError:
+    """Turn a failed call back into the error that the server raised, as far as it tells.
+
+    `timeout_s` is the call's own deadline, for the message where that was what ended it.
+    """
+    code, message = error.code(), error.details() or ""
+    status = _rich_status(error)
+    info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details if status is not None else ():
+        for message_type in (info, bad_request):
+            if detail.Is(message_type.DESCRIPTOR):
+                detail.Unpack(message_type)
+    if bad_request.field_violations:
+        return InvalidRequest((v.field, v.description) for v in bad_request.field_violations)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        limit = f" of {timeout_s:g} s" if timeout_s is not None else ""
+        return RemoteError(f"the deadline{limit} passed before the answer was whole")
+    named = _CLASSES.get(info.reason) if info.domain == DOMAIN else None
+    cls = named or _BY_CODE.get(code)
+    if cls is None or cls is errors.InvalidArgument:
+        return RemoteError(f"{code.name}: {message}")
+    return cls(message)
+
+
+def _rich_status(error: grpc.aio.AioRpcError) -> Any:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            return status_pb2.Status.FromString(value)
+    return None
+
+
+def _packed(message: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
