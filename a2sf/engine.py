@@ -8,10 +8,10 @@ transport; what the law computes does not depend on how it schedules.
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from a2sf import attention, sampling
@@ -50,6 +50,13 @@ class EngineConfig(Frozen):
     """Requests that may wait for a row; one more is refused."""
     default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=512))]
     """What a request's cache policy leaves open."""
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        budget = self.default_policy.budget
+        if budget is not None and budget > self.slots:
+            raise ValueError(f"the default budget of {budget} exceeds the {self.slots} slots")
+        return self
 
 
 @dataclass(eq=False)

@@ -189,7 +189,11 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
         mine = output[row, head * group : (head + 1) * group, :real].transpose(0, 1)
         torch.testing.assert_close(mine, torch.tensor(out, dtype=torch.float64))
         held = slots.position[row, head]
-        stored = {int(p): float(s) for p, s in zip(held, slots.score[row, head]) if p != EMPTY}
+        stored = {
+            int(p): float(s)
+            for p, s in zip(held, slots.score[row, head], strict=True)
+            if p != EMPTY
+        }
         assert stored.keys() == {t.position for t in state.tokens}
         assert int(used[row]) == len(stored)
         for token in state.tokens:

@@ -1,0 +1,51 @@
+# Thin: each target calls one tool with the pinned environment, which is made when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export A2SF_DATA_DIR ?= $(abspath ../shared/data)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench refit proto clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/.installed ## Stream a completion from a real server through a real client
+	PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
+
+test: $(BIN)/.installed ## Run the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(BIN)/.installed ## Run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(BIN)/.installed ## Lint, check formats, types, the contract and the container files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint proto
+	$(BIN)/hadolint docker/Dockerfile
+
+format: $(BIN)/.installed ## Format the code and the contract
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write proto
+
+bench: $(BIN)/.installed ## Measure the decode step side by side; results in benchmarks/results
+	$(BIN)/python -m benchmarks.decode
+
+refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
+	$(BIN)/python -m tuner --dataset mathqa --model reference --name mathqa \
+	  --out a2sf/reference/tables/mathqa.json
+
+proto: $(BIN)/.installed ## Generate service/pb and the table's JSON Schema again
+	$(BIN)/python scripts/generate_proto.py
+	$(BIN)/python scripts/export_schema.py
+
+clean: ## Remove the environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Start the service on the packaged model with its fitted table, stream one completion, stop it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+work=$(mktemp -d)
+server=
+cleanup() {
+  if [[ -n $server ]]; then kill -TERM "$server" 2>/dev/null || true; wait "$server" || true; fi
+  rm -rf "$work"
+}
+trap cleanup EXIT
+
+python -m service --model reference --tables a2sf/reference/tables \
+  --port 0 --port-file "$work/port" --log-level warning &
+server=$!
+
+for _ in $(seq 600); do
+  [[ -s $work/port ]] && break
+  kill -0 "$server" 2>/dev/null || { echo "demo: the server did not start" >&2; exit 1; }
+  sleep 0.1
+done
+[[ -s $work/port ]] || { echo "demo: the server was not ready within a minute" >&2; exit 1; }
+
+python -m service.client --target "127.0.0.1:$(cat "$work/port")" \
+  --table mathqa --budget 48 --max-new-tokens 200 --temperature 0 \
+  "Once upon a time there was a little girl named Lily."
+
+kill -TERM "$server"
+wait "$server"
+server=
+echo "demo: the server stopped cleanly"

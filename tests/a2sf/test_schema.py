@@ -1,0 +1,218 @@
+"""The alpha table's file: whole or refused, and the same in every program that reads it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a2sf import schema
+from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
+from a2sf.schema import ModelIdentity, canonical_digest, load_table, parse_table, save_table, seal
+from tests.tables import make_table, table_fields
+
+ROOT = Path(__file__).resolve().parents[2]
+IDENTITY = ModelIdentity(
+    id="m",
+    revision=None,
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    fingerprint="a" * 64,
+)
+
+
+def document() -> dict[str, Any]:
+    return make_table(IDENTITY).model_dump(mode="json")
+
+
+def as_file(changed: dict[str, Any]) -> bytes:
+    """A file whose digest is right, whatever else is wrong with it."""
+    return json.dumps({**changed, "sha256": canonical_digest(changed)}).encode()
+
+
+def test_a_table_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    table = make_table(IDENTITY)
+    save_table(table, tmp_path / "t.json")
+    assert load_table(tmp_path / "t.json", IDENTITY) == table
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_the_digest_is_that_of_the_canonical_json_written_out(tmp_path: Path) -> None:
+    save_table(make_table(IDENTITY, name="na-me"), tmp_path / "t.json")
+    # As a program in any language would: parse, drop, sort, no spaces, UTF-8, hash.
+    script = (
+        "import json,sys,hashlib;d=json.load(open(sys.argv[1]));s=d.pop('sha256');"
+        "t=json.dumps(d,sort_keys=True,separators=(',',':'),ensure_ascii=False);"
+        "print(s==hashlib.sha256(t.encode()).hexdigest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "t.json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_the_exported_json_schema_is_that_of_the_code() -> None:
+    exported = json.loads((ROOT / "proto" / "alpha_table.schema.json").read_text())
+    assert exported == schema.json_schema()
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_refused(keep: float) -> None:
+    data = as_file(document())
+    with pytest.raises(TableCorrupt, match="cut short"):
+        parse_table(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"[]", b"3", b'{"a": NaN}', b"[" * 100_000])
+def test_a_file_that_is_no_table_is_refused(data: bytes) -> None:
+    with pytest.raises(TableCorrupt):
+        parse_table(data)
+
+
+def test_a_file_changed_by_hand_is_refused() -> None:
+    changed = document()
+    changed["policy"]["alpha"][0][0] = 0.123
+    with pytest.raises(TableCorrupt, match="changed or damaged"):
+        parse_table(json.dumps(changed).encode())
+
+
+def test_a_newer_file_is_refused_by_version() -> None:
+    newer = {**document(), "schema_version": 2, "unheard_of": 1}
+    with pytest.raises(TableTooNew, match="schema_version is 2, and this program reads up to 1"):
+        parse_table(as_file(newer))
+    with pytest.raises(TableTooNew):
+        parse_table(json.dumps(newer).encode())
+
+
+def set_in(changed: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        changed = changed[part]
+    changed[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("policy.alpha", [[0.5, 1.5], [0.5, 0.5]], "policy.alpha.0.1: .*less than or equal to 1"),
+        ("policy.alpha", [[0.5, -0.1], [0.5, 0.5]], "greater than or equal to 0"),
+        ("policy.alpha", [[0.5, "0.5"], [0.5, 0.5]], "valid number"),
+        ("policy.alpha", [[0.5, 0.5]], "1 layers, model 2"),
+        ("policy.alpha", [[0.5, 0.5], [0.5]], "1 heads, model 2"),
+        ("policy.budget", 0, "greater than or equal to 1"),
+        ("policy.budget_ratio", 0.5, "exactly one of budget and budget_ratio"),
+        ("policy.recent", None, "exactly one of recent and recent_share"),
+        ("name", "../escape", "pattern"),
+        ("created_at", "yesterday", "created_at"),
+        ("evidence.verdict", "splendid", "no_better_than_uniform"),
+        ("policy.surprise", 1, "Extra inputs"),
+        ("schema_version", 0, "accepted: 1"),
+        ("schema_version", "1", "accepted: 1"),
+        ("schema_version", True, "accepted: 1"),
+    ],
+)
+def test_a_whole_file_with_a_wrong_field_is_refused_by_field(
+    path: str, value: Any, says: str
+) -> None:
+    changed = document()
+    set_in(changed, path, value)
+    with pytest.raises(TableInvalid, match=says):
+        parse_table(as_file(changed))
+
+
+def test_a_missing_field_is_refused_by_name() -> None:
+    changed = document()
+    del changed["calibration"]["seed"]
+    with pytest.raises(TableInvalid, match=r"calibration\.seed: Field required"):
+        parse_table(as_file(changed))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_layers": 3}, "num_layers is 2 in the table and 3 in the model"),
+        ({"num_kv_heads": 4}, "num_kv_heads is 2 in the table and 4 in the model"),
+        ({"architecture": "Qwen3ForCausalLM"}, "architecture"),
+        ({"fingerprint": "b" * 64}, "the weights differ"),
+    ],
+)
+def test_a_table_of_another_model_is_refused(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    save_table(make_table(IDENTITY), tmp_path / "t.json")
+    with pytest.raises(TableMismatch, match=says) as caught:
+        load_table(tmp_path / "t.json", IDENTITY.model_copy(update=change))
+    assert "t.json" in str(caught.value)
+
+
+def test_another_name_for_the_same_weights_is_accepted(tmp_path: Path) -> None:
+    save_table(make_table(IDENTITY), tmp_path / "t.json")
+    renamed = IDENTITY.model_copy(update={"id": "elsewhere", "revision": "main"})
+    assert load_table(tmp_path / "t.json", renamed).model.id == "m"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"none\.json: No such file"):
+        load_table(tmp_path / "none.json")
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    with path.open("wb") as file:
+        file.truncate(schema.MAX_FILE_BYTES + 1)
+    with pytest.raises(TableInvalid, match="larger than"):
+        load_table(path)
+
+
+def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
+    def two(old: dict[str, Any]) -> dict[str, Any]:
+        return {**old, "colour": "none"}
+
+    def three(old: dict[str, Any]) -> dict[str, Any]:
+        return {**{k: v for k, v in old.items() if k != "colour"}, "shade": old["colour"]}
+
+    before = document()
+    after = schema.upgrade(before, steps={1: two, 2: three}, current=3)
+    assert (after["schema_version"], after["shade"]) == (3, "none")
+    assert "colour" not in after
+    assert after["sha256"] == canonical_digest(after) != before["sha256"]
+    assert before["schema_version"] == 1, "the document that was given is left as it was"
+    with pytest.raises(TableInvalid, match="can no longer be read"):
+        schema.upgrade(before, steps={2: three}, current=3)
+
+
+def test_a_value_out_of_range_cannot_be_sealed() -> None:
+    fields = table_fields(IDENTITY)
+    fields["name"] = "a/b"
+    with pytest.raises(TableInvalid, match="name"):
+        seal(**fields)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    save_table(make_table(IDENTITY), path)
+    script = (
+        "import sys;from pathlib import Path;from a2sf.schema import *;"
+        "t=load_table(Path(sys.argv[1]));print('go',flush=True)\n"
+        "while True: save_table(t,Path(sys.argv[1]))"
+    )
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        assert writer.stdout is not None
+        with writer.stdout:
+            assert writer.stdout.readline() == b"go\n"
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.wait(timeout=30)
+        assert load_table(path).name == "made-up"

@@ -1,0 +1,75 @@
+"""Alpha tables for tests, whole and sealed, with made-up provenance."""
+
+import random
+from datetime import UTC, datetime
+from typing import Any
+
+from a2sf.schema import (
+    AlphaTable,
+    Calibration,
+    Estimate,
+    Evidence,
+    ModelIdentity,
+    Search,
+    TablePolicy,
+    seal,
+)
+
+
+def random_alpha(identity: ModelIdentity, seed: int = 0) -> tuple[tuple[float, ...], ...]:
+    """Factors from 0 to 1, both ends among them."""
+    rng = random.Random(seed)
+    choices = [0.0, 0.3, 0.5, 0.9, 0.99, 1.0]
+    return tuple(
+        tuple(rng.choice(choices) for _ in range(identity.num_kv_heads))
+        for _ in range(identity.num_layers)
+    )
+
+
+def table_fields(
+    identity: ModelIdentity, *, name: str = "made-up", **policy: Any
+) -> dict[str, Any]:
+    """All fields but version and digest, with `policy` over the defaults of its kind."""
+    settings: dict[str, Any] = {
+        "alpha": random_alpha(identity),
+        "budget": 24,
+        "recent": 4,
+        "sinks": 2,
+        "prefill_chunk": 0,
+        **policy,
+    }
+    figure = Estimate(mean=0.1, low=0.05, high=0.2)
+    return {
+        "name": name,
+        "model": identity,
+        "policy": TablePolicy(**settings),
+        "calibration": Calibration(
+            dataset="mathqa",
+            split="calibration",
+            examples=1,
+            tokens=9,
+            data_sha256="0" * 64,
+            seed=0,
+        ),
+        "evidence": Evidence(
+            objective="mean KL(full || evicted), nats",
+            dataset="mathqa",
+            split="validation",
+            examples=1,
+            confidence=0.95,
+            table=figure,
+            baselines={"uniform": figure},
+            paired={"uniform": figure},
+            verdict="no_better_than_uniform",
+        ),
+        "search": Search(
+            sampler="none", trials=0, study="made-up", storage="none", wall_seconds=0.0
+        ),
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "tool_version": "0",
+    }
+
+
+def make_table(identity: ModelIdentity, *, name: str = "made-up", **policy: Any) -> AlphaTable:
+    """A sealed table for the model of `identity`."""
+    return seal(**table_fields(identity, name=name, **policy))

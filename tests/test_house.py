@@ -1,0 +1,120 @@
+"""The house stands as it is drawn: who may import whom, and what the wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Low to high: a module imports only from those before it.
+CORE = [
+    "errors",
+    "schema",
+    "policy",
+    "requests",
+    "scoring",
+    "cache",
+    "attention",
+    "reference",
+    "models",
+    "teacher",
+    "sampling",
+    "text",
+    "engine",
+]
+
+# Which part alone may import a library.
+ALONE = {
+    "grpc": "service",
+    "grpc_health": "service",
+    "grpc_reflection": "service",
+    "grpc_status": "service",
+    "google": "service",
+    "optuna": "tuner",
+    "transformers": "a2sf/models.py",
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{module}.{alias.name}"
+
+
+def sources(part: str) -> list[Path]:
+    found = [p for p in sorted((ROOT / part).rglob("*.py")) if "pb" not in p.parts]
+    assert found, f"{part} has no sources"
+    return found
+
+
+def test_every_core_module_has_its_place_in_the_order() -> None:
+    modules = {
+        p.relative_to(ROOT / "a2sf").parts[0].removesuffix(".py") for p in sources("a2sf")
+    } - {"__init__"}
+    assert modules == set(CORE)
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_a_core_module_imports_only_from_below(module: str) -> None:
+    below = CORE[: CORE.index(module)]
+    place = ROOT / "a2sf" / module
+    for path in sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[0] not in ("service", "tuner", "training", "benchmarks", "tests")
+            if parts[0] == "a2sf" and parts[1:] and parts[1] in CORE and parts[1] != module:
+                assert parts[1] in below, f"{path.name} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize(
+    ("part", "never"),
+    [("service", {"tuner", "training"}), ("tuner", {"service", "training"})],
+)
+def test_the_two_programs_never_import_each_other(part: str, never: set[str]) -> None:
+    for path in sources(part):
+        found = {name.split(".")[0] for name in imports(path)} & never
+        assert not found, f"{path} imports {found}"
+
+
+@pytest.mark.parametrize(("library", "owner"), ALONE.items())
+def test_a_library_is_imported_by_its_owner_alone(library: str, owner: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for part in ("a2sf", "service", "tuner")
+        for path in sources(part)
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+    assert users, f"nobody imports {library}"
+    assert all(user.startswith(owner) for user in users)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
+        check=True,
+        timeout=280,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"a2sf", "service", "tuner"}
+    for needed in (
+        "a2sf/py.typed",
+        "a2sf/reference/model.safetensors",
+        "a2sf/reference/tokenizer.json",
+        "a2sf/reference/tables/mathqa.json",
+    ):
+        assert needed in names
