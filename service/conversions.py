@@ -1,7 +1,7 @@
 """Messages to the core's values, and the core's values to messages: the server's side.
 
 Owns the correspondence of names. A field is called the same in the proto, in the core and in the
-alpha table wherever it means the same, so most of this is a copy; a test walks both sides. Raises
+alpha table wherever it means the same, so most of this is a copy. Raises
 InvalidRequest with dotted proto names. Knows nothing of channels, handlers or threads.
 """
 
@@ -10,9 +10,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
 
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
@@ -21,10 +19,10 @@ from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started
 from a2sf.schema import AlphaTable, ModelIdentity
 from service.pb import inference_pb2 as pb
+from service.policies import preset_value, set_fields
 from service.status import InvalidRequest, from_validation
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_PRESET_PREFIX = "CACHE_PRESET_"
 
 
 @contextmanager
@@ -34,7 +32,9 @@ def proto_fields() -> Iterator[None]:
         yield
     except ValidationError as error:
         found = from_validation(error)
-        raise InvalidRequest((_proto_field(f), problem) for f, problem in found.violations) from None
+        raise InvalidRequest(
+            (_proto_field(f), problem) for f, problem in found.violations
+        ) from None
     except InvalidRequest:
         raise
     except InvalidArgument as error:
@@ -76,25 +76,6 @@ def prompt(message: pb.GenerationInput) -> str | tuple[int, ...]:
     return tuple(message.token_ids.ids)
 
 
-def cache_policy(message: pb.CachePolicy, where: str = "input.cache_policy") -> CachePolicy:
-    """Read a cache policy. Raises InvalidRequest with every field that is out of range."""
-    values = _set_fields(message)
-    if "preset" in values:
-        values["preset"] = _preset_name(values["preset"], f"{where}.preset")
-    try:
-        return CachePolicy(**values)
-    except ValidationError as error:
-        raise from_validation(error, where) from None
-
-
-def cache_policy_message(policy: CachePolicy) -> pb.CachePolicy:
-    """Write a cache policy."""
-    values = policy.model_dump(exclude_none=True)
-    if "preset" in values:
-        values["preset"] = _preset_value(values["preset"])
-    return pb.CachePolicy(**values)
-
-
 def generation_request(
     message: pb.GenerationInput,
     *,
@@ -109,7 +90,7 @@ def generation_request(
             request_id=name,
             prompt_ids=prompt_ids,
             max_new_tokens=message.max_new_tokens,
-            sampling=Sampling(**_set_fields(message.sampling)),
+            sampling=Sampling(**set_fields(message.sampling)),
             stop=tuple(message.stop),
             stop_token_ids=tuple(message.stop_token_ids),
             ignore_eos=message.ignore_eos,
@@ -145,7 +126,7 @@ def started_message(event: Started) -> pb.GenerationStarted:
 def finished_message(event: Finished) -> pb.GenerationFinished:
     """Write the last event."""
     return pb.GenerationFinished(
-        reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
+        reason=f"FINISH_REASON_{event.reason.name}",
         matched_stop=event.matched_stop,
         usage=pb.Usage(**event.usage.model_dump()),
         cache=pb.CacheStatistics(**event.cache.model_dump()),
@@ -199,7 +180,7 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
         name=table.name,
         sha256=table.sha256,
         dataset=table.calibration.dataset,
-        verdict=pb.TableVerdict.Value(f"TABLE_VERDICT_{table.evidence.verdict.upper()}"),
+        verdict=f"TABLE_VERDICT_{table.evidence.verdict.upper()}",
         created_at=created_at,
     )
 
@@ -213,27 +194,10 @@ def _effective_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
         random_seed=policy.random_seed,
     )
     if policy.method in PRESETS:
-        message.preset = _preset_value(policy.method)
+        message.preset = preset_value(policy.method)
     elif policy.method == "table":
         message.table.name = policy.table_name or ""
         message.table.sha256 = policy.table_sha256 or ""
     else:
         message.alpha = policy.alpha[0][0]
     return message
-
-
-def _set_fields(message: Message) -> dict[str, Any]:
-    # Fields with presence are listed once set, be it to 0; the others where they are not 0, and
-    # there the core's own default is 0 too.
-    return {field.name: value for field, value in message.ListFields()}
-
-
-def _preset_name(value: int, where: str) -> str:
-    names = {v: k.removeprefix(_PRESET_PREFIX).lower() for k, v in pb.CachePreset.items() if v}
-    if value not in names:
-        raise InvalidRequest([(where, f"{value}; accepted: {', '.join(names.values())}")])
-    return names[value]
-
-
-def _preset_value(name: str) -> pb.CachePreset:
-    return cast(pb.CachePreset, pb.CachePreset.Value(_PRESET_PREFIX + name.upper()))

@@ -71,4 +71,3 @@ class TableListing(Frozen):
 
     served: dict[str, str]
     refused: dict[str, str]
-

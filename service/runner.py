@@ -171,9 +171,7 @@ class EngineRunner:
             if engine.has_work:
                 self._dispatch(engine.step(), channels)
 
-    def _submit(
-        self, engine: EngineLike, command: _Submit, channels: dict[str, Channel]
-    ) -> None:
+    def _submit(self, engine: EngineLike, command: _Submit, channels: dict[str, Channel]) -> None:
         try:
             engine.submit(command.request)
         # Whatever a request makes of validation is that request's failure, not the server's.
@@ -214,9 +212,7 @@ def _put_all(batch: list[tuple[Channel, Event | Exception]]) -> None:
         channel.put_nowait(item)
 
 
-def _settle(
-    future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None
-) -> None:
+def _settle(future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None) -> None:
     if future.done():
         return
     if error is not None:

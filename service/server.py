@@ -116,14 +116,13 @@ class Server:
         await self._health.set_all(serving=True)
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more calls, let those inside finish within `grace_s` seconds, and stop."""
+        """Take no more calls, and let those inside finish within `grace_s` seconds."""
         self._gate.close("the server is shutting down")
         await self._health.drain()
         try:
             await asyncio.wait_for(self._gate.emptied(), grace_s)
         except TimeoutError:
             log.warning("%d calls did not finish within %g s", self._gate.inside, grace_s)
-        await self.stop()
 
     async def stop(self) -> None:
         """End every call with a status, then the server and the engine's thread.
@@ -139,7 +138,7 @@ class Server:
 
 
 async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
-    """Serve until told to stop; return the process's exit code.
+    """Serve until told to stop; return the process's exit code, not 0 if the engine died.
 
     `announce` is given lines for the user. Raises what starting raises. The first SIGTERM or
     SIGINT drains, the second ends the process at once.
@@ -150,36 +149,40 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
         port = await server.bind()
         address = options.model_copy(update={"port": port}).address
         announce(f"listening on {address}, loading {options.model}")
-        told = asyncio.create_task(stopping.wait())
-        warming = asyncio.create_task(server.warm())
-        await asyncio.wait({told, warming}, return_when=asyncio.FIRST_COMPLETED)
-        if warming.done():
-            try:
+        told: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
+        warming: asyncio.Future[Any] = asyncio.ensure_future(server.warm())
+        try:
+            if await _either(told, warming) is warming:
                 warming.result()
-            except BaseException:
-                told.cancel()
-                await server.stop()
-                raise
-            write_port(port)
-            announce(f"serving {options.model} on {address}")
-            await asyncio.wait({told, server.crashed}, return_when=asyncio.FIRST_COMPLETED)
-        else:
-            warming.cancel()
-        if server.crashed.done():
-            told.cancel()
+                write_port(port)
+                announce(f"serving {options.model} on {address}")
+                await _either(told, server.crashed)
+        except BaseException:
             await server.stop()
-            return 1
-        announce("stopping")
-        await server.drain(options.grace_s)
+            raise
+        finally:
+            told.cancel()
+            warming.cancel()
+        if not server.crashed.done():
+            announce("stopping")
+            await server.drain(options.grace_s)
+        await server.stop()
     if server.left_behind:
         # A thread inside native code would turn an ordinary exit of the interpreter into an abort.
         log.warning("the engine's thread is still busy and is left behind")
         logging.shutdown()
-        os._exit(0)
-    return 0
+        os._exit(int(server.crashed.done()))
+    return int(server.crashed.done())
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+async def _either(
+    first: "asyncio.Future[Any]", second: "asyncio.Future[Any]"
+) -> "asyncio.Future[Any]":
+    done, _ = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+    return done.pop()
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
     """The standard health service, with an end: at shutdown its open watches end too.
 
     Otherwise each would hold the server for the whole of its grace.

@@ -23,6 +23,7 @@ from service import conversions
 from service.gate import Gate
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
+from service.policies import policy_from_message, policy_to_message
 from service.runner import EngineRunner
 from service.status import to_wire
 from service.tables import TableStore
@@ -105,10 +106,12 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         """See the proto."""
-        async with _answering("StreamGenerate", self._backend, context) as call:
-            async with aclosing(self._events(request.input, call)) as events:
-                async for event in events:
-                    await context.write(conversions.stream_response(event, request.input.output))
+        async with (
+            _answering("StreamGenerate", self._backend, context) as call,
+            aclosing(self._events(request.input, call)) as events,
+        ):
+            async for event in events:
+                await context.write(conversions.stream_response(event, request.input.output))
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -116,18 +119,20 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.GenerateResponse()
         text: list[str] = []
-        async with _answering("Generate", self._backend, context) as call:
-            async with aclosing(self._events(request.input, call)) as events:
-                async for event in events:
-                    match event:
-                        case Started():
-                            response.started.CopyFrom(conversions.started_message(event))
-                        case Delta():
-                            text.append(event.text)
-                            if request.input.output.token_ids:
-                                response.token_ids.extend(event.token_ids)
-                        case Finished():
-                            response.finished.CopyFrom(conversions.finished_message(event))
+        async with (
+            _answering("Generate", self._backend, context) as call,
+            aclosing(self._events(request.input, call)) as events,
+        ):
+            async for event in events:
+                match event:
+                    case Started():
+                        response.started.CopyFrom(conversions.started_message(event))
+                    case Delta():
+                        text.append(event.text)
+                        if request.input.output.token_ids:
+                            response.token_ids.extend(event.token_ids)
+                    case Finished():
+                        response.finished.CopyFrom(conversions.finished_message(event))
             response.text = "".join(text)
         return response
 
@@ -145,7 +150,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def _read(self, message: pb.GenerationInput, name: str) -> GenerationRequest:
         core = self._backend.core
-        policy = conversions.cache_policy(message.cache_policy)
+        policy = policy_from_message(message.cache_policy, "input.cache_policy")
         method = policy if policy.names_method else core.config.default_policy
         table = core.tables.lookup(method.table) if method.table is not None else None
         prompt = conversions.prompt(message)
@@ -208,7 +213,7 @@ def describe(core: Core) -> pb.GetModelResponse:
         slots=core.config.slots,
         max_batch=core.config.max_batch,
         kv_slab_bytes=core.engine.kv_slab_bytes,
-        default_cache_policy=conversions.cache_policy_message(core.config.default_policy),
+        default_cache_policy=policy_to_message(core.config.default_policy),
         server_version=__version__,
     )
 
@@ -220,4 +225,3 @@ def _figures(event: Finished) -> str:
         f" evicted_tokens={event.cache.evicted_tokens} queue_s={event.timings.queue_s:.3f}"
         f" prefill_s={event.timings.prefill_s:.3f} decode_s={event.timings.decode_s:.3f}"
     )
-

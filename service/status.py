@@ -29,6 +29,9 @@ RETRY_AFTER_MS = 500
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """The trailer that gRPC clients with a retry policy obey by themselves."""
 
+DETAILS_KEY = "grpc-status-details-bin"
+"""The trailer that carries the google.rpc status."""
+
 CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -148,10 +151,10 @@ def from_wire(error: grpc.aio.AioRpcError, timeout_s: float | None = None) -> er
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> Any:
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            return status_pb2.Status.FromString(value)
-    return None
+    # The published stubs describe another kind of metadata than grpc.aio returns.
+    trailers: Any = error.trailing_metadata()
+    packed = trailers.get(DETAILS_KEY) if trailers is not None else None
+    return status_pb2.Status.FromString(packed) if packed is not None else None
 
 
 def _packed(message: Any) -> any_pb2.Any:

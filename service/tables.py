@@ -41,9 +41,9 @@ class TableStore:
                     raise TableInvalid(f"alpha table {path}: another file has the name {name!r}")
                 table.check_model(identity)
             except NotFound as error:
-                log.error("table=%s refused: %s", name, error)
+                log.warning("table=%s refused: %s", name, error)
             except TableError as error:
-                log.error("table=%s refused: file %s: %s", name, path, error)
+                log.warning("table=%s refused: file %s: %s", name, path, error)
                 # The server's paths are no client's business.
                 told = str(error).replace(f"alpha table {path}", f"alpha table {path.name}")
                 refused.setdefault(name, type(error)(told))

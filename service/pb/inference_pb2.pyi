@@ -25,7 +25,6 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_END_OF_SEQUENCE: _ClassVar[FinishReason]
-    FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
 
 class TableVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,7 +41,6 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_END_OF_SEQUENCE: FinishReason
-FINISH_REASON_CANCELLED: FinishReason
 TABLE_VERDICT_UNSPECIFIED: TableVerdict
 TABLE_VERDICT_BETTER: TableVerdict
 TABLE_VERDICT_NO_BETTER_THAN_UNIFORM: TableVerdict

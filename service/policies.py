@@ -1,0 +1,62 @@
+"""The cache policy on the wire, read and written by server and client alike.
+
+Owns the correspondence of the policy's fields and presets: a field is called the same here, in the
+core and in the alpha table, so this is a copy. Knows nothing of the rest of a request.
+"""
+
+from typing import Any, cast
+
+from google.protobuf.message import Message
+from pydantic import ValidationError
+
+from a2sf.policy import CachePolicy
+from service.pb import inference_pb2 as pb
+from service.status import InvalidRequest, from_validation
+
+_PREFIX = "CACHE_PRESET_"
+
+
+def policy_from_message(
+    message: pb.CachePolicy, where: str = "default_cache_policy"
+) -> CachePolicy:
+    """Read a cache policy; `where` is its own name in the request or answer.
+
+    Raises InvalidRequest with every field that is out of range.
+    """
+    values = set_fields(message)
+    if "preset" in values:
+        values["preset"] = preset_name(values["preset"], f"{where}.preset")
+    try:
+        return CachePolicy(**values)
+    except ValidationError as error:
+        raise from_validation(error, where) from None
+
+
+def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
+    """Write a cache policy."""
+    values = policy.model_dump(exclude_none=True)
+    if "preset" in values:
+        values["preset"] = preset_value(values["preset"])
+    return pb.CachePolicy(**values)
+
+
+def preset_name(value: int, where: str = "preset") -> str:
+    """Return the core's name of a preset. Raises InvalidRequest for a value that is none."""
+    names = {v: k.removeprefix(_PREFIX).lower() for k, v in pb.CachePreset.items() if v}
+    if value not in names:
+        raise InvalidRequest([(where, f"{value}; accepted: {', '.join(names.values())}")])
+    return names[value]
+
+
+def preset_value(name: str) -> pb.CachePreset:
+    """Return the wire's value of a preset."""
+    return cast(pb.CachePreset, pb.CachePreset.Value(_PREFIX + name.upper()))
+
+
+def set_fields(message: Message) -> dict[str, Any]:
+    """Return the fields of `message` that are set, by name.
+
+    Fields with presence count once set, be it to 0; the others where they are not 0, and wherever
+    this is used the core's own default is 0 then.
+    """
+    return {field.name: value for field, value in message.ListFields()}

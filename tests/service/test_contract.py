@@ -1,0 +1,66 @@
+"""The contract is lint-clean, its code is fresh, and no RPC or preset lacks its counterpart."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from a2sf.policy import PRESETS, CachePolicy
+from a2sf.requests import FinishReason, Sampling
+from scripts.generate_proto import generate
+from service.client import Client
+from service.pb import inference_pb2 as pb
+from service.server import SERVICES
+from service.servicers import InferenceServicer, ModelServicer
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICERS = {"InferenceService": InferenceServicer, "ModelService": ModelServicer}
+
+
+def test_the_contract_is_lint_clean_and_formatted() -> None:
+    buf = Path(sys.executable).parent / "buf"
+    subprocess.run([buf, "lint", "proto"], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([buf, "format", "--exit-code", "-d", "proto"], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_generated_code_is_what_the_contract_generates(tmp_path: Path) -> None:
+    generate(tmp_path)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "service" / "pb").iterdir()}
+    committed = {name: (ROOT / "service" / "pb" / name).read_text() for name in fresh}
+    assert set(fresh) >= {"inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py"}
+    assert fresh == committed
+
+
+def test_every_rpc_has_a_handler_of_its_own_and_a_client_method() -> None:
+    services = pb.DESCRIPTOR.services_by_name
+    assert set(services) == set(SERVICERS)
+    for name, service in services.items():
+        assert service.full_name in SERVICES
+        for method in service.methods:
+            assert method.name in vars(SERVICERS[name]), f"{name}.{method.name} has no handler"
+            snake = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
+            assert callable(getattr(Client, snake, None)), f"Client.{snake} is missing"
+
+
+def test_the_policy_s_fields_are_named_alike_on_the_wire_and_in_the_core() -> None:
+    assert {f.name for f in pb.CachePolicy.DESCRIPTOR.fields} == set(CachePolicy.model_fields)
+    assert {f.name for f in pb.Sampling.DESCRIPTOR.fields} == set(Sampling.model_fields)
+
+
+def test_every_preset_and_finish_reason_is_on_the_wire() -> None:
+    presets = {name.removeprefix("CACHE_PRESET_").lower() for name in pb.CachePreset.keys()}
+    assert presets - {"unspecified"} == set(PRESETS)
+    reasons = {name.removeprefix("FINISH_REASON_") for name in pb.FinishReason.keys()}
+    assert reasons - {"UNSPECIFIED"} == {reason.name for reason in FinishReason}
+
+
+def test_a_request_s_number_has_presence_unless_zero_is_its_default() -> None:
+    # The core's own default is zero for these, so that "not set" and 0 mean the same.
+    zero = {"top_k", "min_p"}
+    for message in (pb.CachePolicy, pb.Sampling):
+        for field in message.DESCRIPTOR.fields:
+            if field.type in (FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_DOUBLE):
+                assert field.has_presence != (field.name in zero), field.full_name
+    assert all(Sampling.model_fields[name].default == 0 for name in zero)

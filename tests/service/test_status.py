@@ -1,0 +1,106 @@
+"""Errors cross the wire and come back as themselves; what is not ours stays opaque."""
+
+import logging
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from pydantic import ValidationError
+
+from a2sf import errors
+from a2sf.policy import CachePolicy
+from service.status import (
+    CODES,
+    DETAILS_KEY,
+    PUSHBACK_KEY,
+    InvalidRequest,
+    RemoteError,
+    WireStatus,
+    from_validation,
+    from_wire,
+    to_wire,
+)
+
+
+def every_error() -> list[errors.A2SFError]:
+    def below(cls: type[errors.A2SFError]) -> list[type[errors.A2SFError]]:
+        return [cls, *(deeper for sub in cls.__subclasses__() for deeper in below(sub))]
+
+    ours = [cls for cls in below(errors.A2SFError) if cls.__module__ == "a2sf.errors"]
+    return [
+        cls("max_new_tokens", "0; accepted: 1 or more")
+        if issubclass(cls, errors.InvalidArgument)
+        else cls("in plain words")
+        for cls in ours
+        if cls is not errors.A2SFError
+    ]
+
+
+def over_the_wire(status: WireStatus) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        status.code,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(*status.trailers),
+        details=status.details,
+    )
+
+
+def details(status: WireStatus) -> status_pb2.Status:
+    return status_pb2.Status.FromString(dict(status.trailers)[DETAILS_KEY])
+
+
+@pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)
+def test_an_error_comes_back_as_the_class_and_words_it_was(error: errors.A2SFError) -> None:
+    back = from_wire(over_the_wire(to_wire(error, "r1")))
+    assert isinstance(back, type(error))
+    assert str(back) == str(error)
+    if isinstance(error, errors.InvalidArgument):
+        assert isinstance(back, errors.InvalidArgument)
+        assert (back.field, back.problem) == (error.field, error.problem)
+
+
+def test_every_class_of_the_tree_has_a_row() -> None:
+    assert {type(error) for error in every_error()} == set(CODES)
+
+
+def test_an_unknown_error_is_opaque_to_the_client_and_whole_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        status = to_wire(RuntimeError("secret of the house"), "r7")
+    assert status.code is grpc.StatusCode.INTERNAL
+    assert "r7" in status.details
+    assert "secret" not in status.details
+    assert b"secret" not in dict(status.trailers)[DETAILS_KEY]
+    assert "secret of the house" in caplog.text
+    assert "r7" in caplog.text
+    assert type(from_wire(over_the_wire(status))) is RemoteError
+
+
+def test_no_room_tells_when_to_come_back() -> None:
+    status = to_wire(errors.ResourceExhausted("full"), "r1")
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in details(status).details)
+    assert retry.retry_delay.ToMilliseconds() == int(dict(status.trailers)[PUSHBACK_KEY])
+
+
+def test_every_bad_field_is_told_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CachePolicy.model_validate({"alpha": 1.5, "budget": 0})
+    error = from_validation(caught.value, "input.cache_policy")
+    back = from_wire(over_the_wire(to_wire(error, "r1")))
+    assert isinstance(back, InvalidRequest)
+    assert {field for field, _ in back.violations} == {
+        "input.cache_policy.alpha",
+        "input.cache_policy.budget",
+    }
+
+
+def test_a_deadline_is_told_with_its_length() -> None:
+    late = over_the_wire(WireStatus(grpc.StatusCode.DEADLINE_EXCEEDED, "", ()))
+    assert "1.5 s" in str(from_wire(late, 1.5))
+
+
+def test_a_status_of_another_origin_is_read_by_its_code() -> None:
+    refused = over_the_wire(WireStatus(grpc.StatusCode.UNAVAILABLE, "no connection", ()))
+    assert isinstance(from_wire(refused), errors.Unavailable)
