@@ -48,7 +48,7 @@ class EngineConfig(Frozen):
     """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
     max_waiting: Count = 64
     """Requests that may wait for a row; one more is refused."""
-    default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=512))]
+    default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
     """What a request's cache policy leaves open."""
 
     @model_validator(mode="after")
@@ -321,11 +321,14 @@ class Engine:
             sequence.first_token_at = now
         sequence.generated.append(token)
         reason: FinishReason | None = None
+        text = ""
         if token in self.model.eos_token_ids and not request.ignore_eos:
-            text, reason = "", FinishReason.END_OF_SEQUENCE
+            reason = FinishReason.END_OF_SEQUENCE
+        elif token in request.stop_token_ids:
+            reason = FinishReason.STOP
         else:
             text = sequence.text.push(token)
-            if sequence.text.matched is not None or token in request.stop_token_ids:
+            if sequence.text.matched is not None:
                 reason = FinishReason.STOP
             elif len(sequence.generated) >= request.max_new_tokens:
                 reason = FinishReason.LENGTH

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -193,12 +193,10 @@ def load_model(
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,
     )
+    # A local model goes by its folder's name: the path to it is nobody else's business.
+    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
     identity = ModelIdentity(
-        id=id_or_path
-        if id_or_path == REFERENCE
-        else Path(id_or_path).name
-        if Path(id_or_path).is_dir()
-        else id_or_path,
+        id=directory.resolve().name if local else id_or_path,
         revision=revision,
         architecture=config.architectures[0],
         num_layers=shape.num_layers,
@@ -209,17 +207,24 @@ def load_model(
     stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
     chosen = stored if dtype == "auto" else _DTYPES[dtype]
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, loaded = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=chosen,
             attn_implementation=_ATTENTION_NAME,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
+    # transformers fills what is missing with random numbers and only warns.
+    if loaded["missing_keys"]:
+        raise NotFound(
+            f"model {id_or_path!r}: weights are missing: "
+            f"{', '.join(sorted(loaded['missing_keys']))}"
+        )
     if not tokenizer.is_fast:
         raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
     module = module.to(target).eval().requires_grad_(False)
@@ -254,11 +259,14 @@ def fingerprint(config: Any, shape: ModelShape, weights: Sequence[Path]) -> str:
     )
     found: dict[int, bytes] = {}
     for path in weights:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = re.search(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$", name)
-                if match:
-                    found[int(match[1])] = _first_bytes(file.get_slice(name))
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    match = re.search(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$", name)
+                    if match:
+                        found[int(match[1])] = _first_bytes(file.get_slice(name))
+        except SafetensorError as error:
+            raise NotFound(f"weights {path}: not whole ({_one_line(error)})") from error
     if sorted(found) != list(range(shape.num_layers)):
         raise Unsupported(f"k_proj weights found for layers {sorted(found)} of {shape.num_layers}")
     for layer in sorted(found):

@@ -42,7 +42,9 @@ class GenerationRequest(Frozen):
     max_new_tokens: Positive
     sampling: Sampling = Sampling()
     stop: Annotated[tuple[StopString, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
+    """Strings that end the completion and are left out of its text."""
     stop_token_ids: tuple[Count, ...] = ()
+    """Tokens that end the completion and are left out of its text."""
     ignore_eos: bool = False
     cache_policy: CachePolicy = CachePolicy()
     table: AlphaTable | None = None

@@ -1,8 +1,8 @@
 """A Llama that keeps every key and masks what the written definition has evicted.
 
 Owns an independent simulation of greedy decoding under a policy: its own forward pass from the
-checkpoint's tensors, full-length keys and scores, a mask of the living per layer and head. It shares
-no code with `a2sf`.
+checkpoint's tensors, full-length keys and scores, and a mask of the living by layer and head. It
+shares no code with `a2sf`.
 """
 
 import json

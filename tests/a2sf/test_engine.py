@@ -365,6 +365,8 @@ def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length
     stream = run(engine)["id"]
     assert finished(stream).reason is FinishReason.STOP
     assert tokens(stream) == ids[: ids.index(ids[4]) + 1]
+    sent = "".join(event.text for event in stream if isinstance(event, Delta))
+    assert sent == tiny_model.tokenizer.decode(ids[: ids.index(ids[4])])
 
     stop = text[5:8]
     engine.submit(

@@ -1,0 +1,112 @@
+"""The whole road, on real data, through every front door: fit, serve, ask, stop."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from a2sf.policy import CachePolicy
+from a2sf.requests import Sampling
+from a2sf.schema import load_table
+from service.client import Client
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@contextmanager
+def serving(work: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A real server on a port of its own choice, stopped by SIGTERM."""
+    port_file = work / "port"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "service", "--port", "0", "--port-file", port_file, *flags], cwd=ROOT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not port_file.exists():
+            assert server.poll() is None, "the server ended before it served"
+            assert time.monotonic() < deadline, "the server was not ready in time"
+            time.sleep(0.05)
+        yield server, f"127.0.0.1:{port_file.read_text().strip()}"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_table_fitted_on_mathqa_is_served_and_asked_for_by_name(
+    tmp_path: Path, data_dir: Path
+) -> None:
+    out = tmp_path / "tables" / "T.json"
+    out.parent.mkdir()
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "tuner", "--dataset", "mathqa", "--data-dir", data_dir),
+            *("--trials", "2", "--examples", "4", "--out", out),
+        ],
+        cwd=ROOT,
+        check=True,
+        timeout=400,
+    )
+    table = load_table(out)
+    assert table.evidence.verdict in ("better", "no_better_than_uniform")
+    with serving(tmp_path, "--model", "reference", "--tables", str(out.parent)) as (_, target):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "service.client", "Question: what is 3 + 4 ?"),
+                *("--target", target, "--table", table.name, "--budget", "32"),
+                *("--max-new-tokens", "60", "--ignore-eos", "--temperature", "0"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    figures = done.stdout.splitlines()[-1]
+    assert re.search(r"60 tokens .*kept 32 of \d+ tokens, evicted \d+; KV .* full cache", figures)
+
+
+def test_memory_is_flat_from_request_to_request(tmp_path: Path) -> None:
+    async def ask(target: str, count: int) -> None:
+        async with Client(target) as client:
+            for index in range(count):
+                done = await client.generate(
+                    f"Request number {index}. " * (1 + index % 7),
+                    max_new_tokens=40,
+                    sampling=Sampling(temperature=1.0, seed=index),
+                    cache_policy=CachePolicy(preset="h2o", budget=32),
+                    ignore_eos=True,
+                )
+                assert done.finished.cache.evicted_tokens > 0
+
+    with serving(tmp_path, "--model", "reference") as (server, target):
+        asyncio.run(ask(target, 10))
+        after_10 = psutil.Process(server.pid).memory_info().rss
+        asyncio.run(ask(target, 40))
+        after_50 = psutil.Process(server.pid).memory_info().rss
+    assert after_50 - after_10 < 20 * 2**20
+
+
+def test_the_demo_streams_and_ends_well() -> None:
+    done = subprocess.run(
+        [ROOT / "scripts" / "demo.sh"],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"evicted [1-9]\d*; KV .* full cache", done.stdout)
+    assert "stopped cleanly" in done.stdout
