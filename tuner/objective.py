@@ -1,0 +1,136 @@
+"""What eviction costs a model's own predictions, on a fixed list of examples.
+
+Owns the figure: mean KL(full cache || evicted cache) of the next-token distribution in nats at
+temperature 1, over the counted positions within an example, with the negative log-likelihood of the
+true token beside it. Values stay apart by example, because paired statistics need them. Knows
+nothing of searching; the block law itself is `a2sf.teacher`'s.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, log_softmax
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+
+from a2sf import teacher
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.schema import TablePolicy
+from a2sf.teacher import Example
+
+DESCRIPTION = (
+    "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
+)
+
+ROWS_PER_PASS = 32
+"""Examples run along together. Most of a pass is fixed cost until about here (measured on two
+cores with the packaged model), so several candidates share a pass where each needs few."""
+
+Candidate = TablePolicy | CachePolicy
+"""What can be compared: a table with its budget and protection, or a preset."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one candidate cost, by example."""
+
+    kl: NDArray[np.float64]
+    """[examples] nats."""
+    nll: NDArray[np.float64]
+    """[examples] nats a token, of the true next token."""
+
+    @property
+    def mean(self) -> float:
+        """Mean KL over examples, in nats."""
+        return float(self.kl.mean())
+
+
+class Objective:
+    """Costs of candidates on `examples`; the full cache is run once and kept.
+
+    Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions.
+    """
+
+    def __init__(self, model: LoadedModel, examples: Sequence[Example], *, label: str) -> None:
+        self.model = model
+        self.examples = examples
+        self._full: list[Tensor] = []
+        starts = range(0, len(examples), ROWS_PER_PASS)
+        for first in tqdm(starts, desc=f"full cache, {label}", unit="pass", leave=False):
+            part = examples[first : first + ROWS_PER_PASS]
+            self._full += [log_softmax(x, dim=-1) for x in teacher.logits(model, part, None)]
+        self.full_nll = np.array(
+            [_nll(example, log_p) for example, log_p in zip(examples, self._full, strict=True)]
+        )
+        """[examples] nats a token with the full cache."""
+
+    def costs(
+        self, candidates: Sequence[Candidate], examples: range | None = None
+    ) -> Iterator[Cost]:
+        """Yield each candidate's cost on the examples of the range (None: all), in order.
+
+        Candidates that need few rows share passes; a generator, so that a long list can be shown
+        and stored as it goes.
+        """
+        chosen = range(len(self.examples)) if examples is None else examples
+        at_once = max(1, ROWS_PER_PASS // len(chosen))
+        for first in range(0, len(candidates), at_once):
+            group = candidates[first : first + at_once]
+            rows = [(candidate, index) for candidate in group for index in chosen]
+            values = []
+            for start in range(0, len(rows), ROWS_PER_PASS):
+                values += self._pass(rows[start : start + ROWS_PER_PASS])
+            for number in range(len(group)):
+                kl, nll = zip(
+                    *values[number * len(chosen) : (number + 1) * len(chosen)], strict=True
+                )
+                yield Cost(kl=np.array(kl), nll=np.array(nll))
+
+    def cost(self, candidate: Candidate, examples: range | None = None) -> Cost:
+        """Return one candidate's cost on the examples of the range (None: all)."""
+        return next(self.costs([candidate], examples))
+
+    def _pass(self, rows: Sequence[tuple[Candidate, int]]) -> list[tuple[float, float]]:
+        examples = [self.examples[index] for _, index in rows]
+        policies = [
+            effective(candidate, self.model, len(example.token_ids))
+            for (candidate, _), example in zip(rows, examples, strict=True)
+        ]
+        results = []
+        predicted = teacher.logits(self.model, examples, policies)
+        for (_, index), example, logits in zip(rows, examples, predicted, strict=True):
+            log_q = log_softmax(logits, dim=-1)
+            terms = kl_div(log_q, self._full[index], reduction="none", log_target=True)
+            kl = float(terms.double().sum(dim=-1).mean())
+            results.append((kl, _nll(example, log_q)))
+        return results
+
+
+def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
+    """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses."""
+    wish = candidate
+    if isinstance(candidate, TablePolicy):
+        wish = CachePolicy(alpha=0.0, **candidate.model_dump(exclude={"alpha"}))
+    assert isinstance(wish, CachePolicy)
+    resolved = resolve(
+        wish,
+        table=None,
+        server=CachePolicy(),
+        length=length,
+        # A fixed budget may be larger than a short example.
+        slots=max(length, wish.budget or 0),
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+    )
+    if isinstance(candidate, TablePolicy):
+        return resolved.model_copy(update={"alpha": candidate.alpha, "method": "table"})
+    return resolved
+
+
+def _nll(example: Example, log_probabilities: Tensor) -> float:
+    targets = [example.token_ids[position + 1] for position in example.counted]
+    picked = log_probabilities[range(len(targets)), targets]
+    return -float(picked.double().mean())

@@ -1,0 +1,171 @@
+"""What a person reads about a table: the figures with their intervals, the verdict, the heat map.
+
+Owns the wording and the colours. Everything shown is read from the table, so that a file shown
+later says what the fit said, save for the likelihoods, which only the fit knows.
+"""
+
+import math
+from pathlib import Path
+
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from a2sf.schema import AlphaTable, Estimate, TablePolicy
+from tuner.fit import Outcome
+from tuner.search import LOG_TAU_MAX, log_tau_of
+
+
+def summarise(console: Console, outcome: Outcome, out: Path, study_kept: str) -> None:
+    """Print the outcome of a fit."""
+    table = outcome.table
+    _line(console, f"{policy_line(table.policy)}; fitted on {calibration_line(table)}")
+    _figures(console, table)
+    nll = [("full cache", outcome.full_nll), *((k, outcome.nll[k]) for k in ("table", "uniform"))]
+    _line(
+        console,
+        "NLL, nats a token: " + ", ".join(f"{name} {_figure(value)}" for name, value in nll),
+    )
+    _line(console, "")
+    _line(console, verdict_line(table, outcome.uniform.alpha))
+    _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
+    _line(
+        console,
+        f"Wrote {out}. Serve it: python -m service --model {table.model.id} "
+        f"--tables {out.parent} --default-table {table.name}",
+    )
+
+
+def show(console: Console, table: AlphaTable) -> None:
+    """Print all that a table's file says."""
+    model = table.model
+    _line(console, f"{table.name}  (schema {table.schema_version}, sha256 {table.sha256[:16]}...)")
+    revision = f" at {model.revision}" if model.revision else ""
+    _line(
+        console,
+        f"model        {model.id}{revision}: {model.architecture}, {model.num_layers} layers, "
+        f"{model.num_kv_heads} KV heads of {model.num_attention_heads}, fingerprint "
+        f"{model.fingerprint[:12]}...",
+    )
+    _line(console, f"policy       {policy_line(table.policy)}")
+    _line(
+        console,
+        f"calibration  {calibration_line(table)}, data {table.calibration.data_sha256[:12]}...",
+    )
+    search = table.search
+    _line(
+        console,
+        f"search       {search.trials} tables by {search.sampler}, study {search.study!r} "
+        f"({search.storage}), {search.wall_seconds:.0f} s of measuring",
+    )
+    _line(console, f"made         {table.created_at.isoformat()} by version {table.tool_version}")
+    _line(console, "")
+    _figures(console, table)
+    _line(console, verdict_line(table))
+    _line(console, "")
+    heat_map(console, table.policy)
+
+
+def policy_line(policy: TablePolicy) -> str:
+    """Everything in a policy but its alphas."""
+    budget = (
+        f"budget {policy.budget} tokens"
+        if policy.budget is not None
+        else f"budget {policy.budget_ratio:g} of the length"
+    )
+    recent = (
+        f"recent {policy.recent} tokens"
+        if policy.recent is not None
+        else f"recent {policy.recent_share:g} of the rest"
+    )
+    chunk = policy.prefill_chunk
+    prefill = f"prefill in blocks of {chunk}" if chunk else "exact prefill"
+    return f"{budget}, sinks {policy.sinks}, {recent}, {prefill}"
+
+
+def calibration_line(table: AlphaTable) -> str:
+    """What the alphas were fitted on."""
+    data = table.calibration
+    return (
+        f"{data.examples} examples of {data.dataset} ({data.split}), {data.tokens} tokens, "
+        f"seed {data.seed}"
+    )
+
+
+def verdict_line(table: AlphaTable, uniform_alpha: float | None = None) -> str:
+    """The verdict in one sentence, with the interval that decides it."""
+    evidence = table.evidence
+    gap = evidence.paired["uniform"]
+    share = 100 * gap.mean / evidence.baselines["uniform"].mean if gap.mean else 0.0
+    interval = f"table minus uniform {_figure(gap, sign=True)} nats, {share:+.0f} %"
+    named = "the best uniform alpha" + (
+        f" ({uniform_alpha:g})" if uniform_alpha is not None else ""
+    )
+    if evidence.verdict == "better":
+        return f"Better: on held-out examples the table costs less than {named}: {interval}."
+    carried = (
+        "that uniform alpha" if is_uniform(table.policy) else "the table all the same, as asked"
+    )
+    return (
+        f"No better than uniform: held-out examples do not show the table below {named}: "
+        f"{interval}. The file carries {carried}."
+    )
+
+
+def is_uniform(policy: TablePolicy) -> bool:
+    """Whether all layers and heads share one alpha."""
+    return len({alpha for row in policy.alpha for alpha in row}) == 1
+
+
+def heat_map(console: Console, policy: TablePolicy) -> None:
+    """Print alpha and half-life in tokens by layer and head; coloured on a terminal."""
+    _line(console, "alpha by layer and KV head, with the half-life of a score in tokens below it")
+    heads = len(policy.alpha[0])
+    _line(console, "layer " + "".join(f"{f'head {head}':>9}" for head in range(heads)))
+    for layer, row in enumerate(policy.alpha):
+        upper, lower = Text(f"{layer:>5} "), Text(" " * 6)
+        for alpha in row:
+            upper.append(f"{alpha:>8.4g} ", _style(alpha))
+            lower.append(f"{half_life(alpha):>8} ", _style(alpha))
+        console.print(upper, soft_wrap=True)
+        console.print(lower, soft_wrap=True)
+
+
+def half_life(alpha: float) -> str:
+    """Tokens until a score has halved: 0 where only the last query counts, inf where none fades."""
+    if alpha in (0.0, 1.0):
+        return "0" if alpha == 0.0 else "inf"
+    return f"{-math.log(2) / math.log(alpha):.3g}"
+
+
+def _figures(console: Console, table: AlphaTable) -> None:
+    evidence = table.evidence
+    _line(
+        console,
+        f"{evidence.examples} held-out examples of {evidence.dataset} ({evidence.split}): "
+        f"{evidence.objective}; {evidence.confidence:.0%} intervals",
+    )
+    _line(console, f"  {'':<14}{'cost':<28}fitted table minus this, paired")
+    _line(console, f"  {'fitted table':<14}{_figure(evidence.table)}")
+    for name, value in evidence.baselines.items():
+        gap = _figure(evidence.paired[name], sign=True)
+        _line(console, f"  {name:<14}{_figure(value):<28}{gap}")
+
+
+def _figure(value: Estimate, *, sign: bool = False) -> str:
+    form = "+.4f" if sign else ".4f"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _style(alpha: float) -> Style:
+    """From dark blue (forgets at once) to light yellow (remembers), on the scale of log tau."""
+    share = log_tau_of(alpha) / LOG_TAU_MAX
+    dark, light = (20, 30, 90), (250, 230, 120)
+    red, green, blue = (low + share * (high - low) for low, high in zip(dark, light, strict=True))
+    ink = "black" if share > 0.5 else "white"
+    return Style(color=ink, bgcolor=Color.from_rgb(red, green, blue))
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
