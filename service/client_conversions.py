@@ -130,7 +130,7 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
         request_id=message.request_id,
         prompt_tokens=message.prompt_tokens,
         seed=message.seed,
-        method=preset_name(policy.preset) if kind == "preset" else kind or "",
+        method=_method(policy),
         alpha=policy.alpha if kind == "alpha" else None,
         table_name=policy.table.name if kind == "table" else None,
         table_sha256=policy.table.sha256 if kind == "table" else None,
@@ -140,6 +140,16 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed if policy.HasField("random_seed") else None,
     )
+
+
+def _method(policy: pb.EffectiveCachePolicy) -> str:
+    match policy.WhichOneof("method"):
+        case "preset":
+            return preset_name(policy.preset)
+        case "table":
+            return "table"
+        case _:
+            return "a2sf"
 
 
 def _finished(message: pb.GenerationFinished, request_id: str) -> Finished:

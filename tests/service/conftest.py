@@ -18,6 +18,18 @@ from service.servicers import Core
 from tests.tiny import save_tiny_llama
 
 START_TIMEOUT_S = 60.0
+WAIT_S = 30.0
+
+ENDLESS: dict[str, Any] = {"max_new_tokens": 900_000, "ignore_eos": True}
+"""A completion that outlasts every test on the long model."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Look again until `condition` holds."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
 
 StartServer = Callable[..., Awaitable[tuple[Server, Client, str]]]
 StartProcess = Callable[..., "ServerProcess"]

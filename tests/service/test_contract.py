@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
@@ -17,6 +18,10 @@ from service.servicers import InferenceServicer, ModelServicer
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICERS = {"InferenceService": InferenceServicer, "ModelService": ModelServicer}
+
+
+def values(enum: Any) -> set[str]:
+    return set(enum.DESCRIPTOR.values_by_name)
 
 
 def test_the_contract_is_lint_clean_and_formatted() -> None:
@@ -50,9 +55,9 @@ def test_the_policy_s_fields_are_named_alike_on_the_wire_and_in_the_core() -> No
 
 
 def test_every_preset_and_finish_reason_is_on_the_wire() -> None:
-    presets = {name.removeprefix("CACHE_PRESET_").lower() for name in pb.CachePreset.keys()}
+    presets = {name.removeprefix("CACHE_PRESET_").lower() for name in values(pb.CachePreset)}
     assert presets - {"unspecified"} == set(PRESETS)
-    reasons = {name.removeprefix("FINISH_REASON_") for name in pb.FinishReason.keys()}
+    reasons = {name.removeprefix("FINISH_REASON_") for name in values(pb.FinishReason)}
     assert reasons - {"UNSPECIFIED"} == {reason.name for reason in FinishReason}
 
 

@@ -1,0 +1,179 @@
+"""The server's life in this process: health, reflection, draining, and the engine's death."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from a2sf.engine import Engine
+from a2sf.errors import InvalidArgument, Unavailable
+from a2sf.requests import Event, Finished
+from service.client import Client
+from service.options import ServerOptions, load_core
+from service.server import SERVICES, Server
+from service.servicers import Core
+from service.status import RemoteError
+from tests.service.conftest import ENDLESS, WAIT_S, StartServer
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def check(address: str, service: str = "") -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S)
+        return int(answer.status)
+
+
+async def test_health_says_not_serving_until_warm_and_calls_are_unavailable(
+    long_model_dir: Path,
+) -> None:
+    loading, go_on = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def load(options: ServerOptions) -> Core:
+        loop.call_soon_threadsafe(loading.set)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(WAIT_S)
+        return load_core(options)
+
+    options = ServerOptions(model=str(long_model_dir), port=0, device="cpu")
+    server = Server(options, load)
+    address = f"127.0.0.1:{await server.bind()}"
+    warming = asyncio.create_task(server.warm())
+    await asyncio.wait_for(loading.wait(), WAIT_S)
+    async with Client(address) as client:
+        assert {await check(address, name) for name in ("", *SERVICES)} == {NOT_SERVING}
+        with pytest.raises(Unavailable, match="starting"):
+            await client.generate("x", max_new_tokens=1)
+        with pytest.raises(Unavailable, match="starting"):
+            await client.get_model()
+        go_on.set()
+        await asyncio.wait_for(warming, WAIT_S)
+        assert {await check(address, name) for name in ("", *SERVICES)} == {SERVING}
+        await client.generate("x", max_new_tokens=1)
+    await asyncio.wait_for(server.stop(), WAIT_S)
+
+
+async def test_reflection_lists_the_services(start_server: StartServer) -> None:
+    _, _, address = await start_server()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(timeout=WAIT_S)
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        answer = await call.read()
+        call.cancel()
+    names = {service.name for service in answer.list_services_response.service}
+    assert names >= {*SERVICES, "grpc.health.v1.Health"}
+
+
+async def test_the_model_is_described(start_server: StartServer) -> None:
+    server, client, _ = await start_server()
+    described = await client.get_model()
+    core = server.core
+    assert described.model == core.model.identity
+    assert described.max_context == core.model.shape.max_context
+    assert (described.slots, described.max_batch) == (64, 2)
+    assert described.kv_slab_bytes == core.engine.kv_slab_bytes > 0
+    assert described.default_cache_policy == core.config.default_policy
+    assert (described.dtype, described.device) == ("float32", "cpu")
+
+
+async def test_draining_refuses_new_calls_and_lets_running_ones_finish(
+    start_server: StartServer,
+) -> None:
+    server, client, address = await start_server()
+    stream = client.stream_generate("x", max_new_tokens=400, ignore_eos=True)
+    async with asyncio.timeout(WAIT_S), aclosing(stream) as events:
+        await anext(events)
+        draining = asyncio.create_task(server.drain(WAIT_S))
+        while await check(address) != NOT_SERVING:
+            pass
+        with pytest.raises(Unavailable, match="shutting down"):
+            await client.generate("y", max_new_tokens=1)
+        last = [event async for event in events][-1]
+        assert isinstance(last, Finished)
+        assert last.usage.completion_tokens == 400
+        await draining
+
+
+async def test_what_does_not_finish_within_the_grace_ends_as_unavailable(
+    start_server: StartServer,
+) -> None:
+    server, client, _ = await start_server()
+    async with asyncio.timeout(WAIT_S), aclosing(client.stream_generate("x", **ENDLESS)) as events:
+        await anext(events)
+        await server.drain(0.1)
+        stopping = asyncio.create_task(server.stop())
+        with pytest.raises(Unavailable, match="shutting down"):
+            async for _ in events:
+                pass
+        await stopping
+
+
+async def test_an_open_health_watch_is_told_and_does_not_hold_the_shutdown(
+    start_server: StartServer,
+) -> None:
+    server, _, address = await start_server()
+    async with asyncio.timeout(WAIT_S), grpc.aio.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await server.drain(WAIT_S)
+        await server.stop()
+        assert loop.time() - started < 1.5
+        assert (await watch.read()).status == NOT_SERVING
+
+
+async def test_the_engine_s_death_fails_calls_opaquely_and_is_told(
+    start_server: StartServer,
+) -> None:
+    broken = asyncio.Event()
+
+    class FragileEngine(Engine):
+        def step(self) -> list[Event]:
+            if broken.is_set():
+                raise RuntimeError("a secret of the house")
+            return super().step()
+
+    def load(options: ServerOptions) -> Core:
+        core = load_core(options)
+        return Core(core.model, FragileEngine(core.model, core.config), core.config, core.tables)
+
+    server, client, _ = await start_server(load)
+    stream = client.stream_generate("x", request_id="r-9", **ENDLESS)
+    async with asyncio.timeout(WAIT_S), aclosing(stream) as events:
+        await anext(events)
+        broken.set()
+        with pytest.raises(RemoteError, match=r"INTERNAL.*r-9") as caught:
+            async for _ in events:
+                pass
+        assert "secret" not in str(caught.value)
+        assert isinstance(await server.crashed, RuntimeError)
+        with pytest.raises(RemoteError, match="INTERNAL"):
+            await client.generate("y", max_new_tokens=1)
+
+
+async def test_a_second_server_cannot_take_the_same_port(start_server: StartServer) -> None:
+    _, _, address = await start_server()
+    second = Server(ServerOptions(port=int(address.rsplit(":", 1)[1])))
+    with pytest.raises(InvalidArgument, match="in use"):
+        await second.bind()
+    await second.stop()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.invalid"])
+def test_plain_text_stays_on_this_machine_unless_told_otherwise(host: str) -> None:
+    with pytest.raises(InvalidArgument, match="--insecure-bind"):
+        _ = ServerOptions(host=host).address
+    assert ServerOptions(host=host, insecure_bind=True).address.endswith(":50051")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_leave(host: str) -> None:
+    assert ServerOptions(host=host).address.endswith(":50051")
