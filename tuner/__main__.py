@@ -23,6 +23,7 @@ COMMANDS = ("fit", "tables")
 app = typer.Typer(
     help="Fit a table of forgetting factors to a model and a dataset, and prove it.",
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 tables = typer.Typer(help="Look at tables.", no_args_is_help=True)
@@ -109,29 +110,33 @@ def fit(
     from tuner.fit import fit as run
     from tuner.report import summarise
 
-    outcome = run(
-        Settings(
-            dataset=dataset,
-            out=out,
-            name=name,
-            study=study or name,
-            model=model,
-            revision=revision,
-            budget=budget,
-            budget_ratio=ratio,
-            prefill_chunk=prefill_chunk,
-            data_dir=data_dir,
-            trials=trials,
-            examples=examples,
-            holdout=holdout,
-            length=length,
-            seed=seed,
-            storage=storage,
-            device=device,
-            dtype=dtype,
-            keep_table=keep_table,
+    try:
+        outcome = run(
+            Settings(
+                dataset=dataset,
+                out=out,
+                name=name,
+                study=study or name,
+                model=model,
+                revision=revision,
+                budget=budget,
+                budget_ratio=ratio,
+                prefill_chunk=prefill_chunk,
+                data_dir=data_dir,
+                trials=trials,
+                examples=examples,
+                holdout=holdout,
+                length=length,
+                seed=seed,
+                storage=storage,
+                device=device,
+                dtype=dtype,
+                keep_table=keep_table,
+            )
         )
-    )
+    except KeyboardInterrupt:
+        print("interrupted; the study is kept: run the same command to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
     save_table(outcome.table, out)
     where = "in the given storage" if storage else f"in {out.with_suffix('.journal')}"
     summarise(Console(), outcome, out, f"{study or name!r} {where}")

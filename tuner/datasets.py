@@ -21,6 +21,8 @@ from tuner import generated
 
 DATA_DIR_VARIABLE = "A2SF_DATA_DIR"
 
+SPLITS = ("calibration", "validation")
+
 FILE_SUFFIXES = (".jsonl", ".txt")
 """How `calibration` and `validation` may be stored: rows, or plain UTF-8 text."""
 
@@ -146,42 +148,33 @@ def _advice(name: str, known: Published | None, data_dir: Path | None, looked: l
 
 def _folder(name: str, folder: Path) -> Dataset:
     files = {}
-    for split in ("calibration", "validation"):
+    for split in SPLITS:
         found = [folder / (split + suffix) for suffix in FILE_SUFFIXES]
         files[split] = next((path for path in found if path.is_file()), None)
         if files[split] is None:
             raise NotFound(
                 f"dataset {name!r}: {folder} holds neither {found[0].name} nor {found[1].name}; "
-                "put one there, or give a single file as --dataset"
+                "other files are not read; put one there, with rows such as "
+                f"{ROW_FORMS}, or give a single file as --dataset"
             )
     return _dataset(name, files["calibration"], files["validation"])
 
 
 def _hub(repository: str, looked: list[str]) -> Dataset:
-    files = {}
-    for split in ("calibration", "validation"):
-        for suffix in FILE_SUFFIXES:
-            try:
-                local = huggingface_hub.hf_hub_download(
-                    repository, split + suffix, repo_type="dataset"
-                )
-            except huggingface_hub.errors.EntryNotFoundError:
-                continue
-            except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise NotFound(
-                    f"dataset {repository!r} not found: looked for {' and '.join(looked)}, and "
-                    f"for {split + suffix} in that dataset repository on the hub: {reason}"
-                ) from error
-            files[split] = Path(local)
-            break
-        else:
-            raise NotFound(
-                f"dataset {repository!r}: that repository on the hub holds neither {split}.jsonl "
-                f"nor {split}.txt, and other files are not read; download and convert it, one of "
-                f"{ROW_FORMS} a line, then give --data-dir"
-            )
-    return _dataset(repository, files["calibration"], files["validation"])
+    """Read a dataset repository that holds the same files as a folder would."""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            repo_type="dataset",
+            allow_patterns=[split + suffix for split in SPLITS for suffix in FILE_SUFFIXES],
+        )
+    except (huggingface_hub.errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFound(
+            f"dataset {repository!r} not found: looked for {' and '.join(looked)}, and for that "
+            f"dataset repository on the Hugging Face hub: {reason}"
+        ) from error
+    return _folder(repository, Path(folder))
 
 
 def _dataset(name: str, calibration: Path | None, validation: Path | None) -> Dataset:

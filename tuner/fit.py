@@ -72,7 +72,7 @@ class Outcome:
 
 def fit(settings: Settings) -> Outcome:
     """Search, prove and seal. Raises A2SFError for whatever the user can mend."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     dataset = datasets.load(settings.dataset, datasets.data_directory(settings.data_dir))
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
@@ -93,15 +93,17 @@ def fit(settings: Settings) -> Outcome:
         settings.study,
         frame,
         {
-            "edition": EDITION,
             "model": model.identity.fingerprint,
             "dtype": str(model.dtype),
-            "dataset": dataset.name,
-            "data_sha256": data_sha256,
             "budget": settings.budget,
             "budget_ratio": settings.budget_ratio,
             "prefill_chunk": settings.prefill_chunk,
             "seed": settings.seed,
+            "dataset": dataset.name,
+            "examples": len(calibration),
+            "length": settings.length,
+            "data_sha256": data_sha256,
+            "edition": EDITION,
         },
     )
     uniform = _search(study, Objective(model, calibration, label="calibration"), settings.trials)

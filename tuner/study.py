@@ -93,7 +93,7 @@ class Fit:
             sampler=sampler,
             pruner=_pruner(),
         )
-        for study in (self._uniform, self._tables):
+        for study in (self._tables, self._uniform):
             _claim(study, definition)
 
     # Stage one -------------------------------------------------------------------------------
