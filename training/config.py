@@ -39,6 +39,7 @@ class Stage:
     mixture: dict[str, float]
     advance_at: float = 0.85
     max_tokens: int = 6_000_000
+    batch_tokens: int = 4096
     context_weight: float = 0.0
 
 
@@ -48,8 +49,7 @@ class Recipe:
 
     stages: tuple[Stage, ...]
     shape: Shape = field(default_factory=Shape)
-    batch_tokens: int = 4096
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.007
     vector_lr: float = 0.003
     warmup_steps: int = 50
     decay_share: float = 0.3
@@ -57,29 +57,36 @@ class Recipe:
 
 
 TEXT = {
-    "stories": 0.08,
+    "stories": 0.09,
     "wikipedia": 0.05,
-    "shakespeare": 0.01,
+    "shakespeare": 0.02,
     "wikitext2": 0.03,
-    "mathqa": 0.10,
-    "gsm8k": 0.08,
-    "openbookqa": 0.03,
+    "mathqa": 0.15,
+    "gsm8k": 0.12,
+    "openbookqa": 0.04,
     "winogrande": 0.02,
     "piqa": 0.02,
     "copa": 0.01,
-    "arc_easy": 0.03,
-    "arc_challenge": 0.02,
+    "arc_easy": 0.04,
+    "arc_challenge": 0.03,
 }
 
 FIRST_EDITION = Recipe(
     stages=(
-        Stage("bare-24", 64, (14, 30), {"recall/list": 0.7, "copy": 0.3}),
-        Stage("bare-64", 64, (20, 64), {"recall/list": 0.6, "copy": 0.2, "recall/sentence": 0.2}),
+        Stage("bare-24", 64, (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=2048),
+        Stage(
+            "bare-64",
+            64,
+            (20, 64),
+            {"recall/list": 0.6, "copy": 0.2, "recall/sentence": 0.2},
+            batch_tokens=2048,
+        ),
         Stage(
             "bare-128",
             128,
             (32, 128),
-            {"recall/list": 0.4, "copy": 0.1, "recall/sentence": 0.4, "recall/pair": 0.1},
+            {"recall/list": 0.2, "copy": 0.1, "recall/sentence": 0.2, "recall/pair": 0.5},
+            batch_tokens=2048,
         ),
         Stage(
             "sentences-256",
@@ -94,17 +101,31 @@ FIRST_EDITION = Recipe(
             },
         ),
         Stage(
-            "all-256",
-            256,
-            (64, 256),
+            "sentences-512",
+            512,
+            (64, 512),
             {
-                "recall/list": 0.04,
-                "copy": 0.04,
-                "recall/sentence": 0.07,
-                "recall/pair": 0.1,
-                "recall/story": 0.1,
-                "state": 0.08,
-                "arith": 0.07,
+                "recall/list": 0.1,
+                "copy": 0.05,
+                "recall/sentence": 0.25,
+                "recall/pair": 0.3,
+                "recall/story": 0.2,
+                "state": 0.1,
+            },
+            max_tokens=1_500_000,
+        ),
+        Stage(
+            "all-512",
+            512,
+            (64, 512),
+            {
+                "recall/list": 0.03,
+                "copy": 0.03,
+                "recall/sentence": 0.05,
+                "recall/pair": 0.08,
+                "recall/story": 0.07,
+                "state": 0.06,
+                "arith": 0.06,
                 **TEXT,
             },
             context_weight=0.1,
@@ -121,8 +142,7 @@ TINY = Recipe(
         head_dim=8,
         intermediate_size=64,
     ),
-    stages=(Stage("tiny", 32, (14, 30), {"recall/list": 0.7, "copy": 0.3}),),
-    batch_tokens=256,
+    stages=(Stage("tiny", 32, (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=256),),
     warmup_steps=5,
 )
 """For tests: learns the form of the answers within a hundred steps."""

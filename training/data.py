@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from training.config import Stage
 from training.corpus import documents
+from training.model import BOS_ID, EOS_ID
 from tuner.generated import (
     Episode,
     RecallForm,
@@ -23,9 +24,6 @@ from tuner.generated import (
     recall_episode,
     state_episode,
 )
-
-BOS_ID = 0
-EOS_ID = 1
 
 # Tokens of one stated fact and of one question with its answer.
 COSTS: dict[str, tuple[float, float]] = {
@@ -92,12 +90,12 @@ class Mixture:
                 encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
                 self._texts[name] = [encoding.ids for encoding in encoded]
 
-    def batch(self, stage: Stage, step: int, batch_tokens: int) -> Batch:
-        """The batch of this step: ``batch_tokens // stage.length`` rows."""
+    def batch(self, stage: Stage, step: int) -> Batch:
+        """The batch of this step: ``stage.batch_tokens // stage.length`` rows."""
         rng = Random(f"{self._seed}:{step}")
         names = list(stage.mixture)
         chances = list(stage.mixture.values())
-        rows = batch_tokens // stage.length
+        rows = stage.batch_tokens // stage.length
         ids = torch.full((rows, stage.length + 1), EOS_ID, dtype=torch.long)
         weights = torch.zeros(rows, stage.length + 1)
         source = torch.full((rows, stage.length + 1), -1, dtype=torch.long)

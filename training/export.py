@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from training.config import Shape
-from training.data import BOS_ID, EOS_ID
-from training.train import CHECKPOINT, build_model
+from training.model import BOS_ID, EOS_ID, build_model
+from training.train import CHECKPOINT
 
 
 def export(checkpoint: Path, out: Path) -> Path:

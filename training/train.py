@@ -20,11 +20,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.config import RECIPES, Recipe, Shape
+from training.config import RECIPES, Recipe
 from training.corpus import default_data_dir
-from training.data import BOS_ID, EOS_ID, Batch, Mixture
+from training.data import Batch, Mixture
+from training.model import build_model
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -41,18 +41,6 @@ class Progress:
     stage_tokens: int = 0
     exact: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-
-
-def build_model(shape: Shape) -> LlamaForCausalLM:
-    """A freshly initialised float32 model; seed torch before."""
-    config = LlamaConfig(
-        **dataclasses.asdict(shape),
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 class Trainer:
@@ -90,7 +78,7 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One optimiser step; returns the figures of this batch for the log."""
         progress, stage = self.progress, self.recipe.stages[self.progress.stage]
-        batch = self.mixture.batch(stage, progress.step, self.recipe.batch_tokens)
+        batch = self.mixture.batch(stage, progress.step)
         factor = self._lr_factor()
         for optimizer, base in zip(self.optimizers, self._base_lr, strict=True):
             for group in optimizer.param_groups:
@@ -148,7 +136,7 @@ class Trainer:
             return
         stage = stages[progress.stage]
         seen = [progress.exact[name] for name in stage.mixture if name in progress.exact]
-        long_enough = progress.stage_tokens >= 40 * self.recipe.batch_tokens
+        long_enough = progress.stage_tokens >= 40 * stage.batch_tokens
         solved = long_enough and min(seen, default=0.0) >= stage.advance_at
         if solved or progress.stage_tokens >= stage.max_tokens:
             progress.stage += 1

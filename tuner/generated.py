@@ -203,9 +203,8 @@ def recall(
     rng: Random, *, split: Split, facts: int = 24, form: RecallForm | None = None
 ) -> Generated:
     """One recall question; 24 facts are about 256 tokens. No form: sentence, pair or story."""
-    if form is None:
-        form = rng.choice(SENTENCE_FORMS)
-    return _single(recall_episode(rng, split=split, facts=facts, form=form))
+    chosen = rng.choice(SENTENCE_FORMS) if form is None else form
+    return _single(recall_episode(rng, split=split, facts=facts, form=chosen))
 
 
 def state(rng: Random, *, split: Split, facts: int = 30) -> Generated:
