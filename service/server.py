@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -88,13 +89,12 @@ class Server:
     async def bind(self) -> int:
         """Listen, not yet serving; return the port. Raises InvalidArgument where that fails."""
         address = self._options.address
+        _check_free(self._options.host, self._options.port)
         await self._health.set_all(serving=False)
         try:
             port: int = self._server.add_insecure_port(address)
         except RuntimeError:
-            raise InvalidArgument(
-                "port", f"cannot listen on {address}; it is in use, or no address of this machine"
-            ) from None
+            raise InvalidArgument("port", f"cannot listen on {address}") from None
         await self._server.start()
         return port
 
@@ -217,6 +217,17 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
                 task.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
+
+
+def _check_free(host: str, port: int) -> None:
+    """Try the address with a plain socket: grpc tells the reason only to its own log."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise InvalidArgument(
+            "port", f"cannot listen on {host}, port {port}: {error.strerror}"
+        ) from error
 
 
 @contextmanager

@@ -72,12 +72,14 @@ async def start_server(long_model_dir: Path) -> AsyncIterator[StartServer]:
 class ServerProcess:
     """`python -m service` as a user runs it."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(
+        self, directory: Path, arguments: tuple[str, ...], program: tuple[str, ...]
+    ) -> None:
         self._port_file = directory / "port"
         self._log_path = directory / "server.log"
         self._log = self._log_path.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port-file", str(self._port_file), *arguments],
+            [sys.executable, *program, "--port-file", str(self._port_file), *arguments],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -118,7 +120,7 @@ def start_process(tmp_path: Path, long_model_dir: Path) -> Iterator[StartProcess
     """Start servers as processes."""
     started: list[ServerProcess] = []
 
-    def start(*arguments: str) -> ServerProcess:
+    def start(*arguments: str, program: tuple[str, ...] = ("-m", "service")) -> ServerProcess:
         process = ServerProcess(
             tmp_path,
             (
@@ -126,6 +128,7 @@ def start_process(tmp_path: Path, long_model_dir: Path) -> Iterator[StartProcess
                 *("--slots", "64", "--default-budget", "32", "--max-batch", "1"),
                 *arguments,
             ),
+            program,
         )
         started.append(process)
         return process

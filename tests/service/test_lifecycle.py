@@ -162,7 +162,7 @@ async def test_the_engine_s_death_fails_calls_opaquely_and_is_told(
 async def test_a_second_server_cannot_take_the_same_port(start_server: StartServer) -> None:
     _, _, address = await start_server()
     second = Server(ServerOptions(port=int(address.rsplit(":", 1)[1])))
-    with pytest.raises(InvalidArgument, match="in use"):
+    with pytest.raises(InvalidArgument, match="Address already in use"):
         await second.bind()
     await second.stop()
 

@@ -1,0 +1,191 @@
+"""The server as its users run it: a process with flags, signals, a port file and an exit code."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from a2sf.errors import A2SFError, Unavailable
+from a2sf.requests import Finished
+from service.client import Client
+from tests.service.conftest import ENDLESS, START_TIMEOUT_S, WAIT_S, ServerProcess, StartProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+# Serves as `python -m service` does, with an engine that dies at the third step of a long request.
+FRAGILE = """
+from a2sf.engine import Engine
+from service.__main__ import main
+step, steps = Engine.step, iter(range(10))
+def fragile(self):
+    if next(steps) > 5:
+        raise RuntimeError("a secret of the house")
+    return step(self)
+Engine.step = fragile
+main()
+"""
+
+
+async def serving(process: ServerProcess) -> Client:
+    return Client(await process.address())
+
+
+async def test_it_starts_streams_and_ends_with_exit_code_0_on_sigterm(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    process = start_process()
+    async with await serving(process) as client:
+        answer = await client.generate("Hello", max_new_tokens=5, ignore_eos=True)
+        assert answer.finished.usage.completion_tokens == 5
+    process.process.send_signal(signal.SIGTERM)
+    assert await process.ended() == 0, process.log
+    assert not (tmp_path / "port").exists()
+    assert "serving" in process.log
+    assert "Traceback" not in process.log
+    assert "Hello" not in process.log, "prompts are not logged"
+
+
+async def test_sigterm_lets_a_running_stream_finish(start_process: StartProcess) -> None:
+    process = start_process()
+    async with (
+        await serving(process) as client,
+        asyncio.timeout(START_TIMEOUT_S),
+        aclosing(client.stream_generate("x", max_new_tokens=300, ignore_eos=True)) as events,
+    ):
+        await anext(events)
+        process.process.send_signal(signal.SIGINT)
+        await process.logged("stopping")
+        last = [event async for event in events][-1]
+        assert isinstance(last, Finished)
+        assert last.usage.completion_tokens == 300
+        assert await process.ended() == 0, process.log
+
+
+async def test_what_outlasts_the_grace_is_ended_and_the_exit_code_is_0(
+    start_process: StartProcess,
+) -> None:
+    process = start_process("--grace", "0.2")
+    async with (
+        await serving(process) as client,
+        asyncio.timeout(START_TIMEOUT_S),
+        aclosing(client.stream_generate("x", **ENDLESS)) as events,
+    ):
+        await anext(events)
+        process.process.send_signal(signal.SIGTERM)
+        with pytest.raises(Unavailable, match="shutting down"):
+            async for _ in events:
+                pass
+        assert await process.ended() == 0, process.log
+
+
+async def test_a_second_signal_ends_it_at_once(start_process: StartProcess) -> None:
+    process = start_process("--grace", "1000")
+    async with (
+        await serving(process) as client,
+        asyncio.timeout(START_TIMEOUT_S),
+        aclosing(client.stream_generate("x", **ENDLESS)) as events,
+    ):
+        await anext(events)
+        process.process.send_signal(signal.SIGTERM)
+        await process.logged("stopping")
+        process.process.send_signal(signal.SIGTERM)
+        assert await process.ended() == 128 + signal.SIGTERM
+        with pytest.raises(A2SFError):
+            async for _ in events:
+                pass
+
+
+async def test_sigterm_while_loading_ends_it(start_process: StartProcess) -> None:
+    process = start_process()
+    await process.logged("listening")
+    process.process.send_signal(signal.SIGTERM)
+    assert await process.ended() == 0, process.log
+
+
+async def test_a_killed_client_frees_its_row(start_process: StartProcess) -> None:
+    server = start_process("--max-batch", "1")
+    address = await server.address()
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service.client", "x", "--target", address),
+        *("--max-new-tokens", "900000", "--ignore-eos"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert client.stdout is not None
+    await asyncio.wait_for(client.stdout.read(1), START_TIMEOUT_S)
+    client.kill()
+    await asyncio.wait_for(client.wait(), WAIT_S)
+    await server.logged("outcome=cancelled")
+    async with Client(address) as other:
+        await other.generate("y", max_new_tokens=2, timeout_s=WAIT_S)
+
+
+async def test_the_engine_s_death_ends_the_process_with_a_failure(
+    start_process: StartProcess,
+) -> None:
+    process = start_process(program=("-c", FRAGILE))
+    async with await serving(process) as client:
+        with pytest.raises(A2SFError, match="INTERNAL") as caught:
+            await client.generate("x", timeout_s=START_TIMEOUT_S, **ENDLESS)
+        assert "secret" not in str(caught.value)
+    assert await process.ended() == 1
+    assert "a secret of the house" in process.log
+
+
+async def test_health_is_asked_from_the_command_line(start_process: StartProcess) -> None:
+    process = start_process()
+    address = await process.address()
+
+    async def ask(target: str) -> tuple[int, str]:
+        asked = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "service.health", "--target", target),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(asked.communicate(), WAIT_S)
+        assert asked.returncode is not None
+        return asked.returncode, output.decode()
+
+    assert await ask(address) == (0, f"{address}: SERVING\n")
+    process.process.send_signal(signal.SIGTERM)
+    await process.ended()
+    code, output = await ask(address)
+    assert (code, output) == (1, f"{address}: UNAVAILABLE\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--model", "/no/such/model"), "no such directory"),
+        (("--host", "0.0.0.0"), "--insecure-bind"),
+    ],
+    ids=["unknown model", "open to all"],
+)
+def test_a_start_that_cannot_succeed_says_why_in_one_line(
+    arguments: tuple[str, ...], told: str
+) -> None:
+    check_refused(arguments, told)
+
+
+def test_a_taken_port_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        check_refused(("--port", str(taken.getsockname()[1])), "Address already in use")
+
+
+def check_refused(arguments: tuple[str, ...], told: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "--port", "0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
