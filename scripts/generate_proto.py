@@ -28,9 +28,10 @@ def generate(out: Path) -> None:
                 f"-Iservice/pb={SOURCE}",
                 f"-I{well_known}",
                 f"--python_out={out}",
-                f"--pyi_out={out}",
                 f"--grpc_python_out={out}",
-                # The stubs of the gRPC classes; protoc finds the plugin on the PATH.
+                # Stubs of both by mypy-protobuf, whose plugins protoc finds on the PATH: they pass
+                # the strict checks and carry the proto's comments.
+                f"--mypy_out=quiet:{out}",
                 f"--mypy_grpc_out=quiet:{out}",
                 *(f"service/pb/{file.name}" for file in sorted(SOURCE.glob("*.proto"))),
             ],

@@ -126,7 +126,7 @@ def started_message(event: Started) -> pb.GenerationStarted:
 def finished_message(event: Finished) -> pb.GenerationFinished:
     """Write the last event."""
     return pb.GenerationFinished(
-        reason=f"FINISH_REASON_{event.reason.name}",
+        reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
         matched_stop=event.matched_stop,
         usage=pb.Usage(**event.usage.model_dump()),
         cache=pb.CacheStatistics(**event.cache.model_dump()),
@@ -180,7 +180,7 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
         name=table.name,
         sha256=table.sha256,
         dataset=table.calibration.dataset,
-        verdict=f"TABLE_VERDICT_{table.evidence.verdict.upper()}",
+        verdict=pb.TableVerdict.Value(f"TABLE_VERDICT_{table.evidence.verdict.upper()}"),
         created_at=created_at,
     )
 

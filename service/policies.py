@@ -4,7 +4,7 @@ Owns the correspondence of the policy's fields and presets: a field is called th
 core and in the alpha table, so this is a copy. Knows nothing of the rest of a request.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from google.protobuf.message import Message
 from pydantic import ValidationError
@@ -42,15 +42,17 @@ def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
 
 def preset_name(value: int, where: str = "preset") -> str:
     """Return the core's name of a preset. Raises InvalidRequest for a value that is none."""
-    names = {v: k.removeprefix(_PREFIX).lower() for k, v in pb.CachePreset.items() if v}
+    names: dict[int, str] = {
+        v: k.removeprefix(_PREFIX).lower() for k, v in pb.CachePreset.items() if v
+    }
     if value not in names:
         raise InvalidRequest([(where, f"{value}; accepted: {', '.join(names.values())}")])
     return names[value]
 
 
-def preset_value(name: str) -> pb.CachePreset:
+def preset_value(name: str) -> pb.CachePreset.ValueType:
     """Return the wire's value of a preset."""
-    return cast(pb.CachePreset, pb.CachePreset.Value(_PREFIX + name.upper()))
+    return pb.CachePreset.Value(_PREFIX + name.upper())
 
 
 def set_fields(message: Message) -> dict[str, Any]:
