@@ -47,7 +47,7 @@ class EngineConfig(Frozen):
     max_prefill_tokens: Positive | None = None
     """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
     max_waiting: Count = 64
-    """Requests that may wait for a row; one more is refused."""
+    """Requests that may wait once every row is taken; one more is refused."""
     default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
     """What a request's cache policy leaves open."""
 
@@ -138,8 +138,11 @@ class Engine:
         policy = self._resolve(request)
         if any(s.request.request_id == request.request_id for s in self._sequences()):
             raise InvalidArgument("request_id", f"{request.request_id!r} is already in use")
-        if len(self._waiting) >= self.config.max_waiting:
-            raise ResourceExhausted(f"{len(self._waiting)} requests wait already; try again later")
+        free = self.config.max_batch - self.running
+        if len(self._waiting) >= free + self.config.max_waiting:
+            raise ResourceExhausted(
+                f"{self.running} requests run and {len(self._waiting)} wait; try again later"
+            )
         seed = sampling.choose_seed(request.sampling)
         self._waiting.append(
             _Sequence(

@@ -446,14 +446,28 @@ def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: Lo
     assert len(tokens(run(engine)["r"])) == 20
 
 
-def test_a_full_queue_and_a_doubled_name_are_refused(tiny_model: LoadedModel) -> None:
-    engine = engine_for(tiny_model, max_waiting=2)
+def test_a_doubled_name_is_refused(tiny_model: LoadedModel) -> None:
+    engine = engine_for(tiny_model)
     engine.submit(request("a", (1, 2)))
     with pytest.raises(InvalidArgument, match="already in use"):
         engine.submit(request("a", (1, 2)))
-    engine.submit(request("b", (1, 2)))
-    with pytest.raises(ResourceExhausted):
-        engine.submit(request("c", (1, 2)))
+
+
+@pytest.mark.parametrize("max_waiting", [0, 2])
+def test_a_request_is_refused_once_rows_and_queue_are_full(
+    tiny_model: LoadedModel, max_waiting: int
+) -> None:
+    engine = engine_for(tiny_model, max_batch=2, max_waiting=max_waiting)
+    for index in range(2 + max_waiting):
+        engine.submit(request(str(index), (1, 2)))
+    with pytest.raises(ResourceExhausted, match=f"{2 + max_waiting} wait"):
+        engine.submit(request("late", (1, 2)))
+    for _ in range(3):
+        engine.step()
+    with pytest.raises(ResourceExhausted, match=f"2 requests run and {max_waiting} wait"):
+        engine.submit(request("late", (1, 2)))
+    run(engine)
+    engine.submit(request("late", (1, 2)))
 
 
 def test_a_table_of_another_model_is_refused(tiny_model: LoadedModel) -> None:
