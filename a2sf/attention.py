@@ -114,7 +114,7 @@ def block(
     Returns:
         The attention output, [rows, H_q, width, D]; padding's is meaningless.
     """
-    width, kv_heads = query.shape[2], keys.shape[1]
+    width = query.shape[2]
     policy = step.policy
     alpha = policy.alpha[:, layer]
     slots.trim(step.excess, step.start, policy.sinks, policy.recent)
@@ -127,20 +127,11 @@ def block(
     output, mass = attend(
         query, query_position, slots.keys, slots.values, slots.position, weights, scale
     )
-    hashed = policy.random_seed >= 0
-    slots.score.copy_(
-        torch.where(
-            hashed[:, None, None],
-            slots.score,
-            scoring.accumulate(slots.score, mass, alpha, step.lengths),
-        )
-    )
-    if bool(hashed.any()):
-        wide = query_position[:, None, :].expand(-1, kv_heads, -1)
-        fresh = scoring.random_scores(policy.random_seed.clamp(min=0), layer, wide)
-        index = (at[:, None] + offsets)[:, None, :].expand(-1, kv_heads, -1)
-        fresh = torch.where(hashed[:, None, None], fresh, slots.score.gather(2, index))
-        slots.score.scatter_(2, index, fresh)
+    accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
+    if policy.any_random:
+        placed = (at[:, None] + offsets)[:, None, :].expand(-1, keys.shape[1], -1)
+        accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, query_position)
+    slots.score.copy_(accumulated)
     return output
 
 
@@ -167,11 +158,33 @@ def decode(
     output, mass = attend(
         query, step.start[:, None], slots.keys, slots.values, slots.position, weights, scale
     )
-    hashed = (policy.random_seed >= 0)[:, None, None]
-    fresh = scoring.random_scores(
-        policy.random_seed.clamp(min=0), layer, step.start[:, None, None].expand(*alpha.shape, 1)
-    )
     accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
-    unaccumulated = slots.score.scatter(2, slot[..., None], fresh)
-    slots.score.copy_(torch.where(hashed, unaccumulated, accumulated))
+    if policy.any_random:
+        accumulated = _keep_random(
+            slots.score, accumulated, policy, layer, slot[..., None], step.start[:, None]
+        )
+    slots.score.copy_(accumulated)
     return output
+
+
+def _keep_random(
+    before: Tensor,
+    accumulated: Tensor,
+    policy: PolicyTensors,
+    layer: int,
+    placed: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Give rows of the random baseline their old scores back, and new tokens their hash.
+
+    Args:
+        before, accumulated: [rows, H_kv, slots] float32, the scores without and with accumulation.
+        policy: the rows' policies.
+        layer: the layer's index.
+        placed: [rows, H_kv, width] int64, the slots that the new tokens were written to.
+        positions: [rows, width] integer, the new tokens' positions.
+    """
+    seed = policy.random_seed.clamp(min=0)
+    hashes = scoring.random_scores(seed, layer, positions[:, None, :].expand_as(placed))
+    fixed = before.scatter(2, placed, hashes)
+    return torch.where((policy.random_seed >= 0)[:, None, None], fixed, accumulated)

@@ -34,6 +34,8 @@ class PolicyTensors:
     """[rows] int64, tokens."""
     random_seed: Tensor
     """[rows] int64; -1 where scores are accumulated."""
+    any_random: bool
+    """Whether any row has a random_seed; known without asking the device."""
 
     @classmethod
     def stack(cls, policies: list[EffectivePolicy], device: torch.device) -> Self:
@@ -50,6 +52,7 @@ class PolicyTensors:
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]
             ),
+            any_random=any(p.random_seed is not None for p in policies),
         )
 
 
