@@ -5,6 +5,7 @@ Owns the flags, what is printed and the exit code: 0, 1 for a call that failed (
 """
 
 import asyncio
+import os
 import sys
 from contextlib import aclosing
 from typing import Annotated
@@ -99,6 +100,11 @@ def complete(
         _fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Whoever read the output has left, as `head` does; the interpreter would complain of it
+        # once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
 
 
 async def _print_completion(

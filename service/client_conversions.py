@@ -22,6 +22,7 @@ from a2sf.schema import AlphaTable, ModelIdentity, parse_table
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
 from service.results import Completion, ModelDescription, StreamEvent, StreamStarted, TableListing
+from service.status import RemoteError
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -153,11 +154,14 @@ def _method(policy: pb.EffectiveCachePolicy) -> str:
 
 
 def _finished(message: pb.GenerationFinished, request_id: str) -> Finished:
-    name = pb.FinishReason.Name(message.reason).removeprefix("FINISH_REASON_")
+    try:
+        reason = FinishReason[pb.FinishReason.Name(message.reason).removeprefix("FINISH_REASON_")]
+    except (KeyError, ValueError):
+        raise RemoteError(f"finished for reason {message.reason}; upgrade this client") from None
     usage, cache, timings = message.usage, message.cache, message.timings
     return Finished(
         request_id=request_id,
-        reason=FinishReason[name],
+        reason=reason,
         matched_stop=message.matched_stop if message.HasField("matched_stop") else None,
         usage=Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens),
         cache=CacheStatistics(

@@ -280,3 +280,24 @@ async def test_an_unknown_table_is_not_found(start_server: StartServer) -> None:
     _, client, _ = await start_server()
     with pytest.raises(NotFound, match="no alpha table 'mathqa'; served: none"):
         await client.generate("x", max_new_tokens=1, cache_policy=CachePolicy(table="mathqa"))
+
+
+async def test_a_storm_of_requests_some_left_early_leaves_nothing_behind(
+    start_server: StartServer,
+) -> None:
+    server, client, _ = await start_server(max_batch=4, max_waiting=64)
+
+    async def one(number: int) -> str:
+        stream = client.stream_generate("x" * (number % 7 + 1), max_new_tokens=6, ignore_eos=True)
+        async with aclosing(stream) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    return "whole"
+                if number % 3 == 0:
+                    return "left"
+        return "cut"
+
+    async with asyncio.timeout(WAIT_S):
+        ends = await asyncio.gather(*(one(number) for number in range(48)))
+    assert [ends.count(end) for end in ("whole", "left", "cut")] == [32, 16, 0]
+    await until(lambda: idle(server))

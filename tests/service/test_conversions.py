@@ -1,0 +1,91 @@
+"""Values survive the wire: what is written is read back the same."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from a2sf.models import LoadedModel
+from a2sf.policy import PRESETS, CachePolicy
+from a2sf.requests import Sampling
+from a2sf.schema import parse_table
+from service import client_conversions, conversions
+from service.pb import inference_pb2 as pb
+from service.policies import policy_from_message, policy_to_message
+from tests.tables import make_table
+
+share = st.floats(0.0, 1.0, allow_subnormal=False)
+count = st.integers(0, 2**31 - 1)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> CachePolicy:
+    """Every policy that is not a contradiction."""
+    fields = {
+        **draw(
+            st.one_of(
+                st.just({}),
+                st.fixed_dictionaries({"preset": st.sampled_from(PRESETS)}),
+                st.fixed_dictionaries({"table": st.text(min_size=1, max_size=9)}),
+                st.fixed_dictionaries({"alpha": share}),
+            )
+        ),
+        **draw(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "budget": st.integers(1, 2**31),
+                    "recent": count,
+                    "sinks": count,
+                    "prefill_chunk": count,
+                    "random_seed": count,
+                },
+            )
+        ),
+    }
+    try:
+        return CachePolicy(**fields)
+    except ValidationError:
+        return CachePolicy(budget_ratio=0.5, recent_share=fields.get("alpha", 0.0))
+
+
+@given(policies())
+def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
+    sent = pb.CachePolicy.FromString(policy_to_message(policy).SerializeToString())
+    assert policy_from_message(sent) == policy
+
+
+@given(
+    st.builds(
+        Sampling,
+        temperature=st.floats(0.0, 100.0),
+        top_k=count,
+        top_p=st.floats(0.0, 1.0, exclude_min=True),
+        min_p=share,
+        seed=st.none() | st.integers(0, 2**63 - 1),
+    )
+)
+def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> None:
+    message = client_conversions.generation_input(
+        [1, 2], 3, {"sampling": sampling, "stop": ["a"], "stop_token_ids": [0], "ignore_eos": True}
+    )
+    sent = pb.GenerationInput.FromString(message.SerializeToString())
+    prompt = conversions.prompt(sent)
+    assert prompt == (1, 2)
+    request = conversions.generation_request(
+        sent, name="r", prompt_ids=(1, 2), policy=CachePolicy(), table=None
+    )
+    assert request.sampling == sampling
+    assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)
+
+
+def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
+    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25)
+    message = conversions.table_message(table)
+    assert parse_table(message.canonical_json.encode()) == table
+    typed = message.table
+    assert tuple(tuple(layer.alphas) for layer in typed.layers) == table.policy.alpha
+    assert typed.WhichOneof("budget_choice") == "budget_ratio"
+    assert (typed.budget_ratio, typed.recent, typed.sinks) == (0.25, 4, 2)
+    assert typed.summary.sha256 == table.sha256
+    assert typed.summary.created_at.ToSeconds() == int(table.created_at.timestamp())
+    assert typed.model.fingerprint == table.model.fingerprint
