@@ -170,28 +170,54 @@ def alphas_of(params: dict[str, Any], num_layers: int, num_kv_heads: int) -> Alp
     )
 
 
-class Climb(BaseSampler):
-    """Move one layer, or one head, of the best table so far.
+def moves(num_layers: int, num_kv_heads: int, rng: Random) -> list[tuple[list[str], int]]:
+    """Every block of parameters with both directions: large blocks first, shuffled within a size.
 
-    Each trial takes the best finished one and shifts the log tau of a whole layer or of a single
-    head by .5 to 2.5, up or down. With tens of trials and tens of factors this gains where a model
-    of the whole space has nothing to go on yet. It depends on the study, the seed and the trial's
-    number alone, so a resumed study goes on as it would have, and workers never draw the same move.
+    Blocks are runs of half the layers, a quarter, and so on to single layers; then single heads.
+    """
+    layers = [
+        [f"log_tau.{layer}.{head}" for head in range(num_kv_heads)] for layer in range(num_layers)
+    ]
+    planned: list[tuple[list[str], int]] = []
+    size = num_layers
+    while size > 1:
+        size = -(-size // 2)
+        runs = (layers[first : first + size] for first in range(0, num_layers, size))
+        planned += _both_ways([[name for layer in run for name in layer] for run in runs], rng)
+    if num_layers == 1 or num_kv_heads > 1:
+        planned += _both_ways([[name] for layer in layers for name in layer], rng)
+    return planned
+
+
+def _both_ways(blocks: list[list[str]], rng: Random) -> list[tuple[list[str], int]]:
+    both = [(block, direction) for block in blocks for direction in (-1, 1)]
+    rng.shuffle(both)
+    return both
+
+
+class Climb(BaseSampler):
+    """Move one block of the best table so far: half of the layers, ever fewer, one, one head.
+
+    Each trial takes the best finished one and shifts the log tau of a block by .5 to 2.5. Every
+    block is tried up and down, in random order within its size, the large ones first; after the
+    heads it starts over. With tens of trials and tens of factors this gains where a model of the
+    whole space has nothing to go on yet. A move depends on the study, the seed and the trial's
+    number alone, so a resumed study goes on as it would have and workers never draw the same move.
     """
 
     name = "climb"
 
     def __init__(self, num_layers: int, num_kv_heads: int, seed: int) -> None:
-        self._layers = num_layers
-        self._heads = num_kv_heads
+        self._space = space(num_layers, num_kv_heads)
         self._seed = seed
+        self._moves = moves(num_layers, num_kv_heads, Random(seed))
         self._independent = RandomSampler(seed=seed)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """All parameters are drawn together."""
-        return space(self._layers, self._heads)
+        return self._space
 
     def sample_relative(
         self,
@@ -205,11 +231,9 @@ class Climb(BaseSampler):
             return {}
         best = min(finished, key=lambda t: (t.value, t.number))
         rng = Random(f"{self._seed}/{trial.number}")
-        layer, head = rng.randrange(self._layers), rng.randrange(self._heads)
-        heads = range(self._heads) if rng.random() < 0.5 else range(head, head + 1)
-        step = rng.choice((-1, 1)) * rng.uniform(0.5, 2.5)
+        block, direction = self._moves[trial.number % len(self._moves)]
+        step = direction * rng.uniform(0.5, 2.5)
         params = dict(best.params)
-        block = [f"log_tau.{layer}.{member}" for member in heads]
         # At an end of the scale the only way is back.
         if all(params[name] == (0.0 if step < 0 else LOG_TAU_MAX) for name in block):
             step = -step

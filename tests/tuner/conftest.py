@@ -1,0 +1,77 @@
+"""A small dataset in the known form, and settings for fits that take a second."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import pytest
+
+from tuner.fit import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_data_directory_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A2SF_DATA_DIR", raising=False)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sums(first: int, last: int) -> list[dict[str, Any]]:
+    """Multiple-choice rows, none like another."""
+    rows = []
+    for number in range(first, last):
+        rng = Random(number)
+        choices = [str(number + offset) for offset in rng.sample(range(9), 3)]
+        rows.append(
+            {"question": f"what is {number} ?", "choices": choices, "answer": rng.randrange(3)}
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory that holds one dataset, `sums`."""
+    directory = tmp_path_factory.mktemp("data")
+    (directory / "sums").mkdir()
+    write_rows(directory / "sums" / "calibration.jsonl", sums(0, 80))
+    write_rows(directory / "sums" / "validation.jsonl", sums(80, 200))
+    return directory
+
+
+class MakeSettings(Protocol):
+    def __call__(self, **overrides: Any) -> Settings: ...
+
+
+@pytest.fixture
+def settings(small_data: Path, tiny_model_dir: Path, tmp_path: Path) -> MakeSettings:
+    """Settings of a fit of the tiny model to `sums`, writing under `tmp_path`."""
+
+    def make(**overrides: Any) -> Settings:
+        values: dict[str, Any] = {
+            "dataset": "sums",
+            "out": tmp_path / "sums.json",
+            "name": "sums",
+            "study": "sums",
+            "model": str(tiny_model_dir),
+            "revision": None,
+            "budget": None,
+            "budget_ratio": 0.2,
+            "prefill_chunk": 0,
+            "data_dir": small_data,
+            "trials": 3,
+            "examples": 2,
+            "holdout": 4,
+            "length": 128,
+            "seed": 0,
+            "storage": None,
+            "device": "cpu",
+            "dtype": "float32",
+            "keep_table": False,
+        }
+        return Settings(**{**values, **overrides})
+
+    return make

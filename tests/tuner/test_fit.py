@@ -1,0 +1,142 @@
+"""The whole fit with a tiny model, and the verdict."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tuner.fit
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel
+from a2sf.schema import Evidence, load_table, save_table
+from tests.tuner.conftest import MakeSettings, sums, write_rows
+from tuner.fit import baselines, fit, judge
+from tuner.objective import Cost, effective
+from tuner.report import is_uniform
+from tuner.search import Frame, Uniform
+
+
+def costs(table: np.ndarray, uniform: np.ndarray) -> dict[str, Cost]:
+    return {"table": Cost(kl=table, nll=table), "uniform": Cost(kl=uniform, nll=uniform)}
+
+
+def test_a_planted_gain_on_every_example_is_called_better() -> None:
+    rng = np.random.default_rng(0)
+    uniform = rng.exponential(size=32)
+    evidence = judge(costs(uniform * 0.9, uniform), "x", "validation", seed=0)
+    assert evidence.verdict == "better"
+    assert evidence.paired["uniform"].high < 0
+    assert evidence.examples == 32
+    assert evidence.table.mean == pytest.approx(0.9 * evidence.baselines["uniform"].mean)
+
+
+def test_a_gain_that_may_be_chance_and_a_loss_are_no_better_than_uniform() -> None:
+    rng = np.random.default_rng(0)
+    uniform = rng.exponential(size=32)
+    by_chance = uniform + rng.normal(loc=-0.001, scale=0.1, size=32)
+    for table in (by_chance, uniform * 1.1, uniform):
+        verdict = judge(costs(table, uniform), "x", "validation", seed=0).verdict
+        assert verdict == "no_better_than_uniform"
+
+
+def test_a_fit_writes_a_table_that_its_model_accepts(
+    settings: MakeSettings, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    outcome = fit(settings())
+    save_table(outcome.table, tmp_path / "sums.json")
+    table = load_table(tmp_path / "sums.json", tiny_model.identity)
+    assert table == outcome.table
+    assert table.policy.budget_ratio == 0.2
+    assert (table.calibration.dataset, table.calibration.examples) == ("sums", 2)
+    assert (table.evidence.split, table.evidence.examples) == ("validation", 4)
+    assert set(table.evidence.paired) == {"uniform", "h2o", "window", "tova_per_head", "random"}
+    assert (
+        table.evidence.baselines.keys()
+        == table.evidence.paired.keys()
+        == outcome.nll.keys() - {"table"}
+    )
+    assert (table.search.trials, table.search.storage) == (3, "journal")
+    assert all(value.mean > 0 for value in table.evidence.baselines.values())
+
+
+def test_a_fit_run_again_finds_its_trials_and_says_the_same(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fit(settings()).table
+    monkeypatch.setattr(
+        tuner.objective.Objective, "cost", lambda *_: pytest.fail("a finished study was measured")
+    )
+    again = fit(settings()).table
+    assert (again.policy, again.evidence) == (first.policy, first.evidence)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("better", [False, True])
+def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_for(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, better: bool, keep: bool
+) -> None:
+    def verdict(*arguments: object, **options: object) -> Evidence:
+        honest = judge(*arguments, **options)  # type: ignore[arg-type]
+        called = "better" if better else "no_better_than_uniform"
+        return honest.model_copy(update={"verdict": called})
+
+    moved = ((0.25,) * 2,) * 2 + ((0.5, 0.75),)
+    monkeypatch.setattr(tuner.fit, "judge", verdict)
+    monkeypatch.setattr(tuner.study.Fit, "best", lambda _: (moved, 0.0))
+    table = fit(settings(keep_table=keep)).table
+    assert (table.policy.alpha == moved) == (better or keep)
+    assert is_uniform(table.policy) == (not better and not keep)
+
+
+def test_without_trials_the_best_uniform_alpha_is_written_and_called_no_better(
+    settings: MakeSettings,
+) -> None:
+    outcome = fit(settings(trials=0))
+    assert is_uniform(outcome.table.policy)
+    assert outcome.table.policy.alpha[0][0] == outcome.uniform.alpha
+    assert outcome.table.evidence.verdict == "no_better_than_uniform"
+    assert outcome.table.search.trials == 0
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+@pytest.mark.parametrize(("budget", "ratio"), [(20, None), (None, 0.3)])
+def test_all_baselines_have_the_tables_budget_and_prefill_law(
+    tiny_model: LoadedModel, budget: int | None, ratio: float | None, chunk: int
+) -> None:
+    frame = Frame(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
+    compared = baselines(frame, Uniform(alpha=0.9, recent_share=0.5, sinks=2), seed=7)
+    policies = {name: effective(policy, tiny_model, 100) for name, policy in compared.items()}
+    assert {policy.budget for policy in policies.values()} == {budget or 30}
+    assert {policy.prefill_chunk for policy in policies.values()} == {chunk}
+    # Random protects what the table does, so that it shows what the score adds.
+    own, random = policies["uniform"], policies["random"]
+    assert (random.recent, random.sinks) == (own.recent, own.sinks)
+    assert random.random_seed == 7
+
+
+def test_a_budget_that_evicts_nothing_is_refused(settings: MakeSettings) -> None:
+    with pytest.raises(InvalidArgument, match="nothing would be evicted"):
+        fit(settings(budget=128, budget_ratio=None))
+
+
+def test_a_budget_too_small_for_what_is_protected_is_refused(settings: MakeSettings) -> None:
+    with pytest.raises(InvalidArgument, match="accepted: at least 8"):
+        fit(settings(budget_ratio=0.02))
+
+
+@pytest.mark.parametrize("field", ["examples", "holdout"])
+def test_more_examples_than_there_are_is_refused_with_how_many_there_are(
+    settings: MakeSettings, field: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=rf"^{field}: 500 sequences.* gives \d+"):
+        fit(settings(**{field: 500}))
+
+
+def test_fewer_held_out_examples_than_the_default_are_taken_as_they_are(
+    settings: MakeSettings, tmp_path: Path
+) -> None:
+    (tmp_path / "few").mkdir()
+    write_rows(tmp_path / "few" / "calibration.jsonl", sums(0, 20))
+    write_rows(tmp_path / "few" / "validation.jsonl", sums(20, 30))
+    outcome = fit(settings(dataset="few", data_dir=tmp_path, holdout=None, trials=0))
+    assert outcome.table.evidence.examples == 4

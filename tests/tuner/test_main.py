@@ -1,0 +1,271 @@
+"""The command line: what is printed, what is written, and failures in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+import tuner.fit
+from a2sf.schema import load_table
+from tests.tuner.conftest import MakeSettings
+from tuner.__main__ import main
+from tuner.study import FINISHED, open_storage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, standard output and the last line of standard error of one command."""
+    monkeypatch.setattr(sys, "argv", ["a2sf-tune", *map(str, arguments)])
+    # main() sets it for its own process; here it would outlive the test.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    code = caught.value.code
+    assert isinstance(code, int)
+    assert "Traceback" not in captured.err
+    lines = captured.err.replace("\r", "\n").strip().split("\n")
+    return code, captured.out, lines[-1]
+
+
+@pytest.fixture
+def small_fit(tiny_model_dir: Path, small_data: Path, tmp_path: Path) -> list[object]:
+    """The flags of a fit that takes a second."""
+    return [
+        *("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
+        *("--trials", 3, "--examples", 2, "--holdout", 4, "--length", 128),
+        *("--out", tmp_path / "sums.json"),
+    ]
+
+
+def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_fit: list[object],
+    tmp_path: Path,
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, *small_fit)
+    table = load_table(tmp_path / "sums.json")
+    assert code == 0
+    for name in ("fitted table", "uniform", "h2o", "window", "tova_per_head", "random"):
+        assert name in out
+    uniform = table.evidence.baselines["uniform"]
+    assert f"{uniform.mean:.4f} [{uniform.low:.4f}, {uniform.high:.4f}]" in out
+    assert ("\nBetter: " in out) == (table.evidence.verdict == "better")
+    assert ("\nNo better than uniform: " in out) == (table.evidence.verdict != "better")
+    assert f"--tables {tmp_path} --default-table sums" in out
+    assert (tmp_path / "sums.journal").exists()
+
+
+def test_tables_show_prints_what_the_file_says(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_fit: list[object],
+    tmp_path: Path,
+) -> None:
+    run(monkeypatch, capsys, "fit", *small_fit, "--name", "mine", "--keep-table")
+    table = load_table(tmp_path / "sums.json")
+    code, out, _ = run(monkeypatch, capsys, "tables", "show", tmp_path / "sums.json")
+    assert code == 0
+    assert out.startswith(f"mine  (schema 1, sha256 {table.sha256[:16]}")
+    assert f"{table.calibration.examples} examples of sums (calibration)" in out
+    assert "budget 0.2 of the length" in out
+    assert table.model.architecture in out
+    assert "table minus uniform" in out
+    # Not a terminal: digits without colours.
+    assert "\x1b" not in out
+    rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]
+    shown = [[float(cell) for cell in row[1:]] for row in rows]
+    assert shown == [[pytest.approx(a, rel=1e-3) for a in row] for row in table.policy.alpha]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--budget", 0), "--budget: 0; accepted: 1 or more"),
+        (("--budget-ratio", 1.5), "--budget-ratio: 1.5; accepted: above 0 and below 1"),
+        (("--budget-ratio", "nan"), "--budget-ratio: nan; accepted: above 0 and below 1"),
+        (("--budget", 9, "--budget-ratio", 0.5), "at most one of --budget and --budget-ratio"),
+        (("--trials", -1), "--trials: -1; accepted: 0 or more"),
+        (("--examples", 1), "--examples: 1; accepted: 2 or more"),
+        (("--holdout", 1), "--holdout: 1; accepted: 2 or more"),
+        (("--seed", -1), "--seed: -1; accepted: 0 to 2147483647"),
+        (("--prefill-chunk", -1), "--prefill-chunk: -1; accepted: 0 or more"),
+        (("--name", "../x"), "--name: '../x'; accepted: up to 100 letters"),
+        (("--out", "/nowhere/at/all.json"), "there is no directory /nowhere/at"),
+        (("--dataset", "mathq"), "dataset 'mathq' not found"),
+        (("--model", "/nowhere/model"), "model '/nowhere/model'"),
+        (("--length", 1000), "length: 1000 tokens"),
+        (("--budget", 500), "nothing would be evicted"),
+        (("--storage", "what://ever"), "'what' storage cannot be opened"),
+        (("--trials", "many"), "'--trials'"),
+        (("--device", "tpu"), "device: 'tpu'"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_the_last_line_with_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_fit: list[object],
+    tmp_path: Path,
+    flags: tuple[object, ...],
+    told: str,
+) -> None:
+    code, out, line = run(monkeypatch, capsys, *small_fit, *flags)
+    assert code == 2
+    assert out == ""
+    assert line.lower().startswith("error: ")
+    assert told in line
+    assert not (tmp_path / "sums.json").exists()
+
+
+def test_an_out_directory_that_is_not_there_is_told_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
+) -> None:
+    monkeypatch.setattr(tuner.fit, "fit", lambda _: pytest.fail("work was begun"))
+    assert run(monkeypatch, capsys, *small_fit, "--out", "/nowhere/x.json")[0] == 2
+
+
+def test_a_study_made_for_something_else_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
+) -> None:
+    assert run(monkeypatch, capsys, *small_fit)[0] == 0
+    code, _, line = run(monkeypatch, capsys, *small_fit, "--budget-ratio", 0.3)
+    assert code == 2
+    assert "made for another fit: budget_ratio is 0.2 there and 0.3 here" in line
+
+
+def test_an_interruption_is_one_line_and_keeps_the_study(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_fit: list[object],
+    tmp_path: Path,
+) -> None:
+    measured = []
+    honest = tuner.objective.Objective.cost
+
+    def cost(self: tuner.objective.Objective, *arguments: object) -> tuner.objective.Cost:
+        measured.append(arguments)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuner.objective.Objective, "cost", cost)
+    code, _, line = run(monkeypatch, capsys, *small_fit)
+    assert code == 130
+    assert line == "interrupted; the study is kept: run the same command to go on"
+    assert not (tmp_path / "sums.json").exists()
+    code, _, _ = run(monkeypatch, capsys, *small_fit)
+    assert code == 0
+    assert load_table(tmp_path / "sums.json").search.trials == 3
+    # The start is known, one was finished, one interrupted, so one was left.
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda text: text[: len(text) // 2], "not whole JSON, perhaps cut short"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), "is 99"),
+        (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed or damaged"),
+        (lambda _: None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_whole_table_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: MakeSettings,
+    tmp_path: Path,
+    spoil: object,
+    told: str,
+) -> None:
+    from a2sf.schema import save_table
+
+    path = tmp_path / "sums.json"
+    save_table(tuner.fit.fit(settings(trials=0)).table, path)
+    capsys.readouterr()
+    spoiled = spoil(path.read_text(encoding="utf-8"))  # type: ignore[operator]
+    if spoiled is None:
+        path.unlink()
+    else:
+        path.write_text(spoiled, encoding="utf-8")
+    code, out, line = run(monkeypatch, capsys, "tables", "show", path)
+    assert (code, out) == (2, "")
+    assert line.startswith(f"error: alpha table {path}: ")
+    assert told in line
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "tuner", *map(str, arguments)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        command(
+            "--dataset", "mathqa", "--trials", 2, "--examples", 4, "--out", tmp_path / "m.json"
+        ),
+        cwd=ROOT,
+        env={**os.environ, "A2SF_DATA_DIR": str(data_dir)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    table = load_table(tmp_path / "m.json")
+    assert table.model.id == "reference"
+    assert (table.search.trials, table.calibration.examples) == (2, 4)
+    assert table.evidence.baselines["random"].mean > table.evidence.baselines["uniform"].mean
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Path) -> None:
+    journal, out = tmp_path / "sums.journal", tmp_path / "sums.json"
+    trials = 40
+    arguments = command(*small_fit, "--trials", trials)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    first = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 120
+    # Killed at some point among the tables: a few are finished, most are not begun.
+    while len(finished(journal)) < 5:
+        assert first.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = finished(journal)
+    assert 5 <= len(kept) < trials
+    assert not out.exists()
+
+    again = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    after = finished(journal)
+    assert after[: len(kept)] == kept
+    assert len(after) == trials
+    assert load_table(out).search.trials == trials
+
+
+def finished(journal: Path) -> list[tuple[int, float | None, dict[str, float]]]:
+    """Number, value and parameters of the tables that a journal holds as finished."""
+    storage, _ = open_storage(None, journal)
+    try:
+        study = optuna.load_study(study_name="sums", storage=storage)
+    except KeyError:
+        return []
+    return [(t.number, t.value, t.params) for t in study.get_trials(states=FINISHED)]

@@ -1,0 +1,92 @@
+"""The cost: zero where nothing is evicted, and by the written-out definition elsewhere."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from a2sf import teacher
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy
+from a2sf.schema import TablePolicy
+from a2sf.teacher import Example
+from tuner import packing
+from tuner.datasets import load
+from tuner.objective import Candidate, Objective, effective
+
+ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
+
+
+def table(**overrides: object) -> TablePolicy:
+    values: dict[str, object] = {
+        "alpha": ALPHAS,
+        "budget_ratio": 0.2,
+        "recent_share": 0.25,
+        "sinks": 2,
+        "prefill_chunk": 0,
+    }
+    return TablePolicy.model_validate({**values, **overrides}, strict=False)
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_model: LoadedModel, small_data: Path) -> list[Example]:
+    part = load("sums", small_data).calibration
+    return packing.examples(tiny_model, part, count=5, length=128, seed=0)
+
+
+@pytest.fixture(scope="module")
+def objective(tiny_model: LoadedModel, examples: list[Example]) -> Objective:
+    return Objective(tiny_model, examples, label="test")
+
+
+@pytest.mark.parametrize(
+    "policy", [table(budget=128, budget_ratio=None), CachePolicy(preset="full")]
+)
+def test_a_cache_that_holds_everything_costs_nothing(
+    objective: Objective, policy: Candidate
+) -> None:
+    cost = objective.cost(policy)
+    assert np.abs(cost.kl).max() < 1e-6
+    np.testing.assert_allclose(cost.nll, objective.full_nll, atol=1e-5)
+
+
+def test_the_cost_is_the_written_out_divergence_in_nats(
+    tiny_model: LoadedModel, examples: list[Example], objective: Objective
+) -> None:
+    example = examples[1]
+    policy = effective(table(), tiny_model, len(example.token_ids))
+    (full,) = teacher.logits(tiny_model, [example], None)
+    (evicted,) = teacher.logits(tiny_model, [example], [policy])
+    p, q = (torch.softmax(x.double(), dim=-1).numpy() for x in (full, evicted))
+    kl, nll = [], []
+    for row, position in enumerate(example.counted):
+        kl.append(sum(p[row] * np.log(p[row] / q[row])))
+        nll.append(-np.log(q[row, example.token_ids[position + 1]]))
+    cost = objective.cost(table(), range(1, 2))
+    assert np.mean(kl) > 0.01
+    assert cost.kl == pytest.approx([np.mean(kl)], rel=1e-4)
+    assert cost.nll == pytest.approx([np.mean(nll)], rel=1e-4)
+
+
+def test_candidates_cost_the_same_side_by_side_as_alone(objective: Objective) -> None:
+    # Three fill one pass of 32 rows twice over; the last rides alone.
+    candidates: list[Candidate] = [table(sinks=sinks) for sinks in range(7)]
+    candidates += [CachePolicy(preset=name, budget_ratio=0.2) for name in ("h2o", "random")]
+    together = list(objective.costs(candidates, range(1, 5)))
+    assert len(together) == len(candidates)
+    for candidate, cost in zip(candidates, together, strict=True):
+        alone = objective.cost(candidate, range(1, 5))
+        np.testing.assert_allclose(cost.kl, alone.kl, rtol=1e-3, atol=1e-6)
+    assert len({round(cost.mean, 6) for cost in together}) > 5
+
+
+def test_a_candidate_is_resolved_by_the_rules_that_serving_uses(tiny_model: LoadedModel) -> None:
+    policy = effective(table(), tiny_model, 100)
+    assert policy.alpha == ALPHAS
+    # floor(.2 x 100 + 1/2), and .25 of 20 - 2 - 1, floored.
+    assert (policy.budget, policy.recent, policy.sinks) == (20, 4, 2)
+
+
+def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -> None:
+    assert effective(table(budget=300, budget_ratio=None), tiny_model, 100).budget == 300

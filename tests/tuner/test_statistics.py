@@ -1,0 +1,54 @@
+"""Intervals: what they cover, and that pairing is what finds a small effect."""
+
+import numpy as np
+from scipy import stats
+
+from tuner.statistics import CONFIDENCE, difference, estimate
+
+
+def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    runs, covered = 300, 0
+    for run in range(runs):
+        interval = estimate(rng.exponential(size=40), seed=run, resamples=499)
+        assert interval.low <= interval.mean <= interval.high
+        covered += interval.low <= 1.0 <= interval.high
+    # Skewed samples of 40 cover a little less than asked; far less would be a fault.
+    assert CONFIDENCE - 0.06 < covered / runs < CONFIDENCE + 0.035
+
+
+def test_a_planted_null_is_called_an_effect_at_about_the_stated_rate() -> None:
+    rng = np.random.default_rng(1)
+    runs, wins = 300, 0
+    for run in range(runs):
+        base = rng.exponential(size=64)
+        ours = base + rng.normal(scale=0.1, size=64)
+        wins += difference(ours, base, seed=run, resamples=499).high < 0
+    # One side of a 95 % interval: 2.5 %, plus three standard deviations of the count.
+    assert wins / runs < 0.025 + 3 * (0.025 * 0.975 / runs) ** 0.5
+
+
+def test_a_planted_effect_is_found_by_pairing_where_the_separate_intervals_overlap() -> None:
+    rng = np.random.default_rng(2)
+    base = rng.exponential(size=64)
+    ours = base - 0.05 + rng.normal(scale=0.05, size=64)
+    assert difference(ours, base).high < 0
+    assert estimate(ours).high > estimate(base).low
+
+
+def test_the_interval_of_many_values_agrees_with_the_normal_one() -> None:
+    values = np.random.default_rng(3).normal(size=2000)
+    interval = estimate(values)
+    low, high = stats.norm.interval(CONFIDENCE, values.mean(), stats.sem(values))
+    assert abs(interval.low - low) < 0.005
+    assert abs(interval.high - high) < 0.005
+
+
+def test_values_that_never_differ_have_an_interval_of_no_width() -> None:
+    interval = difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (interval.low, interval.mean, interval.high) == (0.0, 0.0, 0.0)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = np.random.default_rng(4).normal(size=30)
+    assert estimate(values, seed=5) == estimate(values, seed=5) != estimate(values, seed=6)
