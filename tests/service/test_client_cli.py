@@ -1,13 +1,16 @@
 """The client's command line: tokens, one line of figures, and errors in one line."""
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from a2sf.requests import CacheStatistics, Finished, FinishReason, Timings, Usage
 from service.client_cli import app, figures
-from tests.service.conftest import WAIT_S, StartServer
+from tests.service.conftest import WAIT_S, StartServer, until
 
 
 async def run(*arguments: str) -> tuple[int, str, str]:
@@ -72,6 +75,30 @@ async def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert "127.0.0.1:1" in err
+
+
+async def test_a_reader_that_leaves_ends_it_quietly(start_server: StartServer) -> None:
+    server, _, address = await start_server()
+    reading, writing = os.pipe()
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service.client", "x", "--target", address, "--ignore-eos"),
+        *("--max-new-tokens", "900000"),
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(writing)
+    assert client.stderr is not None
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.to_thread(os.read, reading, 1)
+        os.close(reading)
+        assert await client.stderr.read() == b""
+        assert await client.wait() == 1
+    await until(lambda: not server.inside)
+
+
+def test_a_client_loads_no_engine() -> None:
+    code = "import sys, service.client_cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S)
 
 
 def test_the_figures_are_for_people() -> None:
