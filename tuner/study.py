@@ -57,14 +57,22 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
     Raises InvalidArgument where it cannot be opened; the message leaves the address out, since an
     address may hold a password.
     """
+    # Libraries and drivers raise errors of their own, assertions among them, on what they cannot
+    # read; none of them is this program's fault.
     if url is None:
-        # Absolute: the lock is a link to the file, and a relative one would lead nowhere.
-        return JournalStorage(JournalFileBackend(str(journal.resolve()))), "journal"
+        try:
+            # Absolute: the lock is a link to the file, and a relative one would lead nowhere.
+            return JournalStorage(JournalFileBackend(str(journal.resolve()))), "journal"
+        except Exception as error:
+            raise InvalidArgument(
+                "storage",
+                f"{journal} is not a whole journal ({type(error).__name__}: {error}); move it "
+                "away, or use another --out",
+            ) from error
     kind = url.split(":", 1)[0]
     try:
         return RDBStorage(url), kind
     except Exception as error:
-        # Drivers raise errors of their own; none of them is this program's fault.
         raise InvalidArgument(
             "storage",
             f"the {kind!r} storage cannot be opened ({type(error).__name__}); accepted: a URL such "

@@ -171,6 +171,13 @@ def test_a_storage_that_cannot_be_opened_is_told_without_its_address(tmp_path: P
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["not a journal\n\n", '{"op_code": 99}\n', "[1]\n"])
+def test_a_file_that_is_no_journal_is_told_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.journal").write_text(content, encoding="utf-8")
+    with pytest.raises(InvalidArgument, match=r"x\.journal is not a whole journal"):
+        open_storage(None, tmp_path / "x.journal")
+
+
 def test_the_time_spent_is_summed_over_runs(storage: BaseStorage) -> None:
     fit = settled(storage)
     fit.run(2, EXAMPLES, Better())
