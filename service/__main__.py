@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from a2sf.errors import A2SFError
 from a2sf.schema import first_problem
 from service.options import ServerOptions
+from service.runner import EngineCrashed
 from service.server import run
 
 DEFAULTS = ServerOptions()
@@ -108,6 +109,9 @@ def serve(
         _fail(first_problem(error))
     except A2SFError as error:
         _fail(str(error))
+    except EngineCrashed as error:
+        # Ours to mend, not the user's; the cause is in the log.
+        _fail(str(error), code=1)
     raise typer.Exit(code)
 
 
@@ -122,9 +126,9 @@ def _announce(line: str) -> None:
     sys.stdout.flush()
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,15 @@ def load_core(options: ServerOptions) -> Core:
                 f"{options.default_table} was fitted for a budget of {budget} tokens, and there "
                 f"are {options.slots} slots; give --slots {budget} or more",
             )
-    engine = Engine(model, config)
+    try:
+        engine = Engine(model, config)
+    except (MemoryError, RuntimeError) as error:  # torch raises either, by device
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InvalidArgument(
+            "max-batch",
+            f"{config.max_batch} rows of {config.slots} slots do not fit into memory; lower "
+            f"--max-batch or --slots ({reason})",
+        ) from error
     log.info(
         "model=%s device=%s dtype=%s rows=%d slots=%d slab_bytes=%d tables=%d refused=%d",
         *(model.identity.id, model.device, model.dtype, config.max_batch, config.slots),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from a2sf.engine import Engine
 from service.__main__ import app
 from service.options import ServerOptions
 
@@ -19,6 +20,7 @@ from service.options import ServerOptions
         (["--device", "abacus"], "accepted: auto, cpu, cuda"),
         (["--dtype", "float3"], "accepted: auto"),
         (["--port-file", "/no/such/folder/port"], "/no/such/folder: no such directory"),
+        (["--max-batch", "1000000000000"], "do not fit into memory; lower --max-batch"),
         (["--host", "192.0.2.1"], "--insecure-bind"),
         (["--host", "192.0.2.1", "--insecure-bind"], "Cannot assign requested address"),
     ],
@@ -39,6 +41,18 @@ def test_a_start_that_cannot_succeed_says_why(
     line = result.stderr.rstrip("\n").splitlines()[-1]
     assert line.startswith("error: ")
     assert told in line
+
+
+def test_an_engine_that_dies_in_its_first_step_is_no_fault_of_the_user_s(
+    long_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Engine) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    result = CliRunner().invoke(app, ["--model", str(long_model_dir), "--port", "0"])
+    assert result.exit_code == 1
+    assert result.stderr.rstrip("\n").splitlines()[-1] == "error: the engine's thread died"
 
 
 def test_the_flags_defaults_are_the_options_own() -> None:
