@@ -1,0 +1,101 @@
+"""What a person reads: verdicts that say what the file carries, and the heat map."""
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from a2sf.models import LoadedModel
+from a2sf.schema import AlphaTable, Estimate
+from tests.tables import make_table
+from tuner.report import half_life, heat_map, policy_line, show, verdict_line
+
+TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
+UNIFORM = ((0.9, 0.9),) * 3
+
+
+def judged(model: LoadedModel, verdict: str, alpha: Any, gap: tuple[float, ...]) -> AlphaTable:
+    table = make_table(model.identity, alpha=alpha)
+    mean, low, high = gap
+    evidence = table.evidence.model_copy(
+        update={
+            "verdict": verdict,
+            "paired": {"uniform": Estimate(mean=mean, low=low, high=high)},
+            "baselines": {"uniform": Estimate(mean=0.2, low=0.1, high=0.3)},
+        }
+    )
+    return table.model_copy(update={"evidence": evidence})
+
+
+def test_a_win_is_told_with_its_interval_and_share(tiny_model: LoadedModel) -> None:
+    line = verdict_line(judged(tiny_model, "better", TABLE, (-0.05, -0.07, -0.03)), 0.95)
+    assert line == (
+        "Better: on held-out examples the table costs less than the best uniform alpha (0.95): "
+        "table minus uniform -0.0500 [-0.0700, -0.0300] nats, -25 %."
+    )
+
+
+@pytest.mark.parametrize(
+    ("alpha", "carried"),
+    [(UNIFORM, "carries that uniform alpha"), (TABLE, "carries the table all the same, as asked")],
+)
+def test_without_a_win_the_line_says_what_the_file_carries(
+    tiny_model: LoadedModel, alpha: Any, carried: str
+) -> None:
+    line = verdict_line(judged(tiny_model, "no_better_than_uniform", alpha, (0.01, -0.01, 0.03)))
+    assert line.startswith("No better than uniform: ")
+    assert "+0.0100 [-0.0100, +0.0300] nats, +5 %" in line
+    assert carried in line
+
+
+@pytest.mark.parametrize(
+    ("alpha", "tokens"), [(0.0, "0"), (0.5, "1"), (0.9, "6.58"), (0.999, "693"), (1.0, "inf")]
+)
+def test_a_half_life_is_in_tokens(alpha: float, tokens: str) -> None:
+    assert half_life(alpha) == tokens
+
+
+def drawn(table: AlphaTable, **options: Any) -> str:
+    file = StringIO()
+    heat_map(Console(file=file, **options), table.policy)
+    return file.getvalue()
+
+
+def test_the_heat_map_is_coloured_on_a_terminal_and_plain_elsewhere(
+    tiny_model: LoadedModel,
+) -> None:
+    table = make_table(tiny_model.identity, alpha=TABLE)
+    plain = drawn(table)
+    coloured = drawn(table, force_terminal=True, color_system="truecolor")
+    assert "\x1b" not in plain
+    # Dark for what forgets at once, light for what never does.
+    assert "\x1b[37;48;2;20;30;90m       0 " in coloured
+    assert "\x1b[30;48;2;250;230;120m       1 " in coloured
+
+
+def test_the_heat_map_of_many_heads_is_not_wrapped(tiny_model: LoadedModel) -> None:
+    identity = tiny_model.identity.model_copy(update={"num_kv_heads": 32})
+    table = make_table(identity, alpha=((0.5,) * 32,) * 3)
+    lines = drawn(table, width=80).splitlines()
+    assert len(lines) == 2 + 2 * 3
+    assert max(map(len, lines)) > 280
+
+
+def test_a_policy_is_told_in_the_units_of_its_table(tiny_model: LoadedModel) -> None:
+    fixed = make_table(tiny_model.identity, prefill_chunk=16).policy
+    assert policy_line(fixed) == (
+        "budget 24 tokens, sinks 2, recent 4 tokens, prefill in blocks of 16"
+    )
+    shares = {"budget": None, "budget_ratio": 0.2, "recent": None, "recent_share": 0.25}
+    assert policy_line(make_table(tiny_model.identity, **shares).policy) == (
+        "budget 0.2 of the length, sinks 2, recent 0.25 of the rest, exact prefill"
+    )
+
+
+def test_a_name_with_brackets_is_printed_as_it_stands(tiny_model: LoadedModel) -> None:
+    # Console markup reads [bold] as a colour; provenance is data.
+    identity = tiny_model.identity.model_copy(update={"id": "[bold]m[/bold]"})
+    file = StringIO()
+    show(Console(file=file), make_table(identity))
+    assert "[bold]m[/bold]" in file.getvalue()
