@@ -19,7 +19,8 @@ def estimate(
     assert sample.ndim == 1
     assert len(sample) >= 2
     mean = float(sample.mean())
-    if np.ptp(sample) == 0.0:
+    # Spread at the level of rounding is none, and would divide by it.
+    if np.ptp(sample) <= 1e-12 * np.abs(sample).max():
         return Estimate(mean=mean, low=mean, high=mean)
     interval = stats.bootstrap(
         (sample,),

@@ -1,6 +1,7 @@
 """Intervals: what they cover, and that pairing is what finds a small effect."""
 
 import numpy as np
+import pytest
 from scipy import stats
 
 from tuner.statistics import CONFIDENCE, difference, estimate
@@ -47,6 +48,8 @@ def test_the_interval_of_many_values_agrees_with_the_normal_one() -> None:
 def test_values_that_never_differ_have_an_interval_of_no_width() -> None:
     interval = difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (interval.low, interval.mean, interval.high) == (0.0, 0.0, 0.0)
+    rounded = estimate([1.0, 1.0 + 2e-16, 1.0])
+    assert rounded.low == rounded.high == pytest.approx(1.0)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
