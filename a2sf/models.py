@@ -9,7 +9,8 @@ and no state hangs on a module. Knows nothing of requests or schedules.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.utils import logging
 
 from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound, Unsupported
@@ -207,15 +209,16 @@ def load_model(
     stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
     chosen = stored if dtype == "auto" else _DTYPES[dtype]
     try:
-        module, loaded = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=chosen,
-            attn_implementation=_ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _quietly():
+            module, loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=chosen,
+                attn_implementation=_ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
@@ -279,6 +282,18 @@ def _first_bytes(stored: Any) -> bytes:
     # No stored element is under one byte wide, so these rows always hold enough.
     rows: Tensor = stored[: -(-_FINGERPRINT_BYTES // columns)]
     return bytes(rows.contiguous().view(torch.uint8).flatten()[:_FINGERPRINT_BYTES].numpy())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own progress bar: a server's log and an error stay one line."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _device(name: str) -> torch.device:

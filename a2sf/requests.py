@@ -14,6 +14,7 @@ from a2sf.schema import AlphaTable, Count, Frozen, Positive
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 128
 
 
 class Sampling(Frozen):
@@ -43,7 +44,7 @@ class GenerationRequest(Frozen):
     sampling: Sampling = Sampling()
     stop: Annotated[tuple[StopString, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     """Strings that end the completion and are left out of its text."""
-    stop_token_ids: tuple[Count, ...] = ()
+    stop_token_ids: Annotated[tuple[Count, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """Tokens that end the completion and are left out of its text."""
     ignore_eos: bool = False
     cache_policy: CachePolicy = CachePolicy()

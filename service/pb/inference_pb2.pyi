@@ -463,7 +463,7 @@ class GenerationInput(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end the completion and are left out of its text."""
+        """Token ids that end the completion and are left out of its text: at most 128."""
 
     @_builtins.property
     def cache_policy(self) -> Global___CachePolicy:
