@@ -139,7 +139,8 @@ def fit(
         raise typer.Exit(130) from None
     save_table(outcome.table, out)
     where = "in the given storage" if storage else f"in {out.with_suffix('.journal')}"
-    summarise(Console(), outcome, out, f"{study or name!r} {where}")
+    kept = f"{study or name!r} {where}"
+    summarise(Console(), outcome, model=model, out=out, study_kept=kept)
 
 
 @tables.command("show")

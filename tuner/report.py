@@ -5,6 +5,7 @@ later says what the fit said, save for the likelihoods, which only the fit knows
 """
 
 import math
+import shlex
 from pathlib import Path
 
 from rich.color import Color
@@ -17,8 +18,10 @@ from tuner.fit import Outcome
 from tuner.search import LOG_TAU_MAX, log_tau_of
 
 
-def summarise(console: Console, outcome: Outcome, out: Path, study_kept: str) -> None:
-    """Print the outcome of a fit."""
+def summarise(
+    console: Console, outcome: Outcome, *, model: str, out: Path, study_kept: str
+) -> None:
+    """Print the outcome of a fit; `model` is what the user called it, which a table leaves out."""
     table = outcome.table
     _line(console, f"{policy_line(table.policy)}; fitted on {calibration_line(table)}")
     _figures(console, table)
@@ -30,11 +33,8 @@ def summarise(console: Console, outcome: Outcome, out: Path, study_kept: str) ->
     _line(console, "")
     _line(console, verdict_line(table, outcome.uniform.alpha))
     _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
-    _line(
-        console,
-        f"Wrote {out}. Serve it: python -m service --model {table.model.id} "
-        f"--tables {out.parent} --default-table {table.name}",
-    )
+    serve = ["--model", model, "--tables", str(out.parent), "--default-table", table.name]
+    _line(console, f"Wrote {out}. Serve it: python -m service {shlex.join(serve)}")
 
 
 def show(console: Console, table: AlphaTable) -> None:

@@ -50,6 +50,7 @@ def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_fit: list[object],
+    tiny_model_dir: Path,
     tmp_path: Path,
 ) -> None:
     code, out, _ = run(monkeypatch, capsys, *small_fit)
@@ -61,7 +62,7 @@ def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
     assert f"{uniform.mean:.4f} [{uniform.low:.4f}, {uniform.high:.4f}]" in out
     assert ("\nBetter: " in out) == (table.evidence.verdict == "better")
     assert ("\nNo better than uniform: " in out) == (table.evidence.verdict != "better")
-    assert f"--tables {tmp_path} --default-table sums" in out
+    assert f"--model {tiny_model_dir} --tables {tmp_path} --default-table sums" in out
     assert (tmp_path / "sums.journal").exists()
 
 
