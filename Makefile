@@ -40,8 +40,10 @@ bench: $(BIN)/.installed ## Measure the decode step side by side; results in ben
 	$(BIN)/python -m benchmarks.decode
 
 refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
-	$(BIN)/python -m tuner --dataset mathqa --model reference --name mathqa \
-	  --out a2sf/reference/tables/mathqa.json
+	rm -rf build/refit && mkdir -p build/refit a2sf/reference/tables
+	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 150 --examples 48 \
+	  --out build/refit/mathqa.json
+	cp build/refit/mathqa.json a2sf/reference/tables/
 
 proto: $(BIN)/.installed ## Generate service/pb and the table's JSON Schema again
 	$(BIN)/python scripts/generate_proto.py
