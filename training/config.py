@@ -27,14 +27,15 @@ class Shape:
 class Stage:
     """One step of the curriculum.
 
-    Rows have ``length`` tokens and are filled with documents; a generated document has between
-    ``document_tokens[0]`` and ``[1]`` tokens. ``mixture`` gives each source's share of documents:
-    generated tasks by name (recall forms as ``recall/FORM``) and sources of text. Tokens of a
-    generated document that are no answer count ``context_weight`` in the loss, answers 1.
+    Every batch draws the length of its rows from ``lengths`` and fills them with documents; a
+    generated document has between ``document_tokens[0]`` and ``[1]`` tokens, at most a row.
+    ``mixture`` gives each source's share of documents: generated tasks by name (recall forms as
+    ``recall/FORM``) and sources of text. Tokens of a generated document that are no answer count
+    ``context_weight`` in the loss, answers 1.
     """
 
     name: str
-    length: int
+    lengths: tuple[int, ...]
     document_tokens: tuple[int, int]
     mixture: dict[str, float]
     advance_at: float = 0.85
@@ -73,24 +74,24 @@ TEXT = {
 
 FIRST_EDITION = Recipe(
     stages=(
-        Stage("bare-24", 64, (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=2048),
+        Stage("bare-24", (64,), (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=2048),
         Stage(
             "bare-64",
-            64,
+            (64,),
             (20, 64),
             {"recall/list": 0.6, "copy": 0.2, "recall/sentence": 0.2},
             batch_tokens=2048,
         ),
         Stage(
             "bare-128",
-            128,
+            (128,),
             (32, 128),
             {"recall/list": 0.2, "copy": 0.1, "recall/sentence": 0.2, "recall/pair": 0.5},
             batch_tokens=2048,
         ),
         Stage(
             "sentences-256",
-            256,
+            (256,),
             (48, 256),
             {
                 "recall/list": 0.15,
@@ -102,7 +103,7 @@ FIRST_EDITION = Recipe(
         ),
         Stage(
             "sentences-512",
-            512,
+            (512,),
             (64, 512),
             {
                 "recall/list": 0.1,
@@ -112,11 +113,11 @@ FIRST_EDITION = Recipe(
                 "recall/story": 0.2,
                 "state": 0.1,
             },
-            max_tokens=1_500_000,
+            max_tokens=250_000,
         ),
         Stage(
             "all-512",
-            512,
+            (256, 256, 256, 512),
             (64, 512),
             {
                 "recall/list": 0.03,
@@ -142,7 +143,7 @@ TINY = Recipe(
         head_dim=8,
         intermediate_size=64,
     ),
-    stages=(Stage("tiny", 32, (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=256),),
+    stages=(Stage("tiny", (32,), (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=256),),
     warmup_steps=5,
 )
 """For tests: learns the form of the answers within a hundred steps."""

@@ -91,20 +91,21 @@ class Mixture:
                 self._texts[name] = [encoding.ids for encoding in encoded]
 
     def batch(self, stage: Stage, step: int) -> Batch:
-        """The batch of this step: ``stage.batch_tokens // stage.length`` rows."""
+        """The batch of this step: ``stage.batch_tokens`` tokens in rows of one length."""
         rng = Random(f"{self._seed}:{step}")
         names = list(stage.mixture)
         chances = list(stage.mixture.values())
-        rows = stage.batch_tokens // stage.length
-        ids = torch.full((rows, stage.length + 1), EOS_ID, dtype=torch.long)
-        weights = torch.zeros(rows, stage.length + 1)
-        source = torch.full((rows, stage.length + 1), -1, dtype=torch.long)
+        length = rng.choice(stage.lengths)
+        rows = stage.batch_tokens // length
+        ids = torch.full((rows, length + 1), EOS_ID, dtype=torch.long)
+        weights = torch.zeros(rows, length + 1)
+        source = torch.full((rows, length + 1), -1, dtype=torch.long)
         for row in range(rows):
             at = 0
-            while at < stage.length:
+            while at < length:
                 kind = rng.choices(range(len(names)), chances)[0]
-                document = self._document(rng, stage, names[kind])
-                room = stage.length + 1 - at
+                document = self._document(rng, stage, names[kind], length)
+                room = length + 1 - at
                 end = at + len(document.ids[:room])
                 ids[row, at:end] = torch.tensor(document.ids[:room])
                 weights[row, at:end] = torch.tensor(document.weights[:room])
@@ -113,11 +114,11 @@ class Mixture:
                 at = end
         return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:], source[:, 1:])
 
-    def _document(self, rng: Random, stage: Stage, name: str) -> Document:
+    def _document(self, rng: Random, stage: Stage, name: str, length: int) -> Document:
         if name in self._texts:
-            ids = _window(rng, [BOS_ID, *rng.choice(self._texts[name]), EOS_ID], stage.length)
+            ids = _window(rng, [BOS_ID, *rng.choice(self._texts[name]), EOS_ID], length)
             return Document(ids, [1.0] * len(ids), [False] * len(ids))
-        episode = episode_of(rng, name, rng.randint(*stage.document_tokens))
+        episode = episode_of(rng, name, min(length, rng.randint(*stage.document_tokens)))
         return self.weigh(episode, stage.context_weight)
 
     def weigh(self, episode: Episode, context_weight: float) -> Document:

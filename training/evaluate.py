@@ -48,7 +48,7 @@ class Judge:
 
     def ids(self, text: str, *, bos: bool = True) -> list[int]:
         """Tokens of a text."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [self.tokenizer.bos_token_id, *ids] if bos else ids
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
@@ -68,11 +68,12 @@ class Judge:
             for row, index in enumerate(chosen):
                 ids = pairs[index][0] + pairs[index][1]
                 rows[row, : len(ids)] = torch.tensor(ids)
-            logits = self.model(rows.to(self.device), use_cache=False).logits
+            hidden = self.model.model(rows.to(self.device), use_cache=False).last_hidden_state
             for row, index in enumerate(chosen):
                 prompt, text = pairs[index]
                 there = slice(len(prompt) - 1, len(prompt) + len(text) - 1)
-                found, wanted = logits[row, there].float(), torch.tensor(text, device=self.device)
+                found = self.model.lm_head(hidden[row, there]).float()
+                wanted = torch.tensor(text, device=self.device)
                 nll = functional.cross_entropy(found, wanted, reduction="sum").item()
                 exact = bool((found.argmax(-1) == wanted).all())
                 scores[index] = Scored(-nll, len(text), exact)
@@ -112,7 +113,7 @@ def exact_share(
     return sum(score.exact for score in scores) / examples, facts
 
 
-def text_nll(judge: Judge, texts: Iterable[str], most_tokens: int = 30_000) -> tuple[float, float]:
+def text_nll(judge: Judge, texts: Iterable[str], most_tokens: int = 10_000) -> tuple[float, float]:
     """Nats per token and bits per byte over windows of at most 512 tokens, each after bos."""
     windows: list[tuple[list[int], list[int]]] = []
     total_bytes = 0
@@ -187,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--model", type=Path, default=Path("a2sf/reference"))
-    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the raw figures here too")

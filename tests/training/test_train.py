@@ -28,7 +28,8 @@ def test_a_batch_is_decided_by_its_step() -> None:
     mixture = Mixture(TOKENIZER, None, seed=0)
     stage = FIRST_EDITION.stages[2]
     first, again, other = (mixture.batch(stage, step) for step in (4, 4, 5))
-    assert first.inputs.shape == (stage.batch_tokens // stage.length, stage.length)
+    length = stage.lengths[0]
+    assert first.inputs.shape == (stage.batch_tokens // length, length)
     assert torch.equal(first.inputs, again.inputs)
     assert torch.equal(first.weights, again.weights)
     assert not torch.equal(first.inputs, other.inputs)
