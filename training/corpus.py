@@ -98,16 +98,18 @@ def choice_documents(data_dir: Path, name: str, part: Part) -> list[str]:
     return [question.text for question in questions[1 if part == "train" else 0 :: 2]]
 
 
+def gsm8k_text(row: dict[str, Any]) -> str:
+    """A worked solution in the form of ``train.jsonl``: without calculator marks and last line."""
+    solution = re.sub(r"<<.*?>>", "", row["answer_text"]).split("\n####")[0]
+    return f"Question: {row['question']}\nAnswer: {solution}\n"
+
+
 def gsm8k_documents(data_dir: Path, part: Part) -> list[str]:
     """Worked solutions; the even lines of the calibration file are taken out of train."""
     calibration = read_jsonl(data_dir / "gsm8k" / "calibration.jsonl")
     held_out = {row["id"] for row in calibration[0::2]}
     rows = read_jsonl(data_dir / "gsm8k" / "train.jsonl")
-    return [
-        f"Question: {row['question']}\nAnswer: {row['answer_text']}\n"
-        for row in rows
-        if (row["id"] in held_out) == (part == "held_out")
-    ]
+    return [gsm8k_text(row) for row in rows if (row["id"] in held_out) == (part == "held_out")]
 
 
 def documents(data_dir: Path, part: Part) -> dict[str, list[str]]:

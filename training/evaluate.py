@@ -21,7 +21,14 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.corpus import CHOICE_SETS, choice_questions, default_data_dir, documents, read_jsonl
+from training.corpus import (
+    CHOICE_SETS,
+    choice_questions,
+    default_data_dir,
+    documents,
+    gsm8k_text,
+    read_jsonl,
+)
 from tuner.generated import GENERATORS, RECALL_FORMS, Generated, recall
 
 LENGTHS = (64, 128, 256, 512)
@@ -153,8 +160,7 @@ def measure(judge: Judge, data_dir: Path, examples: int) -> dict[str, Any]:
     held_out = documents(data_dir, "held_out")
     held_out["wikitext2 validation"] = [(data_dir / "wikitext2/validation.txt").read_text("utf-8")]
     held_out["gsm8k validation"] = [
-        f"Question: {row['question']}\nAnswer: {row['answer_text']}\n"
-        for row in read_jsonl(data_dir / "gsm8k/validation.jsonl")
+        gsm8k_text(row) for row in read_jsonl(data_dir / "gsm8k/validation.jsonl")
     ]
     figures["nll"] = {name: text_nll(judge, texts) for name, texts in held_out.items()}
     figures["choices"] = {
