@@ -121,15 +121,15 @@ def block(
     offsets = torch.arange(width, device=query.device)
     query_position = step.start[:, None] + offsets
     position = query_position.masked_fill(offsets >= step.lengths[:, None], EMPTY)
-    at = step.used - step.excess
-    slots.append(keys, values, position, at)
+    at = (step.used - step.excess)[:, None] + offsets
+    placed = at[:, None].expand(-1, keys.shape[1], -1)
+    slots.write(placed, keys, values, position)
     weights = scoring.query_weights(alpha, step.lengths, width)
     output, mass = attend(
         query, query_position, slots.keys, slots.values, slots.position, weights, scale
     )
     accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
     if policy.any_random:
-        placed = (at[:, None] + offsets)[:, None, :].expand(-1, keys.shape[1], -1)
         accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, query_position)
     slots.score.copy_(accumulated)
     return output
@@ -152,17 +152,14 @@ def decode(
     alpha = policy.alpha[:, layer]
     full = step.used >= policy.budget
     victim = slots.victim(step.start, policy.sinks, policy.recent)
-    slot = torch.where(full[:, None], victim, step.used[:, None])
-    slots.overwrite(slot, keys, values, step.start)
+    placed = torch.where(full[:, None], victim, step.used[:, None])[..., None]
+    position = step.start[:, None]
+    slots.write(placed, keys, values, position)
     weights = torch.ones(*alpha.shape, 1, dtype=torch.float32, device=query.device)
-    output, mass = attend(
-        query, step.start[:, None], slots.keys, slots.values, slots.position, weights, scale
-    )
+    output, mass = attend(query, position, slots.keys, slots.values, slots.position, weights, scale)
     accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
     if policy.any_random:
-        accumulated = _keep_random(
-            slots.score, accumulated, policy, layer, slot[..., None], step.start[:, None]
-        )
+        accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, position)
     slots.score.copy_(accumulated)
     return output
 

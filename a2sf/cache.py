@@ -102,41 +102,19 @@ class LayerSlots:
         """Bytes of these slots, read off the tensors."""
         return sum(t.nbytes for t in (self.keys, self.values, self.position, self.score))
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor, at: Tensor) -> None:
-        """Write a block behind the tokens already there, with score 0.
+    def write(self, slot: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        """Put tokens into slots, with score 0, over whatever was there.
 
         Args:
+            slot: [rows, H_kv, width] int64, where each head puts each token.
             keys, values: [rows, H_kv, width, D].
-            position: [rows, width], `EMPTY` for padding, which fills slots without using them.
-            at: [rows] int64, the first slot to write; at + width must not pass the last slot.
+            position: [rows, width] integer; `EMPTY` marks padding, which leaves its slot empty.
         """
-        width = keys.shape[2]
-        slots = at[:, None] + torch.arange(width, device=at.device)
-        index = slots[:, None, :].expand(-1, keys.shape[1], -1)
-        wide = index[..., None].expand_as(keys)
+        wide = slot[..., None].expand_as(keys)
         self.keys.scatter_(2, wide, keys)
         self.values.scatter_(2, wide, values)
-        self.position.scatter_(
-            2, index, position.to(torch.int32)[:, None, :].expand_as(index).contiguous()
-        )
-        self.score.scatter_(2, index, 0.0)
-
-    def overwrite(self, slot: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        """Write one token a row, each head into its own slot, with score 0.
-
-        Args:
-            slot: [rows, H_kv] int64.
-            keys, values: [rows, H_kv, 1, D].
-            position: [rows] integer.
-        """
-        index = slot[..., None]
-        wide = index[..., None].expand_as(keys)
-        self.keys.scatter_(2, wide, keys)
-        self.values.scatter_(2, wide, values)
-        self.position.scatter_(
-            2, index, position.to(torch.int32)[:, None, None].expand_as(index).contiguous()
-        )
-        self.score.scatter_(2, index, 0.0)
+        self.position.scatter_(2, slot, position.to(torch.int32)[:, None].expand_as(slot))
+        self.score.scatter_(2, slot, 0.0)
 
     def victim(self, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
         """Find each head's slot to evict before a token is placed at `start`: [rows, H_kv] int64.

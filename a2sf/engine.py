@@ -8,18 +8,17 @@ transport; what the law computes does not depend on how it schedules.
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Annotated, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from a2sf import attention, sampling
+from a2sf import admission, attention, sampling
+from a2sf.admission import EngineConfig
 from a2sf.attention import Block
 from a2sf.cache import PolicyTensors, SlotCache
 from a2sf.errors import InvalidArgument, ResourceExhausted
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import EffectivePolicy
 from a2sf.requests import (
     CacheStatistics,
     Delta,
@@ -31,32 +30,7 @@ from a2sf.requests import (
     Timings,
     Usage,
 )
-from a2sf.schema import Count, Frozen, Positive
 from a2sf.text import TextStream
-
-DEFAULT_MAX_PREFILL_TOKENS = 8192
-
-
-class EngineConfig(Frozen):
-    """Sizes that fix the engine's memory before it starts."""
-
-    slots: Positive = 1024
-    """Slots of a row: the largest budget a request may have."""
-    max_batch: Positive = 8
-    """Rows: requests that decode together."""
-    max_prefill_tokens: Positive | None = None
-    """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
-    max_waiting: Count = 64
-    """Requests that may wait once every row is taken; one more is refused."""
-    default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
-    """What a request's cache policy leaves open."""
-
-    @model_validator(mode="after")
-    def _default_fits(self) -> Self:
-        budget = self.default_policy.budget
-        if budget is not None and budget > self.slots:
-            raise ValueError(f"the default budget of {budget} exceeds the {self.slots} slots")
-        return self
 
 
 @dataclass(eq=False)
@@ -92,11 +66,8 @@ class Engine:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.max_prefill_tokens = config.max_prefill_tokens or min(
-            model.shape.max_context, DEFAULT_MAX_PREFILL_TOKENS
-        )
         self._slab = self._allocate(config.max_batch, config.slots)
-        self._staging = self._allocate(1, self.max_prefill_tokens)
+        self._staging = self._allocate(1, config.staging_slots(model.shape.max_context))
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: _Sequence | None = None
         self._active: list[_Sequence] = []
@@ -135,7 +106,7 @@ class Engine:
         Raises InvalidArgument for a value that cannot be served, naming field and range, and
         ResourceExhausted when the queue is full.
         """
-        policy = self._resolve(request)
+        policy = admission.check(request, self.model, self.config)
         if any(s.request.request_id == request.request_id for s in self._sequences()):
             raise InvalidArgument("request_id", f"{request.request_id!r} is already in use")
         free = self.config.max_batch - self.running
@@ -192,53 +163,6 @@ class Engine:
     def _sequences(self) -> list[_Sequence]:
         prefilling = [self._prefilling] if self._prefilling else []
         return [*self._waiting, *prefilling, *self._active]
-
-    def _resolve(self, request: GenerationRequest) -> EffectivePolicy:
-        shape = self.model.shape
-        prompt = len(request.prompt_ids)
-        length = prompt + request.max_new_tokens
-        if prompt >= shape.max_context:
-            raise InvalidArgument(
-                "prompt",
-                f"{prompt} tokens; the model's context is {shape.max_context}, one of them for the "
-                "first new token",
-            )
-        if length > shape.max_context:
-            raise InvalidArgument(
-                "max_new_tokens",
-                f"{request.max_new_tokens} after a prompt of {prompt} tokens make {length}; the "
-                f"model's context is {shape.max_context}; accepted here: at most "
-                f"{shape.max_context - prompt}",
-            )
-        for name, ids in (
-            ("prompt", request.prompt_ids),
-            ("stop_token_ids", request.stop_token_ids),
-        ):
-            unknown = next((i for i in ids if i >= shape.vocab_size), None)
-            if unknown is not None:
-                raise InvalidArgument(
-                    name, f"token id {unknown}; accepted: 0 to {shape.vocab_size - 1}"
-                )
-        if request.table is not None:
-            request.table.check_model(self.model.identity)
-        policy = resolve(
-            request.cache_policy,
-            table=request.table,
-            server=self.config.default_policy,
-            length=length,
-            slots=self.config.slots,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-        )
-        staging = policy.staging_slots(prompt)
-        if staging > self.max_prefill_tokens:
-            raise InvalidArgument(
-                "prompt",
-                f"{prompt} tokens need {staging} staging slots at prefill_chunk "
-                f"{policy.prefill_chunk}, and this server has {self.max_prefill_tokens}; set a "
-                "smaller cache_policy.prefill_chunk (0 means the whole prompt) or a shorter prompt",
-            )
-        return policy
 
     def _admit(self, events: list[Event]) -> None:
         if self._prefilling or not self._waiting or len(self._active) >= self.config.max_batch:

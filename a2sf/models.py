@@ -6,10 +6,8 @@ model's identity, and the registered attention function. A caller hands every fo
 and no state hangs on a module. Knows nothing of requests or schedules.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -31,6 +28,7 @@ from transformers.utils import logging
 
 from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound, Unsupported
+from a2sf.fingerprint import fingerprint
 from a2sf.schema import ModelIdentity
 
 REFERENCE = "reference"
@@ -45,7 +43,6 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 by the longest position in the batch, which would let one request change another's logits."""
 
 _ATTENTION_NAME = "a2sf"
-_FINGERPRINT_BYTES = 4096
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 _DTYPES = {
@@ -204,7 +201,20 @@ def load_model(
         num_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_kv_heads=shape.num_kv_heads,
-        fingerprint=fingerprint(config, shape, weights),
+        fingerprint=fingerprint(
+            {
+                "architecture": config.architectures[0],
+                "num_layers": shape.num_layers,
+                "num_attention_heads": shape.num_attention_heads,
+                "num_kv_heads": shape.num_kv_heads,
+                "head_dim": shape.head_dim,
+                "hidden_size": config.hidden_size,
+                "vocab_size": shape.vocab_size,
+                "rope": config.rope_parameters,
+            },
+            shape.num_layers,
+            weights,
+        ),
     )
     stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
     chosen = stored if dtype == "auto" else _DTYPES[dtype]
@@ -240,48 +250,6 @@ def load_model(
         dtype=chosen,
         eos_token_ids=_eos_token_ids(directory, config),
     )
-
-
-def fingerprint(config: Any, shape: ModelShape, weights: Sequence[Path]) -> str:
-    """SHA-256 (hex) over the canonical shape and rope settings and every k_proj weight's start.
-
-    Weights are read as stored, so the digest does not depend on the dtype a model is loaded in.
-    """
-    canonical = {
-        "architecture": config.architectures[0],
-        "num_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_size": config.hidden_size,
-        "vocab_size": shape.vocab_size,
-        "rope": config.rope_parameters,
-    }
-    digest = hashlib.sha256(
-        json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    )
-    found: dict[int, bytes] = {}
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    match = re.search(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$", name)
-                    if match:
-                        found[int(match[1])] = _first_bytes(file.get_slice(name))
-        except SafetensorError as error:
-            raise NotFound(f"weights {path}: not whole ({_one_line(error)})") from error
-    if sorted(found) != list(range(shape.num_layers)):
-        raise Unsupported(f"k_proj weights found for layers {sorted(found)} of {shape.num_layers}")
-    for layer in sorted(found):
-        digest.update(found[layer])
-    return digest.hexdigest()
-
-
-def _first_bytes(stored: Any) -> bytes:
-    _, columns = stored.get_shape()
-    # No stored element is under one byte wide, so these rows always hold enough.
-    rows: Tensor = stored[: -(-_FINGERPRINT_BYTES // columns)]
-    return bytes(rows.contiguous().view(torch.uint8).flatten()[:_FINGERPRINT_BYTES].numpy())
 
 
 @contextmanager

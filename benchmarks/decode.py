@@ -24,7 +24,8 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from a2sf.engine import Engine, EngineConfig
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.reference import path as reference_path

@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from a2sf import reference
-from a2sf.engine import Engine, EngineConfig
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, NotFound
 from a2sf.models import REFERENCE, load_model
 from a2sf.policy import DEFAULT_SINKS, CachePolicy

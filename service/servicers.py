@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 
 from a2sf import __version__
-from a2sf.engine import Engine, EngineConfig
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started

@@ -15,6 +15,17 @@ from a2sf.schema import (
     seal,
 )
 
+IDENTITY = ModelIdentity(
+    id="m",
+    revision=None,
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    fingerprint="a" * 64,
+)
+"""A small model that does not exist."""
+
 
 def random_alpha(identity: ModelIdentity, seed: int = 0) -> tuple[tuple[float, ...], ...]:
     """Factors from 0 to 1, both ends among them."""

@@ -21,10 +21,12 @@ CORE = [
     "cache",
     "attention",
     "reference",
+    "fingerprint",
     "models",
     "teacher",
     "sampling",
     "text",
+    "admission",
     "engine",
 ]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from a2sf import reference, teacher
+from a2sf import admission, reference, teacher
+from a2sf.admission import EngineConfig
 from a2sf.cache import SlotCache
-from a2sf.engine import Engine, EngineConfig
+from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, ResourceExhausted, TableMismatch
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
@@ -125,7 +126,10 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
         for t in texts
     ]
     wish = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
-    policies = [engine_for(tiny_model)._resolve(request("r", t, cache_policy=wish)) for t in texts]
+    policies = [
+        admission.check(request("r", t, cache_policy=wish), tiny_model, EngineConfig(slots=512))
+        for t in texts
+    ]
     for predicted in (
         teacher.logits(tiny_model, examples, policies),
         teacher.logits(tiny_model, examples, None),

@@ -7,18 +7,7 @@ from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
-from a2sf.schema import ModelIdentity
-from tests.tables import make_table
-
-IDENTITY = ModelIdentity(
-    id="m",
-    revision=None,
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    fingerprint="a" * 64,
-)
+from tests.tables import IDENTITY, make_table
 
 
 def settle(wish: CachePolicy, **arguments: Any) -> EffectivePolicy:

@@ -12,19 +12,10 @@ import pytest
 
 from a2sf import schema
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
-from a2sf.schema import ModelIdentity, canonical_digest, load_table, parse_table, save_table, seal
-from tests.tables import make_table, table_fields
+from a2sf.schema import canonical_digest, load_table, parse_table, save_table, seal
+from tests.tables import IDENTITY, make_table, table_fields
 
 ROOT = Path(__file__).resolve().parents[2]
-IDENTITY = ModelIdentity(
-    id="m",
-    revision=None,
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    fingerprint="a" * 64,
-)
 
 
 def document() -> dict[str, Any]:

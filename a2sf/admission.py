@@ -1,0 +1,99 @@
+"""What a request must satisfy to be served by a given model within given sizes.
+
+Owns the checks that need the model's shape and the engine's sizes, and their messages; what a value
+may be by itself is checked where the value is made. Knows nothing of rows or schedules.
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.requests import GenerationRequest
+from a2sf.schema import Count, Frozen, Positive
+
+DEFAULT_MAX_PREFILL_TOKENS = 8192
+
+
+class EngineConfig(Frozen):
+    """Sizes that fix the engine's memory before it starts."""
+
+    slots: Positive = 1024
+    """Slots of a row: the largest budget a request may have."""
+    max_batch: Positive = 8
+    """Rows: requests that decode together."""
+    max_prefill_tokens: Positive | None = None
+    """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
+    max_waiting: Count = 64
+    """Requests that may wait once every row is taken; one more is refused."""
+    default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
+    """What a request's cache policy leaves open."""
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        budget = self.default_policy.budget
+        if budget is not None and budget > self.slots:
+            raise ValueError(f"the default budget of {budget} exceeds the {self.slots} slots")
+        return self
+
+    def staging_slots(self, max_context: int) -> int:
+        """Slots of the staging row for a model of this context."""
+        return self.max_prefill_tokens or min(max_context, DEFAULT_MAX_PREFILL_TOKENS)
+
+
+def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) -> EffectivePolicy:
+    """Return the policy in plain numbers under which the request can be served.
+
+    Raises InvalidArgument for what cannot be, naming the field and what is accepted, and
+    TableMismatch for a table of another model.
+    """
+    _check_lengths(request, model.shape.max_context)
+    _check_token_ids("prompt", request.prompt_ids, model.shape.vocab_size)
+    _check_token_ids("stop_token_ids", request.stop_token_ids, model.shape.vocab_size)
+    if request.table is not None:
+        request.table.check_model(model.identity)
+    prompt = len(request.prompt_ids)
+    policy = resolve(
+        request.cache_policy,
+        table=request.table,
+        server=config.default_policy,
+        length=prompt + request.max_new_tokens,
+        slots=config.slots,
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+    )
+    needed = policy.staging_slots(prompt)
+    available = config.staging_slots(model.shape.max_context)
+    if needed > available:
+        raise InvalidArgument(
+            "prompt",
+            f"{prompt} tokens need {needed} staging slots at prefill_chunk "
+            f"{policy.prefill_chunk}, and this server has {available}; set a smaller "
+            "cache_policy.prefill_chunk (0 means the whole prompt) or a shorter prompt",
+        )
+    return policy
+
+
+def _check_lengths(request: GenerationRequest, max_context: int) -> None:
+    prompt = len(request.prompt_ids)
+    if prompt >= max_context:
+        raise InvalidArgument(
+            "prompt",
+            f"{prompt} tokens; the model's context is {max_context}, one of them for the first "
+            "new token",
+        )
+    length = prompt + request.max_new_tokens
+    if length > max_context:
+        raise InvalidArgument(
+            "max_new_tokens",
+            f"{request.max_new_tokens} after a prompt of {prompt} tokens make {length}; the "
+            f"model's context is {max_context}; accepted here: at most {max_context - prompt}",
+        )
+
+
+def _check_token_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    unknown = next((i for i in ids if i >= vocab_size), None)
+    if unknown is not None:
+        raise InvalidArgument(field, f"token id {unknown}; accepted: 0 to {vocab_size - 1}")

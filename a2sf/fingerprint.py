@@ -1,0 +1,61 @@
+"""A model's fingerprint: what an alpha table is tied to.
+
+Owns the digest over a model's canonical settings and the start of every k_proj weight as stored on
+disk, so that it depends neither on the dtype a model is loaded in nor on how it is sharded. Knows
+nothing of transformers.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from a2sf.errors import NotFound, Unsupported
+
+BYTES_A_WEIGHT = 4096
+
+_K_PROJ = re.compile(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$")
+
+
+def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[Path]) -> str:
+    """SHA-256 (hex) over `settings` as canonical JSON, then the layers' k_proj weights in order.
+
+    Args:
+        settings: the model's shape and rope settings, as JSON values.
+        num_layers: how many layers must be found.
+        weights: the safetensors files.
+
+    Raises:
+        NotFound: a file is not whole.
+        Unsupported: some layer stores no k_proj weight.
+    """
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(text.encode())
+    found: dict[int, bytes] = {}
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    match = _K_PROJ.search(name)
+                    if match:
+                        found[int(match[1])] = _first_bytes(file.get_slice(name))
+        except SafetensorError as error:
+            raise NotFound(f"weights {path}: not whole ({error})") from error
+    if sorted(found) != list(range(num_layers)):
+        raise Unsupported(f"k_proj weights found for layers {sorted(found)} of {num_layers}")
+    for layer in sorted(found):
+        digest.update(found[layer])
+    return digest.hexdigest()
+
+
+def _first_bytes(stored: Any) -> bytes:
+    _, columns = stored.get_shape()
+    # No stored element is under one byte wide, so these rows always hold enough.
+    rows: Tensor = stored[: -(-BYTES_A_WEIGHT // columns)]
+    return bytes(rows.contiguous().view(torch.uint8).flatten()[:BYTES_A_WEIGHT].numpy())
