@@ -41,7 +41,7 @@ bench: $(BIN)/.installed ## Measure the decode step side by side; results in ben
 
 refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
 	rm -rf build/refit && mkdir -p build/refit a2sf/reference/tables
-	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 150 --examples 48 \
+	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 90 --examples 48 \
 	  --out build/refit/mathqa.json
 	cp build/refit/mathqa.json a2sf/reference/tables/
 

@@ -23,7 +23,7 @@ done
 [[ -s $work/port ]] || { echo "demo: the server was not ready within a minute" >&2; exit 1; }
 
 python -m service.client --target "127.0.0.1:$(cat "$work/port")" \
-  --table mathqa --budget 48 --max-new-tokens 200 --temperature 0 \
+  --table mathqa --max-new-tokens 200 --temperature 0 \
   "Once upon a time there was a little girl named Lily."
 
 kill -TERM "$server"
