@@ -22,9 +22,11 @@ for _ in $(seq 600); do
 done
 [[ -s $work/port ]] || { echo "demo: the server was not ready within a minute" >&2; exit 1; }
 
+prompt="Once upon a time there was a little girl named Lily."
+printf '\n%s' "$prompt"
 python -m service.client --target "127.0.0.1:$(cat "$work/port")" \
   --table mathqa --max-new-tokens 200 --temperature 0 \
-  "Once upon a time there was a little girl named Lily."
+  "$prompt"
 
 kill -TERM "$server"
 wait "$server"
