@@ -1,268 +1,19 @@
-"""The engine decodes what the definitions say, whoever shares the batch."""
+"""The engine serves each request as if alone, counts truly, and refuses by field."""
 
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from a2sf import admission, reference, teacher
-from a2sf.admission import EngineConfig
 from a2sf.cache import SlotCache
-from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, ResourceExhausted, TableMismatch
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
-from a2sf.requests import (
-    Delta,
-    Event,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    Sampling,
-    Started,
-)
-from tests.masked_llama import MaskedLlama
+from a2sf.requests import Delta, Event, Finished, FinishReason
+from tests.driving import engine_for, finished, mixed_requests, prompts, request, run, tokens
 from tests.tables import make_table
-from tests.tiny import EOS, save_tiny_llama
-
-GREEDY = Sampling(temperature=0.0)
-
-
-def request(name: str, prompt: Iterable[int], **fields: Any) -> GenerationRequest:
-    settings: dict[str, Any] = {
-        "max_new_tokens": 20,
-        "sampling": GREEDY,
-        "ignore_eos": True,
-        **fields,
-    }
-    return GenerationRequest(request_id=name, prompt_ids=tuple(prompt), **settings)
-
-
-def run(engine: Engine, limit: int = 10_000) -> dict[str, list[Event]]:
-    streams: dict[str, list[Event]] = {}
-    for _ in range(limit):
-        if not engine.has_work:
-            return streams
-        for event in engine.step():
-            streams.setdefault(event.request_id, []).append(event)
-    raise AssertionError("the engine never ran out of work")
-
-
-def tokens(stream: list[Event]) -> list[int]:
-    return [t for event in stream if isinstance(event, Delta) for t in event.token_ids]
-
-
-def finished(stream: list[Event]) -> Finished:
-    assert isinstance(stream[0], Started)
-    assert isinstance(stream[-1], Finished)
-    assert sum(isinstance(event, Started | Finished) for event in stream) == 2
-    return stream[-1]
-
-
-def engine_for(model: LoadedModel, **config: Any) -> Engine:
-    settings = {
-        "slots": 128,
-        "max_batch": 3,
-        "default_policy": CachePolicy(preset="h2o", budget=48),
-        **config,
-    }
-    return Engine(model, EngineConfig(**settings))
-
-
-def prompts(count: int, low: int = 1, high: int = 70, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(256) for _ in range(rng.randint(low, high))] for _ in range(count)]
-
-
-# ------------------------------------------------------------------ against plain transformers
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        CachePolicy(preset="full"),
-        CachePolicy(preset="h2o", budget=100),
-        CachePolicy(preset="window", budget=100),
-        CachePolicy(alpha=0.5, budget=100, prefill_chunk=7),
-        CachePolicy(preset="random", budget=100, prefill_chunk=1),
-    ],
-    ids=lambda p: f"{p.preset}-{p.alpha}-{p.prefill_chunk}",
-)
-def test_with_room_for_all_tokens_it_equals_transformers(
-    tiny_model: LoadedModel, tiny_model_dir: Any, policy: CachePolicy
-) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    engine = engine_for(tiny_model)
-    texts = prompts(5)
-    for index, prompt in enumerate(texts):
-        engine.submit(request(str(index), prompt, cache_policy=policy))
-    streams = run(engine)
-    for index, prompt in enumerate(texts):
-        want = plain.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=20,
-            min_new_tokens=20,
-            do_sample=False,
-            pad_token_id=0,
-            suppress_tokens=None,
-            eos_token_id=EOS + 1,
-        )[0, len(prompt) :]
-        assert tokens(streams[str(index)]) == want.tolist()
-        assert finished(streams[str(index)]).cache.evicted_tokens == 0
-
-
-@pytest.mark.parametrize("preset", ["full", "window", "h2o", "tova_per_head", "random"])
-def test_teacher_forcing_with_room_equals_transformers_logits(
-    tiny_model: LoadedModel, tiny_model_dir: Any, preset: Any
-) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    texts = prompts(4, low=10)
-    examples = [
-        teacher.Example(tuple(t), prompt_tokens=len(t) // 2, counted=tuple(range(len(t))))
-        for t in texts
-    ]
-    wish = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
-    policies = [
-        admission.check(request("r", t, cache_policy=wish), tiny_model, EngineConfig(slots=512))
-        for t in texts
-    ]
-    for predicted in (
-        teacher.logits(tiny_model, examples, policies),
-        teacher.logits(tiny_model, examples, None),
-    ):
-        for text, mine in zip(texts, predicted, strict=True):
-            with torch.no_grad():
-                want = plain(torch.tensor([text])).logits[0]
-            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
-
-
-# ------------------------------------------------------------------ against the definitions
-
-
-def simulate_and_compare(
-    model: LoadedModel, directory: Any, prompt: list[int], steps: int, **policy: Any
-) -> int:
-    """Compare with the masking simulation; return how many tokens were decided clearly."""
-    table = make_table(model.identity, **policy)
-    engine = engine_for(model)
-    wish = CachePolicy(table=table.name)
-    engine.submit(request("r", prompt, max_new_tokens=steps, cache_policy=wish, table=table))
-    stream = run(engine)["r"]
-    assert finished(stream).cache.evicted_tokens > 0
-    simulated = MaskedLlama(directory).decode(
-        prompt,
-        steps,
-        alpha=[list(row) for row in table.policy.alpha],
-        budget=table.policy.budget or 0,
-        recent=table.policy.recent or 0,
-        sinks=table.policy.sinks,
-        chunk=table.policy.prefill_chunk,
-    )
-    for index, (mine, (theirs, gap)) in enumerate(zip(tokens(stream), simulated, strict=True)):
-        if gap <= 1e-5:
-            return index  # a near-tie may fall either way, and all that follows with it
-        assert mine == theirs, f"token {index} differs at a gap of {gap:.2g}"
-    return steps
-
-
-@pytest.mark.parametrize("prefill_chunk", [0, 1, 8])
-def test_a_completion_longer_than_the_budget_matches_a_masking_simulation(
-    tiny_model: LoadedModel, tiny_model_dir: Any, prefill_chunk: int
-) -> None:
-    clear = 0
-    for index, prompt in enumerate(prompts(3, low=20, high=40, seed=prefill_chunk)):
-        clear += simulate_and_compare(
-            tiny_model,
-            tiny_model_dir,
-            prompt,
-            steps=40,
-            alpha=tuple(
-                tuple(random.Random(index).choices([0.0, 0.5, 0.9, 0.99, 1.0], k=2))
-                for _ in range(3)
-            ),
-            budget=16,
-            recent=3,
-            prefill_chunk=prefill_chunk,
-        )
-    assert clear >= 100, "too few tokens were compared"
-
-
-@pytest.mark.slow
-def test_the_reference_model_matches_a_masking_simulation(reference_model: LoadedModel) -> None:
-    prompt = list(reference_model.encode("Once upon a time there was a little dog named 12."))
-    clear = simulate_and_compare(
-        reference_model, reference.path(), prompt, steps=80, budget=24, recent=6
-    )
-    assert clear >= 60
-
-
-def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: LoadedModel) -> None:
-    table = make_table(tiny_model_64.identity, prefill_chunk=5)
-    for index, wish in enumerate(
-        [
-            CachePolicy(table=table.name),
-            CachePolicy(preset="h2o", budget=20),
-            CachePolicy(preset="random", budget=20, recent=2, prefill_chunk=3),
-            CachePolicy(preset="tova_per_head", budget_ratio=0.3),
-        ]
-    ):
-        prompt = prompts(1, low=30, high=50, seed=index)[0]
-        engine = engine_for(tiny_model_64)
-        made = request(
-            "r",
-            prompt,
-            cache_policy=wish,
-            table=table if wish.table else None,
-            max_new_tokens=30,
-        )
-        engine.submit(made)
-        stream = run(engine)["r"]
-        assert isinstance(stream[0], Started)
-        answer = tokens(stream)
-        example = teacher.Example(
-            token_ids=(*prompt, *answer),
-            prompt_tokens=len(prompt),
-            counted=tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1)),
-        )
-        (predicted,) = teacher.logits(tiny_model_64, [example], [stream[0].policy])
-        assert predicted.argmax(dim=-1).tolist() == answer
-
-
-# ------------------------------------------------------------------ batches
-
-
-def mixed_requests(model: LoadedModel, count: int, seed: int) -> list[GenerationRequest]:
-    rng = random.Random(seed)
-    table = make_table(model.identity)
-    made = []
-    for index, prompt in enumerate(prompts(count, high=60, seed=seed)):
-        wish = rng.choice(
-            [
-                CachePolicy(table=table.name),
-                CachePolicy(alpha=0.9, budget=20, recent=5, prefill_chunk=4),
-                CachePolicy(preset="h2o", budget=32),
-                CachePolicy(preset="window", budget=16),
-                CachePolicy(preset="full"),
-                CachePolicy(preset="random", budget=18, recent=3, random_seed=7),
-            ]
-        )
-        made.append(
-            request(
-                str(index),
-                prompt,
-                cache_policy=wish,
-                table=table if wish.table else None,
-                max_new_tokens=rng.randint(1, 25),
-                sampling=rng.choice(
-                    [GREEDY, Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=index)]
-                ),
-            )
-        )
-    return made
+from tests.tiny import save_tiny_llama
 
 
 def test_a_request_gets_the_tokens_it_would_get_alone(tiny_model_64: LoadedModel) -> None:
@@ -309,9 +60,6 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
         assert tokens(run(alone)[one.request_id]) == tokens(streams[one.request_id])
 
 
-# ------------------------------------------------------------------ figures
-
-
 def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
     tiny_model: LoadedModel,
 ) -> None:
@@ -347,9 +95,6 @@ def test_the_slab_takes_the_bytes_of_the_formula_and_never_more(tiny_model: Load
         )
     run(engine)
     assert engine.kv_slab_bytes == formula
-
-
-# ------------------------------------------------------------------ ends of a stream
 
 
 def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length(
@@ -398,9 +143,6 @@ def test_the_end_of_sequence_token_ends_a_stream_unless_it_is_to_be_ignored(
     assert finished(streams["stop"]).reason is FinishReason.END_OF_SEQUENCE
     assert tokens(streams["stop"]) == first[: first.index(first[2]) + 1]
     assert tokens(streams["go"]) == first
-
-
-# ------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
