@@ -165,3 +165,30 @@ def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: Loaded
         )
         (predicted,) = teacher.logits(tiny_model_64, [example], [stream[0].policy])
         assert predicted.argmax(dim=-1).tolist() == answer
+
+
+@pytest.mark.parametrize("prefill_chunk", [0, 1, 3, 16])
+def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
+    tiny_model_64: LoadedModel, prefill_chunk: int
+) -> None:
+    rng = random.Random(prefill_chunk)
+    examples, policies = [], []
+    for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
+        prompt = rng.randint(1, len(text))
+        examples.append(teacher.Example(tuple(text), prompt, counted=tuple(range(0, len(text), 2))))
+        wish = rng.choice(
+            [
+                CachePolicy(alpha=0.9, budget=rng.randint(8, 40), recent=3),
+                CachePolicy(preset="h2o", budget_ratio=0.6),
+                CachePolicy(preset="random", budget=9, random_seed=index),
+            ]
+        ).model_copy(update={"prefill_chunk": prefill_chunk})
+        policies.append(
+            admission.check(
+                request("r", text, cache_policy=wish), tiny_model_64, EngineConfig(slots=512)
+            )
+        )
+    together = teacher.logits(tiny_model_64, examples, policies, batch=4)
+    for example, policy, predicted in zip(examples, policies, together, strict=True):
+        (alone,) = teacher.logits(tiny_model_64, [example], [policy])
+        torch.testing.assert_close(predicted, alone)
