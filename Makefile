@@ -29,6 +29,7 @@ check: $(BIN)/.installed ## Lint, check formats, types, the contract and the con
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint proto
+	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/hadolint docker/Dockerfile
 
 format: $(BIN)/.installed ## Format the code and the contract

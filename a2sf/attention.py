@@ -1,8 +1,8 @@
 """Attention over slots: the output and what each token was paid, in one call.
 
-Owns `attend` and the two passes that carry out the block law in a layer: `block` for any number
-of tokens a row, `decode` for one. Knows nothing of models: a layer hands in projected, rotated
-queries, keys and values, and gets the attention output back.
+Owns `attend` and what carries out the block law in a layer: `block` for any number of tokens a row,
+`end_prompt` for the trim after the last block, `decode` for one token. Knows nothing of models: a
+layer hands in projected, rotated queries, keys and values, and gets the attention output back.
 """
 
 import math
@@ -133,6 +133,23 @@ def block(
         accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, query_position)
     slots.score.copy_(accumulated)
     return output
+
+
+def end_prompt(slots: LayerSlots, used: Tensor, length: Tensor, policy: PolicyTensors) -> Tensor:
+    """Trim one layer to the budget after the last block of a prompt, as the law says.
+
+    Args:
+        slots: the layer's slots.
+        used: [rows] int64, slots in use.
+        length: [rows] int64, the prompts' tokens.
+        policy: the rows' policies.
+
+    Returns:
+        [rows] int64: slots in use afterwards.
+    """
+    excess = (used - policy.budget).clamp(min=0)
+    slots.trim(excess, length, policy.sinks, policy.recent)
+    return used - excess
 
 
 def decode(

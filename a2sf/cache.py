@@ -1,6 +1,6 @@
 """The slot cache: rectangles of slots, one a row and KV head, and how tokens enter and leave them.
 
-Owns the tensors and the moves on them: place, trim, overwrite, copy a row. A slot holds a key
+Owns the tensors and the moves on them: write, trim, copy a row. A slot holds a key
 (rotated for its own position), a value, the token's position and its score; which tokens to keep
 is decided by `scoring`. Slot order means nothing, and the count of slots in use is never a
 position. Knows nothing of queries, models or requests.
@@ -15,9 +15,6 @@ from torch import Tensor
 from a2sf import scoring
 from a2sf.policy import EffectivePolicy
 from a2sf.scoring import EMPTY
-
-BOOKKEEPING_BYTES = 8
-"""Bytes a slot costs beside its key and value: an int32 position and a float32 score."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +165,6 @@ class SlotCache:
         ]
         self.used = torch.zeros(rows, dtype=torch.int64, device=device)
         """[rows] int64: how many slots of each row hold tokens, the same for every head."""
-
-    @staticmethod
-    def bytes_for(
-        *, num_layers: int, rows: int, num_kv_heads: int, slots: int, head_dim: int, itemsize: int
-    ) -> int:
-        """Bytes that a cache of this size takes, known before it is made."""
-        slot = 2 * head_dim * itemsize + BOOKKEEPING_BYTES
-        return num_layers * rows * num_kv_heads * slots * slot
 
     @property
     def nbytes(self) -> int:

@@ -203,10 +203,10 @@ class Engine:
         sequence.prefilled = end
         if end < len(prompt):
             return
-        excess = (self._staging.used - policies.budget).clamp(min=0)
-        for view in views:
-            view.trim(excess, self._integers([end]), policies.sinks, policies.recent)
-        self._staging.used.sub_(excess)
+        length = self._integers([end])
+        used = self._staging.used
+        kept = [attention.end_prompt(view, used, length, policies) for view in views]
+        used.copy_(kept[0])
         row = len(self._active)
         self._slab.copy_row(row, self._staging, 0, min(slots, sequence.policy.budget))
         self._prefilling = None

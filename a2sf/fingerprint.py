@@ -6,7 +6,6 @@ nothing of transformers.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a2sf.errors import NotFound, Unsupported
+from a2sf.schema import canonical_json
 
 BYTES_A_WEIGHT = 4096
 
@@ -35,8 +35,7 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
         NotFound: a file is not whole.
         Unsupported: some layer stores no k_proj weight.
     """
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(canonical_json(settings).encode())
     found: dict[int, bytes] = {}
     for path in weights:
         try:

@@ -35,8 +35,7 @@ REFERENCE = "reference"
 """The name under which the packaged model is asked for."""
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-"""Families whose logits are tested equal to transformers' own. To add one: name it here; the
-tests' matrix of families picks it up."""
+"""Families whose logits are tested equal to transformers' own; one is named here with its test."""
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors

@@ -192,13 +192,17 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def canonical_digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over `document` without its `sha256`: sorted keys, no spaces, UTF-8, no NaN."""
-    rest = {key: value for key, value in document.items() if key != "sha256"}
-    text = json.dumps(
-        rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+def canonical_json(document: Mapping[str, Any]) -> str:
+    """Write `document` in the form that digests are taken of: sorted keys, no spaces, no NaN."""
+    return json.dumps(
+        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
-    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def canonical_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the canonical JSON, as UTF-8, of `document` without its `sha256`."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
 
 
 def seal(**fields: Any) -> AlphaTable:

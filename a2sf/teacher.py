@@ -112,7 +112,9 @@ class _Scan:
     chunk: int
     """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
     block_slots: int
+    """Slots that the prompt's blocks need."""
     decode_slots: int
+    """Slots that the decode steps need: the largest budget."""
 
     @classmethod
     def over(
@@ -163,9 +165,7 @@ class _Scan:
                 staging, layer, step, query[:, :, tile], keys[:, :, tile], values[:, :, tile], scale
             )
             step = replace(step, used=step.used_after)
-        over = (step.used - self.policy.budget).clamp(min=0)
-        slots.trim(over, self.prompt, self.policy.sinks, self.policy.recent)
-        used = step.used - over
+        used = attention.end_prompt(staging, step.used, self.prompt, self.policy)
 
         window = slots.view(slice(None), self.decode_slots)
         ones = torch.ones_like(self.prompt)

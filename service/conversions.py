@@ -5,7 +5,6 @@ alpha table wherever it means the same, so most of this is a copy. Raises
 InvalidRequest with dotted proto names. Knows nothing of channels, handlers or threads.
 """
 
-import json
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from a2sf.errors import InvalidArgument, TableError
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started
-from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.schema import AlphaTable, ModelIdentity, canonical_json
 from service.pb import inference_pb2 as pb
 from service.policies import preset_value, set_fields
 from service.status import InvalidRequest, from_validation
@@ -163,13 +162,7 @@ def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
             layers=[pb.LayerAlphas(alphas=row) for row in table.policy.alpha],
             **policy,
         ),
-        canonical_json=json.dumps(
-            table.model_dump(mode="json"),
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=False,
-            allow_nan=False,
-        ),
+        canonical_json=canonical_json(table.model_dump(mode="json")),
     )
 
 

@@ -126,9 +126,11 @@ def load_core(options: ServerOptions) -> Core:
             f"--max-batch or --slots ({reason})",
         ) from error
     log.info(
-        "model=%s device=%s dtype=%s rows=%d slots=%d slab_bytes=%d tables=%d refused=%d",
+        "model=%s device=%s dtype=%s rows=%d slots=%d slab_bytes=%d staging_bytes=%d "
+        "tables=%d refused=%d",
         *(model.identity.id, model.device, model.dtype, config.max_batch, config.slots),
-        *(engine.kv_slab_bytes, len(tables.tables), len(tables.refused)),
+        *(engine.kv_slab_bytes, engine.kv_staging_bytes),
+        *(len(tables.tables), len(tables.refused)),
     )
     return Core(model=model, engine=engine, config=config, tables=tables)
 

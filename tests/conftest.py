@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from a2sf.models import LoadedModel, load_model
+from tests.tiny import save_tiny_llama
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("default")
@@ -19,8 +20,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny random GQA Llama (3 layers, 4 query and 2 KV heads of 8)."""
-    from tests.tiny import save_tiny_llama
-
     return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from a2sf.cache import SlotCache
 from a2sf.errors import InvalidArgument, ResourceExhausted, TableMismatch
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
@@ -85,10 +84,9 @@ def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
 
 def test_the_slab_takes_the_bytes_of_the_formula_and_never_more(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, slots=50, max_batch=2)
-    formula = SlotCache.bytes_for(
-        num_layers=3, rows=2, num_kv_heads=2, slots=50, head_dim=8, itemsize=4
-    )
-    assert engine.kv_slab_bytes == formula == 3 * 2 * 2 * 50 * (2 * 8 * 4 + 8)
+    # layers x rows x KV heads x slots x (2 D x dtype + position and score)
+    formula = 3 * 2 * 2 * 50 * (2 * 8 * 4 + 8)
+    assert engine.kv_slab_bytes == formula
     for index, prompt in enumerate(prompts(6)):
         engine.submit(
             request(str(index), prompt, cache_policy=CachePolicy(preset="window", budget=30))

@@ -171,9 +171,7 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
         answer = attention.block(slots, layer, step, *padded, scale)
         output[:, :, tile] = answer[:, :, : output[:, :, tile].shape[2]]
         used = step.used_after
-    excess = (used - stacked.budget).clamp(min=0)
-    slots.trim(excess, prompt, stacked.sinks, stacked.recent)
-    used = used - excess
+    used = attention.end_prompt(slots, used, prompt, stacked)
     for ahead in range(steps):
         at = (prompt + ahead)[:, None, None, None]
         token = [t.gather(2, at.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)]
