@@ -37,6 +37,7 @@ ALONE = {
     "grpc_reflection": "service",
     "grpc_status": "service",
     "google": "service",
+    "lm_eval": "tuner/harness",
     "optuna": "tuner",
     "transformers": "a2sf/models.py",
 }

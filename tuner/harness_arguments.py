@@ -1,0 +1,152 @@
+"""What `a2sf-lm-eval` is given, in this project's terms: a policy for each sequence, a sampling.
+
+Owns the names, ranges and defaults of model arguments, which `HarnessModel` documents for users,
+and which generation arguments are refused. Knows nothing of requests.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.requests import Sampling
+from a2sf.schema import AlphaTable, Count, Frozen, Positive, Ratio
+from tuner import policies
+from tuner.results import Size
+
+AUTOMATIC_ROWS = 32
+"""What `batch_size=auto` stands for."""
+
+_SAMPLING = ("top_k", "top_p", "min_p")
+_WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
+"""Other engines' arguments, accepted at the one value that asks for nothing."""
+
+
+class Arguments(Frozen):
+    """The model arguments. The harness gives numbers as numbers or as strings."""
+
+    model_config = ConfigDict(strict=False, coerce_numbers_to_str=True)
+
+    pretrained: str
+    revision: str | None = None
+    policy: str = "full"
+    ratio: Ratio | None = None
+    slots: Positive | None = None
+    prefill_chunk: Count | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: Positive = 1
+    max_batch_size: Positive | None = None
+    max_length: int | None = Field(default=None, ge=2)
+    seed: Count = Field(default=0, lt=2**31)
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _auto(cls, value: object) -> object:
+        return AUTOMATIC_ROWS if str(value).split(":")[0] == "auto" else value
+
+    @classmethod
+    def read(cls, given: Mapping[str, object]) -> Self:
+        """Check the arguments; raises InvalidArgument for the first that is not accepted."""
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        if unknown is not None:
+            raise InvalidArgument(unknown, f"unknown; accepted: {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            value = f"{given[name]!r}; " if name in given else ""
+            raise InvalidArgument(name, f"{value}{first['msg']}") from None
+
+
+class SequencePolicies:
+    """One policy at one size, resolved for sequences of any length.
+
+    Raises InvalidArgument for arguments that do not make one policy, and whatever
+    `policies.parse` raises.
+    """
+
+    def __init__(self, given: Arguments, model: LoadedModel) -> None:
+        try:
+            found = policies.parse(given.policy, model)
+        except InvalidArgument as error:
+            raise InvalidArgument("policy", error.problem) from None
+        if len(found) != 1:
+            raise InvalidArgument(
+                "policy", f"{given.policy!r} is {len(found)} policies; accepted: one, as in a2sf:.9"
+            )
+        (named,) = found
+        sizes = [size for size in (given.ratio, given.slots) if size is not None]
+        if sizes and not named.has_size:
+            raise InvalidArgument("policy", "full keeps every token; leave ratio and slots out")
+        if len(sizes) > 1 or (not sizes and named.has_size and named.table is None):
+            raise InvalidArgument(
+                "ratio", f"policy {given.policy} takes one of ratio and slots; got {len(sizes)}"
+            )
+        size = Size(ratio=given.ratio, slots=given.slots) if sizes else None
+        self.table: AlphaTable | None = named.table
+        """The table that `wish` names."""
+        if named.table is None:
+            wish = named.at(size, prefill_chunk=given.prefill_chunk or 0, seed=given.seed)
+            assert isinstance(wish, CachePolicy)
+        else:
+            wish = CachePolicy(
+                table=named.table.name,
+                budget=given.slots,
+                budget_ratio=given.ratio,
+                prefill_chunk=given.prefill_chunk,
+            )
+        self.wish: CachePolicy = wish
+        """What to ask of the engine."""
+        self._shape = model.shape
+        self._resolved: dict[int, EffectivePolicy] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is ever evicted."""
+        return self.wish.preset == "full"
+
+    def at(self, length: int) -> EffectivePolicy:
+        """Return the policy for a sequence of `length` tokens, by the rules of serving.
+
+        Raises InvalidArgument where the budget is too small for what the policy protects.
+        """
+        if length not in self._resolved:
+            try:
+                self._resolved[length] = resolve(
+                    self.wish,
+                    table=self.table,
+                    server=CachePolicy(),
+                    length=length,
+                    # No slab is there yet to be larger than.
+                    slots=sys.maxsize,
+                    num_layers=self._shape.num_layers,
+                    num_kv_heads=self._shape.num_kv_heads,
+                )
+            except InvalidArgument as error:
+                problem = f"a sequence has {length} tokens; {error.problem}"
+                raise InvalidArgument("policy", problem) from None
+        return self._resolved[length]
+
+
+def sampling(wanted: Mapping[str, Any], seed: int) -> Sampling:
+    """Return how tokens are drawn, from a task's generation arguments that say nothing of length.
+
+    Raises InvalidArgument for what the engine does not do, rather than leaving it out, and
+    pydantic's ValidationError for values out of range.
+    """
+    filters = {name: wanted[name] for name in _SAMPLING if name in wanted}
+    for name in wanted.keys() - filters.keys() - {"do_sample", "temperature"}:
+        if wanted[name] != _WITHOUT_EFFECT.get(name):
+            raise InvalidArgument(
+                "gen_kwargs",
+                f"{name}={wanted[name]!r}; accepted: until, max_gen_toks, do_sample, temperature, "
+                f"{', '.join(_SAMPLING)}",
+            )
+    temperature = wanted.get("temperature", 0.0) if wanted.get("do_sample") else 0.0
+    return Sampling(temperature=temperature, seed=seed, **filters)

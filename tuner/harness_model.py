@@ -1,0 +1,344 @@
+"""How the model `a2sf` of lm-evaluation-harness answers the harness's three kinds of requests.
+
+Owns the way from the harness's requests to `a2sf.teacher` (likelihoods) and `a2sf.engine`
+(generation), and back. Knows nothing of tasks or metrics, which are the harness's.
+"""
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
+from pydantic import ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from a2sf import teacher
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
+from a2sf.errors import InvalidArgument, Unsupported
+from a2sf.models import load_model
+from a2sf.policy import CachePolicy
+from a2sf.requests import Delta, Finished, GenerationRequest
+from a2sf.schema import first_problem
+from a2sf.teacher import Example
+from tuner.harness_arguments import Arguments, SequencePolicies, sampling
+
+MAX_NEW_TOKENS = 256
+"""Of a generation whose task does not say."""
+
+_MAX_LOGITS = 2**28
+"""Logits that one pass may hand back, so that long texts share a pass with fewer others."""
+
+_logger = logging.getLogger(__name__)
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """A model of the harness whose KV cache forgets by a policy.
+
+    Log-likelihoods are teacher-forced: the context is prefilled as a prompt, the continuation is
+    decoded token by token. With an exact prefill nothing is forgotten before the continuation's
+    second token, so answers of one token need `prefill_chunk` to feel a policy at all. Rolling
+    log-likelihoods decode the whole text after its first, prefixed token, in windows of
+    `max_length`. Generation runs through the engine that serves.
+
+    Model arguments:
+        pretrained: `reference` for the packaged model, a directory, or a hub id.
+        revision: branch, tag or commit, for a hub id.
+        policy: one policy as `a2sf-tune evaluate --policies` spells it; `full` unless given.
+        ratio: share of a sequence's tokens that each head keeps, above 0 and up to 1. A sequence
+            is context + continuation, or prompt + max_gen_toks as in serving.
+        slots: tokens that each head keeps. Every policy but `full` needs one of ratio and slots;
+            an alpha table given neither keeps its own budget.
+        prefill_chunk: tokens of a prompt block, after each of which the cache is trimmed; 0 is
+            exact, 1 the step-by-step pruning of the A2SF paper. Not given, it is the table's, or 0.
+        device, dtype: as for `a2sf-serve`; `auto` unless given.
+        batch_size: rows of one pass, 1 unless given; `auto` is 32. It changes no result.
+        max_batch_size: the most that `auto` may be.
+        max_length: tokens of the longest sequence, at most (and unless given) the model's context.
+            What is longer loses its beginning.
+        seed: of the policy `random` and of sampling; 0 unless given.
+
+    Raises InvalidArgument for an argument that is unknown or not accepted, and whatever
+    `load_model` and `policies.parse` raise.
+    """
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__()
+        given = Arguments.read(arguments)
+        self.batch_size = min(given.batch_size, given.max_batch_size or given.batch_size)
+        self.seed = given.seed
+        self.model = load_model(
+            given.pretrained, revision=given.revision, device=given.device, dtype=given.dtype
+        )
+        self.tokenizer = self.model.tokenizer
+        self._device = self.model.device
+        context = self.model.shape.max_context
+        self._max_length = given.max_length or context
+        if self._max_length > context:
+            raise InvalidArgument("max_length", f"{self._max_length}; accepted: up to {context}")
+        self.policies = SequencePolicies(given, self.model)
+        self._warned = False
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Self:
+        """Make the model from its own arguments and the harness's flags; its own win."""
+        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        # The harness's command line says this unless told otherwise, on machines without it too.
+        if flags.get("device") == "cuda:0":
+            flags["device"] = "auto"
+        return cls(**{**flags, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> Self:
+        """Make the model from arguments written `name=value,name=value`, and flags."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text."""
+        ident: int | None = self.tokenizer.eos_token_id
+        return ident
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is conditioned on: the first token, else the last."""
+        ident = self.tokenizer.bos_token_id
+        if ident is None:
+            ident = self.eot_token_id
+        if ident is None:
+            raise Unsupported(
+                f"model {self.model.identity.id!r} has no token to begin an empty context with"
+            )
+        return int(ident)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens to generate where a task does not say."""
+        return MAX_NEW_TOKENS
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of tokenised requests is keyed by."""
+        identity = self.model.identity
+        return f"{identity.id}__{identity.fingerprint[:12]}".replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: which model, under which policy."""
+        table = self.policies.table
+        return {
+            "a2sf": {
+                "model": self.model.identity.model_dump(),
+                "policy": self.policies.wish.model_dump(exclude_none=True),
+                "table_sha256": table.sha256 if table else None,
+                "device": str(self.model.device),
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+            }
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        """Turn text into token ids; None adds the first token unless the text begins with it."""
+        if add_special_tokens is None:
+            first = self.tokenizer.bos_token
+            add_special_tokens = not (first and string.startswith(first))
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Write a conversation as the model's own template does."""
+        if not self.tokenizer.chat_template:
+            raise Unsupported(
+                f"model {self.model.identity.id!r} has no chat template; leave out "
+                "--apply_chat_template"
+            )
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Sum the log-probabilities of each whole text, nats; each token is predicted once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            overlapping = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in overlapping:
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(index)
+        sums = [0.0] * len(requests)
+        found = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (value, _) in zip(owners, found, strict=True):
+            sums[owner] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Complete each prompt through the engine; stop strings are left out of the text."""
+        made = [self._generation(str(i), *request.args) for i, request in enumerate(requests)]
+        if not made:
+            return []
+        resolved = [self.policies.at(len(one.prompt_ids) + one.max_new_tokens) for one in made]
+        rows = min(self.batch_size, len(made))
+        engine = Engine(
+            self.model,
+            EngineConfig(
+                slots=max(policy.budget for policy in resolved),
+                max_batch=rows,
+                max_prefill_tokens=max(
+                    policy.staging_slots(len(one.prompt_ids))
+                    for policy, one in zip(resolved, made, strict=True)
+                ),
+                default_policy=CachePolicy(preset="full"),
+            ),
+        )
+        texts = [""] * len(made)
+        pending = deque(made)
+        with tqdm(total=len(made), desc="generations", disable=disable_tqdm) as bar:
+            while pending or engine.has_work:
+                while pending and engine.running + engine.waiting < rows:
+                    engine.submit(pending.popleft())
+                for event in engine.step():
+                    if isinstance(event, Delta):
+                        texts[int(event.request_id)] += event.text
+                    elif isinstance(event, Finished):
+                        bar.update()
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, nats, and whether it is the greedy one."""
+        # Choices that differ in their last token alone are read off one prediction.
+        asked: defaultdict[Example, list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            asked[self._example(context, continuation)].append(index)
+        # Each is resolved before any runs, so that what cannot be is told at once.
+        resolved = {example: self.policies.at(len(example.token_ids) + 1) for example in asked}
+        answers: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            for part in self._passes(asked):
+                rules = None if self.policies.full else [resolved[example] for example in part]
+                found = teacher.predict(self.model, part, rules, batch=len(part))
+                for example, prediction in zip(part, found, strict=True):
+                    log_p = prediction.logits.log_softmax(dim=-1)
+                    for index in asked[example]:
+                        pair, _, continuation = requests[index]
+                        answers[index] = _answer(log_p, continuation)
+                        if pair is not None:
+                            self.cache_hook.add_partial("loglikelihood", pair, answers[index])
+                    bar.update(len(asked[example]))
+        return [answers[index] for index in range(len(requests))]
+
+    def _example(self, context: Sequence[int], continuation: Sequence[int]) -> Example:
+        """A pair as what is run: all but the last token, which predicts nothing."""
+        if not 1 <= len(continuation) <= self.max_length:
+            raise InvalidArgument(
+                "continuation",
+                f"{len(continuation)} tokens; accepted: 1 to max_length, {self.max_length}",
+            )
+        # The last token is only predicted, so that one more fits.
+        before = context or [self.prefix_token_id]
+        whole = self._fit((*before, *continuation), self.max_length + 1)
+        prompt = len(whole) - len(continuation)
+        return Example(
+            token_ids=whole[:-1],
+            prompt_tokens=prompt,
+            counted=tuple(range(prompt - 1, len(whole) - 1)),
+        )
+
+    def _passes(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
+        """Examples that run together, the longest first: what does not fit fails at the start."""
+        part: list[Example] = []
+        logits = 0
+        for example in sorted(examples, key=lambda e: len(e.token_ids), reverse=True):
+            own = len(example.counted) * self.model.shape.vocab_size
+            if part and (len(part) == self.batch_size or logits + own > _MAX_LOGITS):
+                yield part
+                part, logits = [], 0
+            part.append(example)
+            logits += own
+        if part:
+            yield part
+
+    def _generation(
+        self, name: str, context: str, gen_kwargs: Mapping[str, Any]
+    ) -> GenerationRequest:
+        """One request of the harness as one of the engine's."""
+        wanted = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
+        until, new = wanted.pop("until"), wanted.pop("max_gen_toks")
+        room = self.max_length - new
+        if room < 1:
+            raise InvalidArgument(
+                "max_gen_toks", f"{new}; accepted: below max_length, {self.max_length}"
+            )
+        prompt = self.tok_encode(context) or [self.prefix_token_id]
+        # Special tokens are never part of the text, so that they stop by id.
+        special = self.tokenizer.get_added_vocab()
+        try:
+            return GenerationRequest(
+                request_id=name,
+                prompt_ids=self._fit(prompt, room),
+                max_new_tokens=new,
+                sampling=sampling(wanted, self.seed + int(name)),
+                stop=tuple(stop for stop in until if stop and stop not in special),
+                stop_token_ids=tuple(special[stop] for stop in until if stop in special),
+                cache_policy=self.policies.wish,
+                table=self.policies.table,
+            )
+        except ValidationError as error:
+            raise InvalidArgument("gen_kwargs", first_problem(error)) from None
+
+    def _fit(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
+        """The last `room` tokens, with one warning for all that are cut."""
+        if len(ids) > room and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "a sequence of %d tokens loses its beginning, as will every one that does not fit "
+                "max_length %d",
+                len(ids),
+                self.max_length,
+            )
+        return tuple(ids[-room:])
+
+
+def _answer(log_p: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    targets = torch.tensor(continuation, device=log_p.device)
+    own = log_p.gather(1, targets[:, None]).double()
+    return float(own.sum()), bool((log_p.argmax(dim=-1) == targets).all())
