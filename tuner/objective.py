@@ -19,7 +19,7 @@ from a2sf import teacher
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
-from a2sf.teacher import Example
+from a2sf.teacher import Example, Prediction
 
 DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
@@ -61,9 +61,12 @@ class Objective:
         starts = range(0, len(examples), ROWS_PER_PASS)
         for first in tqdm(starts, desc=f"full cache, {label}", unit="pass", leave=False):
             part = examples[first : first + ROWS_PER_PASS]
-            self._full += [log_softmax(x, dim=-1) for x in teacher.logits(model, part, None)]
+            self._full += full_cache(model, part)
         self.full_nll = np.array(
-            [_nll(example, log_p) for example, log_p in zip(examples, self._full, strict=True)]
+            [
+                float(log_likelihoods(example, log_p).neg().mean())
+                for example, log_p in zip(examples, self._full, strict=True)
+            ]
         )
         """[examples] nats a token with the full cache."""
 
@@ -99,14 +102,30 @@ class Objective:
             effective(candidate, self.model, len(example.token_ids))
             for (candidate, _), example in zip(rows, examples, strict=True)
         ]
-        results = []
-        predicted = teacher.logits(self.model, examples, policies)
-        for (_, index), example, logits in zip(rows, examples, predicted, strict=True):
-            log_q = log_softmax(logits, dim=-1)
-            terms = kl_div(log_q, self._full[index], reduction="none", log_target=True)
-            kl = float(terms.double().sum(dim=-1).mean())
-            results.append((kl, _nll(example, log_q)))
-        return results
+        predicted = teacher.predict(self.model, examples, policies)
+        return [
+            divergence(example, prediction, self._full[index])
+            for (_, index), example, prediction in zip(rows, examples, predicted, strict=True)
+        ]
+
+
+def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
+    """Log-probabilities with the full cache, one tensor [counted, vocab] an example."""
+    return [log_softmax(found.logits, dim=-1) for found in teacher.predict(model, examples, None)]
+
+
+def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
+    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position."""
+    log_q = log_softmax(found.logits, dim=-1)
+    terms = kl_div(log_q, full, reduction="none", log_target=True)
+    kl = float(terms.double().sum(dim=-1).mean())
+    return kl, float(log_likelihoods(example, log_q).neg().mean())
+
+
+def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:
+    """Log-probability of each true next token, [counted] float64."""
+    targets = [example.token_ids[position + 1] for position in example.counted]
+    return log_probabilities[range(len(targets)), targets].double()
 
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
@@ -128,9 +147,3 @@ def effective(candidate: Candidate, model: LoadedModel, length: int) -> Effectiv
     if isinstance(candidate, TablePolicy):
         return resolved.model_copy(update={"alpha": candidate.alpha, "method": "table"})
     return resolved
-
-
-def _nll(example: Example, log_probabilities: Tensor) -> float:
-    targets = [example.token_ids[position + 1] for position in example.counted]
-    picked = log_probabilities[range(len(targets)), targets]
-    return -float(picked.double().mean())

@@ -69,13 +69,13 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
         for t in texts
     ]
     for predicted in (
-        teacher.logits(tiny_model, examples, policies),
-        teacher.logits(tiny_model, examples, None),
+        teacher.predict(tiny_model, examples, policies),
+        teacher.predict(tiny_model, examples, None),
     ):
         for text, mine in zip(texts, predicted, strict=True):
             with torch.no_grad():
                 want = plain(torch.tensor([text])).logits[0]
-            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine.logits, want, rtol=1e-4, atol=1e-4)
 
 
 def simulate_and_compare(
@@ -163,8 +163,8 @@ def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: Loaded
             prompt_tokens=len(prompt),
             counted=tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1)),
         )
-        (predicted,) = teacher.logits(tiny_model_64, [example], [stream[0].policy])
-        assert predicted.argmax(dim=-1).tolist() == answer
+        (predicted,) = teacher.predict(tiny_model_64, [example], [stream[0].policy])
+        assert predicted.logits.argmax(dim=-1).tolist() == answer
 
 
 @pytest.mark.parametrize("prefill_chunk", [0, 1, 3, 16])
@@ -188,7 +188,7 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
                 request("r", text, cache_policy=wish), tiny_model_64, EngineConfig(slots=512)
             )
         )
-    together = teacher.logits(tiny_model_64, examples, policies, batch=4)
+    together = teacher.predict(tiny_model_64, examples, policies, batch=4)
     for example, policy, predicted in zip(examples, policies, together, strict=True):
-        (alone,) = teacher.logits(tiny_model_64, [example], [policy])
-        torch.testing.assert_close(predicted, alone)
+        (alone,) = teacher.predict(tiny_model_64, [example], [policy])
+        torch.testing.assert_close(predicted.logits, alone.logits)

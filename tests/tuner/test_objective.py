@@ -56,9 +56,9 @@ def test_the_cost_is_the_written_out_divergence_in_nats(
 ) -> None:
     example = examples[1]
     policy = effective(table(), tiny_model, len(example.token_ids))
-    (full,) = teacher.logits(tiny_model, [example], None)
-    (evicted,) = teacher.logits(tiny_model, [example], [policy])
-    p, q = (torch.softmax(x.double(), dim=-1).numpy() for x in (full, evicted))
+    (full,) = teacher.predict(tiny_model, [example], None)
+    (evicted,) = teacher.predict(tiny_model, [example], [policy])
+    p, q = (torch.softmax(x.double(), dim=-1).numpy() for x in (full.logits, evicted.logits))
     kl, nll = [], []
     for row, position in enumerate(example.counted):
         kl.append(sum(p[row] * np.log(p[row] / q[row])))
