@@ -29,9 +29,9 @@ class Stage:
 
     Every batch draws the length of its rows from ``lengths`` and fills them with documents; a
     generated document has between ``document_tokens[0]`` and ``[1]`` tokens, at most a row.
-    ``mixture`` gives each source's share of documents: generated tasks by name (recall forms as
-    ``recall/FORM``) and sources of text. Tokens of a generated document that are no answer count
-    ``context_weight`` in the loss, answers 1.
+    ``mixture`` gives each source's share of documents: generated tasks by name (as ``recall/FORM``
+    and ``state/FORM`` where there are forms) and sources of text. Tokens of a generated document
+    that are no answer count ``context_weight`` in the loss, answers 1.
     """
 
     name: str
@@ -72,7 +72,7 @@ TEXT = {
     "arc_challenge": 0.03,
 }
 
-FIRST_EDITION = Recipe(
+REFERENCE = Recipe(
     stages=(
         Stage("bare-24", (64,), (14, 30), {"recall/list": 0.7, "copy": 0.3}, batch_tokens=2048),
         Stage(
@@ -111,22 +111,38 @@ FIRST_EDITION = Recipe(
                 "recall/sentence": 0.25,
                 "recall/pair": 0.3,
                 "recall/story": 0.2,
-                "state": 0.1,
+                "state/value": 0.1,
             },
             max_tokens=250_000,
         ),
         Stage(
-            "all-512",
-            (256, 256, 256, 512),
-            (64, 512),
+            "sums-128",
+            (128,),
+            (24, 128),
             {
-                "recall/list": 0.03,
-                "copy": 0.03,
+                "arith": 0.3,
+                "state/counter": 0.25,
+                "state/held": 0.2,
+                "state/value": 0.05,
                 "recall/sentence": 0.05,
-                "recall/pair": 0.08,
-                "recall/story": 0.07,
-                "state": 0.06,
-                "arith": 0.06,
+                "recall/pair": 0.15,
+            },
+            max_tokens=2_000_000,
+        ),
+        Stage(
+            "all-1024",
+            (256, 512, 1024),
+            (64, 1024),
+            {
+                "recall/list": 0.02,
+                "copy": 0.02,
+                "recall/sentence": 0.05,
+                "recall/pair": 0.07,
+                "recall/story": 0.06,
+                "state/value": 0.03,
+                "state/held": 0.04,
+                "state/counter": 0.05,
+                "arith": 0.05,
                 **TEXT,
             },
             context_weight=0.1,
@@ -148,4 +164,7 @@ TINY = Recipe(
 )
 """For tests: learns the form of the answers within a hundred steps."""
 
-RECIPES: dict[str, Recipe] = {"first-edition": FIRST_EDITION, "tiny": TINY}
+RECIPES: dict[str, Recipe] = {
+    "reference": REFERENCE,
+    "tiny": TINY,
+}

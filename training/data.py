@@ -6,6 +6,7 @@ the same, so a resumed run continues as if it had never stopped. Knows nothing o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -18,21 +19,22 @@ from training.corpus import documents
 from training.model import BOS_ID, EOS_ID
 from tuner.generated import (
     Episode,
-    RecallForm,
     arith_episode,
     copy_episode,
     recall_episode,
     state_episode,
 )
 
-# Tokens of one stated fact and of one question with its answer.
+# Tokens of a stated fact, and of a question with its answer and what the text says of it before.
 COSTS: dict[str, tuple[float, float]] = {
     "recall/list": (3, 3),
     "recall/sentence": (8, 10),
-    "recall/pair": (9, 11),
-    "recall/story": (13, 11),
-    "state": (6.3, 10.5),
-    "arith": (5, 11),
+    "recall/pair": (9, 26),
+    "recall/story": (13, 26),
+    "state/value": (6.3, 10.5),
+    "state/held": (5, 8),
+    "state/counter": (7.5, 11),
+    "arith": (5, 15),
 }
 MOST_FACTS = 120
 
@@ -69,12 +71,11 @@ def episode_of(rng: Random, task: str, tokens: int) -> Episode:
     share = rng.uniform(0.35, 0.9)
     facts = max(2, min(MOST_FACTS, int(share * tokens / per_fact)))
     turns = max(1, min(facts, int((tokens - facts * per_fact) / per_turn)))
-    if task == "state":
-        return state_episode(rng, split="train", facts=facts, questions=turns)
-    if task == "arith":
+    name, _, form = task.partition("/")
+    if name == "arith":
         return arith_episode(rng, split="train", facts=facts, questions=turns)
-    form: RecallForm = task.removeprefix("recall/")  # type: ignore[assignment]
-    return recall_episode(rng, split="train", facts=facts, questions=turns, form=form)
+    episode: Callable[..., Episode] = state_episode if name == "state" else recall_episode
+    return episode(rng, split="train", facts=facts, questions=turns, form=form)
 
 
 class Mixture:

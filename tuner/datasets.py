@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ import huggingface_hub
 
 from a2sf.errors import InvalidArgument, NotFound
 from tuner import generated
+from tuner.generated import RECALL_FORMS, STATE_FORMS
 
 DATA_DIR_VARIABLE = "A2SF_DATA_DIR"
 
@@ -41,6 +43,8 @@ class Turn:
 
     question: str
     answer: str
+    choices: tuple[str, ...] = ()
+    """All answers to choose from, the right one among them; empty where the answer is free."""
 
 
 Group = tuple[Turn, ...]
@@ -49,11 +53,15 @@ Group = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One split: either running `text`, or `groups` in an order that a random generator decides."""
+    """One split: running `text`, or rows in `groups`, or groups that are `made` on demand."""
 
     split: str
     text: str = ""
     groups: Callable[[Random], Iterator[Group]] | None = None
+    """All rows, in an order that the random generator decides."""
+    made: Callable[[Random, int], Group] | None = None
+    """One context of so many facts, at least two and at most `most_facts`, with its questions."""
+    most_facts: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Made:
     """A dataset made by a generator; every example is one context with several questions."""
 
     episode: Callable[..., generated.Episode]
-    facts: int
-    questions: int
+    most_facts: int = 120
+    questions: int = 8
 
 
 REGISTRY: dict[str, Published | Made] = {
@@ -91,8 +99,12 @@ REGISTRY: dict[str, Published | Made] = {
     "arc_challenge": Published("allenai/ai2_arc"),
     "gsm8k": Published("openai/gsm8k"),
     "wikitext2": Published("Salesforce/wikitext"),
-    "recall": Made(generated.recall_episode, facts=24, questions=8),
-    "state": Made(generated.state_episode, facts=30, questions=8),
+    "recall": Made(generated.recall_episode),
+    "state": Made(generated.state_episode),
+    "arith": Made(generated.arith_episode),
+    "copy": Made(generated.copy_episode, questions=1),
+    **{f"recall_{f}": Made(partial(generated.recall_episode, form=f)) for f in RECALL_FORMS},
+    **{f"state_{f}": Made(partial(generated.state_episode, form=f)) for f in STATE_FORMS},
 }
 """One line a dataset. A folder in the data directory is found by its name without being here."""
 
@@ -215,15 +227,12 @@ def _part(split: str, content: str | list[Turn], without: str | list[Turn] = "")
 
 
 def _made(source: Made, split: str) -> Part:
-    def episodes(rng: Random) -> Iterator[Group]:
-        while True:
-            episode = source.episode(
-                rng, split=split, facts=source.facts, questions=source.questions
-            )
-            first, *rest = (Turn(question, answer) for question, answer in episode.turns)
-            yield (Turn(episode.context + first.question, first.answer), *rest)
+    def group(rng: Random, facts: int) -> Group:
+        episode = source.episode(rng, split=split, facts=facts, questions=source.questions)
+        first, *rest = (Turn(question, answer) for question, answer in episode.turns)
+        return (Turn(episode.context + first.question, first.answer), *rest)
 
-    return Part(split, groups=episodes)
+    return Part(split, made=group, most_facts=source.most_facts)
 
 
 def _read(path: Path) -> str | list[Turn]:
@@ -261,7 +270,8 @@ def turn_of(row: Mapping[str, Any]) -> Turn:
         if not isinstance(index, int) or not 0 <= index < len(choices):
             raise ValueError(f"answer {index!r} is no index into {len(choices)} choices")
         lettered = (f"{chr(ord('A') + n)}) {choice}" for n, choice in enumerate(choices))
-        return Turn(f"{question}Choices: {' '.join(lettered)}\nAnswer:", f" {choices[index]}")
+        answers = tuple(f" {choice}" for choice in choices)
+        return Turn(f"{question}Choices: {' '.join(lettered)}\nAnswer:", answers[index], answers)
     answer = row.get("answer_text", row.get("answer"))
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError("no answer")

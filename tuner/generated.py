@@ -10,8 +10,9 @@ Every number is an integer from 1 to 999, one token for the reference model's to
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 from typing import Literal, get_args
 
@@ -19,7 +20,9 @@ Split = Literal["train", "calibration", "validation"]
 RecallForm = Literal["list", "sentence", "pair", "story"]
 
 RECALL_FORMS: tuple[RecallForm, ...] = get_args(RecallForm)
-SENTENCE_FORMS: tuple[RecallForm, ...] = ("sentence", "pair", "story")
+TOLD_FORMS: tuple[RecallForm, ...] = ("pair", "story")
+StateForm = Literal["value", "held", "counter"]
+STATE_FORMS: tuple[StateForm, ...] = get_args(StateForm)
 
 _NOUNS = """
     lamp chair table door window key book pen cup plate bowl spoon knife fork bottle basket box
@@ -52,37 +55,15 @@ ATTRIBUTES: tuple[str, ...] = ("code", "number", "price", "weight", "score", "si
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One question over one context; ``prompt + answer`` is the text, whitespace included.
-
-    The answer begins with its space, as it follows the question.
-    """
-
-    context: str
-    question: str
-    answer: str
-
-    @property
-    def prompt(self) -> str:
-        """Context and question, ready to be completed."""
-        return self.context + self.question
-
-
-@dataclass(frozen=True)
 class Episode:
     """Several questions asked one after another over one context.
 
-    Each turn is ``(question, answer)``; a reader sees the earlier turns before a later one.
+    Each turn is ``(question, answer)``; a reader sees the earlier turns before a later one. An
+    answer begins with its space, as it follows the question.
     """
 
     context: str
     turns: tuple[tuple[str, str], ...]
-
-
-def is_exact(completion: str, answer: str) -> bool:
-    """Whether a greedy completion gives the answer: equal words over the answer's length."""
-    wanted = answer.split()
-    return completion.replace(".", " ").replace(",", " ").split()[: len(wanted)] == wanted
 
 
 def split_of(*content: str) -> Split:
@@ -94,16 +75,20 @@ def split_of(*content: str) -> Split:
 
 
 def recall_episode(
-    rng: Random, *, split: Split, facts: int, questions: int = 1, form: RecallForm = "pair"
+    rng: Random, *, split: Split, facts: int, questions: int = 1, form: RecallForm | None = None
 ) -> Episode:
-    """Facts stated once, then asked in random order without repetition.
+    """Facts stated once, some of which are asked in random order without repetition.
 
     Forms: ``list`` (bare ``lamp 412``), ``sentence`` (one noun a fact), ``pair`` (adjective and
     noun, each shared with other facts, so that one word alone does not identify the fact) and
     ``story`` (pairs between sentences that carry no fact, some of them with numbers of their own).
-    At most 120 facts in the one-word forms and 999 in the others.
+    In ``pair`` and ``story`` the text comes back once or twice to each key that will be asked, as
+    texts do to what matters, without its value; in ``list`` and ``sentence`` nothing tells what
+    will be asked. No form: pair or story by chance. At most 120 facts in the one-word forms and 999
+    in the others.
     """
-    keys = _recall_keys(rng, facts, form)
+    chosen = rng.choice(TOLD_FORMS) if form is None else form
+    keys = _recall_keys(rng, facts, chosen)
     questions = min(questions, facts)
     asked = rng.sample(range(facts), questions)
     values = [str(value) for value in rng.sample(range(1, 1000), facts)]
@@ -114,7 +99,7 @@ def recall_episode(
             if value not in taken:
                 taken.add(value)
                 values[index] = value
-    if form == "list":
+    if chosen == "list":
         context = "List: " + ", ".join(map(" ".join, zip(keys, values, strict=True))) + "."
         turns = [(f", {keys[index]}", f" {values[index]}") for index in asked]
         turns[0] = ("\nAsk:" + turns[0][0][1:], turns[0][1])
@@ -123,7 +108,14 @@ def recall_episode(
     sentences = [
         f"The {attribute} of the {key} is {value}." for key, value in zip(keys, values, strict=True)
     ]
-    if form == "story":
+    if chosen in ("pair", "story"):
+        stated = dict(zip(keys, sentences, strict=True))
+        for index in asked:
+            for _ in range(rng.randint(1, 2)):
+                after = sentences.index(stated[keys[index]]) + 1
+                mention = f"{rng.choice(NAMES)} asked for the {attribute} of the {keys[index]}."
+                sentences.insert(rng.randint(after, len(sentences)), mention)
+    if chosen == "story":
         for _ in range(max(1, facts // 2)):
             sentences.insert(rng.randint(0, len(sentences)), _filler(rng))
     return Episode(
@@ -135,35 +127,40 @@ def recall_episode(
     )
 
 
-def state_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -> Episode:
-    """Values that are set again and again; the last one counts.
+def state_episode(
+    rng: Random, *, split: Split, facts: int, questions: int = 1, form: StateForm | None = None
+) -> Episode:
+    """States that change again and again; what holds at the end is asked.
 
-    ``facts`` is the number of settings, spread over about a third as many keys.
+    Forms: ``value`` (a number is set anew), ``held`` (somebody takes one thing after another) and
+    ``counter`` (a number goes up and down by one, and is stated only at the start). No form: one of
+    them by chance.
+    ``facts`` is the number of statements, spread over about a third as many keys.
     """
-    keys = rng.sample(NOUNS, max(2, min(facts // 3, len(NOUNS))))
+    chosen = rng.choice(STATE_FORMS) if form is None else form
+    pool = NAMES if chosen == "held" else NOUNS
+    keys = rng.sample(pool, max(2, min(facts // 3, len(pool))))
     history = keys + [rng.choice(keys) for _ in range(max(0, facts - len(keys)))]
     rng.shuffle(history)
     asked = rng.sample(keys, min(questions, len(keys)))
-    last: dict[str, str] = {}
-    sentences: list[str] = []
-    remaining = {key: history.count(key) for key in keys}
-    for key in history:
-        remaining[key] -= 1
-        value = str(rng.randint(1, 999))
-        if remaining[key] == 0 and key in asked:
-            while split_of("state", key, value) != split:
-                value = str(rng.randint(1, 999))
-        verb = "is now" if key in last else "starts at"
-        sentences.append(f"The {key} {verb} {value}.")
-        last[key] = value
+    course = {
+        key: _course(rng, chosen, key, history.count(key), split if key in asked else None)
+        for key in keys
+    }
+    told = {key: iter(sentences) for key, (sentences, _) in course.items()}
+    question = {
+        "value": "What is the last value of the {}?",
+        "held": "What did {} take last?",
+        "counter": "How many coins are in the {}?",
+    }[chosen]
     return Episode(
-        " ".join(sentences),
-        tuple((f"\nWhat is the last value of the {key}?", f" {last[key]}") for key in asked),
+        " ".join(next(told[key]) for key in history),
+        tuple(("\n" + question.format(key), f" {course[key][1]}") for key in asked),
     )
 
 
 def arith_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -> Episode:
-    """Sums of two values stated earlier, each from 1 to 20."""
+    """Sums of two values stated earlier, each from 1 to 20; the answer is the whole equation."""
     keys = rng.sample(NOUNS, facts)
     values = {key: rng.randint(1, 20) for key in keys}
     turns: list[tuple[str, str]] = []
@@ -171,7 +168,8 @@ def arith_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) 
         first, second = rng.sample(keys, 2)
         a, b = values[first], values[second]
         if split_of("arith", first, str(a), second, str(b)) == split:
-            turns.append((f"\nHow much are the {first} and the {second}?", f" {a + b}"))
+            question = f"\nHow much are the {first} and the {second}?"
+            turns.append((question, f" {a} + {b} = {a + b}"))
         if len(turns) == questions:
             break
     if not turns:
@@ -199,38 +197,28 @@ def copy_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -
     )
 
 
-def recall(
-    rng: Random, *, split: Split, facts: int = 24, form: RecallForm | None = None
-) -> Generated:
-    """One recall question; 24 facts are about 256 tokens. No form: sentence, pair or story."""
-    chosen = rng.choice(SENTENCE_FORMS) if form is None else form
-    return _single(recall_episode(rng, split=split, facts=facts, form=chosen))
-
-
-def state(rng: Random, *, split: Split, facts: int = 30) -> Generated:
-    """One last-value question; 30 settings are about 256 tokens."""
-    return _single(state_episode(rng, split=split, facts=facts))
-
-
-def arith(rng: Random, *, split: Split, facts: int = 36) -> Generated:
-    """One sum over two stated prices; 36 prices are about 256 tokens."""
-    return _single(arith_episode(rng, split=split, facts=facts))
-
-
-def copy(rng: Random, *, split: Split, facts: int = 100) -> Generated:
-    """One repetition of a sequence of words; 100 words are about 256 tokens with the answer."""
-    return _single(copy_episode(rng, split=split, facts=facts))
-
-
-Generator = Callable[..., Generated]
-
-GENERATORS: dict[str, Generator] = {"recall": recall, "state": state, "arith": arith, "copy": copy}
-"""By name; each takes ``(rng, *, split, facts=...)`` with about 256 tokens as its default size."""
-
-
-def _single(episode: Episode) -> Generated:
-    question, answer = episode.turns[0]
-    return Generated(episode.context, question, answer)
+def _course(
+    rng: Random, form: StateForm, key: str, times: int, split: Split | None
+) -> tuple[list[str], str]:
+    """What is said of one key, in order, and how it ends, in `split` unless that is None."""
+    for attempt in count():
+        if form == "value":
+            states = [str(rng.randint(1, 999)) for _ in range(times)]
+            said = [f"The {key} starts at {states[0]}."]
+            said += [f"The {key} is now {state}." for state in states[1:]]
+        elif form == "held":
+            states = rng.sample(NOUNS, times)
+            said = [f"{key} took the {state}." for state in states]
+        else:
+            moves = [rng.choice((-1, 1)) for _ in range(times - 1)]
+            # Small numbers, unless this key has none in the split.
+            start = rng.randint(times, 20 + times + attempt)
+            states = [str(start + sum(moves))]
+            said = [f"The {key} holds {start} coins."]
+            said += [f"The {key} {'gains' if move > 0 else 'loses'} one coin." for move in moves]
+        if split is None or split_of("state", key, states[-1]) == split:
+            break
+    return said, states[-1]
 
 
 def _recall_keys(rng: Random, facts: int, form: RecallForm) -> list[str]:

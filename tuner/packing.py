@@ -1,20 +1,24 @@
 """From questions and text to token sequences that can be run along.
 
-Owns how many questions go into one sequence, which of its tokens are prompt and which positions
-count. Knows nothing of policies.
+Owns how many questions go into one sequence, which of its tokens are prompt, which positions count,
+and where each answer stands. Knows nothing of policies.
 
 What is prompt: serving prefills what a user sends and decodes what follows, one token at a time.
-Here the first question, up to and including its "Answer:", is the prompt, and everything after it
-is decoded, as in a conversation that goes on. A single question is short enough to be held almost
-whole, and with all but the last answer in the prompt, an exact prefill would attend to everything
-and evict only once, at its end; this way most answers are given by a cache that has been trimmed
-for hundreds of steps, which is when a forgetting factor matters. Of running text the first quarter
-is prompt, for the same reason.
+Rows come in two forms. *Packed*, the first question, up to and including its "Answer:", is the
+prompt, and everything after it is decoded, as in a conversation that goes on. A single question is
+short enough to be held almost whole, and with all but the last answer in the prompt, an exact
+prefill would attend to everything and evict only once, at its end; this way most answers are given
+by a cache that has been trimmed for hundreds of steps, which is when a forgetting factor matters.
+With a number of *shots*, a sequence is one question with so many solved ones before it, all prompt
+but the answer, as the literature asks. A generated context with its questions is a sequence either
+way, as long as fits. Of running text the first quarter is prompt.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count as numbers
 from random import Random
 
 from a2sf.errors import InvalidArgument
@@ -24,16 +28,46 @@ from tuner.datasets import Group, Part
 
 PROMPT_SHARE_OF_TEXT = 0.25
 
+LEAST_FACTS = 2
+
 _CHARACTERS_PER_TOKEN = 8
 """A stretch of text of this many characters a token holds enough tokens, save for odd ones."""
 
 
-def examples(
-    model: LoadedModel, part: Part, *, count: int, length: int, seed: int
-) -> list[Example]:
+@dataclass(frozen=True)
+class Item:
+    """A sequence, and what can be judged right or wrong in it."""
+
+    example: Example
+    answers: tuple[range, ...] = ()
+    """The stretch of `example.counted` that predicts each answer, in order; empty where the answers
+    are too free to be compared word by word."""
+    alternatives: tuple[Example, ...] = ()
+    """The sequence with each choice for its last answer; what counts predicts the choice."""
+    right: int = 0
+    """The index of the right alternative."""
+
+
+def items(
+    model: LoadedModel,
+    part: Part,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    shots: int | None = None,
+    solved: Part | None = None,
+) -> list[Item]:
     """Make up to `count` sequences of at most `length` tokens, each row of `part` used once.
 
-    Fewer come back where the part holds no more. The seed decides which rows, in which order.
+    Args:
+        model: whose tokens are counted.
+        part: where questions or text come from.
+        count: how many sequences; fewer come back where the part holds no more.
+        length: the most tokens of one.
+        seed: decides which rows, in which order.
+        shots: solved examples before each question; None packs rows as full as they fit.
+        solved: where those come from; needed with one shot or more.
     """
     if length > model.shape.max_context:
         raise InvalidArgument(
@@ -41,12 +75,25 @@ def examples(
             f"{length} tokens, and {model.identity.id} has a context of {model.shape.max_context}",
         )
     rng = Random(f"{seed}/{part.split}")
-    source = (
-        _windows(model, part.text, length, rng)
-        if part.groups is None
-        else _packed(model, part.groups(rng), length)
-    )
-    return [example for _, example in zip(range(count), source, strict=False)]
+    if part.made is not None:
+        source = _made(model, part, length, rng, shots or 0, solved)
+    elif part.groups is None:
+        if shots is not None:
+            raise InvalidArgument("shots", "running text has no questions; leave it out for text")
+        source = (Item(example) for example in _windows(model, part.text, length, rng))
+    elif shots is None:
+        source = _packed(model, part.groups(rng), length)
+    else:
+        source = _asked(model, part, length, rng, shots, solved)
+    return [item for _, item in zip(range(count), source, strict=False)]
+
+
+def examples(
+    model: LoadedModel, part: Part, *, count: int, length: int, seed: int
+) -> list[Example]:
+    """Make the sequences of `items`, packed."""
+    made = items(model, part, count=count, length=length, seed=seed)
+    return [item.example for item in made]
 
 
 def digest(made: Sequence[Example]) -> str:
@@ -55,54 +102,137 @@ def digest(made: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
 
 
-def _packed(model: LoadedModel, groups: Iterator[Group], length: int) -> Iterator[Example]:
+def _packed(model: LoadedModel, groups: Iterator[Group], length: int) -> Iterator[Item]:
     """Fill sequences with groups in order; too long a group and the unfinished end are left out."""
     room = length - len(model.encode(""))
     held: list[Group] = []
     used = 0
     for group in groups:
-        text = "".join(turn.question + turn.answer for turn in group) + "\n"
-        tokens = len(model.tokenizer(text, add_special_tokens=False).input_ids)
+        tokens = _most_tokens(model, group)
         if tokens > room:
             continue
         if used + tokens > room:
-            yield _solved(model, held, length)
+            yield _item(model, held, lead=0)
             held, used = [], 0
         held.append(group)
         used += tokens
 
 
-def _solved(model: LoadedModel, groups: list[Group], length: int) -> Example:
-    """One sequence of solved questions, a line break after each group; all answers count."""
-    text = ""
-    answers = []
-    for group in groups:
-        for turn in group:
-            text += turn.question + turn.answer
-            answers.append((len(text) - len(turn.answer.lstrip()), len(text)))
-        text += "\n"
-    ids, spans = _encode_with_spans(model, text)
-    in_answer = [
-        index
-        for index, (start, end) in enumerate(spans[:length])
-        if any(start < last and first < end for first, last in answers)
-    ]
-    return Example(
-        token_ids=ids[:length],
-        prompt_tokens=in_answer[0],
-        counted=tuple(index - 1 for index in in_answer),
+def _asked(
+    model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
+) -> Iterator[Item]:
+    """One group a sequence, after `shots` solved ones; what is too long is left out."""
+    assert part.groups is not None
+    shown = _shown(model, solved, length, rng, shots)
+    room = length - len(model.encode(""))
+    for group in part.groups(rng):
+        lead = [next(shown) for _ in range(shots)]
+        if sum(_most_tokens(model, one) for one in (*lead, group)) <= room:
+            yield _item(model, [*lead, group], lead=shots, choose=True)
+
+
+def _shown(
+    model: LoadedModel, solved: Part | None, length: int, rng: Random, shots: int
+) -> Iterator[Group]:
+    """Solved examples without end, none so long that a question would not fit beside them."""
+    if not shots:
+        return
+    assert solved is not None
+    assert solved.groups is not None
+    room = length // (shots + 1)
+    short = [group for group in solved.groups(rng) if _most_tokens(model, group) <= room]
+    while short:
+        yield from short
+        rng.shuffle(short)
+
+
+def _made(
+    model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
+) -> Iterator[Item]:
+    """Contexts of as many facts as fit, each with its own random numbers."""
+    assert part.made is not None
+    parts = [*[solved] * shots, part]
+
+    for _ in numbers():
+        seed = rng.getrandbits(64)
+
+        def groups(facts: int, seed: int = seed) -> list[Group]:
+            own = Random(seed)
+            return [one.made(own, facts) for one in parts if one is not None and one.made]
+
+        low, high = LEAST_FACTS - 1, part.most_facts
+        while low < high:
+            facts = (low + high + 1) // 2
+            if len(model.encode(_text(groups(facts)))) <= length:
+                low = facts
+            else:
+                high = facts - 1
+        if low < LEAST_FACTS:
+            return
+        yield _item(model, groups(low), lead=shots)
+
+
+def _text(groups: Sequence[Group]) -> str:
+    """The solved questions of groups in order, a line break after each group."""
+    return "".join("".join(turn.question + turn.answer for turn in g) + "\n" for g in groups)
+
+
+def _most_tokens(model: LoadedModel, group: Group) -> int:
+    """Tokens of a group with the longest choice for its last answer."""
+    last = group[-1]
+    text = _text([group]).removesuffix(last.answer + "\n")
+    return max(
+        len(model.tokenizer(f"{text}{answer}\n", add_special_tokens=False).input_ids)
+        for answer in (last.answer, *last.choices)
     )
 
 
-def _encode_with_spans(
-    model: LoadedModel, text: str
-) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Token ids as serving makes them, and the characters that each stands for."""
+def _item(model: LoadedModel, groups: Sequence[Group], *, lead: int, choose: bool = False) -> Item:
+    """One sequence; every answer after the first `lead` groups counts.
+
+    With `choose` the last answer's choices, where it has any, become alternatives.
+    """
+    text, spans = _text(groups[:lead]), []
+    for group in groups[lead:]:
+        for turn in group:
+            text += turn.question + turn.answer
+            spans.append((len(text) - len(turn.answer.lstrip()), len(text)))
+        text += "\n"
+    example, answers = _example(model, text, spans, first=spans[0][0])
+    # A worked solution over many lines is one of many right ones; who words it so is no measure.
+    free = any("\n" in turn.answer for group in groups for turn in group)
+    last = groups[-1][-1]
+    before = text[: spans[-1][1] - len(last.answer)]
+    alternatives = []
+    for choice in last.choices if choose else ():
+        whole = before + choice
+        span = (len(whole) - len(choice.lstrip()), len(whole))
+        alternatives.append(_example(model, whole, [span], first=spans[0][0])[0])
+    return Item(
+        example=example,
+        answers=() if free else answers,
+        alternatives=tuple(alternatives),
+        right=last.choices.index(last.answer) if alternatives else 0,
+    )
+
+
+def _example(
+    model: LoadedModel, text: str, spans: Sequence[tuple[int, int]], *, first: int
+) -> tuple[Example, tuple[range, ...]]:
+    """Tokens of a text, prompt up to character `first`; the tokens of each span are predicted."""
     encoding = model.tokenizer(text, return_offsets_mapping=True)
     ids = model.encode(text)
     assert tuple(encoding.input_ids) == ids
     # Tokens that stand for no characters, such as the first, have empty spans.
-    return ids, [(start, end) for start, end in encoding.offset_mapping]
+    places = [(start, end) for start, end in encoding.offset_mapping]
+    counted: list[int] = []
+    answers = []
+    for low, high in spans:
+        inside = [i for i, (start, end) in enumerate(places) if start < high and low < end]
+        answers.append(range(len(counted), len(counted) + len(inside)))
+        counted += [index - 1 for index in inside]
+    prompt = next(i for i, (start, end) in enumerate(places) if end > first and end > start)
+    return Example(token_ids=ids, prompt_tokens=prompt, counted=tuple(counted)), tuple(answers)
 
 
 def _windows(model: LoadedModel, text: str, length: int, rng: Random) -> Iterator[Example]:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from a2sf import reference
-from training.config import FIRST_EDITION, TINY
+from training.config import REFERENCE, TINY
 from training.data import BOS_ID, EOS_ID, Mixture, episode_of
 from training.export import export
 from training.train import Trainer
+from tuner.generated import RECALL_FORMS, STATE_FORMS
 
 TOKENIZER = Tokenizer.from_file(str(reference.path() / "tokenizer.json"))
 
@@ -26,7 +27,7 @@ def trainer(total_tokens: int) -> Trainer:
 
 def test_a_batch_is_decided_by_its_step() -> None:
     mixture = Mixture(TOKENIZER, None, seed=0)
-    stage = FIRST_EDITION.stages[2]
+    stage = REFERENCE.stages[2]
     first, again, other = (mixture.batch(stage, step) for step in (4, 4, 5))
     length = stage.lengths[0]
     assert first.inputs.shape == (stage.batch_tokens // length, length)
@@ -37,10 +38,9 @@ def test_a_batch_is_decided_by_its_step() -> None:
 
 def test_pieces_tokenize_as_the_whole_document_does() -> None:
     mixture = Mixture(TOKENIZER, None, seed=0)
-    tasks = [
-        name for name in FIRST_EDITION.stages[-1].mixture if name in ("copy", "state", "arith")
-    ]
-    tasks += ["recall/list", "recall/sentence", "recall/pair", "recall/story"]
+    tasks = ["copy", "arith"]
+    tasks += [f"recall/{form}" for form in RECALL_FORMS] + [f"state/{form}" for form in STATE_FORMS]
+    assert set(tasks) <= set(REFERENCE.stages[-1].mixture)
     for task in tasks:
         episode = episode_of(Random(task), task, 200)
         text = episode.context + "".join(q + a for q, a in episode.turns)
