@@ -9,7 +9,6 @@ and compared within the run: on a noisy machine the ratios hold where absolute f
 
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,7 +19,6 @@ from typing import Annotated, Any
 
 import numpy
 import torch
-import transformers
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +28,7 @@ from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.reference import path as reference_path
 from a2sf.requests import GenerationRequest, Sampling
+from tuner import machine
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {
@@ -150,12 +149,7 @@ def main(
                 )
     document = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": threads},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine.describe(model.device, model.dtype),
         "model": {**SHAPE, "dtype": "float32", "weights": "random"},
         "context": context,
         "budget": budget,
@@ -166,16 +160,6 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     typer.echo(f"written to {out}")
-
-
-def processor() -> str:
-    """Name the processor, as the kernel knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

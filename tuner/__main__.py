@@ -1,12 +1,15 @@
-"""The command line: `python -m tuner` fits a table, `python -m tuner tables show` reads one.
+"""The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` reads.
 
 Owns the flags, the checks that cost nothing, and how failures are told: one line on stderr, exit
 code 2 for what the user can mend, 130 when interrupted. Knows nothing of how a table is found.
 """
 
+import math
 import os
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,10 +21,10 @@ from a2sf.schema import load_table, save_table
 
 DEFAULT_RATIO = 0.2
 
-COMMANDS = ("fit", "tables")
+COMMANDS = ("fit", "evaluate", "tables")
 
 app = typer.Typer(
-    help="Fit a table of forgetting factors to a model and a dataset, and prove it.",
+    help="Fit tables of forgetting factors, prove them, and compare cache policies.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -143,6 +146,119 @@ def fit(
     summarise(Console(), outcome, model=model, out=out, study_kept=kept)
 
 
+@app.command()
+def evaluate(
+    dataset: Annotated[str, typer.Option(help="As for fit; several with commas between them.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random or "
+            "a2sf:ALPHA, each with [:RECENT[:SINKS]], RECENT in tokens (8) or as a share of the "
+            "rest (.5); a2sf for several alphas; the file or shipped name of an alpha table."
+        ),
+    ] = "full,window,h2o,tova_per_head,random,a2sf",
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Budgets as shares of each length, as in .1,.2,.4; else {DEFAULT_RATIO}."
+        ),
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(help="Budgets in tokens, as in 32,64; instead of or with --ratios."),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask one question at a time after so many solved ones, as in 0 or 0,1; without "
+            "it, questions are packed into sequences of --length and answered one after another."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
+    ] = "reference",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit, for a hub id.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Sequences of each dataset.")] = 64,
+    length: Annotated[int, typer.Option(help="Most tokens of one sequence.")] = 512,
+    split: Annotated[str, typer.Option(help="validation, or calibration.")] = "validation",
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of one prompt block for policies that are no table; 0 is the whole "
+            "prompt. Without it 0, and 1 (step by step, as in the A2SF paper) with --shots."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides examples and resampling.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
+    _check_ranges(
+        {
+            "examples": (examples, 2, None),
+            "length": (length, 32, None),
+            "seed": (seed, 0, 2**31 - 1),
+            "prefill-chunk": (prefill_chunk, 0, None),
+        }
+    )
+    if split not in ("validation", "calibration"):
+        raise InvalidArgument("--split", f"{split!r}; accepted: validation, calibration")
+    if ratios is None and slots is None:
+        ratios = f"{DEFAULT_RATIO}"
+    shares = _numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
+    tokens = _numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
+    before = _numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
+    for option, path in (("--json", json), ("--html", html)):
+        if path is not None:
+            _check_writable(path, option)
+
+    # What follows needs seconds to import, and the flags above are checked without it.
+    from tuner import evaluate as evaluation
+    from tuner.report import tabulate
+    from tuner.results import Size
+
+    sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
+    try:
+        found = evaluation.evaluate(
+            evaluation.Settings(
+                datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
+                policies=policies,
+                sizes=tuple(sizes),
+                shots=tuple(int(x) for x in before) or (None,),
+                examples=examples,
+                length=length,
+                split=split,
+                prefill_chunk=prefill_chunk,
+                seed=seed,
+                data_dir=data_dir,
+                model=model,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                command=_command(),
+            )
+        )
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    tabulate(Console(), found)
+    if json is not None:
+        json.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        print(f"Wrote {json}.")
+    if html is not None:
+        from tuner.page import render
+
+        html.write_text(render(found), encoding="utf-8")
+        print(f"Wrote {html}.")
+
+
 @tables.command("show")
 def show(file: Annotated[Path, typer.Argument(help="A table's file.")]) -> None:
     """Print a table: policy, provenance, evidence with intervals, verdict, alphas."""
@@ -173,14 +289,40 @@ def _check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None
             raise InvalidArgument(f"--{name}", f"{value}; accepted: {accepted}")
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, option: str = "--out") -> None:
     directory = out.parent
     if not directory.is_dir():
-        raise NotFound(f"--out {out}: there is no directory {directory}; make it first")
+        raise NotFound(f"{option} {out}: there is no directory {directory}; make it first")
     if out.is_dir():
-        raise InvalidArgument("--out", f"{out} is a directory; give a file")
+        raise InvalidArgument(option, f"{out} is a directory; give a file")
     if not os.access(directory, os.W_OK):
-        raise InvalidArgument("--out", f"{directory} cannot be written to")
+        raise InvalidArgument(option, f"{directory} cannot be written to")
+
+
+def _numbers(
+    option: str, written: str | None, accepted: str, fits: Callable[[float], bool]
+) -> list[float]:
+    """A list of numbers, comma between them, in the order given."""
+    values: list[float] = []
+    for one in (written or "").split(","):
+        if not one.strip():
+            continue
+        try:
+            value = float(one)
+        except ValueError:
+            value = math.nan
+        if not fits(value) or value in values:
+            raise InvalidArgument(
+                option, f"{one.strip()!r}; accepted: {accepted}, each once, comma between them"
+            )
+        values.append(value)
+    return values
+
+
+def _command() -> str:
+    """The command line as given, but for the directories that paths stand in."""
+    words = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
+    return shlex.join(["python", "-m", "tuner", *words])
 
 
 def _fail(message: str) -> NoReturn:

@@ -15,7 +15,16 @@ from rich.text import Text
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy
 from tuner.fit import Outcome
+from tuner.results import SIGNIFICANT, Comparison, Evaluation, Metric
 from tuner.search import LOG_TAU_MAX, log_tau_of
+
+HEADINGS: dict[Metric, str] = {
+    "kl": "KL to full, nats",
+    "nll": "NLL, nats a token",
+    "top1": "top-1 agreement",
+    "accuracy": "accuracy",
+    "similarity": "attention kept",
+}
 
 
 def summarise(
@@ -65,6 +74,41 @@ def show(console: Console, table: AlphaTable) -> None:
     _line(console, verdict_line(table))
     _line(console, "")
     heat_map(console, table.policy)
+
+
+def tabulate(console: Console, evaluation: Evaluation) -> None:
+    """Print an evaluation: for each task and size a line a policy, and what the pairs say."""
+    for task in evaluation.tasks:
+        _line(
+            console,
+            f"{task.name} ({task.split}): {task.examples} examples, {task.tokens} tokens, "
+            f"{task.counted} positions counted, "
+            + ("exact prefill" if not task.prefill_chunk else f"blocks of {task.prefill_chunk}")
+            + (f"; accuracy is the share of {task.questions} questions" if task.questions else "")
+            + (f" by {task.accuracy}" if task.accuracy else ""),
+        )
+        for size in dict.fromkeys(cell.size for cell in evaluation.cells if cell.size):
+            _line(console, "")
+            _line(console, f"  {size!s:<18}" + "".join(f"{name:<26}" for name in HEADINGS.values()))
+            for policy in evaluation.policies:
+                cell = evaluation.cell(task.name, policy.name, size)
+                if cell is not None:
+                    figures = (getattr(cell, name) for name in HEADINGS)
+                    shown = (f"{_figure(value) if value else '-':<26}" for value in figures)
+                    _line(console, f"  {policy.name:<18}" + "".join(shown))
+            for comparison in evaluation.decisive(task.name, size):
+                _line(console, comparison_line(comparison))
+        _line(console, "")
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """One pair in one line."""
+    gap = _figure(comparison.difference, sign=True)
+    word = "differs" if comparison.p_holm < SIGNIFICANT else "not shown to differ"
+    return (
+        f"    {comparison.policy} minus {comparison.baseline}: KL {gap}, "
+        f"p after Holm {comparison.p_holm:.2g}: {word}"
+    )
 
 
 def policy_line(policy: TablePolicy) -> str:

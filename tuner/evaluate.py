@@ -1,0 +1,344 @@
+"""Policies side by side: what each loses against the full cache, on which task, at which size.
+
+Owns the plan of cells (task x size x policy), the passes that fill them, and paired comparisons.
+Examples run along in batches, and all policies meet one batch before the next is made, so that
+only one batch's full-cache predictions are held. Knows nothing of command lines or drawing.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from a2sf import __version__, teacher
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel, load_model
+from a2sf.policy import EffectivePolicy
+from a2sf.teacher import Example, Prediction
+from tuner import datasets, machine, packing, policies, statistics
+from tuner.objective import (
+    ROWS_PER_PASS,
+    divergence,
+    effective,
+    full_cache,
+    log_likelihoods,
+)
+from tuner.packing import Item
+from tuner.policies import Named
+from tuner.results import Accuracy, Cell, Comparison, Evaluation, Metric, Policy, Size, Task
+
+SPLITS = ("validation", "calibration")
+
+STEP_BY_STEP = 1
+"""The prompt block of questions asked one by one, unless told otherwise: as the paper prunes."""
+
+EXACT = 0
+"""The prompt block of packed sequences: a table is fitted so, and the server's default."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+
+    datasets: tuple[str, ...]
+    policies: str
+    sizes: tuple[Size, ...]
+    shots: tuple[int | None, ...]
+    """Solved examples before each question; None packs sequences full."""
+    examples: int
+    length: int
+    split: str
+    prefill_chunk: int | None
+    """None: `STEP_BY_STEP` where there are shots, else `EXACT`."""
+    seed: int
+    data_dir: Path | None
+    model: str
+    revision: str | None
+    device: str
+    dtype: str
+    command: str
+
+
+@dataclass
+class _Gathered:
+    """The figures of one cell, an entry an example."""
+
+    budget: list[int] = field(default_factory=list)
+    figures: dict[Metric, list[float]] = field(default_factory=dict)
+    similarity: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: Metric, value: float) -> None:
+        self.figures.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One task with everything that is to be run on it."""
+
+    task: Task
+    items: list[Item]
+    cells: dict[tuple[Named, Size | None], _Gathered]
+
+
+def evaluate(settings: Settings) -> Evaluation:
+    """Measure every cell. Raises A2SFError for what the user can mend, before the first pass."""
+    began = time.monotonic()
+    sources = [
+        datasets.load(name, datasets.data_directory(settings.data_dir))
+        for name in settings.datasets
+    ]
+    model = load_model(
+        settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
+    )
+    wanted = policies.parse(settings.policies, model)
+    plans = [
+        _plan(model, source, shots, wanted, settings)
+        for source in sources
+        for shots in settings.shots
+    ]
+    for plan in plans:
+        for policy, size in plan.cells:
+            for item in plan.items:
+                for example in (item.example, *item.alternatives):
+                    _resolve(model, plan.task, policy, size, example, settings.seed)
+    passes = sum(-(-len(plan.items) // ROWS_PER_PASS) * len(plan.cells) for plan in plans)
+    with tqdm(total=passes, desc="evaluate", unit="pass", leave=False) as bar:
+        for plan in plans:
+            for _ in _run(model, plan, settings.seed):
+                bar.set_postfix_str(plan.task.name, refresh=False)
+                bar.update()
+    return Evaluation(
+        created_at=datetime.now(UTC).replace(microsecond=0),
+        tool_version=__version__,
+        command=settings.command,
+        machine=machine.describe(model.device, model.dtype),
+        seconds=round(time.monotonic() - began, 1),
+        model=model.identity,
+        seed=settings.seed,
+        confidence=statistics.CONFIDENCE,
+        tasks=tuple(plan.task for plan in plans),
+        policies=tuple(
+            Policy(
+                name=policy.name,
+                description=policy.description,
+                alpha=policy.table.policy.alpha if policy.table else None,
+                sha256=policy.table.sha256 if policy.table else None,
+            )
+            for policy in wanted
+        ),
+        cells=tuple(
+            _cell(plan.task, policy, size, gathered, settings.seed)
+            for plan in plans
+            for (policy, size), gathered in plan.cells.items()
+        ),
+        comparisons=tuple(
+            comparison
+            for plan in plans
+            for size in settings.sizes
+            for comparison in _compare(plan, size, settings.seed)
+        ),
+    )
+
+
+def _plan(
+    model: LoadedModel,
+    source: datasets.Dataset,
+    shots: int | None,
+    wanted: Sequence[Named],
+    settings: Settings,
+) -> _Plan:
+    part = source.validation if settings.split == "validation" else source.calibration
+    items = packing.items(
+        model,
+        part,
+        count=settings.examples,
+        length=settings.length,
+        seed=settings.seed,
+        shots=shots,
+        # Never from the part that is measured: a solved example may stand beside any question.
+        solved=source.calibration,
+    )
+    if len(items) < settings.examples:
+        raise InvalidArgument(
+            "--examples",
+            f"{settings.examples} of at most {settings.length} tokens, and {part.split} of "
+            f"{source.name} gives {len(items)}; lower --examples, or change --length",
+        )
+    kind: Accuracy | None = None
+    if items[0].alternatives:
+        kind, questions = "likeliest choice", len(items)
+    else:
+        questions = sum(len(item.answers) for item in items)
+        kind = "exact greedy answer" if questions else None
+    chunk = settings.prefill_chunk
+    if chunk is None:
+        chunk = EXACT if shots is None else STEP_BY_STEP
+    form = "packed" if shots is None else f"{shots}-shot"
+    examples = [item.example for item in items]
+    task = Task(
+        name=f"{source.name}, {form}" if part.groups is not None else source.name,
+        dataset=source.name,
+        split=part.split,
+        shots=shots,
+        prefill_chunk=chunk,
+        examples=len(items),
+        tokens=sum(len(example.token_ids) for example in examples),
+        counted=sum(len(example.counted) for example in examples),
+        questions=questions,
+        accuracy=kind,
+        data_sha256=packing.digest(examples),
+    )
+    cells: dict[tuple[Named, Size | None], _Gathered] = {}
+    for policy in wanted:
+        for size in settings.sizes if policy.has_size else (None,):
+            cells[policy, size] = _Gathered()
+    return _Plan(task, items, cells)
+
+
+def _resolve(
+    model: LoadedModel,
+    task: Task,
+    policy: Named,
+    size: Size | None,
+    example: Example,
+    seed: int,
+) -> EffectivePolicy:
+    candidate = policy.at(size, prefill_chunk=task.prefill_chunk, seed=seed)
+    length = len(example.token_ids)
+    try:
+        return effective(candidate, model, length)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            "--policies" if size is None else "--ratios",
+            f"{policy.name} at {size}, on {task.name}, with an example of {length} tokens: {error}",
+        ) from error
+
+
+def _run(model: LoadedModel, plan: _Plan, seed: int) -> Iterator[None]:
+    """Fill the cells of a plan; yields after each pass over one batch by one policy."""
+    for first in range(0, len(plan.items), ROWS_PER_PASS):
+        batch = plan.items[first : first + ROWS_PER_PASS]
+        full = full_cache(model, [item.example for item in batch])
+        at_once = max(1, ROWS_PER_PASS // len(batch))
+        for size in dict.fromkeys(size for _, size in plan.cells):
+            chosen = [cell for cell in plan.cells if cell[1] == size]
+            for start in range(0, len(chosen), at_once):
+                group = chosen[start : start + at_once]
+                _pass(model, plan, group, batch, full, seed)
+                for _ in group:
+                    yield
+
+
+def _pass(
+    model: LoadedModel,
+    plan: _Plan,
+    group: Sequence[tuple[Named, Size | None]],
+    batch: Sequence[Item],
+    full: Sequence[Tensor],
+    seed: int,
+) -> None:
+    """Run a few policies of one size along one batch; the rows ride together."""
+
+    def resolved(example: Example, cell: tuple[Named, Size | None]) -> EffectivePolicy:
+        return _resolve(model, plan.task, *cell, example, seed)
+
+    rows = [(cell, index) for cell in group for index in range(len(batch))]
+    examples = [batch[index].example for _, index in rows]
+    chosen = [resolved(example, cell) for (cell, _), example in zip(rows, examples, strict=True)]
+    found = teacher.predict(model, examples, chosen, similarity=True)
+    for (cell, index), policy, prediction in zip(rows, chosen, found, strict=True):
+        gathered = plan.cells[cell]
+        gathered.budget.append(policy.budget)
+        _measure(gathered, batch[index], prediction, full[index])
+    asked = [(cell, index, e) for cell, index in rows for e in batch[index].alternatives]
+    if asked:
+        chosen = [resolved(example, cell) for cell, _, example in asked]
+        scores = [
+            float(log_likelihoods(example, prediction.logits.log_softmax(dim=-1)).sum())
+            for (_, _, example), prediction in zip(
+                asked,
+                teacher.predict(model, [example for _, _, example in asked], chosen),
+                strict=True,
+            )
+        ]
+        at = iter(scores)
+        for cell, index in rows:
+            values = [next(at) for _ in batch[index].alternatives]
+            right = values.index(max(values)) == batch[index].right
+            plan.cells[cell].add("accuracy", float(right))
+
+
+def _measure(gathered: _Gathered, item: Item, prediction: Prediction, full: Tensor) -> None:
+    example = item.example
+    kl, nll = divergence(example, prediction, full)
+    greedy = prediction.logits.argmax(dim=-1).cpu()
+    assert prediction.similarity is not None
+    gathered.add("kl", kl)
+    gathered.add("nll", nll)
+    gathered.add("top1", float((greedy == full.argmax(dim=-1).cpu()).double().mean()))
+    gathered.add("similarity", float(prediction.similarity.mean()))
+    gathered.similarity.append(prediction.similarity)
+    if item.answers and not item.alternatives:
+        wanted = torch.tensor([example.token_ids[position + 1] for position in example.counted])
+        right = (greedy == wanted).tolist()
+        exact = [all(right[index] for index in answer) for answer in item.answers]
+        gathered.add("accuracy", sum(exact) / len(exact))
+
+
+def _cell(task: Task, policy: Named, size: Size | None, gathered: _Gathered, seed: int) -> Cell:
+    estimates = {
+        name: statistics.estimate(values, seed=seed) for name, values in gathered.figures.items()
+    }
+    by_head = torch.stack(gathered.similarity).mean(dim=0)
+    return Cell(
+        task=task.name,
+        policy=policy.name,
+        size=size,
+        budget=sum(gathered.budget) / len(gathered.budget),
+        kl=estimates["kl"],
+        nll=estimates["nll"],
+        top1=estimates["top1"],
+        accuracy=estimates.get("accuracy"),
+        similarity=estimates["similarity"],
+        similarity_by_head=tuple(tuple(row) for row in by_head.tolist()),
+        by_example={name: tuple(values) for name, values in gathered.figures.items()},
+    )
+
+
+def _compare(plan: _Plan, size: Size, seed: int) -> Iterator[Comparison]:
+    """Every forgetting policy with every other method, and every table with all of them."""
+    sized = {policy: cell for (policy, at), cell in plan.cells.items() if at == size}
+    pairs = [
+        (ours, theirs)
+        for ours in sized
+        for theirs in sized
+        if (ours.table and not theirs.table)
+        or (ours.wish.alpha is not None and theirs.wish.preset is not None)
+    ]
+    for metric in ("kl", "accuracy") if plan.task.accuracy else ("kl",):
+        figures = [
+            (sized[ours].figures[metric], sized[theirs].figures[metric]) for ours, theirs in pairs
+        ]
+        if not figures:
+            return
+        gaps = [[a - b for a, b in zip(*both, strict=True)] for both in figures]
+        p_values = statistics.sign_flip_p(gaps, seed=seed)
+        corrected = statistics.holm(p_values)
+        for (ours, theirs), both, p, p_holm in zip(
+            pairs, figures, p_values, corrected, strict=True
+        ):
+            yield Comparison(
+                task=plan.task.name,
+                size=size,
+                metric=metric,
+                policy=ours.name,
+                baseline=theirs.name,
+                difference=statistics.difference(*both, seed=seed),
+                p=p,
+                p_holm=p_holm,
+            )

@@ -1,0 +1,158 @@
+"""How a policy is written on a command line, and what it becomes at each size.
+
+Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf` and alpha tables, each
+with what it protects. Knows nothing of examples or of costs.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from a2sf import reference
+from a2sf.errors import InvalidArgument, NotFound
+from a2sf.models import LoadedModel
+from a2sf.policy import DEFAULT_SINKS, PRESETS, CachePolicy
+from a2sf.schema import AlphaTable, load_table
+from tuner.objective import Candidate
+from tuner.results import Size
+
+ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+"""What a bare `a2sf` stands for."""
+
+DEFAULT_RECENT_SHARE = 0.5
+"""What `a2sf` and `random` protect unless told otherwise: as much as `h2o`, so that what is
+compared is the score."""
+
+SPELLING = (
+    "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random or a2sf:ALPHA, each with "
+    "[:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a point, a share of the rest "
+    "(.5); a2sf, for several alphas; or the file or shipped name of an alpha table"
+)
+
+_PARTS = {  # the parts that may follow a name
+    "full": (),
+    "window": ("sinks",),
+    "h2o": ("sinks",),
+    "tova_per_head": ("recent", "sinks"),
+    "random": ("recent", "sinks"),
+    "a2sf": ("alpha", "recent", "sinks"),
+}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A policy without its size."""
+
+    name: str
+    wish: CachePolicy
+    table: AlphaTable | None = field(default=None, compare=False)
+
+    @property
+    def has_size(self) -> bool:
+        """Whether the policy is asked for at a size; `full` keeps everything."""
+        return self.wish.preset != "full"
+
+    @property
+    def description(self) -> str:
+        """The policy in words, for a reader of a report."""
+        if self.table is not None:
+            fitted = self.table.calibration
+            return f"alpha table fitted on {fitted.examples} examples of {fitted.dataset}"
+        wish = self.wish
+        what = (
+            f"uniform alpha {wish.alpha:g}" if wish.alpha is not None else f"preset {wish.preset}"
+        )
+        recent = (
+            f"recent {wish.recent_share:g} of the rest"
+            if wish.recent_share is not None
+            else f"recent {wish.recent}"
+        )
+        own = wish.preset in ("full", "window", "h2o")
+        parts = [
+            what,
+            *([] if own else [recent]),
+            *([f"sinks {wish.sinks}"] if self.has_size else []),
+        ]
+        return ", ".join(parts)
+
+    def at(self, size: Size | None, *, prefill_chunk: int, seed: int) -> Candidate:
+        """The policy at a size; a table keeps all but its own budget.
+
+        Args:
+            size: None for `full` only.
+            prefill_chunk: for policies that say nothing; a table says.
+            seed: of the random baseline.
+        """
+        budget = {} if size is None else {"budget": size.slots, "budget_ratio": size.ratio}
+        if self.table is not None:
+            return self.table.policy.model_copy(update=budget)
+        update = {**budget, "prefill_chunk": prefill_chunk}
+        if self.wish.preset == "random":
+            update["random_seed"] = seed
+        return self.wish.model_copy(update=update)
+
+
+def parse(written: str, model: LoadedModel) -> list[Named]:
+    """Read a list of policies, comma between them.
+
+    Raises InvalidArgument for what cannot be read or is said twice, NotFound for a file that is
+    not there, and TableError for a table that is not this model's.
+    """
+    found = [
+        policy for one in written.split(",") if one.strip() for policy in _read(one.strip(), model)
+    ]
+    if not found:
+        raise InvalidArgument("--policies", f"none given; accepted: {SPELLING}")
+    names = [policy.name for policy in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgument("--policies", f"{name!r} is given twice")
+    return found
+
+
+def _read(written: str, model: LoadedModel) -> list[Named]:
+    name, *values = written.split(":")
+    if name in _PARTS and not Path(written).is_file():
+        if written == "a2sf":
+            return [Named(f"a2sf:{a:g}", _wish("a2sf", {"alpha": f"{a:g}"})) for a in ALPHAS]
+        if len(values) > len(_PARTS[name]):
+            raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
+        return [Named(written, _wish(name, dict(zip(_PARTS[name], values, strict=False))))]
+    path = Path(written)
+    shipped = reference.path() / "tables" / f"{written}.json"
+    if not path.is_file() and not written.endswith(".json"):
+        if not (re.fullmatch(r"[\w.-]+", written) and shipped.is_file()):
+            raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
+        path = shipped
+    if not path.is_file():
+        raise NotFound(f"--policies: there is no alpha table {path}")
+    table = load_table(path, model.identity)
+    return [Named(table.name, CachePolicy(table=table.name), table)]
+
+
+def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
+    fields: dict[str, float | int | str] = {}
+    if name in PRESETS:
+        fields["preset"] = name
+    if name != "full":
+        fields["sinks"] = _number(parts["sinks"], int) if "sinks" in parts else DEFAULT_SINKS
+    if name == "a2sf":
+        fields["alpha"] = _number(parts["alpha"], float)
+    if "recent" in _PARTS[name]:
+        written = parts.get("recent", "0" if name == "tova_per_head" else f"{DEFAULT_RECENT_SHARE}")
+        if "." in written:
+            fields["recent_share"] = _number(written, float)
+        else:
+            fields["recent"] = _number(written, int)
+    return CachePolicy.model_validate(fields)
+
+
+def _number(written: str, kind: type[int] | type[float]) -> float:
+    """A number in the range of everything that is written here: shares, alphas, tokens."""
+    try:
+        value = kind(written)
+    except ValueError:
+        raise InvalidArgument("--policies", f"{written!r} is no number") from None
+    if not 0 <= value <= (1 if kind is float else 2**31):
+        raise InvalidArgument("--policies", f"{written}; accepted: 0 to 1, or whole tokens")
+    return value
