@@ -1,0 +1,95 @@
+"""Time a policy along given texts against plain teacher forcing.
+
+Owns one measurement: seconds that the reference model takes for a batch of texts, with the full
+cache in one forward pass, and with every token evicted for. Variants are interleaved, round after
+round, and compared within the run.
+
+    python -m benchmarks.evaluation [--length 512] [--batch 32] [--out FILE]
+"""
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy
+import torch
+import typer
+
+from a2sf import teacher
+from a2sf.models import load_model
+from a2sf.policy import CachePolicy
+from a2sf.teacher import Example
+from tuner import machine
+from tuner.objective import effective
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(
+    length: Annotated[
+        int, typer.Option(help="Tokens of every text; half of them are prompt.")
+    ] = 512,
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
+    ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS
+    / "evaluation-cpu.json",
+) -> None:
+    """Time policies along given texts, side by side, and write the figures."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = load_model("reference", device=device)
+    ids = torch.randint(2, model.shape.vocab_size, (batch, length)).tolist()
+    counted = tuple(range(length // 2, length - 1))
+    examples = [Example(tuple(row), length // 2, counted) for row in ids]
+    wish = CachePolicy(alpha=0.9, budget_ratio=ratio, recent_share=0.5)
+    step_by_step = effective(wish.model_copy(update={"prefill_chunk": 1}), model, length)
+    exact = effective(wish, model, length)
+    variants: dict[str, tuple[list[Any] | None, bool]] = {
+        "plain teacher forcing": (None, False),
+        "exact prefill, then step by step": ([exact] * batch, False),
+        "step by step from the first token": ([step_by_step] * batch, False),
+        "the same, attention rows compared": ([step_by_step] * batch, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, (policies, similarity) in variants.items():
+            start = time.perf_counter()
+            teacher.predict(model, examples, policies, batch=batch, similarity=similarity)
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    base = float(numpy.median(times["plain teacher forcing"]))
+    rows = []
+    for name, taken in times.items():
+        low, median, high = numpy.percentile(taken, [25, 50, 75]).tolist()
+        rows.append(
+            {
+                "variant": name,
+                "seconds_median": round(median, 3),
+                "seconds_quartiles": [round(low, 3), round(high, 3)],
+                "times_plain": round(median / base, 2),
+            }
+        )
+        typer.echo(f"{name:36s} {median:7.2f} s  [{low:.2f}, {high:.2f}]  {median / base:5.2f}x")
+    document = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine.describe(model.device, model.dtype),
+        "model": model.identity.id,
+        "length": length,
+        "batch": batch,
+        "budget_ratio": ratio,
+        "rounds": rounds,
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    typer.echo(f"written to {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
