@@ -154,7 +154,7 @@ def evaluate(
         typer.Option(
             help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random or "
             "a2sf:ALPHA, each with [:RECENT[:SINKS]], RECENT in tokens (8) or as a share of the "
-            "rest (.5); a2sf for several alphas; the file or shipped name of an alpha table."
+            "rest (.5); a2sf for several of them; the file or shipped name of an alpha table."
         ),
     ] = "full,window,h2o,tova_per_head,random,a2sf",
     ratios: Annotated[

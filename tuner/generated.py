@@ -160,7 +160,11 @@ def state_episode(
 
 
 def arith_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -> Episode:
-    """Sums of two values stated earlier, each from 1 to 20; the answer is the whole equation."""
+    """Sums of two values stated earlier, each from 1 to 20; the answer is the whole equation.
+
+    At most as many questions as facts.
+    """
+    questions = min(questions, facts)
     keys = rng.sample(NOUNS, facts)
     values = {key: rng.randint(1, 20) for key in keys}
     turns: list[tuple[str, str]] = []

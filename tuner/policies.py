@@ -16,17 +16,18 @@ from a2sf.schema import AlphaTable, load_table
 from tuner.objective import Candidate
 from tuner.results import Size
 
-ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
-"""What a bare `a2sf` stands for."""
-
-DEFAULT_RECENT_SHARE = 0.5
+DEFAULT_RECENT = ".5"
 """What `a2sf` and `random` protect unless told otherwise: as much as `h2o`, so that what is
 compared is the score."""
+
+SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", "1") for r in ("0", ".5"))
+"""What a bare `a2sf` stands for: forgetting after 1, 2, 10 and 50 tokens and never, without and
+with a protected window, since neither says much without the other."""
 
 SPELLING = (
     "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random or a2sf:ALPHA, each with "
     "[:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a point, a share of the rest "
-    "(.5); a2sf, for several alphas; or the file or shipped name of an alpha table"
+    "(.5); a2sf, for several of them; or the file or shipped name of an alpha table"
 )
 
 _PARTS = {  # the parts that may follow a name
@@ -114,7 +115,7 @@ def _read(written: str, model: LoadedModel) -> list[Named]:
     name, *values = written.split(":")
     if name in _PARTS and not Path(written).is_file():
         if written == "a2sf":
-            return [Named(f"a2sf:{a:g}", _wish("a2sf", {"alpha": f"{a:g}"})) for a in ALPHAS]
+            return [policy for one in SEVERAL for policy in _read(one, model)]
         if len(values) > len(_PARTS[name]):
             raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
         return [Named(written, _wish(name, dict(zip(_PARTS[name], values, strict=False))))]
@@ -139,7 +140,7 @@ def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
     if name == "a2sf":
         fields["alpha"] = _number(parts["alpha"], float)
     if "recent" in _PARTS[name]:
-        written = parts.get("recent", "0" if name == "tova_per_head" else f"{DEFAULT_RECENT_SHARE}")
+        written = parts.get("recent", "0" if name == "tova_per_head" else DEFAULT_RECENT)
         if "." in written:
             fields["recent_share"] = _number(written, float)
         else:

@@ -118,3 +118,71 @@ def test_a_model_that_adds_a_first_token_keeps_it_and_the_answers_stay_in_place(
     (led,) = packing.examples(with_bos, part_of(*QUESTIONS), count=1, length=100, seed=0)
     assert led.token_ids == (BOS, *plain.token_ids)
     assert led.counted == tuple(position + 1 for position in plain.counted)
+
+
+def test_a_generated_context_holds_as_many_facts_as_fit(tiny_model: LoadedModel) -> None:
+    part = load("recall", None).calibration
+    made = packing.items(tiny_model, part, count=4, length=400, seed=0)
+    assert len({item.example.token_ids for item in made}) == 4
+    for item in made:
+        assert 250 < len(item.example.token_ids) <= 400
+        text = text_of(tiny_model, item.example.token_ids)
+        asked = text.count("What is")
+        assert len(item.answers) == asked >= 2
+        assert text_of(tiny_model, item.example.token_ids[: item.example.prompt_tokens]).endswith(
+            "? "
+        )
+
+
+def test_too_short_a_length_for_two_facts_gives_nothing(tiny_model: LoadedModel) -> None:
+    part = load("recall", None).calibration
+    assert packing.items(tiny_model, part, count=4, length=40, seed=0) == []
+
+
+def test_answers_index_the_counted_positions(tiny_model: LoadedModel) -> None:
+    (item,) = packing.items(tiny_model, part_of(*QUESTIONS), count=1, length=100, seed=0)
+    ids, counted = item.example.token_ids, item.example.counted
+    told = [
+        text_of(tiny_model, tuple(ids[counted[index] + 1] for index in answer))
+        for answer in item.answers
+    ]
+    assert told == [turn.answer.strip() for turn in QUESTIONS[: len(told)]]
+    assert item.alternatives == ()
+
+
+CHOICES = [
+    Turn(f"Question: {n}?\nAnswer:", f" {n}", (f" {n + 1}00", f" {n}", " none of them"))
+    for n in range(10, 40)
+]
+
+
+@pytest.mark.parametrize("shots", [0, 1, 2])
+def test_a_question_stands_after_its_solved_ones_with_every_choice(
+    tiny_model: LoadedModel, shots: int
+) -> None:
+    solved = part_of(*QUESTIONS)
+    made = packing.items(
+        tiny_model, part_of(*CHOICES), count=9, length=200, seed=0, shots=shots, solved=solved
+    )
+    assert len(made) == 9
+    for turn, item in zip(CHOICES, made, strict=False):
+        text = text_of(tiny_model, item.example.token_ids)
+        assert text.count("Question: ") == shots + 1
+        assert text.endswith(f"{turn.question}{turn.answer}\n")
+        assert item.right == 1
+        before = item.example.token_ids[: item.example.prompt_tokens]
+        for choice, alternative in zip(turn.choices, item.alternatives, strict=True):
+            assert alternative.token_ids[: alternative.prompt_tokens] == before
+            whole = text_of(tiny_model, alternative.token_ids)
+            assert whole == text[: text.rindex(turn.answer)] + choice
+            predicted = tuple(alternative.token_ids[t + 1] for t in alternative.counted)
+            assert text_of(tiny_model, predicted) == choice.strip()
+
+
+def test_worked_solutions_are_not_judged_word_by_word(tiny_model: LoadedModel) -> None:
+    worked = Turn("Question: 1?\nAnswer:", " first\nthen 2")
+    (item,) = packing.items(
+        tiny_model, part_of(worked), count=1, length=100, seed=0, shots=0, solved=None
+    )
+    assert item.answers == ()
+    assert len(item.example.counted) == len("first\nthen 2")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuner.statistics import CONFIDENCE, difference, estimate
+from tuner.statistics import CONFIDENCE, difference, estimate, holm, sign_flip_p
 
 
 def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
@@ -55,3 +55,23 @@ def test_values_that_never_differ_have_an_interval_of_no_width() -> None:
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = np.random.default_rng(4).normal(size=30)
     assert estimate(values, seed=5) == estimate(values, seed=5) != estimate(values, seed=6)
+
+
+def test_holm_is_the_textbook_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_sign_flip_test_is_exact_on_few_pairs() -> None:
+    # Of the 2^5 sign patterns only this one and its mirror are as far from zero.
+    assert sign_flip_p([[0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 5]) == [2 / 32, 1.0]
+
+
+def test_the_sign_flip_test_errs_at_about_the_stated_rate_and_finds_an_effect() -> None:
+    rng = np.random.default_rng(5)
+    nothing = sign_flip_p(rng.normal(size=(400, 40)).tolist(), resamples=999)
+    wrong = np.mean([p < 0.05 for p in nothing])
+    assert wrong < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+    assert min(holm(nothing)) > 0.001
+    assert max(sign_flip_p((1 + rng.normal(size=(5, 64))).tolist())) < 0.001

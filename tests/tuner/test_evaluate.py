@@ -1,0 +1,236 @@
+"""Policies side by side: nothing lost with room, figures as defined, and comparisons that hold."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from a2sf import teacher
+from a2sf.errors import InvalidArgument, NotFound
+from a2sf.models import LoadedModel
+from a2sf.schema import save_table
+from tests.tables import make_table
+from tuner import packing, statistics
+from tuner.datasets import load
+from tuner.evaluate import Settings, evaluate
+from tuner.objective import effective
+from tuner.policies import parse
+from tuner.results import Cell, Evaluation, Size
+
+METHODS = "full,window,h2o,tova_per_head,random,a2sf:.5,a2sf:.9:0:0"
+
+
+class Run(Protocol):
+    def __call__(self, **overrides: Any) -> Evaluation: ...
+
+
+@pytest.fixture
+def run(small_data: Path, tiny_model_dir: Path) -> Run:
+    """Evaluate the tiny model; a few seconds at most."""
+
+    def make(**overrides: Any) -> Evaluation:
+        values: dict[str, Any] = {
+            "datasets": ("sums",),
+            "policies": METHODS,
+            "sizes": (Size(ratio=0.3),),
+            "shots": (None,),
+            "examples": 5,
+            "length": 128,
+            "split": "validation",
+            "prefill_chunk": None,
+            "seed": 0,
+            "data_dir": small_data,
+            "model": str(tiny_model_dir),
+            "revision": None,
+            "device": "cpu",
+            "dtype": "float32",
+            "command": "",
+        }
+        return evaluate(Settings(**{**values, **overrides}))
+
+    return make
+
+
+def cells(found: Evaluation) -> dict[str, Cell]:
+    return {cell.policy: cell for cell in found.cells}
+
+
+@pytest.mark.parametrize("shots", [None, 0, 1])
+def test_with_room_for_everything_every_policy_is_the_full_cache(
+    run: Run, tiny_model: LoadedModel, tmp_path: Path, shots: int | None
+) -> None:
+    save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
+    found = run(
+        policies=f"{METHODS},{tmp_path / 'made-up.json'}",
+        sizes=(Size(slots=400),),
+        shots=(shots,),
+    )
+    full = cells(found)["full"]
+    assert len(found.cells) == 8
+    for cell in found.cells:
+        assert np.abs(cell.by_example["kl"]).max() < 1e-6
+        np.testing.assert_allclose(cell.by_example["nll"], full.by_example["nll"], atol=1e-5)
+        assert set(cell.by_example["top1"]) == {1.0}
+        assert cell.by_example["accuracy"] == full.by_example["accuracy"]
+        np.testing.assert_allclose(cell.similarity_by_head, 1.0, atol=1e-6)
+
+
+def test_eviction_costs_and_the_figures_are_the_written_out_ones(
+    run: Run, tiny_model: LoadedModel, small_data: Path
+) -> None:
+    found = run(policies="full,a2sf:.9:0:0")
+    cell = cells(found)["a2sf:.9:0:0"]
+    part = load("sums", small_data).validation
+    items = packing.items(tiny_model, part, count=5, length=128, seed=0)
+    (policy,) = parse("a2sf:.9:0:0", tiny_model)
+    for index, item in enumerate(items):
+        example = item.example
+        wish = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
+        settled = effective(wish, tiny_model, len(example.token_ids))
+        (kept,) = teacher.predict(tiny_model, [example], [settled], similarity=True)
+        (full,) = teacher.predict(tiny_model, [example], None)
+        p, q = (torch.softmax(x.logits.double(), dim=-1) for x in (full, kept))
+        targets = [example.token_ids[t + 1] for t in example.counted]
+        agree = (p.argmax(-1) == q.argmax(-1)).double().mean()
+        right = (q.argmax(-1) == torch.tensor(targets)).tolist()
+        exact = [all(right[t] for t in answer) for answer in item.answers]
+        want = {
+            "kl": (p * (p / q).log()).sum(-1).mean(),
+            "nll": -q[range(len(targets)), targets].log().mean(),
+            "top1": agree,
+            "accuracy": sum(exact) / len(exact),
+            "similarity": kept.similarity.mean() if kept.similarity is not None else None,
+        }
+        for name, value in want.items():
+            assert cell.by_example[name][index] == pytest.approx(float(value), rel=1e-3, abs=1e-5)  # type: ignore[index, arg-type]
+    assert cell.kl.mean > 0.01
+    assert cell.kl == statistics.estimate(cell.by_example["kl"])
+
+
+def test_the_likeliest_choice_is_transformers_own(
+    run: Run, tiny_model: LoadedModel, tiny_model_dir: Path, small_data: Path
+) -> None:
+    found = run(policies="full,window", shots=(1,), sizes=(Size(ratio=0.4),), examples=12)
+    (task,) = found.tasks
+    assert (task.name, task.accuracy, task.questions) == ("sums, 1-shot", "likeliest choice", 12)
+    assert task.prefill_chunk == 1
+    source = load("sums", small_data)
+    items = packing.items(
+        tiny_model,
+        source.validation,
+        count=12,
+        length=128,
+        seed=0,
+        shots=1,
+        solved=source.calibration,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    right = []
+    for item in items:
+        scores = []
+        for alternative in item.alternatives:
+            ids = list(alternative.token_ids)
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            # One token a byte: the choice is what follows the last "Answer: ".
+            choice = tokenizer.decode(ids).rsplit("Answer: ", 1)[1]
+            first = len(ids) - len(choice)
+            scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(first, len(ids))))
+        right.append(float(scores.index(max(scores)) == item.right))
+    assert cells(found)["full"].by_example["accuracy"] == tuple(right)
+    assert 0 < sum(right) < 12
+
+
+def test_many_examples_and_policies_share_passes_without_a_trace(run: Run) -> None:
+    together = cells(run(examples=3))
+    for name in ("h2o", "random", "a2sf:.5"):
+        alone = cells(run(examples=3, policies=name))
+        np.testing.assert_allclose(
+            together[name].by_example["kl"], alone[name].by_example["kl"], rtol=1e-4, atol=1e-7
+        )
+
+
+def test_sizes_are_kept_apart_and_full_has_none(run: Run) -> None:
+    sizes = (Size(ratio=0.2), Size(ratio=0.8), Size(slots=30))
+    found = run(policies="full,h2o", sizes=sizes, examples=2)
+    assert [(cell.policy, cell.size) for cell in found.cells] == [
+        ("full", None),
+        *(("h2o", size) for size in sizes),
+    ]
+    budgets = [cell.budget for cell in found.cells[1:]]
+    assert budgets[0] < budgets[2] == 30 < budgets[1]
+    for size in sizes:
+        assert found.cell("sums, packed", "full", size) == found.cells[0]
+
+
+def test_comparisons_are_paired_and_corrected_over_their_family(run: Run) -> None:
+    found = run(policies="full,window,h2o,random,a2sf:.5,a2sf:.9", examples=8)
+    family = [c for c in found.comparisons if c.metric == "kl"]
+    assert {(c.policy, c.baseline) for c in family} == {
+        (ours, theirs) for ours in ("a2sf:.5", "a2sf:.9") for theirs in ("window", "h2o", "random")
+    }
+    assert [c.p_holm for c in family] == statistics.holm([c.p for c in family])
+    by_policy = cells(found)
+    for c in family:
+        ours, theirs = (by_policy[name].by_example["kl"] for name in (c.policy, c.baseline))
+        assert c.difference.mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    decisive = found.decisive("sums, packed", Size(ratio=0.3))
+    best = min(("a2sf:.5", "a2sf:.9"), key=lambda name: by_policy[name].kl.mean)
+    assert {c.policy for c in decisive} == {best}
+
+
+def test_generated_tasks_and_text_are_evaluated_too(
+    run: Run, reference_model: LoadedModel, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number} of some text\n" for number in range(4000)))
+    found = run(
+        datasets=("recall", "state", "arith", str(text)),
+        model="reference",
+        policies="full,window",
+        examples=2,
+        length=96,
+    )
+    kinds = {task.dataset: task.accuracy for task in found.tasks}
+    exact = "exact greedy answer"
+    assert kinds == {"recall": exact, "state": exact, "arith": exact, "text": None}
+    assert {cell.accuracy is None for cell in found.cells if cell.task == "text"} == {True}
+    assert found.cell("recall", "full", None).accuracy.mean > 0.5  # type: ignore[union-attr]
+
+
+def test_the_document_survives_json(run: Run) -> None:
+    found = run(examples=2, policies="full,h2o,a2sf:.9")
+    assert Evaluation.model_validate_json(found.model_dump_json()) == found
+    assert "NaN" not in json.dumps(json.loads(found.model_dump_json()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"examples": 500}, "500 of at most 128 tokens, and validation of sums gives"),
+        ({"sizes": (Size(slots=5),), "policies": "a2sf:.5:4:4"}, "a2sf:.5:4:4 at 5 slots, on sums"),
+        ({"datasets": ("recall",), "length": 24}, "gives 0"),
+        ({"policies": "pyramid"}, "'pyramid'"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_any_pass(
+    run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "predict", lambda *_, **__: pytest.fail("a pass was begun"))
+    with pytest.raises(InvalidArgument) as caught:
+        run(**overrides)
+    assert told in str(caught.value)
+
+
+def test_shots_before_running_text_are_refused(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words and words\n" * 2000)
+    with pytest.raises(InvalidArgument, match="running text has no questions"):
+        run(datasets=(str(text),), shots=(1,))
+    with pytest.raises(NotFound, match="'nothing' not found"):
+        run(datasets=("nothing",))
