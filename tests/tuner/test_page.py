@@ -1,0 +1,401 @@
+"""The HTML report: everything is in it, nothing is loaded, and names stay names."""
+
+import math
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from random import Random
+from typing import Any
+
+import pytest
+
+from a2sf.schema import Estimate
+from tests.tables import IDENTITY, random_alpha
+from tuner.page import render
+from tuner.results import Cell, Comparison, Evaluation, Metric, Policy, Size, Task
+
+ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+NAMES = ("full", "window", "h2o", "tova_per_head", "random", *(f"a2sf:{a:g}" for a in ALPHAS))
+RATIOS = tuple(Size(ratio=ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8))
+SLOTS = tuple(Size(slots=slots) for slots in (16, 32, 64))
+VOID = {"meta", "br"}
+
+
+def table(name: str = "mathqa") -> Policy:
+    return Policy(
+        name=name, description="an alpha table", alpha=random_alpha(IDENTITY), sha256="b" * 64
+    )
+
+
+def evaluation(
+    *,
+    names: Sequence[str] = ("full", "window", "h2o", "a2sf:0.5", "a2sf:0.9"),
+    sizes: Sequence[Size] = RATIOS[:3],
+    tasks: Sequence[str] = ("mathqa, 1-shot",),
+    accuracy: bool = True,
+    tables: Sequence[Policy] = (),
+    **updates: Any,
+) -> Evaluation:
+    """A made-up document: the smaller the cache, the worse."""
+    rng = Random(0)
+    policies = (*(Policy(name=name, description=f"preset {name}") for name in names), *tables)
+    cells = [
+        cell(rng, task, place, policy, size, accuracy)
+        for task in tasks
+        for place, policy in enumerate(policies)
+        for size in ([None] if policy.name == "full" else sizes)
+    ]
+    values: dict[str, Any] = {
+        "created_at": datetime(2026, 3, 4, 15, 6, tzinfo=UTC),
+        "tool_version": "0.1.0",
+        "command": "evaluate --dataset mathqa --ratios .1,.2",
+        "machine": {"processor": "Some Processor", "torch": "2.13.0"},
+        "seconds": 754.0,
+        "model": IDENTITY,
+        "seed": 7,
+        "confidence": 0.95,
+        "tasks": tuple(provenance(task, accuracy) for task in tasks),
+        "policies": policies,
+        "cells": tuple(cells),
+        "comparisons": tuple(comparisons(rng, cells)),
+    }
+    return Evaluation(**{**values, **updates})
+
+
+def provenance(name: str, accuracy: bool) -> Task:
+    return Task(
+        name=name,
+        dataset="mathqa",
+        split="validation",
+        shots=1,
+        prefill_chunk=0,
+        examples=61,
+        tokens=12345,
+        counted=6789,
+        questions=62 if accuracy else 0,
+        accuracy="likeliest choice" if accuracy else None,
+        data_sha256="c" * 64,
+    )
+
+
+def cell(
+    rng: Random, task: str, place: int, policy: Policy, size: Size | None, accuracy: bool
+) -> Cell:
+    share = 1.0 if size is None else size.ratio or (size.slots or 0) / 128
+    loss = 0.0 if size is None else rng.uniform(0.8, 1.2) * math.exp(-4 * share) * (2 + place % 5)
+    figures = {
+        "kl": around(loss),
+        "nll": around(1.2 + loss),
+        "top1": around(math.exp(-loss)),
+        "accuracy": around(0.2 + 0.3 * math.exp(-loss)) if accuracy else None,
+        "similarity": around(math.exp(-loss / 3)),
+    }
+    heads = tuple(
+        tuple(math.exp(-loss * rng.random()) for _ in range(IDENTITY.num_kv_heads))
+        for _ in range(IDENTITY.num_layers)
+    )
+    return Cell(
+        task=task,
+        policy=policy.name,
+        size=size,
+        budget=128 * share,
+        similarity_by_head=heads,
+        by_example={},
+        **figures,  # type: ignore[arg-type]
+    )
+
+
+def around(mean: float) -> Estimate:
+    return Estimate(mean=mean, low=mean * 0.9, high=mean * 1.15)
+
+
+def comparisons(rng: Random, cells: Sequence[Cell]) -> list[Comparison]:
+    metrics: tuple[Metric, ...] = ("kl", "nll")
+    return [
+        compared(cell.task, cell.size, cell.policy, metric, rng.uniform(-1, 1), rng.random() ** 4)
+        for cell in cells
+        for metric in metrics
+        if cell.size is not None and cell.policy != "h2o"
+    ]
+
+
+def compared(
+    task: str, size: Size, policy: str, metric: Metric, mean: float, p: float
+) -> Comparison:
+    return Comparison(
+        task=task,
+        size=size,
+        metric=metric,
+        policy=policy,
+        baseline="h2o",
+        difference=Estimate(mean=mean, low=mean - 0.1, high=mean + 0.1),
+        p=p,
+        p_holm=min(1.0, 3 * p),
+    )
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, tables as rows of texts; raises where tags do not pair."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.captions: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in VOID:
+            return
+        self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "caption":
+            self.captions.append("")
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"th", "td"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+        elif "caption" in self._open:
+            self.captions[-1] += data
+
+    def under(self, caption: str) -> list[list[str]]:
+        (found,) = (t for t, c in zip(self.tables, self.captions, strict=True) if c == caption)
+        return found
+
+    def pictures(self) -> list[str]:
+        return [str(a.get("aria-label")) for tag, a in self.elements if tag == "svg"]
+
+
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "several sizes": {},
+    "one size": {"sizes": RATIOS[:1]},
+    "slots": {"sizes": SLOTS},
+    "ratios and slots": {"sizes": (*RATIOS[:2], SLOTS[0])},
+    "no accuracy": {"accuracy": False},
+    "a table": {"tables": [table()]},
+    "two tasks": {"tasks": ("mathqa, 1-shot", "recall")},
+    "the full cache alone": {"names": ("full",)},
+    "without the full cache": {"names": ("window", "a2sf:0.5")},
+    "no such policy known": {"names": ("full", "newest")},
+    "nothing compared": {"comparisons": ()},
+}
+
+
+Rendered = tuple[Evaluation, str]
+
+
+@pytest.fixture(scope="module", params=DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def rendered(request: pytest.FixtureRequest) -> Rendered:
+    document = evaluation(**request.param)
+    return document, render(document)
+
+
+def test_every_policy_and_every_mean_is_in_the_tables(rendered: Rendered) -> None:
+    document, text = rendered
+    page = Page(text)
+    for cell in document.cells:
+        sizes = {c.size for c in document.cells if c.task == cell.task and c.size}
+        for size in [cell.size] if cell.size else sizes or [None]:
+            where = f"at {size}" if size else "full cache"
+            rows = page.under(f"{cell.task}, {where}")
+            (row,) = (row for row in rows if row[0] == cell.policy)
+            told = " ".join(row)
+            for estimate in (cell.kl, cell.nll, cell.top1, cell.accuracy, cell.similarity):
+                assert estimate is None or f" {estimate.mean:.4f} [{estimate.low:.4f}, " in told
+
+
+def test_tables_are_whole_and_pictures_have_a_name(rendered: Rendered) -> None:
+    page = Page(rendered[1])
+    assert len(page.captions) == len(page.tables)
+    for rows in page.tables:
+        assert len({len(row) for row in rows}) == 1
+    assert all(a.get("scope") in ("row", "col") for tag, a in page.elements if tag == "th")
+    svg = [attributes for tag, attributes in page.elements if tag == "svg"]
+    assert all(a["role"] == "img" and a["aria-label"] for a in svg)
+
+
+def test_nothing_is_loaded_and_no_two_elements_share_an_id(rendered: Rendered) -> None:
+    _, text = rendered
+    elements = Page(text).elements
+    assert not {"script", "link", "img", "image", "iframe", "object"} & {tag for tag, _ in elements}
+    for _, attributes in elements:
+        assert "src" not in attributes
+        assert str(attributes.get("href", "#")).startswith("#")
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert "://" not in text
+    ids = [a["id"] for _, a in elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text)) == set(ids)
+
+
+def test_the_same_document_gives_the_same_page() -> None:
+    document = evaluation(tables=[table()])
+    assert render(document) == render(Evaluation.model_validate_json(document.model_dump_json()))
+
+
+HOSTILE = "<script>alert('x')</script>"
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "$a^b$", "_hidden", "忘却", 'a"onload="x', "bell\x07"])
+def test_a_name_stays_a_name_everywhere(name: str) -> None:
+    model = IDENTITY.model_copy(update={"id": name})
+    text = render(
+        evaluation(
+            names=("full", "h2o", name),
+            tasks=(name,),
+            tables=[table(f"{name}-table")],
+            model=model,
+            command=name,
+            machine={name: name},
+        )
+    )
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not any("onload" in attributes for _, attributes in page.elements)
+    assert any(row[0] == name for row in page.under(f"{name}, at ratio 0.1"))
+    if name == HOSTILE:
+        # In a picture: matplotlib's own escaping, and a name cut to what has room.
+        assert "&lt;script&gt;alert('x')&lt;/script&gt;</text>" in text
+
+
+def test_sizes_over_which_there_are_curves_have_a_heat_map_too() -> None:
+    several = Page(render(evaluation())).pictures()
+    assert [label.split(" by ")[0].split(" over ")[0] for label in several] == [
+        "mathqa, 1-shot: Each metric",
+        "mathqa, 1-shot: KL to the full cache",
+        "mathqa, 1-shot: Attention similarity",
+    ]
+    one = Page(render(evaluation(sizes=RATIOS[:1]))).pictures()
+    assert len(one) == 2
+    assert "Each metric at ratio 0.1, a dot for each policy" in one[0]
+
+
+def test_ratios_and_slots_never_share_an_axis() -> None:
+    labels = Page(render(evaluation(sizes=(*RATIOS[:2], SLOTS[0])))).pictures()
+    assert "(ratio), a line" in labels[0]
+    assert "at 16 slots, a dot" in labels[1]
+
+
+def svg_of(text: str, label: str) -> str:
+    (found,) = (svg for svg in re.findall(r"<svg.*?</svg>", text, re.S) if label in svg[:400])
+    return found
+
+
+def test_the_full_cache_is_a_reference_and_no_curve() -> None:
+    drawn = svg_of(render(evaluation()), "Each metric")
+    assert drawn.count("full cache</text>") == 1
+    assert ">full</text>" not in drawn
+    assert "accuracy (higher is better)" in drawn
+    assert "KL to the full cache, nats (lower is better)" in drawn
+    assert "accuracy (" not in svg_of(render(evaluation(accuracy=False)), "Each metric")
+
+
+def test_head_maps_show_the_table_the_best_a2sf_h2o_and_window_at_the_smallest_size() -> None:
+    document = evaluation(names=NAMES, tables=[table(), table("other")])
+    at = RATIOS[0]
+    uniform = [c for c in document.cells if c.policy.startswith("a2sf") and c.size == at]
+    best = min(uniform, key=lambda cell: cell.kl.mean).policy
+    drawn = svg_of(render(document), "Attention similarity by layer and KV head at ratio 0.1")
+    titles = [t for t in re.findall(r">([^<]+)</text>", drawn) if t in {c.policy for c in uniform}]
+    assert titles == [best]
+    assert all(f">{name}</text>" in drawn for name in ("mathqa", "h2o", "window"))
+    assert ">other</text>" not in drawn
+    value = document.cell("mathqa, 1-shot", "h2o", at).similarity_by_head[1][0]  # type: ignore[union-attr]
+    assert f">{value:.3f}</text>".replace(">0.", ">.") in drawn
+
+
+def test_a_table_is_drawn_with_its_alphas_and_half_lives() -> None:
+    policy = table().model_copy(update={"alpha": ((0.0, 1.0), (0.9, 0.5))})
+    drawn = svg_of(render(evaluation(tables=[policy])), "mathqa: Alpha by layer")
+    for text in ("0.9", "6.58", "inf"):
+        assert f">{text}</" in drawn
+
+
+def test_a_map_of_many_heads_is_coloured_and_not_printed() -> None:
+    policy = table().model_copy(update={"alpha": ((0.875,) * 32,) * 32})
+    drawn = svg_of(render(evaluation(tables=[policy])), "mathqa: Alpha by layer")
+    assert "0.875" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("metric", "mean", "p", "words"),
+    [
+        ("kl", -0.3, 0.001, "better (lower)"),
+        ("kl", 0.3, 0.001, "worse (higher)"),
+        ("nll", -0.3, 0.001, "better (lower)"),
+        ("accuracy", 0.3, 0.001, "better (higher)"),
+        ("similarity", -0.3, 0.001, "worse (lower)"),
+        ("kl", -0.3, 0.02, "not significant"),  # .06 after the correction
+    ],
+)
+def test_a_comparison_says_in_words_what_it_shows(
+    metric: Metric, mean: float, p: float, words: str
+) -> None:
+    document = evaluation()
+    row = compared("mathqa, 1-shot", RATIOS[0], "a2sf:0.9", metric, mean, p)
+    page = Page(render(document.model_copy(update={"comparisons": (row,)})))
+    interval = f"{mean:+.4f} [{mean - 0.1:+.4f}, {mean + 0.1:+.4f}]"
+    assert page.under("mathqa, 1-shot, at ratio 0.1: differences")[1] == (
+        ["a2sf:0.9", "h2o", metric, interval, f"{p:.4f}", f"{3 * p:.4f}", words]
+    )
+
+
+def test_small_figures_keep_their_digits() -> None:
+    document = evaluation()
+    tiny = document.cells[1].model_copy(update={"kl": around(0.00042)})
+    page = render(document.model_copy(update={"cells": (document.cells[0], tiny)}))
+    assert "4.2e-04 [3.8e-04, 4.8e-04]" in page
+
+
+def test_a_cell_without_a_policy_or_with_no_cost_leaves_the_pictures_whole() -> None:
+    document = evaluation()
+    nothing = Estimate(mean=0.0, low=0.0, high=0.0)
+    cells = [cell.model_copy(update={"kl": nothing}) for cell in document.cells[:-1]]
+    page = Page(render(document.model_copy(update={"cells": tuple(cells)})))
+    assert len(page.pictures()) == 3
+
+
+def test_the_head_and_the_foot_say_where_it_comes_from() -> None:
+    text = render(evaluation(tables=[table()]))
+    for said in (
+        "2026-03-04 15:06 UTC",
+        "13 min",
+        "evaluate --dataset mathqa --ratios .1,.2",
+        "Some Processor",
+        "95 % intervals",
+        "12345",
+        "6789",
+        "c" * 64,
+        IDENTITY.fingerprint,
+        "share of questions answered right",
+    ):
+        assert said in text
+
+
+def test_a_large_evaluation_stays_a_page_that_can_be_mailed() -> None:
+    identity = IDENTITY.model_copy(update={"num_layers": 8})
+    document = evaluation(
+        names=NAMES,
+        sizes=RATIOS,
+        tasks=("mathqa, 1-shot", "gsm8k", "recall"),
+        tables=[table()],
+        model=identity,
+    )
+    assert len(render(document).encode()) < 3_000_000

@@ -1,0 +1,170 @@
+"""The HTML report of an evaluation: one file that needs no script and loads nothing.
+
+Owns what is shown, in which order and in which words; `page.html.j2` is its layout. Knows nothing
+of how figures are measured, nor of how a picture is drawn.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from a2sf.schema import Estimate
+from tuner import pictures
+from tuner.pictures import LOWER_IS_BETTER, TITLES, kind_of
+from tuner.results import METRICS, Cell, Comparison, Evaluation, Policy, Size
+
+SIGNIFICANT = 0.05
+"""After Holm's correction."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    svg: Markup
+    caption: str
+
+
+def render(evaluation: Evaluation) -> str:
+    """Write the whole page; the same document always gives the same text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        # Names and ids come from outside, and the template's own name does not say HTML.
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        figure=_figure, number=_number, p=_p, verdict=_verdict, duration=_duration
+    )
+    tasks = [task.name for task in evaluation.tasks]
+    return environment.get_template("page.html.j2").render(
+        evaluation=evaluation,
+        sizes={task: _sizes(evaluation, task) for task in tasks},
+        metrics={task: pictures.metrics_of(evaluation, task) for task in tasks},
+        pictures={
+            task: _pictures(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
+        },
+        tables=[
+            (policy, _table_picture(policy, f"table-{place}"))
+            for place, policy in enumerate(evaluation.policies)
+            if policy.alpha is not None
+        ],
+        lowest={task: _lowest(evaluation, task) for task in tasks},
+        all_sizes=_sizes(evaluation, *tasks),
+        definitions=METRICS,
+        titles=TITLES,
+        significant=SIGNIFICANT,
+    )
+
+
+def _sizes(evaluation: Evaluation, *tasks: str) -> list[Size]:
+    """Every size of the tasks, ratios first, small to large."""
+    found = {cell.size for cell in evaluation.cells if cell.task in tasks and cell.size}
+    return sorted(found, key=lambda size: (size.ratio or math.inf, size.slots or 0))
+
+
+def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
+    """The cell with the lowest mean KL at each size, the full cache aside."""
+    return {
+        size: min(
+            (cell for cell in evaluation.cells if cell.task == task and cell.size == size),
+            key=lambda cell: cell.kl.mean,
+        )
+        for size in _sizes(evaluation, task)
+    }
+
+
+def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[_Picture]:
+    sizes = _sizes(evaluation, task)
+    drawn = []
+    for unit in ("ratio", "slots"):
+        alike = [size for size in sizes if getattr(size, unit) is not None]
+        if len(alike) > 1:
+            words = f"Each metric over the size of the cache ({unit}), a line for each policy"
+            svg = pictures.curves(
+                evaluation, task, alike, label=f"{task}: {words}", salt=f"{salt}-{unit}"
+            )
+        elif alike:
+            words = f"Each metric at {alike[0]}, a dot for each policy"
+            svg = pictures.intervals(
+                evaluation, task, alike[0], label=f"{task}: {words}", salt=f"{salt}-{unit}"
+            )
+        else:
+            continue
+        words += (
+            f". Bands and bars are {evaluation.confidence:.0%} intervals; dashed is the full "
+            "cache. A KL of zero lies beyond the end of its axis."
+        )
+        drawn.append(_Picture(Markup(svg), words))
+    if len(sizes) > 1:
+        words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
+        svg = pictures.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
+        drawn.append(_Picture(Markup(svg), f"{words}."))
+    if sizes and (cells := _telling(evaluation, task, sizes[0])):
+        words = (
+            f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
+            "what they would have attended to"
+        )
+        svg = pictures.head_maps(cells, label=f"{task}: {words}", salt=f"{salt}-heads")
+        drawn.append(_Picture(Markup(svg), f"{words}."))
+    return drawn
+
+
+def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
+    """At most four cells whose heads are worth a look: a table, the best a2sf, h2o, window."""
+    kinds: dict[str, list[Cell]] = {}
+    for policy in evaluation.policies:
+        cell = evaluation.cell(task, policy.name, size)
+        if cell is not None and cell.size is not None:
+            kinds.setdefault(kind_of(policy), []).append(cell)
+    if "a2sf" in kinds:
+        kinds["a2sf"].sort(key=lambda cell: cell.kl.mean)
+    chosen = [kinds[kind][0] for kind in ("table", "a2sf", "h2o", "window") if kind in kinds]
+    return chosen or [cells[0] for cells in kinds.values()][:1]
+
+
+def _table_picture(policy: Policy, salt: str) -> _Picture:
+    assert policy.alpha is not None
+    words = (
+        "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
+        "room, the half-life of a score in tokens stands below alpha. 0: only the last query "
+        "counts; 1: nothing fades"
+    )
+    svg = pictures.alpha_map(policy.alpha, label=f"{policy.name}: {words}", salt=salt)
+    return _Picture(Markup(svg), f"{words}.")
+
+
+def _number(value: float, *, sign: bool = False) -> str:
+    """Four decimals, or two digits and an exponent where those would be zeros."""
+    form = ".1e" if 0 < abs(value) < 0.001 else ".4f"
+    return f"{value:{'+' if sign else ''}{form}}"
+
+
+def _figure(estimate: Estimate, *, sign: bool = False) -> str:
+    mean, low, high = (
+        _number(value, sign=sign) for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def _verdict(comparison: Comparison) -> str:
+    """What a comparison shows, in words: direction and merit, once the correction is paid."""
+    if comparison.p_holm >= SIGNIFICANT:
+        return "not significant"
+    lower = comparison.difference.mean < 0
+    better = lower == (comparison.metric in LOWER_IS_BETTER)
+    return f"{'better' if better else 'worse'} ({'lower' if lower else 'higher'})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
