@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from a2sf.schema import Estimate
 from tuner import pictures
-from tuner.pictures import LOWER_IS_BETTER, TITLES, kind_of
+from tuner.pictures import LOWER_IS_BETTER, kind_of
 from tuner.results import METRICS, Cell, Comparison, Evaluation, Policy, Size
 
 SIGNIFICANT = 0.05
@@ -55,7 +55,6 @@ def render(evaluation: Evaluation) -> str:
         lowest={task: _lowest(evaluation, task) for task in tasks},
         all_sizes=_sizes(evaluation, *tasks),
         definitions=METRICS,
-        titles=TITLES,
         significant=SIGNIFICANT,
     )
 
