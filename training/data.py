@@ -29,8 +29,8 @@ from tuner.generated import (
 COSTS: dict[str, tuple[float, float]] = {
     "recall/list": (3, 3),
     "recall/sentence": (8, 10),
-    "recall/pair": (9, 26),
-    "recall/story": (13, 26),
+    "recall/pair": (9, 30),
+    "recall/story": (13, 30),
     "state/value": (6.3, 10.5),
     "state/held": (5, 8),
     "state/counter": (7.5, 11),

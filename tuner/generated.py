@@ -83,8 +83,8 @@ def recall_episode(
     noun, each shared with other facts, so that one word alone does not identify the fact) and
     ``story`` (pairs between sentences that carry no fact, some of them with numbers of their own).
     In ``pair`` and ``story`` the text comes back once or twice to each key that will be asked, as
-    texts do to what matters, without its value; in ``list`` and ``sentence`` nothing tells what
-    will be asked. No form: pair or story by chance. At most 120 facts in the one-word forms and 999
+    texts do to what matters: somebody asks for it, and gets no answer. In ``list`` and ``sentence``
+    nothing tells what will be asked. No form: pair or story by chance. At most 120 facts in the one-word forms and 999
     in the others.
     """
     chosen = rng.choice(TOLD_FORMS) if form is None else form
@@ -113,7 +113,9 @@ def recall_episode(
         for index in asked:
             for _ in range(rng.randint(1, 2)):
                 after = sentences.index(stated[keys[index]]) + 1
-                mention = f"{rng.choice(NAMES)} asked for the {attribute} of the {keys[index]}."
+                mention = (
+                    f"{rng.choice(NAMES)} asked: What is the {attribute} of the {keys[index]}?"
+                )
                 sentences.insert(rng.randint(after, len(sentences)), mention)
     if chosen == "story":
         for _ in range(max(1, facts // 2)):

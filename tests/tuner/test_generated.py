@@ -106,11 +106,11 @@ def test_told_forms_come_back_to_what_will_be_asked_and_to_nothing_else() -> Non
             asked = {
                 question.removesuffix("?").split(" of the ")[1] for question, _ in episode.turns
             }
-            mentions = re.findall(r"asked for the \w+ of the (\w+ \w+)\.", episode.context)
+            mentions = re.findall(r"asked: What is the \w+ of the (\w+ \w+)\?", episode.context)
             assert set(mentions) == asked
             for key in asked:
                 stated = episode.context.index(f"of the {key} is")
-                assert stated < episode.context.index(f"of the {key}.")
+                assert stated < episode.context.index(f"of the {key}?")
 
 
 def test_state_answers_with_the_count_after_all_gains_and_losses() -> None:
