@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench refit proto clean
+.PHONY: help demo test test-slow check format bench findings refit proto clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -37,12 +37,16 @@ format: $(BIN)/.installed ## Format the code and the contract
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write proto
 
-bench: $(BIN)/.installed ## Measure the decode step side by side; results in benchmarks/results
+bench: $(BIN)/.installed ## Measure decoding and evaluation side by side; results in benchmarks/results
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.evaluation
+
+findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare
+	$(BIN)/python -m benchmarks.findings --check
 
 refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
 	rm -rf build/refit && mkdir -p build/refit a2sf/reference/tables
-	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 90 --examples 48 \
+	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 40 --examples 48 \
 	  --out build/refit/mathqa.json
 	cp build/refit/mathqa.json a2sf/reference/tables/
 

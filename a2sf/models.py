@@ -122,7 +122,8 @@ class LoadedModel:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Turn text into token ids, with the beginning-of-sequence token if the model has one."""
-        return tuple(self.tokenizer(text).input_ids)
+        # Not verbose: who asks has an answer of their own for texts beyond the model's context.
+        return tuple(self.tokenizer(text, verbose=False).input_ids)
 
     @torch.inference_mode()
     def hidden_states(

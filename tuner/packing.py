@@ -181,9 +181,10 @@ def _most_tokens(model: LoadedModel, group: Group) -> int:
     """Tokens of a group with the longest choice for its last answer."""
     last = group[-1]
     text = _text([group]).removesuffix(last.answer + "\n")
+    special = len(model.encode(""))
     return max(
-        len(model.tokenizer(f"{text}{answer}\n", add_special_tokens=False).input_ids)
-        for answer in (last.answer, *last.choices)
+        len(model.encode(f"{text}{answer}\n")) - special
+        for answer in dict.fromkeys((last.answer, *last.choices))
     )
 
 
