@@ -12,12 +12,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from a2sf.schema import Estimate
-from tuner import pictures
+from tuner import heatmaps, pictures
 from tuner.pictures import LOWER_IS_BETTER, kind_of
-from tuner.results import METRICS, Cell, Comparison, Evaluation, Policy, Size
+from tuner.results import (
+    METRICS,
+    SIGNIFICANT,
+    Cell,
+    Comparison,
+    Evaluation,
+    Metric,
+    Policy,
+    Size,
+)
 
-SIGNIFICANT = 0.05
-"""After Holm's correction."""
+DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
+"""In the tables of figures: what is a share or a cosine needs fewer than nats do."""
+
+ROUNDING = 5e-7
+"""A magnitude below is rounding error, and shown as zero."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,15 @@ def render(evaluation: Evaluation) -> str:
             if policy.alpha is not None
         ],
         lowest={task: _lowest(evaluation, task) for task in tasks},
+        decisive={
+            task: [
+                row for size in _sizes(evaluation, task) for row in evaluation.decisive(task, size)
+            ]
+            for task in tasks
+        },
         all_sizes=_sizes(evaluation, *tasks),
         definitions=METRICS,
+        decimals=DECIMALS,
         significant=SIGNIFICANT,
     )
 
@@ -100,29 +119,29 @@ def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[_Picture]:
         drawn.append(_Picture(Markup(svg), words))
     if len(sizes) > 1:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
-        svg = pictures.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
+        svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
         drawn.append(_Picture(Markup(svg), f"{words}."))
     if sizes and (cells := _telling(evaluation, task, sizes[0])):
         words = (
             f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
             "what they would have attended to"
         )
-        svg = pictures.head_maps(cells, label=f"{task}: {words}", salt=f"{salt}-heads")
+        svg = heatmaps.head_maps(cells, label=f"{task}: {words}", salt=f"{salt}-heads")
         drawn.append(_Picture(Markup(svg), f"{words}."))
     return drawn
 
 
 def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
     """At most four cells whose heads are worth a look: a table, the best a2sf, h2o, window."""
-    kinds: dict[str, list[Cell]] = {}
+    kinds: dict[str, Cell] = {}
+    if best := evaluation.best_a2sf(task, size):
+        kinds["a2sf"] = best
     for policy in evaluation.policies:
         cell = evaluation.cell(task, policy.name, size)
         if cell is not None and cell.size is not None:
-            kinds.setdefault(kind_of(policy), []).append(cell)
-    if "a2sf" in kinds:
-        kinds["a2sf"].sort(key=lambda cell: cell.kl.mean)
-    chosen = [kinds[kind][0] for kind in ("table", "a2sf", "h2o", "window") if kind in kinds]
-    return chosen or [cells[0] for cells in kinds.values()][:1]
+            kinds.setdefault(kind_of(policy), cell)
+    chosen = [kinds[kind] for kind in ("table", "a2sf", "h2o", "window") if kind in kinds]
+    return chosen or list(kinds.values())[:1]
 
 
 def _table_picture(policy: Policy, salt: str) -> _Picture:
@@ -132,19 +151,21 @@ def _table_picture(policy: Policy, salt: str) -> _Picture:
         "room, the half-life of a score in tokens stands below alpha. 0: only the last query "
         "counts; 1: nothing fades"
     )
-    svg = pictures.alpha_map(policy.alpha, label=f"{policy.name}: {words}", salt=salt)
+    svg = heatmaps.alpha_map(policy.alpha, label=f"{policy.name}: {words}", salt=salt)
     return _Picture(Markup(svg), f"{words}.")
 
 
-def _number(value: float, *, sign: bool = False) -> str:
-    """Four decimals, or two digits and an exponent where those would be zeros."""
-    form = ".1e" if 0 < abs(value) < 0.001 else ".4f"
+def _number(value: float, decimals: int = 4, *, sign: bool = False) -> str:
+    """So many decimals, or two digits and an exponent where those would be zeros."""
+    value = 0.0 if abs(value) < ROUNDING else value
+    form = ".1e" if 0 < abs(value) < 0.001 else f".{decimals}f"
     return f"{value:{'+' if sign else ''}{form}}"
 
 
-def _figure(estimate: Estimate, *, sign: bool = False) -> str:
+def _figure(estimate: Estimate, decimals: int = 4, *, sign: bool = False) -> str:
     mean, low, high = (
-        _number(value, sign=sign) for value in (estimate.mean, estimate.low, estimate.high)
+        _number(value, decimals, sign=sign)
+        for value in (estimate.mean, estimate.low, estimate.high)
     )
     return f"{mean} [{low}, {high}]"
 

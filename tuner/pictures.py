@@ -1,8 +1,9 @@
-"""The pictures of an evaluation, as SVG to set into a page: curves, intervals, heat maps.
+"""The pictures of an evaluation, as SVG to set into a page: curves and intervals of each metric.
 
-Owns colours, markers, axes and the clean-up of matplotlib's SVG (no ids that could collide, nothing
-loaded from elsewhere). Knows nothing of the page around a picture, nor of how figures are measured.
-Figures are drawn through matplotlib's objects alone, on white paper, so that they print as shown.
+Owns the look that every picture shares (ink, colours, markers, paper) and the clean-up of
+matplotlib's SVG: no ids that could collide, nothing loaded from elsewhere. Knows nothing of heat
+maps, of the page around a picture, nor of how figures are measured. Figures are drawn through
+matplotlib's objects alone, on white paper, so that they print as shown.
 """
 
 import math
@@ -17,17 +18,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from a2sf.schema import Estimate
-from tuner.report import half_life
-from tuner.results import Cell, Evaluation, Metric, Policy, Size
-from tuner.search import LOG_TAU_MAX, log_tau_of
+from tuner.results import Evaluation, Metric, Policy, Size
 
 TITLES: dict[Metric, str] = {
     "kl": "KL to the full cache, nats",
@@ -38,15 +35,12 @@ TITLES: dict[Metric, str] = {
 }
 LOWER_IS_BETTER: tuple[Metric, ...] = ("kl", "nll")
 
-MOST_PRINTED = 64
-"""Cells of a heat map beyond which values would not be read."""
-
 KL_FLOOR = 1e-6
 """What lies below is rounding, and a log axis would spend its length on it."""
 
 PX_PER_INCH = 100
-_WIDTH = 11.0
-_INK, _GRID = "#222222", "#dddddd"
+WIDTH = 11.0
+INK, _GRID = "#222222", "#dddddd"
 
 # Okabe and Ito's palette, told apart with every common colour blindness; a2sf has the blues.
 _COLOURS = {
@@ -111,13 +105,13 @@ def curves(
     evaluation: Evaluation, task: str, sizes: Sequence[Size], *, label: str, salt: str
 ) -> str:
     """A panel a metric, a line with its interval a policy, over two or more sizes of one unit."""
-    with _paper(salt):
+    with paper(salt):
         return _panels(evaluation, task, sizes, label, 3.0, _curve)
 
 
 def intervals(evaluation: Evaluation, task: str, size: Size, *, label: str, salt: str) -> str:
     """A panel a metric, a dot with its interval a policy, at one size."""
-    with _paper(salt):
+    with paper(salt):
         height = 0.7 + 0.22 * len(evaluation.policies)
         return _panels(evaluation, task, [size], label, height, _dots)
 
@@ -138,7 +132,7 @@ def _panels(
     rows = -(-len(metrics) // 2)
     names = [name for name in styles if any(evaluation.cell(task, name, s) for s in sizes)]
     layout = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
-    figure = Figure(figsize=(_WIDTH, rows * height + 0.9), layout=layout)
+    figure = Figure(figsize=(WIDTH, rows * height + 0.9), layout=layout)
     grid = figure.subplots(rows, 2, squeeze=False).flat
     full = next((p.name for p in evaluation.policies if kind_of(p) == "full"), None)
     reference = evaluation.cell(task, full, None) if full is not None else None
@@ -161,17 +155,17 @@ def _panels(
         value = getattr(reference, metric) if reference and metric in ("nll", "accuracy") else None
         if value is not None:
             line = axes.axhline if draw is _curve else axes.axvline
-            references.append(line(value.mean, color=_INK, linestyle="--", linewidth=1.2))
+            references.append(line(value.mean, color=INK, linestyle="--", linewidth=1.2))
     for axes in list(figure.axes)[len(metrics) :]:
         axes.set_axis_off()
     known = [*handles.items(), *(("full cache", line) for line in references[:1])]
     _legend(figure, [handle for _, handle in known], [name for name, _ in known])
-    return _inline(figure, label)
+    return inline(figure, label)
 
 
 def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    texts = [_plain(name) for name in names]
-    columns = int(_WIDTH / (0.7 + 0.08 * max(map(len, texts), default=1)))
+    texts = [plain(name) for name in names]
+    columns = int(WIDTH / (0.7 + 0.08 * max(map(len, texts), default=1)))
     # Names are set afterwards: a legend leaves out labels that begin with an underscore.
     legend = figure.legend(
         handles,
@@ -192,7 +186,7 @@ def _curve(
     shade = min(0.15, 1 / max(len(series), 1))  # lines stay in sight where many bands overlap
     for name, points in series.items():
         style = styles[name]
-        x = [_value(size) for size, _ in points]
+        x = [value_of(size) for size, _ in points]
         low, high = [e.low for _, e in points], [e.high for _, e in points]
         axes.fill_between(x, low, high, color=style.colour, alpha=shade, linewidth=0)
         (handles[name],) = axes.plot(
@@ -207,7 +201,7 @@ def _curve(
             markeredgewidth=0.6,
             zorder=style.order,
         )
-    sizes = sorted({size for points in series.values() for size, _ in points}, key=_value)
+    sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     _size_axis(axes, sizes)
     if metric == "kl":
         _log_axis(axes, "y", [e for points in series.values() for _, e in points])
@@ -216,7 +210,7 @@ def _curve(
 
 def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
     """Ticks at the sizes themselves, save where they would touch."""
-    values = [_value(size) for size in sizes]
+    values = [value_of(size) for size in sizes]
     wide = values[-1] > 10 * values[0] or sizes[0].slots is not None
     scale: Callable[[float], float] = math.log if wide else float
     if wide:
@@ -239,7 +233,7 @@ def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]
             style = styles[name]
             axes.plot([value.low, value.high], [place, place], color=style.colour, linewidth=2)
             axes.plot([value.mean], [place], color=style.colour, marker=style.marker, zorder=4)
-    axes.set_yticks(range(len(series)), [_plain(name) for name in series])
+    axes.set_yticks(range(len(series)), [plain(name) for name in series])
     axes.set_ylim(len(series) - 0.5, -0.5)
     if metric == "kl":
         _log_axis(axes, "x", [e for points in series.values() for _, e in points])
@@ -249,7 +243,7 @@ def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]
 
 def _log_axis(axes: Axes, which: str, estimates: Sequence[Estimate]) -> None:
     """A log axis over what is above the floor; a mean of zero leads out of the picture."""
-    low, high = _log_range([e.mean for e in estimates] + [e.high for e in estimates])
+    low, high = log_range([e.mean for e in estimates] + [e.high for e in estimates])
     low, high = low / 1.5, high * 1.2
     # Limits first: a log axis finds none by itself where every figure is zero.
     axes.set(**{f"{which}lim": (low, high)})
@@ -260,155 +254,21 @@ def _log_axis(axes: Axes, which: str, estimates: Sequence[Estimate]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _log_range(values: Iterable[float]) -> tuple[float, float]:
+def log_range(values: Iterable[float]) -> tuple[float, float]:
+    """What a log scale spans: the values above the floor, never empty."""
     above = [value for value in values if value > KL_FLOOR] or [KL_FLOOR]
     return min(above), max(*above, min(above) * 1.01)
 
 
-def _value(size: Size) -> float:
+def value_of(size: Size) -> float:
+    """The number of a size, whatever its unit."""
     value = size.ratio if size.ratio is not None else size.slots
     assert value is not None
     return value
 
 
-def kl_map(
-    evaluation: Evaluation, task: str, sizes: Sequence[Size], *, label: str, salt: str
-) -> str:
-    """KL by policy and size, printed in every cell, coloured on a log scale."""
-    names = [
-        policy.name
-        for policy in evaluation.policies
-        if kind_of(policy) != "full" and any(evaluation.cell(task, policy.name, s) for s in sizes)
-    ]
-    cells = [[evaluation.cell(task, name, size) for size in sizes] for name in names]
-    values = np.array([[cell.kl.mean if cell else np.nan for cell in row] for row in cells])
-    norm = LogNorm(*_log_range(values.flat), clip=True)
-    with _paper(salt):
-        longest = max(map(len, map(_plain, names)))
-        width = min(_WIDTH, 1.6 + 0.085 * longest + 0.85 * len(sizes))
-        figure = Figure(figsize=(width, 0.9 + 0.27 * len(names)), layout="constrained")
-        axes = figure.subplots()
-        _heat(axes, values, norm, _map("cividis_r"), lambda v: "" if np.isnan(v) else f"{v:.3g}")
-        axes.set_xticks(np.arange(len(sizes)) + 0.5, [f"{_value(size):g}" for size in sizes])
-        if len({size.slots is None for size in sizes}) > 1:
-            axes.set_xticklabels([str(size) for size in sizes])
-        axes.set_yticks(np.arange(len(names)) + 0.5, [_plain(name) for name in names])
-        axes.set_xlabel("slots" if sizes[0].ratio is None else "ratio")
-        _colour_bar(figure, list(figure.axes), norm, _map("cividis_r"), "KL, nats")
-        return _inline(figure, label)
-
-
-def head_maps(cells: Sequence[Cell], *, label: str, salt: str) -> str:
-    """Attention similarity by layer and KV head, one map a cell on one colour scale."""
-    grids = [np.array(cell.similarity_by_head) for cell in cells]
-    layers, heads = grids[0].shape
-    low, high = min(g.min() for g in grids), max(g.max() for g in grids)
-    norm = Normalize(low, max(high, low + 1e-6))
-    printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MOST_PRINTED else None
-    side = max(2.1, 0.42 * heads) if printed else 2.4
-    columns = max(1, min(len(cells), int((_WIDTH - 1) / side)))
-    rows = -(-len(cells) // columns)
-    height = 0.8 + min(max(0.24 * layers, 1.2), 6)
-    with _paper(salt):
-        size = (min(_WIDTH, 1.2 + columns * side), rows * height)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, cell, values in zip(grid.flat, cells, grids, strict=False):
-            _heat(axes, values, norm, _map("viridis"), printed)
-            axes.set_title(_plain(cell.policy))
-            _head_axes(axes, layers, heads)
-        for axes in grid.flat[len(cells) :]:
-            axes.set_axis_off()
-        _colour_bar(figure, list(grid.flat), norm, _map("viridis"), "similarity")
-        return _inline(figure, label)
-
-
-def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
-    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below."""
-    values = np.array(alpha)
-    layers, heads = values.shape
-    printed = layers * heads <= MOST_PRINTED
-    with _paper(salt):
-        row = 0.4 if printed else 0.16
-        size = (min(_WIDTH, 1.8 + max(0.75 * heads, 2)), 0.8 + max(row * layers, 1.4))
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        norm = Normalize(0, LOG_TAU_MAX)
-        scaled = np.array([[log_tau_of(value) for value in row] for row in alpha])
-        _heat(axes, scaled, norm, _map("cividis"), None)
-        if printed:
-            for (layer, head), value in np.ndenumerate(values):
-                text = f"{value:.4g}\n{half_life(float(value))}"
-                _print(axes, layer, head, text, _map("cividis")(norm(scaled[layer, head])))
-        _head_axes(axes, layers, heads)
-        bar = _colour_bar(figure, [axes], norm, _map("cividis"), "alpha")
-        marks = (0, 0.5, 0.9, 0.99, 1)
-        bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[f"{m:g}" for m in marks])
-        return _inline(figure, label)
-
-
-def _heat(
-    axes: Axes,
-    values: np.ndarray,
-    norm: Normalize,
-    colours: Colormap,
-    text: Callable[[float], str] | None,
-) -> None:
-    shown = np.ma.masked_invalid(values)
-    # A mesh stays vectors; an image would be a bitmap in the page.
-    axes.pcolormesh(shown, norm=norm, cmap=colours, edgecolors="white", linewidth=0.6)
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if text is not None:
-        for (row, column), value in np.ndenumerate(values):
-            _print(axes, row, column, text(value), colours(norm(value)))
-
-
-def _print(axes: Axes, row: int, column: int, text: str, behind: Any) -> None:
-    red, green, blue, _ = behind
-    light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
-    axes.text(
-        column + 0.5,
-        row + 0.5,
-        text,
-        ha="center",
-        va="center",
-        fontsize=8,
-        color=_INK if light else "white",
-    )
-
-
-def _head_axes(axes: Axes, layers: int, heads: int) -> None:
-    for count, place in ((heads, axes.set_xticks), (layers, axes.set_yticks)):
-        numbers = np.arange(0, count, -(-count // 16))
-        place(numbers + 0.5, [str(number) for number in numbers])
-    axes.set_xlabel("KV head")
-    axes.set_ylabel("layer")
-
-
-def _map(name: str) -> Colormap:
-    return matplotlib.colormaps[name].resampled(64)
-
-
-def _colour_bar(
-    figure: Figure, beside: Sequence[Axes], norm: Normalize, colours: Colormap, label: str
-) -> Any:
-    source = matplotlib.cm.ScalarMappable(norm, colours)
-    bar = figure.colorbar(source, ax=beside, label=label, fraction=0.08, aspect=18, pad=0.02)
-    bar.outline.set_visible(False)
-    assert bar.solids is not None
-    # Left to itself the bar would be a bitmap.
-    bar.solids.set(rasterized=False, edgecolor="face")
-    bar.minorticks_off()
-    if isinstance(norm, LogNorm):
-        bar.locator = LogLocator(subs=(1, 2, 5))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return bar
-
-
 @contextmanager
-def _paper(salt: str) -> Iterator[None]:
+def paper(salt: str) -> Iterator[None]:
     """The same look whatever the user's settings, and texts taken as they stand."""
     with warnings.catch_warnings(), matplotlib.rc_context():
         # The page's reader has fonts that the measuring of texts here has not.
@@ -425,20 +285,20 @@ def _paper(salt: str) -> Iterator[None]:
                 "axes.spines.top": False,
                 "axes.spines.right": False,
                 **dict.fromkeys(
-                    ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+                    ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK
                 ),
             }
         )
         yield
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name as a label: what cannot be printed is left out, what is too long is cut."""
     name = "".join(letter for letter in name if letter.isprintable())
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
-def _inline(figure: Figure, label: str) -> str:
+def inline(figure: Figure, label: str) -> str:
     """Save as an SVG element for HTML: no namespaces, and no ids but those referred to."""
     file = StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -216,8 +216,10 @@ def test_every_policy_and_every_mean_is_in_the_tables(rendered: Rendered) -> Non
             rows = page.under(f"{cell.task}, {where}")
             (row,) = (row for row in rows if row[0] == cell.policy)
             told = " ".join(row)
-            for estimate in (cell.kl, cell.nll, cell.top1, cell.accuracy, cell.similarity):
-                assert estimate is None or f" {estimate.mean:.4f} [{estimate.low:.4f}, " in told
+            for e in (cell.kl, cell.nll):
+                assert f" {e.mean:.4f} [{e.low:.4f}, {e.high:.4f}]" in told
+            for share in (cell.top1, cell.accuracy, cell.similarity):
+                assert share is None or f" {share.mean:.3f} [{share.low:.3f}, " in told
 
 
 def test_tables_are_whole_and_pictures_have_a_name(rendered: Rendered) -> None:
@@ -311,7 +313,7 @@ def test_head_maps_show_the_table_the_best_a2sf_h2o_and_window_at_the_smallest_s
     document = evaluation(names=NAMES, tables=[table(), table("other")])
     at = RATIOS[0]
     uniform = [c for c in document.cells if c.policy.startswith("a2sf") and c.size == at]
-    best = min(uniform, key=lambda cell: cell.kl.mean).policy
+    best = document.best_a2sf("mathqa, 1-shot", at).policy  # type: ignore[union-attr]
     drawn = svg_of(render(document), "Attention similarity by layer and KV head at ratio 0.1")
     titles = [t for t in re.findall(r">([^<]+)</text>", drawn) if t in {c.policy for c in uniform}]
     assert titles == [best]
@@ -362,6 +364,32 @@ def test_small_figures_keep_their_digits() -> None:
     tiny = document.cells[1].model_copy(update={"kl": around(0.00042)})
     page = render(document.model_copy(update={"cells": (document.cells[0], tiny)}))
     assert "4.2e-04 [3.8e-04, 4.8e-04]" in page
+
+
+def test_what_is_only_rounding_shows_as_zero() -> None:
+    document = evaluation()
+    full = document.cells[0].model_copy(
+        update={"kl": Estimate(mean=-9.5e-9, low=-1.6e-8, high=-1.4e-9)}
+    )
+    page = Page(render(document.model_copy(update={"cells": (full, *document.cells[1:])})))
+    (row,) = (row for row in page.under("mathqa, 1-shot, at ratio 0.1") if row[0] == "full")
+    assert row[2] == "0.0000 [0.0000, 0.0000]"
+
+
+def test_comparisons_of_the_best_a2sf_and_of_tables_come_before_all_of_them() -> None:
+    document = evaluation(tables=[table()])
+    page = Page(render(document))
+    caption = "mathqa, 1-shot: the KL of tables and of the best a2sf"
+    expected = [
+        [str(size), policy, "h2o"]
+        for size in RATIOS[:3]
+        for policy in (document.best_a2sf("mathqa, 1-shot", size).policy, "mathqa")  # type: ignore[union-attr]
+    ]
+    assert [row[:3] for row in page.under(caption)[1:]] == expected
+    assert page.captions.index(caption) < page.captions.index(
+        "mathqa, 1-shot, at ratio 0.1: differences"
+    )
+    assert caption not in Page(render(evaluation(names=("full", "window", "h2o")))).captions
 
 
 def test_a_cell_without_a_policy_or_with_no_cost_leaves_the_pictures_whole() -> None:

@@ -1,0 +1,159 @@
+"""The heat maps of an evaluation: KL by policy and size, and a model's heads by layer.
+
+Owns colour scales, their bars, and what is printed into a cell. Knows nothing of curves, nor of
+how figures are measured; paper, ink and the way into a page are those of `tuner.pictures`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from tuner.pictures import INK, WIDTH, inline, kind_of, log_range, paper, plain, value_of
+from tuner.report import half_life
+from tuner.results import Cell, Evaluation, Size
+from tuner.search import LOG_TAU_MAX, log_tau_of
+
+MOST_PRINTED = 64
+"""Cells of a heat map beyond which values would not be read."""
+
+
+def kl_map(
+    evaluation: Evaluation, task: str, sizes: Sequence[Size], *, label: str, salt: str
+) -> str:
+    """KL by policy and size, printed in every cell, coloured on a log scale."""
+    names = [
+        policy.name
+        for policy in evaluation.policies
+        if kind_of(policy) != "full" and any(evaluation.cell(task, policy.name, s) for s in sizes)
+    ]
+    cells = [[evaluation.cell(task, name, size) for size in sizes] for name in names]
+    values = np.array([[cell.kl.mean if cell else np.nan for cell in row] for row in cells])
+    norm = LogNorm(*log_range(values.flat), clip=True)
+    with paper(salt):
+        longest = max(map(len, map(plain, names)))
+        width = min(WIDTH, 1.6 + 0.085 * longest + 0.85 * len(sizes))
+        figure = Figure(figsize=(width, 0.9 + 0.27 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        _heat(axes, values, norm, _map("cividis_r"), lambda v: "" if np.isnan(v) else f"{v:.3g}")
+        axes.set_xticks(np.arange(len(sizes)) + 0.5, [f"{value_of(size):g}" for size in sizes])
+        if len({size.slots is None for size in sizes}) > 1:
+            axes.set_xticklabels([str(size) for size in sizes])
+        axes.set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])
+        axes.set_xlabel("slots" if sizes[0].ratio is None else "ratio")
+        _colour_bar(figure, list(figure.axes), norm, _map("cividis_r"), "KL, nats")
+        return inline(figure, label)
+
+
+def head_maps(cells: Sequence[Cell], *, label: str, salt: str) -> str:
+    """Attention similarity by layer and KV head, one map a cell on one colour scale."""
+    grids = [np.array(cell.similarity_by_head) for cell in cells]
+    layers, heads = grids[0].shape
+    low, high = min(g.min() for g in grids), max(g.max() for g in grids)
+    norm = Normalize(low, max(high, low + 1e-6))
+    printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MOST_PRINTED else None
+    side = max(2.1, 0.42 * heads) if printed else 2.4
+    columns = max(1, min(len(cells), int((WIDTH - 1) / side)))
+    rows = -(-len(cells) // columns)
+    height = 0.8 + min(max(0.24 * layers, 1.2), 6)
+    with paper(salt):
+        size = (min(WIDTH, 1.2 + columns * side), rows * height)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, cell, values in zip(grid.flat, cells, grids, strict=False):
+            _heat(axes, values, norm, _map("viridis"), printed)
+            axes.set_title(plain(cell.policy))
+            _head_axes(axes, layers, heads)
+        for axes in grid.flat[len(cells) :]:
+            axes.set_axis_off()
+        _colour_bar(figure, list(grid.flat), norm, _map("viridis"), "similarity")
+        return inline(figure, label)
+
+
+def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
+    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below."""
+    values = np.array(alpha)
+    layers, heads = values.shape
+    printed = layers * heads <= MOST_PRINTED
+    with paper(salt):
+        row = 0.4 if printed else 0.16
+        size = (min(WIDTH, 1.8 + max(0.75 * heads, 2)), 0.8 + max(row * layers, 1.4))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        norm = Normalize(0, LOG_TAU_MAX)
+        scaled = np.array([[log_tau_of(value) for value in row] for row in alpha])
+        _heat(axes, scaled, norm, _map("cividis"), None)
+        if printed:
+            for (layer, head), value in np.ndenumerate(values):
+                text = f"{value:.4g}\n{half_life(float(value))}"
+                _print(axes, layer, head, text, _map("cividis")(norm(scaled[layer, head])))
+        _head_axes(axes, layers, heads)
+        bar = _colour_bar(figure, [axes], norm, _map("cividis"), "alpha")
+        marks = (0, 0.5, 0.9, 0.99, 1)
+        bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[f"{m:g}" for m in marks])
+        return inline(figure, label)
+
+
+def _heat(
+    axes: Axes,
+    values: np.ndarray,
+    norm: Normalize,
+    colours: Colormap,
+    text: Callable[[float], str] | None,
+) -> None:
+    shown = np.ma.masked_invalid(values)
+    # A mesh stays vectors; an image would be a bitmap in the page.
+    axes.pcolormesh(shown, norm=norm, cmap=colours, edgecolors="white", linewidth=0.6)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if text is not None:
+        for (row, column), value in np.ndenumerate(values):
+            _print(axes, row, column, text(value), colours(norm(value)))
+
+
+def _print(axes: Axes, row: int, column: int, text: str, behind: Any) -> None:
+    red, green, blue, _ = behind
+    light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5
+    axes.text(
+        column + 0.5,
+        row + 0.5,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8,
+        color=INK if light else "white",
+    )
+
+
+def _head_axes(axes: Axes, layers: int, heads: int) -> None:
+    for count, place in ((heads, axes.set_xticks), (layers, axes.set_yticks)):
+        numbers = np.arange(0, count, -(-count // 16))
+        place(numbers + 0.5, [str(number) for number in numbers])
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+
+
+def _map(name: str) -> Colormap:
+    return matplotlib.colormaps[name].resampled(64)
+
+
+def _colour_bar(
+    figure: Figure, beside: Sequence[Axes], norm: Normalize, colours: Colormap, label: str
+) -> Any:
+    source = matplotlib.cm.ScalarMappable(norm, colours)
+    bar = figure.colorbar(source, ax=beside, label=label, fraction=0.08, aspect=18, pad=0.02)
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
+    # Left to itself the bar would be a bitmap.
+    bar.solids.set(rasterized=False, edgecolor="face")
+    bar.minorticks_off()
+    if isinstance(norm, LogNorm):
+        bar.locator = LogLocator(subs=(1, 2, 5))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return bar
