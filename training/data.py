@@ -25,12 +25,13 @@ from tuner.generated import (
     state_episode,
 )
 
-# Tokens of a stated fact, and of a question with its answer and what the text says of it before.
+# Tokens of a stated fact, and of a question with its answer (and of its having been asked before).
 COSTS: dict[str, tuple[float, float]] = {
     "recall/list": (3, 3),
     "recall/sentence": (8, 10),
-    "recall/pair": (9, 30),
-    "recall/story": (13, 30),
+    "recall/pair": (9, 11),
+    "recall/story": (13, 11),
+    "recall/talk": (9, 23),
     "state/value": (6.3, 10.5),
     "state/held": (5, 8),
     "state/counter": (7.5, 11),

@@ -99,11 +99,15 @@ REGISTRY: dict[str, Published | Made] = {
     "arc_challenge": Published("allenai/ai2_arc"),
     "gsm8k": Published("openai/gsm8k"),
     "wikitext2": Published("Salesforce/wikitext"),
-    "recall": Made(generated.recall_episode),
+    "recall": Made(generated.recall_episode, questions=16),
     "state": Made(generated.state_episode),
     "arith": Made(generated.arith_episode),
     "copy": Made(generated.copy_episode, questions=1),
-    **{f"recall_{f}": Made(partial(generated.recall_episode, form=f)) for f in RECALL_FORMS},
+    **{
+        f"recall_{form}": Made(partial(generated.recall_episode, form=form))
+        for form in RECALL_FORMS
+        if form != "talk"
+    },
     **{f"state_{f}": Made(partial(generated.state_episode, form=f)) for f in STATE_FORMS},
 }
 """One line a dataset. A folder in the data directory is found by its name without being here."""

@@ -17,10 +17,9 @@ from random import Random
 from typing import Literal, get_args
 
 Split = Literal["train", "calibration", "validation"]
-RecallForm = Literal["list", "sentence", "pair", "story"]
+RecallForm = Literal["list", "sentence", "pair", "story", "talk"]
 
 RECALL_FORMS: tuple[RecallForm, ...] = get_args(RecallForm)
-TOLD_FORMS: tuple[RecallForm, ...] = ("pair", "story")
 StateForm = Literal["value", "held", "counter"]
 STATE_FORMS: tuple[StateForm, ...] = get_args(StateForm)
 
@@ -75,20 +74,18 @@ def split_of(*content: str) -> Split:
 
 
 def recall_episode(
-    rng: Random, *, split: Split, facts: int, questions: int = 1, form: RecallForm | None = None
+    rng: Random, *, split: Split, facts: int, questions: int = 1, form: RecallForm = "talk"
 ) -> Episode:
     """Facts stated once, some of which are asked in random order without repetition.
 
     Forms: ``list`` (bare ``lamp 412``), ``sentence`` (one noun a fact), ``pair`` (adjective and
-    noun, each shared with other facts, so that one word alone does not identify the fact) and
-    ``story`` (pairs between sentences that carry no fact, some of them with numbers of their own).
-    In ``pair`` and ``story`` the text comes back once or twice to each key that will be asked, as
-    texts do to what matters: somebody asks for it, and gets no answer. In ``list`` and ``sentence``
-    nothing tells what will be asked. No form: pair or story by chance. At most 120 facts in the one-word forms and 999
-    in the others.
+    noun, each shared with other facts, so that one word alone does not identify the fact),
+    ``story`` (pairs between sentences that carry no fact, some of them with numbers of their own)
+    and ``talk`` (pairs in a conversation that has already asked, in another order, for all that
+    will be asked). Only in ``talk`` does anything before a question tell that it will be asked. At
+    most 120 facts in the one-word forms and 999 in the others.
     """
-    chosen = rng.choice(TOLD_FORMS) if form is None else form
-    keys = _recall_keys(rng, facts, chosen)
+    keys = _recall_keys(rng, facts, form)
     questions = min(questions, facts)
     asked = rng.sample(range(facts), questions)
     values = [str(value) for value in rng.sample(range(1, 1000), facts)]
@@ -99,7 +96,7 @@ def recall_episode(
             if value not in taken:
                 taken.add(value)
                 values[index] = value
-    if chosen == "list":
+    if form == "list":
         context = "List: " + ", ".join(map(" ".join, zip(keys, values, strict=True))) + "."
         turns = [(f", {keys[index]}", f" {values[index]}") for index in asked]
         turns[0] = ("\nAsk:" + turns[0][0][1:], turns[0][1])
@@ -108,25 +105,16 @@ def recall_episode(
     sentences = [
         f"The {attribute} of the {key} is {value}." for key, value in zip(keys, values, strict=True)
     ]
-    if chosen in ("pair", "story"):
-        stated = dict(zip(keys, sentences, strict=True))
-        for index in asked:
-            for _ in range(rng.randint(1, 2)):
-                after = sentences.index(stated[keys[index]]) + 1
-                mention = (
-                    f"{rng.choice(NAMES)} asked: What is the {attribute} of the {keys[index]}?"
-                )
-                sentences.insert(rng.randint(after, len(sentences)), mention)
-    if chosen == "story":
+    if form == "story":
         for _ in range(max(1, facts // 2)):
             sentences.insert(rng.randint(0, len(sentences)), _filler(rng))
-    return Episode(
-        " ".join(sentences),
-        tuple(
-            (f"\nWhat is the {attribute} of the {keys[index]}?", f" {values[index]}")
-            for index in asked
-        ),
-    )
+    context = " ".join(sentences)
+    turns = [
+        (f"\nWhat is the {attribute} of the {keys[index]}?", f" {values[index]}") for index in asked
+    ]
+    if form == "talk":
+        context += "".join(question + answer for question, answer in rng.sample(turns, questions))
+    return Episode(context, tuple(turns))
 
 
 def state_episode(
