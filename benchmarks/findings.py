@@ -1,7 +1,7 @@
-"""Measure again what the findings page says, from the shipped weights.
+"""Measure again what the findings and the model's card say, from the shipped weights.
 
-Owns the studies, their figures in `results/findings.json`, and the tables of `FINDINGS.md`, which
-are rewritten between their markers; the words around them are written by hand.
+Owns the studies, their figures in `results/findings.json`, and the tables of `FINDINGS.md` and of
+the card, which are rewritten between their markers; the words around them are written by hand.
 
     python -m benchmarks.findings [--only STUDY]   # measure, write figures and tables
     python -m benchmarks.findings --check          # measure, compare with what is written
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from a2sf import reference
 from a2sf.schema import Estimate
 from tuner import statistics
 from tuner.evaluate import Settings, evaluate
@@ -23,7 +24,7 @@ from tuner.results import METRICS, Evaluation, Metric, Size
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "results" / "findings.json"
-PAGE = HERE / "FINDINGS.md"
+PAGES = (HERE / "FINDINGS.md", reference.path() / "README.md")
 
 RELATIVE_TOLERANCE = 0.02
 ABSOLUTE_TOLERANCE = 0.005
@@ -114,13 +115,13 @@ STUDIES = (
         "ratios",
         "How does each policy fade as the budget shrinks?",
         ("recall",),
-        "full,window,h2o,tova_per_head,random,a2sf:.98:0,a2sf:.9:.5,mathqa",
+        "full,window,h2o,tova_per_head,random,a2sf:.99:0,a2sf:.9:.5,mathqa",
         (0.1, 0.2, 0.3, 0.4, 0.6, 0.8),
         32,
     ),
     Study(
         "recall",
-        "What survives at a fifth, where the text comes back to what will be asked?",
+        "What survives at a fifth, in a talk that returns to what it has asked for?",
         ("recall",),
         f"{OTHERS},{GRID},mathqa",
         (0.2,),
@@ -130,7 +131,7 @@ STUDIES = (
         "tasks",
         "And on everything else?",
         (
-            *("recall_sentence", "state", "arith", "mathqa", "gsm8k", "openbookqa"),
+            *("recall_story", "state", "arith", "mathqa", "gsm8k", "openbookqa"),
             *("winogrande", "wikitext2"),
         ),
         f"{OTHERS},{GRID},mathqa",
@@ -241,12 +242,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def tables(document: dict[str, Any]) -> dict[str, str]:
-    """Markdown by marker."""
-    return {study["name"]: "\n\n".join(_study(study)) for study in document["studies"]}
-
-
-def _study(study: dict[str, Any]) -> Iterable[str]:
+def render(study: dict[str, Any]) -> Iterable[str]:
+    """The study's paragraphs and tables in Markdown."""
     yield f"`{study['command']}`"
     if len({cell["ratio"] for cell in study["cells"]} - {None}) > 1:
         for metric in ("kl", "accuracy"):
@@ -321,16 +318,12 @@ def _shown(value: Sequence[float] | None, metric: Metric, *, sign: bool = False)
     return f"{value[0]:{form}} [{value[1]:{form}}, {value[2]:{form}}]"
 
 
-def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with each block between its markers; a block without markers is an error."""
-    for name, block in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"{PAGE.name} has no markers for {name}")
-        page = f"{before}{begin}\n{block}\n{end}{after}"
-    return page
+def fill(page: str, name: str, block: str) -> str:
+    """The page with the block between the markers of its name, if it has them."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    return f"{before}{begin}\n{block}\n{end}{after}" if found else page
 
 
 def main(
@@ -360,7 +353,8 @@ def main(
             "studies": [studies[s.name] for s in STUDIES if s.name in studies],
         }
         FIGURES.write_text(json.dumps(document, indent=1) + "\n")
-        PAGE.write_text(fill(PAGE.read_text(), tables({"studies": [after]})))
+        for page in PAGES:
+            page.write_text(fill(page.read_text(), study.name, "\n\n".join(render(after))))
     for line in moved:
         typer.echo(line)
     if moved:

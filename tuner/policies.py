@@ -20,9 +20,9 @@ DEFAULT_RECENT = ".5"
 """What `a2sf` and `random` protect unless told otherwise: as much as `h2o`, so that what is
 compared is the score."""
 
-SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", "1") for r in ("0", ".5"))
-"""What a bare `a2sf` stands for: forgetting after 1, 2, 10 and 50 tokens and never, without and
-with a protected window, since neither says much without the other."""
+SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", ".99", "1") for r in ("0", ".5"))
+"""What a bare `a2sf` stands for: forgetting after 1, 2, 10, 50 and 100 tokens and never, without
+and with a protected window, since neither says much without the other."""
 
 SPELLING = (
     "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random or a2sf:ALPHA, each with "

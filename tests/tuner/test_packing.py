@@ -121,7 +121,7 @@ def test_a_model_that_adds_a_first_token_keeps_it_and_the_answers_stay_in_place(
 
 
 def test_a_generated_context_holds_as_many_facts_as_fit(tiny_model: LoadedModel) -> None:
-    part = load("recall", None).calibration
+    part = load("recall_pair", None).calibration
     made = packing.items(tiny_model, part, count=4, length=400, seed=0)
     assert len({item.example.token_ids for item in made}) == 4
     for item in made:
@@ -135,7 +135,7 @@ def test_a_generated_context_holds_as_many_facts_as_fit(tiny_model: LoadedModel)
 
 
 def test_too_short_a_length_for_two_facts_gives_nothing(tiny_model: LoadedModel) -> None:
-    part = load("recall", None).calibration
+    part = load("recall_pair", None).calibration
     assert packing.items(tiny_model, part, count=4, length=40, seed=0) == []
 
 

@@ -38,9 +38,9 @@ def test_a_policy_is_read_as_it_is_written(
 
 def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
     found = policies.parse("window, a2sf", tiny_model)
-    assert {policy.wish.alpha for policy in found[1:]} == {0.0, 0.5, 0.9, 0.98, 1.0}
+    assert {policy.wish.alpha for policy in found[1:]} == {0.0, 0.5, 0.9, 0.98, 0.99, 1.0}
     assert {policy.wish.recent_share or policy.wish.recent for policy in found[1:]} == {0, 0.5}
-    assert len(found) == 11
+    assert len(found) == 13
 
 
 @pytest.mark.parametrize(
