@@ -32,6 +32,17 @@ app = typer.Typer(
 tables = typer.Typer(help="Look at tables.", no_args_is_help=True)
 app.add_typer(tables, name="tables")
 
+ModelOption = Annotated[
+    str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
+]
+LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
 
 @app.command()
 def fit(
@@ -42,20 +53,14 @@ def fit(
             "repository on the Hugging Face hub."
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
-    ] = "reference",
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit, for a hub id.")
-    ] = None,
+    model: ModelOption = "reference",
+    revision: RevisionOption = None,
     budget: Annotated[int | None, typer.Option(help="Slots a head keeps, in tokens.")] = None,
     budget_ratio: Annotated[
         float | None,
         typer.Option(help=f"Slots as a share of the length; {DEFAULT_RATIO} without --budget."),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
-    ] = None,
+    data_dir: DataDirOption = None,
     trials: Annotated[
         int, typer.Option(help="Tables to try in all, over all runs and workers of the study.")
     ] = 30,
@@ -64,7 +69,7 @@ def fit(
         int | None,
         typer.Option(help="Validation sequences to prove on; twice --examples by default."),
     ] = None,
-    length: Annotated[int, typer.Option(help="Most tokens of one sequence.")] = 512,
+    length: LengthOption = 512,
     seed: Annotated[int, typer.Option(help="Decides examples and moves.")] = 0,
     storage: Annotated[
         str | None, typer.Option(help="Database URL; a journal file beside --out without it.")
@@ -78,8 +83,8 @@ def fit(
     keep_table: Annotated[
         bool, typer.Option("--keep-table", help="Write the table even where uniform is as good.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Search for a table, compare it with the best uniform alpha on held-out data, write it."""
     _check_ranges(
@@ -174,17 +179,11 @@ def evaluate(
             "it, questions are packed into sequences of --length and answered one after another."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
-    ] = "reference",
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit, for a hub id.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
-    ] = None,
+    model: ModelOption = "reference",
+    revision: RevisionOption = None,
+    data_dir: DataDirOption = None,
     examples: Annotated[int, typer.Option(help="Sequences of each dataset.")] = 64,
-    length: Annotated[int, typer.Option(help="Most tokens of one sequence.")] = 512,
+    length: LengthOption = 512,
     split: Annotated[str, typer.Option(help="validation, or calibration.")] = "validation",
     prefill_chunk: Annotated[
         int | None,
@@ -196,8 +195,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Decides examples and resampling.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
     _check_ranges(
