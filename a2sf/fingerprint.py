@@ -1,8 +1,8 @@
 """A model's fingerprint: what an alpha table is tied to.
 
-Owns the digest over a model's canonical settings and the start of every k_proj weight as stored on
-disk, so that it depends neither on the dtype a model is loaded in nor on how it is sharded. Knows
-nothing of transformers.
+Owns the digest over a model's canonical settings and the start of every layer's key projection as
+stored on disk, so that it depends neither on the dtype a model is loaded in nor on how it is
+sharded. Knows nothing of transformers.
 """
 
 import hashlib
@@ -20,11 +20,14 @@ from a2sf.schema import canonical_json
 
 BYTES_A_WEIGHT = 4096
 
-_K_PROJ = re.compile(r"\.layers\.(\d+)\.self_attn\.k_proj\.weight$")
+_KEY_PROJECTION = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:k_proj|qkv_proj)\.weight$")
 
 
 def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[Path]) -> str:
-    """SHA-256 (hex) over `settings` as canonical JSON, then the layers' k_proj weights in order.
+    """SHA-256 (hex) over `settings` as canonical JSON, then the layers' key projections in order.
+
+    Of each layer the first 4 KiB of its k_proj weight count. A family that stores queries, keys and
+    values as one (Phi-3) has none: there it is the first 4 KiB of qkv_proj, which hold queries.
 
     Args:
         settings: the model's shape and rope settings, as JSON values.
@@ -33,7 +36,7 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
 
     Raises:
         NotFound: a file is not whole.
-        Unsupported: some layer stores no k_proj weight.
+        Unsupported: some layer stores neither k_proj nor qkv_proj.
     """
     digest = hashlib.sha256(canonical_json(settings).encode())
     found: dict[int, bytes] = {}
@@ -41,13 +44,15 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    match = _K_PROJ.search(name)
+                    match = _KEY_PROJECTION.search(name)
                     if match:
                         found[int(match[1])] = _first_bytes(file.get_slice(name))
         except SafetensorError as error:
             raise NotFound(f"weights {path}: not whole ({error})") from error
     if sorted(found) != list(range(num_layers)):
-        raise Unsupported(f"k_proj weights found for layers {sorted(found)} of {num_layers}")
+        raise Unsupported(
+            f"k_proj or qkv_proj weights found for layers {sorted(found)} of {num_layers}"
+        )
     for layer in sorted(found):
         digest.update(found[layer])
     return digest.hexdigest()

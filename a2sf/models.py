@@ -1,11 +1,12 @@
-"""The only seam with transformers: which models are supported, loading, plugging in attention.
+"""The only seam with transformers: loading models and plugging in attention.
 
-Owns loading (packaged model, directory, hub), refusing by name what would be done wrongly, a
-model's identity, and the registered attention function. A caller hands every forward pass a
-`LayerAttention`, which transformers carries to each layer as a keyword argument; nothing is patched
-and no state hangs on a module. Knows nothing of requests or schedules.
+Owns loading (packaged model, directory, hub), a model's identity, and the registered attention
+function. A caller hands every forward pass a `LayerAttention`, which transformers carries to each
+layer as a keyword argument; nothing is patched and no state hangs on a module. Knows nothing of
+requests or schedules, and nothing of any one family.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,20 +27,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from a2sf import reference
+from a2sf import families, reference
 from a2sf.errors import InvalidArgument, NotFound, Unsupported
 from a2sf.fingerprint import fingerprint
 from a2sf.schema import ModelIdentity
 
 REFERENCE = "reference"
 """The name under which the packaged model is asked for."""
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-"""Families whose logits are tested equal to transformers' own; one is named here with its test."""
-
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
-by the longest position in the batch, which would let one request change another's logits."""
 
 _ATTENTION_NAME = "a2sf"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -81,11 +75,12 @@ def _attention(
     *,
     scaling: float,
     layer_attention: LayerAttention,
-    **_: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     assert attention_mask is None, "masks come from positions; transformers makes none for us"
     layer_index = module.layer_idx
     assert isinstance(layer_index, int)
+    families.refuse_effects(layer_index, module.config, arguments)
     output = layer_attention(layer_index, query, key, value, scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -177,12 +172,8 @@ def load_model(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
-    _refuse_unsupported(id_or_path, config)
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise NotFound(
-            f"model {id_or_path!r}: no *.safetensors in {directory}; other formats are not read"
-        )
+    families.refuse_unsupported(id_or_path, config)
+    weights = _weight_files(id_or_path, directory)
     shape = ModelShape(
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
@@ -238,10 +229,16 @@ def load_model(
             f"model {id_or_path!r}: weights are missing: "
             f"{', '.join(sorted(loaded['missing_keys']))}"
         )
+    # The class is picked by the config's model_type, which may disagree with its architectures.
+    if type(module).__name__ != config.architectures[0]:
+        raise Unsupported(
+            f"model {id_or_path!r} calls itself a {config.architectures[0]}, but its model_type "
+            f"{config.model_type!r} makes it a {type(module).__name__}"
+        )
     if not tokenizer.is_fast:
         raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
     module = module.to(target).eval().requires_grad_(False)
-    return LoadedModel(
+    model = LoadedModel(
         identity=identity,
         shape=shape,
         module=module,
@@ -250,6 +247,27 @@ def load_model(
         dtype=chosen,
         eos_token_ids=_eos_token_ids(directory, config),
     )
+    try:
+        _try_out(model)
+    except Unsupported as error:
+        raise Unsupported(f"model {id_or_path!r}: {error}") from error
+    return model
+
+
+def _try_out(model: LoadedModel) -> None:
+    """Run one token, so that a layer that asks for too much is refused before anyone waits."""
+    shape = model.shape
+    attended = []
+
+    def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        assert query.shape == (1, shape.num_attention_heads, 1, shape.head_dim)
+        assert keys.shape == values.shape == (1, shape.num_kv_heads, 1, shape.head_dim)
+        attended.append(layer)
+        return query
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model.hidden_states(token, token, attend)
+    assert attended == list(range(shape.num_layers)), "each layer attends once, in order"
 
 
 @contextmanager
@@ -286,7 +304,15 @@ def _directory(id_or_path: str, revision: str | None) -> Path:
             "config.json and *.safetensors, or a Hugging Face hub id such as org/name"
         )
     try:
-        return Path(snapshot_download(id_or_path, revision=revision, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(
+                id_or_path,
+                revision=revision,
+                allow_patterns=_FILES,
+                # Some repositories hold the same weights twice, a second time in this format.
+                ignore_patterns=["consolidated*"],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotFound(
             f"model {id_or_path!r}: no such directory, and the Hugging Face hub did not give it "
@@ -294,19 +320,24 @@ def _directory(id_or_path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _refuse_unsupported(name: str, config: Any) -> None:
-    architectures = config.architectures or ["unknown"]
-    if architectures[0] not in SUPPORTED_ARCHITECTURES:
-        raise Unsupported(
-            f"model {name!r} is a {architectures[0]}; supported: "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+def _weight_files(name: str, directory: Path) -> list[Path]:
+    """The files that transformers would read, which need not be all that lie there."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise NotFound(
+            f"model {name!r}: no *.safetensors in {directory} that are named model.safetensors or "
+            f"listed in {index.name}; other formats are not read"
         )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise Unsupported(
-            f"model {name!r} uses rope type {rope_type!r}, whose factors depend on the batch; "
-            f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
+    try:
+        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotFound(f"model {name!r}: {index.name} cannot be read ({error})") from error
+    missing = [file for file in listed if not (directory / file).is_file()]
+    if missing:
+        raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")
+    return [directory / file for file in listed]
 
 
 def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:

@@ -51,7 +51,7 @@ class ModelIdentity(Frozen):
     num_kv_heads: Positive = Field(description="Key-value heads of one layer.")
     fingerprint: Digest = Field(
         description="SHA-256 over the canonical shape and rope settings and the first 4 KiB of "
-        "every k_proj weight as stored."
+        "every k_proj weight (of qkv_proj where those are fused) as stored."
     )
 
     def difference(self, other: "ModelIdentity") -> str | None:

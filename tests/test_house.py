@@ -22,6 +22,7 @@ CORE = [
     "attention",
     "reference",
     "fingerprint",
+    "families",
     "models",
     "teacher",
     "sampling",

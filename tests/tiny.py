@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 BYTES = 256
 BOS, EOS = BYTES, BYTES + 1
@@ -21,8 +26,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
-def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Write a random GQA Llama and its tokenizer to `directory`."""
+def save_tiny(
+    config_class: type[PreTrainedConfig],
+    directory: Path,
+    *,
+    seed: int = 0,
+    vectors: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write a random GQA model of any family and its tokenizer to `directory`.
+
+    Args:
+        config_class: the family.
+        directory: where to.
+        seed: of the weights.
+        vectors: deviation of the noise on biases and norms, which start as zeros and ones.
+        dtype: of the weights as stored.
+        shard: the most bytes in one file.
+        overrides: the family's settings.
+    """
     settings: dict[str, Any] = {
         "vocab_size": BYTES + 2,
         "hidden_size": 32,
@@ -30,8 +54,8 @@ def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
         "max_position_embeddings": 512,
+        "pad_token_id": None,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "tie_word_embeddings": True,
@@ -40,7 +64,17 @@ def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
         **overrides,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.save_pretrained(directory, safe_serialization=True)
+    model = AutoModelForCausalLM.from_config(config_class(**settings))
+    if vectors:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=vectors)
+    model.to(dtype).save_pretrained(directory, safe_serialization=True, max_shard_size=shard)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random GQA Llama and its tokenizer to `directory`."""
+    return save_tiny(LlamaConfig, directory, seed=seed, **{"head_dim": 8, **overrides})

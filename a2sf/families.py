@@ -1,0 +1,130 @@
+"""Which model families are served, and what is refused by name because it would be served wrongly.
+
+Owns the list of families, what of a model's settings the block law cannot honour (windows, chunks,
+rotations that look at the batch), and which arguments a layer may hand to its attention. Reads
+settings as they come; knows nothing of loading or of transformers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from a2sf.errors import Unsupported
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "ApertusForCausalLM",
+    "ArceeForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "GemmaForCausalLM",
+    "GlmForCausalLM",
+    "Glm4ForCausalLM",
+    "HeliumForCausalLM",
+    "MistralForCausalLM",
+    "OlmoForCausalLM",
+    "Olmo2ForCausalLM",
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM",
+)
+"""Families whose logits are tested equal to transformers' own; the tests take them from here."""
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
+by the longest position in the batch, which would let one request change another's logits."""
+
+_WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "use_cache"})
+"""Arguments of attention that change nothing: queries and keys come rotated, the cache is ours."""
+
+_SWITCHED_OFF: dict[str, object] = {"dropout": 0.0, "output_attentions": False}
+"""Arguments of attention that change nothing at this value, beside None, which never does."""
+
+
+def refuse_unsupported(name: str, config: Any) -> None:
+    """Raise Unsupported, naming the model and the reason, unless its settings can be honoured.
+
+    Args:
+        name: what the model was asked for by.
+        config: its settings, as transformers reads them.
+    """
+    architecture = (config.architectures or ["unknown"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise Unsupported(
+            f"model {name!r} is a {architecture}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    if not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", None
+    ):
+        raise Unsupported(f"model {name!r} attends in both directions; supported: causal models")
+    rope = config.rope_parameters or {}
+    # Some families rotate by kind of layer, and their settings are one level deeper.
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
+    for rope_type in (kind.get("rope_type", "default") for kind in kinds):
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            raise Unsupported(
+                f"model {name!r} uses rope type {rope_type!r}, whose factors depend on the batch; "
+                f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
+            )
+    _refuse_partial_views(name, config)
+
+
+def _refuse_partial_views(name: str, config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    kinds: Sequence[str] | None = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = window is not None and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    for kind in dict.fromkeys(kinds):
+        layers = _spans([index for index, other in enumerate(kinds) if other == kind])
+        if kind == "full_attention":
+            continue
+        if kind != "sliding_attention":
+            raise Unsupported(
+                f"model {name!r} uses {kind} in layers {layers}; supported: full_attention"
+            )
+        if not _sees_everything(window, config):
+            size = f"{window} tokens" if window else "no stated size"
+            raise Unsupported(
+                f"model {name!r} uses a sliding window of {size} in layers {layers}; a cache that "
+                "evicts by score does not honour it; supported: the same model without one"
+            )
+
+
+def refuse_effects(layer: int, config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise Unsupported for an argument of attention that asks for what is not carried out.
+
+    Args:
+        layer: the layer's index.
+        config: the model's settings.
+        arguments: what the layer hands to its attention beyond tensors, mask and scale.
+    """
+    for name, value in arguments.items():
+        if value is None or name in _WITHOUT_EFFECT:
+            continue
+        if name in _SWITCHED_OFF and value == _SWITCHED_OFF[name]:
+            continue
+        if name == "sliding_window" and _sees_everything(value, config):
+            continue
+        raise Unsupported(
+            f"layer {layer} attends with {name!r}, which is not carried out here; supported: "
+            "causal attention with a scale"
+        )
+
+
+def _sees_everything(window: int | None, config: Any) -> bool:
+    # No text is longer than max_position_embeddings (admission sees to it), so that a window of as
+    # many tokens reaches from its last query back to its first key.
+    return window is not None and window >= int(config.max_position_embeddings)
+
+
+def _spans(indices: Sequence[int]) -> str:
+    """Write ascending indices with their runs closed up: 0-3, 5, 7-8."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and spans[-1][-1] == index - 1:
+            spans[-1][1:] = [index]
+        else:
+            spans.append([index])
+    return ", ".join("-".join(map(str, span)) for span in spans)
