@@ -13,6 +13,7 @@ from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive
+from a2sf.sequence import ending_tokens
 
 DEFAULT_MAX_PREFILL_TOKENS = 8192
 
@@ -52,6 +53,13 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
     _check_lengths(request, model.shape.max_context)
     _check_token_ids("prompt", request.prompt_ids, model.shape.vocab_size)
     _check_token_ids("stop_token_ids", request.stop_token_ids, model.shape.vocab_size)
+    ending = len(ending_tokens(request, model))
+    if request.min_new_tokens and ending >= model.shape.vocab_size:
+        raise InvalidArgument(
+            "min_new_tokens",
+            f"{request.min_new_tokens}, but all {ending} tokens of the model end the completion; "
+            "accepted here: 0",
+        )
     if request.table is not None:
         request.table.check_model(model.identity)
     prompt = len(request.prompt_ids)

@@ -7,7 +7,7 @@ transport; what the law computes does not depend on how it schedules.
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,62 +18,35 @@ from a2sf.attention import Block
 from a2sf.cache import PolicyTensors, SlotCache
 from a2sf.errors import InvalidArgument, ResourceExhausted
 from a2sf.models import LoadedModel
-from a2sf.policy import EffectivePolicy
-from a2sf.requests import (
-    CacheStatistics,
-    Delta,
-    Event,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    Started,
-    Timings,
-    Usage,
-)
-from a2sf.text import TextStream
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One request on its way through the engine."""
-
-    request: GenerationRequest
-    policy: EffectivePolicy
-    seed: int
-    noise: torch.Generator
-    text: TextStream
-    submitted_at: float
-    prefill_at: float = 0.0
-    first_token_at: float = 0.0
-    prefilled: int = 0
-    """Prompt tokens in the cache so far."""
-    generated: list[int] = field(default_factory=list)
-
-    @property
-    def seen(self) -> int:
-        """Tokens that have entered the cache: the position of the next one."""
-        # The newest token has been drawn but not yet run through the model.
-        return self.prefilled + max(len(self.generated) - 1, 0)
+from a2sf.requests import CacheStatistics, Event, GenerationRequest, TokenLogprobs
+from a2sf.sequence import Sequence
 
 
 class Engine:
     """Continuous batching over rows of constant size.
 
     Active rows stand compactly at the front of the slab, so a batch is a view of it: a row that
-    ends is replaced by the last one.
+    ends is replaced by the last one. `clock` tells seconds, for time limits and timings.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model = model
         self.config = config
+        self._clock = clock
         self._slab = self._allocate(config.max_batch, config.slots)
         self._staging = self._allocate(1, config.staging_slots(model.shape.max_context))
-        self._waiting: deque[_Sequence] = deque()
-        self._prefilling: _Sequence | None = None
-        self._active: list[_Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: Sequence | None = None
+        self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
-        self._policies: PolicyTensors | None = None
-        """The active rows' policies; None when rows have changed since it was made."""
+        self._batch: tuple[PolicyTensors, sampling.Batch] | None = None
+        """The active rows' policies and draws; None when rows have changed since it was made."""
 
     @property
     def has_work(self) -> bool:
@@ -114,17 +87,7 @@ class Engine:
             raise ResourceExhausted(
                 f"{self.running} requests run and {len(self._waiting)} wait; try again later"
             )
-        seed = sampling.choose_seed(request.sampling)
-        self._waiting.append(
-            _Sequence(
-                request=request,
-                policy=policy,
-                seed=seed,
-                noise=sampling.generator(seed),
-                text=TextStream(self.model.tokenizer, request.prompt_ids, request.stop),
-                submitted_at=time.monotonic(),
-            )
-        )
+        self._waiting.append(Sequence.queued(request, policy, self.model, self._clock()))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its row at once; unknown ids are ignored. No event follows."""
@@ -137,8 +100,12 @@ class Engine:
                 break
 
     def step(self) -> list[Event]:
-        """Admit one request, prefill one block of its prompt, decode one token of every row."""
+        """Admit one request, prefill one block of its prompt, decode one token of every row.
+
+        Before that, requests whose time limit is over end with what they have.
+        """
         events: list[Event] = []
+        self._end_overdue(events)
         self._admit(events)
         # A row that joins in this step decodes from the next one on.
         rows = len(self._active)
@@ -160,7 +127,7 @@ class Engine:
             device=self.model.device,
         )
 
-    def _sequences(self) -> list[_Sequence]:
+    def _sequences(self) -> list[Sequence]:
         prefilling = [self._prefilling] if self._prefilling else []
         return [*self._waiting, *prefilling, *self._active]
 
@@ -168,18 +135,40 @@ class Engine:
         if self._prefilling or not self._waiting or len(self._active) >= self.config.max_batch:
             return
         sequence = self._prefilling = self._waiting.popleft()
-        sequence.prefill_at = time.monotonic()
+        sequence.prefill_at = self._clock()
         self._staging.clear(0)
-        events.append(
-            Started(
-                request_id=sequence.request.request_id,
-                policy=sequence.policy,
-                prompt_tokens=len(sequence.request.prompt_ids),
-                seed=sequence.seed,
-            )
-        )
+        events.append(sequence.started())
 
-    def _prefill_block(self, sequence: _Sequence, events: list[Event]) -> None:
+    def _end_overdue(self, events: list[Event]) -> None:
+        now = self._clock()
+        for sequence in [s for s in self._waiting if s.overdue(now)]:
+            self._waiting.remove(sequence)
+            events.append(sequence.started())
+            self._time_out(sequence, self._staging, 0, now, events)
+        if self._prefilling is not None and self._prefilling.overdue(now):
+            kept_tokens = int(self._staging.used[0])
+            self._time_out(self._prefilling, self._staging, kept_tokens, now, events)
+            self._prefilling = None
+        for row in reversed(range(len(self._active))):
+            if self._active[row].overdue(now):
+                kept_tokens = int(self._slab.used[row])
+                self._time_out(self._active[row], self._slab, kept_tokens, now, events)
+                self._free(row)
+
+    def _time_out(
+        self,
+        sequence: Sequence,
+        cache: SlotCache,
+        kept_tokens: int,
+        now: float,
+        events: list[Event],
+    ) -> None:
+        withheld = sequence.time_out()
+        if withheld is not None:
+            events.append(withheld)
+        events.append(sequence.finished(self._statistics(sequence, cache, kept_tokens), now))
+
+    def _prefill_block(self, sequence: Sequence, events: list[Event]) -> None:
         prompt = sequence.request.prompt_ids
         start = sequence.prefilled
         end = min(start + (sequence.policy.prefill_chunk or len(prompt)), len(prompt))
@@ -211,18 +200,22 @@ class Engine:
         self._slab.copy_row(row, self._staging, 0, min(slots, sequence.policy.budget))
         self._prefilling = None
         self._active.append(sequence)
-        self._policies = None
-        logits = self.model.logits(hidden[0, -1])
-        if self._emit(row, logits, events):
-            self._free(row)
+        self._batch = None
+        draws = sampling.Batch([sequence.row], self.model.device)
+        self._emit(row, draws, self.model.logits(hidden[:, -1]), events)
 
     def _decode(self, rows: int, events: list[Event]) -> None:
         active = self._active[:rows]
-        if self._policies is None or len(self._policies.budget) != rows:
-            self._policies = PolicyTensors.stack([s.policy for s in active], self.model.device)
+        if self._batch is None or len(self._batch[0].budget) != rows:
+            device = self.model.device
+            self._batch = (
+                PolicyTensors.stack([s.policy for s in active], device),
+                sampling.Batch([s.row for s in active], device),
+            )
+        policies, draws = self._batch
         used = self._slab.used[:rows]
         start = self._integers([s.seen for s in active])
-        step = Block(start=start, lengths=torch.ones_like(start), used=used, policy=self._policies)
+        step = Block(start=start, lengths=torch.ones_like(start), used=used, policy=policies)
         width = max(s.policy.budget for s in active)
         views = [layer.view(slice(0, rows), width) for layer in self._slab.layers]
 
@@ -232,70 +225,50 @@ class Engine:
         ids = self._integers([[s.generated[-1]] for s in active])
         hidden = self.model.hidden_states(ids, start[:, None], attend)
         used.copy_(step.used_after)
-        logits = self.model.logits(hidden[:, -1])
-        ended = [row for row in range(rows) if self._emit(row, logits[row], events)]
+        self._emit(0, draws, self.model.logits(hidden[:, -1]), events)
+
+    def _emit(self, first: int, draws: sampling.Batch, logits: Tensor, events: list[Event]) -> None:
+        """Draw a token for each row of `logits` [rows, vocab], the row `first` and those after it.
+
+        Reports the tokens, and frees the rows of sequences that end with theirs.
+        """
+        rows = range(first, first + len(logits))
+        tokens = draws.draw(logits)
+        logprobs = self._logprobs(first, logits, tokens)
+        now = self._clock()
+        for row, token in zip(rows, tokens, strict=True):
+            sequence = self._active[row]
+            events.append(sequence.accept(token, logprobs.get(row), now))
+            if sequence.reason is not None:
+                kept_tokens = int(self._slab.used[row])
+                statistics = self._statistics(sequence, self._slab, kept_tokens)
+                events.append(sequence.finished(statistics, now))
         # From the back, so that the row that moves into a freed one is never itself to be freed.
-        for row in reversed(ended):
-            self._free(row)
+        for row in reversed(rows):
+            if self._active[row].reason is not None:
+                self._free(row)
 
-    def _emit(self, row: int, logits: Tensor, events: list[Event]) -> bool:
-        """Draw the row's next token and report it; return whether the sequence has ended."""
-        sequence = self._active[row]
-        request = sequence.request
-        token = sampling.draw(logits, request.sampling, sequence.noise)
-        now = time.monotonic()
-        if not sequence.generated:
-            sequence.first_token_at = now
-        sequence.generated.append(token)
-        reason: FinishReason | None = None
-        text = ""
-        if token in self.model.eos_token_ids and not request.ignore_eos:
-            reason = FinishReason.END_OF_SEQUENCE
-        elif token in request.stop_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text = sequence.text.push(token)
-            if sequence.text.matched is not None:
-                reason = FinishReason.STOP
-            elif len(sequence.generated) >= request.max_new_tokens:
-                reason = FinishReason.LENGTH
-        if reason is not None:
-            text += sequence.text.flush()
-            if sequence.text.matched is not None:
-                # The last, withheld characters completed a stop string.
-                reason = FinishReason.STOP
-        events.append(Delta(request_id=request.request_id, text=text, token_ids=(token,)))
-        if reason is None:
-            return False
-        events.append(self._finished(row, sequence, reason, now))
-        return True
+    def _logprobs(self, first: int, logits: Tensor, tokens: list[int]) -> dict[int, TokenLogprobs]:
+        requests = [s.request for s in self._active[first : first + len(tokens)]]
+        asking = [i for i, request in enumerate(requests) if request.logprobs]
+        if not asking:
+            return {}
+        found = sampling.logprobs(
+            logits[asking], [tokens[i] for i in asking], [requests[i].top_logprobs for i in asking]
+        )
+        return {first + i: one for i, one in zip(asking, found, strict=True)}
 
-    def _finished(
-        self, row: int, sequence: _Sequence, reason: FinishReason, now: float
-    ) -> Finished:
-        used = int(self._slab.used[row])
+    def _statistics(
+        self, sequence: Sequence, cache: SlotCache, kept_tokens: int
+    ) -> CacheStatistics:
         shape = self.model.shape
         token_bytes = 2 * shape.head_dim * self.model.dtype.itemsize
-        return Finished(
-            request_id=sequence.request.request_id,
-            reason=reason,
-            matched_stop=sequence.text.matched,
-            usage=Usage(
-                prompt_tokens=len(sequence.request.prompt_ids),
-                completion_tokens=len(sequence.generated),
-            ),
-            cache=CacheStatistics(
-                budget=sequence.policy.budget,
-                kept_tokens=used,
-                evicted_tokens=sequence.seen - used,
-                kv_bytes=self._slab.row_nbytes(used),
-                kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
-            ),
-            timings=Timings(
-                queue_s=sequence.prefill_at - sequence.submitted_at,
-                prefill_s=sequence.first_token_at - sequence.prefill_at,
-                decode_s=now - sequence.first_token_at,
-            ),
+        return CacheStatistics(
+            budget=sequence.policy.budget,
+            kept_tokens=kept_tokens,
+            evicted_tokens=sequence.seen - kept_tokens,
+            kv_bytes=cache.row_nbytes(kept_tokens),
+            kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
         )
 
     def _free(self, row: int) -> None:
@@ -304,7 +277,7 @@ class Engine:
             self._active[row] = self._active[last]
             self._slab.copy_row(row, self._slab, last, self._active[row].policy.budget)
         self._active.pop()
-        self._policies = None
+        self._batch = None
 
     def _integers(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)

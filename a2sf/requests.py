@@ -7,7 +7,7 @@ tensors or of transport; the service converts these to and from messages.
 import enum
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.schema import AlphaTable, Count, Frozen, Positive
@@ -15,17 +15,21 @@ from a2sf.schema import AlphaTable, Count, Frozen, Positive
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_TOP_LOGPROBS = 20
 
 
 class Sampling(Frozen):
     """How the next token is drawn. Filters apply in the order of the fields here."""
 
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0, allow_inf_nan=False)] = 1.0
+    """Divides the positive logits of tokens in the prompt or completion, multiplies the negative
+    ones; 1 does nothing, more discourages repeating. The greedy choice heeds it too."""
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
     """0 is greedy: the most likely token, the lowest id on a tie."""
     top_k: Count = 0
-    """Draw from the k most likely tokens; 0 means all."""
+    """Draw from the k most likely tokens, and those as likely as the k-th; 0 means all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 1.0
-    """Draw from the fewest tokens whose probabilities reach this sum."""
+    """Draw from the fewest tokens whose probabilities reach this sum, the lowest ids of equals."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.0
     """Leave out tokens less likely than this share of the most likely one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -41,14 +45,42 @@ class GenerationRequest(Frozen):
     request_id: str
     prompt_ids: Annotated[tuple[Count, ...], Field(min_length=1)]
     max_new_tokens: Positive
+    min_new_tokens: Count = 0
+    """Tokens before which nothing but the time limit ends the completion; at most max_new_tokens.
+    A token that would end it is not drawn among them, and a stop string counts only where a later
+    token completes it."""
+    time_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Seconds from submission after which the stream ends with what it has: in the step that finds
+    them over, before anything is drawn in it. A request that has no token by then, or still waits,
+    ends too, with `Started` and `Finished` like any other."""
     sampling: Sampling = Sampling()
     stop: Annotated[tuple[StopString, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
     """Strings that end the completion and are left out of its text."""
     stop_token_ids: Annotated[tuple[Count, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """Tokens that end the completion and are left out of its text."""
     ignore_eos: bool = False
+    """Write on past the model's end-of-sequence tokens."""
+    logprobs: bool = False
+    """Tell each token's logprob: the log-softmax of the raw logits, before any setting above."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    """Most likely tokens to tell at each step, with their logprobs; needs `logprobs`."""
     cache_policy: CachePolicy = CachePolicy()
     table: AlphaTable | None = None
+
+    @field_validator("min_new_tokens")
+    @classmethod
+    def _within_the_most(cls, value: int, info: ValidationInfo) -> int:
+        most = info.data.get("max_new_tokens", value)
+        if value > most:
+            raise ValueError(f"{value}; accepted: 0 to max_new_tokens, {most}")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _logprobs_are_asked_for(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs", True):
+            raise ValueError(f"{value} without logprobs; set logprobs too")
+        return value
 
 
 class FinishReason(enum.Enum):
@@ -57,6 +89,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     STOP = "stop"
     END_OF_SEQUENCE = "end_of_sequence"
+    TIME_LIMIT = "time_limit"
 
 
 class Usage(Frozen):
@@ -82,7 +115,7 @@ class CacheStatistics(Frozen):
 
 
 class Timings(Frozen):
-    """Seconds on the engine's clock."""
+    """Seconds on the engine's clock; 0 for a part that the request did not live to see."""
 
     queue_s: float
     """From submission to the start of the prefill."""
@@ -101,12 +134,33 @@ class Started(Frozen):
     seed: Count
 
 
+class TokenLogprob(Frozen):
+    """A token that might have been chosen, and the natural logarithm of its probability."""
+
+    token_id: Count
+    logprob: float
+
+
+class TokenLogprobs(Frozen):
+    """How likely the model found a chosen token, and what it found most likely."""
+
+    logprob: float
+    """Of the chosen token."""
+    top: tuple[TokenLogprob, ...]
+    """The `top_logprobs` most likely tokens by falling logprob, the lowest id first on a tie."""
+
+
 class Delta(Frozen):
-    """What one decode step added. `text` ends at a character's boundary and may be empty."""
+    """What one decode step added. `text` ends at a character's boundary and may be empty.
+
+    The text withheld at a time limit comes without a token.
+    """
 
     request_id: str
     text: str
     token_ids: tuple[Count, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `token_ids` where the request asked; else none."""
 
 
 class Finished(Frozen):

@@ -18,10 +18,17 @@ class TextStream:
     """Decodes one completion token by token.
 
     `push` returns the text that is safe to send. Characters whose bytes are not complete wait, and
-    so does any text that may yet turn out to begin a stop string.
+    so does any text that may yet turn out to begin a stop string. A stop string that is complete
+    within the first `min_new_tokens` tokens is text like any other.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        min_new_tokens: int = 0,
+    ) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         context = list(prompt_ids[-_CONTEXT_TOKENS:])
         # A prompt that ends within a character cannot be a prefix of what it becomes.
@@ -30,12 +37,15 @@ class TextStream:
         self._undecoded: list[int] = []
         self._stop = tuple(stop)
         self._held = ""
+        self._unstoppable = min_new_tokens
+        """Tokens to come that cannot complete a stop string."""
         self.matched: str | None = None
         """The stop string that was met; nothing more may be pushed after it."""
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that it settles, up to a stop string if one is met."""
         assert self.matched is None, "the stream has ended"
+        self._unstoppable -= 1
         self._undecoded.append(token_id)
         piece = self._decoder.step(self._tokenizer, token_id)
         if piece is None:
@@ -56,12 +66,16 @@ class TextStream:
 
     def _settle(self, piece: str) -> str:
         text = self._held + piece
-        # The match that begins first wins; of two that begin together, the one listed first.
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if found:
-            at, self.matched = min(found, key=lambda match: match[0])
-            self._held = ""
-            return text[:at]
+        if self._unstoppable < 0:
+            # What ends in the text held back was complete before it could count.
+            ends = len(self._held) + 1
+            places = [(text.find(stop, max(ends - len(stop), 0)), stop) for stop in self._stop]
+            found = [(at, stop) for at, stop in places if at >= 0]
+            if found:
+                # The match that begins first wins; of two that do, the one listed first.
+                at, self.matched = min(found, key=lambda match: match[0])
+                self._held = ""
+                return text[:at]
         longest = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest]

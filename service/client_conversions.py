@@ -53,7 +53,8 @@ def generation_input(
         message = pb.GenerationInput(
             request_id=options.get("request_id", ""),
             max_new_tokens=max_new_tokens,
-            sampling=pb.Sampling(**sampling.model_dump(exclude_none=True)),
+            # Without defaults: a setting that the contract lacks is refused only if asked for.
+            sampling=pb.Sampling(**sampling.model_dump(exclude_none=True, exclude_defaults=True)),
             stop=options.get("stop", ()),
             stop_token_ids=options.get("stop_token_ids", ()),
             ignore_eos=options.get("ignore_eos", False),

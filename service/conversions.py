@@ -125,6 +125,7 @@ def started_message(event: Started) -> pb.GenerationStarted:
 def finished_message(event: Finished) -> pb.GenerationFinished:
     """Write the last event."""
     return pb.GenerationFinished(
+        # TIME_LIMIT has no value in the contract, and no request made here sets time_limit_s.
         reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
         matched_stop=event.matched_stop,
         usage=pb.Usage(**event.usage.model_dump()),

@@ -27,6 +27,7 @@ CORE = [
     "teacher",
     "sampling",
     "text",
+    "sequence",
     "admission",
     "engine",
 ]

@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import LlamaForCausalLM
 
+from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, ResourceExhausted, TableMismatch
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
-from a2sf.requests import Delta, Event, Finished, FinishReason
+from a2sf.requests import Delta, Event, Finished, FinishReason, Sampling, Started, TokenLogprobs
 from tests.driving import engine_for, finished, mixed_requests, prompts, request, run, tokens
 from tests.tables import make_table
-from tests.tiny import save_tiny_llama
+from tests.tiny import BYTES, save_tiny_llama
 
 
 def test_a_request_gets_the_tokens_it_would_get_alone(tiny_model_64: LoadedModel) -> None:
@@ -141,6 +146,207 @@ def test_the_end_of_sequence_token_ends_a_stream_unless_it_is_to_be_ignored(
     assert finished(streams["stop"]).reason is FinishReason.END_OF_SEQUENCE
     assert tokens(streams["stop"]) == first[: first.index(first[2]) + 1]
     assert tokens(streams["go"]) == first
+
+
+def text_of(stream: list[Event]) -> str:
+    return "".join(event.text for event in stream if isinstance(event, Delta))
+
+
+def logprobs_of(stream: list[Event]) -> list[TokenLogprobs]:
+    return [one for event in stream if isinstance(event, Delta) for one in event.logprobs]
+
+
+def test_no_token_that_would_end_the_stream_comes_before_min_new_tokens(
+    tmp_path: Any, tiny_model: LoadedModel
+) -> None:
+    engine = engine_for(tiny_model)
+    engine.submit(request("r", range(65, 90)))
+    first = tokens(run(engine)["r"])
+    directory = save_tiny_llama(tmp_path, eos_token_id=first[2])
+    engine = engine_for(load_model(str(directory), device="cpu"))
+    for least in (0, 2, 3, 9):
+        engine.submit(
+            request(
+                "r",
+                range(65, 90),
+                ignore_eos=False,
+                min_new_tokens=least,
+                stop_token_ids=(first[0],) if least else (),
+            )
+        )
+        stream = run(engine)["r"]
+        got = tokens(stream)
+        ends = {first[0], first[2]} if least else {first[2]}
+        assert not ends & set(got[:least])
+        assert len(got) > least
+        ended_by_token = finished(stream).reason is not FinishReason.LENGTH
+        assert (got[-1] in ends) == ended_by_token
+        assert not ends & set(got[least:-1])
+    engine.submit(request("go", range(65, 90), ignore_eos=True, min_new_tokens=9))
+    # What does not end the stream is not barred.
+    assert tokens(run(engine)["go"]) == first
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: LoadedModel) -> list[str]:
+    """What each token of a completion without stop strings settles."""
+    engine = engine_for(tiny_model)
+    engine.submit(request("plain", range(65, 90), max_new_tokens=40))
+    return [event.text for event in run(engine)["plain"] if isinstance(event, Delta)]
+
+
+@given(st.data(), st.integers(0, 40))
+def test_the_pieces_join_to_the_completion_up_to_the_stop(
+    tiny_model: LoadedModel, plain: list[str], data: st.DataObject, least: int
+) -> None:
+    text = "".join(plain)
+    starts = data.draw(st.lists(st.integers(0, len(text) - 2), min_size=1, max_size=3))
+    stop = tuple(text[at : at + data.draw(st.integers(1, 5))] for at in starts)
+    engine = engine_for(tiny_model)
+    engine.submit(request("r", range(65, 90), max_new_tokens=40, min_new_tokens=least, stop=stop))
+    stream = run(engine)["r"]
+    sent = text_of(stream)
+    end = finished(stream)
+    for count in range(least + 1, 41):
+        before, read = "".join(plain[: count - 1]), "".join(plain[:count])
+        places = [read.find(s, max(len(before) - len(s) + 1, 0)) for s in stop]
+        if max(places) >= 0:
+            assert sent == read[: min(at for at in places if at >= 0)]
+            assert end.reason is FinishReason.STOP
+            assert end.usage.completion_tokens == count
+            return
+    assert sent == text
+    assert end.reason is FinishReason.LENGTH
+
+
+def test_logprobs_come_to_those_who_ask_and_are_the_model_s_own(
+    tiny_model: LoadedModel, tiny_model_dir: Any
+) -> None:
+    prompt = tuple(range(65, 90))
+    # Settings change the choice, never the logprobs.
+    wish = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
+    common = {"cache_policy": CachePolicy(preset="full"), "sampling": wish}
+    engine = engine_for(tiny_model)
+    engine.submit(request("quiet", prompt, **common))
+    engine.submit(request("asks", prompt, **common, logprobs=True, top_logprobs=20))
+    engine.submit(request("own", prompt, **common, logprobs=True))
+    streams = run(engine)
+    ids = tokens(streams["asks"])
+    assert ids == tokens(streams["quiet"]) == tokens(streams["own"])
+    assert logprobs_of(streams["quiet"]) == []
+    with torch.inference_mode():
+        logits = LlamaForCausalLM.from_pretrained(tiny_model_dir)(
+            torch.tensor([[*prompt, *ids[:-1]]])
+        ).logits[0, len(prompt) - 1 :]
+    want = logits.double().log_softmax(-1)
+    asked = logprobs_of(streams["asks"])
+    assert [one.logprob for one in asked] == pytest.approx(
+        want[range(len(ids)), ids].tolist(), abs=1e-4
+    )
+    for one, row in zip(asked, want, strict=True):
+        assert [a.logprob for a in one.top] == pytest.approx(row.topk(20).values.tolist(), abs=1e-4)
+        assert [a.logprob for a in one.top] == pytest.approx(
+            row[[a.token_id for a in one.top]].tolist(), abs=1e-4
+        )
+    own = logprobs_of(streams["own"])
+    assert [one.logprob for one in own] == pytest.approx([one.logprob for one in asked], abs=1e-4)
+    assert all(one.top == () for one in own)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
+    tiny_model: LoadedModel,
+) -> None:
+    engine = engine_for(tiny_model)
+    for name, length in (("six", 6), ("ten", 10)):
+        engine.submit(request(name, range(65, 90), max_new_tokens=length))
+    alone = run(engine)
+
+    clock = Clock()
+    engine = Engine(tiny_model, engine.config.model_copy(update={"max_batch": 2}), clock=clock)
+    streams: dict[str, list[Event]] = {}
+
+    def step() -> None:
+        for event in engine.step():
+            streams.setdefault(event.request_id, []).append(event)
+
+    limit = {"time_limit_s": 5.0, "max_new_tokens": 60}
+    # The last character so far may begin this stop string, so it is withheld.
+    stop = (text_of(alone["six"])[-1] + "and so on",)
+    engine.submit(request("active", range(65, 90), stop=stop, **limit))
+    for _ in range(4):
+        step()
+    chunks = CachePolicy(preset="h2o", budget=16, prefill_chunk=10)
+    engine.submit(request("prefilling", range(40), cache_policy=chunks, **limit))
+    engine.submit(request("waiting", range(5), **limit))
+    engine.submit(request("patient", range(65, 90), max_new_tokens=10))
+    for now in (1.0, 4.9):
+        clock.now = now
+        step()
+    assert not any(isinstance(stream[-1], Finished) for stream in streams.values())
+    clock.now = 5.0
+    step()
+    ended = {name: finished(streams[name]) for name in ("active", "prefilling", "waiting")}
+    assert all(event.reason is FinishReason.TIME_LIMIT for event in ended.values())
+    for name, stream in run(engine).items():
+        streams[name] += stream
+
+    assert tokens(streams["active"]) == tokens(alone["six"])
+    assert text_of(streams["active"]) == text_of(alone["six"])
+    rest = streams["active"][-2]
+    assert isinstance(rest, Delta)
+    assert (rest.text, rest.token_ids) == (stop[0][0], ())
+    cache = ended["prefilling"].cache
+    assert cache.kept_tokens + cache.evicted_tokens == 20
+    times = ended["prefilling"].timings
+    assert (times.queue_s, times.prefill_s, times.decode_s) == (1.0, 4.0, 0.0)
+    assert ended["waiting"].cache.kv_bytes == 0
+    assert ended["waiting"].timings.queue_s == 5.0
+    for name in ("prefilling", "waiting"):
+        assert [type(event) for event in streams[name]] == [Started, Finished]
+        assert ended[name].usage.completion_tokens == 0
+    # The others' rows serve the next request as if nothing had been.
+    assert tokens(streams["patient"]) == tokens(alone["ten"])
+    for stream in streams.values():
+        finished(stream)
+
+
+def test_a_request_that_all_tokens_end_cannot_have_a_least_length(tmp_path: Any) -> None:
+    # Every token of this model ends a completion.
+    everything = list(range(BYTES + 2))
+    directory = save_tiny_llama(tmp_path, eos_token_id=everything)
+    engine = engine_for(load_model(str(directory), device="cpu"))
+    with pytest.raises(InvalidArgument, match="all 258 tokens") as caught:
+        engine.submit(request("r", (1, 2), ignore_eos=False, min_new_tokens=1))
+    assert caught.value.field == "min_new_tokens"
+    engine.submit(request("r", (1, 2), ignore_eos=True, min_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"min_new_tokens": 21}, "0 to max_new_tokens, 20"),
+        ({"top_logprobs": 3}, "set logprobs too"),
+        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
+        ({"time_limit_s": 0.0}, "greater than 0"),
+        ({"sampling": {"repetition_penalty": 0.0}}, "greater than or equal to 0.01"),
+    ],
+)
+def test_values_that_contradict_themselves_make_no_request(
+    fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValidationError, match=says) as caught:
+        request("r", (1, 2), **fields)
+    assert caught.value.errors()[0]["loc"][0] in fields
 
 
 @pytest.mark.parametrize(

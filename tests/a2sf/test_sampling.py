@@ -1,11 +1,19 @@
 """A draw follows the filtered distribution, and depends on its own row and seed alone."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
 from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -14,54 +22,282 @@ from transformers import (
 from a2sf import sampling
 from a2sf.requests import Sampling
 
+CPU = torch.device("cpu")
+VOCAB = 32
+
+# Each is off in about half of the rows, so that every filter also comes alone.
+wishes = st.builds(
+    Sampling,
+    repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
+    temperature=st.just(1.0) | st.floats(0.2, 3.0),
+    top_k=st.just(0) | st.integers(1, 40),
+    top_p=st.just(1.0) | st.floats(0.05, 0.99),
+    min_p=st.just(0.0) | st.floats(0.01, 0.9),
+)
+greedy_wishes = st.builds(
+    Sampling,
+    repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
+    temperature=st.just(0.0),
+    top_k=st.integers(0, 5),
+)
+ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
+
+
+def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def row(wish: Sampling, prompt_ids: list[int] | None = None, **fields: Any) -> sampling.Row:
+    settings = {"seed": 0, "vocab_size": VOCAB, "device": CPU, **fields}
+    return sampling.Row.start(wish, prompt_ids=prompt_ids or [0], **settings)
+
+
+def probabilities(logits: Tensor, wish: Sampling) -> Tensor:
+    return sampling.Batch([row(wish, vocab_size=len(logits))], CPU).probabilities(logits[None])[0]
+
+
+def draw(logits: Tensor, one: sampling.Row) -> int:
+    return sampling.Batch([one], CPU).draw(logits[None])[0]
+
+
+def transformers_scores(
+    logits: Tensor, wish: Sampling, prompt_ids: list[int], barred: list[int]
+) -> Tensor:
+    """What transformers makes of one row, in the order of its own `generate`."""
+    chain = LogitsProcessorList()
+    if wish.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
+    if barred:
+        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt_ids), 1, barred))
+    if wish.temperature > 0:
+        chain.append(TemperatureLogitsWarper(wish.temperature))
+        if wish.top_k:
+            chain.append(TopKLogitsWarper(wish.top_k))
+        if wish.top_p < 1:
+            chain.append(TopPLogitsWarper(wish.top_p))
+        if wish.min_p > 0:
+            chain.append(MinPLogitsWarper(wish.min_p))
+    scores: Tensor = chain(torch.tensor([prompt_ids]), logits[None].clone())
+    return scores[0]
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(wishes, ids, st.just([]) | ids), min_size=1, max_size=4),
+)
+def test_the_distribution_equals_transformers_row_by_row(
+    seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
+) -> None:
+    logits = random_logits(len(cases), seed=seed)
+    rows = [row(wish, prompt, barred=barred, barred_draws=1) for wish, prompt, barred in cases]
+    found = sampling.Batch(rows, CPU).probabilities(logits)
+    want = torch.stack(
+        [transformers_scores(x, *case) for x, case in zip(logits, cases, strict=True)]
+    )
+    torch.testing.assert_close(found, want.softmax(dim=-1))
+
 
 @given(
     st.integers(0, 10**6),
-    st.floats(0.2, 3.0),
-    st.integers(0, 40),
-    st.floats(0.05, 1.0),
-    st.floats(0.0, 0.9),
+    st.lists(st.tuples(greedy_wishes, ids, st.just([]) | ids), min_size=1, max_size=4),
 )
-def test_the_filters_equal_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+def test_greedy_rows_take_the_top_of_what_transformers_leaves(
+    seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
-    logits = torch.randn(32, generator=torch.Generator().manual_seed(seed)) * 3
-    wish = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    want = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k:
-        want = TopKLogitsWarper(min(top_k, 32))(None, want)
-    if top_p < 1:
-        want = TopPLogitsWarper(top_p)(None, want)
-    if min_p > 0:
-        want = MinPLogitsWarper(min_p)(None, want)
-    torch.testing.assert_close(sampling.filtered_probabilities(logits, wish), want[0].softmax(-1))
+    logits = random_logits(len(cases), seed=seed)
+    rows = [row(wish, prompt, barred=barred, barred_draws=1) for wish, prompt, barred in cases]
+    want = [
+        int(transformers_scores(x, *case).argmax()) for x, case in zip(logits, cases, strict=True)
+    ]
+    assert sampling.Batch(rows, CPU).draw(logits) == want
 
 
-def test_draws_are_as_frequent_as_the_distribution_says() -> None:
-    logits = torch.tensor([0.1, 2.0, -1.0, 1.0, 0.5])
-    wish = Sampling(temperature=0.9, top_k=4)
-    noise = sampling.generator(1)
-    counts = torch.zeros(5)
-    for _ in range(4000):
-        counts[sampling.draw(logits, wish, noise)] += 1
-    want = sampling.filtered_probabilities(logits, wish)
-    assert counts[2] == 0
-    torch.testing.assert_close(counts / 4000, want, rtol=0, atol=0.03)
+def test_all_that_equal_the_kth_largest_stay_as_in_transformers() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
+    wish = Sampling(top_k=2)
+    found = probabilities(logits, wish)
+    assert (found > 0).tolist() == [False, True, True, True, True, False]
+    torch.testing.assert_close(found, transformers_scores(logits, wish, [0], []).softmax(-1))
+
+
+def test_of_equals_at_the_edge_of_top_p_the_lowest_ids_stay() -> None:
+    wish = Sampling(top_p=0.6)
+    found = probabilities(torch.zeros(4), wish)
+    # Half is not enough and three quarters are; transformers leaves as many.
+    assert (found > 0).tolist() == [True, True, True, False]
+    theirs = transformers_scores(torch.zeros(4), wish, [0], [])
+    assert int(theirs.isfinite().sum()) == 3
+
+
+def test_a_token_that_just_reaches_top_p_is_the_last_to_stay() -> None:
+    # Exact in binary: 1/2, 1/4, 1/8, 1/8.
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log2() * math.log(2)
+    for top_p, kept in ((0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.8751, 4)):
+        assert int((probabilities(logits, Sampling(top_p=top_p)) > 0).sum()) == kept
+
+
+@pytest.mark.parametrize(
+    "wish", [Sampling(top_k=10**12), Sampling(top_p=1e-9), Sampling(min_p=1.0), Sampling(top_k=1)]
+)
+def test_a_filter_at_its_extreme_leaves_everything_or_the_top(wish: Sampling) -> None:
+    logits = random_logits(1)[0]
+    kept = int((probabilities(logits, wish) > 0).sum())
+    assert kept == (VOCAB if wish.top_k > 1 else 1)
+
+
+def one_row_written_out(logits: Tensor, wish: Sampling, noise: torch.Generator) -> int:
+    """One row's draw on its own, filter by filter: what a seed has meant from the start."""
+    if wish.temperature == 0.0:
+        return int(logits.argmax())
+    scaled = logits.float() / wish.temperature
+    if 0 < wish.top_k < len(scaled):
+        least = scaled.topk(wish.top_k).values[-1]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if wish.top_p < 1.0:
+        descending, order = scaled.softmax(dim=-1).sort(descending=True, stable=True)
+        before = descending.cumsum(dim=-1) - descending
+        scaled[order[before >= wish.top_p]] = -torch.inf
+    if wish.min_p > 0.0:
+        shares = scaled.softmax(dim=-1)
+        scaled = scaled.masked_fill(shares < wish.min_p * shares.max(), -torch.inf)
+    race = torch.empty(len(scaled)).exponential_(generator=noise)
+    return int((scaled.softmax(dim=-1) / race).argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [5, 257, 5000])
+def test_a_seed_means_the_same_tokens_as_a_row_drawn_on_its_own(
+    vocab: int, dtype: torch.dtype
+) -> None:
+    made = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.0, 0.7, 1.3)
+        for top_k in (0, 1, 50)
+        for top_p in (0.4, 0.9, 1.0)
+        for min_p in (0.0, 0.05)
+    ]
+    batch = sampling.Batch(
+        [row(wish, seed=i, vocab_size=vocab) for i, wish in enumerate(made)], CPU
+    )
+    streams = [sampling.generator(i) for i in range(len(made))]
+    for step in range(6):
+        logits = random_logits(len(made), vocab, seed=step).to(dtype)
+        assert batch.draw(logits) == [
+            one_row_written_out(*each) for each in zip(logits, made, streams, strict=True)
+        ]
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(wishes | greedy_wishes, ids, ids), min_size=2, max_size=7),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([VOCAB, 1000]),
+)
+def test_a_row_draws_among_any_others_what_it_draws_alone(
+    seed: int,
+    cases: list[tuple[Sampling, list[int], list[int]]],
+    dtype: torch.dtype,
+    vocab: int,
+) -> None:
+    def start(index: int) -> sampling.Row:
+        wish, prompt, barred = cases[index]
+        return row(wish, prompt, seed=index, vocab_size=vocab, barred=barred, barred_draws=2)
+
+    steps = [random_logits(len(cases), vocab, seed=seed + i).to(dtype) for i in range(5)]
+    batch = sampling.Batch([start(i) for i in range(len(cases))], CPU)
+    together = [batch.draw(logits) for logits in steps]
+    for index in range(len(cases)):
+        alone = start(index)
+        tokens = [draw(logits[index], alone) for logits in steps]
+        assert tokens == [step[index] for step in together]
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        Sampling(),
+        Sampling(temperature=0.9, top_k=4),
+        Sampling(temperature=1.5, top_p=0.9),
+        Sampling(temperature=2.0, min_p=0.2),
+    ],
+)
+def test_draws_are_as_frequent_as_the_distribution_says(wish: Sampling) -> None:
+    logits = torch.tensor([0.1, 2.0, -1.0, 1.0, 0.5, -0.5])
+    count = 4000
+    want = probabilities(logits, wish)
+    one = row(wish, seed=1, vocab_size=6)
+    in_time = torch.tensor([draw(logits, one) for _ in range(count)])
+    rows = [row(wish, seed=seed, vocab_size=6) for seed in range(count)]
+    across = torch.tensor(sampling.Batch(rows, CPU).draw(logits.expand(count, -1)))
+    for drawn in (in_time, across):
+        seen = drawn.bincount(minlength=6)
+        assert int(seen[want == 0].sum()) == 0
+        kept = want > 0
+        expected = want[kept].double() * count
+        assert chisquare(seen[kept], expected * count / expected.sum()).pvalue > 0.001
 
 
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = torch.zeros(50)
 
     def draws(seed: int) -> list[int]:
-        noise = sampling.generator(seed)
-        return [sampling.draw(logits, Sampling(), noise) for _ in range(20)]
+        one = row(Sampling(), seed=seed, vocab_size=50)
+        return [draw(logits, one) for _ in range(20)]
 
     assert draws(3) == draws(3) != draws(4)
 
 
-def test_greedy_takes_the_most_likely_and_the_lowest_of_equals() -> None:
-    logits = torch.tensor([0.0, 5.0, 5.0])
-    assert sampling.draw(logits, Sampling(temperature=0.0), sampling.generator(0)) == 1
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40])
+def test_greedy_takes_the_most_likely_and_the_lowest_of_equals(temperature: float) -> None:
+    wish = Sampling(temperature=temperature)
+    # Beside a row that draws, too.
+    rows = [row(wish, vocab_size=3), row(Sampling(), vocab_size=3)]
+    logits = torch.tensor([[0.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
+    assert sampling.Batch(rows, CPU).draw(logits)[0] == 1
+    assert draw(logits[0], row(wish, vocab_size=3)) == 1
+
+
+def test_a_drawn_token_is_penalized_from_then_on() -> None:
+    one = row(Sampling(temperature=0.0, repetition_penalty=2.0), [3], vocab_size=4)
+    batch = sampling.Batch([one], CPU)
+    logits = torch.tensor([[2.0, 3.0, 2.5, 4.0]])
+    # 3 was in the prompt and counts half; so does each token once drawn, and only once.
+    assert [batch.draw(logits)[0] for _ in range(5)] == [1, 2, 0, 3, 3]
+    assert logits.tolist() == [[2.0, 3.0, 2.5, 4.0]]
+
+
+def test_tokens_are_barred_for_so_many_draws_and_no_longer() -> None:
+    one = row(Sampling(temperature=0.0), vocab_size=3, barred=(2, 0), barred_draws=2)
+    logits = torch.tensor([1.0, 0.0, 2.0])
+    assert [draw(logits, one) for _ in range(3)] == [1, 1, 2]
+    always = [
+        draw(logits, row(Sampling(), seed=s, vocab_size=3, barred=(2, 0), barred_draws=1))
+        for s in range(30)
+    ]
+    assert set(always) == {1}
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=30),
+    st.integers(0, 20),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@example([1] * 30, 20, torch.float32)
+def test_logprobs_are_of_the_raw_logits_and_equals_come_by_their_ids(
+    values: list[int], top: int, dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([values, values[::-1]], dtype=dtype)
+    found = sampling.logprobs(logits, [0, len(values) - 1], [top, 0])
+    want = torch.tensor(values, dtype=torch.float64).log_softmax(-1).tolist()
+    assert [one.logprob for one in found] == pytest.approx([want[0]] * 2, abs=1e-6)
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))[:top]
+    assert [one.token_id for one in found[0].top] == ranked
+    assert [one.logprob for one in found[0].top] == pytest.approx(
+        [want[i] for i in ranked], abs=1e-6
+    )
+    assert found[1].top == ()
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])

@@ -1,6 +1,6 @@
 """Text comes out whole: every character, no stop string, whatever the tokens."""
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from a2sf.text import TextStream
@@ -9,8 +9,10 @@ from tests.tiny import EOS, byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
-def stream_of(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, list[str], str | None]:
-    stream = TextStream(TOKENIZER, TOKENIZER("prompt ").input_ids, stop)
+def stream_of(
+    ids: list[int], stop: tuple[str, ...] = (), min_new_tokens: int = 0
+) -> tuple[str, list[str], str | None]:
+    stream = TextStream(TOKENIZER, TOKENIZER("prompt ").input_ids, stop, min_new_tokens)
     pieces = []
     for token in ids:
         pieces.append(stream.push(token))
@@ -51,6 +53,30 @@ def test_a_stop_string_ends_the_text_before_it_and_never_leaks(text: str, stop: 
     assert text.startswith(joined + matched)
     assert len(joined + matched) == ends
     assert not any(s in joined for s in stop)
+
+
+@settings(max_examples=300)
+@given(
+    st.text(alphabet="abé", max_size=20),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 20),
+)
+@example("aab", ["ab", "aab"], 2)  # "ab" begins before the second token ends and counts
+@example("xab!", ["ab", "xab!"], 3)  # "ab" is complete too early, what holds it is not
+def test_a_stop_string_counts_once_a_token_after_the_first_few_completes_it(
+    text: str, stop: list[str], min_new_tokens: int
+) -> None:
+    tokens = TOKENIZER(text).input_ids
+    joined, _, matched = stream_of(tokens, tuple(stop), min_new_tokens)
+    for end in range(1, len(text) + 1):
+        # A character is settled by the last of its tokens.
+        read = text[:end]
+        found = [s for s in stop if read.endswith(s)]
+        if found and len(TOKENIZER(read).input_ids) > min_new_tokens:
+            assert matched == max(found, key=len)
+            assert joined + matched == read
+            return
+    assert (joined, matched) == (text, None)
 
 
 def test_a_prompt_that_ends_within_a_character_does_no_harm() -> None:

@@ -1,0 +1,160 @@
+"""One request on its way through the engine: what it has drawn, and when and why it ends.
+
+Owns a sequence's progress and the events that tell of it. Knows nothing of rows, caches or models:
+the engine tells it which token was drawn and what its row holds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from a2sf import sampling
+from a2sf.models import LoadedModel
+from a2sf.policy import EffectivePolicy
+from a2sf.requests import (
+    CacheStatistics,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Started,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+from a2sf.text import TextStream
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """The state of one request; times are seconds on the engine's clock."""
+
+    request: GenerationRequest
+    policy: EffectivePolicy
+    seed: int
+    row: sampling.Row
+    """What its draws depend on and remember."""
+    text: TextStream
+    ending: dict[int, FinishReason]
+    """The tokens that end it, and the reason to give."""
+    submitted_at: float
+    prefill_at: float | None = None
+    first_token_at: float | None = None
+    prefilled: int = 0
+    """Prompt tokens in the cache so far."""
+    generated: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    """Why it ended; None while it goes on."""
+
+    @classmethod
+    def queued(
+        cls, request: GenerationRequest, policy: EffectivePolicy, model: LoadedModel, now: float
+    ) -> Self:
+        """Return the state of a request that was just accepted, to be served under `policy`."""
+        ending = ending_tokens(request, model)
+        seed = sampling.choose_seed(request.sampling)
+        return cls(
+            request=request,
+            policy=policy,
+            seed=seed,
+            row=sampling.Row.start(
+                request.sampling,
+                seed=seed,
+                prompt_ids=request.prompt_ids,
+                vocab_size=model.shape.vocab_size,
+                device=model.device,
+                barred=tuple(ending),
+                barred_draws=request.min_new_tokens,
+            ),
+            text=TextStream(
+                model.tokenizer, request.prompt_ids, request.stop, request.min_new_tokens
+            ),
+            ending=ending,
+            submitted_at=now,
+        )
+
+    @property
+    def seen(self) -> int:
+        """Tokens that have entered the cache: the position of the next one."""
+        # The newest token has been drawn but not yet run through the model.
+        return self.prefilled + max(len(self.generated) - 1, 0)
+
+    def overdue(self, now: float) -> bool:
+        """Whether the request's time limit is over."""
+        limit = self.request.time_limit_s
+        return limit is not None and now - self.submitted_at >= limit
+
+    def started(self) -> Started:
+        """Return the stream's first event."""
+        return Started(
+            request_id=self.request.request_id,
+            policy=self.policy,
+            prompt_tokens=len(self.request.prompt_ids),
+            seed=self.seed,
+        )
+
+    def accept(self, token: int, logprobs: TokenLogprobs | None, now: float) -> Delta:
+        """Take the token that was drawn; afterwards `reason` tells whether it was the last."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.generated.append(token)
+        self.reason = self.ending.get(token)
+        text = ""
+        if self.reason is None:
+            text = self.text.push(token)
+            if self.text.matched is not None:
+                self.reason = FinishReason.STOP
+            elif len(self.generated) >= self.request.max_new_tokens:
+                self.reason = FinishReason.LENGTH
+        if self.reason is not None:
+            text += self._withheld()
+        return Delta(
+            request_id=self.request.request_id,
+            text=text,
+            token_ids=(token,),
+            logprobs=() if logprobs is None else (logprobs,),
+        )
+
+    def time_out(self) -> Delta | None:
+        """End for the time limit; return the text withheld so far, if there is any."""
+        self.reason = FinishReason.TIME_LIMIT
+        text = self._withheld()
+        if not text:
+            return None
+        return Delta(request_id=self.request.request_id, text=text, token_ids=())
+
+    def finished(self, cache: CacheStatistics, now: float) -> Finished:
+        """Return the stream's last event, once there is a `reason`."""
+        assert self.reason is not None, "the sequence goes on"
+        prefill_at = now if self.prefill_at is None else self.prefill_at
+        first_token_at = now if self.first_token_at is None else self.first_token_at
+        return Finished(
+            request_id=self.request.request_id,
+            reason=self.reason,
+            matched_stop=self.text.matched,
+            usage=Usage(
+                prompt_tokens=len(self.request.prompt_ids),
+                completion_tokens=len(self.generated),
+            ),
+            cache=cache,
+            timings=Timings(
+                queue_s=prefill_at - self.submitted_at,
+                prefill_s=first_token_at - prefill_at,
+                decode_s=now - first_token_at,
+            ),
+        )
+
+    def _withheld(self) -> str:
+        text = self.text.flush()
+        if self.text.matched is not None:
+            # The last, withheld characters completed a stop string.
+            self.reason = FinishReason.STOP
+        return text
+
+
+def ending_tokens(request: GenerationRequest, model: LoadedModel) -> dict[int, FinishReason]:
+    """Return the tokens that end this request, each with its reason."""
+    ending = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
+    if not request.ignore_eos:
+        eos = (i for i in model.eos_token_ids if i < model.shape.vocab_size)
+        ending |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
+    return ending
