@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +27,8 @@ from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.reference import path as reference_path
 from a2sf.requests import GenerationRequest, Sampling
-from tuner import machine
+from benchmarks import RESULTS, save
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE = {
     "num_hidden_layers": 6,
     "hidden_size": 512,
@@ -147,19 +145,16 @@ def main(
                     f"batch {size:2d}  {name:28s} {median:8.2f} ms  "
                     f"[{low:.2f}, {high:.2f}]  {base / median:5.2f}x"
                 )
-    document = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine.describe(model.device, model.dtype),
-        "model": {**SHAPE, "dtype": "float32", "weights": "random"},
-        "context": context,
-        "budget": budget,
-        "rounds": rounds,
-        "steps_per_round": steps,
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    typer.echo(f"written to {out}")
+    save(
+        out,
+        model,
+        model={**SHAPE, "dtype": "float32", "weights": "random"},
+        context=context,
+        budget=budget,
+        rounds=rounds,
+        steps_per_round=steps,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ round, and compared within the run.
     python -m benchmarks.evaluation [--length 512] [--batch 32] [--out FILE]
 """
 
-import json
 import os
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +20,8 @@ from a2sf import teacher
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
 from a2sf.teacher import Example
-from tuner import machine
+from benchmarks import RESULTS, save
 from tuner.objective import effective
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(
@@ -76,19 +72,16 @@ def main(
             }
         )
         typer.echo(f"{name:36s} {median:7.2f} s  [{low:.2f}, {high:.2f}]  {median / base:5.2f}x")
-    document = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine.describe(model.device, model.dtype),
-        "model": model.identity.id,
-        "length": length,
-        "batch": batch,
-        "budget_ratio": ratio,
-        "rounds": rounds,
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    typer.echo(f"written to {out}")
+    save(
+        out,
+        model,
+        model=model.identity.id,
+        length=length,
+        batch=batch,
+        budget_ratio=ratio,
+        rounds=rounds,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

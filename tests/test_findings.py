@@ -8,7 +8,8 @@ import pytest
 
 from a2sf.models import LoadedModel
 from benchmarks import findings
-from benchmarks.findings import FIGURES, PAGES, STUDIES, differences, fill, render, summary
+from benchmarks.findings import FIGURES, PAGES, STUDIES, differences, summary
+from benchmarks.findings_page import fill, render
 
 KNOWN = json.loads(FIGURES.read_text(encoding="utf-8"))
 
