@@ -199,7 +199,9 @@ def _figures(console: Console, table: AlphaTable) -> None:
 
 def _figure(value: Estimate, *, sign: bool = False) -> str:
     form = "+.4f" if sign else ".4f"
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    # Rounded before it is shown, so that no zero is negative.
+    mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _style(alpha: float) -> Style:

@@ -302,7 +302,9 @@ def test_evaluate_prints_every_figure_and_writes_json_and_html(
     for cell in found.cells:
         for figure in (cell.kl, cell.nll, cell.top1, cell.accuracy, cell.similarity):
             assert figure is not None
-            assert f"{figure.mean:.4f} [{figure.low:.4f}, {figure.high:.4f}]" in out
+            mean, low, high = (round(x, 4) + 0.0 for x in (figure.mean, figure.low, figure.high))
+            assert f"{mean:.4f} [{low:.4f}, {high:.4f}]" in out
+    assert "-0.0000" not in out
     assert "a2sf:.9 minus h2o" in out
     assert str(tmp_path) not in found.command
     assert found.command.startswith("python -m tuner evaluate --dataset sums")
