@@ -152,7 +152,9 @@ def _plan(
     wanted: Sequence[Named],
     settings: Settings,
 ) -> _Plan:
-    part = source.validation if settings.split == "validation" else source.calibration
+    part, other = source.validation, source.calibration
+    if settings.split == "calibration":
+        part, other = other, part
     items = packing.items(
         model,
         part,
@@ -160,8 +162,8 @@ def _plan(
         length=settings.length,
         seed=settings.seed,
         shots=shots,
-        # Never from the part that is measured: a solved example may stand beside any question.
-        solved=source.calibration,
+        # Never from the part that is measured: no question may stand beside its own answer.
+        solved=other,
     )
     if len(items) < settings.examples:
         raise InvalidArgument(
@@ -169,12 +171,11 @@ def _plan(
             f"{settings.examples} of at most {settings.length} tokens, and {part.split} of "
             f"{source.name} gives {len(items)}; lower --examples, or change --length",
         )
-    kind: Accuracy | None = None
-    if items[0].alternatives:
-        kind, questions = "likeliest choice", len(items)
-    else:
-        questions = sum(len(item.answers) for item in items)
-        kind = "exact greedy answer" if questions else None
+    kinds = {_judged_by(item) for item in items}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    questions = 0
+    if kind is not None:
+        questions = sum(1 if item.alternatives else len(item.answers) for item in items)
     chunk = settings.prefill_chunk
     if chunk is None:
         chunk = EXACT if shots is None else STEP_BY_STEP
@@ -200,6 +201,12 @@ def _plan(
     return _Plan(task, items, cells)
 
 
+def _judged_by(item: Item) -> Accuracy | None:
+    if item.alternatives:
+        return "likeliest choice"
+    return "exact greedy answer" if item.answers else None
+
+
 def _resolve(
     model: LoadedModel,
     task: Task,
@@ -214,7 +221,7 @@ def _resolve(
         return effective(candidate, model, length)
     except InvalidArgument as error:
         raise InvalidArgument(
-            "--policies" if size is None else "--ratios",
+            "--slots" if size is not None and size.slots is not None else "--ratios",
             f"{policy.name} at {size}, on {task.name}, with an example of {length} tokens: {error}",
         ) from error
 
@@ -255,8 +262,10 @@ def _pass(
         gathered = plan.cells[cell]
         gathered.budget.append(policy.budget)
         _measure(gathered, batch[index], prediction, full[index])
-    asked = [(cell, index, e) for cell, index in rows for e in batch[index].alternatives]
-    if asked:
+        if plan.task.accuracy == "exact greedy answer":
+            gathered.add("accuracy", _exact(batch[index], prediction))
+    if plan.task.accuracy == "likeliest choice":
+        asked = [(cell, index, e) for cell, index in rows for e in batch[index].alternatives]
         chosen = [resolved(example, cell) for cell, _, example in asked]
         scores = [
             float(log_likelihoods(example, prediction.logits.log_softmax(dim=-1)).sum())
@@ -283,11 +292,15 @@ def _measure(gathered: _Gathered, item: Item, prediction: Prediction, full: Tens
     gathered.add("top1", float((greedy == full.argmax(dim=-1).cpu()).double().mean()))
     gathered.add("similarity", float(prediction.similarity.mean()))
     gathered.similarity.append(prediction.similarity)
-    if item.answers and not item.alternatives:
-        wanted = torch.tensor([example.token_ids[position + 1] for position in example.counted])
-        right = (greedy == wanted).tolist()
-        exact = [all(right[index] for index in answer) for answer in item.answers]
-        gathered.add("accuracy", sum(exact) / len(exact))
+
+
+def _exact(item: Item, prediction: Prediction) -> float:
+    """The share of answers that a greedy completion would give token for token."""
+    example = item.example
+    wanted = torch.tensor([example.token_ids[position + 1] for position in example.counted])
+    right = (prediction.logits.argmax(dim=-1).cpu() == wanted).tolist()
+    exact = [all(right[index] for index in answer) for answer in item.answers]
+    return sum(exact) / len(exact)
 
 
 def _cell(task: Task, policy: Named, size: Size | None, gathered: _Gathered, seed: int) -> Cell:

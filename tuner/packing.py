@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count as numbers
+from itertools import islice
 from random import Random
 
 from a2sf.errors import InvalidArgument
@@ -126,7 +126,9 @@ def _asked(
     shown = _shown(model, solved, length, rng, shots)
     room = length - len(model.encode(""))
     for group in part.groups(rng):
-        lead = [next(shown) for _ in range(shots)]
+        lead = list(islice(shown, shots))
+        if len(lead) < shots:
+            return
         if sum(_most_tokens(model, one) for one in (*lead, group)) <= room:
             yield _item(model, [*lead, group], lead=shots, choose=True)
 
@@ -152,8 +154,7 @@ def _made(
     """Contexts of as many facts as fit, each with its own random numbers."""
     assert part.made is not None
     parts = [*[solved] * shots, part]
-
-    for _ in numbers():
+    while True:
         seed = rng.getrandbits(64)
 
         def groups(facts: int, seed: int = seed) -> list[Group]:

@@ -14,6 +14,7 @@ from a2sf.errors import InvalidArgument, NotFound
 from a2sf.models import LoadedModel
 from a2sf.schema import save_table
 from tests.tables import make_table
+from tests.tuner.conftest import sums, write_rows
 from tuner import packing, statistics
 from tuner.datasets import load
 from tuner.evaluate import Settings, evaluate
@@ -213,8 +214,12 @@ def test_the_document_survives_json(run: Run) -> None:
     ("overrides", "told"),
     [
         ({"examples": 500}, "500 of at most 128 tokens, and validation of sums gives"),
-        ({"sizes": (Size(slots=5),), "policies": "a2sf:.5:4:4"}, "a2sf:.5:4:4 at 5 slots, on sums"),
+        (
+            {"sizes": (Size(slots=5),), "policies": "a2sf:.5:4:4"},
+            "--slots: a2sf:.5:4:4 at 5 slots, on sums",
+        ),
         ({"datasets": ("recall",), "length": 24}, "gives 0"),
+        ({"shots": (1,), "length": 40}, "validation of sums gives 0"),
         ({"policies": "pyramid"}, "'pyramid'"),
     ],
 )
@@ -225,6 +230,33 @@ def test_what_cannot_be_measured_is_told_before_any_pass(
     with pytest.raises(InvalidArgument) as caught:
         run(**overrides)
     assert told in str(caught.value)
+
+
+def test_rows_that_are_judged_in_two_ways_have_no_accuracy(run: Run, tmp_path: Path) -> None:
+    free = [{"question": f"and {n} ?", "answer": f"so {n}"} for n in range(40)]
+    path = write_rows(
+        tmp_path / "mixed.jsonl",
+        [row for two in zip(sums(0, 40), free, strict=True) for row in two],
+    )
+    found = run(datasets=(str(path),), shots=(0,), policies="full,window")
+    assert (found.tasks[0].accuracy, found.tasks[0].questions) == (None, 0)
+    assert {cell.accuracy for cell in found.cells} == {None}
+
+
+def test_no_question_stands_beside_its_own_answer(
+    run: Run, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = packing.items
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args[1].split, kwargs["solved"].split))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(packing, "items", spy)
+    for split in ("validation", "calibration"):
+        run(split=split, shots=(1,), policies="full", examples=2)
+    assert seen == [("validation", "calibration"), ("calibration", "validation")]
 
 
 def test_shots_before_running_text_are_refused(run: Run, tmp_path: Path) -> None:
