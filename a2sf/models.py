@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from a2sf import families, reference
+from a2sf import families, linear, reference
 from a2sf.errors import InvalidArgument, NotFound, Unsupported
 from a2sf.fingerprint import fingerprint
 from a2sf.schema import ModelIdentity
@@ -108,7 +108,7 @@ class LoadedModel:
     identity: ModelIdentity
     shape: ModelShape
     module: Any
-    """The transformers model, in evaluation mode."""
+    """The transformers model, in evaluation mode, its linear layers packed on a processor."""
     tokenizer: Any
     """The transformers fast tokenizer."""
     device: torch.device
@@ -238,6 +238,7 @@ def load_model(
     if not tokenizer.is_fast:
         raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
     module = module.to(target).eval().requires_grad_(False)
+    linear.pack(module)
     model = LoadedModel(
         identity=identity,
         shape=shape,

@@ -23,6 +23,7 @@ CORE = [
     "reference",
     "fingerprint",
     "families",
+    "linear",
     "models",
     "teacher",
     "sampling",

@@ -1,0 +1,58 @@
+"""Linear layers whose weights lie in memory as the processor multiplies them fastest.
+
+Owns one replacement for torch's `Linear`: weights laid out once by oneDNN, the library of matrix
+kernels inside torch, which torch otherwise calls for float32 only after a conversion. Decoding
+reads every weight once a step, so this is most of a step on a processor. Knows nothing of models.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+"""float64 is for exact comparisons, and float16 kernels are missing on most processors."""
+
+_ROWS_EXPECTED = 16
+"""The input rows that the layout is chosen for; measured good from 1 row to thousands."""
+
+
+class PackedLinear(torch.nn.Module):
+    """A frozen `Linear` with a packed weight: the same function, up to rounding."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @classmethod
+    def of(cls, linear: torch.nn.Linear) -> Self:
+        """Pack a layer's weight [out, in]; its own stays as it is."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_EXPECTED)
+        return cls(packed, None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            values, self.weight, self.bias, "none", [], ""
+        )
+        return product
+
+
+def pack(module: torch.nn.Module) -> None:
+    """Replace, in place, every linear layer inside `module` by a packed one.
+
+    Only on processors where torch has oneDNN, and only for `PACKED_DTYPES`; elsewhere `module`
+    stays as it is. A weight shared with an embedding stays there too, so it is held twice.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            # Subclasses may do more than multiply.
+            if type(child) is not torch.nn.Linear:
+                continue
+            if child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
+                setattr(parent, name, PackedLinear.of(child))

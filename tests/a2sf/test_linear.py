@@ -1,0 +1,72 @@
+"""A packed linear layer is the layer that it replaces, up to rounding."""
+
+import pytest
+import torch
+from torch.nn import Embedding, Linear, Module, Sequential
+
+from a2sf.linear import PACKED_DTYPES, PackedLinear, pack
+from a2sf.models import LoadedModel
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 96), (1, 96), (3, 7, 96), (300, 96)])
+def test_a_packed_layer_maps_as_the_layer_does(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    layer = Linear(96, 33, bias=bias, dtype=dtype)
+    values = torch.randn(shape, dtype=dtype)
+    with torch.inference_mode():
+        want = torch.nn.functional.linear(
+            values.double(), layer.weight.double(), layer.bias.double() if bias else None
+        )
+        got = PackedLinear.of(layer)(values)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
+
+
+class Scaled(Linear):
+    """A layer that does more than multiply."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(values)
+
+
+@needs_onednn
+def test_what_is_no_plain_layer_of_a_packed_dtype_stays() -> None:
+    module = Sequential(
+        Linear(8, 8), Sequential(Linear(8, 8)), Scaled(8, 8), Linear(8, 8, dtype=torch.float64)
+    )
+    pack(module)
+    kinds = [type(child) for child in (module[0], module[1][0], module[2], module[3])]
+    assert kinds == [PackedLinear, PackedLinear, Scaled, Linear]
+
+
+@needs_onednn
+def test_an_embedding_that_shares_its_weight_goes_on_working() -> None:
+    class Tied(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = Embedding(9, 4)
+            self.head = Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+    tied = Tied()
+    ids = torch.arange(9)
+    before = tied.head(tied.embedding(ids)).detach()
+    pack(tied)
+    torch.testing.assert_close(tied.head(tied.embedding(ids)), before)
+
+
+@needs_onednn
+def test_every_layer_of_a_float32_model_is_packed_and_none_in_float64(
+    tiny_model: LoadedModel, tiny_model_64: LoadedModel
+) -> None:
+    assert not any(type(child) is Linear for child in tiny_model.module.modules())
+    assert not any(isinstance(child, PackedLinear) for child in tiny_model_64.module.modules())
