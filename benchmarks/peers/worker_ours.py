@@ -1,0 +1,124 @@
+"""This project's engine as a peer, under the policy named on the command line.
+
+Knows the engine by its public face alone: requests in, steps, and its figures.
+"""
+
+import sys
+import time
+from typing import Literal
+
+import torch
+
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
+from a2sf.models import LoadedModel, load_model
+from a2sf.policy import CachePolicy
+from a2sf.requests import GenerationRequest, Sampling
+
+from .loop import Filling, serve, timed
+
+PREFILL_CHUNK = 512
+
+Method = Literal["a2sf", "window", "full"]
+
+
+def policy(method: Method, budget: int | None) -> CachePolicy:
+    """The policy of a variant; A2SF with one alpha for all heads, which costs what a table does."""
+    if method == "full":
+        return CachePolicy(preset="full", prefill_chunk=PREFILL_CHUNK)
+    if method == "window":
+        return CachePolicy(preset="window", budget=budget, prefill_chunk=PREFILL_CHUNK)
+    assert budget is not None
+    return CachePolicy(
+        alpha=0.9, budget=budget, recent=budget // 8, prefill_chunk=PREFILL_CHUNK
+    )
+
+
+def fill_rows(engine: Engine, filling: Filling) -> float:
+    """Fill every row with the prompt; returns the seconds of the first one's prefill."""
+    for row in range(filling.batch):
+        engine.submit(
+            GenerationRequest(
+                request_id=str(row),
+                prompt_ids=tuple(filling.prompt),
+                # Rows that are filled first decode while the others are prefilled.
+                max_new_tokens=decoded_at_most(filling),
+                ignore_eos=True,
+                sampling=Sampling(temperature=0.0),
+            )
+        )
+    chunks = -(-len(filling.prompt) // PREFILL_CHUNK)
+    start = time.perf_counter()
+    for _ in range(chunks):
+        engine.step()
+    prefill_s = time.perf_counter() - start
+    for _ in range(chunks * (filling.batch - 1)):
+        engine.step()
+    assert engine.running == filling.batch
+    assert not engine.waiting
+    return prefill_s
+
+
+def decoded_at_most(filling: Filling) -> int:
+    """Tokens that the first row decodes: while the others are filled, and after."""
+    chunks = -(-len(filling.prompt) // PREFILL_CHUNK)
+    return chunks * filling.batch + filling.room + 1
+
+
+class Rows:
+    """Rows of an engine that decode in step."""
+
+    def __init__(self, model: LoadedModel, method: Method, filling: Filling) -> None:
+        wish = policy(method, filling.budget)
+        room = len(filling.prompt) + decoded_at_most(filling)
+        slots = room if filling.budget is None else filling.budget
+        self._engine = Engine(
+            model,
+            EngineConfig(
+                slots=slots,
+                max_batch=filling.batch,
+                max_prefill_tokens=min(len(filling.prompt), slots - 1 + PREFILL_CHUNK),
+                default_policy=wish,
+            ),
+        )
+        self._seen = len(filling.prompt)
+        self._budget = filling.budget
+        self.prefill_s = fill_rows(self._engine, filling)
+        self.kv_bytes = self._engine.kv_slab_bytes
+
+    def step(self) -> float:
+        """Decode one token of every row."""
+        self._seen += 1
+        return timed(self._engine.step)
+
+    def kv_tokens(self) -> float:
+        """A row is full from its budget on."""
+        return self._seen if self._budget is None else min(self._seen, self._budget)
+
+    def close(self) -> None:
+        """Nothing but memory is held."""
+        del self._engine
+
+
+class Ours:
+    """The engine under one method."""
+
+    packages = ("torch", "transformers", "a2sf-serve")
+
+    def __init__(self, method: Method) -> None:
+        self._method: Method = method
+
+    def load(self, model: str, dtype: str, threads: int) -> None:
+        """Load the model for the processor."""
+        torch.set_num_threads(threads)
+        self._model = load_model(model, device="cpu", dtype=dtype)
+
+    def fill(self, filling: Filling) -> Rows:
+        """Make an engine of exactly these rows."""
+        return Rows(self._model, self._method, filling)
+
+
+if __name__ == "__main__":
+    (name,) = sys.argv[1:]
+    assert name in ("a2sf", "window", "full")
+    serve(Ours(name))
