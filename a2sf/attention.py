@@ -1,22 +1,27 @@
-"""Attention over slots: the output and what each token was paid, in one call.
+"""The block law carried out: one forward pass's trims, placements, attention and scores.
 
-Owns `attend` and what carries out the block law in a layer: `block` for any number of tokens a row,
-`end_prompt` for the trim after the last block, `decode` for one token. Knows nothing of models: a
-layer hands in projected, rotated queries, keys and values, and gets the attention output back.
+Owns `attend` and `mass` (what a block's queries get, and what they pay) and the two passes built
+from them: `BlockPass` for the blocks of prompts, `DecodePass` for one token a row, `end_prompt`
+between the two. A pass decides for all layers at once which slots the new tokens take; then each
+layer hands in its projected, rotated queries, keys and values and gets the attention output back.
+Knows nothing of models.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from a2sf import scoring
-from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.scoring import EMPTY
 
 QUERY_TILE = 256
-"""Queries attended at a time, so that a long block needs tile x slots logits, not block x slots."""
+"""Queries attended at a time: a long block needs tile x slots of mask, not block x slots."""
+
+SCORE_TILE = 32
+"""Queries scored at a time: their attention rows are written out, and should stay in the caches."""
 
 
 def attend(
@@ -25,180 +30,237 @@ def attend(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
-    weights: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Attend to the stored tokens at or before each query.
-
-    Each query's row is normalised before anything is summed; a KV head's group of query heads is
-    summed, never averaged. Softmax runs in float32, or in float64 for float64 models.
 
     Args:
         query: [rows, H_q, width, D].
         query_position: [rows, width] integer; each must reach at least one stored token.
         keys, values: [rows, H_kv, slots, D].
         position: [rows, H_kv, slots] int32, `EMPTY` where no token is.
-        weights: [rows, H_kv, width] float32, how much each query counts in `mass`.
         scale: factor on the logits.
 
     Returns:
-        The output [rows, H_q, width, D] in the query's dtype, and the attention mass
-        [rows, H_kv, slots] float32: the weighted sum over queries and group.
+        The output [rows, H_q, width, D] in the query's dtype.
     """
     rows, q_heads, width, dim = query.shape
-    kv_heads, slots = keys.shape[1:3]
+    kv_heads, slots = position.shape[1:]
     group = q_heads // kv_heads
-    grouped = query.view(rows, kv_heads, group, width, dim)
-    precision = torch.promote_types(query.dtype, torch.float32)
-    mass = torch.zeros(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
+    # Each KV head of a row is a batch entry of its own, for it alone knows what it still holds; its
+    # keys and values stand for the whole group without being copied.
+    grouped = query.reshape(rows * kv_heads, group, width, dim)
+    shared = (rows * kv_heads, group, slots, dim)
+    k = keys.reshape(rows * kv_heads, 1, slots, dim).expand(shared)
+    v = values.reshape(rows * kv_heads, 1, slots, dim).expand(shared)
     outputs = []
     for first in range(0, width, QUERY_TILE):
         tile = slice(first, first + QUERY_TILE)
-        q = grouped[:, :, :, tile]
-        tokens = q.shape[3]
-        logits = q.reshape(rows, kv_heads, group * tokens, dim) @ keys.transpose(2, 3)
-        logits = logits.view(rows, kv_heads, group, tokens, slots) * scale
-        unseen = position[:, :, None, :] > query_position[:, None, tile, None]
-        logits = logits.masked_fill(unseen[:, :, None], -math.inf)
-        probabilities = torch.softmax(logits, dim=-1, dtype=precision)
-        mass += (weights[:, :, None, tile] @ probabilities.float().sum(dim=2)).squeeze(2)
-        probabilities = probabilities.to(values.dtype).view(rows, kv_heads, group * tokens, slots)
-        outputs.append((probabilities @ values).view(rows, kv_heads, group, tokens, dim))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
-    return output.reshape(rows, q_heads, width, dim), mass
+        seen = position[:, :, None, :] <= query_position[:, None, tile, None]
+        outputs.append(
+            scaled_dot_product_attention(
+                grouped[:, :, tile],
+                k,
+                v,
+                attn_mask=seen.view(rows * kv_heads, 1, -1, slots),
+                scale=scale,
+            )
+        )
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.view(rows, q_heads, width, dim)
 
 
-@dataclass(frozen=True)
-class Block:
-    """What one forward pass does to a batch of rows, the same in every layer."""
-
-    start: Tensor
-    """[rows] int64: the position of each row's first new token; the true count of tokens seen."""
-    lengths: Tensor
-    """[rows] int64: how many new tokens are real; 0 leaves the row as it is."""
-    used: Tensor
-    """[rows] int64: slots in use before the pass."""
-    policy: PolicyTensors
-
-    @property
-    def excess(self) -> Tensor:
-        """[rows] int64: tokens to evict first, so that at most budget - 1 are stored."""
-        over = (self.used - (self.policy.budget - 1)).clamp(min=0)
-        return torch.where(self.lengths > 0, over, 0)
-
-    @property
-    def used_after(self) -> Tensor:
-        """[rows] int64: slots in use after the pass."""
-        return self.used - self.excess + self.lengths
-
-
-def block(
-    slots: LayerSlots,
-    layer: int,
-    step: Block,
+def mass(
     query: Tensor,
+    query_position: Tensor,
     keys: Tensor,
-    values: Tensor,
+    position: Tensor,
+    weights: Tensor,
     scale: float,
 ) -> Tensor:
-    """Carry out the block law in one layer: trim, place, attend, accumulate.
+    """Sum what the queries pay to each stored token.
+
+    Each query's row is normalised before anything is summed; a KV head's group of query heads is
+    summed, never averaged. Softmax runs in float32, or in float64 for float64 models.
 
     Args:
-        slots: the layer's slots; used - excess + width must fit in them for every row.
-        layer: the layer's index, which picks its alphas.
-        step: the pass.
-        query: [rows, H_q, width, D], right-padded beyond each row's length.
-        keys, values: [rows, H_kv, width, D], likewise.
-        scale: factor on the logits.
+        query, query_position, keys, position, scale: as for `attend`.
+        weights: [rows, H_kv, width] float32, how much each query counts.
 
     Returns:
-        The attention output, [rows, H_q, width, D]; padding's is meaningless.
+        [rows, H_kv, slots] float32: the weighted sum over queries and group.
     """
-    width = query.shape[2]
-    policy = step.policy
-    alpha = policy.alpha[:, layer]
-    slots.trim(step.excess, step.start, policy.sinks, policy.recent)
-    offsets = torch.arange(width, device=query.device)
-    query_position = step.start[:, None] + offsets
-    position = query_position.masked_fill(offsets >= step.lengths[:, None], EMPTY)
-    at = (step.used - step.excess)[:, None] + offsets
-    placed = at[:, None].expand(-1, keys.shape[1], -1)
-    slots.write(placed, keys, values, position)
-    weights = scoring.query_weights(alpha, step.lengths, width)
-    output, mass = attend(
-        query, query_position, slots.keys, slots.values, slots.position, weights, scale
-    )
-    accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
-    if policy.any_random:
-        accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, query_position)
-    slots.score.copy_(accumulated)
-    return output
+    rows, q_heads, width, dim = query.shape
+    kv_heads, slots = position.shape[1:]
+    group = q_heads // kv_heads
+    grouped = query.view(rows, kv_heads, group, width, dim)
+    transposed = keys.transpose(2, 3)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    total = torch.zeros(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
+    for first in range(0, width, SCORE_TILE):
+        tile = slice(first, first + SCORE_TILE)
+        q = (grouped[:, :, :, tile] * scale).reshape(rows, kv_heads, -1, dim)
+        unseen = position[:, :, None, :] > query_position[:, None, tile, None]
+        logits = (q @ transposed).view(rows, kv_heads, group, -1, slots)
+        logits = logits.masked_fill_(unseen[:, :, None], -math.inf)
+        paid = torch.softmax(logits, dim=-1, dtype=precision).float().sum(dim=2)
+        total += (weights[:, :, None, tile] @ paid).squeeze(2)
+    return total
 
 
-def end_prompt(slots: LayerSlots, used: Tensor, length: Tensor, policy: PolicyTensors) -> Tensor:
-    """Trim one layer to the budget after the last block of a prompt, as the law says.
+class BlockPass:
+    """Carries a block of tokens a row, or a piece of it, through the layers of a cache.
+
+    A block may be cut into pieces of any width, passed one after the other: that is scheduling,
+    and what is computed stays the same.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        policy: PolicyTensors,
+        *,
+        start: Tensor,
+        lengths: Tensor,
+        used: Tensor,
+        width: int,
+        first: int = 0,
+    ) -> None:
+        """Trim, if the block begins here, and place the new tokens.
+
+        Args:
+            slots: the rows; each head needs `width` empty slots beside the tokens that it keeps.
+            policy: the rows' policies in the same layers.
+            start: [rows] int64, the position of each block's first token.
+            lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
+            used: [rows] int64, tokens stored before this pass.
+            width: tokens of this pass; beyond a row's length they are padding.
+            first: how many of the block's tokens earlier pieces have passed.
+        """
+        self._slots = slots
+        if first == 0:
+            excess = (used - (policy.budget - 1)).clamp(min=0)
+            excess = torch.where(lengths > 0, excess, 0)
+            slots.evict(excess, start, policy)
+            slots.score.mul_(scoring.decay(policy.alpha, lengths))
+            used = used - excess
+        self.used_after = used + (lengths - first).clamp(0, width)
+        """[rows] int64: tokens stored after this pass."""
+        offsets = first + torch.arange(width, device=start.device)
+        self._position = start[:, None] + offsets
+        padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
+        self._placed = slots.free(width)
+        slots.place(self._placed, padded, policy)
+        weights = scoring.query_weights(policy.alpha, lengths, first, width)
+        if policy.any_random:
+            weights *= (policy.random_seed < 0)[:, None, None]
+        if not policy.any_scored:
+            weights.zero_()
+        self._weights = weights
+        counted = (weights > 0).any(dim=2).any(dim=1)
+        # The first query of each layer that counts: only they and those after them are scored.
+        self._first_counted = torch.where(counted.any(1), counted.int().argmax(1), width).tolist()
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend and accumulate in one layer.
+
+        Args:
+            layer: the layer, counted from the first of the slots'.
+            query: [rows, H_q, width, D], right-padded beyond each row's length.
+            keys, values: [rows, H_kv, width, D], likewise.
+            scale: factor on the logits.
+
+        Returns:
+            The attention output, [rows, H_q, width, D]; padding's is meaningless.
+        """
+        slots = self._slots
+        wide = self._placed[layer][..., None].expand_as(keys)
+        stored_keys, stored_values = slots.keys[layer], slots.values[layer]
+        stored_keys.scatter_(2, wide, keys)
+        stored_values.scatter_(2, wide, values)
+        position = slots.position[layer]
+        output = attend(query, self._position, stored_keys, stored_values, position, scale)
+        first = self._first_counted[layer]
+        if first < query.shape[2]:
+            slots.score[layer] += mass(
+                query[:, :, first:],
+                self._position[:, first:],
+                stored_keys,
+                position,
+                self._weights[layer, :, :, first:],
+                scale,
+            )
+        return output
+
+
+def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors) -> Tensor:
+    """Trim to the budget after the last block of a prompt, as the law says.
 
     Args:
-        slots: the layer's slots.
-        used: [rows] int64, slots in use.
+        slots: the rows.
+        used: [rows] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
-        policy: the rows' policies.
+        policy: the rows' policies in the same layers.
 
     Returns:
-        [rows] int64: slots in use afterwards.
+        [rows] int64: tokens stored afterwards.
     """
     excess = (used - policy.budget).clamp(min=0)
-    slots.trim(excess, length, policy.sinks, policy.recent)
+    slots.evict(excess, length, policy)
     return used - excess
 
 
-def decode(
-    slots: LayerSlots,
-    layer: int,
-    step: Block,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-) -> Tensor:
-    """Carry out the block law for one token a row: the new token takes the victim's slot.
+class DecodePass:
+    """Carries one token a row through the layers of a cache: it takes the victim's slot.
 
-    Arguments as for `block` with width 1 and every length 1. Equal to it but for slot order.
+    Equal to a `BlockPass` of width 1. A row of budget b keeps to its first b slots, which fill in
+    order.
     """
-    policy = step.policy
-    alpha = policy.alpha[:, layer]
-    full = step.used >= policy.budget
-    victim = slots.victim(step.start, policy.sinks, policy.recent)
-    placed = torch.where(full[:, None], victim, step.used[:, None])[..., None]
-    position = step.start[:, None]
-    slots.write(placed, keys, values, position)
-    weights = torch.ones(*alpha.shape, 1, dtype=torch.float32, device=query.device)
-    output, mass = attend(query, position, slots.keys, slots.values, slots.position, weights, scale)
-    accumulated = scoring.accumulate(slots.score, mass, alpha, step.lengths)
-    if policy.any_random:
-        accumulated = _keep_random(slots.score, accumulated, policy, layer, placed, position)
-    slots.score.copy_(accumulated)
-    return output
 
+    def __init__(self, slots: Slots, policy: PolicyTensors, start: Tensor) -> None:
+        """Choose the victims and place the new tokens.
 
-def _keep_random(
-    before: Tensor,
-    accumulated: Tensor,
-    policy: PolicyTensors,
-    layer: int,
-    placed: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    """Give rows of the random baseline their old scores back, and new tokens their hash.
+        Args:
+            slots: the rows, as wide as the largest budget.
+            policy: the rows' policies in the same layers.
+            start: [rows] int64, the position of each row's new token; a row that has seen fewer
+                tokens than its budget holds them all.
+        """
+        self._slots = slots
+        used = torch.minimum(start, policy.budget)
+        full = used == policy.budget
+        victim = slots.victim(start, policy)
+        self._placed = torch.where(full[:, None], victim, used[:, None])[..., None]
+        self._scored = policy.any_scored
+        if policy.any_scored:
+            slots.score.mul_(policy.alpha.float()[..., None])
+        slots.place(self._placed, start[:, None], policy)
+        self._accumulating = (policy.random_seed < 0)[:, None, None] if policy.any_random else None
+        held = torch.minimum(used + 1, policy.budget)
+        self._empty = torch.arange(slots.width, device=start.device) >= held[:, None]
 
-    Args:
-        before, accumulated: [rows, H_kv, slots] float32, the scores without and with accumulation.
-        policy: the rows' policies.
-        layer: the layer's index.
-        placed: [rows, H_kv, width] int64, the slots that the new tokens were written to.
-        positions: [rows, width] integer, the new tokens' positions.
-    """
-    seed = policy.random_seed.clamp(min=0)
-    hashes = scoring.random_scores(seed, layer, positions[:, None, :].expand_as(placed))
-    fixed = before.scatter(2, placed, hashes)
-    return torch.where((policy.random_seed >= 0)[:, None, None], fixed, accumulated)
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend and accumulate in one layer; as `BlockPass`, with a width of 1."""
+        slots = self._slots
+        rows, q_heads, _, dim = query.shape
+        kv_heads = keys.shape[1]
+        wide = self._placed[layer][..., None].expand_as(keys)
+        stored_keys, stored_values = slots.keys[layer], slots.values[layer]
+        stored_keys.scatter_(2, wide, keys)
+        stored_values.scatter_(2, wide, values)
+        grouped = query.view(rows, kv_heads, -1, dim) * scale
+        logits = grouped @ stored_keys.transpose(2, 3)
+        logits = logits.masked_fill_(self._empty[:, None, None], -math.inf)
+        precision = torch.promote_types(query.dtype, torch.float32)
+        paid = torch.softmax(logits, dim=-1, dtype=precision)
+        if self._scored:
+            gained = paid.float().sum(dim=2)
+            if self._accumulating is not None:
+                gained = gained * self._accumulating
+            slots.score[layer] += gained
+        output = paid.to(values.dtype) @ stored_values
+        return output.view(rows, q_heads, 1, dim)

@@ -1,12 +1,13 @@
-"""The slot cache: rectangles of slots, one a row and KV head, and how tokens enter and leave them.
+"""The slot cache: rectangles of slots, one a layer, row and KV head, and how tokens come and go.
 
-Owns the tensors and the moves on them: write, trim, copy a row. A slot holds a key
+Owns the tensors and the moves on them: place, write, evict, copy a row. A slot holds a key
 (rotated for its own position), a value, the token's position and its score; which tokens to keep
-is decided by `scoring`. Slot order means nothing, and the count of slots in use is never a
-position. Knows nothing of queries, models or requests.
+is decided by `scoring`. Slot order means nothing: a slot is empty when its position says so. Knows
+nothing of queries, models or requests.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -19,10 +20,12 @@ from a2sf.scoring import EMPTY
 
 @dataclass(frozen=True)
 class PolicyTensors:
-    """The policies of a batch's rows, one entry a row, on the cache's device."""
+    """The policies of a batch's rows in some layers, on the cache's device."""
 
+    layers: Tensor
+    """[layers] int64, which layers of the model these are."""
     alpha: Tensor
-    """[rows, layers, H_kv] float64; double, so that powers of it agree wherever they are taken."""
+    """[layers, rows, H_kv] float64; double, so that powers of it agree wherever they are taken."""
     budget: Tensor
     """[rows] int64, slots."""
     recent: Tensor
@@ -33,16 +36,26 @@ class PolicyTensors:
     """[rows] int64; -1 where scores are accumulated."""
     any_random: bool
     """Whether any row has a random_seed; known without asking the device."""
+    any_scored: bool
+    """Whether any row's evictions hang on its attention; known without asking the device."""
 
     @classmethod
-    def stack(cls, policies: list[EffectivePolicy], device: torch.device) -> Self:
-        """Put the policies of the rows side by side."""
+    def stack(
+        cls, policies: Sequence[EffectivePolicy], lengths: Sequence[int], device: torch.device
+    ) -> Self:
+        """Put the policies of the rows side by side.
 
-        def integers(values: list[int]) -> Tensor:
+        `lengths` are the tokens that each row's sequence may reach: a row with room for all of
+        them evicts nothing, so nobody asks for its scores.
+        """
+
+        def integers(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
+        alpha = torch.tensor([p.alpha for p in policies], dtype=torch.float64, device=device)
         return cls(
-            alpha=torch.tensor([p.alpha for p in policies], dtype=torch.float64, device=device),
+            layers=torch.arange(alpha.shape[1], device=device),
+            alpha=alpha.transpose(0, 1).contiguous(),
             budget=integers([p.budget for p in policies]),
             recent=integers([p.recent for p in policies]),
             sinks=integers([p.sinks for p in policies]),
@@ -50,25 +63,35 @@ class PolicyTensors:
                 [-1 if p.random_seed is None else p.random_seed for p in policies]
             ),
             any_random=any(p.random_seed is not None for p in policies),
+            any_scored=any(
+                p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)
+            ),
         )
+
+    def layer(self, index: int) -> Self:
+        """Return what concerns one layer, as a stack of one."""
+        one = slice(index, index + 1)
+        return replace(self, layers=self.layers[one], alpha=self.alpha[one])
 
 
 @dataclass(frozen=True)
-class LayerSlots:
-    """One layer's slots. All heads of a row fill in lockstep: its slots [0, used) hold tokens."""
+class Slots:
+    """Slots of some rows in some layers. All heads of a row fill in lockstep."""
 
     keys: Tensor
-    """[rows, H_kv, slots, D] in the model's dtype."""
+    """[layers, rows, H_kv, slots, D] in the model's dtype."""
     values: Tensor
-    """[rows, H_kv, slots, D] in the model's dtype."""
+    """[layers, rows, H_kv, slots, D] in the model's dtype."""
     position: Tensor
-    """[rows, H_kv, slots] int32, `EMPTY` where no token is."""
+    """[layers, rows, H_kv, slots] int32, `EMPTY` where no token is."""
     score: Tensor
-    """[rows, H_kv, slots] float32."""
+    """[layers, rows, H_kv, slots] float32."""
 
     @classmethod
     def empty(
         cls,
+        *,
+        num_layers: int,
         rows: int,
         num_kv_heads: int,
         slots: int,
@@ -77,7 +100,7 @@ class LayerSlots:
         device: torch.device,
     ) -> Self:
         """Allocate slots that hold nothing. Zeros, so that no stale NaN is ever read."""
-        shape = (rows, num_kv_heads, slots)
+        shape = (num_layers, rows, num_kv_heads, slots)
         return cls(
             keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
             values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
@@ -88,103 +111,92 @@ class LayerSlots:
     def view(self, rows: slice, slots: int) -> Self:
         """Return a window of the same memory: some rows, the first `slots` slots."""
         return type(self)(
-            self.keys[rows, :, :slots],
-            self.values[rows, :, :slots],
-            self.position[rows, :, :slots],
-            self.score[rows, :, :slots],
+            self.keys[:, rows, :, :slots],
+            self.values[:, rows, :, :slots],
+            self.position[:, rows, :, :slots],
+            self.score[:, rows, :, :slots],
         )
+
+    @property
+    def width(self) -> int:
+        """Slots of a row."""
+        return self.position.shape[-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of these slots, read off the tensors."""
         return sum(t.nbytes for t in (self.keys, self.values, self.position, self.score))
 
-    def write(self, slot: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        """Put tokens into slots, with score 0, over whatever was there.
+    def clear(self) -> None:
+        """Forget every token."""
+        self.position.fill_(EMPTY)
 
-        Args:
-            slot: [rows, H_kv, width] int64, where each head puts each token.
-            keys, values: [rows, H_kv, width, D].
-            position: [rows, width] integer; `EMPTY` marks padding, which leaves its slot empty.
-        """
-        wide = slot[..., None].expand_as(keys)
-        self.keys.scatter_(2, wide, keys)
-        self.values.scatter_(2, wide, values)
-        self.position.scatter_(2, slot, position.to(torch.int32)[:, None].expand_as(slot))
-        self.score.scatter_(2, slot, 0.0)
+    def free(self, count: int) -> Tensor:
+        """Find each head's first `count` empty slots: [layers, rows, H_kv, count] int64."""
+        taken = (self.position != EMPTY).to(torch.int8)
+        return taken.argsort(dim=-1, stable=True)[..., :count]
 
-    def victim(self, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
-        """Find each head's slot to evict before a token is placed at `start`: [rows, H_kv] int64.
+    def victim(self, start: Tensor, policy: PolicyTensors) -> Tensor:
+        """Find each head's slot to evict before a token is placed at `start`.
 
         Only rows that hold more than sinks + recent tokens have one; others get any slot.
-        """
-        allowed = scoring.evictable(self.position, start, sinks, recent)
-        return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
 
-    def trim(self, excess: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) -> None:
-        """Evict each head's `excess` lowest tokens and close the gaps, in slot order.
+        Returns:
+            [layers, rows, H_kv] int64.
+        """
+        return self._eviction_key(start, policy).argmin(dim=-1)
+
+    def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
+        """Evict each head's `excess` lowest tokens.
 
         Args:
             excess: [rows] int64, how many to evict; a row must hold that many evictable tokens.
-            start, sinks, recent: [rows], as in `scoring.evictable`.
+            start: [rows] int64, the position of the next token.
+            policy: the rows' policies in these layers.
         """
-        if not bool((excess > 0).any()):
+        most = int(excess.max())
+        if most <= 0:
             return
-        allowed = scoring.evictable(self.position, start, sinks, recent)
-        key = scoring.eviction_key(self.score, self.position, allowed)
-        rank = key.argsort(dim=-1).argsort(dim=-1)
-        gone = rank < excess[:, None, None]
-        order = gone.to(torch.int8).argsort(dim=-1, stable=True)
-        wide = order[..., None].expand_as(self.keys)
-        self.keys.copy_(self.keys.gather(2, wide))
-        self.values.copy_(self.values.gather(2, wide))
-        self.score.copy_(self.score.gather(2, order))
-        kept = self.position.masked_fill(gone, EMPTY)
-        self.position.copy_(kept.gather(2, order))
+        lowest = self._eviction_key(start, policy).topk(most, dim=-1, largest=False).indices
+        gone = torch.arange(most, device=excess.device) < excess[:, None, None]
+        kept = self.position.gather(-1, lowest)
+        self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
 
+    def place(self, slot: Tensor, position: Tensor, policy: PolicyTensors) -> None:
+        """Let new tokens take slots, over whatever was there, with the score that they start from.
 
-class SlotCache:
-    """Slots for every layer, allocated once; rows are handed out by whoever owns the cache."""
+        Args:
+            slot: [layers, rows, H_kv, width] int64, where each head puts each token.
+            position: [rows, width] integer; `EMPTY` marks padding, which leaves its slot empty.
+            policy: the rows' policies in these layers.
+        """
+        new = position.to(torch.int32)[:, None].expand_as(slot)
+        self.position.scatter_(-1, slot, new)
+        if policy.any_random:
+            seed = policy.random_seed
+            hashes = scoring.random_scores(
+                seed.clamp(min=0), policy.layers, slot.shape[2], position
+            )
+            first = torch.where((seed >= 0)[:, None, None], hashes, 0.0)
+            self.score.scatter_(-1, slot, first)
+        else:
+            self.score.scatter_(-1, slot, 0.0)
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        rows: int,
-        num_kv_heads: int,
-        slots: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.rows = rows
-        self.slots = slots
-        self.layers = [
-            LayerSlots.empty(rows, num_kv_heads, slots, head_dim, dtype, device)
-            for _ in range(num_layers)
-        ]
-        self.used = torch.zeros(rows, dtype=torch.int64, device=device)
-        """[rows] int64: how many slots of each row hold tokens, the same for every head."""
+    def copy_row(self, row: int, source: Self, source_row: int, count: int) -> None:
+        """Make `row` hold, in its first slots, the `count` tokens that `source_row` holds."""
+        self.position[:, row].fill_(EMPTY)
+        order = (source.position[:, source_row] == EMPTY).to(torch.int8)
+        order = order.argsort(dim=-1, stable=True)[..., :count]
+        for name in ("position", "score"):
+            found = getattr(source, name)[:, source_row].gather(-1, order)
+            getattr(self, name)[:, row, :, :count] = found
+        # Layer by layer, so that what is gathered on the way stays small.
+        for layer, slot in enumerate(order):
+            wide = slot[..., None].expand(-1, -1, self.keys.shape[-1])
+            for name in ("keys", "values"):
+                found = getattr(source, name)[layer, source_row].gather(1, wide)
+                getattr(self, name)[layer, row, :, :count] = found
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots, read off the tensors."""
-        return sum(layer.nbytes for layer in self.layers)
-
-    def row_nbytes(self, slots: int) -> int:
-        """Bytes of one row's first `slots` slots over all layers, read off the tensors."""
-        return sum(layer.view(slice(0, 1), slots).nbytes for layer in self.layers)
-
-    def clear(self, row: int) -> None:
-        """Forget a row's tokens."""
-        self.used[row] = 0
-        for layer in self.layers:
-            layer.position[row].fill_(EMPTY)
-
-    def copy_row(self, target: int, source: "SlotCache", row: int, slots: int) -> None:
-        """Make row `target` hold what the first `slots` slots of `source`'s `row` hold."""
-        self.clear(target)
-        self.used[target] = source.used[row]
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
-            for name in ("keys", "values", "position", "score"):
-                getattr(mine, name)[target, :, :slots] = getattr(theirs, name)[row, :, :slots]
+    def _eviction_key(self, start: Tensor, policy: PolicyTensors) -> Tensor:
+        allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
+        return scoring.eviction_key(self.score, self.position, allowed)

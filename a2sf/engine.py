@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2sf import admission, attention, sampling
+from a2sf import admission, sampling
 from a2sf.admission import EngineConfig
-from a2sf.attention import Block
-from a2sf.cache import PolicyTensors, SlotCache
+from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument, ResourceExhausted
-from a2sf.models import LoadedModel
+from a2sf.models import LayerAttention, LoadedModel
 from a2sf.requests import CacheStatistics, Event, GenerationRequest, TokenLogprobs
 from a2sf.sequence import Sequence
 
@@ -100,7 +100,7 @@ class Engine:
                 break
 
     def step(self) -> list[Event]:
-        """Admit one request, prefill one block of its prompt, decode one token of every row.
+        """Admit one request, prefill a piece of its prompt, decode one token of every row.
 
         Before that, requests whose time limit is over end with what they have.
         """
@@ -110,14 +110,14 @@ class Engine:
         # A row that joins in this step decodes from the next one on.
         rows = len(self._active)
         if self._prefilling is not None:
-            self._prefill_block(self._prefilling, events)
+            self._prefill(self._prefilling, events)
         if rows:
             self._decode(rows, events)
         return events
 
-    def _allocate(self, rows: int, slots: int) -> SlotCache:
+    def _allocate(self, rows: int, slots: int) -> Slots:
         shape = self.model.shape
-        return SlotCache(
+        return Slots.empty(
             num_layers=shape.num_layers,
             rows=rows,
             num_kv_heads=shape.num_kv_heads,
@@ -136,95 +136,71 @@ class Engine:
             return
         sequence = self._prefilling = self._waiting.popleft()
         sequence.prefill_at = self._clock()
-        self._staging.clear(0)
+        self._staging.clear()
         events.append(sequence.started())
 
     def _end_overdue(self, events: list[Event]) -> None:
         now = self._clock()
-        for sequence in [s for s in self._waiting if s.overdue(now)]:
-            self._waiting.remove(sequence)
-            events.append(sequence.started())
-            self._time_out(sequence, self._staging, 0, now, events)
-        if self._prefilling is not None and self._prefilling.overdue(now):
-            kept_tokens = int(self._staging.used[0])
-            self._time_out(self._prefilling, self._staging, kept_tokens, now, events)
-            self._prefilling = None
-        for row in reversed(range(len(self._active))):
-            if self._active[row].overdue(now):
-                kept_tokens = int(self._slab.used[row])
-                self._time_out(self._active[row], self._slab, kept_tokens, now, events)
-                self._free(row)
+        for sequence in [s for s in self._sequences() if s.overdue(now)]:
+            if sequence in self._waiting:
+                events.append(sequence.started())
+            withheld = sequence.time_out()
+            if withheld is not None:
+                events.append(withheld)
+            events.append(sequence.finished(self._statistics(sequence), now))
+            self.cancel(sequence.request.request_id)
 
-    def _time_out(
-        self,
-        sequence: Sequence,
-        cache: SlotCache,
-        kept_tokens: int,
-        now: float,
-        events: list[Event],
-    ) -> None:
-        withheld = sequence.time_out()
-        if withheld is not None:
-            events.append(withheld)
-        events.append(sequence.finished(self._statistics(sequence, cache, kept_tokens), now))
-
-    def _prefill_block(self, sequence: Sequence, events: list[Event]) -> None:
+    def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
+        """Run the next piece of a prompt; after its last one, give it a row and a first token."""
         prompt = sequence.request.prompt_ids
-        start = sequence.prefilled
-        end = min(start + (sequence.policy.prefill_chunk or len(prompt)), len(prompt))
-        policies = PolicyTensors.stack([sequence.policy], self.model.device)
-        step = Block(
-            start=self._integers([start]),
-            lengths=self._integers([end - start]),
-            used=self._staging.used,
-            policy=policies,
-        )
-        slots = sequence.policy.staging_slots(len(prompt))
-        views = [layer.view(slice(None), slots) for layer in self._staging.layers]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return attention.block(views[layer], layer, step, q, k, v, scale)
-
-        ids = self._integers([prompt[start:end]])
-        positions = torch.arange(start, end, device=self.model.device)[None]
-        hidden = self.model.hidden_states(ids, positions, attend)
-        self._staging.used.copy_(step.used_after)
-        sequence.prefilled = end
-        if end < len(prompt):
+        first = sequence.prefilled
+        start, length = sequence.block
+        piece = min(start + length - first, self.config.prefill_tokens)
+        policy = self._policies([sequence])
+        # Slots fill in order until the first eviction, so none of those beyond is needed yet.
+        needed = min(sequence.policy.staging_slots(len(prompt)), first + piece)
+        slots = self._staging.view(slice(None), needed)
+        forward: LayerAttention
+        if sequence.policy.prefill_chunk == 1:
+            forward = DecodePass(slots, policy, self._integers([first]))
+        else:
+            forward = BlockPass(
+                slots,
+                policy,
+                start=self._integers([start]),
+                lengths=self._integers([length]),
+                used=self._integers([sequence.stored]),
+                width=piece,
+                first=first - start,
+            )
+        ids = self._integers([prompt[first : first + piece]])
+        positions = torch.arange(first, first + piece, device=self.model.device)[None]
+        hidden = self.model.hidden_states(ids, positions, forward)
+        sequence.prefilled += piece
+        if sequence.prefilled < len(prompt):
             return
-        length = self._integers([end])
-        used = self._staging.used
-        kept = [attention.end_prompt(view, used, length, policies) for view in views]
-        used.copy_(kept[0])
+        stored = self._integers([sequence.stored])
+        end_prompt(slots, stored, self._integers([len(prompt)]), policy)
         row = len(self._active)
-        self._slab.copy_row(row, self._staging, 0, min(slots, sequence.policy.budget))
         self._prefilling = None
         self._active.append(sequence)
         self._batch = None
+        sequence.running = True
+        self._slab.copy_row(row, slots, 0, sequence.stored)
         draws = sampling.Batch([sequence.row], self.model.device)
         self._emit(row, draws, self.model.logits(hidden[:, -1]), events)
 
     def _decode(self, rows: int, events: list[Event]) -> None:
         active = self._active[:rows]
         if self._batch is None or len(self._batch[0].budget) != rows:
-            device = self.model.device
-            self._batch = (
-                PolicyTensors.stack([s.policy for s in active], device),
-                sampling.Batch([s.row for s in active], device),
-            )
-        policies, draws = self._batch
-        used = self._slab.used[:rows]
-        start = self._integers([s.seen for s in active])
-        step = Block(start=start, lengths=torch.ones_like(start), used=used, policy=policies)
+            draws = sampling.Batch([s.row for s in active], self.model.device)
+            self._batch = (self._policies(active), draws)
+        policy, draws = self._batch
         width = max(s.policy.budget for s in active)
-        views = [layer.view(slice(0, rows), width) for layer in self._slab.layers]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return attention.decode(views[layer], layer, step, q, k, v, scale)
-
+        start = self._integers([s.seen for s in active])
+        forward = DecodePass(self._slab.view(slice(0, rows), width), policy, start)
         ids = self._integers([[s.generated[-1]] for s in active])
-        hidden = self.model.hidden_states(ids, start[:, None], attend)
-        used.copy_(step.used_after)
+        hidden = self.model.hidden_states(ids, start[:, None], forward)
         self._emit(0, draws, self.model.logits(hidden[:, -1]), events)
 
     def _emit(self, first: int, draws: sampling.Batch, logits: Tensor, events: list[Event]) -> None:
@@ -240,9 +216,7 @@ class Engine:
             sequence = self._active[row]
             events.append(sequence.accept(token, logprobs.get(row), now))
             if sequence.reason is not None:
-                kept_tokens = int(self._slab.used[row])
-                statistics = self._statistics(sequence, self._slab, kept_tokens)
-                events.append(sequence.finished(statistics, now))
+                events.append(sequence.finished(self._statistics(sequence), now))
         # From the back, so that the row that moves into a freed one is never itself to be freed.
         for row in reversed(rows):
             if self._active[row].reason is not None:
@@ -258,16 +232,15 @@ class Engine:
         )
         return {first + i: one for i, one in zip(asking, found, strict=True)}
 
-    def _statistics(
-        self, sequence: Sequence, cache: SlotCache, kept_tokens: int
-    ) -> CacheStatistics:
+    def _statistics(self, sequence: Sequence) -> CacheStatistics:
         shape = self.model.shape
         token_bytes = 2 * shape.head_dim * self.model.dtype.itemsize
+        kept_tokens = sequence.stored
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
             evicted_tokens=sequence.seen - kept_tokens,
-            kv_bytes=cache.row_nbytes(kept_tokens),
+            kv_bytes=self._slab.view(slice(0, 1), kept_tokens).nbytes,
             kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
         )
 
@@ -275,9 +248,14 @@ class Engine:
         last = len(self._active) - 1
         if row != last:
             self._active[row] = self._active[last]
-            self._slab.copy_row(row, self._slab, last, self._active[row].policy.budget)
+            self._slab.copy_row(row, self._slab, last, self._active[row].stored)
         self._active.pop()
         self._batch = None
+
+    def _policies(self, sequences: list[Sequence]) -> PolicyTensors:
+        return PolicyTensors.stack(
+            [s.policy for s in sequences], [s.longest for s in sequences], self.model.device
+        )
 
     def _integers(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)

@@ -47,7 +47,7 @@ def pack(module: torch.nn.Module) -> None:
     Only on processors where torch has oneDNN, and only for `PACKED_DTYPES`; elsewhere `module`
     stays as it is. A weight shared with an embedding stays there too, so it is held twice.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

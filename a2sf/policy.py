@@ -93,6 +93,11 @@ class EffectivePolicy(Frozen):
         default=None, description="Set for method random only: scores are a hash of it."
     )
 
+    @property
+    def scored(self) -> bool:
+        """Whether attention has a say in what is evicted: others go by position or by hash."""
+        return self.method not in ("full", "window", "random")
+
     def staging_slots(self, prompt_tokens: int) -> int:
         """Slots that a prompt of this length needs while it is prefilled under this policy."""
         if self.prefill_chunk == 0:

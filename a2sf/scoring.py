@@ -21,46 +21,47 @@ EMPTY = 2**31 - 1
 """The position of a slot that holds no token. No query reaches it, no window excludes it."""
 
 
-def query_weights(alpha: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Weigh each query of a block in the block's score: `alpha^(c-1-j)`, with `0^0 = 1`.
+def query_weights(alpha: Tensor, lengths: Tensor, first: int, width: int) -> Tensor:
+    """Weigh queries of a block in the block's score: `alpha^(c-1-j)`, with `0^0 = 1`.
 
     Args:
-        alpha: [rows, H_kv] float64.
-        lengths: [rows] integer, how many of the block's `width` tokens are real (c).
-        width: tokens of the padded block.
+        alpha: [layers, rows, H_kv] float64.
+        lengths: [rows] integer, the block's tokens (c).
+        first, width: the queries wanted, j = first .. first + width - 1.
 
     Returns:
-        [rows, H_kv, width] float32; 0 for padding and below `WEIGHT_CUTOFF`.
+        [layers, rows, H_kv, width] float32; 0 beyond a block's tokens and below `WEIGHT_CUTOFF`.
     """
-    age = lengths[:, None] - 1 - torch.arange(width, device=alpha.device)
+    age = lengths[:, None] - 1 - first - torch.arange(width, device=alpha.device)
     weights = alpha[..., None] ** age.clamp(min=0)[:, None, :]
     counts = (age >= 0)[:, None, :] & (weights >= WEIGHT_CUTOFF)
     return torch.where(counts, weights, 0.0).float()
 
 
-def accumulate(score: Tensor, mass: Tensor, alpha: Tensor, lengths: Tensor) -> Tensor:
-    """Decay the scores over a block and add what its queries paid: `alpha^c * score + mass`.
+def decay(alpha: Tensor, lengths: Tensor) -> Tensor:
+    """Return what a block leaves of the scores before it: `alpha^c`.
 
     Args:
-        score: [rows, H_kv, slots] float32.
-        mass: [rows, H_kv, slots] float32, the weighted attention summed over queries and group.
-        alpha: [rows, H_kv] float64.
+        alpha: [layers, rows, H_kv] float64.
         lengths: [rows] integer, the block's tokens (c).
+
+    Returns:
+        [layers, rows, H_kv, 1] float32, to multiply scores with.
     """
-    return (alpha ** lengths[:, None]).float()[..., None] * score + mass
+    return (alpha ** lengths[:, None]).float()[..., None]
 
 
 def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
     """Mark the slots that a trim before position `start` may evict.
 
     Args:
-        position: [rows, H_kv, slots] int32, `EMPTY` where there is no token.
+        position: [layers, rows, H_kv, slots] int32, `EMPTY` where there is no token.
         start: [rows] integer, the position of the next token to be placed.
         sinks: [rows] integer, the first positions, never evicted.
         recent: [rows] integer, the last positions before `start`, never evicted.
 
     Returns:
-        [rows, H_kv, slots] bool.
+        [layers, rows, H_kv, slots] bool.
     """
     return (position >= sinks[:, None, None]) & (position < (start - recent)[:, None, None])
 
@@ -73,31 +74,32 @@ def eviction_key(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
     `allowed` get the largest key: protection is a mask, the scores stay untouched.
 
     Args:
-        score: [rows, H_kv, slots] float32, not negative.
-        position: [rows, H_kv, slots] int32.
-        allowed: [rows, H_kv, slots] bool.
+        score: [layers, rows, H_kv, slots] float32, not negative.
+        position: [layers, rows, H_kv, slots] int32.
+        allowed: [layers, rows, H_kv, slots] bool.
 
     Returns:
-        [rows, H_kv, slots] int64.
+        [layers, rows, H_kv, slots] int64.
     """
     bits = score.contiguous().view(torch.int32).to(torch.int64)
     return torch.where(allowed, (bits << 32) | position, torch.iinfo(torch.int64).max)
 
 
-def random_scores(seed: Tensor, layer: int, position: Tensor) -> Tensor:
+def random_scores(seed: Tensor, layers: Tensor, kv_heads: int, position: Tensor) -> Tensor:
     """Scores of the `random` baseline: a hash of (seed, layer, head, position) in [0, 1).
 
     Args:
         seed: [rows] int64, from 0 to 2^31 - 1.
-        layer: the layer's index.
-        position: [rows, H_kv, tokens] integer.
+        layers: [layers] int64, the layers' indices.
+        kv_heads: heads a layer (H_kv).
+        position: [rows, tokens] integer.
 
     Returns:
-        [rows, H_kv, tokens] float32.
+        [layers, rows, H_kv, tokens] float32.
     """
-    heads = torch.arange(position.shape[1], device=position.device)[None, :, None]
-    mixed = _mix(seed[:, None, None] ^ _mix(heads + (layer << 16) + 1))
-    mixed = _mix(mixed ^ position.to(torch.int64))
+    heads = torch.arange(kv_heads, device=position.device) + (layers[:, None] << 16) + 1
+    mixed = _mix(seed[:, None] ^ _mix(heads)[:, None, :])
+    mixed = _mix(mixed[..., None] ^ position.to(torch.int64)[:, None, :])
     return (mixed >> 8).float() / 2**24
 
 

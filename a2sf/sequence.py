@@ -41,6 +41,8 @@ class Sequence:
     first_token_at: float | None = None
     prefilled: int = 0
     """Prompt tokens in the cache so far."""
+    running: bool = False
+    """Whether the prompt is done and the row decodes."""
     generated: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
     """Why it ended; None while it goes on."""
@@ -77,6 +79,31 @@ class Sequence:
         """Tokens that have entered the cache: the position of the next one."""
         # The newest token has been drawn but not yet run through the model.
         return self.prefilled + max(len(self.generated) - 1, 0)
+
+    @property
+    def stored(self) -> int:
+        """Tokens that each head of its row holds: the law leaves no choice in their number."""
+        budget = self.policy.budget
+        if self.running:
+            return min(self.seen, budget)
+        # Where the block began that the last token belongs to.
+        start = max(self.prefilled - 1, 0) // self._chunk * self._chunk
+        return min(start, budget - 1) + self.prefilled - start
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The prompt's block that comes next, or goes on: its start and its length, in tokens."""
+        start = self.prefilled // self._chunk * self._chunk
+        return start, min(self._chunk, len(self.request.prompt_ids) - start)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the sequence may reach."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
+    def _chunk(self) -> int:
+        return self.policy.prefill_chunk or len(self.request.prompt_ids)
 
     def overdue(self, now: float) -> bool:
         """Whether the request's time limit is over."""

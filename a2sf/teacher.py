@@ -7,16 +7,15 @@ each attention row eviction has left. Knows nothing of what the predictions are 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from a2sf import attention
-from a2sf.attention import Block
-from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy
 
@@ -120,20 +119,20 @@ class _Similarity:
         shape = (rows, kv_heads, width + 1, width + 1)
         self._kept = torch.zeros(shape, dtype=torch.bool, device=keys.device)
 
-    def block(self, first: int, tokens: int, slots: LayerSlots) -> None:
+    def block(self, first: int, tokens: int, slots: Slots) -> None:
         """Note what the queries at first .. first + tokens - 1 of every row were given."""
         self._kept[:, :, first : first + tokens] = self._stored(slots)[:, :, None]
 
-    def step(self, at: Tensor, slots: LayerSlots) -> None:
+    def step(self, at: Tensor, slots: Slots) -> None:
         """Note what the one query of each row, at position `at` [rows], was given."""
         rows = torch.arange(len(at), device=at.device)
         query = at.clamp(max=self._kept.shape[2] - 1)
         self._kept[rows, :, query] = self._stored(slots)
 
-    def _stored(self, slots: LayerSlots) -> Tensor:
+    def _stored(self, slots: Slots) -> Tensor:
         width = self._kept.shape[-1]
         stored = torch.zeros_like(self._kept[:, :, 0])
-        return stored.scatter_(2, slots.position.clamp(max=width - 1).long(), True)
+        return stored.scatter_(2, slots.position[0].clamp(max=width - 1).long(), True)
 
     def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """Compare the rows of a layer: query [rows, H_q, width, D], keys [rows, H_kv, width, D]."""
@@ -174,7 +173,7 @@ class _Scan:
 
     policy: PolicyTensors
     prompt: Tensor
-    """[rows] int64: tokens of each prompt."""
+    """[rows] int64: tokens that go by blocks; none where blocks are of one token, as steps are."""
     steps: int
     """Decode steps of the longest continuation; shorter rows run on over their padding."""
     chunk: int
@@ -182,7 +181,7 @@ class _Scan:
     block_slots: int
     """Slots that the prompt's blocks need."""
     decode_slots: int
-    """Slots that the decode steps need: the largest budget."""
+    """Slots that the decode steps need: the largest budget, or all that the rows ever see."""
     similarity: _Similarity | None
 
     @classmethod
@@ -194,70 +193,107 @@ class _Scan:
         prefill_chunk: int,
         similarity: _Similarity | None,
     ) -> "_Scan":
-        longest_prompt = max(e.prompt_tokens for e in examples)
+        prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
+        lengths = [len(e.token_ids) for e in examples]
+        longest_prompt = max(prompts)
+        steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
         budget = max(p.budget for p in policies)
-        chunk = min(prefill_chunk or longest_prompt, longest_prompt)
+        chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
         one_block = chunk == longest_prompt
         waiting = min(longest_prompt, budget - 1 + chunk)
         return cls(
-            policy=PolicyTensors.stack(list(policies), model.device),
-            prompt=torch.tensor([e.prompt_tokens for e in examples], device=model.device),
-            steps=max(len(e.token_ids) - e.prompt_tokens for e in examples),
+            policy=PolicyTensors.stack(policies, lengths, model.device),
+            prompt=torch.tensor(prompts, device=model.device),
+            steps=steps,
             chunk=chunk,
             block_slots=longest_prompt if one_block else waiting + chunk,
-            decode_slots=budget,
+            decode_slots=min(budget, longest_prompt + steps),
             similarity=similarity,
         )
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        rows, kv_heads, width, dim = keys.shape
-        slots = LayerSlots.empty(
-            rows,
-            kv_heads,
-            max(self.block_slots, self.decode_slots),
-            dim,
-            keys.dtype,
-            keys.device,
-        )
+        policy = self.policy.layer(layer)
         output = torch.zeros_like(query)
         if self.similarity:
             self.similarity.begin(keys)
-        nothing = torch.zeros_like(self.prompt)
-        step = Block(start=nothing, lengths=nothing, used=nothing, policy=self.policy)
-
-        staging = slots.view(slice(None), self.block_slots)
-        for first in range(0, int(self.prompt.max()), self.chunk):
-            tile = slice(first, first + self.chunk)
-            lengths = (self.prompt - first).clamp(0, self.chunk)
-            step = replace(step, start=torch.full_like(lengths, first), lengths=lengths)
-            output[:, :, tile] = attention.block(
-                staging, layer, step, query[:, :, tile], keys[:, :, tile], values[:, :, tile], scale
-            )
-            step = replace(step, used=step.used_after)
-            if self.similarity:
-                self.similarity.block(first, self.chunk, staging)
-        used = attention.end_prompt(staging, step.used, self.prompt, self.policy)
-
-        window = slots.view(slice(None), self.decode_slots)
-        ones = torch.ones_like(self.prompt)
-        for ahead in range(self.steps):
-            at = self.prompt + ahead
-            index = at.clamp(max=width - 1)[:, None, None, None]
-            step = Block(start=at, lengths=ones, used=used, policy=self.policy)
-            q, k, v = (
-                t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)
-            )
-            answer = attention.decode(window, layer, step, q, k, v, scale)
-            inside = (at < width)[:, None, None, None]
-            previous = output.gather(2, index.expand_as(answer))
-            output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
-            used = step.used_after
-            if self.similarity:
-                self.similarity.step(at, window)
+        slots = self._prompts(policy, query, keys, values, scale, output)
+        self._continuations(slots, policy, query, keys, values, scale, output)
         if self.similarity:
             self.similarity.end(query, keys, scale)
         return output
+
+    def _prompts(
+        self,
+        policy: PolicyTensors,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        output: Tensor,
+    ) -> Slots:
+        """Run the prompts' blocks into `output`; return what each row then holds."""
+        staging = self._empty(keys, self.block_slots)
+        used = torch.zeros_like(self.prompt)
+        for first in range(0, int(self.prompt.max()), self.chunk):
+            tile = slice(first, first + self.chunk)
+            block = BlockPass(
+                staging,
+                policy,
+                start=torch.full_like(self.prompt, first),
+                lengths=(self.prompt - first).clamp(0, self.chunk),
+                used=used,
+                width=query[:, :, tile].shape[2],
+            )
+            output[:, :, tile] = block(
+                0, query[:, :, tile], keys[:, :, tile], values[:, :, tile], scale
+            )
+            used = block.used_after
+            if self.similarity:
+                self.similarity.block(first, self.chunk, staging)
+        used = end_prompt(staging, used, self.prompt, policy)
+        slots = self._empty(keys, self.decode_slots)
+        for row, count in enumerate(used.tolist()):
+            slots.copy_row(row, staging, row, count)
+        return slots
+
+    def _continuations(
+        self,
+        slots: Slots,
+        policy: PolicyTensors,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        output: Tensor,
+    ) -> None:
+        """Run what follows the prompts, a token at a time, into `output`."""
+        width, dim = keys.shape[2:]
+        for ahead in range(self.steps):
+            at = self.prompt + ahead
+            index = at.clamp(max=width - 1)[:, None, None, None]
+            q, k, v = (
+                t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)
+            )
+            answer = DecodePass(slots, policy, at)(0, q, k, v, scale)
+            inside = (at < width)[:, None, None, None]
+            previous = output.gather(2, index.expand_as(answer))
+            output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
+            if self.similarity:
+                self.similarity.step(at, slots)
+
+    @staticmethod
+    def _empty(like: Tensor, slots: int) -> Slots:
+        rows, kv_heads, _, dim = like.shape
+        return Slots.empty(
+            num_layers=1,
+            rows=rows,
+            num_kv_heads=kv_heads,
+            slots=slots,
+            head_dim=dim,
+            dtype=like.dtype,
+            device=like.device,
+        )

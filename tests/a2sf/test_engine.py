@@ -37,6 +37,31 @@ def test_a_request_gets_the_tokens_it_would_get_alone(tiny_model_64: LoadedModel
         assert tokens(run(alone)[one.request_id]) == tokens(streams[one.request_id])
 
 
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
+    tiny_model_64: LoadedModel, piece: int
+) -> None:
+    made = mixed_requests(tiny_model_64, 12, seed=5)
+    engines = [engine_for(tiny_model_64, prefill_tokens=tokens) for tokens in (512, piece)]
+    streams = []
+    for engine in engines:
+        for one in made:
+            engine.submit(one)
+        streams.append(run(engine))
+    for one in made:
+        whole, cut = (stream[one.request_id] for stream in streams)
+        assert tokens(whole) == tokens(cut)
+        assert finished(whole).cache == finished(cut).cache
+
+
+def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: LoadedModel) -> None:
+    engine = engine_for(tiny_model, prefill_tokens=16)
+    exact = CachePolicy(alpha=0.9, budget=20)
+    engine.submit(request("r", [7] * 100, cache_policy=exact, max_new_tokens=2))
+    events = [[type(event) for event in engine.step()] for _ in range(8)]
+    assert events == [[Started], [], [], [], [], [], [Delta], [Delta, Finished]]
+
+
 def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
     tiny_model_64: LoadedModel,
 ) -> None:

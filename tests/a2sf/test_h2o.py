@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf import attention
-from a2sf.attention import Block
-from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.policy import CachePolicy, resolve
 
 
@@ -75,24 +74,32 @@ def test_the_preset_is_h2o(
         num_layers=1,
         num_kv_heads=kv_heads,
     )
-    rows = PolicyTensors.stack([policy], torch.device("cpu"))
-    slots = LayerSlots.empty(
-        1, kv_heads, max(prompt, budget), dim, torch.float64, torch.device("cpu")
-    )
+    rows = PolicyTensors.stack([policy], [length], torch.device("cpu"))
+
+    def empty(count: int) -> Slots:
+        return Slots.empty(
+            num_layers=1,
+            rows=1,
+            num_kv_heads=kv_heads,
+            slots=count,
+            head_dim=dim,
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+
     tq, tk, tv = (torch.from_numpy(x)[None] for x in (q, k, v))
     scale = dim**-0.5
     zero, n = torch.zeros(1, dtype=torch.int64), torch.tensor([prompt])
-    step = Block(start=zero, lengths=n, used=zero, policy=rows)
-    outputs = [attention.block(slots, 0, step, *(x[:, :, :prompt] for x in (tq, tk, tv)), scale)]
-    used = attention.end_prompt(slots, step.used_after, n, rows)
-    window = slots.view(slice(None), budget)
-    stored = [window.position.clone()]
+    staging, slots = empty(prompt), empty(budget)
+    block = BlockPass(staging, rows, start=zero, lengths=n, used=zero, width=prompt)
+    outputs = [block(0, *(x[:, :, :prompt] for x in (tq, tk, tv)), scale)]
+    used = end_prompt(staging, block.used_after, n, rows)
+    slots.copy_row(0, staging, 0, int(used))
+    stored = [slots.position[0].clone()]
     for now in range(prompt, length):
-        step = Block(start=torch.tensor([now]), lengths=torch.ones_like(n), used=used, policy=rows)
         one = (x[:, :, now : now + 1] for x in (tq, tk, tv))
-        outputs.append(attention.decode(window, 0, step, *one, scale))
-        used = step.used_after
-        stored.append(window.position.clone())
+        outputs.append(DecodePass(slots, rows, torch.tensor([now]))(0, *one, scale))
+        stored.append(slots.position[0].clone())
     mine = torch.cat(outputs, dim=2)[0].numpy()
     for head in range(kv_heads):
         members = slice(head * group, (head + 1) * group)

@@ -1,5 +1,6 @@
 """The block law on tensors equals the law written out token by token."""
 
+import itertools
 import random
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf import attention, scoring
-from a2sf.attention import Block
-from a2sf.cache import LayerSlots, PolicyTensors
+from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.policy import EffectivePolicy
 from a2sf.scoring import EMPTY
 from tests.written_out import Head
@@ -20,16 +21,16 @@ CPU = torch.device("cpu")
 
 def test_scores_of_the_worked_example_are_82_and_44() -> None:
     # The paper's figure: S11 = .4, S12 = .3, S21 = .5, S22 = .2 at alpha = .8.
-    alpha = torch.tensor([[0.8]], dtype=torch.float64)
+    alpha = torch.tensor([[[0.8]]], dtype=torch.float64)
     one = torch.tensor([1])
-    score = torch.zeros(1, 1, 2)
+    score = torch.zeros(1, 1, 1, 2)
     for row in ([0.4, 0.3], [0.5, 0.2]):
-        score = scoring.accumulate(score, torch.tensor([[row]]), alpha, one)
-    assert score[0, 0].tolist() == pytest.approx([0.82, 0.44])
+        score = scoring.decay(alpha, one) * score + torch.tensor([row])
+    assert score[0, 0, 0].tolist() == pytest.approx([0.82, 0.44])
 
-    weights = scoring.query_weights(alpha, torch.tensor([2]), 2)
+    weights = scoring.query_weights(alpha, torch.tensor([2]), 0, 2)
     at_once = weights[0, 0] @ torch.tensor([[0.4, 0.3], [0.5, 0.2]])
-    assert at_once.tolist() == pytest.approx([0.82, 0.44])
+    assert at_once[0].tolist() == pytest.approx([0.82, 0.44])
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,10 @@ def test_scores_of_the_worked_example_are_82_and_44() -> None:
 )
 def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int) -> None:
     weights = scoring.query_weights(
-        torch.tensor([[alpha]], dtype=torch.float64), torch.tensor([15000]), 15000
+        torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([15000]), 0, 15000
     )
     assert int((weights > 0).sum()) == window
-    assert weights[0, 0, -1] == 1.0
+    assert weights[0, 0, 0, -1] == 1.0
 
 
 def test_a_tie_goes_to_the_oldest() -> None:
@@ -53,13 +54,12 @@ def test_a_tie_goes_to_the_oldest() -> None:
 
 
 def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
-    position = torch.arange(4000).expand(2, 3, -1)
-    scores = scoring.random_scores(torch.tensor([0, 1]), 2, position)
-    other = scoring.random_scores(torch.tensor([0, 1]), 3, position)
-    flat = [*scores.reshape(6, -1), *other.reshape(6, -1)]
+    position = torch.arange(4000).expand(2, -1)
+    scores = scoring.random_scores(torch.tensor([0, 1]), torch.tensor([2, 3]), 3, position)
+    flat = scores.reshape(12, -1)
     assert scores.min() >= 0
     assert scores.max() < 1
-    correlation = np.corrcoef(torch.stack(flat).numpy())
+    correlation = np.corrcoef(flat.numpy())
     assert abs(correlation - np.eye(12)).max() < 0.1
     for row in flat:
         histogram = torch.histc(row, bins=10, min=0, max=1)
@@ -91,6 +91,7 @@ def cases(draw: st.DrawFn) -> dict:
         "kv_heads": kv_heads,
         "group": draw(st.integers(1, 3)),
         "chunk": draw(st.sampled_from([0, 1, 2, 3, 5])),
+        "piece": draw(st.sampled_from([1, 2, 3, 20])),
         "steps": draw(st.integers(0, 8)),
         "seed": draw(st.integers(0, 10**6)),
     }
@@ -99,48 +100,53 @@ def cases(draw: st.DrawFn) -> dict:
 @settings(max_examples=150)
 @given(cases())
 def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
-    dim, layer, scale = 4, 1, 0.7
+    dim, scale = 4, 0.7
     policies, kv_heads, group = case["policies"], case["kv_heads"], case["group"]
     rows, steps = len(policies), case["steps"]
     rng = torch.Generator().manual_seed(case["seed"])
     length = max(p["prompt"] for p in policies) + steps
 
     def normal(heads: int) -> torch.Tensor:
-        return torch.randn(rows, heads, length, dim, generator=rng, dtype=torch.float64)
+        return torch.randn(2, rows, heads, length, dim, generator=rng, dtype=torch.float64)
 
     query, keys, values = normal(kv_heads * group), normal(kv_heads), normal(kv_heads)
 
-    # Written out, head by head.
+    # Written out, head by head; the first of two layers has one alpha.
     witness = {}
-    for row, policy in enumerate(policies):
-        for head in range(kv_heads):
-            seed = policy["random_seed"]
-            state = Head(
-                alpha=policy["alpha"][head],
-                budget=policy["budget"],
-                recent=policy["recent"],
-                sinks=policy["sinks"],
-                random_score=None
-                if seed is None
-                else lambda p, seed=seed, head=head: float(
-                    scoring.random_scores(
-                        torch.tensor([seed]), layer, torch.full((1, kv_heads, 1), p)
-                    )[0, head, 0]
-                ),
-            )
-            q = query[row, head * group : (head + 1) * group].transpose(0, 1).tolist()
-            k, v = keys[row, head].tolist(), values[row, head].tolist()
-            n = policy["prompt"]
-            out = state.prompt(q[:n], k[:n], v[:n], scale, case["chunk"])
-            for t in range(n, n + steps):
-                out += state.block(t, q[t : t + 1], k[t : t + 1], v[t : t + 1], scale)
-            witness[row, head] = (state, out)
+    for layer, row, head in itertools.product(range(2), range(rows), range(kv_heads)):
+        policy = policies[row]
+        seed = policy["random_seed"]
+        hashes = (
+            None
+            if seed is None
+            else scoring.random_scores(
+                torch.tensor([seed]), torch.tensor([layer]), kv_heads, torch.arange(length)[None]
+            )[0, 0, head].tolist()
+        )
+        state = Head(
+            alpha=policy["alpha"][head] if layer else 0.5,
+            budget=policy["budget"],
+            recent=policy["recent"],
+            sinks=policy["sinks"],
+            random_score=hashes and hashes.__getitem__,
+        )
+        members = slice(head * group, (head + 1) * group)
+        q = query[layer, row, members].transpose(0, 1).tolist()
+        k, v = keys[layer, row, head].tolist(), values[layer, row, head].tolist()
+        n = policy["prompt"]
+        out = state.prompt(q[:n], k[:n], v[:n], scale, case["chunk"])
+        for t in range(n, n + steps):
+            out += state.block(t, q[t : t + 1], k[t : t + 1], v[t : t + 1], scale)
+        witness[layer, row, head] = (state, out)
 
-    # On tensors, all rows together, ragged.
+    # On tensors: all rows together, ragged, blocks in pieces.
     effective = [
         EffectivePolicy(
-            method="table",
-            alpha=((0.5,) * kv_heads, tuple(p["alpha"])),
+            method="table" if p["random_seed"] is None else "random",
+            # Nothing of the random baseline decays.
+            alpha=((0.5,) * kv_heads, tuple(p["alpha"]))
+            if p["random_seed"] is None
+            else ((1.0,) * kv_heads,) * 2,
             budget=p["budget"],
             recent=p["recent"],
             sinks=p["sinks"],
@@ -149,63 +155,88 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
         )
         for p in policies
     ]
-    stacked = PolicyTensors.stack(effective, CPU)
+    stacked = PolicyTensors.stack(effective, [length + 100] * rows, CPU)
     prompt = torch.tensor([p["prompt"] for p in policies])
-    chunk = case["chunk"] or int(prompt.max())
+    longest = int(prompt.max())
+    chunk = case["chunk"] or longest
     budget = int(stacked.budget.max())
-    slots = LayerSlots.empty(rows, kv_heads, budget + 2 * chunk, dim, torch.float64, CPU)
+
+    def empty(slots: int) -> Slots:
+        return Slots.empty(
+            num_layers=2,
+            rows=rows,
+            num_kv_heads=kv_heads,
+            slots=slots,
+            head_dim=dim,
+            dtype=torch.float64,
+            device=CPU,
+        )
+
+    staging, slots = empty(budget + 2 * chunk), empty(budget)
     output = torch.zeros_like(query)
     used = torch.zeros(rows, dtype=torch.int64)
-    for first in range(0, int(prompt.max()), chunk):
-        tile = slice(first, first + chunk)
-        step = Block(
-            start=torch.full((rows,), first),
-            lengths=(prompt - first).clamp(0, chunk),
-            used=used,
-            policy=stacked,
-        )
-        padded = [
-            torch.nn.functional.pad(t[:, :, tile], (0, 0, 0, chunk - t[:, :, tile].shape[2]))
-            for t in (query, keys, values)
-        ]
-        answer = attention.block(slots, layer, step, *padded, scale)
-        output[:, :, tile] = answer[:, :, : output[:, :, tile].shape[2]]
-        used = step.used_after
-    used = attention.end_prompt(slots, used, prompt, stacked)
+    for start in range(0, longest, chunk):
+        end = min(start + chunk, longest)
+        for first in range(start, end, case["piece"]):
+            tile = slice(first, min(first + case["piece"], end))
+            block = BlockPass(
+                staging,
+                stacked,
+                start=torch.full((rows,), start),
+                lengths=(prompt - start).clamp(0, chunk),
+                used=used,
+                width=tile.stop - first,
+                first=first - start,
+            )
+            for layer in range(2):
+                qkv = (t[layer, :, :, tile] for t in (query, keys, values))
+                output[layer, :, :, tile] = block(layer, *qkv, scale)
+            used = block.used_after
+    used = end_prompt(staging, used, prompt, stacked)
+    for row, count in enumerate(used.tolist()):
+        slots.copy_row(row, staging, row, count)
     for ahead in range(steps):
         at = (prompt + ahead)[:, None, None, None]
-        token = [t.gather(2, at.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)]
-        step = Block(
-            start=prompt + ahead, lengths=torch.ones_like(prompt), used=used, policy=stacked
-        )
-        answer = attention.decode(slots.view(slice(None), budget), layer, step, *token, scale)
-        output.scatter_(2, at.expand_as(answer), answer)
-        used = step.used_after
+        step = DecodePass(slots, stacked, prompt + ahead)
+        for layer in range(2):
+            token = [
+                t[layer].gather(2, at.expand(-1, t.shape[2], 1, dim)) for t in (query, keys, values)
+            ]
+            answer = step(layer, *token, scale)
+            output[layer].scatter_(2, at.expand_as(answer), answer)
 
-    for (row, head), (state, out) in witness.items():
+    for (layer, row, head), (state, out) in witness.items():
         real = policies[row]["prompt"] + steps
-        mine = output[row, head * group : (head + 1) * group, :real].transpose(0, 1)
+        mine = output[layer, row, head * group : (head + 1) * group, :real].transpose(0, 1)
         torch.testing.assert_close(mine, torch.tensor(out, dtype=torch.float64))
-        held = slots.position[row, head]
+        held = slots.position[layer, row, head]
         stored = {
             int(p): float(s)
-            for p, s in zip(held, slots.score[row, head], strict=True)
+            for p, s in zip(held, slots.score[layer, row, head], strict=True)
             if p != EMPTY
         }
         assert stored.keys() == {t.position for t in state.tokens}
-        assert int(used[row]) == len(stored)
         for token in state.tokens:
             assert stored[token.position] == pytest.approx(token.score, rel=1e-5, abs=1e-7)
 
 
-def test_a_long_block_attended_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = torch.Generator().manual_seed(random.Random(0).randrange(2**31))
     query = torch.randn(2, 4, 50, 8, generator=rng, dtype=torch.float64)
     keys = torch.randn(2, 2, 50, 8, generator=rng, dtype=torch.float64)
     position = torch.arange(50, dtype=torch.int32).expand(2, 2, -1).contiguous()
     weights = torch.rand(2, 2, 50, generator=rng)
-    arguments = (query, torch.arange(50).expand(2, -1), keys, keys, position, weights, 0.3)
-    whole = attention.attend(*arguments)
+    at = torch.arange(50).expand(2, -1)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            attention.attend(query, at, keys, keys, position, 0.3),
+            attention.mass(query, at, keys, position, weights, 0.3),
+        )
+
+    monkeypatch.setattr(attention, "SCORE_TILE", 50)
+    whole = both()
     monkeypatch.setattr(attention, "QUERY_TILE", 7)
-    for one, other in zip(whole, attention.attend(*arguments), strict=True):
+    monkeypatch.setattr(attention, "SCORE_TILE", 9)
+    for one, other in zip(whole, both(), strict=True):
         torch.testing.assert_close(one, other)
