@@ -176,10 +176,8 @@ class BlockPass:
             The attention output, [rows, H_q, width, D]; padding's is meaningless.
         """
         slots = self._slots
-        wide = self._placed[layer][..., None].expand_as(keys)
+        slots.write(layer, self._placed[layer], keys, values)
         stored_keys, stored_values = slots.keys[layer], slots.values[layer]
-        stored_keys.scatter_(2, wide, keys)
-        stored_values.scatter_(2, wide, values)
         position = slots.position[layer]
         output = attend(query, self._position, stored_keys, stored_values, position, scale)
         first = self._first_counted[layer]
@@ -248,10 +246,8 @@ class DecodePass:
         slots = self._slots
         rows, q_heads, _, dim = query.shape
         kv_heads = keys.shape[1]
-        wide = self._placed[layer][..., None].expand_as(keys)
+        slots.write(layer, self._placed[layer], keys, values)
         stored_keys, stored_values = slots.keys[layer], slots.values[layer]
-        stored_keys.scatter_(2, wide, keys)
-        stored_values.scatter_(2, wide, values)
         grouped = query.view(rows, kv_heads, -1, dim) * scale
         logits = grouped @ stored_keys.transpose(2, 3)
         logits = logits.masked_fill_(self._empty[:, None, None], -math.inf)

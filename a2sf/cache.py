@@ -144,7 +144,8 @@ class Slots:
         Returns:
             [layers, rows, H_kv] int64.
         """
-        return self._eviction_key(start, policy).argmin(dim=-1)
+        allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
+        return scoring.lowest(self.score, self.position, allowed)
 
     def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
         """Evict each head's `excess` lowest tokens.
@@ -157,7 +158,9 @@ class Slots:
         most = int(excess.max())
         if most <= 0:
             return
-        lowest = self._eviction_key(start, policy).topk(most, dim=-1, largest=False).indices
+        allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
+        key = scoring.eviction_key(self.score, self.position, allowed)
+        lowest = key.topk(most, dim=-1, largest=False).indices
         gone = torch.arange(most, device=excess.device) < excess[:, None, None]
         kept = self.position.gather(-1, lowest)
         self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
@@ -182,6 +185,21 @@ class Slots:
         else:
             self.score.scatter_(-1, slot, 0.0)
 
+    def write(self, layer: int, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write the keys and values of new tokens in one layer.
+
+        Args:
+            layer: the layer, counted from the first of these.
+            slot: [rows, H_kv, width] int64, where each head puts each token.
+            keys, values: [rows, H_kv, width, D].
+        """
+        rows, heads, _ = slot.shape
+        row = torch.arange(rows, device=slot.device)[:, None, None]
+        head = torch.arange(heads, device=slot.device)[None, :, None]
+        # Not `scatter_`, which in 16-bit dtypes copies the whole layer.
+        self.keys[layer].index_put_((row, head, slot), keys)
+        self.values[layer].index_put_((row, head, slot), values)
+
     def copy_row(self, row: int, source: Self, source_row: int, count: int) -> None:
         """Make `row` hold, in its first slots, the `count` tokens that `source_row` holds."""
         self.position[:, row].fill_(EMPTY)
@@ -196,7 +214,3 @@ class Slots:
             for name in ("keys", "values"):
                 found = getattr(source, name)[layer, source_row].gather(1, wide)
                 getattr(self, name)[layer, row, :, :count] = found
-
-    def _eviction_key(self, start: Tensor, policy: PolicyTensors) -> Tensor:
-        allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
-        return scoring.eviction_key(self.score, self.position, allowed)
