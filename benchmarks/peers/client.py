@@ -3,6 +3,7 @@
 Knows the protocol's frame (a JSON line each way) and nothing of what is asked.
 """
 
+import contextlib
 import json
 import queue
 import signal
@@ -63,7 +64,7 @@ class Client:
         except queue.Empty:
             self.kill()
             raise Gone(f"no answer to {command['do']} within {timeout_s:g} s") from None
-        except OSError:
+        except (OSError, ValueError):  # its end of the pipe is gone, or ours is closed
             line = None
         if line is None:
             self.kill()
@@ -99,7 +100,5 @@ class Client:
             self._process.kill()
             self._process.wait()
         if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(OSError):
                 self._process.stdin.close()
-            except OSError:
-                pass

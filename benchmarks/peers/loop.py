@@ -76,8 +76,10 @@ class Seat(Protocol):
 class Peer(Protocol):
     """An engine under one setting."""
 
-    packages: Sequence[str]
-    """Distributions whose versions are told."""
+    @property
+    def packages(self) -> Sequence[str]:
+        """Distributions whose versions are told."""
+        ...
 
     def load(self, model: str, dtype: str, threads: int) -> None:
         """Load the model; called once, first."""

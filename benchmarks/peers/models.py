@@ -61,9 +61,7 @@ class Shape:
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         mlp = 3 * self.hidden * self.intermediate
         norms = 2 * self.hidden
-        return (
-            self.layers * (attention + mlp + norms) + self.hidden + self.vocabulary * self.hidden
-        )
+        return self.layers * (attention + mlp + norms) + self.hidden + self.vocabulary * self.hidden
 
     @property
     def token_slots(self) -> int:

@@ -5,7 +5,6 @@ the variant has one). Knows nothing of how a figure is measured or shown.
 """
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def summarise(turns: list[list[float]], batch: int) -> dict[str, Any]:
         "ms_single_step_median": round(statistics.median(steps), 4),
         "ms_single_step_quartiles": quartiles(steps),
         "tokens_per_s": round(batch / median * 1e3, 2),
-        "turns_ms": [[round(time, 4) for time in turn] for turn in turns],
+        "turn_means_ms": [round(mean, 4) for mean in means],
     }
 
 
@@ -74,7 +73,7 @@ class Results:
         have = {(e["variant"], e["budget"]) for e in cell["entries"]} if cell else set()
         return not set(rows) <= have
 
-    def put(self, key: Key, date: str, entries: list[dict[str, Any]]) -> None:
+    def put(self, key: Key, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
         """Add a cell, in the place of what was there before, and write.
 
         Entries of one cell are from one run: those of a run before would not be comparable.
@@ -86,7 +85,7 @@ class Results:
             "dtype": dtype,
             "context": context,
             "batch": batch,
-            "date": date,
+            **about,
             "entries": entries,
         }
         old = self._find(key)
@@ -101,7 +100,7 @@ class Results:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_name(self._path.name + ".draft")
         draft.write_text(json.dumps(self.document, indent=1) + "\n")
-        os.replace(draft, self._path)
+        draft.replace(self._path)
 
     def _find(self, key: Key) -> dict[str, Any] | None:
         cells: list[dict[str, Any]] = self.document["cells"]

@@ -100,12 +100,9 @@ VARIANTS = {
             "OpenVINO GenAI, evicting",
             "openvino",
             "worker_openvino",
-            ("evict",),
             bounded=True,
         ),
-        Variant(
-            "openvino-full", "OpenVINO GenAI, full cache", "openvino", "worker_openvino", ("full",)
-        ),
+        Variant("openvino-full", "OpenVINO GenAI, full cache", "openvino", "worker_openvino"),
     )
 }
 

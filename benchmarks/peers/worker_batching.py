@@ -1,9 +1,9 @@
 """Continuous batching of transformers (what `generate_batch` runs) as a peer.
 
-Its public entry runs a loop in a thread until all requests end; here the body of that loop is called
-once a step. Rows share the pages of their common prompt, which spares the filling, and favours
-this peer: it reads shared pages from the processor's cache. On processors it has no paged
-kernel and gathers the pages of all rows into one sequence under one mask.
+Its public entry runs a loop in a thread until all requests end; here the body of that loop is
+called once a step. Rows share the pages of their common prompt, which spares the filling, and
+favours this peer: it reads shared pages from the processor's cache. On processors it has no paged
+kernel, and gathers the pages of all rows into one sequence under one mask.
 """
 
 import time

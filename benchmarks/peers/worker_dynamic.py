@@ -194,9 +194,7 @@ class Dynamic:
             @torch.no_grad()
             def job() -> None:
                 ids = torch.tensor([filling.prompt])
-                seconds[0] = timed(
-                    lambda: self.model(ids, past_key_values=cache, logits_to_keep=1)
-                )
+                seconds[0] = timed(lambda: self.model(ids, past_key_values=cache, logits_to_keep=1))
 
             self.main.run(job)
             self._row = (filling.prompt, cache, seconds[0])

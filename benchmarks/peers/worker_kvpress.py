@@ -1,8 +1,8 @@
 """kvpress as a peer: the press named on the command line, in prefill and in decoding.
 
 One row is prefilled under the press and copied to all; decoding then goes as in kvpress's own
-pipeline, with explicit positions over a cache that is shorter than they are. A decoding press evicts
-every so many steps: here once in a turn, so that each turn holds the price of one eviction.
+pipeline, with explicit positions over a cache that is shorter than they are. A decoding press
+evicts every so many steps: here once in a turn, so that each turn holds the price of one eviction.
 """
 
 import copy

@@ -1,10 +1,9 @@
-"""OpenVINO GenAI's continuous batching as a peer, with cache eviction (`evict`) or without (`full`).
+"""OpenVINO GenAI's continuous batching as a peer: with cache eviction where there is a budget.
 
 Runs on an IR that `export_openvino` wrote. Rows hold pages of their own: prefix caching would let
 all rows read the same pages, which then come from the processor's cache and not from memory.
 """
 
-import sys
 from typing import Any
 
 import numpy

@@ -20,6 +20,7 @@ from .loop import Filling, serve, timed
 PREFILL_CHUNK = 512
 
 Method = Literal["a2sf", "window", "full"]
+METHODS: dict[str, Method] = {"a2sf": "a2sf", "window": "window", "full": "full"}
 
 
 def policy(method: Method, budget: int | None) -> CachePolicy:
@@ -29,9 +30,7 @@ def policy(method: Method, budget: int | None) -> CachePolicy:
     if method == "window":
         return CachePolicy(preset="window", budget=budget, prefill_chunk=PREFILL_CHUNK)
     assert budget is not None
-    return CachePolicy(
-        alpha=0.9, budget=budget, recent=budget // 8, prefill_chunk=PREFILL_CHUNK
-    )
+    return CachePolicy(alpha=0.9, budget=budget, recent=budget // 8, prefill_chunk=PREFILL_CHUNK)
 
 
 def fill_rows(engine: Engine, filling: Filling) -> float:
@@ -119,6 +118,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    (name,) = sys.argv[1:]
-    assert name in ("a2sf", "window", "full")
-    serve(Ours(name))
+    serve(Ours(METHODS[sys.argv[1]]))
