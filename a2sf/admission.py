@@ -27,7 +27,7 @@ class EngineConfig(Frozen):
     """Rows: requests that decode together."""
     max_prefill_tokens: Positive | None = None
     """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
-    prefill_tokens: Positive = 512
+    step_tokens: Positive = 512
     """Prompt tokens computed in one step, between two tokens of the streams that run."""
     max_waiting: Count = 64
     """Requests that may wait once every row is taken; one more is refused."""

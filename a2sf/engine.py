@@ -6,7 +6,6 @@ transport; what the law computes does not depend on how it schedules.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -41,7 +40,7 @@ class Engine:
         self._clock = clock
         self._slab = self._allocate(config.max_batch, config.slots)
         self._staging = self._allocate(1, config.staging_slots(model.shape.max_context))
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
@@ -91,7 +90,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its row at once; unknown ids are ignored. No event follows."""
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        self._waiting = [s for s in self._waiting if s.request.request_id != request_id]
         if self._prefilling and self._prefilling.request.request_id == request_id:
             self._prefilling = None
         for row, sequence in enumerate(self._active):
@@ -134,7 +133,9 @@ class Engine:
     def _admit(self, events: list[Event]) -> None:
         if self._prefilling or not self._waiting or len(self._active) >= self.config.max_batch:
             return
-        sequence = self._prefilling = self._waiting.popleft()
+        # The first of those with the highest priority.
+        sequence = self._prefilling = max(self._waiting, key=lambda s: s.request.priority)
+        self._waiting.remove(sequence)
         sequence.prefill_at = self._clock()
         self._staging.clear()
         events.append(sequence.started())
@@ -155,7 +156,7 @@ class Engine:
         prompt = sequence.request.prompt_ids
         first = sequence.prefilled
         start, length = sequence.block
-        piece = min(start + length - first, self.config.prefill_tokens)
+        piece = min(start + length - first, self.config.step_tokens)
         policy = self._policies([sequence])
         # Slots fill in order until the first eviction, so none of those beyond is needed yet.
         needed = min(sequence.policy.staging_slots(len(prompt)), first + piece)

@@ -49,6 +49,9 @@ class GenerationRequest(Frozen):
     """Tokens before which nothing but the time limit ends the completion; at most max_new_tokens.
     A token that would end it is not drawn among them, and a stop string counts only where a later
     token completes it."""
+    priority: int = 0
+    """Of the requests that wait, the highest goes first, and among equals the oldest. A lower one
+    waits as long as higher ones come; none that runs is interrupted."""
     time_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Seconds from submission after which the stream ends with what it has: in the step that finds
     them over, before anything is drawn in it. A request that has no token by then, or still waits,
@@ -100,7 +103,7 @@ class Usage(Frozen):
 
 
 class CacheStatistics(Frozen):
-    """What the row held when it ended, read off the tensors themselves."""
+    """What the row held when it ended, and in how many bytes of the cache's tensors."""
 
     budget: Positive
     """Slots of the row, for each layer and head."""

@@ -111,7 +111,8 @@ class Batch:
         with probability p_i. It takes one number of noise a token of the vocabulary, whatever the
         filters.
         """
-        scores = self._allowed(logits)
+        # In float32 at least: finding the largest of 16-bit numbers takes four times as long.
+        scores = self._allowed(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         if not self._noise:
             tokens = scores.argmax(dim=-1)
         elif len(self._noise) == len(self._rows):

@@ -64,9 +64,15 @@ def serve(
     max_prefill_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt block, in tokens.")
     ] = None,
+    step_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens computed between two decode steps.")
+    ] = DEFAULTS.step_tokens,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a row.")
     ] = DEFAULTS.max_waiting,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads; default: those it may use.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = DEFAULTS.device,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16.")
@@ -98,7 +104,9 @@ def serve(
             slots=slots,
             default_budget=default_budget,
             max_prefill_tokens=max_prefill_tokens,
+            step_tokens=step_tokens,
             max_waiting=max_waiting,
+            threads=threads,
             device=device,
             dtype=dtype,
             port_file=port_file,

@@ -17,6 +17,7 @@ from a2sf.errors import InvalidArgument, NotFound
 from a2sf.models import REFERENCE, load_model
 from a2sf.policy import DEFAULT_SINKS, CachePolicy
 from a2sf.schema import Count, Frozen, Positive, first_problem
+from a2sf.threads import set_threads
 from service.servicers import Core
 from service.tables import TableStore
 
@@ -44,7 +45,10 @@ class ServerOptions(Frozen):
     slots: Positive = 1024
     default_budget: Positive = 256
     max_prefill_tokens: Positive | None = None
+    step_tokens: Positive = 512
     max_waiting: Count = 64
+    threads: Positive | None = None
+    """Threads of a processor's computations; None: the processors that the process may use."""
     device: str = "auto"
     dtype: str = "auto"
     port_file: Path | None = None
@@ -82,6 +86,7 @@ class ServerOptions(Frozen):
                 slots=self.slots,
                 max_batch=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
+                step_tokens=self.step_tokens,
                 max_waiting=self.max_waiting,
                 default_policy=CachePolicy.model_validate(
                     {**method, "budget": self.default_budget}
@@ -101,6 +106,7 @@ def load_core(options: ServerOptions) -> Core:
     if directory is not None and not directory.is_dir():
         # Said before the model is loaded, which takes a while.
         raise NotFound(f"tables directory {directory}: no such directory")
+    threads = set_threads(options.threads)
     model = load_model(
         options.model, revision=options.revision, device=options.device, dtype=options.dtype
     )
@@ -126,9 +132,10 @@ def load_core(options: ServerOptions) -> Core:
             f"--max-batch or --slots ({reason})",
         ) from error
     log.info(
-        "model=%s device=%s dtype=%s rows=%d slots=%d slab_bytes=%d staging_bytes=%d "
+        "model=%s device=%s dtype=%s threads=%d rows=%d slots=%d slab_bytes=%d staging_bytes=%d "
         "tables=%d refused=%d",
-        *(model.identity.id, model.device, model.dtype, config.max_batch, config.slots),
+        *(model.identity.id, model.device, model.dtype, threads),
+        *(config.max_batch, config.slots),
         *(engine.kv_slab_bytes, engine.kv_staging_bytes),
         *(len(tables.tables), len(tables.refused)),
     )

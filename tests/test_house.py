@@ -24,6 +24,7 @@ CORE = [
     "fingerprint",
     "families",
     "linear",
+    "threads",
     "models",
     "teacher",
     "sampling",

@@ -42,7 +42,7 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
     tiny_model_64: LoadedModel, piece: int
 ) -> None:
     made = mixed_requests(tiny_model_64, 12, seed=5)
-    engines = [engine_for(tiny_model_64, prefill_tokens=tokens) for tokens in (512, piece)]
+    engines = [engine_for(tiny_model_64, step_tokens=tokens) for tokens in (512, piece)]
     streams = []
     for engine in engines:
         for one in made:
@@ -54,8 +54,18 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
         assert finished(whole).cache == finished(cut).cache
 
 
+def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
+    tiny_model: LoadedModel,
+) -> None:
+    engine = engine_for(tiny_model, max_batch=1)
+    for name, priority in (("a", 0), ("b", -1), ("c", 5), ("d", 0), ("e", 5)):
+        engine.submit(request(name, range(5), priority=priority))
+    order = [stream[0].request_id for stream in run(engine).values()]
+    assert order == ["c", "e", "a", "d", "b"]
+
+
 def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: LoadedModel) -> None:
-    engine = engine_for(tiny_model, prefill_tokens=16)
+    engine = engine_for(tiny_model, step_tokens=16)
     exact = CachePolicy(alpha=0.9, budget=20)
     engine.submit(request("r", [7] * 100, cache_policy=exact, max_new_tokens=2))
     events = [[type(event) for event in engine.step()] for _ in range(8)]

@@ -1,0 +1,42 @@
+"""torch gets the processors that it is granted, not those that it sees."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from a2sf import threads
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("max 100000\n", None), ("200000 100000\n", 2), ("150000 100000\n", 2), ("500 100000", 1)],
+)
+def test_a_quota_is_read_in_whole_processors(text: str, count: int | None, tmp_path: Path) -> None:
+    limit = tmp_path / "cpu.max"
+    limit.write_text(text)
+    assert threads.granted(limit) == count
+
+
+def test_no_quota_is_no_limit(tmp_path: Path) -> None:
+    assert threads.granted(tmp_path / "absent") is None
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("restored")
+def test_the_quota_cuts_what_torch_would_take_and_a_wish_goes_before_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "cpu.max"
+    limit.write_text("100000 100000")
+    monkeypatch.setattr(threads, "_CGROUP_LIMIT", limit)
+    torch.set_num_threads(4)
+    assert threads.set_threads(3) == torch.get_num_threads() == 3
+    assert threads.set_threads() == torch.get_num_threads() == 1
