@@ -37,8 +37,8 @@ format: $(BIN)/.installed ## Format the code and the contract
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write proto
 
-bench: $(BIN)/.installed ## Measure decoding and evaluation side by side; results in benchmarks/results
-	$(BIN)/python -m benchmarks.decode
+bench: $(BIN)/.installed ## Measure decoding beside peers, and evaluation; results in benchmarks/results
+	$(BIN)/python -m benchmarks.grid
 	$(BIN)/python -m benchmarks.evaluation
 
 findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare

@@ -231,20 +231,20 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no such variant: {', '.join(sorted(unknown))}")
     options = {"rounds": rounds, "steps": steps, "threads": threads}
-    results = Results(
-        out,
-        {
-            "date": _today(),
-            "machine": {
-                "processor": machine.processor(),
-                "cores": os.cpu_count(),
-                "memory_gb": round(psutil.virtual_memory().total / 1e9),
-            },
-            "settings": {**options, "untimed": UNTIMED},
-            "left_out": [],
+    head = {
+        "date": _today(),
+        "machine": {
+            "processor": machine.processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9),
         },
-        resume=resume,
-    )
+        "settings": {**options, "untimed": UNTIMED},
+        "left_out": [],
+    }
+    try:
+        results = Results(out, head, resume=resume)
+    except ValueError as mixed:
+        raise typer.BadParameter(str(mixed)) from mixed
     rows = rows_of(variant or list(VARIANTS), budget or [128, 512])
     for name, number in parts(model or ["reference", "random"], dtype):
         directory = models.prepare(name, environments.STORE / "models", layers)

@@ -85,4 +85,6 @@ def _call(*arguments: str, environment: dict[str, str] | None = None) -> None:
         arguments, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:6])}: {done.stderr.strip()[-800:]}")
+        print(done.stderr, file=sys.stderr)
+        last = done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"{' '.join(arguments[1:4])}: {' '.join(last)[:400]}")
