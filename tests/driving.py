@@ -1,14 +1,18 @@
 """Driving an engine in tests: requests, runs, and what came out of them."""
 
 import random
-from collections.abc import Iterable
+import string
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from torch import Tensor
 
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy
+from a2sf.policy import PRESETS, CachePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started
+from a2sf.scoring import EMPTY
 from tests.tables import make_table
 
 GREEDY = Sampling(temperature=0.0)
@@ -88,3 +92,142 @@ def mixed_requests(model: LoadedModel, count: int, seed: int) -> list[Generation
             )
         )
     return made
+
+
+def any_policy(rng: random.Random, length: int) -> CachePolicy:
+    """A policy of any kind for prompt + max_new of `length`, from one slot to more than enough."""
+    kind = rng.choice(["table", "alpha", *PRESETS])
+    chunk = rng.choice([0, 0, 1, 3, 16, 16])
+    if kind == "full":
+        return CachePolicy(preset="full", prefill_chunk=chunk)
+    sinks, recent = rng.choice([0, 1, 4]), rng.choice([0, 3, 8])
+    least = sinks + recent + 1
+    wide = rng.choice([least, rng.randint(least, 40), rng.randint(least, 80), length + 5])
+    fields: dict[str, Any] = {
+        "budget": max(least, wide),
+        "sinks": sinks,
+        "recent": None if kind in ("h2o", "window") else recent,
+        "prefill_chunk": chunk,
+    }
+    if kind == "table":
+        return CachePolicy(table="made-up", **fields)
+    if kind == "alpha":
+        return CachePolicy(alpha=rng.choice([0.0, 0.5, 0.9, 0.99, 1.0]), **fields)
+    if kind == "random":
+        fields["random_seed"] = rng.randrange(2**31)
+    return CachePolicy(**fields | {"preset": kind})
+
+
+def any_sampling(rng: random.Random) -> Sampling:
+    """Greedy or seeded, with any of the filters."""
+    penalty = rng.choice([1.0, 1.0, 1.3])
+    if rng.random() < 0.4:
+        return Sampling(temperature=0.0, repetition_penalty=penalty, seed=0)
+    return Sampling(
+        repetition_penalty=penalty,
+        temperature=rng.choice([0.3, 0.8, 1.5]),
+        top_k=rng.choice([0, 5, 40]),
+        top_p=rng.choice([1.0, 0.9]),
+        min_p=rng.choice([0.0, 0.05]),
+        seed=rng.randrange(2**63),
+    )
+
+
+def any_requests(
+    model: LoadedModel, count: int, seed: int, *, longest: int = 120, most: int = 40
+) -> list[GenerationRequest]:
+    """Requests of every kind: policies, lengths, draws and ends as different as they may be."""
+    rng = random.Random(seed)
+    made = []
+    for index, prompt in enumerate(prompts(count, high=longest, seed=seed)):
+        max_new = rng.randint(1, most)
+        wish = any_policy(rng, len(prompt) + max_new)
+        alpha = [
+            tuple(rng.choice([0.0, 0.5, 0.99, 1.0]) for _ in range(model.shape.num_kv_heads))
+            for _ in range(model.shape.num_layers)
+        ]
+        made.append(
+            request(
+                str(index),
+                prompt,
+                cache_policy=wish,
+                table=make_table(model.identity, alpha=tuple(alpha)) if wish.table else None,
+                max_new_tokens=max_new,
+                min_new_tokens=rng.choice([0, 0, rng.randint(0, max_new)]),
+                sampling=any_sampling(rng),
+                stop=tuple(
+                    # The longer ones never come, but their first characters are held back.
+                    character + rng.choice(["", "\0\0"])
+                    for character in rng.sample(string.printable, rng.choice([0, 0, 6, 12]))
+                ),
+                stop_token_ids=tuple(rng.sample(range(256), rng.choice([0, 0, 4]))),
+                ignore_eos=rng.random() < 0.7,
+                logprobs=rng.random() < 0.2,
+            )
+        )
+    return made
+
+
+def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the requests in the engine keep: positions and scores, [layers, H_kv, tokens] each.
+
+    Copies in order of position, of the rows that decode and the one being prefilled. The one place
+    in the tests that looks inside the engine.
+    """
+    held = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
+    if engine._prefilling is not None:
+        held.append((engine._prefilling, engine._staging, 0))
+    kept = {}
+    for sequence, slots, row in held:
+        position, order = slots.position[:, row].sort(dim=-1)
+        counts = (position != EMPTY).sum(dim=-1)
+        count = int(counts.max())
+        assert bool((counts == count).all()), "heads fill in lockstep"
+        score = slots.score[:, row].gather(-1, order)
+        kept[sequence.request.request_id] = (position[..., :count], score[..., :count])
+    return kept
+
+
+STATES = ("waiting", "prefilling", "running")
+
+
+def state(stream: list[Event]) -> str:
+    """Where a submitted request is that has not ended, by what its stream has said so far."""
+    if not stream:
+        return "waiting"
+    return "running" if tokens(stream) else "prefilling"
+
+
+def run_at_random(
+    engine: Engine,
+    made: Iterable[GenerationRequest],
+    rng: random.Random,
+    *,
+    cancel: Iterable[str] = (),
+    step: Callable[[], list[Event]] | None = None,
+) -> dict[str, list[Event]]:
+    """Submit and cancel at random between steps until all is done; return each stream.
+
+    Args:
+        engine: idle.
+        made: what to submit, in this order.
+        rng: decides when.
+        cancel: names to cancel, in any of the states, unless they end before.
+        step: stands in for the engine's.
+    """
+    left = list(made)[::-1]
+    streams: dict[str, list[Event]] = {one.request_id: [] for one in left}
+    doomed = {name: rng.choice(STATES) for name in sorted(cancel)}
+    while left or engine.has_work:
+        # A queue now and then, but not of all.
+        while left and rng.random() < 0.5 and engine.waiting < 4:
+            engine.submit(left.pop())
+        waiting = {one.request_id for one in left}
+        for name in sorted(doomed.keys() - waiting):
+            there = STATES.index(state(streams[name])) >= STATES.index(doomed[name])
+            if there and rng.random() < 0.5:
+                engine.cancel(name)
+                del doomed[name]
+        for event in (step or engine.step)():
+            streams[event.request_id].append(event)
+    return streams

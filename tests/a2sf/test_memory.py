@@ -1,0 +1,180 @@
+"""The engine's memory is fixed before the first token and stays where it is, whatever is asked."""
+
+import multiprocessing
+import random
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from a2sf.engine import Engine
+from a2sf.models import LoadedModel, load_model
+from a2sf.policy import CachePolicy
+from a2sf.requests import Finished, Sampling
+from tests.driving import any_requests, engine_for, prompts, request, run
+from tests.tiny import BYTES, save_tiny_llama
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 7), (3, 50), (8, 168)])
+def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_times(
+    tiny_model_dir: Path, dtype: str, rows: int, slots: int
+) -> None:
+    model = load_model(str(tiny_model_dir), device="cpu", dtype=dtype)
+    shape = model.shape
+    staging = 90
+    engine = engine_for(
+        model,
+        slots=slots,
+        max_batch=rows,
+        max_prefill_tokens=staging,
+        default_policy=CachePolicy(preset="h2o", budget=slots),
+    )
+    slot_bytes = 2 * shape.head_dim * model.dtype.itemsize + 8
+    token_bytes = shape.num_layers * shape.num_kv_heads * slot_bytes
+
+    def check() -> None:
+        assert engine.kv_slab_bytes == rows * slots * token_bytes
+        assert engine.kv_staging_bytes == staging * token_bytes
+
+    check()
+    rng = random.Random(slots)
+    for index, prompt in enumerate(prompts(3 * rows, high=staging)):
+        wish = CachePolicy(preset="h2o", budget=rng.randint(5, slots))
+        engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=12))
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Finished):
+                assert event.cache.kept_tokens <= event.cache.budget
+                assert event.cache.kv_bytes == event.cache.kept_tokens * token_bytes
+        check()
+    check()
+
+
+@pytest.mark.xfail(strict=True, reason="counts no more slots than a row of the slab has")
+def test_a_prompt_cut_short_tells_the_bytes_that_it_held_in_the_staging_row(
+    tiny_model: LoadedModel,
+) -> None:
+    now = 0.0
+    config = engine_for(tiny_model, slots=48, step_tokens=64).config
+    engine = Engine(tiny_model, config, clock=lambda: now)
+    engine.submit(request("r", [7] * 300, time_limit_s=5.0))
+    for _ in range(3):
+        engine.step()
+    now = 5.0
+    (end,) = engine.step()
+    assert isinstance(end, Finished)
+    assert end.cache.kept_tokens == 192
+    assert end.cache.kv_bytes == 192 * 3 * 2 * (2 * 8 * 4 + 8)
+
+
+def in_a_fresh_process(measure: Callable[..., list[float]], *arguments: Any) -> list[float]:
+    """Run where nothing but `measure` takes memory."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
+        return processes.submit(measure, *arguments).result()
+
+
+def make_model(context: int, **sizes: int) -> LoadedModel:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        save_tiny_llama(Path(directory), max_position_embeddings=context, **sizes)
+        return load_model(directory, device="cpu", dtype="float32")
+
+
+def resident() -> float:
+    return psutil.Process().memory_info().rss / MIB
+
+
+def along_one_long_request(every: int, count: int) -> list[float]:
+    """Resident MiB after each of `count` times `every` tokens of one request."""
+    model = make_model(every * count + 100)
+    engine = engine_for(model, max_prefill_tokens=100)
+    wish = CachePolicy(preset="h2o", budget=64)
+    sampling = Sampling(seed=1, top_p=0.9, repetition_penalty=1.1)
+    engine.submit(
+        request("r", range(100), max_new_tokens=every * count, cache_policy=wish, sampling=sampling)
+    )
+    measured = []
+    for _ in range(count):
+        for _ in range(every):
+            engine.step()
+        measured.append(resident())
+    assert not engine.has_work
+    return measured
+
+
+def along_many_requests(every: int, count: int) -> list[float]:
+    """Resident MiB after each of `count` times `every` requests that come and go at random."""
+    model = make_model(512)
+    engine = engine_for(model, slots=168, max_batch=5)
+    rng = random.Random(0)
+    made = any_requests(model, every * count, seed=0, longest=60)[::-1]
+    measured = []
+    while made or engine.has_work:
+        while made and engine.waiting < 3 and rng.random() < 0.5:
+            one = made.pop()
+            engine.submit(one)
+            if rng.random() < 0.2:
+                engine.cancel(str(rng.randrange(every * count)))
+            if len(made) % every == 0:
+                measured.append(resident())
+        engine.step()
+    return measured
+
+
+def peak_over_a_prompt(length: int) -> list[float]:
+    """MiB above idle at the most while a prompt of this many tokens is served in chunks."""
+    model = make_model(17_000, hidden_size=128, intermediate_size=256, head_dim=32)
+    engine = engine_for(model, slots=512, max_batch=1, max_prefill_tokens=1024)
+    wish = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
+    rng = random.Random(0)
+    prompt = [rng.randrange(BYTES) for _ in range(length)]
+    engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=wish))
+    # From here on the kernel's high-water mark of resident memory starts anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    idle = resident()
+    run(engine)
+    status = Path("/proc/self/status").read_text().split()
+    return [int(status[status.index("VmHWM:") + 1]) / 1024 - idle]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_tokens_of_one_request_leave_resident_memory_where_it_was() -> None:
+    measured = in_a_fresh_process(along_one_long_request, 1000, 11)
+    # A cache of all tokens would take 4 MiB; 0.45 were measured, the answer's own tokens among it.
+    assert measured[-1] - measured[0] < 1.0, f"MiB after each 1,000 tokens: {measured}"
+
+
+@pytest.mark.xfail(strict=True, reason="some 75 MiB are added over 240 requests, fewer each time")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_hundreds_of_requests_that_come_and_go_leave_resident_memory_where_it_was() -> None:
+    measured = in_a_fresh_process(along_many_requests, 20, 12)
+    # 0.1 to 0.2 were measured before weights were laid out for oneDNN.
+    assert measured[-1] - measured[1] < 1.0, f"MiB after each 20 requests: {measured}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_prompt_in_chunks_takes_the_same_memory_at_its_peak_however_long_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not tell a process's peak anew")
+    # Else the allocator learns to keep what was freed, now more of it and now less.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    (short,) = in_a_fresh_process(peak_over_a_prompt, 2_000)
+    (long,) = in_a_fresh_process(peak_over_a_prompt, 16_000)
+    # 12.1 to 12.3 and 12.3 to 12.4 were measured; exact, the long prompt's cache alone takes 24.
+    assert long < 1.15 * short, (
+        f"{short:.1f} MiB above idle for 2,000 tokens, {long:.1f} for 16,000"
+    )

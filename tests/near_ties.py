@@ -1,0 +1,186 @@
+"""Where two runs of one request part, and how near the tie was that decided it.
+
+Rounding differs with the shape of a batch, so below float64 a run may part from another where two
+choices are as good as equal: which of two tokens a head forgets, or which token is drawn. What
+follows a first parting differs for good reason; the parting itself must be a near-tie.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from a2sf import sampling
+from a2sf.engine import Engine
+from a2sf.requests import Delta, Event
+from tests.driving import rows_of
+
+TOLERANCE = {
+    torch.float64: 0.0,
+    # 84 times its epsilon.
+    torch.float32: 1e-5,
+    # 16 times its epsilon: logits are rounded to 8 bits, and a score is a sum of their powers.
+    torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,
+}
+"""The widest relative gap that is a near-tie, by the model's type."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token drawn, and all that it was drawn from."""
+
+    token: int
+    logits: Tensor
+    """[vocab]."""
+    row: sampling.Row
+    """As it was before the draw."""
+
+    def again(self, logits: Tensor) -> int:
+        """What the same settings, noise and history draw from other logits [vocab]."""
+        (token,) = sampling.Batch([_copy(self.row)], logits.device).draw(logits[None])
+        return token
+
+
+@dataclass
+class Step:
+    """What a request held after one step of the engine, and what it drew in it."""
+
+    position: Tensor
+    """[layers, H_kv, tokens], in order."""
+    score: Tensor
+    """[layers, H_kv, tokens]."""
+    draw: Draw | None = None
+
+    def scores(self, layer: int, head: int) -> dict[int, float]:
+        """The score of each position that a head keeps."""
+        places = self.position[layer, head].tolist()
+        return dict(zip(places, self.score[layer, head].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first place where two runs of a request differ."""
+
+    kind: Literal["eviction", "draw"]
+    step: int
+    gap: float
+    """Relative: of the scores of tokens treated differently, or of the logits to another draw."""
+
+
+class Recorder:
+    """Steps an engine, and notes what every request keeps and draws."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.steps: dict[str, list[Step]] = {}
+        """Of each request, from its admission on: one entry for each step of the engine."""
+
+    def step(self) -> list[Event]:
+        noted: dict[str, Step] = {}
+        draws: list[Draw] = []
+        draw_really = sampling.Batch.draw
+
+        def draw(batch: sampling.Batch, logits: Tensor) -> list[int]:
+            # Rows that end with this draw are gone after the step.
+            noted.update(self._held())
+            rows = [_copy(row) for row in batch._rows]
+            tokens = draw_really(batch, logits)
+            draws.extend(
+                Draw(*of) for of in zip(tokens, logits.detach().clone(), rows, strict=True)
+            )
+            return tokens
+
+        with patch.object(sampling.Batch, "draw", draw):
+            events = self.engine.step()
+        noted.update(self._held())
+        drawing = [event for event in events if isinstance(event, Delta) and event.token_ids]
+        for event, drawn in zip(drawing, draws, strict=True):
+            assert event.token_ids == (drawn.token,)
+            noted[event.request_id].draw = drawn
+        for name, one in noted.items():
+            self.steps.setdefault(name, []).append(one)
+        return events
+
+    def _held(self) -> dict[str, Step]:
+        return {name: Step(*kept) for name, kept in rows_of(self.engine).items()}
+
+
+def parting(alone: list[Step], together: list[Step]) -> Parting | None:
+    """Find where two runs of a request part, as far as both go; None if they do not."""
+    for index, (one, other) in enumerate(zip(alone, together, strict=False)):
+        before = (alone[index - 1], together[index - 1]) if index else None
+        gap = _eviction_gap(one, other, before)
+        if gap is not None:
+            return Parting("eviction", index, gap)
+        assert (one.draw is None) == (other.draw is None), "one run draws where the other does not"
+        if one.draw and other.draw and one.draw.token != other.draw.token:
+            return Parting("draw", index, _draw_gap(one.draw, other.draw))
+    return None
+
+
+def _eviction_gap(one: Step, other: Step, before: tuple[Step, Step] | None) -> float | None:
+    if torch.equal(one.position, other.position):
+        return None
+    for layer in range(len(one.position)):
+        gaps = [
+            gap
+            for head in range(one.position.shape[1])
+            if (gap := _gap_in_head(one, other, before, layer, head)) is not None
+        ]
+        # Later layers attend to what this one made of it.
+        if gaps:
+            return max(gaps)
+    return float("inf")
+
+
+def _gap_in_head(
+    one: Step, other: Step, before: tuple[Step, Step] | None, layer: int, head: int
+) -> float | None:
+    mine, theirs = one.scores(layer, head), other.scores(layer, head)
+    if mine.keys() == theirs.keys():
+        return None
+    if len(mine) != len(theirs):
+        return float("inf")
+    parted = mine.keys() ^ theirs.keys()
+    # Decided after the step, by a prompt's last trim: each run knows the score of what it kept.
+    gap = _spread([(mine | theirs)[position] for position in parted])
+    if before is not None:
+        # Or decided before the step, among what both runs held then.
+        held = [step.scores(layer, head) for step in before]
+        if all(position in scores for position in parted for scores in held):
+            gap = min(gap, _spread([scores[p] for p in parted for scores in held]))
+    return gap
+
+
+def _spread(values: list[float]) -> float:
+    low, high = min(values), max(values)
+    return (high - low) / high if high > 0 else 0.0
+
+
+def _draw_gap(one: Draw, other: Draw) -> float:
+    """The least move of one run's logits towards the other's that changes what it draws.
+
+    Relative to the largest logit. Infinite if the logits do not account for the other's token: then
+    the noise or what a row remembers is at fault.
+    """
+    if one.again(one.logits) != one.token or one.again(other.logits) != other.token:
+        return float("inf")
+    start, end = one.logits.double(), other.logits.double()
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if one.again(start + middle * (end - start)) == one.token:
+            low = middle
+        else:
+            high = middle
+    return high * float((end - start).abs().max() / start.abs().max())
+
+
+def _copy(row: sampling.Row) -> sampling.Row:
+    noise = torch.Generator()
+    noise.set_state(row.noise.get_state())
+    seen = None if row.seen is None else row.seen.clone()
+    return dataclasses.replace(row, noise=noise, seen=seen)
