@@ -24,7 +24,8 @@ class Rows:
 
     def __init__(self, model: Any, filling: Filling) -> None:
         length, batch = len(filling.prompt), filling.batch
-        longest = length + filling.room + batch + 2
+        # Rows that are filled first decode while the others are.
+        longest = length + filling.room + 2 * batch + 4
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=batch * (-(-longest // PAGE) + 1),

@@ -33,8 +33,11 @@ def policy(method: Method, budget: int | None) -> CachePolicy:
     return CachePolicy(alpha=0.9, budget=budget, recent=budget // 8, prefill_chunk=PREFILL_CHUNK)
 
 
-def fill_rows(engine: Engine, filling: Filling) -> float:
-    """Fill every row with the prompt; returns the seconds of the first one's prefill."""
+def fill_rows(engine: Engine, filling: Filling) -> tuple[float, float]:
+    """Fill every row with the prompt.
+
+    Returns the seconds of the first one's prefill, and the tokens of a row then, mean over rows.
+    """
     for row in range(filling.batch):
         engine.submit(
             GenerationRequest(
@@ -55,7 +58,8 @@ def fill_rows(engine: Engine, filling: Filling) -> float:
         engine.step()
     assert engine.running == filling.batch
     assert not engine.waiting
-    return prefill_s
+    decoded = chunks * (filling.batch - 1) / 2
+    return prefill_s, len(filling.prompt) + decoded
 
 
 def decoded_at_most(filling: Filling) -> int:
@@ -80,9 +84,8 @@ class Rows:
                 default_policy=wish,
             ),
         )
-        self._seen = len(filling.prompt)
         self._budget = filling.budget
-        self.prefill_s = fill_rows(self._engine, filling)
+        self.prefill_s, self._seen = fill_rows(self._engine, filling)
         self.kv_bytes = self._engine.kv_slab_bytes
 
     def step(self) -> float:
