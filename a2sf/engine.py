@@ -237,11 +237,12 @@ class Engine:
         shape = self.model.shape
         token_bytes = 2 * shape.head_dim * self.model.dtype.itemsize
         kept_tokens = sequence.stored
+        slot_bytes = self._slab.nbytes // (self.config.max_batch * self.config.slots)
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
             evicted_tokens=sequence.seen - kept_tokens,
-            kv_bytes=self._slab.view(slice(0, 1), kept_tokens).nbytes,
+            kv_bytes=kept_tokens * slot_bytes,
             kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
         )
 

@@ -17,6 +17,12 @@ _ROWS_EXPECTED = 16
 """The input rows that the layout is chosen for; measured good from 1 row to thousands."""
 
 
+_STEPS = ((16, 1), (64, 16), (512, 64))
+"""Up to so many input rows, the numbers of rows that are computed lie so far apart."""
+
+_LARGEST_STEP = 512
+
+
 class PackedLinear(torch.nn.Module):
     """A frozen `Linear` with a packed weight: the same function, up to rounding."""
 
@@ -35,10 +41,25 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
+        flat = values.reshape(-1, values.shape[-1])
+        padding = computed_rows(len(flat)) - len(flat)
+        if padding:
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, padding))
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            values, self.weight, self.bias, "none", [], ""
+            flat, self.weight, self.bias, "none", [], ""
         )
-        return product
+        return product[: len(product) - padding].view(*values.shape[:-1], -1)
+
+
+def computed_rows(rows: int) -> int:
+    """Return how many input rows are computed for so many: that many, or a few more.
+
+    oneDNN makes a kernel of half a megabyte for every number of rows that it meets, and keeps a
+    thousand of them. Prompts have every length, so without this a server would grow by hundreds of
+    megabytes before it stops growing.
+    """
+    step = next((step for most, step in _STEPS if rows <= most), _LARGEST_STEP)
+    return -(-rows // step) * step
 
 
 def pack(module: torch.nn.Module) -> None:

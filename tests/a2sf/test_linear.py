@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Embedding, Linear, Module, Sequential
 
-from a2sf.linear import PACKED_DTYPES, PackedLinear, pack
+from a2sf.linear import PACKED_DTYPES, PackedLinear, computed_rows, pack
 from a2sf.models import LoadedModel
 
 needs_onednn = pytest.mark.skipif(
@@ -29,6 +29,14 @@ def test_a_packed_layer_maps_as_the_layer_does(
         got = PackedLinear.of(layer)(values)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_few_numbers_of_rows_are_computed_and_little_is_wasted() -> None:
+    sizes = {rows: computed_rows(rows) for rows in range(1, 5000)}
+    assert all(rows <= computed for rows, computed in sizes.items())
+    assert all(computed == rows for rows, computed in sizes.items() if rows <= 16)
+    assert all(computed < 2 * rows for rows, computed in sizes.items())
+    assert len({computed for rows, computed in sizes.items() if rows <= 512}) < 30
 
 
 class Scaled(Linear):
