@@ -37,8 +37,10 @@ format: $(BIN)/.installed ## Format the code and the contract
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write proto
 
-bench: $(BIN)/.installed ## Measure decoding beside peers, and evaluation; results in benchmarks/results
+bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, and evaluation; results in benchmarks/results
 	$(BIN)/python -m benchmarks.grid
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.evaluation
 
 findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare

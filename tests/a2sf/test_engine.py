@@ -1,6 +1,5 @@
 """The engine serves each request as if alone, counts truly, and refuses by field."""
 
-import random
 from typing import Any
 
 import pytest
@@ -18,23 +17,6 @@ from a2sf.requests import Delta, Event, Finished, FinishReason, Sampling, Starte
 from tests.driving import engine_for, finished, mixed_requests, prompts, request, run, tokens
 from tests.tables import make_table
 from tests.tiny import BYTES, save_tiny_llama
-
-
-def test_a_request_gets_the_tokens_it_would_get_alone(tiny_model_64: LoadedModel) -> None:
-    made = mixed_requests(tiny_model_64, 14, seed=3)
-    together = engine_for(tiny_model_64, max_batch=4)
-    rng = random.Random(1)
-    streams: dict[str, list[Event]] = {}
-    left = list(made)
-    while left or together.has_work:
-        if left and rng.random() < 0.4:
-            together.submit(left.pop(0))
-        for event in together.step():
-            streams.setdefault(event.request_id, []).append(event)
-    for one in made:
-        alone = engine_for(tiny_model_64)
-        alone.submit(one)
-        assert tokens(run(alone)[one.request_id]) == tokens(streams[one.request_id])
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
