@@ -19,6 +19,9 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy
 
+_Projected = tuple[Tensor, Tensor, Tensor]
+"""A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -220,22 +223,18 @@ class _Scan:
         output = torch.zeros_like(query)
         if self.similarity:
             self.similarity.begin(keys)
-        slots = self._prompts(policy, query, keys, values, scale, output)
-        self._continuations(slots, policy, query, keys, values, scale, output)
+        projected = (query, keys, values)
+        slots = self._prompts(policy, projected, scale, output)
+        self._continuations(slots, policy, projected, scale, output)
         if self.similarity:
             self.similarity.end(query, keys, scale)
         return output
 
     def _prompts(
-        self,
-        policy: PolicyTensors,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float,
-        output: Tensor,
+        self, policy: PolicyTensors, projected: _Projected, scale: float, output: Tensor
     ) -> Slots:
         """Run the prompts' blocks into `output`; return what each row then holds."""
+        keys = projected[1]
         staging = self._empty(keys, self.block_slots)
         used = torch.zeros_like(self.prompt)
         for first in range(0, int(self.prompt.max()), self.chunk):
@@ -246,11 +245,10 @@ class _Scan:
                 start=torch.full_like(self.prompt, first),
                 lengths=(self.prompt - first).clamp(0, self.chunk),
                 used=used,
-                width=query[:, :, tile].shape[2],
+                width=keys[:, :, tile].shape[2],
             )
-            output[:, :, tile] = block(
-                0, query[:, :, tile], keys[:, :, tile], values[:, :, tile], scale
-            )
+            q, k, v = (t[:, :, tile] for t in projected)
+            output[:, :, tile] = block(0, q, k, v, scale)
             used = block.used_after
             if self.similarity:
                 self.similarity.block(first, self.chunk, staging)
@@ -264,20 +262,16 @@ class _Scan:
         self,
         slots: Slots,
         policy: PolicyTensors,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        projected: _Projected,
         scale: float,
         output: Tensor,
     ) -> None:
         """Run what follows the prompts, a token at a time, into `output`."""
-        width, dim = keys.shape[2:]
+        width, dim = output.shape[2:]
         for ahead in range(self.steps):
             at = self.prompt + ahead
             index = at.clamp(max=width - 1)[:, None, None, None]
-            q, k, v = (
-                t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in (query, keys, values)
-            )
+            q, k, v = (t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in projected)
             answer = DecodePass(slots, policy, at)(0, q, k, v, scale)
             inside = (at < width)[:, None, None, None]
             previous = output.gather(2, index.expand_as(answer))

@@ -10,6 +10,7 @@ grows with the prompt. Variants are interleaved, round after round, and compared
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,10 +95,10 @@ def main(
     for length in context or [2000, 8000, 16000]:
         ids = prompt(model.shape.vocab_size, length)
         if length <= EXACT_AT_MOST:
-            cells[length, "transformers"] = lambda ids=ids: transformers_prefill(plain, ids)
+            cells[length, "transformers"] = partial(transformers_prefill, plain, ids)
         wishes = {**exact, **chunked} if length <= EXACT_AT_MOST else chunked
         for name, wish in wishes.items():
-            cells[length, name] = lambda ids=ids, wish=wish: engine_prefill(model, wish, ids)
+            cells[length, name] = partial(engine_prefill, model, wish, ids)
     taken: dict[tuple[int, str], list[Timing]] = {cell: [] for cell in cells}
     for _ in range(rounds):
         for cell, measure in cells.items():
@@ -132,7 +133,7 @@ def main(
         dtype=dtype,
         budget=budget,
         rounds=rounds,
-        step_tokens=EngineConfig().step_tokens,
+        step_tokens=EngineConfig.model_fields["step_tokens"].default,
         rows=rows,
     )
 
