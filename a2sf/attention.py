@@ -153,7 +153,7 @@ class BlockPass:
         slots.place(self._placed, padded, policy)
         weights = scoring.query_weights(policy.alpha, lengths, first, width)
         if policy.any_random:
-            weights *= (policy.random_seed < 0)[:, None, None]
+            weights *= policy.accumulating
         if not policy.any_scored:
             weights.zero_()
         self._weights = weights
@@ -233,9 +233,9 @@ class DecodePass:
         self._placed = torch.where(full[:, None], victim, used[:, None])[..., None]
         self._scored = policy.any_scored
         if policy.any_scored:
-            slots.score.mul_(policy.alpha.float()[..., None])
+            slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
         slots.place(self._placed, start[:, None], policy)
-        self._accumulating = (policy.random_seed < 0)[:, None, None] if policy.any_random else None
+        self._accumulating = policy.accumulating if policy.any_random else None
         held = torch.minimum(used + 1, policy.budget)
         self._empty = torch.arange(slots.width, device=start.device) >= held[:, None]
 

@@ -68,6 +68,11 @@ class PolicyTensors:
             ),
         )
 
+    @property
+    def accumulating(self) -> Tensor:
+        """[rows, 1, 1] bool: whether a row's scores grow with what its queries pay."""
+        return (self.random_seed < 0)[:, None, None]
+
     def layer(self, index: int) -> Self:
         """Return what concerns one layer, as a stack of one."""
         one = slice(index, index + 1)
@@ -176,12 +181,9 @@ class Slots:
         new = position.to(torch.int32)[:, None].expand_as(slot)
         self.position.scatter_(-1, slot, new)
         if policy.any_random:
-            seed = policy.random_seed
-            hashes = scoring.random_scores(
-                seed.clamp(min=0), policy.layers, slot.shape[2], position
-            )
-            first = torch.where((seed >= 0)[:, None, None], hashes, 0.0)
-            self.score.scatter_(-1, slot, first)
+            seed = policy.random_seed.clamp(min=0)
+            hashes = scoring.random_scores(seed, policy.layers, slot.shape[2], position)
+            self.score.scatter_(-1, slot, torch.where(policy.accumulating, 0.0, hashes))
         else:
             self.score.scatter_(-1, slot, 0.0)
 

@@ -162,6 +162,7 @@ class Engine:
         needed = min(sequence.policy.staging_slots(len(prompt)), first + piece)
         slots = self._staging.view(slice(None), needed)
         forward: LayerAttention
+        # Blocks of one token are decode steps, which choose their slots in less time.
         if sequence.policy.prefill_chunk == 1:
             forward = DecodePass(slots, policy, self._integers([first]))
         else:

@@ -1,8 +1,9 @@
 """Linear layers whose weights lie in memory as the processor multiplies them fastest.
 
-Owns one replacement for torch's `Linear`: weights laid out once by oneDNN, the library of matrix
-kernels inside torch, which torch otherwise calls for float32 only after a conversion. Decoding
-reads every weight once a step, so this is most of a step on a processor. Knows nothing of models.
+Owns one replacement for torch's `Linear`: weights laid out once for oneDNN, one of the libraries
+of matrix kernels inside torch. By itself torch takes another for float32, which is several times
+slower on some processors. Decoding reads every weight once a step, so this is most of a step there.
+Knows nothing of models.
 """
 
 from typing import Self
@@ -15,7 +16,6 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 _ROWS_EXPECTED = 16
 """The input rows that the layout is chosen for; measured good from 1 row to thousands."""
-
 
 _STEPS = ((16, 1), (64, 16), (512, 64))
 """Up to so many input rows, the numbers of rows that are computed lie so far apart."""

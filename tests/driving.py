@@ -64,36 +64,6 @@ def prompts(count: int, low: int = 1, high: int = 70, seed: int = 0) -> list[lis
     return [[rng.randrange(256) for _ in range(rng.randint(low, high))] for _ in range(count)]
 
 
-def mixed_requests(model: LoadedModel, count: int, seed: int) -> list[GenerationRequest]:
-    rng = random.Random(seed)
-    table = make_table(model.identity)
-    made = []
-    for index, prompt in enumerate(prompts(count, high=60, seed=seed)):
-        wish = rng.choice(
-            [
-                CachePolicy(table=table.name),
-                CachePolicy(alpha=0.9, budget=20, recent=5, prefill_chunk=4),
-                CachePolicy(preset="h2o", budget=32),
-                CachePolicy(preset="window", budget=16),
-                CachePolicy(preset="full"),
-                CachePolicy(preset="random", budget=18, recent=3, random_seed=7),
-            ]
-        )
-        made.append(
-            request(
-                str(index),
-                prompt,
-                cache_policy=wish,
-                table=table if wish.table else None,
-                max_new_tokens=rng.randint(1, 25),
-                sampling=rng.choice(
-                    [GREEDY, Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=index)]
-                ),
-            )
-        )
-    return made
-
-
 def any_policy(rng: random.Random, length: int) -> CachePolicy:
     """A policy of any kind for prompt + max_new of `length`, from one slot to more than enough."""
     kind = rng.choice(["table", "alpha", *PRESETS])

@@ -259,3 +259,53 @@ def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "SCORE_TILE", 9)
     for one, other in zip(whole, both(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "scored"),
+    [
+        ({"method": "a2sf", "alpha": 0.5}, 400, 20),  # .5^19 is the last weight above 1e-6
+        ({"method": "tova_per_head", "alpha": 0.0}, 400, 1),
+        ({"method": "h2o", "alpha": 1.0}, 400, 300),
+        ({"method": "h2o", "alpha": 1.0}, 40, 0),  # all of it fits
+        ({"method": "window", "alpha": 1.0}, 400, 0),
+        ({"method": "random", "alpha": 1.0, "random_seed": 3}, 400, 0),
+    ],
+)
+@pytest.mark.parametrize("piece", [300, 64])
+def test_only_the_queries_that_count_are_scored(
+    monkeypatch: pytest.MonkeyPatch, policy: dict, length: int, scored: int, piece: int
+) -> None:
+    fields = policy | {"alpha": ((policy["alpha"],) * 2,)}
+    wish = EffectivePolicy(budget=50, recent=0, sinks=0, prefill_chunk=0, **fields)
+    stacked = PolicyTensors.stack([wish], [length], CPU)
+    slots = Slots.empty(
+        num_layers=1,
+        rows=1,
+        num_kv_heads=2,
+        slots=300,
+        head_dim=4,
+        dtype=torch.float64,
+        device=CPU,
+    )
+    widths = []
+    mass = attention.mass
+    monkeypatch.setattr(
+        attention, "mass", lambda q, *rest: widths.append(q.shape[2]) or mass(q, *rest)
+    )
+    used = torch.tensor([0])
+    for first in range(0, 300, piece):
+        width = min(piece, 300 - first)
+        step = BlockPass(
+            slots,
+            stacked,
+            start=torch.tensor([0]),
+            lengths=torch.tensor([300]),
+            used=used,
+            width=width,
+            first=first,
+        )
+        query, keys = torch.randn(2, 1, 2, width, 4, dtype=torch.float64)
+        step(0, query, keys, keys, 0.5)
+        used = step.used_after
+    assert sum(widths) == scored
