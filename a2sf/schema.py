@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 MAX_FILE_BYTES = 16 * 2**20
 """Larger files are refused unread: the largest model in sight needs under 1 MiB."""
@@ -32,6 +32,8 @@ Ratio = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Frozen(BaseModel):
@@ -74,15 +76,22 @@ class TablePolicy(Frozen):
     alpha: tuple[tuple[Alpha, ...], ...] = Field(
         min_length=1, description="num_layers lists of num_kv_heads forgetting factors."
     )
-    budget: Positive | None = Field(default=None, description="Slots a head keeps, in tokens.")
+    layer_share: tuple[Weight, ...] = Field(
+        min_length=1,
+        description="num_layers weights by which the slots of all layers are dealt among them: "
+        "equal weights give every layer the budget, others more to some at the cost of the rest.",
+    )
+    budget: Positive | None = Field(
+        default=None, description="Slots a head keeps, in tokens; with layer_share, on average."
+    )
     budget_ratio: Ratio | None = Field(
-        default=None, description="Slots as a share of prompt + max_new tokens."
+        default=None, description="The same as a share of prompt + max_new tokens."
     )
     recent: Count | None = Field(
         default=None, description="Tokens before the newest that are never evicted."
     )
     recent_share: Share | None = Field(
-        default=None, description="The same as a share of budget - sinks - 1, floored."
+        default=None, description="The same as a share of a layer's slots - sinks - 1, floored."
     )
     sinks: Count = Field(description="First tokens of the sequence that are never evicted.")
     prefill_chunk: Count = Field(
@@ -117,6 +126,14 @@ class Estimate(Frozen):
     high: Finite
 
 
+class UniformSetting(Frozen):
+    """One alpha for all layers and heads, equal slots, and what is protected from eviction."""
+
+    alpha: Alpha
+    recent_share: Share
+    sinks: Count
+
+
 class Evidence(Frozen):
     """What the table and its baselines cost on examples that the search never saw."""
 
@@ -132,10 +149,32 @@ class Evidence(Frozen):
     paired: dict[str, Estimate] = Field(
         description="Fitted table minus baseline on the same examples; below 0 the table wins."
     )
-    verdict: Literal["better", "no_better_than_uniform"] = Field(
-        description="better: the paired interval against the best uniform alpha lies below 0. "
-        "Otherwise the uniform alpha is what the file carries, unless asked otherwise."
+    p_holm: dict[str, Share] = Field(
+        description="p-value of each paired difference (sign flips, two-sided), corrected by Holm "
+        "over all of them; empty in tables from before they were kept."
     )
+    uniform: UniformSetting | None = Field(
+        description="The best uniform setting, which is the baseline `uniform`; null in tables "
+        "from before it was kept."
+    )
+    verdict: Literal["better", "no_better_than_uniform"] = Field(
+        description="better: the paired interval against the best uniform setting lies below 0. "
+        "Otherwise the uniform setting is what the file carries, unless asked otherwise."
+    )
+
+
+class Stage(Frozen):
+    """One stage of a search: what it took, and what its best candidate is worth."""
+
+    name: str
+    trials: Count = Field(description="Candidates measured, those given up early included.")
+    evaluations: NotNegative = Field(
+        description="The same in passes over all calibration examples through all layers."
+    )
+    seconds: NotNegative = Field(description="Time spent on measuring, summed over workers.")
+    calibration: Finite = Field(description="Lowest cost on the calibration examples so far.")
+    held_out: Estimate = Field(description="What that candidate costs on the held-out examples.")
+    paired: Estimate = Field(description="The same minus the best uniform setting's, paired.")
 
 
 class Search(Frozen):
@@ -145,7 +184,10 @@ class Search(Frozen):
     trials: Count
     study: str
     storage: str = Field(description="Kind of storage, such as journal; never its address.")
-    wall_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    wall_seconds: NotNegative
+    stages: tuple[Stage, ...] = Field(
+        description="In order; empty in tables from before they were kept."
+    )
 
 
 class AlphaTable(Frozen):
@@ -155,7 +197,7 @@ class AlphaTable(Frozen):
     `load_table`, which checks it.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Name
     model: ModelIdentity
     policy: TablePolicy
@@ -174,6 +216,10 @@ class AlphaTable(Frozen):
         for layer, row in enumerate(self.policy.alpha):
             if len(row) != heads:
                 raise ValueError(f"policy.alpha[{layer}] has {len(row)} heads, model {heads}")
+        if len(self.policy.layer_share) != layers:
+            raise ValueError(
+                f"policy.layer_share has {len(self.policy.layer_share)} layers, model {layers}"
+            )
         return self
 
     def check_model(self, identity: ModelIdentity) -> None:
@@ -241,11 +287,27 @@ def save_table(table: AlphaTable, path: Path) -> None:
         os.close(directory)
 
 
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+def _from_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had equal slots in every layer, and kept neither stages nor p-values."""
+    policy = document.get("policy")
+    alpha = policy.get("alpha") if isinstance(policy, dict) else None
+    layers = len(alpha) if isinstance(alpha, list) else 0
+    brought: dict[str, dict[str, Any]] = {
+        "policy": {"layer_share": [1.0] * layers},
+        "evidence": {"p_holm": {}, "uniform": None},
+        "search": {"stages": []},
+    }
+    # What is no object is left for the fields' own checks to name.
+    parts = {name: document.get(name) for name in brought}
+    return document | {
+        name: {**part, **brought[name]} for name, part in parts.items() if isinstance(part, dict)
+    }
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 """From version n to n + 1: the step takes a document of version n and returns one of n + 1.
 
-Version 1 is the first, so there is no step yet. `schema_version` and `sha256` are not a step's
-concern; `upgrade` sets them.
+`schema_version` and `sha256` are not a step's concern; `upgrade` sets them.
 """
 
 

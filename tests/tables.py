@@ -12,6 +12,7 @@ from a2sf.schema import (
     ModelIdentity,
     Search,
     TablePolicy,
+    UniformSetting,
     seal,
 )
 
@@ -43,6 +44,7 @@ def table_fields(
     """All fields but version and digest, with `policy` over the defaults of its kind."""
     settings: dict[str, Any] = {
         "alpha": random_alpha(identity),
+        "layer_share": (1.0,) * identity.num_layers,
         "budget": 24,
         "recent": 4,
         "sinks": 2,
@@ -71,10 +73,17 @@ def table_fields(
             table=figure,
             baselines={"uniform": figure},
             paired={"uniform": figure},
+            p_holm={"uniform": 0.5},
+            uniform=UniformSetting(alpha=0.9, recent_share=0.25, sinks=4),
             verdict="no_better_than_uniform",
         ),
         "search": Search(
-            sampler="none", trials=0, study="made-up", storage="none", wall_seconds=0.0
+            sampler="none",
+            trials=0,
+            study="made-up",
+            storage="none",
+            wall_seconds=0.0,
+            stages=(),
         ),
         "created_at": datetime(2026, 1, 1, tzinfo=UTC),
         "tool_version": "0",

@@ -16,7 +16,7 @@ from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
-from a2sf.schema import AlphaTable, Calibration, Estimate, Evidence, Search, seal
+from a2sf.schema import AlphaTable, Calibration, Estimate, Evidence, Search, UniformSetting, seal
 from a2sf.teacher import Example
 from tuner import datasets, objective, packing, statistics
 from tuner.objective import Candidate, Cost, Objective
@@ -111,7 +111,7 @@ def fit(settings: Settings) -> Outcome:
     fitted = frame.table(best, recent_share=uniform.recent_share, sinks=uniform.sinks)
     proof = Objective(model, held_out, label="held out")
     costs = _prove(proof, {"table": fitted, **baselines(frame, uniform, settings.seed)})
-    evidence = judge(costs, dataset.name, dataset.validation.split, settings.seed)
+    evidence = judge(costs, uniform, dataset.name, dataset.validation.split, settings.seed)
     wins = evidence.verdict == "better" or settings.keep_table
     table = seal(
         name=settings.name,
@@ -132,6 +132,7 @@ def fit(settings: Settings) -> Outcome:
             study=study.name,
             storage=storage_kind,
             wall_seconds=round(study.seconds, 1),
+            stages=(),
         ),
         created_at=datetime.now(UTC).replace(microsecond=0),
         tool_version=__version__,
@@ -161,7 +162,9 @@ def baselines(frame: Frame, uniform: Uniform, seed: int) -> dict[str, Candidate]
     return {"uniform": frame.uniform(uniform), **presets}
 
 
-def judge(costs: dict[str, Cost], dataset: str, split: str, seed: int) -> Evidence:
+def judge(
+    costs: dict[str, Cost], uniform: Uniform, dataset: str, split: str, seed: int
+) -> Evidence:
     """Turn held-out costs (`table`, `uniform` and further baselines) into figures and a verdict.
 
     Better means that the whole paired interval of table minus uniform lies below 0.
@@ -169,6 +172,7 @@ def judge(costs: dict[str, Cost], dataset: str, split: str, seed: int) -> Eviden
     ours = costs["table"].kl
     others = {name: cost.kl for name, cost in costs.items() if name != "table"}
     paired = {name: statistics.difference(ours, kl, seed=seed) for name, kl in others.items()}
+    p_values = statistics.sign_flip_p([ours - kl for kl in others.values()], seed=seed)
     return Evidence(
         objective=objective.DESCRIPTION,
         dataset=dataset,
@@ -178,6 +182,8 @@ def judge(costs: dict[str, Cost], dataset: str, split: str, seed: int) -> Eviden
         table=statistics.estimate(ours, seed=seed),
         baselines={name: statistics.estimate(kl, seed=seed) for name, kl in others.items()},
         paired=paired,
+        p_holm=dict(zip(others, statistics.holm(p_values), strict=True)),
+        uniform=UniformSetting(**vars(uniform)),
         verdict="better" if paired["uniform"].high < 0 else "no_better_than_uniform",
     )
 

@@ -132,7 +132,7 @@ def effective(candidate: Candidate, model: LoadedModel, length: int) -> Effectiv
     """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses."""
     wish = candidate
     if isinstance(candidate, TablePolicy):
-        wish = CachePolicy(alpha=0.0, **candidate.model_dump(exclude={"alpha"}))
+        wish = CachePolicy(alpha=0.0, **candidate.model_dump(exclude={"alpha", "layer_share"}))
     assert isinstance(wish, CachePolicy)
     resolved = resolve(
         wish,

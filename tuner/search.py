@@ -54,6 +54,7 @@ class Frame:
         """Complete a table of alphas to a policy."""
         return TablePolicy(
             alpha=alpha,
+            layer_share=(1.0,) * self.num_layers,
             budget=self.budget,
             budget_ratio=self.budget_ratio,
             recent_share=recent_share,

@@ -52,7 +52,10 @@ def difference(
 
 
 def sign_flip_p(
-    differences: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
+    differences: Sequence[Sequence[float] | np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> list[float]:
     """Two-sided p-values of zero means of paired differences, [comparisons][examples].
 

@@ -78,8 +78,8 @@ def test_a_file_changed_by_hand_is_refused() -> None:
 
 
 def test_a_newer_file_is_refused_by_version() -> None:
-    newer = {**document(), "schema_version": 2, "unheard_of": 1}
-    with pytest.raises(TableTooNew, match="schema_version is 2, and this program reads up to 1"):
+    newer = {**document(), "schema_version": 3, "unheard_of": 1}
+    with pytest.raises(TableTooNew, match="schema_version is 3, and this program reads up to 2"):
         parse_table(as_file(newer))
     with pytest.raises(TableTooNew):
         parse_table(json.dumps(newer).encode())
@@ -100,6 +100,8 @@ def set_in(changed: dict[str, Any], path: str, value: Any) -> None:
         ("policy.alpha", [[0.5, "0.5"], [0.5, 0.5]], "valid number"),
         ("policy.alpha", [[0.5, 0.5]], "1 layers, model 2"),
         ("policy.alpha", [[0.5, 0.5], [0.5]], "1 heads, model 2"),
+        ("policy.layer_share", [1.0], "1 layers, model 2"),
+        ("policy.layer_share", [2.0, 0.0], "greater than 0"),
         ("policy.budget", 0, "greater than or equal to 1"),
         ("policy.budget_ratio", 0.5, "exactly one of budget and budget_ratio"),
         ("policy.recent", None, "exactly one of recent and recent_share"),
@@ -172,7 +174,7 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
     def three(old: dict[str, Any]) -> dict[str, Any]:
         return {**{k: v for k, v in old.items() if k != "colour"}, "shade": old["colour"]}
 
-    before = document()
+    before = {**document(), "schema_version": 1}
     after = schema.upgrade(before, steps={1: two, 2: three}, current=3)
     assert (after["schema_version"], after["shade"]) == (3, "none")
     assert "colour" not in after
@@ -180,6 +182,34 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
     assert before["schema_version"] == 1, "the document that was given is left as it was"
     with pytest.raises(TableInvalid, match="can no longer be read"):
         schema.upgrade(before, steps={2: three}, current=3)
+
+
+def as_version_1() -> dict[str, Any]:
+    """A document without the fields that version 2 brought."""
+    old = {**document(), "schema_version": 1}
+    del old["policy"]["layer_share"]
+    del old["evidence"]["p_holm"], old["evidence"]["uniform"], old["search"]["stages"]
+    return old
+
+
+def test_a_file_of_version_1_means_what_it_meant() -> None:
+    table = parse_table(as_file(as_version_1()))
+    assert (table.schema_version, table.policy.layer_share) == (2, (1.0, 1.0))
+    assert (table.evidence.p_holm, table.evidence.uniform, table.search.stages) == ({}, None, ())
+    same = seal(
+        **{
+            name: getattr(table, name)
+            for name in type(table).model_fields
+            if name not in ("schema_version", "sha256")
+        }
+    )
+    assert same == table
+
+
+@pytest.mark.parametrize("part", ["policy", "evidence", "search"])
+def test_a_broken_file_of_version_1_is_told_by_field(part: str) -> None:
+    with pytest.raises(TableInvalid, match=part):
+        parse_table(as_file({**as_version_1(), part: 3}))
 
 
 def test_a_value_out_of_range_cannot_be_sealed() -> None:

@@ -15,6 +15,8 @@ from tuner.objective import Cost, effective
 from tuner.report import is_uniform
 from tuner.search import Frame, Uniform
 
+SETTING = Uniform(alpha=0.9, recent_share=0.25, sinks=4)
+
 
 def costs(table: np.ndarray, uniform: np.ndarray) -> dict[str, Cost]:
     return {"table": Cost(kl=table, nll=table), "uniform": Cost(kl=uniform, nll=uniform)}
@@ -23,7 +25,7 @@ def costs(table: np.ndarray, uniform: np.ndarray) -> dict[str, Cost]:
 def test_a_planted_gain_on_every_example_is_called_better() -> None:
     rng = np.random.default_rng(0)
     uniform = rng.exponential(size=32)
-    evidence = judge(costs(uniform * 0.9, uniform), "x", "validation", seed=0)
+    evidence = judge(costs(uniform * 0.9, uniform), SETTING, "x", "validation", seed=0)
     assert evidence.verdict == "better"
     assert evidence.paired["uniform"].high < 0
     assert evidence.examples == 32
@@ -35,7 +37,7 @@ def test_a_gain_that_may_be_chance_and_a_loss_are_no_better_than_uniform() -> No
     uniform = rng.exponential(size=32)
     by_chance = uniform + rng.normal(loc=-0.001, scale=0.1, size=32)
     for table in (by_chance, uniform * 1.1, uniform):
-        verdict = judge(costs(table, uniform), "x", "validation", seed=0).verdict
+        verdict = judge(costs(table, uniform), SETTING, "x", "validation", seed=0).verdict
         assert verdict == "no_better_than_uniform"
 
 
