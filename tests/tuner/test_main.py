@@ -77,7 +77,7 @@ def test_tables_show_prints_what_the_file_says(
     table = load_table(tmp_path / "sums.json")
     code, out, _ = run(monkeypatch, capsys, "tables", "show", tmp_path / "sums.json")
     assert code == 0
-    assert out.startswith(f"mine  (schema 1, sha256 {table.sha256[:16]}")
+    assert out.startswith(f"mine  (schema 2, sha256 {table.sha256[:16]}")
     assert f"{table.calibration.examples} examples of sums (calibration)" in out
     assert "budget 0.2 of the length" in out
     assert table.model.architecture in out
