@@ -175,7 +175,7 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
     ("spoil", "told"),
     [
         (lambda text: text[: len(text) // 2], "not whole JSON, perhaps cut short"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), "is 99"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 99'), "is 99"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed or damaged"),
         (lambda _: None, "No such file"),
     ],
