@@ -5,54 +5,23 @@ of how figures are measured, nor of how a picture is drawn.
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from a2sf.schema import Estimate
-from tuner import heatmaps, pictures
-from tuner.pictures import LOWER_IS_BETTER, kind_of
-from tuner.results import (
-    METRICS,
-    SIGNIFICANT,
-    Cell,
-    Comparison,
-    Evaluation,
-    Metric,
-    Policy,
-    Size,
-)
+from tuner import heatmaps, pictures, skeleton
+from tuner.pictures import kind_of
+from tuner.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Policy, Size
+from tuner.skeleton import Picture
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
 """In the tables of figures: what is a share or a cosine needs fewer than nats do."""
 
-ROUNDING = 5e-7
-"""A magnitude below is rounding error, and shown as zero."""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    svg: Markup
-    caption: str
-
 
 def render(evaluation: Evaluation) -> str:
     """Write the whole page; the same document always gives the same text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # Names and ids come from outside, and the template's own name does not say HTML.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        figure=_figure, number=_number, p=_p, verdict=_verdict, duration=_duration
-    )
     tasks = [task.name for task in evaluation.tasks]
-    return environment.get_template("page.html.j2").render(
+    return skeleton.render(
+        "page.html.j2",
         evaluation=evaluation,
         sizes={task: _sizes(evaluation, task) for task in tasks},
         metrics={task: pictures.metrics_of(evaluation, task) for task in tasks},
@@ -95,9 +64,9 @@ def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
     }
 
 
-def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[_Picture]:
-    sizes = _sizes(evaluation, task)
-    drawn = []
+def curves(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
+    """Each metric over the sizes: a picture for ratios and one for slots, where there are some."""
+    sizes, drawn = _sizes(evaluation, task), []
     for unit in ("ratio", "slots"):
         alike = [size for size in sizes if getattr(size, unit) is not None]
         if len(alike) > 1:
@@ -116,18 +85,24 @@ def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[_Picture]:
             f". Bands and bars are {evaluation.confidence:.0%} intervals; dashed is the full "
             "cache. A KL of zero lies beyond the end of its axis."
         )
-        drawn.append(_Picture(Markup(svg), words))
+        drawn.append(Picture(Markup(svg), words))
+    return drawn
+
+
+def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
+    sizes = _sizes(evaluation, task)
+    drawn = curves(evaluation, task, salt)
     if len(sizes) > 1:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
         svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
-        drawn.append(_Picture(Markup(svg), f"{words}."))
+        drawn.append(Picture(Markup(svg), f"{words}."))
     if sizes and (cells := _telling(evaluation, task, sizes[0])):
         words = (
             f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
             "what they would have attended to"
         )
         svg = heatmaps.head_maps(cells, label=f"{task}: {words}", salt=f"{salt}-heads")
-        drawn.append(_Picture(Markup(svg), f"{words}."))
+        drawn.append(Picture(Markup(svg), f"{words}."))
     return drawn
 
 
@@ -144,7 +119,7 @@ def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
     return chosen or list(kinds.values())[:1]
 
 
-def _table_picture(policy: Policy, salt: str) -> _Picture:
+def _table_picture(policy: Policy, salt: str) -> Picture:
     assert policy.alpha is not None
     words = (
         "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
@@ -152,39 +127,4 @@ def _table_picture(policy: Policy, salt: str) -> _Picture:
         "counts; 1: nothing fades"
     )
     svg = heatmaps.alpha_map(policy.alpha, label=f"{policy.name}: {words}", salt=salt)
-    return _Picture(Markup(svg), f"{words}.")
-
-
-def _number(value: float, decimals: int = 4, *, sign: bool = False) -> str:
-    """So many decimals, or two digits and an exponent where those would be zeros."""
-    value = 0.0 if abs(value) < ROUNDING else value
-    form = ".1e" if 0 < abs(value) < 0.001 else f".{decimals}f"
-    return f"{value:{'+' if sign else ''}{form}}"
-
-
-def _figure(estimate: Estimate, decimals: int = 4, *, sign: bool = False) -> str:
-    mean, low, high = (
-        _number(value, decimals, sign=sign)
-        for value in (estimate.mean, estimate.low, estimate.high)
-    )
-    return f"{mean} [{low}, {high}]"
-
-
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
-
-
-def _verdict(comparison: Comparison) -> str:
-    """What a comparison shows, in words: direction and merit, once the correction is paid."""
-    if comparison.p_holm >= SIGNIFICANT:
-        return "not significant"
-    lower = comparison.difference.mean < 0
-    better = lower == (comparison.metric in LOWER_IS_BETTER)
-    return f"{'better' if better else 'worse'} ({'lower' if lower else 'higher'})"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return Picture(Markup(svg), f"{words}.")

@@ -1,0 +1,73 @@
+"""What the HTML pages share: their skeleton, how a figure is written, a picture with its caption.
+
+Owns the way from values to a page that needs no script and loads nothing. Knows nothing of what a
+page is about: `tuner.page` shows an evaluation, `tuner.table_page` a fitted table.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from a2sf.schema import Estimate
+from tuner.pictures import LOWER_IS_BETTER
+from tuner.report import duration
+from tuner.results import SIGNIFICANT, Comparison
+
+ROUNDING = 5e-7
+"""A magnitude below is rounding error, and shown as zero."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG element and what it shows, in words."""
+
+    svg: Markup
+    caption: str
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template beside this module; the same values always give the same text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        # Names and ids come from outside, and a template's own name does not say HTML.
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        figure=figure, number=number, p=p_value, verdict=_verdict, duration=duration
+    )
+    return environment.get_template(template).render(**values)
+
+
+def number(value: float, decimals: int = 4, *, sign: bool = False) -> str:
+    """So many decimals, or two digits and an exponent where those would be zeros."""
+    value = 0.0 if abs(value) < ROUNDING else value
+    form = ".1e" if 0 < abs(value) < 0.001 else f".{decimals}f"
+    return f"{value:{'+' if sign else ''}{form}}"
+
+
+def figure(estimate: Estimate, decimals: int = 4, *, sign: bool = False) -> str:
+    """A mean and its interval."""
+    mean, low, high = (
+        number(value, decimals, sign=sign) for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def p_value(value: float) -> str:
+    """A p-value to four decimals."""
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def _verdict(comparison: Comparison) -> str:
+    """What a comparison shows, in words: direction and merit, once the correction is paid."""
+    if comparison.p_holm >= SIGNIFICANT:
+        return "not significant"
+    lower = comparison.difference.mean < 0
+    better = lower == (comparison.metric in LOWER_IS_BETTER)
+    return f"{'better' if better else 'worse'} ({'lower' if lower else 'higher'})"
