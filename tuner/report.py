@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from a2sf.schema import AlphaTable, Estimate, TablePolicy
+from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.fit import Outcome
 from tuner.results import SIGNIFICANT, Comparison, Evaluation, Metric
 from tuner.search import LOG_TAU_MAX, log_tau_of
@@ -34,13 +34,14 @@ def summarise(
     table = outcome.table
     _line(console, f"{policy_line(table.policy)}; fitted on {calibration_line(table)}")
     _figures(console, table)
+    _stages(console, table)
     nll = [("full cache", outcome.full_nll), *((k, outcome.nll[k]) for k in ("table", "uniform"))]
     _line(
         console,
         "NLL, nats a token: " + ", ".join(f"{name} {_figure(value)}" for name, value in nll),
     )
     _line(console, "")
-    _line(console, verdict_line(table, outcome.uniform.alpha))
+    _line(console, verdict_line(table))
     _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
     serve = ["--model", model, "--tables", str(out.parent), "--default-table", table.name]
     _line(console, f"Wrote {out}. Serve it: python -m service {shlex.join(serve)}")
@@ -71,6 +72,7 @@ def show(console: Console, table: AlphaTable) -> None:
     _line(console, f"made         {table.created_at.isoformat()} by version {table.tool_version}")
     _line(console, "")
     _figures(console, table)
+    _stages(console, table)
     _line(console, verdict_line(table))
     _line(console, "")
     heat_map(console, table.policy)
@@ -137,15 +139,15 @@ def calibration_line(table: AlphaTable) -> str:
     )
 
 
-def verdict_line(table: AlphaTable, uniform_alpha: float | None = None) -> str:
+def verdict_line(table: AlphaTable) -> str:
     """The verdict in one sentence, with the interval that decides it."""
     evidence = table.evidence
     gap = evidence.paired["uniform"]
     share = 100 * gap.mean / evidence.baselines["uniform"].mean if gap.mean else 0.0
     interval = f"table minus uniform {_figure(gap, sign=True)} nats, {share:+.0f} %"
-    named = "the best uniform alpha" + (
-        f" ({uniform_alpha:g})" if uniform_alpha is not None else ""
-    )
+    named = "the best uniform alpha"
+    if evidence.uniform is not None:
+        named += f" ({setting_words(evidence.uniform)})"
     if evidence.verdict == "better":
         return f"Better: on held-out examples the table costs less than {named}: {interval}."
     carried = (
@@ -157,18 +159,44 @@ def verdict_line(table: AlphaTable, uniform_alpha: float | None = None) -> str:
     )
 
 
+def setting_words(setting: UniformSetting) -> str:
+    """A uniform setting in few words."""
+    recent = "half" if setting.recent_share == 0.5 else _short(setting.recent_share)
+    return f"{_short(setting.alpha)}, recent {recent}, sinks {setting.sinks}"
+
+
 def is_uniform(policy: TablePolicy) -> bool:
-    """Whether all layers and heads share one alpha."""
-    return len({alpha for row in policy.alpha for alpha in row}) == 1
+    """Whether all layers and heads share one alpha, and all layers have the same slots."""
+    return len({alpha for row in policy.alpha for alpha in row}) == 1 and not slots(policy)
+
+
+def slots(policy: TablePolicy) -> tuple[float, ...]:
+    """Each layer's slots in multiples of the budget, 1 on average; empty where they are equal."""
+    share = policy.layer_share
+    if len(set(share)) == 1:
+        return ()
+    mean = math.fsum(share) / len(share)
+    return tuple(weight / mean for weight in share)
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person would say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    whole = round(seconds / 60)
+    return f"{whole} min" if whole < 120 else f"{whole // 60} h {whole % 60} min"
 
 
 def heat_map(console: Console, policy: TablePolicy) -> None:
     """Print alpha and half-life in tokens by layer and head; coloured on a terminal."""
     _line(console, "alpha by layer and KV head, with the half-life of a score in tokens below it")
     heads = len(policy.alpha[0])
-    _line(console, "layer " + "".join(f"{f'head {head}':>9}" for head in range(heads)))
+    multiples = [f"{f'{multiple:.2f}x':>16}" for multiple in slots(policy)]
+    first = "layer " + (f"{'slots x budget':>16}" if multiples else "")
+    _line(console, first + "".join(f"{f'head {head}':>9}" for head in range(heads)))
     for layer, row in enumerate(policy.alpha):
-        upper, lower = Text(f"{layer:>5} "), Text(" " * 6)
+        multiple = multiples[layer] if multiples else ""
+        upper, lower = Text(f"{layer:>5} {multiple}"), Text(" " * len(first))
         for alpha in row:
             upper.append(f"{alpha:>8.4g} ", _style(alpha))
             lower.append(f"{half_life(alpha):>8} ", _style(alpha))
@@ -190,11 +218,33 @@ def _figures(console: Console, table: AlphaTable) -> None:
         f"{evidence.examples} held-out examples of {evidence.dataset} ({evidence.split}): "
         f"{evidence.objective}; {evidence.confidence:.0%} intervals",
     )
-    _line(console, f"  {'':<14}{'cost':<28}fitted table minus this, paired")
+    p = {name: f"{value:.2g}" for name, value in evidence.p_holm.items()}
+    head = f"  {'':<14}{'cost':<28}{'fitted table minus this, paired':<33}"
+    _line(console, f"{head}{'p after Holm' if p else ''}".rstrip())
     _line(console, f"  {'fitted table':<14}{_figure(evidence.table)}")
     for name, value in evidence.baselines.items():
         gap = _figure(evidence.paired[name], sign=True)
-        _line(console, f"  {name:<14}{_figure(value):<28}{gap}")
+        _line(console, f"  {name:<14}{_figure(value):<28}{gap:<33}{p.get(name, '')}".rstrip())
+
+
+def _stages(console: Console, table: AlphaTable) -> None:
+    stages = table.search.stages
+    if not stages:
+        return
+    _line(console, "")
+    width = max(len("stage"), *(len(stage.name) for stage in stages)) + 2
+    _line(
+        console,
+        f"  {'stage':<{width}}{'trials':>6}{'evaluations':>13}{'time':>12}{'calibration':>13}  "
+        f"{'held out':<26}minus best uniform, paired",
+    )
+    for stage in stages:
+        _line(
+            console,
+            f"  {stage.name:<{width}}{stage.trials:>6}{stage.evaluations:>13.1f}"
+            f"{duration(stage.seconds):>12}{stage.calibration:>13.4f}  "
+            f"{_figure(stage.held_out):<26}{_figure(stage.paired, sign=True)}",
+        )
 
 
 def _figure(value: Estimate, *, sign: bool = False) -> str:
@@ -202,6 +252,11 @@ def _figure(value: Estimate, *, sign: bool = False) -> str:
     # Rounded before it is shown, so that no zero is negative.
     mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _short(value: float) -> str:
+    """Without the nought that leads a fraction."""
+    return f"{value:.4g}".removeprefix("0") or "0"
 
 
 def _style(alpha: float) -> Style:

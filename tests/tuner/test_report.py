@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from a2sf import reference
 from a2sf.models import LoadedModel
-from a2sf.schema import AlphaTable, Estimate
-from tests.tables import make_table
-from tuner.report import half_life, heat_map, policy_line, show, verdict_line
+from a2sf.schema import AlphaTable, Estimate, UniformSetting, load_table
+from tests.tables import BASELINES, IDENTITY, fitted_table, make_table
+from tuner.report import (
+    half_life,
+    heat_map,
+    is_uniform,
+    policy_line,
+    show,
+    verdict_line,
+)
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
@@ -29,10 +37,10 @@ def judged(model: LoadedModel, verdict: str, alpha: Any, gap: tuple[float, ...])
 
 
 def test_a_win_is_told_with_its_interval_and_share(tiny_model: LoadedModel) -> None:
-    line = verdict_line(judged(tiny_model, "better", TABLE, (-0.05, -0.07, -0.03)), 0.95)
+    line = verdict_line(judged(tiny_model, "better", TABLE, (-0.05, -0.07, -0.03)))
     assert line == (
-        "Better: on held-out examples the table costs less than the best uniform alpha (0.95): "
-        "table minus uniform -0.0500 [-0.0700, -0.0300] nats, -25 %."
+        "Better: on held-out examples the table costs less than the best uniform alpha "
+        "(.9, recent .25, sinks 4): table minus uniform -0.0500 [-0.0700, -0.0300] nats, -25 %."
     )
 
 
@@ -47,6 +55,77 @@ def test_without_a_win_the_line_says_what_the_file_carries(
     assert line.startswith("No better than uniform: ")
     assert "+0.0100 [-0.0100, +0.0300] nats, +5 %" in line
     assert carried in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ((0.93, 0.5, 4), "(.93, recent half, sinks 4)"),
+        ((0.99545678, 0.125, 0), "(.9955, recent .125, sinks 0)"),
+        ((1.0, 0.0, 4), "(1, recent 0, sinks 4)"),
+        ((0.0, 0.0, 4), "(0, recent 0, sinks 4)"),
+    ],
+)
+def test_the_bar_is_named_with_all_that_it_sets(
+    setting: tuple[float, float, int], words: str
+) -> None:
+    alpha, recent_share, sinks = setting
+    uniform = UniformSetting(alpha=alpha, recent_share=recent_share, sinks=sinks)
+    evidence = fitted_table(IDENTITY).evidence.model_copy(update={"uniform": uniform})
+    assert f"alpha {words}: table minus" in verdict_line(fitted_table(IDENTITY, evidence=evidence))
+
+
+def test_where_the_best_uniform_setting_was_not_kept_it_is_not_invented() -> None:
+    evidence = fitted_table(IDENTITY).evidence.model_copy(update={"uniform": None})
+    line = verdict_line(fitted_table(IDENTITY, evidence=evidence))
+    assert "less than the best uniform alpha: table minus" in line
+
+
+def test_a_table_of_one_alpha_and_unequal_slots_is_not_uniform() -> None:
+    policy = make_table(IDENTITY, alpha=((0.9, 0.9),) * 2).policy
+    assert is_uniform(policy)
+    # Weights, not shares of a sum: any equal ones are equal slots.
+    assert is_uniform(policy.model_copy(update={"layer_share": (3.0, 3.0)}))
+    assert not is_uniform(policy.model_copy(update={"layer_share": (1.0, 3.0)}))
+
+
+def shown(table: AlphaTable) -> list[str]:
+    file = StringIO()
+    show(Console(file=file), table)
+    return file.getvalue().splitlines()
+
+
+def test_stages_are_a_line_each_in_order() -> None:
+    lines = shown(fitted_table(IDENTITY))
+    (head,) = (i for i, line in enumerate(lines) if line.startswith("  stage "))
+    assert [line.split("  ")[1] for line in lines[head + 1 : head + 4]] == (
+        ["uniform", "slots of layers", "alphas of heads"]
+    )
+    assert " ".join(lines[head + 2].split()) == (
+        "slots of layers 31 22.2 8 min 0.0430 0.0510 [0.0460, 0.0590] -0.0100 [-0.0130, -0.0070]"
+    )
+
+
+def test_p_after_holm_stands_beside_each_paired_difference() -> None:
+    lines = shown(fitted_table(IDENTITY))
+    (head,) = (i for i, line in enumerate(lines) if line.endswith("p after Holm"))
+    for line, (name, (_, p)) in zip(lines[head + 2 :], BASELINES.items(), strict=False):
+        assert (line.split()[0], line.split()[-1]) == (name, f"{p:.2g}")
+
+
+def test_a_table_from_before_stages_were_kept_prints_none() -> None:
+    lines = shown(load_table(reference.path() / "tables" / "mathqa.json"))
+    assert not [line for line in lines if "stage" in line or "Holm" in line or "slots" in line]
+
+
+def test_unequal_slots_are_told_in_multiples_of_the_budget() -> None:
+    table = make_table(IDENTITY, layer_share=(6.0, 2.0))
+    lines = drawn(table).splitlines()
+    assert lines[1].split("slots x budget")[1].split() == ["head", "0", "head", "1"]
+    assert [lines[row].split()[:2] for row in (2, 4)] == [["0", "1.50x"], ["1", "0.50x"]]
+    # Half-lives stay below their alphas.
+    assert len(lines[2]) == len(lines[3])
+    assert "slots" not in drawn(make_table(IDENTITY, layer_share=(2.0, 2.0)))
 
 
 @pytest.mark.parametrize(
