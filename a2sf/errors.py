@@ -68,3 +68,9 @@ class ResourceExhausted(A2SFError):
 
 class Unavailable(A2SFError):
     """The server is starting, draining or stopped."""
+
+
+def first_line(error: BaseException) -> str:
+    """Put a library's message into one line, for a sentence of our own around it."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(":. ")

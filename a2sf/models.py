@@ -1,12 +1,11 @@
 """The only seam with transformers: loading models and plugging in attention.
 
-Owns loading (packaged model, directory, hub), a model's identity, and the registered attention
+Owns loading, a model's identity, and the registered attention
 function. A caller hands every forward pass a `LayerAttention`, which transformers carries to each
 layer as a keyword argument; nothing is patched and no state hangs on a module. Knows nothing of
 requests or schedules, and nothing of any one family.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -27,16 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from a2sf import families, linear, reference
-from a2sf.errors import InvalidArgument, NotFound, Unsupported
+from a2sf import families, files, linear, span
+from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
+from a2sf.files import REFERENCE
 from a2sf.fingerprint import fingerprint
 from a2sf.schema import ModelIdentity
 
-REFERENCE = "reference"
-"""The name under which the packaged model is asked for."""
-
 _ATTENTION_NAME = "a2sf"
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 _DTYPES = {
     "float64": torch.float64,
@@ -122,26 +116,54 @@ class LoadedModel:
 
     @torch.inference_mode()
     def hidden_states(
-        self, token_ids: Tensor, positions: Tensor, attention: LayerAttention
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        entering: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        """Run all layers with `attention` in each, from [rows, width] ids and positions.
+        """Run the layers with `attention` in each, from [rows, width] ids and positions.
 
+        `entering` says what enters a layer, as `layer_input` gave it; those below are not run.
         Returns [rows, width, hidden], normalised and ready for `logits`.
         """
-        output = self.module.get_decoder()(
-            input_ids=token_ids,
-            position_ids=positions,
-            use_cache=False,
-            layer_attention=attention,
-        )
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = _decode(
+            self._decoder(entering), token_ids, positions, attention
+        ).last_hidden_state
         return hidden
+
+    @torch.inference_mode()
+    def layer_input(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        layer: int,
+        entering: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the layers below `layer` only; return what enters it, [rows, width, hidden]."""
+        decoder, noted = span.up_to_layer(self._decoder(entering), layer)
+        _decode(decoder, token_ids, positions, attention)
+        assert noted.entered is not None
+        return noted.entered
+
+    def _decoder(self, entering: tuple[int, Tensor] | None) -> Any:
+        decoder = self.module.get_decoder()
+        if entering is None or entering[0] == 0:
+            return decoder
+        return span.from_layer(decoder, *entering)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""
         projected: Tensor = self.module.get_output_embeddings()(hidden)
         return projected
+
+
+def _decode(decoder: Any, token_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Any:
+    return decoder(
+        input_ids=token_ids, position_ids=positions, use_cache=False, layer_attention=attention
+    )
 
 
 def load_model(
@@ -167,13 +189,13 @@ def load_model(
     target = _device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
-    directory = _directory(id_or_path, revision)
+    directory = files.directory(id_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
+        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
     families.refuse_unsupported(id_or_path, config)
-    weights = _weight_files(id_or_path, directory)
+    weights = files.weight_files(id_or_path, directory)
     shape = ModelShape(
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
@@ -222,7 +244,7 @@ def load_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {_one_line(error)}") from error
+        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
     # transformers fills what is missing with random numbers and only warns.
     if loaded["missing_keys"]:
         raise NotFound(
@@ -293,54 +315,6 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _directory(id_or_path: str, revision: str | None) -> Path:
-    if id_or_path == REFERENCE:
-        return reference.path()
-    local = Path(id_or_path).expanduser()
-    if local.is_dir():
-        return local
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_or_path):
-        raise NotFound(
-            f"model {id_or_path!r}: no such directory; accepted: {REFERENCE}, a directory with "
-            "config.json and *.safetensors, or a Hugging Face hub id such as org/name"
-        )
-    try:
-        return Path(
-            snapshot_download(
-                id_or_path,
-                revision=revision,
-                allow_patterns=_FILES,
-                # Some repositories hold the same weights twice, a second time in this format.
-                ignore_patterns=["consolidated*"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise NotFound(
-            f"model {id_or_path!r}: no such directory, and the Hugging Face hub did not give it "
-            f"({_one_line(error)}); accepted: {REFERENCE}, a directory, or a hub id"
-        ) from error
-
-
-def _weight_files(name: str, directory: Path) -> list[Path]:
-    """The files that transformers would read, which need not be all that lie there."""
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise NotFound(
-            f"model {name!r}: no *.safetensors in {directory} that are named model.safetensors or "
-            f"listed in {index.name}; other formats are not read"
-        )
-    try:
-        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise NotFound(f"model {name!r}: {index.name} cannot be read ({error})") from error
-    missing = [file for file in listed if not (directory / file).is_file()]
-    if missing:
-        raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")
-    return [directory / file for file in listed]
-
-
 def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
     ids = config.eos_token_id
     if (directory / "generation_config.json").is_file():
@@ -348,8 +322,3 @@ def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(":. ")

@@ -6,13 +6,14 @@ exact, because a layer's evictions depend on nothing above it. On request it als
 each attention row eviction has left. Knows nothing of what the predictions are compared with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from a2sf.attention import BlockPass, DecodePass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
@@ -51,6 +52,19 @@ class Prediction:
     to all tokens before it. 1 where nothing is lost."""
 
 
+@dataclass(frozen=True)
+class Entering:
+    """What enters one layer along some examples."""
+
+    layer: int
+    hidden: tuple[Tensor, ...]
+    """[tokens, hidden] an example."""
+
+    def stacked(self, rows: Sequence[int]) -> tuple[int, Tensor]:
+        """The layer, and what enters it in the chosen examples: [rows, width, hidden]."""
+        return self.layer, pad_sequence([self.hidden[row] for row in rows], batch_first=True)
+
+
 def predict(
     model: LoadedModel,
     examples: Sequence[Example],
@@ -58,6 +72,7 @@ def predict(
     *,
     batch: int = 32,
     similarity: bool = False,
+    entering: Entering | None = None,
 ) -> list[Prediction]:
     """Predict along each example, under its policy or (None) with the full cache.
 
@@ -67,35 +82,75 @@ def predict(
         policies: one an example, or None for plain attention over everything.
         batch: the most examples in one forward pass.
         similarity: whether to compare attention rows; a full cache has nothing to compare.
+        entering: what `enter` said of a layer, under policies that agree below it: those layers
+            are not run.
     """
+    results: dict[int, Prediction] = {}
+    for rows, scan in _passes(model, examples, policies, batch, similarity):
+        part = [examples[i] for i in rows]
+        start = entering.stacked(rows) if entering else None
+        hidden = model.hidden_states(*_inputs(model, part), scan, start)
+        results.update(zip(rows, _predictions(model, part, hidden, scan), strict=True))
+    return [results[i] for i in range(len(examples))]
+
+
+def enter(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    policies: Sequence[EffectivePolicy],
+    layer: int,
+    *,
+    batch: int = 32,
+    entering: Entering | None = None,
+) -> Entering:
+    """Say what enters `layer` along each example under its policy; arguments as for `predict`.
+
+    Memory of the result: tokens of the examples x hidden x bytes of the model's dtype.
+    """
+    results: dict[int, Tensor] = {}
+    for rows, scan in _passes(model, examples, policies, batch, similarity=False):
+        part = [examples[i] for i in rows]
+        start = entering.stacked(rows) if entering else None
+        hidden = model.layer_input(*_inputs(model, part), scan, layer, start)
+        results.update((i, hidden[at, : len(examples[i].token_ids)]) for at, i in enumerate(rows))
+    return Entering(layer, tuple(results[i] for i in range(len(examples))))
+
+
+def _passes(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    policies: Sequence[EffectivePolicy] | None,
+    batch: int,
+    similarity: bool,
+) -> Iterator[tuple[list[int], "_Scan | _Full"]]:
+    """Yield which examples go through the model together, and how they attend."""
 
     def chunk(index: int) -> int:
         return policies[index].prefill_chunk if policies else 0
 
     order = sorted(range(len(examples)), key=lambda i: (chunk(i), len(examples[i].token_ids)))
-    results: dict[int, Prediction] = {}
     for prefill_chunk, group in groupby(order, key=chunk):
         members = list(group)
         for first in range(0, len(members), batch):
             rows = members[first : first + batch]
+            if not policies:
+                yield rows, _Full()
+                continue
             part = [examples[i] for i in rows]
-            scan: _Scan | _Full = _Full()
-            if policies:
-                kept = _Similarity(part) if similarity else None
-                scan = _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, kept)
-            results.update(zip(rows, _forward(model, part, scan), strict=True))
-    return [results[i] for i in range(len(examples))]
+            kept = _Similarity(part) if similarity else None
+            yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, kept)
 
 
-def _forward(
-    model: LoadedModel, examples: Sequence[Example], scan: "_Scan | _Full"
+def _inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Token ids, padded at the right, and positions: both [rows, width]."""
+    ids = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True)
+    positions = torch.arange(ids.shape[1]).expand(len(examples), -1)
+    return ids.to(model.device), positions.to(model.device)
+
+
+def _predictions(
+    model: LoadedModel, examples: Sequence[Example], hidden: Tensor, scan: "_Scan | _Full"
 ) -> list[Prediction]:
-    width = max(len(e.token_ids) for e in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
-    positions = torch.arange(width).expand(len(examples), -1)
-    hidden = model.hidden_states(ids.to(model.device), positions.to(model.device), scan)
     precision = torch.promote_types(model.dtype, torch.float32)
     watched = scan.similarity if isinstance(scan, _Scan) else None
     return [

@@ -14,7 +14,8 @@ from a2sf import reference
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, NotFound
-from a2sf.models import REFERENCE, load_model
+from a2sf.files import REFERENCE
+from a2sf.models import load_model
 from a2sf.policy import DEFAULT_SINKS, CachePolicy
 from a2sf.schema import Count, Frozen, Positive, first_problem
 from a2sf.threads import set_threads

@@ -175,6 +175,30 @@ def test_teacher_forcing_with_room_equals_transformers_logits(family: Family) ->
     assert_predicts_what_transformers_predicts(family)
 
 
+def test_starting_at_a_layer_predicts_what_the_whole_model_predicts(family: Family) -> None:
+    texts = prompts(3, low=20, high=60)
+    examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
+    wish = CachePolicy(alpha=0.5, budget=12)
+    policies = [
+        admission.check(request("r", t, cache_policy=wish), family.model, EngineConfig(slots=512))
+        for t in texts
+    ]
+    whole = teacher.predict(family.model, examples, policies)
+    below = None
+    for layer in range(family.model.shape.num_layers):
+        # Batches of two, so that what was kept is put together anew.
+        below = teacher.enter(family.model, examples, policies, layer, batch=2, entering=below)
+        parts = teacher.predict(family.model, examples, policies, entering=below)
+        for part, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part.logits, expected.logits, rtol=1e-9, atol=1e-9)
+    other = [
+        p.model_copy(update={"alpha": ((0.99,) * len(p.alpha[0]),) * len(p.alpha)})
+        for p in policies
+    ]
+    changed = teacher.predict(family.model, examples, other, entering=below)
+    assert not torch.allclose(changed[0].logits, whole[0].logits), "the last layer is run"
+
+
 @pytest.mark.parametrize("rope_type", ROPES)
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 def test_every_supported_rotation_equals_transformers(

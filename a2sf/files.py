@@ -1,0 +1,75 @@
+"""Where a model's files are: the packaged model, a directory, or the Hugging Face hub.
+
+Owns finding them and the messages where they cannot be found. Knows nothing of what is in them, but
+for the list of weight files.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from a2sf import reference
+from a2sf.errors import NotFound, first_line
+
+REFERENCE = "reference"
+"""The name under which the packaged model is asked for."""
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+def directory(id_or_path: str, revision: str | None) -> Path:
+    """Find a model's directory: the packaged one, one that is there, or one from the hub.
+
+    Raises NotFound with what was looked for and what is accepted.
+    """
+    if id_or_path == REFERENCE:
+        return reference.path()
+    local = Path(id_or_path).expanduser()
+    if local.is_dir():
+        return local
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_or_path):
+        raise NotFound(
+            f"model {id_or_path!r}: no such directory; accepted: {REFERENCE}, a directory with "
+            "config.json and *.safetensors, or a Hugging Face hub id such as org/name"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                id_or_path,
+                revision=revision,
+                allow_patterns=_FILES,
+                # Some repositories hold the same weights twice, a second time in this format.
+                ignore_patterns=["consolidated*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise NotFound(
+            f"model {id_or_path!r}: no such directory, and the Hugging Face hub did not give it "
+            f"({first_line(error)}); accepted: {REFERENCE}, a directory, or a hub id"
+        ) from error
+
+
+def weight_files(name: str, directory: Path) -> list[Path]:
+    """The files that transformers would read, which need not be all that lie there.
+
+    Raises NotFound where there are none, or not all that the index lists.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise NotFound(
+            f"model {name!r}: no *.safetensors in {directory} that are named model.safetensors or "
+            f"listed in {index.name}; other formats are not read"
+        )
+    try:
+        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotFound(f"model {name!r}: {index.name} cannot be read ({error})") from error
+    missing = [file for file in listed if not (directory / file).is_file()]
+    if missing:
+        raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")
+    return [directory / file for file in listed]
