@@ -1,0 +1,69 @@
+"""One worker of a fit, as a process: three batches, each made from what the one before cost.
+
+    python -m tests.tuner.ledger_worker STORAGE STUDY DIRECTORY SECONDS
+
+STORAGE is a URL or the path of a journal. Beside what it measures, which it notes in
+DIRECTORY/begun and DIRECTORY/ended line by line, it writes what it was told of every point to
+DIRECTORY/PID.json.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tuner.ledger import Ledger, Measured, Pace
+from tuner.storage import open_storage
+
+BATCHES = 3
+POINTS = 6
+
+PACE = Pace(poll=0.05, lease_period=0.1, lease_grace=2.0, patience=60.0)
+
+
+def cost(point: dict[str, Any]) -> Measured:
+    """What a point costs, in every process alike; every third is given up early."""
+    x = point["x"]
+    kl = [abs(x - 0.3) + 0.01 * example for example in range(2 if x * 100 % 3 < 1 else 4)]
+    return Measured(kl=kl, nll=[1 + k for k in kl], evaluations=len(kl), given_up=len(kl) == 2)
+
+
+def note(path: Path, text: str) -> None:
+    """Append a line in one write, so that lines of many processes do not mix."""
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{text}\n".encode())
+
+
+def search(ledger: Ledger, directory: Path, seconds: float) -> list[list[Measured]]:
+    """Measure all batches; `seconds` for each point."""
+    start, found = 0.5, []
+    for number in range(BATCHES):
+        points = [{"x": start + index / 100} for index in range(POINTS)]
+
+        def measure(index: int, point: dict[str, Any], batch: int = number) -> Measured:
+            note(directory / "begun", f"{batch} {index} {os.getpid()}")
+            time.sleep(seconds)
+            note(directory / "ended", f"{batch} {index} {os.getpid()}")
+            return cost(point)
+
+        found.append(ledger.measure(f"batch {number}", points, measure))
+        note(directory / "passed", f"{number} {os.getpid()}")
+        start = points[min(range(POINTS), key=lambda i: (found[-1][i].mean, i))]["x"] - 0.03
+    return found
+
+
+def main(address: str, study: str, directory: Path, seconds: float) -> None:
+    url = address if "://" in address else None
+    storage, _ = open_storage(url, Path(address))
+    ledger = Ledger(storage, study, {"seed": 0}, PACE)
+    decided = ledger.settle("who", os.getpid())
+    found = search(ledger, directory, seconds)
+    told = [[vars(one) for one in batch] for batch in found]
+    text = json.dumps({"decided": decided, "found": told})
+    (directory / f"{os.getpid()}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))

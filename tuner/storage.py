@@ -1,0 +1,234 @@
+"""Where a fit's memory lies: a journal file for one machine, or a database for many hosts.
+
+Owns opening a storage, the journal's lock and the mending of what a kill left behind in it, and
+waiting while a database is away. Knows nothing of what is stored, and never tells the address of
+a storage, which may hold a password.
+"""
+
+import fcntl
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, ParamSpec, TypeVar
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from sqlalchemy import Engine, event, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from a2sf.errors import InvalidArgument, Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds that a database may be away before a worker gives up."""
+
+_LONGEST_PAUSE = 5.0
+"""Seconds between two calls at a database that is away: well within the grace of a lease."""
+
+_RECORD = b'{"op_code":'
+"""How every line of a journal begins."""
+
+# A host that vanishes without a word would otherwise hold a worker for hours.
+_POSTGRESQL_TIMEOUTS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
+
+_SQLITE_LOCK_TIMEOUT_S = 60
+
+
+def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
+    """Open the storage at `url`, or the journal file, and say of which kind it is.
+
+    Raises InvalidArgument where it cannot be opened; the message leaves the address out.
+    """
+    # Libraries and drivers raise errors of their own, assertions among them, on what they cannot
+    # read; none of them is this program's fault.
+    if url is None:
+        try:
+            return _open_journal(str(journal)), "journal"
+        except Exception as error:
+            raise InvalidArgument(
+                "storage",
+                f"{journal} is not a whole journal ({type(error).__name__}: {error}); move it "
+                "away, or use another --out",
+            ) from error
+    kind = url.split(":", 1)[0]
+    try:
+        return _open_database(url), kind
+    except ImportError as error:
+        raise InvalidArgument(
+            "storage",
+            f"the {kind!r} storage needs a driver that is not installed ({error.name}); for "
+            "PostgreSQL: pip install 'a2sf-serve[postgres]'",
+        ) from None
+    except Exception as error:
+        raise InvalidArgument(
+            "storage",
+            f"the {kind!r} storage cannot be opened ({type(error).__name__}); accepted: a URL such "
+            "as sqlite:///file.db or postgresql://user@host/name, or nothing for a journal file",
+        ) from None
+
+
+class KernelLock(BaseJournalFileLock):
+    """A journal's lock, which the kernel releases when its holder dies.
+
+    The locks that come with Optuna are files, which a killed worker leaves behind: the others
+    then wait half a minute and break it by the clock. Wants a local file system; many hosts share
+    a database instead. A holder that is stopped, not killed, is waited for.
+
+    Whoever gets the lock first cuts off a line that a killed writer left torn: the next line would
+    be joined to it, and nobody could read the journal any more. Readers pass over a torn end.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and mend the journal; ValueError if it ends in something else."""
+        file = Path(self._path).open("r+b")  # noqa: SIM115 - open for as long as it is locked
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _mend(file)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+
+
+def _mend(file: BinaryIO) -> None:
+    size = file.seek(0, 2)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    whole, newline, torn = file.read().rpartition(b"\n")
+    if not torn.startswith(_RECORD[: len(torn)]):
+        raise ValueError("it ends in something that is no record")
+    file.truncate(len(whole) + len(newline))
+
+
+def _open_journal(path: str) -> BaseStorage:
+    lock = KernelLock(path)
+    backend = JournalFileBackend(path, lock_obj=lock)
+    # What is no journal is refused now, not at the first record.
+    lock.acquire()
+    lock.release()
+    return JournalStorage(backend)
+
+
+def _open_database(address: str) -> BaseStorage:
+    url = make_url(address)
+    if url.drivername == "postgresql":
+        # Which driver the bare name means depends on SQLAlchemy's version.
+        url = url.set(drivername="postgresql+psycopg")
+    arguments: dict[str, Any] = {}
+    if url.get_backend_name() == "postgresql":
+        arguments = {**_POSTGRESQL_TIMEOUTS, **url.query}
+    elif url.get_backend_name() == "sqlite":
+        arguments = {"timeout": _SQLITE_LOCK_TIMEOUT_S}
+    opening = Retrying(
+        retry=retry_if_exception(_is_race),
+        wait=wait_random_exponential(multiplier=0.1, max=1),
+        stop=stop_after_attempt(10),
+        reraise=True,
+    )
+    storage: RDBStorage = opening(
+        RDBStorage,
+        url.render_as_string(hide_password=False),
+        engine_kwargs={"pool_pre_ping": True, "connect_args": arguments},
+    )
+    if url.get_backend_name() == "sqlite":
+        _serialise(storage.engine)
+    return storage
+
+
+def _is_race(error: BaseException) -> bool:
+    """Whether another worker made the tables at the same moment."""
+    return isinstance(error, DBAPIError) and (
+        not isinstance(error, OperationalError) or "already exists" in str(error.orig)
+    )
+
+
+def _serialise(engine: Engine) -> None:
+    """Let every transaction of an SQLite engine hold the lock from its first read.
+
+    Optuna reads a trial's state and then writes it, under a lock of the row that SQLite does not
+    know: between the two, another worker could finish what this one takes for running.
+    """
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    # Those in the pool were opened without.
+    engine.dispose()
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a storage failed because it is away, so that the same call may succeed later."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, OperationalError | InterfaceError | OSError) or (
+        isinstance(cause, DBAPIError) and cause.connection_invalidated
+    )
+
+
+class Patience:
+    """Calls a storage, again and again with growing pauses while it is away.
+
+    A call whose answer was lost is made twice; it is for the caller to see that this does no harm.
+    """
+
+    def __init__(self, study: str, seconds: float) -> None:
+        self._study = study
+        self._seconds = seconds
+
+    def __call__(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `call` returns; Unavailable once it has failed for all the seconds."""
+        retrying = Retrying(
+            retry=retry_if_exception(is_outage),
+            wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
+            stop=stop_after_delay(self._seconds),
+            before_sleep=self._tell,
+        )
+        try:
+            answer = retrying(call, *args, **kwargs)
+        except RetryError:
+            raise Unavailable(
+                f"the storage of study {self._study!r} has not answered for {self._seconds:g} s; "
+                "the study is kept: run the same command again once the storage is back"
+            ) from None
+        if retrying.statistics["attempt_number"] > 1:
+            self._say("is back")
+        return answer
+
+    def _tell(self, state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            self._say(f"does not answer; waiting up to {self._seconds:g} s")
+
+    def _say(self, what: str) -> None:
+        print(f"the storage of study {self._study!r} {what}", file=sys.stderr, flush=True)
