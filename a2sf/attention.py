@@ -129,11 +129,12 @@ class BlockPass:
         """Trim, if the block begins here, and place the new tokens.
 
         Args:
-            slots: the rows; each head needs `width` empty slots beside the tokens that it keeps.
+            slots: the rows, with layers of one width; each head needs `width` empty slots beside
+                the tokens that it keeps.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each block's first token.
             lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
-            used: [rows] int64, tokens stored before this pass.
+            used: [layers, rows] int64, tokens stored before this pass.
             width: tokens of this pass; beyond a row's length they are padding.
             first: how many of the block's tokens earlier pieces have passed.
         """
@@ -145,7 +146,7 @@ class BlockPass:
             slots.score.mul_(scoring.decay(policy.alpha, lengths))
             used = used - excess
         self.used_after = used + (lengths - first).clamp(0, width)
-        """[rows] int64: tokens stored after this pass."""
+        """[layers, rows] int64: tokens stored after this pass."""
         offsets = first + torch.arange(width, device=start.device)
         self._position = start[:, None] + offsets
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
@@ -198,12 +199,12 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
 
     Args:
         slots: the rows.
-        used: [rows] int64, tokens stored.
+        used: [layers, rows] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in the same layers.
 
     Returns:
-        [rows] int64: tokens stored afterwards.
+        [layers, rows] int64: tokens stored afterwards.
     """
     excess = (used - policy.budget).clamp(min=0)
     slots.evict(excess, length, policy)
@@ -213,31 +214,33 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
 class DecodePass:
     """Carries one token a row through the layers of a cache: it takes the victim's slot.
 
-    Equal to a `BlockPass` of width 1. A row of budget b keeps to its first b slots, which fill in
-    order.
+    Equal to a `BlockPass` of width 1. Where a row's budget is b it keeps to its first b slots of
+    the layer, which fill in order.
     """
 
     def __init__(self, slots: Slots, policy: PolicyTensors, start: Tensor) -> None:
         """Choose the victims and place the new tokens.
 
         Args:
-            slots: the rows, as wide as the largest budget.
+            slots: the rows, each layer as wide as the largest budget there, or as any row will
+                ever fill.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each row's new token; a row that has seen fewer
-                tokens than its budget holds them all.
+                tokens than a layer's budget holds them all there.
         """
         self._slots = slots
         used = torch.minimum(start, policy.budget)
         full = used == policy.budget
         victim = slots.victim(start, policy)
-        self._placed = torch.where(full[:, None], victim, used[:, None])[..., None]
+        self._placed = torch.where(full[..., None], victim, used[..., None])[..., None]
         self._scored = policy.any_scored
         if policy.any_scored:
             slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
         slots.place(self._placed, start[:, None], policy)
         self._accumulating = policy.accumulating if policy.any_random else None
         held = torch.minimum(used + 1, policy.budget)
-        self._empty = torch.arange(slots.width, device=start.device) >= held[:, None]
+        places = torch.arange(slots.position.shape[-1], device=start.device)
+        self._empty = (places >= held[..., None])[:, :, None, None]
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
@@ -250,13 +253,14 @@ class DecodePass:
         stored_keys, stored_values = slots.keys[layer], slots.values[layer]
         grouped = query.view(rows, kv_heads, -1, dim) * scale
         logits = grouped @ stored_keys.transpose(2, 3)
-        logits = logits.masked_fill_(self._empty[:, None, None], -math.inf)
+        width = stored_keys.shape[2]
+        logits = logits.masked_fill_(self._empty[layer, ..., :width], -math.inf)
         precision = torch.promote_types(query.dtype, torch.float32)
         paid = torch.softmax(logits, dim=-1, dtype=precision)
         if self._scored:
             gained = paid.float().sum(dim=2)
             if self._accumulating is not None:
                 gained = gained * self._accumulating
-            slots.score[layer] += gained
+            slots.score[layer, ..., :width].add_(gained)
         output = paid.to(values.dtype) @ stored_values
         return output.view(rows, q_heads, 1, dim)

@@ -2,8 +2,9 @@
 
 Owns the tensors and the moves on them: place, write, evict, copy a row. A slot holds a key
 (rotated for its own position), a value, the token's position and its score; which tokens to keep
-is decided by `scoring`. Slot order means nothing: a slot is empty when its position says so. Knows
-nothing of queries, models or requests.
+is decided by `scoring`. Slot order means nothing: a slot is empty when its position says so. Layers
+may differ in width, and slots beyond a layer's own stay empty. Knows nothing of queries, models or
+requests.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from a2sf import scoring
 from a2sf.policy import EffectivePolicy
 from a2sf.scoring import EMPTY
 
+SLOT_OVERHEAD_BYTES = 8
+"""Bytes of a slot beside its key and value: the position and the score."""
+
 
 @dataclass(frozen=True)
 class PolicyTensors:
@@ -27,9 +31,9 @@ class PolicyTensors:
     alpha: Tensor
     """[layers, rows, H_kv] float64; double, so that powers of it agree wherever they are taken."""
     budget: Tensor
-    """[rows] int64, slots."""
+    """[layers, rows] int64, slots."""
     recent: Tensor
-    """[rows] int64, tokens."""
+    """[layers, rows] int64, tokens."""
     sinks: Tensor
     """[rows] int64, tokens."""
     random_seed: Tensor
@@ -49,15 +53,15 @@ class PolicyTensors:
         them evicts nothing, so nobody asks for its scores.
         """
 
-        def integers(values: Sequence[int]) -> Tensor:
+        def integers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         alpha = torch.tensor([p.alpha for p in policies], dtype=torch.float64, device=device)
         return cls(
             layers=torch.arange(alpha.shape[1], device=device),
             alpha=alpha.transpose(0, 1).contiguous(),
-            budget=integers([p.budget for p in policies]),
-            recent=integers([p.recent for p in policies]),
+            budget=integers([p.layer_budgets for p in policies]).T.contiguous(),
+            recent=integers([p.layer_recents for p in policies]).T.contiguous(),
             sinks=integers([p.sinks for p in policies]),
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]
@@ -76,19 +80,26 @@ class PolicyTensors:
     def layer(self, index: int) -> Self:
         """Return what concerns one layer, as a stack of one."""
         one = slice(index, index + 1)
-        return replace(self, layers=self.layers[one], alpha=self.alpha[one])
+        return replace(
+            self,
+            layers=self.layers[one],
+            alpha=self.alpha[one],
+            budget=self.budget[one],
+            recent=self.recent[one],
+        )
 
 
 @dataclass(frozen=True)
 class Slots:
     """Slots of some rows in some layers. All heads of a row fill in lockstep."""
 
-    keys: Tensor
-    """[layers, rows, H_kv, slots, D] in the model's dtype."""
-    values: Tensor
-    """[layers, rows, H_kv, slots, D] in the model's dtype."""
+    keys: tuple[Tensor, ...]
+    """Of each layer [rows, H_kv, slots of the layer, D] in the model's dtype."""
+    values: tuple[Tensor, ...]
+    """Of each layer [rows, H_kv, slots of the layer, D] in the model's dtype."""
     position: Tensor
-    """[layers, rows, H_kv, slots] int32, `EMPTY` where no token is."""
+    """[layers, rows, H_kv, slots] int32, `EMPTY` where no token is; as wide as the widest layer, so
+    that one operation serves all layers."""
     score: Tensor
     """[layers, rows, H_kv, slots] float32."""
 
@@ -96,48 +107,60 @@ class Slots:
     def empty(
         cls,
         *,
-        num_layers: int,
         rows: int,
         num_kv_heads: int,
-        slots: int,
+        slots: Sequence[int],
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """Allocate slots that hold nothing. Zeros, so that no stale NaN is ever read."""
-        shape = (num_layers, rows, num_kv_heads, slots)
+        """Allocate slots that hold nothing, `slots` [layers] of a row and head in each layer.
+
+        Zeros, so that no stale NaN is ever read.
+        """
+
+        def vectors() -> tuple[Tensor, ...]:
+            shapes = [(rows, num_kv_heads, width, head_dim) for width in slots]
+            return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+
+        shape = (len(slots), rows, num_kv_heads, max(slots))
         return cls(
-            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            keys=vectors(),
+            values=vectors(),
             position=torch.full(shape, EMPTY, dtype=torch.int32, device=device),
             score=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
-    def view(self, rows: slice, slots: int) -> Self:
-        """Return a window of the same memory: some rows, the first `slots` slots."""
+    def view(self, rows: slice, slots: Sequence[int]) -> Self:
+        """Return a window of the same memory: some rows, each layer's first `slots` [layers]."""
+        widest = max(slots)
         return type(self)(
-            self.keys[:, rows, :, :slots],
-            self.values[:, rows, :, :slots],
-            self.position[:, rows, :, :slots],
-            self.score[:, rows, :, :slots],
+            tuple(t[rows, :, :width] for t, width in zip(self.keys, slots, strict=True)),
+            tuple(t[rows, :, :width] for t, width in zip(self.values, slots, strict=True)),
+            self.position[:, rows, :, :widest],
+            self.score[:, rows, :, :widest],
         )
 
     @property
-    def width(self) -> int:
-        """Slots of a row."""
-        return self.position.shape[-1]
+    def widths(self) -> tuple[int, ...]:
+        """[layers] slots of a row."""
+        return tuple(keys.shape[2] for keys in self.keys)
 
     @property
     def nbytes(self) -> int:
         """Bytes of these slots, read off the tensors."""
-        return sum(t.nbytes for t in (self.keys, self.values, self.position, self.score))
+        return sum(t.nbytes for t in (*self.keys, *self.values, self.position, self.score))
 
     def clear(self) -> None:
         """Forget every token."""
         self.position.fill_(EMPTY)
 
     def free(self, count: int) -> Tensor:
-        """Find each head's first `count` empty slots: [layers, rows, H_kv, count] int64."""
+        """Find each head's first `count` empty slots: [layers, rows, H_kv, count] int64.
+
+        For layers of one width: it does not tell a narrow layer's empty slots from those beyond.
+        """
+        assert len(set(self.widths)) == 1, "prompts are prefilled where all layers are as wide"
         taken = (self.position != EMPTY).to(torch.int8)
         return taken.argsort(dim=-1, stable=True)[..., :count]
 
@@ -156,7 +179,8 @@ class Slots:
         """Evict each head's `excess` lowest tokens.
 
         Args:
-            excess: [rows] int64, how many to evict; a row must hold that many evictable tokens.
+            excess: [layers, rows] int64, how many to evict; a row must hold that many evictable
+                tokens in that layer.
             start: [rows] int64, the position of the next token.
             policy: the rows' policies in these layers.
         """
@@ -166,7 +190,7 @@ class Slots:
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         key = scoring.eviction_key(self.score, self.position, allowed)
         lowest = key.topk(most, dim=-1, largest=False).indices
-        gone = torch.arange(most, device=excess.device) < excess[:, None, None]
+        gone = torch.arange(most, device=excess.device) < excess[..., None, None]
         kept = self.position.gather(-1, lowest)
         self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
 
@@ -202,17 +226,22 @@ class Slots:
         self.keys[layer].index_put_((row, head, slot), keys)
         self.values[layer].index_put_((row, head, slot), values)
 
-    def copy_row(self, row: int, source: Self, source_row: int, count: int) -> None:
-        """Make `row` hold, in its first slots, the `count` tokens that `source_row` holds."""
+    def copy_row(self, row: int, source: Self, source_row: int, counts: Sequence[int]) -> None:
+        """Make `row` hold, in its first slots, the tokens that `source_row` holds.
+
+        `counts` [layers] says how many those are.
+        """
+        most = max(counts)
         self.position[:, row].fill_(EMPTY)
         order = (source.position[:, source_row] == EMPTY).to(torch.int8)
-        order = order.argsort(dim=-1, stable=True)[..., :count]
+        # Layers that hold fewer than the most copy empty slots after their tokens.
+        order = order.argsort(dim=-1, stable=True)[..., :most]
         for name in ("position", "score"):
             found = getattr(source, name)[:, source_row].gather(-1, order)
-            getattr(self, name)[:, row, :, :count] = found
+            getattr(self, name)[:, row, :, :most] = found
         # Layer by layer, so that what is gathered on the way stays small.
-        for layer, slot in enumerate(order):
-            wide = slot[..., None].expand(-1, -1, self.keys.shape[-1])
-            for name in ("keys", "values"):
-                found = getattr(source, name)[layer, source_row].gather(1, wide)
-                getattr(self, name)[layer, row, :, :count] = found
+        for layer, count in enumerate(counts):
+            slot = order[layer, :, :count, None]
+            for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+                wide = slot.expand(-1, -1, theirs[layer].shape[-1])
+                mine[layer][row, :, :count] = theirs[layer][source_row].gather(1, wide)

@@ -5,6 +5,7 @@ them. One `step` is the whole story. Not thread-safe: one thread owns an engine.
 transport; what the law computes does not depend on how it schedules.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from a2sf import admission, sampling
 from a2sf.admission import EngineConfig
 from a2sf.attention import BlockPass, DecodePass, end_prompt
-from a2sf.cache import PolicyTensors, Slots
+from a2sf.cache import SLOT_OVERHEAD_BYTES, PolicyTensors, Slots
 from a2sf.errors import InvalidArgument, ResourceExhausted
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.requests import CacheStatistics, Event, GenerationRequest, TokenLogprobs
@@ -38,14 +39,16 @@ class Engine:
         self.model = model
         self.config = config
         self._clock = clock
-        self._slab = self._allocate(config.max_batch, config.slots)
-        self._staging = self._allocate(1, config.staging_slots(model.shape.max_context))
+        layers = model.shape.num_layers
+        self._slab = self._allocate(config.max_batch, (config.slots,) * layers)
+        staging = config.staging_slots(model.shape.max_context)
+        self._staging = self._allocate(1, (staging,) * layers)
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
-        self._batch: tuple[PolicyTensors, sampling.Batch] | None = None
-        """The active rows' policies and draws; None when rows have changed since it was made."""
+        self._batch: tuple[Slots, PolicyTensors, sampling.Batch] | None = None
+        """The active rows' slots, policies and draws; None when rows have changed since then."""
 
     @property
     def has_work(self) -> bool:
@@ -114,10 +117,9 @@ class Engine:
             self._decode(rows, events)
         return events
 
-    def _allocate(self, rows: int, slots: int) -> Slots:
+    def _allocate(self, rows: int, slots: tuple[int, ...]) -> Slots:
         shape = self.model.shape
         return Slots.empty(
-            num_layers=shape.num_layers,
             rows=rows,
             num_kv_heads=shape.num_kv_heads,
             slots=slots,
@@ -160,7 +162,7 @@ class Engine:
         policy = self._policies([sequence])
         # Slots fill in order until the first eviction, so none of those beyond is needed yet.
         needed = min(sequence.policy.staging_slots(len(prompt)), first + piece)
-        slots = self._staging.view(slice(None), needed)
+        slots = self._staging.view(slice(None), (needed,) * self.model.shape.num_layers)
         forward: LayerAttention
         # Blocks of one token are decode steps, which choose their slots in less time.
         if sequence.policy.prefill_chunk == 1:
@@ -171,7 +173,7 @@ class Engine:
                 policy,
                 start=self._integers([start]),
                 lengths=self._integers([length]),
-                used=self._integers([sequence.stored]),
+                used=self._integers(sequence.stored)[:, None],
                 width=piece,
                 first=first - start,
             )
@@ -181,7 +183,7 @@ class Engine:
         sequence.prefilled += piece
         if sequence.prefilled < len(prompt):
             return
-        stored = self._integers([sequence.stored])
+        stored = self._integers(sequence.stored)[:, None]
         end_prompt(slots, stored, self._integers([len(prompt)]), policy)
         row = len(self._active)
         self._prefilling = None
@@ -194,13 +196,14 @@ class Engine:
 
     def _decode(self, rows: int, events: list[Event]) -> None:
         active = self._active[:rows]
-        if self._batch is None or len(self._batch[0].budget) != rows:
+        if self._batch is None or len(self._batch[1].sinks) != rows:
+            budgets = zip(*(s.policy.layer_budgets for s in active), strict=True)
+            slots = self._slab.view(slice(0, rows), [max(mine) for mine in budgets])
             draws = sampling.Batch([s.row for s in active], self.model.device)
-            self._batch = (self._policies(active), draws)
-        policy, draws = self._batch
-        width = max(s.policy.budget for s in active)
+            self._batch = (slots, self._policies(active), draws)
+        slots, policy, draws = self._batch
         start = self._integers([s.seen for s in active])
-        forward = DecodePass(self._slab.view(slice(0, rows), width), policy, start)
+        forward = DecodePass(slots, policy, start)
         ids = self._integers([[s.generated[-1]] for s in active])
         hidden = self.model.hidden_states(ids, start[:, None], forward)
         self._emit(0, draws, self.model.logits(hidden[:, -1]), events)
@@ -237,13 +240,13 @@ class Engine:
     def _statistics(self, sequence: Sequence) -> CacheStatistics:
         shape = self.model.shape
         token_bytes = 2 * shape.head_dim * self.model.dtype.itemsize
-        kept_tokens = sequence.stored
-        slot_bytes = self._slab.nbytes // (self.config.max_batch * self.config.slots)
+        stored = sum(sequence.stored)
+        kept_tokens = math.floor(stored / shape.num_layers + 0.5)
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
             evicted_tokens=sequence.seen - kept_tokens,
-            kv_bytes=kept_tokens * slot_bytes,
+            kv_bytes=stored * shape.num_kv_heads * (token_bytes + SLOT_OVERHEAD_BYTES),
             kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
         )
 

@@ -1,12 +1,15 @@
 """What a request may forget, from the wish to the numbers.
 
 Owns `CachePolicy` (what a caller, a table or the server asks for, every field optional), the
-presets, and `resolve`, which turns the three into one `EffectivePolicy` of plain integers. Past
-`resolve` no budget is a ratio and no window a share. Knows nothing of tensors or of transport.
+presets, how slots are dealt among layers, and `resolve`, which turns the three into one
+`EffectivePolicy` of plain integers. Past `resolve` no budget is a ratio and no window a share.
+Knows nothing of tensors or of transport.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -83,8 +86,10 @@ class EffectivePolicy(Frozen):
 
     method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
     alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
-    budget: Positive
-    recent: Count
+    budget: Positive = Field(description="What was asked for: the mean of layer_budgets, slots.")
+    layer_budgets: tuple[Positive, ...] = Field(description="[num_layers] slots.")
+    recent: Count = Field(description="What a layer of `budget` slots would protect, tokens.")
+    layer_recents: tuple[Count, ...] = Field(description="[num_layers] tokens.")
     sinks: Count
     prefill_chunk: Count
     table_name: str | None = None
@@ -99,59 +104,86 @@ class EffectivePolicy(Frozen):
         return self.method not in ("full", "window", "random")
 
     def staging_slots(self, prompt_tokens: int) -> int:
-        """Slots that a prompt of this length needs while it is prefilled under this policy."""
+        """Slots of each layer that a prompt of this length needs while it is prefilled."""
         if self.prefill_chunk == 0:
             return prompt_tokens
-        return min(prompt_tokens, self.budget - 1 + self.prefill_chunk)
+        return min(prompt_tokens, max(self.layer_budgets) - 1 + self.prefill_chunk)
+
+
+def deal(budget: int, shares: Sequence[float], most: int) -> tuple[int, ...]:
+    """Deal layers x `budget` slots among the layers in proportion to their shares.
+
+    No layer gets more than `most`; what is beyond goes to the others, in proportion to theirs.
+    Where `budget` is `most` or more, every layer gets `budget`. Whole numbers come from rounding
+    the running total (halves up), so that the sum is exact and equal shares get equal slots.
+
+    Args:
+        budget: slots of a layer, on average.
+        shares: [layers] positive weights; only their proportions matter.
+        most: slots beyond which a layer has no use for more, such as the sequence's length.
+
+    Returns:
+        [layers] slots, `layers * budget` together; 0 for a layer of too small a share.
+    """
+    if budget >= most:
+        return (budget,) * len(shares)
+    # Fractions: in floats a rounded total could give a layer one slot more than `most`.
+    weights = [Fraction(share) for share in shares]
+    slots, weight = Fraction(budget * len(shares)), sum(weights, Fraction())
+    filled = set()
+    for layer in sorted(range(len(shares)), key=weights.__getitem__, reverse=True):
+        if weights[layer] * slots < most * weight:
+            break
+        filled.add(layer)
+        slots, weight = slots - most, weight - weights[layer]
+    total, dealt = Fraction(), [0]
+    for layer, share in enumerate(weights):
+        total += most if layer in filled else slots * share / weight
+        dealt.append(math.floor(total + Fraction(1, 2)))
+    return tuple(end - begin for begin, end in pairwise(dealt))
 
 
 def resolve(
     request: CachePolicy,
     *,
-    table: AlphaTable | None,
+    table: AlphaTable | TablePolicy | None,
     server: CachePolicy,
     length: int,
-    slots: int,
+    slots: Sequence[int] | int,
     num_layers: int,
     num_kv_heads: int,
 ) -> EffectivePolicy:
     """Turn a wish into plain numbers: the request's fields, else the table's, else the server's.
 
-    `table` is the one that the request (or else the server) names, already looked up. `length` is
-    prompt + max_new in tokens, `slots` the most slots a row of the slab has. Raises
-    InvalidArgument naming the field, its value and what is accepted; nothing is clamped.
+    `table` is the one that the request (or else the server) names, already looked up, or the bare
+    policy of one that is still being fitted, which nobody can name. `length` is prompt + max_new in
+    tokens; `slots` the most that a row of the slab has in each layer, one number where it has the
+    same in all. Raises InvalidArgument naming the field, its value and what is accepted; nothing is
+    clamped.
     """
     method = request if request.names_method else server
-    if (method.table is None) != (table is None):
-        raise AssertionError("the caller looks up the table that the policy names")
-    fitted = table.policy if table is not None else None
     preset = method.preset
+    if (table is None) != (preset is not None or method.alpha is not None):
+        raise AssertionError("the caller looks up the table that the policy names")
+    fitted = table.policy if isinstance(table, AlphaTable) else table
 
     sources = (request, fitted, server) if fitted else (request, server)
     # Nothing is evicted from a full cache, so there is nothing to protect.
     sinks = _first((s.sinks for s in sources), 0 if preset == "full" else DEFAULT_SINKS)
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
     budget = length if preset == "full" else _budget(sources, length)
-    if preset == "window":
-        recent = max(budget - sinks - 1, 0)
-    elif preset == "h2o":
-        recent = max((budget - sinks) // 2, 0)
-    else:
-        recent = 0 if preset == "full" else _recent(sources, budget - sinks - 1)
+    budgets = deal(budget, fitted.layer_share, length) if fitted else (budget,) * num_layers
 
-    if budget > slots:
-        reason = (
-            f"prompt + max_new is {length} tokens and preset full keeps them all"
-            if preset == "full"
-            else f"budget is {budget} tokens"
-        )
-        raise InvalidArgument("cache_policy.budget", f"{reason}; accepted: at most {slots} slots")
-    if budget < sinks + recent + 1:
-        raise InvalidArgument(
-            "cache_policy.budget",
-            f"budget is {budget} tokens, and sinks {sinks} + recent {recent} + 1 for the newest "
-            f"need {sinks + recent + 1}; raise budget, or lower sinks or recent",
-        )
+    def recent(slots: int) -> int:
+        if preset == "window":
+            return max(slots - sinks - 1, 0)
+        if preset == "h2o":
+            return max((slots - sinks) // 2, 0)
+        return 0 if preset == "full" else _recent(sources, slots - sinks - 1)
+
+    recents = tuple(recent(mine) for mine in budgets)
+    _check_slab(budgets, slots, budget, length, preset)
+    _check_room(budgets, recents, sinks, budget)
     if fitted is not None:
         alpha = fitted.alpha
     else:
@@ -159,16 +191,75 @@ def resolve(
         uniform = {"tova_per_head": 0.0}.get(preset, 1.0) if preset else method.alpha
         assert uniform is not None
         alpha = ((uniform,) * num_kv_heads,) * num_layers
+    sealed = table if isinstance(table, AlphaTable) else None
     return EffectivePolicy(
         method=preset or ("table" if table else "a2sf"),
         alpha=alpha,
         budget=budget,
-        recent=recent,
+        layer_budgets=budgets,
+        recent=recent(budget),
+        layer_recents=recents,
         sinks=sinks,
         prefill_chunk=prefill_chunk,
-        table_name=table.name if table else None,
-        table_sha256=table.sha256 if table else None,
+        table_name=sealed.name if sealed else None,
+        table_sha256=sealed.sha256 if sealed else None,
         random_seed=(method.random_seed or 0) if preset == "random" else None,
+    )
+
+
+def _check_slab(
+    budgets: tuple[int, ...],
+    slots: Sequence[int] | int,
+    budget: int,
+    length: int,
+    preset: Preset | None,
+) -> None:
+    """Refuse a policy of which some layer needs more slots than the slab has there."""
+    there = (slots,) * len(budgets) if isinstance(slots, int) else tuple(slots)
+    layer = max(range(len(budgets)), key=lambda i: budgets[i] - there[i])
+    needs, has = budgets[layer], there[layer]
+    if needs <= has:
+        return
+    equal, flat = len(set(budgets)) == 1, len(set(there)) == 1
+    if preset == "full":
+        asked = f"prompt + max_new is {length} tokens and preset full keeps them all"
+    elif equal:
+        asked = f"budget is {budget} tokens" + ("" if flat else " in every layer")
+    else:
+        asked = (
+            f"budget is {budget} tokens a layer on average, prompt + max_new {length}, and "
+            f"layer_share gives layer {layer} {needs} slots"
+        )
+    if flat:
+        room = f"at most {has} slots" if equal else f"at most {has} slots in every layer"
+    elif equal:
+        room = (
+            f"at most {min(there)} slots where layers get the same, for rows are shaped by "
+            f"layer_share and layer {there.index(min(there))} has no more"
+        )
+    else:
+        room = f"at most {has} slots in that layer, for rows are shaped by layer_share"
+    raise InvalidArgument(
+        "cache_policy.budget",
+        f"{asked}; accepted: {room}; ask for a smaller budget, or serve with a larger --slots",
+    )
+
+
+def _check_room(
+    budgets: tuple[int, ...], recents: tuple[int, ...], sinks: int, budget: int
+) -> None:
+    """Refuse a policy of which some layer protects so much that nothing can be evicted."""
+    layer = min(range(len(budgets)), key=lambda i: budgets[i] - recents[i])
+    mine, recent = budgets[layer], recents[layer]
+    if mine >= sinks + recent + 1:
+        return
+    asked = f"budget is {budget} tokens"
+    if len(set(budgets)) > 1:
+        asked += f" a layer on average, of which layer_share gives layer {layer} {mine}"
+    raise InvalidArgument(
+        "cache_policy.budget",
+        f"{asked}, and sinks {sinks} + recent {recent} + 1 for the newest need "
+        f"{sinks + recent + 1}; raise budget, or lower sinks or recent",
     )
 
 

@@ -106,13 +106,13 @@ class CacheStatistics(Frozen):
     """What the row held when it ended, and in how many bytes of the cache's tensors."""
 
     budget: Positive
-    """Slots of the row, for each layer and head."""
+    """Slots of the row for each head, the mean over layers."""
     kept_tokens: Count
-    """Tokens stored at the end, for each layer and head."""
+    """Tokens that each head stored at the end, the mean over layers, rounded."""
     evicted_tokens: Count
-    """Tokens dropped on the way, for each layer and head."""
+    """Tokens that it dropped on the way: all but those that are kept."""
     kv_bytes: Count
-    """Bytes of the row's slots: keys, values, positions and scores."""
+    """Bytes of the slots that hold them: keys, values, positions and scores of every layer."""
     kv_bytes_full: Count
     """Bytes of keys and values that a cache without eviction would hold now."""
 

@@ -81,14 +81,14 @@ class Sequence:
         return self.prefilled + max(len(self.generated) - 1, 0)
 
     @property
-    def stored(self) -> int:
-        """Tokens that each head of its row holds: the law leaves no choice in their number."""
-        budget = self.policy.budget
+    def stored(self) -> tuple[int, ...]:
+        """[layers] tokens that each head holds: the law leaves no choice in their number."""
+        budgets = self.policy.layer_budgets
         if self.running:
-            return min(self.seen, budget)
+            return tuple(min(self.seen, budget) for budget in budgets)
         # Where the block began that the last token belongs to.
         start = max(self.prefilled - 1, 0) // self._chunk * self._chunk
-        return min(start, budget - 1) + self.prefilled - start
+        return tuple(min(start, budget - 1) + self.prefilled - start for budget in budgets)
 
     @property
     def block(self) -> tuple[int, int]:

@@ -236,10 +236,10 @@ class _Scan:
     """Decode steps of the longest continuation; shorter rows run on over their padding."""
     chunk: int
     """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
-    block_slots: int
-    """Slots that the prompt's blocks need."""
-    decode_slots: int
-    """Slots that the decode steps need: the largest budget, or all that the rows ever see."""
+    block_slots: tuple[int, ...]
+    """[layers] slots that the prompt's blocks need."""
+    decode_slots: tuple[int, ...]
+    """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
     similarity: _Similarity | None
 
     @classmethod
@@ -255,19 +255,19 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        budget = max(p.budget for p in policies)
+        budgets = [max(mine) for mine in zip(*(p.layer_budgets for p in policies), strict=True)]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
         one_block = chunk == longest_prompt
-        waiting = min(longest_prompt, budget - 1 + chunk)
+        waiting = [min(longest_prompt, budget - 1 + chunk) for budget in budgets]
         return cls(
             policy=PolicyTensors.stack(policies, lengths, model.device),
             prompt=torch.tensor(prompts, device=model.device),
             steps=steps,
             chunk=chunk,
-            block_slots=longest_prompt if one_block else waiting + chunk,
-            decode_slots=min(budget, longest_prompt + steps),
+            block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
+            decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
             similarity=similarity,
         )
 
@@ -279,19 +279,24 @@ class _Scan:
         if self.similarity:
             self.similarity.begin(keys)
         projected = (query, keys, values)
-        slots = self._prompts(policy, projected, scale, output)
+        slots = self._prompts(layer, policy, projected, scale, output)
         self._continuations(slots, policy, projected, scale, output)
         if self.similarity:
             self.similarity.end(query, keys, scale)
         return output
 
     def _prompts(
-        self, policy: PolicyTensors, projected: _Projected, scale: float, output: Tensor
+        self,
+        layer: int,
+        policy: PolicyTensors,
+        projected: _Projected,
+        scale: float,
+        output: Tensor,
     ) -> Slots:
         """Run the prompts' blocks into `output`; return what each row then holds."""
         keys = projected[1]
-        staging = self._empty(keys, self.block_slots)
-        used = torch.zeros_like(self.prompt)
+        staging = self._empty(keys, self.block_slots[layer])
+        used = torch.zeros_like(self.prompt)[None]
         for first in range(0, int(self.prompt.max()), self.chunk):
             tile = slice(first, first + self.chunk)
             block = BlockPass(
@@ -308,9 +313,9 @@ class _Scan:
             if self.similarity:
                 self.similarity.block(first, self.chunk, staging)
         used = end_prompt(staging, used, self.prompt, policy)
-        slots = self._empty(keys, self.decode_slots)
-        for row, count in enumerate(used.tolist()):
-            slots.copy_row(row, staging, row, count)
+        slots = self._empty(keys, self.decode_slots[layer])
+        for row, count in enumerate(used[0].tolist()):
+            slots.copy_row(row, staging, row, [count])
         return slots
 
     def _continuations(
@@ -338,10 +343,9 @@ class _Scan:
     def _empty(like: Tensor, slots: int) -> Slots:
         rows, kv_heads, _, dim = like.shape
         return Slots.empty(
-            num_layers=1,
             rows=rows,
             num_kv_heads=kv_heads,
-            slots=slots,
+            slots=[slots],
             head_dim=dim,
             dtype=like.dtype,
             device=like.device,

@@ -47,31 +47,34 @@ class MaskedLlama:
         steps: int,
         *,
         alpha: list[list[float]],
-        budget: int,
-        recent: int,
+        budgets: list[int],
+        recents: list[int],
         sinks: int,
         chunk: int,
     ) -> list[tuple[int, float]]:
-        """Return each greedy token with its gap to the runner-up, relative to the top logit."""
+        """Return each greedy token with its gap to the runner-up, relative to the top logit.
+
+        `budgets` and `recents` are of each layer, in tokens.
+        """
         total = len(prompt) + steps
         shape = (self.layers, self.kv_heads, total)
         self.keys = torch.zeros(*shape, self.dim, dtype=torch.float32)
         self.values = torch.zeros(*shape, self.dim, dtype=torch.float32)
         self.score = torch.zeros(shape)
         self.alive = torch.zeros(shape, dtype=torch.bool)
-        law = {"alpha": alpha, "recent": recent, "sinks": sinks}
+        law = {"alpha": alpha, "budgets": budgets, "recents": recents, "sinks": sinks}
         chunk = chunk or len(prompt)
         for start in range(0, len(prompt), chunk):
-            logits = self._block(prompt[start : start + chunk], start, budget - 1, **law)
+            logits = self._block(prompt[start : start + chunk], start, **law)
         for layer in range(self.layers):
             for head in range(self.kv_heads):
-                self._evict(layer, head, len(prompt), budget, recent, sinks)
+                self._evict(layer, head, len(prompt), budgets[layer], recents[layer], sinks)
         answer = []
         for step in range(steps):
             top = logits.topk(2).values
             token = int(logits.argmax())
             answer.append((token, float((top[0] - top[1]) / top[0].abs())))
-            logits = self._block([token], len(prompt) + step, budget - 1, **law)
+            logits = self._block([token], len(prompt) + step, **law)
         return answer
 
     def _evict(self, layer: int, head: int, start: int, keep: int, recent: int, sinks: int) -> None:
@@ -87,10 +90,10 @@ class MaskedLlama:
         self,
         tokens: list[int],
         start: int,
-        keep: int,
         *,
         alpha: list[list[float]],
-        recent: int,
+        budgets: list[int],
+        recents: list[int],
         sinks: int,
     ) -> Tensor:
         count, end = len(tokens), start + len(tokens)
@@ -109,7 +112,7 @@ class MaskedLlama:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             attended = torch.zeros(count, self.heads, self.dim)
             for head in range(self.kv_heads):
-                self._evict(layer, head, start, keep, recent, sinks)
+                self._evict(layer, head, start, budgets[layer] - 1, recents[layer], sinks)
                 self.keys[layer, head, start:end] = k[head]
                 self.values[layer, head, start:end] = v[head]
                 self.alive[layer, head, start:end] = True

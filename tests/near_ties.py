@@ -16,6 +16,7 @@ from torch import Tensor
 from a2sf import sampling
 from a2sf.engine import Engine
 from a2sf.requests import Delta, Event
+from a2sf.scoring import EMPTY
 from tests.driving import rows_of
 
 TOLERANCE = {
@@ -49,7 +50,7 @@ class Step:
     """What a request held after one step of the engine, and what it drew in it."""
 
     position: Tensor
-    """[layers, H_kv, tokens], in order."""
+    """[layers, H_kv, tokens], in order; `EMPTY` at the end of layers that keep fewer."""
     score: Tensor
     """[layers, H_kv, tokens]."""
     draw: Draw | None = None
@@ -57,7 +58,8 @@ class Step:
     def scores(self, layer: int, head: int) -> dict[int, float]:
         """The score of each position that a head keeps."""
         places = self.position[layer, head].tolist()
-        return dict(zip(places, self.score[layer, head].tolist(), strict=True))
+        scores = self.score[layer, head].tolist()
+        return {p: score for p, score in zip(places, scores, strict=True) if p != EMPTY}
 
 
 @dataclass(frozen=True)

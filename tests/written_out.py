@@ -22,7 +22,7 @@ class Stored:
 
 @dataclass
 class Head:
-    """One KV head of one layer of one sequence, under one policy."""
+    """One KV head of one layer of one sequence, with the budget and window of that layer."""
 
     alpha: float
     budget: int

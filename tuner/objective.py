@@ -130,20 +130,14 @@ def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
     """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses."""
-    wish = candidate
-    if isinstance(candidate, TablePolicy):
-        wish = CachePolicy(alpha=0.0, **candidate.model_dump(exclude={"alpha", "layer_share"}))
-    assert isinstance(wish, CachePolicy)
-    resolved = resolve(
-        wish,
-        table=None,
+    table = candidate if isinstance(candidate, TablePolicy) else None
+    return resolve(
+        CachePolicy() if isinstance(candidate, TablePolicy) else candidate,
+        table=table,
         server=CachePolicy(),
         length=length,
         # A fixed budget may be larger than a short example.
-        slots=max(length, wish.budget or 0),
+        slots=max(length, candidate.budget or 0),
         num_layers=model.shape.num_layers,
         num_kv_heads=model.shape.num_kv_heads,
     )
-    if isinstance(candidate, TablePolicy):
-        return resolved.model_copy(update={"alpha": candidate.alpha, "method": "table"})
-    return resolved

@@ -254,7 +254,7 @@ def test_it_generates_in_every_precision_with_a_cache_of_the_same(
         engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=5))
     streams = run(engine)
     assert [len(tokens(stream)) for stream in streams.values()] == [5, 5]
-    stored = {engine._slab.keys.dtype, engine._slab.values.dtype}
+    stored = {t.dtype for t in (*engine._slab.keys, *engine._slab.values)}
     assert stored == {getattr(torch, dtype)} == {model.dtype}
 
 

@@ -78,10 +78,9 @@ def test_the_preset_is_h2o(
 
     def empty(count: int) -> Slots:
         return Slots.empty(
-            num_layers=1,
             rows=1,
             num_kv_heads=kv_heads,
-            slots=count,
+            slots=[count],
             head_dim=dim,
             dtype=torch.float64,
             device=torch.device("cpu"),
@@ -89,12 +88,12 @@ def test_the_preset_is_h2o(
 
     tq, tk, tv = (torch.from_numpy(x)[None] for x in (q, k, v))
     scale = dim**-0.5
-    zero, n = torch.zeros(1, dtype=torch.int64), torch.tensor([prompt])
+    zero, n = torch.tensor([0]), torch.tensor([prompt])
     staging, slots = empty(prompt), empty(budget)
-    block = BlockPass(staging, rows, start=zero, lengths=n, used=zero, width=prompt)
+    block = BlockPass(staging, rows, start=zero, lengths=n, used=zero[None], width=prompt)
     outputs = [block(0, *(x[:, :, :prompt] for x in (tq, tk, tv)), scale)]
     used = end_prompt(staging, block.used_after, n, rows)
-    slots.copy_row(0, staging, 0, int(used))
+    slots.copy_row(0, staging, 0, [int(used)])
     stored = [slots.position[0].clone()]
     for now in range(prompt, length):
         one = (x[:, :, now : now + 1] for x in (tq, tk, tv))

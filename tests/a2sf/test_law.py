@@ -45,13 +45,14 @@ def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int
 
 
 def test_a_tie_goes_to_the_oldest() -> None:
-    position = torch.tensor([[[7, 3, 5, EMPTY]]], dtype=torch.int32)
-    score = torch.tensor([[[0.25, 0.25, 0.5, 0.0]]])
-    allowed = scoring.evictable(position, torch.tensor([8]), torch.tensor([0]), torch.tensor([0]))
+    position = torch.tensor([[[[7, 3, 5, EMPTY]]]], dtype=torch.int32)
+    score = torch.tensor([[[[0.25, 0.25, 0.5, 0.0]]]])
+    none = torch.tensor([0])
+    allowed = scoring.evictable(position, torch.tensor([8]), none, none[None])
     key = scoring.eviction_key(score, position, allowed)
-    assert key.argsort(dim=-1)[0, 0].tolist()[:3] == [1, 0, 2]
-    assert not allowed[0, 0, 3]
-    assert scoring.lowest(score, position, allowed).tolist() == [[1]]
+    assert key.argsort(dim=-1)[0, 0, 0].tolist()[:3] == [1, 0, 2]
+    assert not allowed[0, 0, 0, 3]
+    assert scoring.lowest(score, position, allowed).tolist() == [[[1]]]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 4), st.integers(0, 4))
@@ -65,7 +66,7 @@ def test_the_lowest_slot_is_the_one_with_the_smallest_key(
     score = torch.randint(0, 3, position.shape, generator=rng).float()
     start = torch.tensor([12, 20])
     allowed = scoring.evictable(
-        position, start, torch.full_like(start, sinks), torch.full_like(start, recent)
+        position, start, torch.full_like(start, sinks), torch.full_like(start, recent)[None]
     )
     want = scoring.eviction_key(score, position, allowed).argmin(dim=-1)
     some = allowed.any(dim=-1)
@@ -92,12 +93,15 @@ def cases(draw: st.DrawFn) -> dict:
     kv_heads = draw(st.integers(1, 2))
     policies = []
     for _ in range(rows):
-        sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+        sinks = draw(st.integers(0, 3))
+        # Of each of two layers; the sequence has 22 tokens at most.
+        recents = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+        spare = draw(st.tuples(st.integers(0, 20), st.integers(0, 20)))
         policies.append(
             {
                 "sinks": sinks,
-                "recent": recent,
-                "budget": sinks + recent + 1 + draw(st.integers(0, 12)),
+                "recents": recents,
+                "budgets": [sinks + r + 1 + more for r, more in zip(recents, spare, strict=True)],
                 "alpha": [
                     draw(st.sampled_from([0.0, 0.5, 0.83, 0.99, 1.0])) for _ in range(kv_heads)
                 ],
@@ -109,7 +113,7 @@ def cases(draw: st.DrawFn) -> dict:
         "policies": policies,
         "kv_heads": kv_heads,
         "group": draw(st.integers(1, 3)),
-        "chunk": draw(st.sampled_from([0, 1, 2, 3, 5])),
+        "chunk": draw(st.sampled_from([0, 1, 2, 3, 5, 8])),
         "piece": draw(st.sampled_from([1, 2, 3, 20])),
         "steps": draw(st.integers(0, 8)),
         "seed": draw(st.integers(0, 10**6)),
@@ -144,8 +148,8 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
         )
         state = Head(
             alpha=policy["alpha"][head] if layer else 0.5,
-            budget=policy["budget"],
-            recent=policy["recent"],
+            budget=policy["budgets"][layer],
+            recent=policy["recents"][layer],
             sinks=policy["sinks"],
             random_score=hashes and hashes.__getitem__,
         )
@@ -166,8 +170,11 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
             alpha=((0.5,) * kv_heads, tuple(p["alpha"]))
             if p["random_seed"] is None
             else ((1.0,) * kv_heads,) * 2,
-            budget=p["budget"],
-            recent=p["recent"],
+            # What the law is carried out with is the layers' own, whatever the mean.
+            budget=max(p["budgets"]),
+            layer_budgets=tuple(p["budgets"]),
+            recent=0,
+            layer_recents=p["recents"],
             sinks=p["sinks"],
             prefill_chunk=case["chunk"],
             random_seed=p["random_seed"],
@@ -178,11 +185,10 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
     prompt = torch.tensor([p["prompt"] for p in policies])
     longest = int(prompt.max())
     chunk = case["chunk"] or longest
-    budget = int(stacked.budget.max())
+    budgets = stacked.budget.amax(dim=1).tolist()
 
-    def empty(slots: int) -> Slots:
+    def empty(slots: list[int]) -> Slots:
         return Slots.empty(
-            num_layers=2,
             rows=rows,
             num_kv_heads=kv_heads,
             slots=slots,
@@ -191,9 +197,9 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
             device=CPU,
         )
 
-    staging, slots = empty(budget + 2 * chunk), empty(budget)
+    staging, slots = empty([max(budgets) + 2 * chunk] * 2), empty(budgets)
     output = torch.zeros_like(query)
-    used = torch.zeros(rows, dtype=torch.int64)
+    used = torch.zeros(2, rows, dtype=torch.int64)
     for start in range(0, longest, chunk):
         end = min(start + chunk, longest)
         for first in range(start, end, case["piece"]):
@@ -212,8 +218,8 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
                 output[layer, :, :, tile] = block(layer, *qkv, scale)
             used = block.used_after
     used = end_prompt(staging, used, prompt, stacked)
-    for row, count in enumerate(used.tolist()):
-        slots.copy_row(row, staging, row, count)
+    for row, counts in enumerate(used.T.tolist()):
+        slots.copy_row(row, staging, row, counts)
     for ahead in range(steps):
         at = (prompt + ahead)[:, None, None, None]
         step = DecodePass(slots, stacked, prompt + ahead)
@@ -277,13 +283,20 @@ def test_only_the_queries_that_count_are_scored(
     monkeypatch: pytest.MonkeyPatch, policy: dict, length: int, scored: int, piece: int
 ) -> None:
     fields = policy | {"alpha": ((policy["alpha"],) * 2,)}
-    wish = EffectivePolicy(budget=50, recent=0, sinks=0, prefill_chunk=0, **fields)
+    wish = EffectivePolicy(
+        budget=50,
+        layer_budgets=(50,),
+        recent=0,
+        layer_recents=(0,),
+        sinks=0,
+        prefill_chunk=0,
+        **fields,
+    )
     stacked = PolicyTensors.stack([wish], [length], CPU)
     slots = Slots.empty(
-        num_layers=1,
         rows=1,
         num_kv_heads=2,
-        slots=300,
+        slots=[300],
         head_dim=4,
         dtype=torch.float64,
         device=CPU,
@@ -293,7 +306,7 @@ def test_only_the_queries_that_count_are_scored(
     monkeypatch.setattr(
         attention, "mass", lambda q, *rest: widths.append(q.shape[2]) or mass(q, *rest)
     )
-    used = torch.tensor([0])
+    used = torch.tensor([[0]])
     for first in range(0, 300, piece):
         width = min(piece, 300 - first)
         step = BlockPass(

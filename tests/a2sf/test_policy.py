@@ -1,12 +1,15 @@
 """A wish for a cache policy becomes plain numbers, or is refused by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve
 from tests.tables import IDENTITY, make_table
 
 
@@ -127,3 +130,129 @@ def test_a_budget_that_cannot_hold_what_it_protects_is_refused(
 def test_a_ratio_of_too_little_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="less than one slot"):
         settle(CachePolicy(alpha=0.5, budget_ratio=0.001))
+
+
+SHARES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40)
+
+
+@given(st.integers(1, 5000), SHARES, st.integers(1, 5000))
+def test_all_slots_are_dealt_and_no_layer_gets_more_than_it_can_use(
+    budget: int, shares: list[float], length: int
+) -> None:
+    dealt = deal(budget, shares, length)
+    assert sum(dealt) == budget * len(shares)
+    if budget >= length:
+        assert dealt == (budget,) * len(shares)
+    else:
+        assert all(0 <= slots <= length for slots in dealt)
+    assert deal(budget, [8 * share for share in shares], length) == dealt
+    # Rounding may take or give one.
+    for one, mine in zip(shares, dealt, strict=True):
+        for other, theirs in zip(shares, dealt, strict=True):
+            assert one < other or mine >= theirs - 1
+
+
+@given(st.integers(1, 5000), st.floats(1e-300, 1e300), st.integers(1, 100), st.integers(1, 5000))
+def test_equal_shares_get_equal_slots(budget: int, share: float, layers: int, length: int) -> None:
+    assert deal(budget, [share] * layers, length) == (budget,) * layers
+
+
+@given(st.integers(1, 500), SHARES, st.integers(1, 5000))
+def test_slots_are_proportional_to_shares_below_the_cap(
+    budget: int, shares: list[float], length: int
+) -> None:
+    assume(budget < length)
+    dealt = deal(budget, shares, length)
+    # Written out: hand the excess on until nobody has any.
+    target = [0.0] * len(shares)
+    while True:
+        left = budget * len(shares) - sum(target)
+        open_to = [i for i, slots in enumerate(target) if slots < length]
+        if left < 1e-6 or not open_to:
+            break
+        weight = sum(shares[i] for i in open_to)
+        for i in open_to:
+            target[i] = min(target[i] + left * shares[i] / weight, length)
+    for slots, want in zip(dealt, target, strict=True):
+        assert abs(slots - want) < 1 + 1e-3
+
+
+def test_what_a_layer_cannot_use_goes_to_the_others_by_their_shares() -> None:
+    assert deal(100, (2.0, 1.0, 1.0), 1000) == (150, 75, 75)
+    assert deal(100, (7.0, 1.0, 2.0), 150) == (150, 50, 100)
+    assert deal(100, (7.0, 1.0, 2.0), 120) == (120, 60, 120)
+    assert deal(100, (7.0, 1.0, 2.0), 100) == (100, 100, 100)
+    # Of 20 slots the running totals are 2.2, 4.4, 6.7 and 20.
+    assert deal(5, (1.0, 1.0, 1.0, 6.0), 15) == (2, 2, 3, 13)
+
+
+def shaped(shares: Sequence[float], **policy: Any) -> dict[str, Any]:
+    """Arguments for a model of as many layers as shares, and its table."""
+    identity = IDENTITY.model_copy(update={"num_layers": len(shares)})
+    return {
+        "table": make_table(identity, layer_share=tuple(shares), **policy),
+        "num_layers": len(shares),
+    }
+
+
+def test_a_table_s_shares_deal_the_slots_and_each_layer_protects_its_share() -> None:
+    table = shaped((2.0, 1.0, 1.0), budget=30, recent=None, recent_share=0.5, sinks=4)
+    policy = settle(CachePolicy(table="made-up"), **table)
+    assert policy.layer_budgets == (45, 23, 22)
+    assert policy.layer_recents == (20, 9, 8)
+    assert (policy.budget, policy.recent) == (30, 12)
+
+    policy = settle(CachePolicy(table="made-up", budget=60, recent=7), **table)
+    assert policy.layer_budgets == (90, 45, 45)
+    assert policy.layer_recents == (7, 7, 7)
+
+    policy = settle(CachePolicy(table="made-up", budget=100), **table)
+    assert policy.layer_budgets == (100, 100, 100)
+
+    for wish in (CachePolicy(preset="h2o"), CachePolicy(alpha=0.5, recent_share=0.3)):
+        policy = settle(wish, num_layers=3)
+        assert policy.layer_budgets == (64, 64, 64)
+        assert policy.layer_recents == (policy.recent,) * 3
+
+
+def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() -> None:
+    table = shaped((3.0, 1.0), budget_ratio=0.3, budget=None)["table"]
+    sealed = settle(CachePolicy(table=table.name), table=table)
+    bare = settle(CachePolicy(), table=table.policy, server=CachePolicy())
+    assert bare.table_name is None
+    assert bare == sealed.model_copy(update={"table_name": None, "table_sha256": None})
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        (
+            {"table": "made-up", "budget": 16, "recent": 3, "sinks": 2},
+            r"16 tokens .*layer_share gives layer 1 4, and sinks 2 \+ recent 3 \+ 1 .* need 6",
+        ),
+        (
+            {"table": "made-up", "budget": 70},
+            r"70 tokens .*prompt \+ max_new 200, and layer_share gives layer 0 168 slots; "
+            "accepted: at most 128 slots in every layer; .*smaller budget, .*larger --slots",
+        ),
+    ],
+)
+def test_a_layer_that_gets_too_few_slots_or_too_many_is_named(
+    wish: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=says):
+        settle(CachePolicy(**wish), **shaped((12.0, 1.0, 2.0)), length=200)
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        (51, "51 tokens in every layer; accepted: at most 50 slots where layers get the same.*"),
+        (110, r"layer 0 220 slots; accepted: at most 200 slots in that layer.*"),
+    ],
+)
+def test_a_layer_that_is_narrower_than_a_request_needs_is_named(budget: int, says: str) -> None:
+    wish = CachePolicy(preset="h2o", budget=51) if budget == 51 else CachePolicy(table="made-up")
+    arguments = shaped((2.0, 0.5, 0.5), budget=budget) if wish.table else {"num_layers": 3}
+    with pytest.raises(InvalidArgument, match=says + "layer_share.*smaller budget, .*--slots"):
+        settle(wish, **arguments, length=400, slots=(200, 50, 50))

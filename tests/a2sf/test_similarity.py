@@ -51,7 +51,8 @@ def written_out(
         group = query.shape[1] // keys.shape[1]
         means = []
         for kv_head in range(keys.shape[1]):
-            head = Head(policy.alpha[layer][kv_head], policy.budget, policy.recent, policy.sinks)
+            budget, recent = policy.layer_budgets[layer], policy.layer_recents[layer]
+            head = Head(policy.alpha[layer][kv_head], budget, recent, policy.sinks)
             mine = query[0, kv_head * group : (kv_head + 1) * group]
             k, v = keys[0, kv_head].tolist(), values[0, kv_head].tolist()
             chunk = policy.prefill_chunk or PROMPT
@@ -59,7 +60,7 @@ def written_out(
             cosines = []
             for start in starts:
                 if start == PROMPT:
-                    head.trim(PROMPT, policy.budget)
+                    head.trim(PROMPT, budget)
                 end = min(start + chunk, PROMPT) if start < PROMPT else start + 1
                 queries = [mine[:, t].tolist() for t in range(start, end)]
                 outputs = head.block(start, queries, k[start:end], v[start:end], scale)

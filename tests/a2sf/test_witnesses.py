@@ -26,6 +26,8 @@ from tests.tiny import EOS
         CachePolicy(preset="window", budget=100),
         CachePolicy(alpha=0.5, budget=100, prefill_chunk=7),
         CachePolicy(preset="random", budget=100, prefill_chunk=1),
+        CachePolicy(table="made-up", budget=100),
+        CachePolicy(table="made-up", budget=90, prefill_chunk=8),
     ],
     ids=lambda p: f"{p.preset}-{p.alpha}-{p.prefill_chunk}",
 )
@@ -35,8 +37,9 @@ def test_with_room_for_all_tokens_it_equals_transformers(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     engine = engine_for(tiny_model)
     texts = prompts(5)
+    table = make_table(tiny_model.identity, layer_share=(7.0, 0.1, 1.0)) if policy.table else None
     for index, prompt in enumerate(texts):
-        engine.submit(request(str(index), prompt, cache_policy=policy))
+        engine.submit(request(str(index), prompt, cache_policy=policy, table=table))
     streams = run(engine)
     for index, prompt in enumerate(texts):
         want = plain.generate(
@@ -87,13 +90,17 @@ def simulate_and_compare(
     wish = CachePolicy(table=table.name)
     engine.submit(request("r", prompt, max_new_tokens=steps, cache_policy=wish, table=table))
     stream = run(engine)["r"]
-    assert finished(stream).cache.evicted_tokens > 0
+    assert isinstance(stream[0], Started)
+    budgets = stream[0].policy.layer_budgets
+    assert len(set(budgets)) == len(set(table.policy.layer_share))
+    cache = finished(stream).cache
+    assert (cache.evicted_tokens > 0) == (min(budgets) < len(prompt) + steps)
     simulated = MaskedLlama(directory).decode(
         prompt,
         steps,
         alpha=[list(row) for row in table.policy.alpha],
-        budget=table.policy.budget or 0,
-        recent=table.policy.recent or 0,
+        budgets=list(budgets),
+        recents=list(stream[0].policy.layer_recents),
         sinks=table.policy.sinks,
         chunk=table.policy.prefill_chunk,
     )
@@ -105,8 +112,9 @@ def simulate_and_compare(
 
 
 @pytest.mark.parametrize("prefill_chunk", [0, 1, 8])
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (3.0, 1.0, 2.0), (0.6, 2.0, 1.0)])
 def test_a_completion_longer_than_the_budget_matches_a_masking_simulation(
-    tiny_model: LoadedModel, tiny_model_dir: Any, prefill_chunk: int
+    tiny_model: LoadedModel, tiny_model_dir: Any, prefill_chunk: int, shares: tuple[float, ...]
 ) -> None:
     clear = 0
     for index, prompt in enumerate(prompts(3, low=20, high=40, seed=prefill_chunk)):
@@ -119,6 +127,7 @@ def test_a_completion_longer_than_the_budget_matches_a_masking_simulation(
                 tuple(random.Random(index).choices([0.0, 0.5, 0.9, 0.99, 1.0], k=2))
                 for _ in range(3)
             ),
+            layer_share=shares,
             budget=16,
             recent=3,
             prefill_chunk=prefill_chunk,
@@ -136,10 +145,12 @@ def test_the_reference_model_matches_a_masking_simulation(reference_model: Loade
 
 
 def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: LoadedModel) -> None:
-    table = make_table(tiny_model_64.identity, prefill_chunk=5)
+    table = make_table(tiny_model_64.identity, prefill_chunk=5, layer_share=(1.0, 2.5, 0.7))
     for index, wish in enumerate(
         [
             CachePolicy(table=table.name),
+            CachePolicy(table=table.name, budget=40, recent_share=0.4, prefill_chunk=0),
+            CachePolicy(table=table.name, budget_ratio=0.4, prefill_chunk=1),
             CachePolicy(preset="h2o", budget=20),
             CachePolicy(preset="random", budget=20, recent=2, prefill_chunk=3),
             CachePolicy(preset="tova_per_head", budget_ratio=0.3),
@@ -172,6 +183,7 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
     tiny_model_64: LoadedModel, prefill_chunk: int
 ) -> None:
     rng = random.Random(prefill_chunk)
+    table = make_table(tiny_model_64.identity, layer_share=(0.8, 1.0, 2.5))
     examples, policies = [], []
     for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
         prompt = rng.randint(1, len(text))
@@ -181,11 +193,16 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
                 CachePolicy(alpha=0.9, budget=rng.randint(8, 40), recent=3),
                 CachePolicy(preset="h2o", budget_ratio=0.6),
                 CachePolicy(preset="random", budget=9, random_seed=index),
+                CachePolicy(table=table.name, budget=rng.randint(20, 40), recent_share=0.3),
             ]
         ).model_copy(update={"prefill_chunk": prefill_chunk})
         policies.append(
             admission.check(
-                request("r", text, cache_policy=wish), tiny_model_64, EngineConfig(slots=512)
+                request(
+                    "r", text, cache_policy=wish, table=table if wish.table is not None else None
+                ),
+                tiny_model_64,
+                EngineConfig(slots=512),
             )
         )
     together = teacher.predict(tiny_model_64, examples, policies, batch=4)
