@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve
 from a2sf.requests import GenerationRequest
-from a2sf.schema import Count, Frozen, Positive
+from a2sf.schema import Count, Frozen, Positive, Weight
 from a2sf.sequence import ending_tokens
 
 DEFAULT_MAX_PREFILL_TOKENS = 8192
@@ -22,7 +22,10 @@ class EngineConfig(Frozen):
     """Sizes that fix the engine's memory before it starts."""
 
     slots: Positive = 1024
-    """Slots of a row: the largest budget a request may have."""
+    """Slots of a row, the mean over layers: the largest budget a request may have."""
+    layer_share: tuple[Weight, ...] | None = None
+    """One weight a layer, by which the slots of a row are dealt among layers; None: equal. Keys and
+    values take the same bytes either way; policies of other shares then have less room."""
     max_batch: Positive = 8
     """Rows: requests that decode together."""
     max_prefill_tokens: Positive | None = None
@@ -40,6 +43,19 @@ class EngineConfig(Frozen):
         if budget is not None and budget > self.slots:
             raise ValueError(f"the default budget of {budget} exceeds the {self.slots} slots")
         return self
+
+    def layer_slots(self, num_layers: int) -> tuple[int, ...]:
+        """Slots of a row in each layer.
+
+        Raises InvalidArgument where layer_share is of a model with another number of layers.
+        """
+        if self.layer_share is None:
+            return (self.slots,) * num_layers
+        if len(self.layer_share) != num_layers:
+            raise InvalidArgument(
+                "layer_share", f"{len(self.layer_share)} weights; the model has {num_layers} layers"
+            )
+        return deal(self.slots, self.layer_share, self.slots * num_layers)
 
     def staging_slots(self, max_context: int) -> int:
         """Slots of the staging row for a model of this context."""
@@ -70,7 +86,7 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         table=request.table,
         server=config.default_policy,
         length=prompt + request.max_new_tokens,
-        slots=config.slots,
+        slots=config.layer_slots(model.shape.num_layers),
         num_layers=model.shape.num_layers,
         num_kv_heads=model.shape.num_kv_heads,
     )

@@ -40,7 +40,7 @@ class Engine:
         self.config = config
         self._clock = clock
         layers = model.shape.num_layers
-        self._slab = self._allocate(config.max_batch, (config.slots,) * layers)
+        self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
         staging = config.staging_slots(model.shape.max_context)
         self._staging = self._allocate(1, (staging,) * layers)
         self._waiting: list[Sequence] = []

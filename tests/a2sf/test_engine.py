@@ -33,6 +33,21 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
         assert finished(whole).cache == finished(cut).cache
 
 
+def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: LoadedModel) -> None:
+    made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
+    streams = []
+    # Every layer of the shaped one has at least the 90 slots that these need.
+    for shape in ({}, {"layer_share": (3.0, 1.0, 1.2), "slots": 160}):
+        engine = engine_for(tiny_model_64, **shape)
+        for one in made:
+            engine.submit(one)
+        streams.append(run(engine))
+    flat, shaped = streams
+    for one in made:
+        assert tokens(flat[one.request_id]) == tokens(shaped[one.request_id])
+        assert finished(flat[one.request_id]).cache == finished(shaped[one.request_id]).cache
+
+
 def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
     tiny_model: LoadedModel,
 ) -> None:

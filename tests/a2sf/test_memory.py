@@ -16,7 +16,8 @@ from a2sf.engine import Engine
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Finished, Sampling
-from tests.driving import any_requests, engine_for, prompts, request, run
+from tests.driving import any_requests, engine_for, finished, prompts, request, run
+from tests.tables import make_table
 from tests.tiny import BYTES, save_tiny_llama
 
 MIB = 2**20
@@ -56,6 +57,51 @@ def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_t
                 assert event.cache.kv_bytes == event.cache.kept_tokens * token_bytes
         check()
     check()
+
+
+@pytest.mark.parametrize("shares", [(2.5, 1.0, 1.0), (0.3, 1.0, 7.7), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 31), (3, 50)])
+def test_a_shaped_slab_holds_as_many_bytes_of_keys_and_values_as_a_flat_one(
+    tiny_model: LoadedModel, rows: int, slots: int, shares: tuple[float, ...]
+) -> None:
+    shape = tiny_model.shape
+    sizes = {"slots": slots, "max_batch": rows, "default_policy": CachePolicy(alpha=1.0)}
+    flat = engine_for(tiny_model, **sizes)
+    shaped = engine_for(tiny_model, **sizes, layer_share=shares)
+    layers = shaped.config.layer_slots(shape.num_layers)
+    vector_bytes = 2 * shape.head_dim * tiny_model.dtype.itemsize
+    slab_bytes = rows * shape.num_kv_heads * (sum(layers) * vector_bytes + 3 * max(layers) * 8)
+    assert shaped.kv_slab_bytes == slab_bytes
+    assert shaped.kv_staging_bytes == flat.kv_staging_bytes
+
+    def vectors(engine: Engine) -> int:
+        return sum(t.nbytes for t in (*engine._slab.keys, *engine._slab.values))
+
+    assert vectors(shaped) == vectors(flat) == rows * shape.num_kv_heads * 3 * slots * vector_bytes
+    assert (max(layers) > slots) == (len(set(shares)) > 1)
+    table = make_table(tiny_model.identity, layer_share=shares, recent=0, sinks=0)
+    wish = CachePolicy(table=table.name, budget=slots)
+    shaped.submit(request("r", range(200), table=table, cache_policy=wish))
+    cache = finished(run(shaped)["r"]).cache
+    assert (cache.budget, cache.kept_tokens) == (slots, slots)
+    assert cache.kept_tokens + cache.evicted_tokens == 219
+    assert cache.kv_bytes == 3 * slots * shape.num_kv_heads * (vector_bytes + 8)
+    assert shaped.kv_slab_bytes == slab_bytes
+
+
+def test_kept_tokens_are_the_mean_over_layers_in_whole_tokens(tiny_model: LoadedModel) -> None:
+    table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
+    wish = CachePolicy(table=table.name, budget=20)
+    # Budgets of 40, 10 and 10: after 19 tokens 19 + 10 + 10 are held.
+    engine = engine_for(tiny_model)
+    engine.submit(request("r", range(10), max_new_tokens=10, table=table, cache_policy=wish))
+    cache = finished(run(engine)["r"]).cache
+    assert (cache.kept_tokens, cache.evicted_tokens) == (19, 0)
+    engine.submit(request("r", range(15), max_new_tokens=15, table=table, cache_policy=wish))
+    cache = finished(run(engine)["r"]).cache
+    # Capped at 30 tokens the budgets are 30, 15 and 15, and 29 + 15 + 15 are held.
+    assert (cache.kept_tokens, cache.evicted_tokens) == (20, 9)
+    assert cache.kv_bytes == 59 * 2 * (2 * 8 * 4 + 8)
 
 
 def test_a_prompt_cut_short_tells_the_bytes_that_it_held_in_the_staging_row(
