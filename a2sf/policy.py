@@ -143,6 +143,12 @@ def deal(budget: int, shares: Sequence[float], most: int) -> tuple[int, ...]:
     return tuple(end - begin for begin, end in pairwise(dealt))
 
 
+def slots_for(budget: int, shares: Sequence[float]) -> int:
+    """Return how many slots a layer, on average, make sure of `budget` slots in every layer."""
+    least = len(shares) * Fraction(min(shares))
+    return math.ceil(budget * sum(map(Fraction, shares), Fraction()) / least)
+
+
 def resolve(
     request: CachePolicy,
     *,

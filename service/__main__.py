@@ -43,7 +43,10 @@ def serve(
     ] = None,
     default_table: Annotated[
         str | None,
-        typer.Option(help="Table of requests that name no method. Without one: preset h2o."),
+        typer.Option(
+            help="Table of requests that name no method; without one: preset h2o. Where it deals "
+            "slots unequally among layers, so do all rows."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[
@@ -56,7 +59,13 @@ def serve(
         int, typer.Option(min=1, help="Requests that decode together.")
     ] = DEFAULTS.max_batch,
     slots: Annotated[
-        int, typer.Option(min=1, help="Largest budget of a request, in tokens.")
+        int,
+        typer.Option(
+            min=1,
+            help="Slots of a row, the mean over layers: the largest budget of a request, in "
+            "tokens. Where --default-table deals them unequally, requests with the same in every "
+            "layer get at most those of the narrowest.",
+        ),
     ] = DEFAULTS.slots,
     default_budget: Annotated[
         int, typer.Option(min=1, help="Budget of requests that name none, in tokens.")

@@ -33,7 +33,9 @@ def complete(
     table: Annotated[str | None, typer.Option(help="Forget by this alpha table.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Forget by this one factor, 0 to 1.")] = None,
     preset: Annotated[Preset | None, typer.Option(help="Forget by a known method.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens each head keeps.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Tokens each head keeps, the mean over layers.")
+    ] = None,
     budget_ratio: Annotated[
         float | None, typer.Option(help="The same, as a share of prompt + new tokens.")
     ] = None,

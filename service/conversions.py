@@ -182,7 +182,9 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
 def _effective_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
     message = pb.EffectiveCachePolicy(
         budget=policy.budget,
+        layer_budgets=policy.layer_budgets,
         recent=policy.recent,
+        layer_recents=policy.layer_recents,
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed,

@@ -16,8 +16,8 @@ from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, NotFound
 from a2sf.files import REFERENCE
 from a2sf.models import load_model
-from a2sf.policy import DEFAULT_SINKS, CachePolicy
-from a2sf.schema import Count, Frozen, Positive, first_problem
+from a2sf.policy import DEFAULT_SINKS, CachePolicy, deal, slots_for
+from a2sf.schema import AlphaTable, Count, Frozen, Positive, first_problem
 from a2sf.threads import set_threads
 from service.servicers import Core
 from service.tables import TableStore
@@ -70,9 +70,11 @@ class ServerOptions(Frozen):
             )
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    @property
-    def engine_config(self) -> EngineConfig:
-        """The engine's sizes. Raises InvalidArgument where they contradict each other."""
+    def engine_config(self, layer_share: tuple[float, ...] | None) -> EngineConfig:
+        """The engine's sizes, with rows of equal layers or (not None) of these shares.
+
+        Raises InvalidArgument where sizes contradict each other.
+        """
         least = DEFAULT_SINKS + 1
         if not least <= self.default_budget <= self.slots:
             raise InvalidArgument(
@@ -85,6 +87,7 @@ class ServerOptions(Frozen):
         try:
             return EngineConfig(
                 slots=self.slots,
+                layer_share=layer_share,
                 max_batch=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
@@ -102,7 +105,7 @@ def load_core(options: ServerOptions) -> Core:
 
     Raises NotFound, Unsupported, InvalidArgument or TableError for what cannot be served.
     """
-    config = options.engine_config
+    config = options.engine_config(None)
     directory = options.tables
     if directory is not None and not directory.is_dir():
         # Said before the model is loaded, which takes a while.
@@ -116,13 +119,8 @@ def load_core(options: ServerOptions) -> Core:
         directory = shipped
     tables = TableStore.read(directory, model.identity) if directory else TableStore()
     if options.default_table is not None:
-        budget = tables.lookup(options.default_table).policy.budget
-        if budget is not None and budget > options.slots:
-            raise InvalidArgument(
-                "default-table",
-                f"{options.default_table} was fitted for a budget of {budget} tokens, and there "
-                f"are {options.slots} slots; give --slots {budget} or more",
-            )
+        shape = _shape(options, tables.lookup(options.default_table))
+        config = options.engine_config(shape)
     try:
         engine = Engine(model, config)
     except (MemoryError, RuntimeError) as error:  # torch raises either, by device
@@ -133,14 +131,53 @@ def load_core(options: ServerOptions) -> Core:
             f"--max-batch or --slots ({reason})",
         ) from error
     log.info(
-        "model=%s device=%s dtype=%s threads=%d rows=%d slots=%d slab_bytes=%d staging_bytes=%d "
-        "tables=%d refused=%d",
+        "model=%s device=%s dtype=%s threads=%d rows=%d slots=%d shape=%s slab_bytes=%d "
+        "staging_bytes=%d tables=%d refused=%d",
         *(model.identity.id, model.device, model.dtype, threads),
-        *(config.max_batch, config.slots),
+        *(config.max_batch, config.slots, _written(config, options, model.shape.num_layers)),
         *(engine.kv_slab_bytes, engine.kv_staging_bytes),
         *(len(tables.tables), len(tables.refused)),
     )
     return Core(model=model, engine=engine, config=config, tables=tables)
+
+
+def _shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | None:
+    """Return the shares by which the default table shapes rows, or None where they are equal.
+
+    Raises InvalidArgument where what the server gives without being asked would not always fit. A
+    budget that is a ratio is as large as each request makes it.
+    """
+    shares, fitted = table.policy.layer_share, table.policy.budget
+    wanted = max(options.default_budget, fitted or 0)
+    layers = deal(options.slots, shares, options.slots * len(shares))
+    narrowest = min(layers)
+    if wanted <= narrowest:
+        return None if len(set(layers)) == 1 else shares
+    budget = (
+        f"{table.name} was fitted for a budget of {fitted} tokens"
+        if wanted == fitted
+        else f"--default-budget is {wanted} tokens"
+    )
+    room = f"there are {options.slots} slots"
+    if narrowest < options.slots:
+        room = (
+            f"of {options.slots} slots, dealt by this table's layer_share, layer "
+            f"{layers.index(narrowest)} gets {narrowest}, while a request without unequal layers "
+            "or shorter than its budget needs the whole budget in every layer"
+        )
+    enough = (fitted or 0) <= narrowest
+    less = f", or --default-budget {narrowest} or less" if enough else ""
+    raise InvalidArgument(
+        "default-table",
+        f"{budget}, and {room}; give --slots {slots_for(wanted, shares)} or more{less}",
+    )
+
+
+def _written(config: EngineConfig, options: ServerOptions, num_layers: int) -> str:
+    """How slots are spread over a row's layers, for the log."""
+    if config.layer_share is None:
+        return "flat"
+    return f"{options.default_table}:{','.join(map(str, config.layer_slots(num_layers)))}"
 
 
 def _is_loopback(host: str) -> bool:

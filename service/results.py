@@ -24,9 +24,13 @@ class StreamStarted(Frozen):
     table_name: str | None
     table_sha256: str | None
     budget: int
-    """Tokens that each layer and head keeps."""
+    """Tokens that each head keeps, the mean over layers."""
+    layer_budgets: tuple[int, ...]
+    """[layers] tokens that each head keeps."""
     recent: int
-    """Tokens before the newest that are never forgotten."""
+    """Tokens before the newest that a layer of `budget` would never forget."""
+    layer_recents: tuple[int, ...]
+    """[layers] tokens before the newest that are never forgotten."""
     sinks: int
     """First tokens that are never forgotten."""
     prefill_chunk: int
@@ -58,7 +62,7 @@ class ModelDescription(Frozen):
     dtype: str
     device: str
     slots: int
-    """The largest budget, in tokens."""
+    """The largest budget, in tokens: the mean over layers, where the default table shapes rows."""
     max_batch: int
     """Requests that decode together at most."""
     kv_slab_bytes: int

@@ -286,7 +286,10 @@ class GetModelResponse(_message.Message):
     device: _builtins.str
     """Kind of device that computes, such as `cuda`."""
     slots: _builtins.int
-    """Slots that a request may use for each layer and head: the largest budget, in tokens."""
+    """The largest budget that a request may have, in tokens: the slots of a row for each head, the
+    mean over layers. Where the default table deals unequally among layers, rows are shaped as it
+    deals, and what needs more than a layer has is refused with the number that is there.
+    """
     max_batch: _builtins.int
     """Requests that decode together at most."""
     kv_slab_bytes: _builtins.int
@@ -625,7 +628,7 @@ class CachePolicy(_message.Message):
     recent: _builtins.int
     """So many tokens."""
     recent_share: _builtins.float
-    """This share of budget - sinks - 1, rounded down: 0 to 1."""
+    """This share of a layer's tokens - sinks - 1, rounded down: 0 to 1."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten, in tokens."""
     prefill_chunk: _builtins.int
@@ -727,14 +730,16 @@ class EffectiveCachePolicy(_message.Message):
     SINKS_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     RANDOM_SEED_FIELD_NUMBER: _builtins.int
+    LAYER_BUDGETS_FIELD_NUMBER: _builtins.int
+    LAYER_RECENTS_FIELD_NUMBER: _builtins.int
     alpha: _builtins.float
     """By this forgetting factor everywhere: 0 to 1."""
     preset: Global___CachePreset.ValueType
     """By a method known from elsewhere."""
     budget: _builtins.int
-    """Tokens that each layer and head keeps."""
+    """Tokens that each head keeps, the mean over layers: what was asked for."""
     recent: _builtins.int
-    """Tokens before the newest that are never forgotten."""
+    """Tokens before the newest that a layer of `budget` would never forget."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten."""
     prefill_chunk: _builtins.int
@@ -744,6 +749,16 @@ class EffectiveCachePolicy(_message.Message):
     @_builtins.property
     def table(self) -> Global___AlphaTableReference:
         """By this alpha table."""
+
+    @_builtins.property
+    def layer_budgets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that each head of a layer keeps, one number for each layer; all are `budget` but where
+        an alpha table deals unequally.
+        """
+
+    @_builtins.property
+    def layer_recents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens before the newest that are never forgotten, one number for each layer."""
 
     def __init__(
         self,
@@ -756,10 +771,12 @@ class EffectiveCachePolicy(_message.Message):
         sinks: _builtins.int = ...,
         prefill_chunk: _builtins.int = ...,
         random_seed: _builtins.int | None = ...,
+        layer_budgets: _abc.Iterable[_builtins.int] | None = ...,
+        layer_recents: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "method", b"method", "preset", b"preset", "random_seed", b"random_seed", "table", b"table"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "layer_budgets", b"layer_budgets", "layer_recents", b"layer_recents", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__random_seed: _TypeAlias = _typing.Literal["random_seed"]  # noqa: Y015
     _WhichOneofArgType__random_seed: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed"]  # noqa: Y015
@@ -910,13 +927,13 @@ class CacheStatistics(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FULL_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
-    """Slots, for each layer and head, in tokens."""
+    """Slots for each head, the mean over layers, in tokens."""
     kept_tokens: _builtins.int
-    """Tokens stored at the end, for each layer and head."""
+    """Tokens that each head stored at the end, the mean over layers, rounded to whole tokens."""
     evicted_tokens: _builtins.int
-    """Tokens forgotten on the way, for each layer and head."""
+    """Tokens that it forgot on the way: all that it has seen but `kept_tokens`."""
     kv_bytes: _builtins.int
-    """Memory of the request's slots: keys, values, positions and scores, in bytes."""
+    """Memory of the slots in use in all layers: keys, values, positions and scores, in bytes."""
     kv_bytes_full: _builtins.int
     """Memory of keys and values that a cache without eviction would hold now, in bytes."""
     def __init__(
@@ -1095,6 +1112,7 @@ class AlphaTable(_message.Message):
     RECENT_SHARE_FIELD_NUMBER: _builtins.int
     SINKS_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    LAYER_SHARE_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """So many tokens."""
     budget_ratio: _builtins.float
@@ -1102,7 +1120,7 @@ class AlphaTable(_message.Message):
     recent: _builtins.int
     """So many tokens."""
     recent_share: _builtins.float
-    """This share of budget - sinks - 1, rounded down."""
+    """This share of a layer's tokens - sinks - 1, rounded down."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten, in tokens."""
     prefill_chunk: _builtins.int
@@ -1119,6 +1137,12 @@ class AlphaTable(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerAlphas]:
         """Forgetting factors, one entry for each layer."""
 
+    @_builtins.property
+    def layer_share(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Weights by which the tokens that all layers keep are dealt among them, one for each layer; only
+        their proportions matter.
+        """
+
     def __init__(
         self,
         *,
@@ -1131,10 +1155,11 @@ class AlphaTable(_message.Message):
         recent_share: _builtins.float = ...,
         sinks: _builtins.int = ...,
         prefill_chunk: _builtins.int = ...,
+        layer_share: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "model", b"model", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "layers", b"layers", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "layer_share", b"layer_share", "layers", b"layers", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_budget_choice: _TypeAlias = _typing.Literal["budget", "budget_ratio"]  # noqa: Y015
     _WhichOneofArgType_budget_choice: _TypeAlias = _typing.Literal["budget_choice", b"budget_choice"]  # noqa: Y015

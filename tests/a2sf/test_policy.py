@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
-from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve, slots_for
 from tests.tables import IDENTITY, make_table
 
 
@@ -184,6 +184,15 @@ def test_what_a_layer_cannot_use_goes_to_the_others_by_their_shares() -> None:
     assert deal(100, (7.0, 1.0, 2.0), 100) == (100, 100, 100)
     # Of 20 slots the running totals are 2.2, 4.4, 6.7 and 20.
     assert deal(5, (1.0, 1.0, 1.0, 6.0), 15) == (2, 2, 3, 13)
+
+
+@given(st.integers(1, 500), SHARES)
+def test_slots_for_a_budget_give_every_layer_that_much_and_hardly_more(
+    budget: int, shares: list[float]
+) -> None:
+    slots, most = slots_for(budget, shares), 10**9
+    assert min(deal(slots, shares, most)) >= budget
+    assert min(deal(slots - 1, shares, most)) <= budget
 
 
 def shaped(shares: Sequence[float], **policy: Any) -> dict[str, Any]:

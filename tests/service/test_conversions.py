@@ -5,12 +5,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from a2sf.models import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy
-from a2sf.requests import Sampling
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
+from a2sf.requests import Sampling, Started
 from a2sf.schema import parse_table
 from service import client_conversions, conversions
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message
+from service.results import StreamStarted
 from tests.tables import make_table
 
 share = st.floats(0.0, 1.0, allow_subnormal=False)
@@ -79,13 +80,41 @@ def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> No
 
 
 def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
-    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25)
+    shares = (0.5, 3.0, 1.0)
+    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, layer_share=shares)
     message = conversions.table_message(table)
     assert parse_table(message.canonical_json.encode()) == table
     typed = message.table
     assert tuple(tuple(layer.alphas) for layer in typed.layers) == table.policy.alpha
+    assert tuple(typed.layer_share) == shares
     assert typed.WhichOneof("budget_choice") == "budget_ratio"
     assert (typed.budget_ratio, typed.recent, typed.sinks) == (0.25, 4, 2)
     assert typed.summary.sha256 == table.sha256
     assert typed.summary.created_at.ToSeconds() == int(table.created_at.timestamp())
     assert typed.model.fingerprint == table.model.fingerprint
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**31 - 1), count), min_size=1, max_size=5))
+def test_the_budget_and_window_of_each_layer_reach_the_client(
+    layers: list[tuple[int, int]],
+) -> None:
+    policy = EffectivePolicy(
+        method="table",
+        alpha=((0.5, 1.0),) * len(layers),
+        budget=7,
+        layer_budgets=tuple(budget for budget, _ in layers),
+        recent=3,
+        layer_recents=tuple(recent for _, recent in layers),
+        sinks=1,
+        prefill_chunk=0,
+        table_name="made-up",
+        table_sha256="0" * 64,
+    )
+    event = Started(request_id="r", policy=policy, prompt_tokens=5, seed=0)
+    message = conversions.stream_response(event, pb.OutputOptions())
+    sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
+    read = client_conversions.stream_event(sent, "r")
+    assert isinstance(read, StreamStarted)
+    assert read.layer_budgets == policy.layer_budgets
+    assert read.layer_recents == policy.layer_recents
+    assert (read.budget, read.recent) == (7, 3)

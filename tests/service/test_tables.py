@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.errors import NotFound, TableCorrupt, TableError, TableInvalid, TableMismatch
+from a2sf.errors import (
+    InvalidArgument,
+    NotFound,
+    TableCorrupt,
+    TableError,
+    TableInvalid,
+    TableMismatch,
+)
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
 from a2sf.schema import ModelIdentity, save_table
@@ -144,6 +151,85 @@ def test_a_default_table_that_cannot_be_used_stops_the_start(
         default_budget=8,
     )
     with pytest.raises(error):
+        load_core(options)
+
+
+@pytest.fixture
+def shaped(tmp_path: Path, identity: ModelIdentity) -> Path:
+    """Tables that give the first of three layers four times the slots of the others."""
+    folder = tmp_path / "shaped"
+    folder.mkdir()
+    shares = {"layer_share": (4.0, 1.0, 1.0), "recent": 0, "sinks": 0}
+    save_table(make_table(identity, name="fixed", budget=30, **shares), folder / "fixed.json")
+    ratio = make_table(identity, name="ratio", budget=None, budget_ratio=0.2, **shares)
+    save_table(ratio, folder / "ratio.json")
+    return folder
+
+
+async def test_a_default_table_of_unequal_layers_shapes_the_rows(
+    start_server: StartServer, shaped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        server, client, _ = await start_server(
+            tables=shaped, default_table="ratio", slots=60, default_budget=30
+        )
+        flat, _, _ = await start_server(slots=60)
+    assert "slots=60 shape=ratio:120,30,30 " in caplog.text
+    assert "slots=60 shape=flat " in caplog.text
+    overhead = 2 * 3 * 2 * 8  # rows, layers, heads; positions and scores
+    assert server.core.engine.kv_slab_bytes == (
+        flat.core.engine.kv_slab_bytes + overhead * (120 - 60)
+    )
+
+    answer = await client.generate([7] * 280, max_new_tokens=20, ignore_eos=True)
+    assert answer.started.layer_budgets == (120, 30, 30)
+    cache = answer.finished.cache
+    assert (cache.budget, cache.kept_tokens, cache.evicted_tokens) == (60, 60, 239)
+    other = CachePolicy(preset="h2o", budget=30)
+    answer = await client.generate("x", max_new_tokens=2, cache_policy=other)
+    assert answer.started.layer_budgets == (30, 30, 30)
+    with pytest.raises(InvalidArgument, match="at most 30 slots where layers get the same") as told:
+        await client.generate(
+            "x", max_new_tokens=2, cache_policy=other.model_copy(update={"budget": 31})
+        )
+    assert "smaller budget" in str(told.value)
+    assert "larger --slots" in str(told.value)
+    with pytest.raises(InvalidArgument, match="layer 0 122 slots; accepted: at most 120 slots"):
+        await client.generate([7] * 285, max_new_tokens=20)
+
+
+async def test_the_least_slots_that_a_start_asks_for_serve_requests_of_every_length(
+    start_server: StartServer, shaped: Path
+) -> None:
+    options = {"tables": shaped, "default_table": "fixed", "default_budget": 8}
+    with pytest.raises(InvalidArgument, match=r"layer 2 gets 29.*give --slots 60 or more$"):
+        await start_server(**options, slots=59)
+    _, client, _ = await start_server(**options, slots=60)
+    for prompt in (1, 27, 28, 29, 40, 60, 90, 118, 119, 200):
+        answer = await client.generate([7] * prompt, max_new_tokens=2, ignore_eos=True)
+        assert sum(answer.started.layer_budgets) == 90
+
+
+@pytest.mark.parametrize(
+    ("table", "budget", "says"),
+    [
+        ("ratio", 31, "--default-budget is 31 tokens.*--slots 62 .*--default-budget 30 or less"),
+        ("fixed", 31, "--default-budget is 31 tokens.*--slots 62 .*--default-budget 30 or less"),
+        ("fixed", 50, "--default-budget is 50 tokens.*--slots 100 .*--default-budget 30 or less"),
+    ],
+)
+def test_a_default_budget_that_the_narrowest_layer_has_no_slots_for_stops_the_start(
+    long_model_dir: Path, shaped: Path, table: str, budget: int, says: str
+) -> None:
+    options = ServerOptions(
+        model=str(long_model_dir),
+        device="cpu",
+        tables=shaped,
+        default_table=table,
+        slots=60,
+        default_budget=budget,
+    )
+    with pytest.raises(InvalidArgument, match=says):
         load_core(options)
 
 
