@@ -1,4 +1,5 @@
-"""The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` reads.
+"""The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` and
+`report` show what was found.
 
 Owns the flags, the checks that cost nothing, and how failures are told: one line on stderr, exit
 code 2 for what the user can mend, 130 when interrupted. Knows nothing of how a table is found.
@@ -21,7 +22,7 @@ from a2sf.schema import load_table, save_table
 
 DEFAULT_RATIO = 0.2
 
-COMMANDS = ("fit", "evaluate", "tables")
+COMMANDS = ("fit", "evaluate", "report", "tables")
 
 app = typer.Typer(
     help="Fit tables of forgetting factors, prove them, and compare cache policies.",
@@ -256,6 +257,30 @@ def evaluate(
 
         html.write_text(render(found), encoding="utf-8")
         print(f"Wrote {html}.")
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="A table's file.")],
+    html: Annotated[Path, typer.Option(help="Write the report to this file.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            help="What evaluate --json wrote, with this table among its policies: adds curves of "
+            "quality over budgets."
+        ),
+    ] = None,
+) -> None:
+    """Write an HTML report of a table; `tables show` prints the same figures."""
+    _check_writable(html, "--html")
+    table = load_table(file)
+
+    # What follows needs seconds to import, and the table is checked without it.
+    from tuner.table_page import load_evaluation, render
+
+    found = load_evaluation(evaluation, table) if evaluation is not None else None
+    html.write_text(render(table, found), encoding="utf-8")
+    print(f"Wrote {html}.")
 
 
 @tables.command("show")

@@ -1,4 +1,4 @@
-"""The heat maps of an evaluation: KL by policy and size, and a model's heads by layer.
+"""Heat maps: KL by policy and size, and a model's heads by layer.
 
 Owns colour scales, their bars, and what is printed into a cell. Knows nothing of curves, nor of
 how figures are measured; paper, ink and the way into a page are those of `tuner.pictures`.
@@ -75,16 +75,24 @@ def head_maps(cells: Sequence[Cell], *, label: str, salt: str) -> str:
         return inline(figure, label)
 
 
-def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
-    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below."""
+def alpha_map(
+    alpha: Sequence[Sequence[float]], slots: Sequence[float] = (), *, label: str, salt: str
+) -> str:
+    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below.
+
+    `slots`, in multiples of the budget by layer, stand beside as bars where they are given.
+    """
     values = np.array(alpha)
     layers, heads = values.shape
     printed = layers * heads <= MOST_PRINTED
     with paper(salt):
         row = 0.4 if printed else 0.16
-        size = (min(WIDTH, 1.8 + max(0.75 * heads, 2)), 0.8 + max(row * layers, 1.4))
+        cell = 0.62 if printed else min(0.4, 6.4 / heads)
+        wide = max(cell * heads, 2), *([1.6] if slots else [])
+        size = (min(WIDTH, 1.8 + sum(wide)), 0.8 + max(row * layers, 1.4))
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
+        grid = figure.subplots(1, len(wide), sharey=True, squeeze=False, width_ratios=wide).flat
+        axes = grid[0]
         norm = Normalize(0, LOG_TAU_MAX)
         scaled = np.array([[log_tau_of(value) for value in row] for row in alpha])
         _heat(axes, scaled, norm, _map("cividis"), None)
@@ -93,10 +101,32 @@ def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str
                 text = f"{value:.4g}\n{half_life(float(value))}"
                 _print(axes, layer, head, text, _map("cividis")(norm(scaled[layer, head])))
         _head_axes(axes, layers, heads)
-        bar = _colour_bar(figure, [axes], norm, _map("cividis"), "alpha")
+        if slots:
+            _slot_bars(grid[1], slots)
+        bar = _colour_bar(figure, list(grid), norm, _map("cividis"), "alpha")
         marks = (0, 0.5, 0.9, 0.99, 1)
         bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[f"{m:g}" for m in marks])
         return inline(figure, label)
+
+
+def _slot_bars(axes: Axes, slots: Sequence[float]) -> None:
+    """A bar a layer on the layer axis of the map beside it, its length in figures on the right."""
+    places = np.arange(len(slots)) + 0.5
+    axes.barh(places, slots, height=0.7, color="#9ecae1")
+    axes.axvline(1, color=INK, linestyle="--", linewidth=0.8)
+    for place, multiple in zip(places, slots, strict=True):
+        axes.text(
+            1,
+            place,
+            f"{multiple:.2f}x",
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_xlim(0, 1.5 * max(slots))
+    axes.set_xlabel("slots x budget")
+    axes.tick_params(axis="y", length=0)
 
 
 def _heat(

@@ -5,12 +5,13 @@ of how figures are measured, nor of how a picture is drawn.
 """
 
 import math
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from tuner import heatmaps, pictures, skeleton
 from tuner.pictures import kind_of
-from tuner.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Policy, Size
+from tuner.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Size
 from tuner.skeleton import Picture
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
@@ -29,7 +30,7 @@ def render(evaluation: Evaluation) -> str:
             task: _pictures(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
         },
         tables=[
-            (policy, _table_picture(policy, f"table-{place}"))
+            (policy, alpha_picture(policy.name, policy.alpha, f"table-{place}"))
             for place, policy in enumerate(evaluation.policies)
             if policy.alpha is not None
         ],
@@ -119,12 +120,16 @@ def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
     return chosen or list(kinds.values())[:1]
 
 
-def _table_picture(policy: Policy, salt: str) -> Picture:
-    assert policy.alpha is not None
+def alpha_picture(
+    name: str, alpha: Sequence[Sequence[float]], salt: str, slots: Sequence[float] = ()
+) -> Picture:
+    """A table's alphas, and each layer's slots in multiples of the budget where they differ."""
     words = (
         "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
         "room, the half-life of a score in tokens stands below alpha. 0: only the last query "
         "counts; 1: nothing fades"
     )
-    svg = heatmaps.alpha_map(policy.alpha, label=f"{policy.name}: {words}", salt=salt)
+    if slots:
+        words += ". Bars: the slots of each layer in multiples of the budget"
+    svg = heatmaps.alpha_map(alpha, slots, label=f"{name}: {words}", salt=salt)
     return Picture(Markup(svg), f"{words}.")

@@ -39,12 +39,16 @@ KL_FLOOR = 1e-6
 """What lies below is rounding, and a log axis would spend its length on it."""
 
 PX_PER_INCH = 100
+LEAST_SCALE = 0.6
+"""A picture shrinks so far with its window; beyond, its figure scrolls."""
+
 WIDTH = 11.0
-INK, _GRID = "#222222", "#dddddd"
+INK, GRID = "#222222", "#dddddd"
 
 # Okabe and Ito's palette, told apart with every common colour blindness; a2sf has the blues.
-_COLOURS = {
+COLOURS = {
     "table": "#008060",
+    "uniform": "#0072b2",
     "h2o": "#d55e00",
     "window": "#e69f00",
     "tova_per_head": "#cc79a7",
@@ -80,7 +84,7 @@ def _styles(policies: Sequence[Policy]) -> dict[str, _Style]:
         kind = kind_of(policy)
         rank, last = kinds[kind].index(policy.name), max(len(kinds[kind]) - 1, 1)
         found[policy.name] = _Style(
-            blues(0.4 + 0.6 * rank / last) if kind == "a2sf" else _COLOURS.get(kind, _OTHER),
+            blues(0.4 + 0.6 * rank / last) if kind == "a2sf" else COLOURS.get(kind, _OTHER),
             "*" if kind == "table" and rank == 0 else _MARKERS[place % len(_MARKERS)],
             "-" if kind == "a2sf" else _LINES[rank % len(_LINES)],
             2.6 if kind == "table" else 1.5,
@@ -150,7 +154,7 @@ def _panels(
         }
         direction = "lower" if metric in LOWER_IS_BETTER else "higher"
         axes.set_title(f"{TITLES[metric]} ({direction} is better)")
-        axes.grid(color=_GRID, linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         handles |= draw(axes, metric, series, styles)
         value = getattr(reference, metric) if reference and metric in ("nll", "accuracy") else None
         if value is not None:
@@ -204,7 +208,7 @@ def _curve(
     sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     _size_axis(axes, sizes)
     if metric == "kl":
-        _log_axis(axes, "y", [e for points in series.values() for _, e in points])
+        log_axis(axes, "y", _extent(series))
     return handles
 
 
@@ -236,14 +240,19 @@ def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]
     axes.set_yticks(range(len(series)), [plain(name) for name in series])
     axes.set_ylim(len(series) - 0.5, -0.5)
     if metric == "kl":
-        _log_axis(axes, "x", [e for points in series.values() for _, e in points])
+        log_axis(axes, "x", _extent(series))
     # The names stand beside the dots: no legend is needed.
     return {}
 
 
-def _log_axis(axes: Axes, which: str, estimates: Sequence[Estimate]) -> None:
+def _extent(series: _Series) -> list[float]:
+    """Means and upper ends: the lower end of a KL near zero would take most of a log axis."""
+    return [x for points in series.values() for _, e in points for x in (e.mean, e.high)]
+
+
+def log_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
     """A log axis over what is above the floor; a mean of zero leads out of the picture."""
-    low, high = log_range([e.mean for e in estimates] + [e.high for e in estimates])
+    low, high = log_range(values)
     low, high = low / 1.5, high * 1.2
     # Limits first: a log axis finds none by itself where every figure is zero.
     axes.set(**{f"{which}lim": (low, high)})
@@ -314,9 +323,8 @@ def inline(figure: Figure, label: str) -> str:
             if key != "id" or value in used:
                 parent.set(key.rpartition("}")[2], value)
     width = figure.get_figwidth() * PX_PER_INCH
+    style = f"width: {width:.0f}px; min-width: {LEAST_SCALE * width:.0f}px"
     box = root.get("viewBox", "")
     root.attrib.clear()
-    root.attrib.update(
-        {"role": "img", "aria-label": label, "viewBox": box, "style": f"width: {width:.0f}px"}
-    )
+    root.attrib.update({"role": "img", "aria-label": label, "viewBox": box, "style": style})
     return ElementTree.tostring(root, encoding="unicode")

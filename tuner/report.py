@@ -7,6 +7,7 @@ later says what the fit said, save for the likelihoods, which only the fit knows
 import math
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.color import Color
 from rich.console import Console
@@ -14,9 +15,11 @@ from rich.style import Style
 from rich.text import Text
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
-from tuner.fit import Outcome
 from tuner.results import SIGNIFICANT, Comparison, Evaluation, Metric
 from tuner.search import LOG_TAU_MAX, log_tau_of
+
+if TYPE_CHECKING:
+    from tuner.fit import Outcome
 
 HEADINGS: dict[Metric, str] = {
     "kl": "KL to full, nats",
@@ -28,7 +31,7 @@ HEADINGS: dict[Metric, str] = {
 
 
 def summarise(
-    console: Console, outcome: Outcome, *, model: str, out: Path, study_kept: str
+    console: Console, outcome: "Outcome", *, model: str, out: Path, study_kept: str
 ) -> None:
     """Print the outcome of a fit; `model` is what the user called it, which a table leaves out."""
     table = outcome.table

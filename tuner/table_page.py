@@ -1,0 +1,142 @@
+"""The HTML report of a fitted table: what it is worth, what it says, and how it was found.
+
+Owns what is shown, in which order and in which words, and which evaluation may stand beside a
+table; `table.html.j2` is the layout. Knows nothing of how figures are measured or drawn.
+"""
+
+from itertools import accumulate
+from pathlib import Path
+
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from a2sf.errors import InvalidArgument, NotFound
+from a2sf.schema import AlphaTable
+from tuner import skeleton, table_pictures
+from tuner.page import alpha_picture, curves
+from tuner.report import (
+    calibration_line,
+    duration,
+    half_life,
+    is_uniform,
+    policy_line,
+    setting_words,
+    slots,
+    verdict_line,
+)
+from tuner.results import Comparison, Evaluation
+from tuner.skeleton import Picture
+
+
+def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
+    """Read what `evaluate --json` wrote, and find `table` in it.
+
+    Raises NotFound where the file cannot be read, and InvalidArgument where it is no evaluation,
+    is of another model, or did not compare this very table.
+    """
+    option = "--evaluation"
+    try:
+        found = Evaluation.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise NotFound(f"{option} {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        problem = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise InvalidArgument(
+            option, f"{path} is not what evaluate --json writes: {problem}"
+        ) from error
+    if found.model.fingerprint != table.model.fingerprint:
+        raise InvalidArgument(
+            option,
+            f"{path} is of model {found.model.id!r} (fingerprint {found.model.fingerprint[:12]}...)"
+            f", and table {table.name!r} was made for {table.model.id!r} "
+            f"({table.model.fingerprint[:12]}...); evaluate the table with its own model",
+        )
+    if table.sha256 not in {policy.sha256 for policy in found.policies}:
+        raise InvalidArgument(
+            option,
+            f"{path} did not compare table {table.name!r} (sha256 {table.sha256[:12]}...) but "
+            f"{', '.join(policy.name for policy in found.policies)}; "
+            "name the table's file among the --policies of evaluate",
+        )
+    return found
+
+
+def render(table: AlphaTable, evaluation: Evaluation | None = None) -> str:
+    """Write the whole page; the same table and evaluation always give the same text.
+
+    An evaluation is one that `load_evaluation` accepts.
+    """
+    evidence, found = table.evidence, table.search.stages
+    multiples = slots(table.policy)
+    return skeleton.render(
+        "table.html.j2",
+        table=table,
+        verdict=verdict_line(table),
+        policy=policy_line(table.policy),
+        calibration=calibration_line(table),
+        uniform=setting_words(evidence.uniform) if evidence.uniform else "",
+        carries_uniform=is_uniform(table.policy),
+        costs=_costs(table),
+        alphas=alpha_picture(table.name, table.policy.alpha, "alphas", multiples),
+        multiples=multiples,
+        half_life=half_life,
+        stages=_stages(table) if found else None,
+        time=_time(table),
+        ends=list(accumulate(stage.evaluations for stage in found)),
+        evaluation=evaluation,
+        evaluated=_evaluated(evaluation, table) if evaluation else [],
+    )
+
+
+def _costs(table: AlphaTable) -> Picture:
+    evidence = table.evidence
+    words = (
+        "Held-out cost of the fitted table and of each baseline at the same budget; bars are "
+        f"{evidence.confidence:.0%} intervals, dashed is the best uniform setting"
+    )
+    svg = table_pictures.costs(evidence, label=f"{table.name}: {words}", salt="costs")
+    return Picture(Markup(svg), f"{words}.")
+
+
+def _stages(table: AlphaTable) -> Picture:
+    names = ", ".join(f"{n} {stage.name}" for n, stage in enumerate(table.search.stages, 1))
+    words = (
+        "Cost over the evaluations spent. Steps: lowest cost on the calibration examples so far; "
+        "points: what that candidate costs on the held-out examples, with "
+        f"{table.evidence.confidence:.0%} intervals. Stages end where their numbers stand: {names}"
+    )
+    svg = table_pictures.stages(
+        table.search.stages, table.evidence, label=f"{table.name}: {words}", salt="stages"
+    )
+    return Picture(Markup(svg), f"{words}.")
+
+
+def _time(table: AlphaTable) -> str:
+    """Where the time went, in a sentence."""
+    search = table.search
+    took = f"The search took {duration(search.wall_seconds)}"
+    spent = sum(stage.seconds for stage in search.stages)
+    if not spent:
+        return f"{took}."
+    shares = ", ".join(f"{s.name} {s.seconds / spent:.1%}" for s in search.stages)
+    return f"{took}. Measuring took {duration(spent)}, summed over workers: {shares}."
+
+
+def _evaluated(
+    evaluation: Evaluation, table: AlphaTable
+) -> list[tuple[str, list[Picture], list[Comparison]]]:
+    """Of each task its name, its curves, and what was found of this table's KL."""
+    (name,) = {policy.name for policy in evaluation.policies if policy.sha256 == table.sha256}
+    return [
+        (
+            task.name,
+            curves(evaluation, task.name, f"task-{place}"),
+            [
+                row
+                for row in evaluation.comparisons
+                if (row.task, row.metric, row.policy) == (task.name, "kl", name)
+            ],
+        )
+        for place, task in enumerate(evaluation.tasks)
+    ]
