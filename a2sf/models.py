@@ -102,7 +102,7 @@ class LoadedModel:
     identity: ModelIdentity
     shape: ModelShape
     module: Any
-    """The transformers model, in evaluation mode, its linear layers packed on a processor."""
+    """The transformers model, in evaluation mode; its linear layers may be packed."""
     tokenizer: Any
     """The transformers fast tokenizer."""
     device: torch.device
@@ -114,22 +114,26 @@ class LoadedModel:
         # Not verbose: who asks has an answer of their own for texts beyond the model's context.
         return tuple(self.tokenizer(text, verbose=False).input_ids)
 
-    @torch.inference_mode()
     def hidden_states(
         self,
         token_ids: Tensor,
         positions: Tensor,
         attention: LayerAttention,
         entering: tuple[int, Tensor] | None = None,
+        *,
+        differentiable: bool = False,
     ) -> Tensor:
         """Run the layers with `attention` in each, from [rows, width] ids and positions.
 
         `entering` says what enters a layer, as `layer_input` gave it; those below are not run.
+        `differentiable` asks for gradients with respect to what `attention` returns, for which the
+        model must have been loaded with `pack=False`.
         Returns [rows, width, hidden], normalised and ready for `logits`.
         """
-        hidden: Tensor = _decode(
-            self._decoder(entering), token_ids, positions, attention
-        ).last_hidden_state
+        with torch.inference_mode(not differentiable):
+            hidden: Tensor = _decode(
+                self._decoder(entering), token_ids, positions, attention
+            ).last_hidden_state
         return hidden
 
     @torch.inference_mode()
@@ -153,10 +157,10 @@ class LoadedModel:
             return decoder
         return span.from_layer(decoder, *entering)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
         """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""
-        projected: Tensor = self.module.get_output_embeddings()(hidden)
+        with torch.inference_mode(not differentiable):
+            projected: Tensor = self.module.get_output_embeddings()(hidden)
         return projected
 
 
@@ -172,6 +176,7 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    pack: bool = True,
 ) -> LoadedModel:
     """Load a model with its tokenizer, from safetensors only and without remote code.
 
@@ -180,6 +185,8 @@ def load_model(
         revision: branch, tag or commit, for a hub id.
         device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
+        pack: whether to lay the weights out as a processor multiplies them fastest; gradients do
+            not flow through such layers, so that who wants them asks for False.
 
     Raises:
         NotFound: there is no such model, or it cannot be reached.
@@ -260,7 +267,8 @@ def load_model(
     if not tokenizer.is_fast:
         raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
     module = module.to(target).eval().requires_grad_(False)
-    linear.pack(module)
+    if pack:
+        linear.pack(module)
     model = LoadedModel(
         identity=identity,
         shape=shape,

@@ -3,7 +3,8 @@
 Owns the layer-by-layer scan: every position of a layer is projected at once, and only its
 attention rows are walked in order, by the very functions that the engine decodes with. That is
 exact, because a layer's evictions depend on nothing above it. On request it also says how much of
-each attention row eviction has left. Knows nothing of what the predictions are compared with.
+each attention row eviction has left, and walks a single layer. Knows nothing of what the
+predictions are compared with.
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,6 +117,35 @@ def enter(
     return Entering(layer, tuple(results[i] for i in range(len(examples))))
 
 
+def walk(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    policies: Sequence[EffectivePolicy],
+    layer: int,
+    projected: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Walk one layer's attention rows under policies of one prefill_chunk.
+
+    Args:
+        model: the model.
+        examples: the texts of the rows.
+        policies: one an example.
+        layer: the layer that the rows are of.
+        projected: queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D], keys
+            and queries rotated, padded at the right.
+        scale: factor on the logits.
+
+    Returns:
+        The attention output [rows, H_q, width, D], and which tokens each query was given,
+        [rows, H_kv, width, width] bool. Padding's are meaningless.
+    """
+    kept = _Kept()
+    scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, kept)
+    output = scan(layer, *projected, scale)
+    return output, kept.causal()
+
+
 def _passes(
     model: LoadedModel,
     examples: Sequence[Example],
@@ -137,8 +167,8 @@ def _passes(
                 yield rows, _Full()
                 continue
             part = [examples[i] for i in rows]
-            kept = _Similarity(part) if similarity else None
-            yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, kept)
+            watch = _Similarity(part) if similarity else None
+            yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, watch)
 
 
 def _inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -152,23 +182,21 @@ def _predictions(
     model: LoadedModel, examples: Sequence[Example], hidden: Tensor, scan: "_Scan | _Full"
 ) -> list[Prediction]:
     precision = torch.promote_types(model.dtype, torch.float32)
-    watched = scan.similarity if isinstance(scan, _Scan) else None
+    watch = scan.watch if isinstance(scan, _Scan) else None
     return [
         Prediction(
             logits=model.logits(hidden[row, list(example.counted)]).to(precision),
-            similarity=None if watched is None else watched.of(row),
+            similarity=watch.of(row) if isinstance(watch, _Similarity) else None,
         )
         for row, example in enumerate(examples)
     ]
 
 
-class _Similarity:
-    """Which tokens each query of a layer could see, and how much of its full row they make up."""
+class _Kept:
+    """Which tokens each query of a layer could see."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._counted = [list(example.counted) for example in examples]
+    def __init__(self) -> None:
         self._kept = torch.empty(0)
-        self._layers: list[list[Tensor]] = []
 
     def begin(self, keys: Tensor) -> None:
         """Begin a layer of keys [rows, H_kv, width, D]."""
@@ -191,6 +219,22 @@ class _Similarity:
         width = self._kept.shape[-1]
         stored = torch.zeros_like(self._kept[:, :, 0])
         return stored.scatter_(2, slots.position[0].clamp(max=width - 1).long(), True)
+
+    def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
+        """End a layer of query [rows, H_q, width, D] and keys [rows, H_kv, width, D]."""
+
+    def causal(self) -> Tensor:
+        """What was noted, without the tokens after each query: [rows, H_kv, width, width] bool."""
+        return self._kept[:, :, :-1, :-1].tril()
+
+
+class _Similarity(_Kept):
+    """How much of each counted query's full row the tokens that it could see make up."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        super().__init__()
+        self._counted = [list(example.counted) for example in examples]
+        self._layers: list[list[Tensor]] = []
 
     def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """Compare the rows of a layer: query [rows, H_q, width, D], keys [rows, H_kv, width, D]."""
@@ -240,7 +284,7 @@ class _Scan:
     """[layers] slots that the prompt's blocks need."""
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
-    similarity: _Similarity | None
+    watch: _Kept | None
 
     @classmethod
     def over(
@@ -249,7 +293,7 @@ class _Scan:
         examples: Sequence[Example],
         policies: Sequence[EffectivePolicy],
         prefill_chunk: int,
-        similarity: _Similarity | None,
+        watch: _Kept | None,
     ) -> "_Scan":
         prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
         lengths = [len(e.token_ids) for e in examples]
@@ -268,7 +312,7 @@ class _Scan:
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
-            similarity=similarity,
+            watch=watch,
         )
 
     def __call__(
@@ -276,13 +320,13 @@ class _Scan:
     ) -> Tensor:
         policy = self.policy.layer(layer)
         output = torch.zeros_like(query)
-        if self.similarity:
-            self.similarity.begin(keys)
+        if self.watch:
+            self.watch.begin(keys)
         projected = (query, keys, values)
         slots = self._prompts(layer, policy, projected, scale, output)
         self._continuations(slots, policy, projected, scale, output)
-        if self.similarity:
-            self.similarity.end(query, keys, scale)
+        if self.watch:
+            self.watch.end(query, keys, scale)
         return output
 
     def _prompts(
@@ -310,8 +354,8 @@ class _Scan:
             q, k, v = (t[:, :, tile] for t in projected)
             output[:, :, tile] = block(0, q, k, v, scale)
             used = block.used_after
-            if self.similarity:
-                self.similarity.block(first, self.chunk, staging)
+            if self.watch:
+                self.watch.block(first, self.chunk, staging)
         used = end_prompt(staging, used, self.prompt, policy)
         slots = self._empty(keys, self.decode_slots[layer])
         for row, count in enumerate(used[0].tolist()):
@@ -336,8 +380,8 @@ class _Scan:
             inside = (at < width)[:, None, None, None]
             previous = output.gather(2, index.expand_as(answer))
             output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
-            if self.similarity:
-                self.similarity.step(at, slots)
+            if self.watch:
+                self.watch.step(at, slots)
 
     @staticmethod
     def _empty(like: Tensor, slots: int) -> Slots:
