@@ -127,7 +127,7 @@ def _evaluated(
     evaluation: Evaluation, table: AlphaTable
 ) -> list[tuple[str, list[Picture], list[Comparison]]]:
     """Of each task its name, its curves, and what was found of this table's KL."""
-    (name,) = {policy.name for policy in evaluation.policies if policy.sha256 == table.sha256}
+    names = {policy.name for policy in evaluation.policies if policy.sha256 == table.sha256}
     return [
         (
             task.name,
@@ -135,7 +135,7 @@ def _evaluated(
             [
                 row
                 for row in evaluation.comparisons
-                if (row.task, row.metric, row.policy) == (task.name, "kl", name)
+                if (row.task, row.metric) == (task.name, "kl") and row.policy in names
             ],
         )
         for place, task in enumerate(evaluation.tasks)
