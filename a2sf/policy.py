@@ -127,19 +127,24 @@ def deal(budget: int, shares: Sequence[float], most: int) -> tuple[int, ...]:
     """
     if budget >= most:
         return (budget,) * len(shares)
-    # Fractions: in floats a rounded total could give a layer one slot more than `most`.
-    weights = [Fraction(share) for share in shares]
-    slots, weight = Fraction(budget * len(shares)), sum(weights, Fraction())
+    # Whole numbers throughout: in floats a rounded total could give a layer more than `most`.
+    ratios = [share.as_integer_ratio() for share in shares]
+    unit = max(denominator for _, denominator in ratios)
+    weights = [numerator * (unit // denominator) for numerator, denominator in ratios]
+    slots, weight = budget * len(shares), sum(weights)
     filled = set()
     for layer in sorted(range(len(shares)), key=weights.__getitem__, reverse=True):
         if weights[layer] * slots < most * weight:
             break
         filled.add(layer)
         slots, weight = slots - most, weight - weights[layer]
-    total, dealt = Fraction(), [0]
+    capped, open_weight, dealt = 0, 0, [0]
     for layer, share in enumerate(weights):
-        total += most if layer in filled else slots * share / weight
-        dealt.append(math.floor(total + Fraction(1, 2)))
+        if layer in filled:
+            capped += most
+        else:
+            open_weight += share
+        dealt.append(capped + (2 * slots * open_weight + weight) // (2 * weight))
     return tuple(end - begin for begin, end in pairwise(dealt))
 
 
