@@ -62,9 +62,23 @@ def fit(
         typer.Option(help=f"Slots as a share of the length; {DEFAULT_RATIO} without --budget."),
     ] = None,
     data_dir: DataDirOption = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="How to search, with commas between them, each from the best so far; see below."
+        ),
+    ] = None,
     trials: Annotated[
-        int, typer.Option(help="Tables to try in all, over all runs and workers of the study.")
-    ] = 30,
+        int,
+        typer.Option(
+            help="Tables to try in all stages, runs and workers together; the best uniform "
+            "setting may take as many more."
+        ),
+    ] = 300,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Of measuring, summed over workers, after which no more is begun."),
+    ] = None,
     examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 32,
     holdout: Annotated[
         int | None,
@@ -87,7 +101,13 @@ def fit(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Search for a table, compare it with the best uniform alpha on held-out data, write it."""
+    """Search for a table, compare it with the best uniform alpha on held-out data, write it.
+
+    Stages: slots deals the slots of all layers anew; layers and heads choose the alpha of each
+    layer and head; protection chooses the recent window and the sinks; polish takes small steps in
+    all of that. Without --stages these five. A table whose layers have unequal slots needs a server
+    whose rows are shaped for it; leave slots out for one that any server takes.
+    """
     _check_ranges(
         {
             "budget": (budget, 1, None),
@@ -114,11 +134,20 @@ def fit(
         )
     _check_writable(out)
 
+    if minutes is not None and not minutes > 0:
+        raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0")
+
     # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner.fit import Settings
+    from tuner.fit import DEFAULT_STAGES, STAGES, Settings
     from tuner.fit import fit as run
     from tuner.report import summarise
 
+    chosen = DEFAULT_STAGES if stages is None else tuple(s.strip() for s in stages.split(",") if s)
+    for stage in chosen:
+        if stage not in STAGES or chosen.count(stage) > 1:
+            raise InvalidArgument(
+                "--stages", f"{stage!r}; accepted: {', '.join(STAGES)}, each at most once"
+            )
     try:
         outcome = run(
             Settings(
@@ -132,7 +161,9 @@ def fit(
                 budget_ratio=ratio,
                 prefill_chunk=prefill_chunk,
                 data_dir=data_dir,
+                stages=chosen,
                 trials=trials,
+                minutes=minutes,
                 examples=examples,
                 holdout=holdout,
                 length=length,

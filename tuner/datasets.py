@@ -139,6 +139,20 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     raise NotFound(f"dataset {name!r} not found: {_advice(name, known, data_dir, looked)}")
 
 
+def load_all(names: str, data_dir: Path | None) -> list[Dataset]:
+    """Read one dataset, or several with commas between their names.
+
+    Raises as `load` does, and InvalidArgument where one is named twice.
+    """
+    if Path(names).is_file():  # whose own name may hold a comma
+        return [load(names, data_dir)]
+    found = [load(name.strip(), data_dir) for name in names.split(",")]
+    for name in (dataset.name for dataset in found):
+        if [dataset.name for dataset in found].count(name) > 1:
+            raise InvalidArgument("dataset", f"{name!r} is given twice")
+    return found
+
+
 def data_directory(option: Path | None) -> Path | None:
     """Return the directory that datasets are looked up in: the option, else the environment's."""
     if option is not None:

@@ -1,14 +1,17 @@
 """One fit, from a dataset's name to a sealed table.
 
-Owns the order of the stages (uniform settings, tables, proof on held-out examples) and the verdict.
-Knows nothing of command lines or printing; progress goes to standard error as bars.
+Owns the order of things (the best uniform setting, the stages that climb from it, the proof on
+held-out examples) and the verdict. Written as if it ran alone: the ledger shares what is measured
+among workers, and remembers it. Knows nothing of command lines or printing; progress goes to
+standard error as bars.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import optuna
 from tqdm import tqdm
 
@@ -16,20 +19,45 @@ from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
-from a2sf.schema import AlphaTable, Calibration, Estimate, Evidence, Search, UniformSetting, seal
+from a2sf.schema import (
+    AlphaTable,
+    Calibration,
+    Estimate,
+    Evidence,
+    Search,
+    Stage,
+    TablePolicy,
+    UniformSetting,
+    seal,
+)
 from a2sf.teacher import Example
 from tuner import datasets, objective, packing, statistics
+from tuner.ledger import Ledger
+from tuner.moves import Climb
 from tuner.objective import Candidate, Cost, Objective
-from tuner.search import Frame, Uniform, best_uniform, ladder
-from tuner.study import Fit, open_storage
+from tuner.search import Frame
+from tuner.storage import open_storage
+from tuner.trials import Account, Trials, Tried
+from tuner.uniform import best_uniform
 
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
 
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 
-EDITION = 1
+EDITION = 2
 """Raised when the search changes so that trials of an earlier one no longer compare."""
+
+STAGES: Mapping[str, Callable[[Climb], None]] = {
+    "slots": Climb.slots,
+    "layers": Climb.layers,
+    "heads": Climb.heads,
+    "protection": Climb.protection,
+    "polish": Climb.polish,
+}
+"""The stages that may follow the uniform one, by the name that users give."""
+
+DEFAULT_STAGES = ("slots", "layers", "heads", "protection", "polish")
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,7 @@ class Settings:
     """What the user asked for. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
 
     dataset: str
+    """One, or several with commas between them."""
     out: Path
     name: str
     study: str
@@ -46,7 +75,11 @@ class Settings:
     budget_ratio: float | None
     prefill_chunk: int
     data_dir: Path | None
+    stages: tuple[str, ...]
     trials: int
+    """Settings measured after the uniform stage, over all stages, runs and workers."""
+    minutes: float | None
+    """Of measuring, after which no further batch is begun; None: no limit."""
     examples: int
     holdout: int | None
     """Held-out examples; None: twice `examples` and at least 16, or as many as there are."""
@@ -63,21 +96,30 @@ class Outcome:
     """The sealed table, with what the file has no field for."""
 
     table: AlphaTable
-    uniform: Uniform
     full_nll: Estimate
     """Nats a token on the held-out examples, with the full cache."""
     nll: dict[str, Estimate]
     """The same under the fitted `table` and under each baseline."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    uniform: UniformSetting
+    bests: dict[str, Tried]
+    """The best setting after each stage, in order; `uniform` is the first."""
+    accounts: dict[str, Account]
+
+
 def fit(settings: Settings) -> Outcome:
     """Search, prove and seal. Raises A2SFError for whatever the user can mend."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    dataset = datasets.load(settings.dataset, datasets.data_directory(settings.data_dir))
+    chosen = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
-    calibration, held_out = _examples(model, dataset, settings)
+    calibration, held_out = _examples(model, chosen, settings)
     frame = Frame(
         num_layers=model.shape.num_layers,
         num_kv_heads=model.shape.num_kv_heads,
@@ -86,40 +128,46 @@ def fit(settings: Settings) -> Outcome:
         prefill_chunk=settings.prefill_chunk,
     )
     _check_budgets(model, frame, [*calibration, *held_out])
+    names = ",".join(dataset.name for dataset in chosen)
     data_sha256 = packing.digest(calibration)
+    definition = {
+        "model": model.identity.fingerprint,
+        "dtype": str(model.dtype),
+        "budget": settings.budget,
+        "budget_ratio": settings.budget_ratio,
+        "prefill_chunk": settings.prefill_chunk,
+        "seed": settings.seed,
+        "dataset": names,
+        "examples": len(calibration),
+        "length": settings.length,
+        "data_sha256": data_sha256,
+        "stages": list(settings.stages),
+        "edition": EDITION,
+    }
     storage, storage_kind = open_storage(settings.storage, settings.out.with_suffix(".journal"))
-    study = Fit(
-        storage,
-        settings.study,
-        frame,
-        {
-            "model": model.identity.fingerprint,
-            "dtype": str(model.dtype),
-            "budget": settings.budget,
-            "budget_ratio": settings.budget_ratio,
-            "prefill_chunk": settings.prefill_chunk,
-            "seed": settings.seed,
-            "dataset": dataset.name,
-            "examples": len(calibration),
-            "length": settings.length,
-            "data_sha256": data_sha256,
-            "edition": EDITION,
-        },
+    ledger = Ledger(storage, settings.study, definition)
+    trials = Trials(
+        ledger, Objective(model, calibration, label="calibration"), frame, settings.minutes
     )
-    uniform = _search(study, Objective(model, calibration, label="calibration"), settings.trials)
-    best = study.best()[0] if study.finished else frame.uniform(uniform).alpha
-    fitted = frame.table(best, recent_share=uniform.recent_share, sinks=uniform.sinks)
+    found = search(trials, settings.stages, settings.trials)
+    fitted = frame.policy(list(found.bests.values())[-1].setting)
+    uniform = frame.policy(frame.uniform(found.uniform))
+
     proof = Objective(model, held_out, label="held out")
-    costs = _prove(proof, {"table": fitted, **baselines(frame, uniform, settings.seed)})
-    evidence = judge(costs, uniform, dataset.name, dataset.validation.split, settings.seed)
+    stages = {name: frame.policy(best.setting) for name, best in found.bests.items()}
+    presets = baselines(frame, found.uniform, settings.seed)
+    costs = _prove(proof, {"table": fitted, "uniform": uniform, **presets}, stages)
+    compared = {name: costs[name] for name in ("table", "uniform", *presets)}
+    split = "+".join(dict.fromkeys(dataset.validation.split for dataset in chosen))
+    evidence = judge(compared, found.uniform, names, split, settings.seed)
     wins = evidence.verdict == "better" or settings.keep_table
     table = seal(
         name=settings.name,
         model=model.identity,
-        policy=fitted if wins else frame.uniform(uniform),
+        policy=fitted if wins else uniform,
         calibration=Calibration(
-            dataset=dataset.name,
-            split=dataset.calibration.split,
+            dataset=names,
+            split="+".join(dict.fromkeys(dataset.calibration.split for dataset in chosen)),
             examples=len(calibration),
             tokens=sum(len(example.token_ids) for example in calibration),
             data_sha256=data_sha256,
@@ -127,28 +175,50 @@ def fit(settings: Settings) -> Outcome:
         ),
         evidence=evidence,
         search=Search(
-            sampler=study.sampler,
-            trials=study.finished,
-            study=study.name,
+            sampler=",".join(found.bests),
+            trials=sum(found.accounts[name].trials for name in settings.stages),
+            study=settings.study,
             storage=storage_kind,
-            wall_seconds=round(study.seconds, 1),
-            stages=(),
+            wall_seconds=round(sum(a.seconds for a in found.accounts.values()), 1),
+            stages=tuple(
+                _stage(name, found, costs[f"stage {name}"].kl, costs["uniform"].kl, settings.seed)
+                for name in found.bests
+            ),
         ),
         created_at=datetime.now(UTC).replace(microsecond=0),
         tool_version=__version__,
     )
     return Outcome(
         table=table,
-        uniform=uniform,
         full_nll=statistics.estimate(proof.full_nll, seed=settings.seed),
         nll={
-            name: statistics.estimate(cost.nll, seed=settings.seed) for name, cost in costs.items()
+            name: statistics.estimate(cost.nll, seed=settings.seed)
+            for name, cost in compared.items()
         },
     )
 
 
-def baselines(frame: Frame, uniform: Uniform, seed: int) -> dict[str, Candidate]:
-    """What the table is compared with, at its budget: the bar to beat, and the known methods.
+def search(trials: Trials, stages: Sequence[str], most: int) -> Found:
+    """Find the best uniform setting, then climb from it through the stages.
+
+    Args:
+        trials: measures; nothing is random but what its stages draw by their seeds.
+        stages: names of STAGES, in order.
+        most: trials of all stages together. The refinement of the uniform setting may take as many.
+    """
+    uniform, best = best_uniform(trials, most)
+    bests = {"uniform": best}
+    climb = Climb(trials, best)
+    for name in stages:
+        with trials.stage(name, most):
+            STAGES[name](climb)
+            most = trials.left
+        bests[name] = climb.best
+    return Found(uniform, bests, trials.accounts)
+
+
+def baselines(frame: Frame, uniform: UniformSetting, seed: int) -> dict[str, Candidate]:
+    """The known methods that the table is compared with, at its budget.
 
     The presets protect what they always protect; random protects what the best uniform setting
     does, so that it shows what the score adds to the protection.
@@ -159,20 +229,24 @@ def baselines(frame: Frame, uniform: Uniform, seed: int) -> dict[str, Candidate]
     presets = {name: base.model_copy(update={"preset": name}) for name in COMPARED_PRESETS}
     protected = {"recent_share": uniform.recent_share, "sinks": uniform.sinks}
     presets["random"] = presets["random"].model_copy(update={**protected, "random_seed": seed})
-    return {"uniform": frame.uniform(uniform), **presets}
+    return dict(presets)
 
 
 def judge(
-    costs: dict[str, Cost], uniform: Uniform, dataset: str, split: str, seed: int
+    costs: dict[str, Cost], uniform: UniformSetting, dataset: str, split: str, seed: int
 ) -> Evidence:
     """Turn held-out costs (`table`, `uniform` and further baselines) into figures and a verdict.
 
-    Better means that the whole paired interval of table minus uniform lies below 0.
+    The table was chosen on other examples, so its own figure is not the best of many. It is
+    compared with several baselines, though: better means that the whole paired interval of table
+    minus uniform lies below 0, and that its p-value stays small once all of them are paid for.
     """
     ours = costs["table"].kl
     others = {name: cost.kl for name, cost in costs.items() if name != "table"}
     paired = {name: statistics.difference(ours, kl, seed=seed) for name, kl in others.items()}
     p_values = statistics.sign_flip_p([ours - kl for kl in others.values()], seed=seed)
+    p_holm = dict(zip(others, statistics.holm(p_values), strict=True))
+    sure = paired["uniform"].high < 0 and p_holm["uniform"] < 1 - statistics.CONFIDENCE
     return Evidence(
         objective=objective.DESCRIPTION,
         dataset=dataset,
@@ -182,37 +256,58 @@ def judge(
         table=statistics.estimate(ours, seed=seed),
         baselines={name: statistics.estimate(kl, seed=seed) for name, kl in others.items()},
         paired=paired,
-        p_holm=dict(zip(others, statistics.holm(p_values), strict=True)),
-        uniform=UniformSetting(**vars(uniform)),
-        verdict="better" if paired["uniform"].high < 0 else "no_better_than_uniform",
+        p_holm=p_holm,
+        uniform=uniform,
+        verdict="better" if sure else "no_better_than_uniform",
+    )
+
+
+def _stage(name: str, found: Found, kl: np.ndarray, uniform: np.ndarray, seed: int) -> Stage:
+    account = found.accounts[name]
+    return Stage(
+        name=name,
+        trials=account.trials,
+        evaluations=round(account.evaluations, 2),
+        seconds=round(account.seconds, 1),
+        calibration=found.bests[name].mean,
+        held_out=statistics.estimate(kl, seed=seed),
+        paired=statistics.difference(kl, uniform, seed=seed),
     )
 
 
 def _examples(
-    model: LoadedModel, dataset: datasets.Dataset, settings: Settings
+    model: LoadedModel, chosen: Sequence[datasets.Dataset], settings: Settings
 ) -> tuple[list[Example], list[Example]]:
+    """Sequences to search on and to prove on: of several datasets as many of each, in turns."""
     wanted = {
         "examples": settings.examples,
         "holdout": settings.holdout or max(2 * settings.examples, 16),
     }
-    parts = {"examples": dataset.calibration, "holdout": dataset.validation}
     made = {}
-    for field, part in parts.items():
-        made[field] = packing.examples(
-            model, part, count=wanted[field], length=settings.length, seed=settings.seed
-        )
-        enough = 2 if field == "holdout" and settings.holdout is None else wanted[field]
-        if len(made[field]) < enough:
-            raise InvalidArgument(
-                field,
-                f"{enough} sequences of about {settings.length} tokens, and {part.split} of "
-                f"{dataset.name} gives {len(made[field])}; lower --{field} or --length",
+    for field, count in wanted.items():
+        each = -(-count // len(chosen))
+        enough = 2 if field == "holdout" and settings.holdout is None else each
+        parts = []
+        for dataset in chosen:
+            part = dataset.calibration if field == "examples" else dataset.validation
+            parts.append(
+                packing.examples(
+                    model, part, count=each, length=settings.length, seed=settings.seed
+                )
             )
+            if len(parts[-1]) < enough:
+                raise InvalidArgument(
+                    field,
+                    f"{enough} sequences of about {settings.length} tokens, and {part.split} of "
+                    f"{dataset.name} gives {len(parts[-1])}; lower --{field} or --length",
+                )
+        turns = zip(*(part[: min(map(len, parts))] for part in parts), strict=True)
+        made[field] = [example for turn in turns for example in turn][:count]
     return made["examples"], made["holdout"]
 
 
 def _check_budgets(model: LoadedModel, frame: Frame, examples: Sequence[Example]) -> None:
-    probe = frame.uniform(Uniform(alpha=1.0, recent_share=0.0, sinks=0))
+    probe = frame.policy(frame.uniform(UniformSetting(alpha=1.0, recent_share=0.0, sinks=0)))
     lengths = {len(example.token_ids) for example in examples}
     budgets = {length: objective.effective(probe, model, length).budget for length in lengths}
     shortest, longest = min(lengths), max(lengths)
@@ -230,37 +325,13 @@ def _check_budgets(model: LoadedModel, frame: Frame, examples: Sequence[Example]
         )
 
 
-def _search(study: Fit, calibration: Objective, trials: int) -> Uniform:
-    kept = study.uniform
-    if kept is None:
-        setting, cost = _stage_one(study, calibration, trials)
-        study.settle(setting, cost)
-        kept = (setting, cost)
-    study.run(trials, len(calibration.examples), calibration.cost)
-    return kept[0]
-
-
-def _stage_one(study: Fit, calibration: Objective, trials: int) -> tuple[Uniform, Cost]:
-    grid, rungs = ladder(len(calibration.examples), trials)
-    total = sum(rung.settings for rung in rungs) + 2
-    with tqdm(total=total, desc="uniform", unit="setting", leave=False) as bar:
-
-        def measure(settings: Sequence[Uniform], examples: int) -> Iterator[Cost]:
-            def fresh(new: Sequence[Uniform]) -> Iterable[Cost]:
-                tables = [study.frame.uniform(setting) for setting in new]
-                return calibration.costs(tables, range(examples))
-
-            best = float("inf")
-            for cost in study.measured(settings, examples, fresh):
-                best = min(best, cost.mean)
-                bar.update()
-                bar.set_postfix_str(f"best {best:.4f} nats on {examples} examples")
-                yield cost
-
-        return best_uniform(grid, rungs, measure)
-
-
-def _prove(held_out: Objective, candidates: dict[str, Candidate]) -> dict[str, Cost]:
-    costs = held_out.costs(list(candidates.values()))
-    bar = tqdm(costs, total=len(candidates), desc="held out", unit="policy", leave=False)
-    return dict(zip(candidates, bar, strict=True))
+def _prove(
+    held_out: Objective, candidates: Mapping[str, Candidate], stages: Mapping[str, TablePolicy]
+) -> dict[str, Cost]:
+    """Measure the candidates and, as `stage NAME`, what the stages came to; each policy once."""
+    named = {**candidates, **{f"stage {name}": policy for name, policy in stages.items()}}
+    different = list(dict.fromkeys(named.values()))
+    costs = held_out.costs(different)
+    bar = tqdm(costs, total=len(different), desc="held out", unit="policy", leave=False)
+    known = dict(zip(different, bar, strict=True))
+    return {name: known[policy] for name, policy in named.items()}

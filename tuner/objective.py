@@ -19,7 +19,7 @@ from a2sf import teacher
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
-from a2sf.teacher import Example, Prediction
+from a2sf.teacher import Entering, Example, Prediction
 
 DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
@@ -51,7 +51,8 @@ class Cost:
 class Objective:
     """Costs of candidates on `examples`; the full cache is run once and kept.
 
-    Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions.
+    Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions,
+    and with an anchor tokens x hidden x the size of the model's dtype.
     """
 
     def __init__(self, model: LoadedModel, examples: Sequence[Example], *, label: str) -> None:
@@ -69,6 +70,42 @@ class Objective:
             ]
         )
         """[examples] nats a token with the full cache."""
+        self._anchor: tuple[TablePolicy, Entering] | None = None
+
+    def anchor(self, policy: TablePolicy, layer: int) -> float:
+        """Keep what enters `layer` under a policy, until the next anchor.
+
+        Candidates that agree with the policy below that layer then start there: all the layers
+        below see what they saw. Returns the share of the model's layers that had to be run.
+        """
+        below = _below(policy, layer)
+        if self._anchor is not None and self._anchor[0] == below:
+            return 0.0
+        policies = [effective(policy, self.model, len(e.token_ids)) for e in self.examples]
+        known = self._entering([policy])
+        if known is not None and known.layer > layer:
+            known = None
+        found = teacher.enter(
+            self.model, self.examples, policies, layer, batch=ROWS_PER_PASS, entering=known
+        )
+        self._anchor = (below, found)
+        return (layer - (known.layer if known else 0)) / self.model.shape.num_layers
+
+    def share_of_layers(self, candidate: Candidate) -> float:
+        """The share of the model's layers that measuring a candidate would run."""
+        known = self._entering([candidate])
+        layers = self.model.shape.num_layers
+        return 1.0 if known is None else (layers - known.layer) / layers
+
+    def _entering(self, candidates: Sequence[Candidate]) -> Entering | None:
+        """What is known to enter a layer under all of these candidates."""
+        if self._anchor is None:
+            return None
+        policy, entering = self._anchor
+        agree = all(
+            isinstance(c, TablePolicy) and _below(c, entering.layer) == policy for c in candidates
+        )
+        return entering if agree else None
 
     def costs(
         self, candidates: Sequence[Candidate], examples: range | None = None
@@ -102,11 +139,22 @@ class Objective:
             effective(candidate, self.model, len(example.token_ids))
             for (candidate, _), example in zip(rows, examples, strict=True)
         ]
-        predicted = teacher.predict(self.model, examples, policies)
+        known = self._entering([candidate for candidate, _ in rows])
+        if known is not None:
+            hidden = tuple(known.hidden[index] for _, index in rows)
+            known = Entering(known.layer, hidden)
+        predicted = teacher.predict(
+            self.model, examples, policies, batch=ROWS_PER_PASS, entering=known
+        )
         return [
             divergence(example, prediction, self._full[index])
             for (_, index), example, prediction in zip(rows, examples, predicted, strict=True)
         ]
+
+
+def _below(policy: TablePolicy, layer: int) -> TablePolicy:
+    """All of a policy that says what enters a layer."""
+    return policy.model_copy(update={"alpha": policy.alpha[:layer]})
 
 
 def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:

@@ -7,12 +7,19 @@ from typing import Any, Protocol
 
 import pytest
 
+import tuner.uniform
 from tuner.fit import Settings
 
 
 @pytest.fixture(autouse=True)
 def _no_data_directory_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A2SF_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six uniform settings in the place of 88, for fits that take a second."""
+    monkeypatch.setattr(tuner.uniform, "GRID", tuner.uniform.GRID[::15])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -47,7 +54,9 @@ class MakeSettings(Protocol):
 
 
 @pytest.fixture
-def settings(small_data: Path, tiny_model_dir: Path, tmp_path: Path) -> MakeSettings:
+def settings(
+    small_data: Path, tiny_model_dir: Path, tmp_path: Path, small_grid: None
+) -> MakeSettings:
     """Settings of a fit of the tiny model to `sums`, writing under `tmp_path`."""
 
     def make(**overrides: Any) -> Settings:
@@ -62,7 +71,9 @@ def settings(small_data: Path, tiny_model_dir: Path, tmp_path: Path) -> MakeSett
             "budget_ratio": 0.2,
             "prefill_chunk": 0,
             "data_dir": small_data,
+            "stages": ("layers", "heads"),
             "trials": 3,
+            "minutes": None,
             "examples": 2,
             "holdout": 4,
             "length": 128,

@@ -1,5 +1,7 @@
 """The whole fit with a tiny model, and the verdict."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,15 @@ import pytest
 import tuner.fit
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
-from a2sf.schema import Evidence, load_table, save_table
+from a2sf.schema import Evidence, UniformSetting, load_table, save_table
 from tests.tuner.conftest import MakeSettings, sums, write_rows
-from tuner.fit import baselines, fit, judge
+from tuner.fit import Found, baselines, fit, judge, search
 from tuner.objective import Cost, effective
 from tuner.report import is_uniform
-from tuner.search import Frame, Uniform
+from tuner.search import Frame
+from tuner.trials import Trials
 
-SETTING = Uniform(alpha=0.9, recent_share=0.25, sinks=4)
+SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
 
 def costs(table: np.ndarray, uniform: np.ndarray) -> dict[str, Cost]:
@@ -59,6 +62,14 @@ def test_a_fit_writes_a_table_that_its_model_accepts(
     )
     assert (table.search.trials, table.search.storage) == (3, "journal")
     assert all(value.mean > 0 for value in table.evidence.baselines.values())
+    stages = {stage.name: stage for stage in table.search.stages}
+    assert list(stages) == ["uniform", "layers", "heads"]
+    assert stages["layers"].trials + stages["heads"].trials == 3
+    assert stages["uniform"].paired.mean == 0
+    assert stages["uniform"].held_out == table.evidence.baselines["uniform"]
+    assert stages["heads"].held_out == table.evidence.table
+    assert stages["heads"].calibration <= stages["uniform"].calibration
+    assert all(stage.evaluations > 0 < stage.seconds for stage in stages.values() if stage.trials)
 
 
 def test_a_fit_run_again_finds_its_trials_and_says_the_same(
@@ -83,8 +94,16 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
         return honest.model_copy(update={"verdict": called})
 
     moved = ((0.25,) * 2,) * 2 + ((0.5, 0.75),)
+
+    def found(trials: Trials, stages: Sequence[str], most: int) -> Found:
+        honest = search(trials, stages, most)
+        last = list(honest.bests)[-1]
+        best = honest.bests[last]
+        honest.bests[last] = replace(best, setting=replace(best.setting, alpha=moved))
+        return honest
+
     monkeypatch.setattr(tuner.fit, "judge", verdict)
-    monkeypatch.setattr(tuner.study.Fit, "best", lambda _: (moved, 0.0))
+    monkeypatch.setattr(tuner.fit, "search", found)
     table = fit(settings(keep_table=keep)).table
     assert (table.policy.alpha == moved) == (better or keep)
     assert is_uniform(table.policy) == (not better and not keep)
@@ -95,7 +114,7 @@ def test_without_trials_the_best_uniform_alpha_is_written_and_called_no_better(
 ) -> None:
     outcome = fit(settings(trials=0))
     assert is_uniform(outcome.table.policy)
-    assert outcome.table.policy.alpha[0][0] == outcome.uniform.alpha
+    assert outcome.table.policy.alpha[0][0] == outcome.table.evidence.uniform.alpha
     assert outcome.table.evidence.verdict == "no_better_than_uniform"
     assert outcome.table.search.trials == 0
 
@@ -106,7 +125,8 @@ def test_all_baselines_have_the_tables_budget_and_prefill_law(
     tiny_model: LoadedModel, budget: int | None, ratio: float | None, chunk: int
 ) -> None:
     frame = Frame(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
-    compared = baselines(frame, Uniform(alpha=0.9, recent_share=0.5, sinks=2), seed=7)
+    compared = baselines(frame, SETTING, seed=7)
+    compared["uniform"] = frame.policy(frame.uniform(SETTING))
     policies = {name: effective(policy, tiny_model, 100) for name, policy in compared.items()}
     assert {policy.budget for policy in policies.values()} == {budget or 30}
     assert {policy.prefill_chunk for policy in policies.values()} == {chunk}

@@ -11,11 +11,12 @@ import optuna
 import pytest
 
 import tuner.fit
-from a2sf.schema import load_table
+from a2sf.schema import AlphaTable, load_table
 from tests.tuner.conftest import MakeSettings
 from tuner.__main__ import main
+from tuner.ledger import BATCH, FINISHED, INDEX
 from tuner.results import Evaluation
-from tuner.study import FINISHED, open_storage
+from tuner.storage import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,9 @@ def run(
 
 
 @pytest.fixture
-def small_fit(tiny_model_dir: Path, small_data: Path, tmp_path: Path) -> list[object]:
+def small_fit(
+    tiny_model_dir: Path, small_data: Path, tmp_path: Path, small_grid: None
+) -> list[object]:
     """The flags of a fit that takes a second."""
     return [
         *("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
@@ -109,6 +112,9 @@ def test_tables_show_prints_what_the_file_says(
         (("--budget", 500), "nothing would be evicted"),
         (("--storage", "what://ever"), "'what' storage cannot be opened"),
         (("--trials", "many"), "'--trials'"),
+        (("--minutes", 0), "--minutes: 0; accepted: above 0"),
+        (("--stages", "layers,annealing"), "--stages: 'annealing'; accepted: slots, layers"),
+        (("--stages", "heads,heads"), "'heads'; accepted: slots, layers"),
         (("--device", "tpu"), "device: 'tpu'"),
     ],
 )
@@ -150,12 +156,12 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
     small_fit: list[object],
     tmp_path: Path,
 ) -> None:
-    measured = []
+    begun: list[object] = []
     honest = tuner.objective.Objective.cost
 
     def cost(self: tuner.objective.Objective, *arguments: object) -> tuner.objective.Cost:
-        measured.append(arguments)
-        if len(measured) == 2:
+        begun.append(arguments)
+        if len(begun) == 8:
             raise KeyboardInterrupt
         return honest(self, *arguments)  # type: ignore[arg-type]
 
@@ -167,8 +173,9 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
     code, _, _ = run(monkeypatch, capsys, *small_fit)
     assert code == 0
     assert load_table(tmp_path / "sums.json").search.trials == 3
-    # The start is known, one was finished, one interrupted, so one was left.
-    assert len(measured) == 3
+    # The second run takes up what was interrupted, and begins nothing else twice.
+    assert begun[8] == begun[7]
+    assert len(set(begun)) == len(begun) - 1
 
 
 @pytest.mark.parametrize(
@@ -234,43 +241,54 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Path) -> None:
-    journal, out = tmp_path / "sums.journal", tmp_path / "sums.json"
-    trials = 40
-    arguments = command(*small_fit, "--trials", trials)
+    arguments = command(*small_fit, "--trials", 40)
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def whole(name: str) -> AlphaTable:
+        done = subprocess.run(
+            [*arguments, "--out", tmp_path / f"{name}.json", "--name", "sums"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return load_table(tmp_path / f"{name}.json")
+
+    journal = tmp_path / "killed.journal"
     first = subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, text=True
+        [*arguments, "--out", tmp_path / "killed.json", "--name", "sums"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    # Killed at some point among the tables: a few are finished, most are not begun.
-    while len(finished(journal)) < 5:
+    # Killed somewhere among the tables, after the grid of 88.
+    while len(kept := finished(journal)) < 125:
         assert first.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    kept = finished(journal)
-    assert 5 <= len(kept) < trials
-    assert not out.exists()
+    assert not (tmp_path / "killed.json").exists()
 
-    again = subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-    after = finished(journal)
-    assert after[: len(kept)] == kept
-    assert len(after) == trials
-    assert load_table(out).search.trials == trials
+    resumed, undisturbed = whole("killed"), whole("undisturbed")
+    assert finished(journal)[: len(kept)] == kept
+    assert len(set(finished(journal))) == len(finished(journal))
+    assert resumed.search.trials == undisturbed.search.trials == 40
+    assert (resumed.policy, resumed.evidence) == (undisturbed.policy, undisturbed.evidence)
 
 
-def finished(journal: Path) -> list[tuple[int, float | None, dict[str, float]]]:
-    """Number, value and parameters of the tables that a journal holds as finished."""
+def finished(journal: Path) -> list[tuple[str, int]]:
+    """Batch and index of the points that a journal holds as measured."""
     storage, _ = open_storage(None, journal)
     try:
         study = optuna.load_study(study_name="sums", storage=storage)
     except KeyError:
         return []
-    return [(t.number, t.value, t.params) for t in study.get_trials(states=FINISHED)]
+    trials = study.get_trials(states=FINISHED)
+    return [(trial.user_attrs[BATCH], trial.user_attrs[INDEX]) for trial in trials]
 
 
 @pytest.fixture

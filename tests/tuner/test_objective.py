@@ -21,6 +21,7 @@ ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
 def table(**overrides: object) -> TablePolicy:
     values: dict[str, object] = {
         "alpha": ALPHAS,
+        "layer_share": (1.0, 1.0, 1.0),
         "budget_ratio": 0.2,
         "recent_share": 0.25,
         "sinks": 2,

@@ -1,0 +1,119 @@
+"""The climb: a planted table is found, noise is not, and replays and orders are what they claim."""
+
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+
+from a2sf.schema import UniformSetting
+from tests.tuner.planted import FRAME, Planted, table, trials_of
+from tuner.moves import Climb, stepped
+from tuner.search import LOG_TAU_MAX, Setting, alpha_of
+
+START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+BY_LAYER = table((0.0, 0.0), (0.9, 0.9), (0.995, 0.995))
+BY_HEAD = table((0.0, 0.9), (0.99, 0.9), (0.9, 1.0))
+
+
+def climb(planted: Planted, *stages: str, most: int = 1000, storage: Any = None) -> Climb:
+    trials = trials_of(planted, storage)
+    with trials.stage("start", 1):
+        (start,) = trials.measure("start", [START])
+    found = Climb(trials, start)
+    for stage in stages:
+        with trials.stage(stage, most):
+            getattr(found, stage)()
+            most = trials.left
+    return found
+
+
+def test_each_layers_alpha_is_found() -> None:
+    assert climb(Planted(BY_LAYER), "layers").best.setting == BY_LAYER
+
+
+def test_each_heads_alpha_is_found_and_several_are_taken_together() -> None:
+    assert climb(Planted(BY_HEAD), "heads").best.setting == BY_HEAD
+    both = table((0.0, 0.99), (0.9, 0.9), (0.9, 0.9))
+    planted = Planted(both)
+    assert climb(planted, "heads").best.setting == both
+    # Layer 0: two heads of five values, one of them the start's own or not, and both at once.
+    together = [policy for policy, _ in planted.calls if policy.alpha == both.alpha]
+    assert together
+
+
+def test_slots_go_where_they_are_worth_more() -> None:
+    target = table(*START.alpha, share=(0.5, 2.0, 0.5))
+    found = climb(Planted(target), "slots").best.setting
+    assert found.layer_share == pytest.approx((0.5, 2.0, 0.5), rel=0.2)
+    assert found.alpha == START.alpha
+
+
+def test_protection_is_chosen_anew() -> None:
+    target = Setting(START.alpha, START.layer_share, 0.5, 0)
+    assert climb(Planted(target), "protection").best.setting == target
+
+
+def test_polishing_goes_between_the_values_of_the_first_rounds() -> None:
+    target = Setting(((0.85, 0.93), (0.9, 0.6), (0.97, 0.9)), START.layer_share, 0.3, 4)
+    planted = Planted(target)
+    found = climb(planted, "polish").best.setting
+    assert planted.exact(found) < 0.05 * planted.exact(START)
+    assert found.layer_share == START.layer_share
+
+
+def test_polishing_deals_slots_only_where_they_are_unequal() -> None:
+    target = table(*START.alpha, share=(0.6, 1.8, 0.6))
+    assert climb(Planted(target), "polish").best.setting.layer_share == START.layer_share
+    planted = Planted(target)
+    polished = climb(planted, "slots", "polish").best.setting
+    assert polished.layer_share == pytest.approx(target.layer_share, rel=0.15)
+
+
+def test_where_nothing_costs_less_the_start_is_kept() -> None:
+    found = climb(Planted(START), "slots", "layers", "heads", "protection", "polish")
+    assert found.best.setting == START
+
+
+def test_the_heads_of_the_layer_that_matters_most_come_first() -> None:
+    class OneLayer(Planted):
+        def exact(self, policy: Any) -> float:
+            return 5 * super().exact(policy) if policy.alpha[1] != (0.9, 0.9) else 0.1
+
+    planted = OneLayer(START)
+    trials = trials_of(planted)
+    with trials.stage("start", 1):
+        (start,) = trials.measure("start", [START])
+    found = Climb(trials, start)
+    with trials.stage("layers", 100):
+        found.layers()
+    with trials.stage("heads", 1):
+        before = len(planted.calls)
+        found.heads()
+    changed = planted.calls[before][0].alpha
+    assert changed[1] != START.alpha[1]
+
+
+def test_a_search_run_again_measures_nothing_and_ends_the_same() -> None:
+    storage = InMemoryStorage()
+    stages = ("slots", "layers", "heads", "protection", "polish")
+    first = Planted(BY_HEAD, own=0.01)
+    best = climb(first, *stages, most=150, storage=storage).best
+    again = Planted(BY_HEAD, own=0.01)
+    assert climb(again, *stages, most=150, storage=storage).best.setting == best.setting
+    assert first.calls
+    assert again.calls == []
+
+
+def test_trials_end_a_stage_in_the_middle() -> None:
+    planted = Planted(BY_HEAD)
+    found = climb(planted, "layers", "heads", most=13)
+    tables = {policy for policy, _ in planted.calls} - {FRAME.policy(START)}
+    assert len(tables) <= 13
+    assert planted.exact(found.best.setting) <= planted.exact(START)
+
+
+def test_a_step_stops_at_the_ends_of_the_scale() -> None:
+    assert stepped(0.0, -1.0) == 0.0
+    assert stepped(1.0, 1.0) == 1.0
+    assert stepped(0.0, 1.0) == alpha_of(1.0)
+    assert stepped(1.0, -1.0) == alpha_of(LOG_TAU_MAX - 1.0)

@@ -1,0 +1,168 @@
+"""Climbing from the best setting so far by changing a layer, a head or the protection at a time.
+
+Owns the coordinate stages: slots by layer, alpha by layer, alpha by head, protection, and the
+rounds of smaller steps that follow. Each measures single changes of the best setting, then the most
+promising of them together. Knows nothing of how a setting is measured.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tuner.search import LOG_TAU_MAX, Setting, alpha_of, log_tau_of
+from tuner.trials import Trials, Tried
+
+LAYER_ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
+HEAD_ALPHAS = (0.0, 0.8, 0.95, 0.99, 1.0)
+RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)
+SINKS = (0, 4)
+
+STEPS = (1.0, 0.5, 0.25)
+"""Of the rounds of polishing: in log tau, and in the logarithm to base 2 of a layer's slots."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One change of a setting. Of two changes of the same `part` only one can be made."""
+
+    part: Hashable
+    change: Callable[[Setting], Setting]
+
+
+class Climb:
+    """The best setting so far, and the ways up from it. Every stage ends when trials do."""
+
+    def __init__(self, trials: Trials, best: Tried) -> None:
+        self.best = best
+        self._trials = trials
+        self._layers = range(trials.frame.num_layers)
+        self._heads = range(trials.frame.num_kv_heads)
+        self._effect = dict.fromkeys(self._layers, 0.0)
+        """By how many nats a layer's alpha has been seen to matter."""
+
+    def slots(self) -> None:
+        """Give layers twice the slots, or half, again as long as it gains."""
+        number = 0
+        before = None
+        while self.best is not before:
+            before = self.best
+            self._try(f"{number}", self._more_slots(1.0))
+            number += 1
+
+    def layers(self) -> None:
+        """Choose each layer's alpha, one for all its heads, from the bottom up."""
+        for layer in self._layers:
+            moves = [
+                Move(layer, partial(Setting.with_layer, layer=layer, alpha=alpha))
+                for alpha in LAYER_ALPHAS
+            ]
+            before = self.best
+            for one in self._try(f"layer {layer}", moves, layer):
+                change = abs(float((one.kl - before.kl[: len(one.kl)]).mean()))
+                self._effect[layer] = max(self._effect[layer], change)
+
+    def heads(self) -> None:
+        """Choose each head's alpha, first in the layers whose alpha matters most."""
+        for layer in sorted(self._layers, key=lambda i: -self._effect[i]):
+            moves = [
+                Move(head, partial(Setting.with_head, layer=layer, head=head, alpha=alpha))
+                for head in self._heads
+                for alpha in HEAD_ALPHAS
+            ]
+            self._try(f"heads of {layer}", moves, layer)
+
+    def protection(self) -> None:
+        """Choose the recent window and the sinks anew, the same for all heads."""
+        self._try(
+            "protection",
+            [
+                *(Move("recent", partial(replace, recent_share=share)) for share in RECENT_SHARES),
+                *(Move("sinks", partial(replace, sinks=count)) for count in SINKS),
+            ],
+        )
+
+    def polish(self) -> None:
+        """Take ever smaller steps in everything, until a round of the smallest finds nothing.
+
+        Equal slots stay equal: whether layers may differ is for `slots` to say.
+        """
+        number = 0
+        before = None
+        while number < len(STEPS) or self.best is not before:
+            before = self.best
+            step = STEPS[min(number, len(STEPS) - 1)]
+            if len(set(self.best.setting.layer_share)) > 1:
+                self._try(f"{number}/slots", self._more_slots(step))
+            for layer in self._layers:
+                self._try(f"{number}/layer {layer}", self._heads_by(layer, step), layer)
+            self._try(f"{number}/protection", self._protection_by(step))
+            number += 1
+            if self._trials.left == 0:
+                return
+
+    def _more_slots(self, step: float) -> list[Move]:
+        """`2^step` times the slots for a layer, or so much fewer."""
+        return [
+            Move(layer, partial(Setting.with_slots, layer=layer, factor=2.0**power))
+            for layer in self._layers
+            for power in (step, -step)
+            if len(self._layers) > 1
+        ]
+
+    def _heads_by(self, layer: int, step: float) -> list[Move]:
+        row = self.best.setting.alpha[layer]
+        return [
+            Move(head, partial(Setting.with_head, layer=layer, head=head, alpha=alpha))
+            for head in self._heads
+            for alpha in (stepped(row[head], -step), stepped(row[head], step))
+        ]
+
+    def _protection_by(self, step: float) -> list[Move]:
+        share, sinks = self.best.setting.recent_share, self.best.setting.sinks
+        shares = (max(share - step / 8, 0.0), min(share + step / 8, 1.0))
+        counts = (max(sinks - round(4 * step), 0), sinks + round(4 * step))
+        return [
+            *(Move("recent", partial(replace, recent_share=value)) for value in shares),
+            *(Move("sinks", partial(replace, sinks=count)) for count in counts),
+        ]
+
+    def _try(self, batch: str, moves: Sequence[Move], from_layer: int = 0) -> list[Tried]:
+        """Take the best of the moves and of the gains together, if any gains; return the single."""
+        before = self.best
+        changed = {move.change(before.setting): move for move in moves}
+        changed.pop(before.setting, None)
+        changed = {one: move for one, move in changed.items() if self._trials.feasible(one)}
+        singles = self._trials.measure(batch, list(changed), best=before, from_layer=from_layer)
+        gains: dict[Hashable, tuple[float, Move]] = {}
+        for one in singles:
+            move = changed[one.setting]
+            gain = one.gain(before)
+            if gain > gains.get(move.part, (0.0, move))[0]:
+                gains[move.part] = gain, move
+        ranked = [move for _, move in sorted(gains.values(), key=lambda pair: -pair[0])]
+        several = self._trials.measure(
+            f"{batch}/together", self._together(ranked), best=before, from_layer=from_layer
+        )
+        better = [one for one in (*singles, *several) if one.gain(before) > 0]
+        self.best = min(better, key=lambda one: one.mean, default=before)
+        return singles
+
+    def _together(self, ranked: Sequence[Move]) -> list[Setting]:
+        """The best two moves at once, the best four, eight, and so on, and all of them."""
+        settings = []
+        count = 2
+        while len(ranked) > 1:
+            setting = self.best.setting
+            for move in ranked[:count]:
+                setting = move.change(setting)
+            if self._trials.feasible(setting):
+                settings.append(setting)
+            if count >= len(ranked):
+                break
+            count *= 2
+        return settings
+
+
+def stepped(alpha: float, step: float) -> float:
+    """The factor whose log tau lies a step further; at an end of the scale, that end."""
+    return alpha_of(min(max(log_tau_of(alpha) + step, 0.0), LOG_TAU_MAX))
