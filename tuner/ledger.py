@@ -35,7 +35,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from a2sf.errors import InvalidArgument
-from tuner.lease import LEASE_GRACE, LEASE_PERIOD, Watch, Worker, beating
+from tuner.lease import LEASE_GRACE, LEASE_PERIOD, WORKER, Watch, Worker, beating
 from tuner.storage import PATIENCE, Patience
 
 BATCH = "batch"
@@ -157,13 +157,16 @@ class Ledger:
 
     def settle(self, key: str, value: Any) -> Any:
         """Decide a JSON value once for all workers and runs: the first to come decides."""
-        settled = self._settled(key)
-        if not settled:
+        if not self._settled(key):
             # Should the answer be lost, the same is written twice; the first counts.
             decision = create_trial(state=TrialState.FAIL, user_attrs={SETTLED: key, VALUE: value})
             self._patiently(self._storage.create_new_trial, self._study_id, decision)
-            settled = self._settled(key)
-        return min(settled, key=lambda trial: trial.number).user_attrs[VALUE]
+        return self.settled(key)
+
+    def settled(self, key: str) -> Any:
+        """What was decided under a key; None where nothing was yet."""
+        first = min(self._settled(key), key=lambda trial: trial.number, default=None)
+        return None if first is None else first.user_attrs[VALUE]
 
     def _settled(self, key: str) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.user_attrs.get(SETTLED) == key]
@@ -233,13 +236,15 @@ class Ledger:
         born = create_trial(
             state=TrialState.RUNNING, user_attrs={**claim, **self._worker.attributes()}
         )
-        # Should the answer be lost, a second trial is born; the first is abandoned, and as it is
-        # this worker's own, that is seen at the next look.
+        # Should the answer be lost, a second trial is born; the first, this worker's own, is no
+        # rival, and the next look finds it abandoned.
         trial_id = self._patiently(self._storage.create_new_trial, self._study_id, born)
         try:
             number = self._patiently(self._storage.get_trial, trial_id).number
             if any(
-                trial.number < number and trial.user_attrs[INDEX] == claim[INDEX]
+                trial.number < number
+                and trial.user_attrs[INDEX] == claim[INDEX]
+                and trial.user_attrs[WORKER]["key"] != self._worker.key
                 for trial in _live(self._trials(), claim[BATCH])
             ):
                 self._fail(trial_id)

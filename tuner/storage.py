@@ -11,12 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
+import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy import Engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+)
 from tenacity import (
     RetryCallState,
     RetryError,
@@ -52,6 +58,8 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
 
     Raises InvalidArgument where it cannot be opened; the message leaves the address out.
     """
+    # Its warnings quote the driver, and the driver quotes the address.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Libraries and drivers raise errors of their own, assertions among them, on what they cannot
     # read; none of them is this program's fault.
     if url is None:
@@ -66,11 +74,11 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
     kind = url.split(":", 1)[0]
     try:
         return _open_database(url), kind
-    except ImportError as error:
+    except ImportError:
         raise InvalidArgument(
             "storage",
-            f"the {kind!r} storage needs a driver that is not installed ({error.name}); for "
-            "PostgreSQL: pip install 'a2sf-serve[postgres]'",
+            f"the {kind!r} storage needs a driver that is not installed; for PostgreSQL: "
+            "pip install 'a2sf-serve[postgres]'",
         ) from None
     except Exception as error:
         raise InvalidArgument(
@@ -192,9 +200,10 @@ def _serialise(engine: Engine) -> None:
 def is_outage(error: BaseException) -> bool:
     """Whether a storage failed because it is away, so that the same call may succeed later."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, OperationalError | InterfaceError | OSError) or (
-        isinstance(cause, DBAPIError) and cause.connection_invalidated
-    )
+    # The last is what Optuna meets when a connection breaks while it reads, and it reads on.
+    return isinstance(
+        cause, OperationalError | InterfaceError | OSError | PendingRollbackError
+    ) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
 
 
 class Patience:
@@ -213,7 +222,7 @@ class Patience:
             retry=retry_if_exception(is_outage),
             wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
             stop=stop_after_delay(self._seconds),
-            before_sleep=self._tell,
+            before_sleep=self._tell_start,
         )
         try:
             answer = retrying(call, *args, **kwargs)
@@ -222,13 +231,20 @@ class Patience:
                 f"the storage of study {self._study!r} has not answered for {self._seconds:g} s; "
                 "the study is kept: run the same command again once the storage is back"
             ) from None
-        if retrying.statistics["attempt_number"] > 1:
-            self._say("is back")
+        except Exception:
+            # It answered, if only that this cannot be.
+            self._tell_end(retrying)
+            raise
+        self._tell_end(retrying)
         return answer
 
-    def _tell(self, state: RetryCallState) -> None:
+    def _tell_start(self, state: RetryCallState) -> None:
         if state.attempt_number == 1:
             self._say(f"does not answer; waiting up to {self._seconds:g} s")
+
+    def _tell_end(self, retrying: Retrying) -> None:
+        if retrying.statistics["attempt_number"] > 1:
+            self._say("is back")
 
     def _say(self, what: str) -> None:
         print(f"the storage of study {self._study!r} {what}", file=sys.stderr, flush=True)

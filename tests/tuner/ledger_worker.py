@@ -2,9 +2,9 @@
 
     python -m tests.tuner.ledger_worker STORAGE STUDY DIRECTORY SECONDS
 
-STORAGE is a URL or the path of a journal. Beside what it measures, which it notes in
-DIRECTORY/begun and DIRECTORY/ended line by line, it writes what it was told of every point to
-DIRECTORY/PID.json.
+STORAGE is a URL or the path of a journal. It notes in DIRECTORY/events, in lines of
+kind, batch, index and process, when it begins and ends a point and when it has passed a batch, and
+writes what it was told of every point to DIRECTORY/PID.json.
 """
 
 import json
@@ -30,10 +30,10 @@ def cost(point: dict[str, Any]) -> Measured:
     return Measured(kl=kl, nll=[1 + k for k in kl], evaluations=len(kl), given_up=len(kl) == 2)
 
 
-def note(path: Path, text: str) -> None:
+def note(directory: Path, kind: str, batch: int, index: int) -> None:
     """Append a line in one write, so that lines of many processes do not mix."""
-    with path.open("ab", buffering=0) as file:
-        file.write(f"{text}\n".encode())
+    with (directory / "events").open("ab", buffering=0) as file:
+        file.write(f"{kind} {batch} {index} {os.getpid()}\n".encode())
 
 
 def search(ledger: Ledger, directory: Path, seconds: float) -> list[list[Measured]]:
@@ -43,13 +43,13 @@ def search(ledger: Ledger, directory: Path, seconds: float) -> list[list[Measure
         points = [{"x": start + index / 100} for index in range(POINTS)]
 
         def measure(index: int, point: dict[str, Any], batch: int = number) -> Measured:
-            note(directory / "begun", f"{batch} {index} {os.getpid()}")
+            note(directory, "begun", batch, index)
             time.sleep(seconds)
-            note(directory / "ended", f"{batch} {index} {os.getpid()}")
+            note(directory, "ended", batch, index)
             return cost(point)
 
         found.append(ledger.measure(f"batch {number}", points, measure))
-        note(directory / "passed", f"{number} {os.getpid()}")
+        note(directory, "passed", number, 0)
         start = points[min(range(POINTS), key=lambda i: (found[-1][i].mean, i))]["x"] - 0.03
     return found
 
