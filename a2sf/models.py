@@ -130,6 +130,9 @@ class LoadedModel:
         model must have been loaded with `pack=False`.
         Returns [rows, width, hidden], normalised and ready for `logits`.
         """
+        # torch would only warn, and give gradients that leave out what those layers pass on.
+        packed = any(isinstance(part, linear.PackedLinear) for part in self.module.modules())
+        assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
             hidden: Tensor = _decode(
                 self._decoder(entering), token_ids, positions, attention

@@ -1,0 +1,132 @@
+"""A double of teacher forcing through eviction that gradients flow through.
+
+Owns the record of what each layer saw and which tokens it kept under a policy, and the plain
+attention to exactly those tokens. Its values are the walk's up to rounding; only what would be
+evicted if a value changed is not in its gradients. Knows nothing of what these are used for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, log_softmax
+from torch.nn.functional import kl_div, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from a2sf import teacher
+from a2sf.models import LoadedModel
+from a2sf.policy import EffectivePolicy
+from a2sf.teacher import Example
+from tuner.objective import full_cache
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer was given and did under the base."""
+
+    projected: tuple[Tensor, Tensor, Tensor]
+    """Queries [rows, H_q, width, D], and keys and values [rows, H_kv, width, D]."""
+    scale: float
+    output: Tensor
+    """[rows, H_q, width, D]"""
+    kept: Tensor
+    """[rows, H_kv, width, width] bool: which tokens each query was given."""
+
+
+def walked(
+    model: LoadedModel, examples: Sequence[Example], policies: Sequence[EffectivePolicy]
+) -> list[Seen]:
+    """Run along examples under policies of one prefill_chunk; say what each layer saw and did."""
+    attention = _Walked(model, examples, policies)
+    # Not that gradients are asked for here, but tensors of inference mode could not take part.
+    model.hidden_states(*_inputs(model, examples), attention, differentiable=True)
+    return attention.seen
+
+
+def masked(
+    model: LoadedModel, examples: Sequence[Example], seen: Sequence[Seen]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run along examples with plain attention to what was kept, so that gradients can be taken.
+
+    Returns each example's logits [counted, vocab], and each layer's attention output
+    [rows, H_q, width, D]; `model` must have been loaded with `pack=False`.
+    """
+    attention = _Masked(seen)
+    hidden = model.hidden_states(*_inputs(model, examples), attention, differentiable=True)
+    logits = [
+        model.logits(hidden[row, list(example.counted)], differentiable=True)
+        for row, example in enumerate(examples)
+    ]
+    return logits, attention.outputs
+
+
+def gradients(
+    model: LoadedModel, examples: Sequence[Example], seen: Sequence[Seen]
+) -> tuple[Tensor, ...]:
+    """Differentiate what eviction costs with respect to each layer's attention output.
+
+    The cost is the objective's: an example's mean KL(full cache || kept) over its counted positions
+    in nats. Returns of each layer [rows, H_q, width, D], of each row its own example's gradient.
+    """
+    logits, outputs = masked(model, examples, seen)
+    precision = torch.promote_types(model.dtype, torch.float32)
+    costs = [
+        kl_div(log_softmax(mine.to(precision), -1), full, reduction="none", log_target=True)
+        for mine, full in zip(logits, full_cache(model, examples), strict=True)
+    ]
+    # Rows are strangers to each other, so the gradient of the sum is each example's own.
+    total = torch.stack([cost.sum(dim=-1).mean() for cost in costs]).sum()
+    return torch.autograd.grad(total, outputs)
+
+
+class _Walked:
+    """Walks each layer's rows under a policy, and keeps what it saw."""
+
+    def __init__(
+        self, model: LoadedModel, examples: Sequence[Example], policies: Sequence[EffectivePolicy]
+    ) -> None:
+        self.seen: list[Seen] = []
+        self._of = (model, examples, policies)
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        projected = (query, keys, values)
+        output, kept = teacher.walk(*self._of, layer, projected, scale)
+        self.seen.append(Seen(projected, scale, output, kept))
+        return output
+
+
+class _Masked:
+    """Plain attention to exactly the tokens that were kept, through which gradients flow."""
+
+    def __init__(self, seen: Sequence[Seen]) -> None:
+        self.outputs: list[Tensor] = []
+        """By layer [rows, H_q, width, D], where gradients are taken."""
+        self._seen = seen
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        kept = self._seen[layer].kept
+        # Padding's queries may be left without a token, of which softmax would make NaN.
+        mask = kept | torch.eye(kept.shape[-1], dtype=torch.bool, device=kept.device)
+        rows, kv_heads, width, dim = keys.shape
+        # Each KV head of a row is a batch entry of its own, for each has a mask of its own.
+        entries = (rows * kv_heads, -1, width, dim)
+        group = query.shape[1] // kv_heads
+        k, v = (t.reshape(entries).expand(-1, group, -1, -1) for t in (keys, values))
+        output = scaled_dot_product_attention(
+            query.reshape(entries), k, v, attn_mask=mask.flatten(0, 1)[:, None], scale=scale
+        ).view_as(query)
+        if not output.requires_grad:
+            # The lowest layer: no weight asks for a gradient, so that all begins here.
+            output.requires_grad_()
+        self.outputs.append(output)
+        return output
+
+
+def _inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    ids = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True)
+    positions = torch.arange(ids.shape[1]).expand(len(examples), -1)
+    return ids.to(model.device), positions.to(model.device)
