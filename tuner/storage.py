@@ -152,7 +152,8 @@ def _open_database(address: str) -> BaseStorage:
         url = url.set(drivername="postgresql+psycopg")
     arguments: dict[str, Any] = {}
     if url.get_backend_name() == "postgresql":
-        arguments = {**_POSTGRESQL_TIMEOUTS, **url.query}
+        # An address may set its own.
+        arguments = {k: v for k, v in _POSTGRESQL_TIMEOUTS.items() if k not in url.query}
     elif url.get_backend_name() == "sqlite":
         arguments = {"timeout": _SQLITE_LOCK_TIMEOUT_S}
     opening = Retrying(
