@@ -17,6 +17,13 @@ HEAD_ALPHAS = (0.0, 0.8, 0.95, 0.99, 1.0)
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)
 SINKS = (0, 4)
 
+MOST_BLOCKS = 8
+"""Blocks of layers that are favoured one at a time; of few layers, each by itself."""
+
+FACTORS = (2.0, 6.0)
+FAVOURED_ALPHAS = (0.0, 0.9, 0.99, 1.0)
+FAVOURED_SHARES = (0.0, 0.5)
+
 STEPS = (1.0, 0.5, 0.25)
 """Of the rounds of polishing: in log tau, and in the logarithm to base 2 of a layer's slots."""
 
@@ -27,6 +34,12 @@ class Move:
 
     part: Hashable
     change: Callable[[Setting], Setting]
+
+
+_PROTECTION = [
+    *(Move("recent", partial(replace, recent_share=share)) for share in RECENT_SHARES),
+    *(Move("sinks", partial(replace, sinks=count)) for count in SINKS),
+]
 
 
 class Climb:
@@ -41,13 +54,50 @@ class Climb:
         """By how many nats a layer's alpha has been seen to matter."""
 
     def slots(self) -> None:
-        """Give layers twice the slots, or half, again as long as it gains."""
+        """Deal the slots of all layers anew.
+
+        First one block of layers is favoured at a time, with uniform alphas of every kind: what is
+        worth remembering changes with how much can be. From the best of these, layers get twice
+        the slots or half, and one alpha for all and the protection are chosen again, as long as
+        that gains.
+        """
+        if len(self._layers) == 1:
+            return
+        self._favour()
         number = 0
         before = None
         while self.best is not before:
             before = self.best
-            self._try(f"{number}", self._more_slots(1.0))
+            self._try(f"{number}/layers", self._more_slots(1.0))
+            if len({alpha for row in self.best.setting.alpha for alpha in row}) == 1:
+                self._try(
+                    f"{number}/uniform",
+                    [
+                        *(Move("alpha", partial(Setting.with_all, alpha=a)) for a in LAYER_ALPHAS),
+                        *_PROTECTION,
+                    ],
+                )
             number += 1
+
+    def _favour(self) -> None:
+        """Start from the best of settings in which some layers have several times the slots."""
+        size = -(-len(self._layers) // MOST_BLOCKS)
+        blocks = [self._layers[first : first + size] for first in self._layers[::size]]
+        starts = [
+            replace(self.best.setting.with_all(alpha), recent_share=share)
+            for alpha in FAVOURED_ALPHAS
+            for share in FAVOURED_SHARES
+        ]
+        settings = [
+            start.with_slots(block, factor)
+            for start in dict.fromkeys([self.best.setting, *starts])
+            for block in blocks
+            for factor in FACTORS
+        ]
+        feasible = [setting for setting in settings if self._trials.feasible(setting)]
+        found = self._trials.halve("favour", feasible, self._trials.rungs(len(feasible)))
+        if found and found[0].gain(self.best) > 0:
+            self.best = found[0]
 
     def layers(self) -> None:
         """Choose each layer's alpha, one for all its heads, from the bottom up."""
@@ -73,13 +123,7 @@ class Climb:
 
     def protection(self) -> None:
         """Choose the recent window and the sinks anew, the same for all heads."""
-        self._try(
-            "protection",
-            [
-                *(Move("recent", partial(replace, recent_share=share)) for share in RECENT_SHARES),
-                *(Move("sinks", partial(replace, sinks=count)) for count in SINKS),
-            ],
-        )
+        self._try("protection", _PROTECTION)
 
     def polish(self) -> None:
         """Take ever smaller steps in everything, until a round of the smallest finds nothing.
@@ -103,7 +147,7 @@ class Climb:
     def _more_slots(self, step: float) -> list[Move]:
         """`2^step` times the slots for a layer, or so much fewer."""
         return [
-            Move(layer, partial(Setting.with_slots, layer=layer, factor=2.0**power))
+            Move(layer, partial(Setting.with_slots, layers=(layer,), factor=2.0**power))
             for layer in self._layers
             for power in (step, -step)
             if len(self._layers) > 1

@@ -6,7 +6,7 @@ chosen, measured or stored.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -42,6 +42,10 @@ class Setting:
     recent_share: float
     sinks: int
 
+    def with_all(self, alpha: float) -> Self:
+        """The same with one alpha for all heads."""
+        return replace(self, alpha=tuple((alpha,) * len(row) for row in self.alpha))
+
     def with_layer(self, layer: int, alpha: float) -> Self:
         """The same with one alpha for all heads of a layer."""
         return self._with_row(layer, (alpha,) * len(self.alpha[layer]))
@@ -51,9 +55,9 @@ class Setting:
         row = self.alpha[layer]
         return self._with_row(layer, (*row[:head], alpha, *row[head + 1 :]))
 
-    def with_slots(self, layer: int, factor: float) -> Self:
-        """The same with `factor` times the slots for one layer, at the cost of all."""
-        shares = [s * factor if at == layer else s for at, s in enumerate(self.layer_share)]
+    def with_slots(self, layers: Collection[int], factor: float) -> Self:
+        """The same with `factor` times the slots for some layers, at the cost of all."""
+        shares = [s * factor if at in layers else s for at, s in enumerate(self.layer_share)]
         total = sum(shares)
         # Four digits: what a file shows is what was measured, and no slot hangs on the fifth.
         return replace(self, layer_share=tuple(round(len(shares) * s / total, 4) for s in shares))

@@ -178,6 +178,44 @@ class Trials:
         self._bar.set_postfix_str(f"best {shown:.4f} nats on {count} examples")
         return tried
 
+    def halve(
+        self, batch: str, settings: Sequence[Setting], rungs: Sequence[tuple[int, int]]
+    ) -> list[Tried]:
+        """Measure many settings on few examples, and ever fewer of them on more.
+
+        Args:
+            batch: unique within the stage.
+            settings: what to measure.
+            rungs: how many settings, and on the first how many examples; the last is on all.
+
+        Returns:
+            What the last rung measured, cheapest first.
+        """
+        ranked: list[Tried] = []
+        chosen = list(settings)
+        for kept, examples in rungs:
+            tried = self.measure(f"{batch}/{examples}", chosen[:kept], examples=examples)
+            ranked = sorted(tried, key=lambda one: one.mean)
+            chosen = [one.setting for one in ranked]
+        return ranked
+
+    def rungs(self, settings: int) -> list[tuple[int, int]]:
+        """Rounds of halving for so many settings: a fifth of them, then a third of those, on all.
+
+        With few examples there are fewer rounds: each sees more examples than the one before.
+        """
+        count = len(self.objective.examples)
+        planned = [
+            (settings, max(2, count // 4)),
+            (max(settings // 5, 2), max(2, count // 2)),
+            (max(settings // 15, 1), count),
+        ]
+        return [
+            rung
+            for number, rung in enumerate(planned)
+            if all(rung[1] > examples for _, examples in planned[:number])
+        ]
+
     def _measured(
         self, setting: Setting, examples: int, best: Tried | None, from_layer: int
     ) -> Measured:

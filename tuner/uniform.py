@@ -5,7 +5,7 @@ tables: it is held to be as strong as its three numbers allow, because tables ar
 """
 
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 
 from a2sf.schema import UniformSetting
 from tuner.search import LOG_TAU_MAX, alpha_of, log_tau_of
@@ -34,39 +34,37 @@ def best_uniform(trials: Trials, refinement: int) -> tuple[UniformSetting, Tried
     `refinement` trials are used or the steps have shrunk to nothing. The refinement may thus take
     as many trials as a table gets, and stops only where more would change nothing.
     """
-    count = len(trials.objective.examples)
-    settings = list(GRID)
-    rungs = [(max(2, count // 4), len(GRID)), (max(2, count // 2), 18), (count, 6)]
-    # With few examples a later rung would see no more of them than the one before.
-    rungs = [rungs[0], *(after for before, after in pairwise(rungs) if after[0] > before[0])]
-    with trials.stage("uniform", sum(kept for _, kept in rungs) + refinement):
-        for examples, kept in rungs:
-            settings = settings[:kept]
-            tried = _measured(trials, f"grid/{examples}", settings, examples)
-            order = sorted(range(len(settings)), key=lambda i: tried[i].mean)
-            settings = [settings[i] for i in order]
-        return _refined(trials, settings[0], tried[order[0]])
+    rungs = trials.rungs(len(GRID))
+    with trials.stage("uniform", sum(kept for kept, _ in rungs) + refinement):
+        best = trials.halve("grid", [trials.frame.uniform(s) for s in GRID], rungs)[0]
+        return _refined(trials, best)
 
 
-def _refined(trials: Trials, setting: UniformSetting, best: Tried) -> tuple[UniformSetting, Tried]:
-    known = {setting}
+def _refined(trials: Trials, best: Tried) -> tuple[UniformSetting, Tried]:
+    known = {best.setting}
     scale = 1.0
     number = 0
     while trials.left > 0 and FIRST_STEPS[0] * scale >= LEAST_STEP:
+        around = (trials.frame.uniform(one) for one in _around(_uniform(best), scale))
         settings = [
-            one
-            for one in dict.fromkeys(_around(setting, scale))
-            if one not in known and trials.feasible(trials.frame.uniform(one))
+            one for one in dict.fromkeys(around) if one not in known and trials.feasible(one)
         ]
-        tried = _measured(trials, f"step/{number}", settings, None)
+        tried = trials.measure(f"step/{number}", settings)
         known.update(settings)
         number += 1
-        cheapest = min(range(len(tried)), key=lambda i: tried[i].mean, default=None)
-        if cheapest is not None and tried[cheapest].mean < best.mean:
-            best, setting = tried[cheapest], settings[cheapest]
+        cheapest = min(tried, key=lambda one: one.mean, default=best)
+        if cheapest.mean < best.mean:
+            best = cheapest
         else:
             scale /= 2
-    return setting, best
+    return _uniform(best), best
+
+
+def _uniform(tried: Tried) -> UniformSetting:
+    setting = tried.setting
+    return UniformSetting(
+        alpha=setting.alpha[0][0], recent_share=setting.recent_share, sinks=setting.sinks
+    )
 
 
 def _around(setting: UniformSetting, scale: float) -> Iterator[UniformSetting]:
@@ -79,9 +77,3 @@ def _around(setting: UniformSetting, scale: float) -> Iterator[UniformSetting]:
         yield setting.model_copy(update={"recent_share": round(recent, 6)})
         if sinks >= 1:
             yield setting.model_copy(update={"sinks": max(setting.sinks + sign * round(sinks), 0)})
-
-
-def _measured(
-    trials: Trials, batch: str, settings: list[UniformSetting], examples: int | None
-) -> list[Tried]:
-    return trials.measure(batch, [trials.frame.uniform(s) for s in settings], examples=examples)

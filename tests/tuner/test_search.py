@@ -45,16 +45,16 @@ def test_a_layer_and_a_head_are_changed_alone() -> None:
 
 @given(st.integers(0, 2), st.floats(0.2, 5), st.integers(0, 2), st.floats(0.2, 5))
 def test_slots_are_dealt_never_made(first: int, much: float, second: int, more: float) -> None:
-    shares = BASE.with_slots(first, much).with_slots(second, more).layer_share
+    shares = BASE.with_slots((first,), much).with_slots((second,), more).layer_share
     assert sum(shares) == pytest.approx(3, abs=2e-4)
     assert all(share > 0 for share in shares)
 
 
 def test_a_layer_gets_as_many_times_the_slots_of_the_others_as_was_said() -> None:
-    first, second, third = BASE.with_slots(1, 2.0).layer_share
+    first, second, third = BASE.with_slots((1,), 2.0).layer_share
     assert (first, second) == (third, pytest.approx(2 * first, rel=1e-3))
 
 
 def test_a_setting_survives_the_way_through_a_study() -> None:
-    setting = BASE.with_head(0, 1, 0.995).with_slots(2, 2.0)
+    setting = BASE.with_head(0, 1, 0.995).with_slots((2,), 2.0)
     assert Setting.of(json.loads(json.dumps(setting.point()))) == setting

@@ -88,4 +88,4 @@ def test_a_setting_that_leaves_a_layer_nothing_that_competes_is_not_feasible() -
     trials = trials_of(Planted(BEST))
     assert trials.feasible(BEST)
     # 40 slots a layer on average, of which one layer would get three.
-    assert not trials.feasible(BEST.with_slots(0, 1 / 20))
+    assert not trials.feasible(BEST.with_slots((0,), 1 / 20))
