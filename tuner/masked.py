@@ -109,7 +109,7 @@ class _Masked:
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
         kept = self._seen[layer].kept
-        # Padding's queries may be left without a token, of which softmax would make NaN.
+        # Padding's queries may be left without a token, of which some kernels make NaN.
         mask = kept | torch.eye(kept.shape[-1], dtype=torch.bool, device=kept.device)
         rows, kv_heads, width, dim = keys.shape
         # Each KV head of a row is a batch entry of its own, for each has a mask of its own.

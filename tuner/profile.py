@@ -262,7 +262,8 @@ class _Batch:
             """Sum over the group and D: [rows, H_kv, width]."""
             return values.double().sum(dim=-1).view(rows, kv_heads, -1, width).sum(dim=2)
 
-        effect = grouped(gradient * error) * real
+        # No gradient reaches padding.
+        effect = grouped(gradient * error)
         lost = paid.masked_fill(kept, 0.0).sum(dim=-1, dtype=torch.float64)
         return torch.stack(
             [
