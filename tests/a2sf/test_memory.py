@@ -203,7 +203,7 @@ def test_ten_thousand_tokens_of_one_request_leave_resident_memory_where_it_was()
 @pytest.mark.timeout(600)
 def test_hundreds_of_requests_that_come_and_go_leave_resident_memory_where_it_was() -> None:
     measured = in_a_fresh_process(along_many_requests, 20, 16)
-    # By 60 to 160 requests, as the seed has it, oneDNN has met every number of rows that it computes.
+    # By 60 to 160 requests, as the seed has it, oneDNN has met every number of rows it computes.
     # After those, nothing was measured to be added at all.
     assert measured[-1] - measured[8] < 1.0, f"MiB after each 20 requests: {measured}"
 
