@@ -64,9 +64,7 @@ def fit(
     data_dir: DataDirOption = None,
     stages: Annotated[
         str | None,
-        typer.Option(
-            help="How to search, with commas between them, each from the best so far; see below."
-        ),
+        typer.Option(help="How to search, in order, with commas between; see above."),
     ] = None,
     trials: Annotated[
         int,
@@ -74,7 +72,7 @@ def fit(
             help="Tables to try in all stages, runs and workers together; the best uniform "
             "setting may take as many more."
         ),
-    ] = 300,
+    ] = 500,
     minutes: Annotated[
         float | None,
         typer.Option(help="Of measuring, summed over workers, after which no more is begun."),
@@ -103,10 +101,12 @@ def fit(
 ) -> None:
     """Search for a table, compare it with the best uniform alpha on held-out data, write it.
 
-    Stages: slots deals the slots of all layers anew; layers and heads choose the alpha of each
-    layer and head; protection chooses the recent window and the sinks; polish takes small steps in
-    all of that. Without --stages these five. A table whose layers have unequal slots needs a server
-    whose rows are shaped for it; leave slots out for one that any server takes.
+    Stages, each from the best so far: profile proposes alphas from one look at every head; slots
+    deals the slots of all layers anew; layers and heads choose the alpha of each layer and head;
+    protection chooses the recent window and the sinks; polish takes small steps in all of that;
+    tpe, structured and cma search all alphas, a few numbers, or the layers, as a whole. Without
+    --stages: slots, layers, heads, protection, polish. A table whose layers have unequal slots
+    needs a server whose rows are shaped for it; leave slots out for one that any server takes.
     """
     _check_ranges(
         {

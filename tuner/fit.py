@@ -9,6 +9,7 @@ standard error as bars.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from a2sf.schema import (
     seal,
 )
 from a2sf.teacher import Example
-from tuner import datasets, objective, packing, statistics
+from tuner import datasets, objective, packing, profile, samplers, statistics
 from tuner.ledger import Ledger
 from tuner.moves import Climb
 from tuner.objective import Candidate, Cost, Objective
@@ -48,16 +49,19 @@ COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 EDITION = 2
 """Raised when the search changes so that trials of an earlier one no longer compare."""
 
-STAGES: Mapping[str, Callable[[Climb], None]] = {
-    "slots": Climb.slots,
-    "layers": Climb.layers,
-    "heads": Climb.heads,
-    "protection": Climb.protection,
-    "polish": Climb.polish,
-}
+STAGES = (
+    *("profile", "slots", "layers", "heads", "protection"),
+    *("polish", "tpe", "structured", "cma"),
+)
 """The stages that may follow the uniform one, by the name that users give."""
 
+OPEN = ("polish", "tpe", "structured", "cma")
+"""Stages that go on as long as there are trials; the others end by themselves."""
+
 DEFAULT_STAGES = ("slots", "layers", "heads", "protection", "polish")
+
+CLASSES = 3
+"""Kinds of heads that a structured search tells apart, where a profile has been taken."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,15 @@ def fit(settings: Settings) -> Outcome:
     trials = Trials(
         ledger, Objective(model, calibration, label="calibration"), frame, settings.minutes
     )
-    found = search(trials, settings.stages, settings.trials)
+    reload = partial(
+        load_model,
+        settings.model,
+        revision=settings.revision,
+        device=settings.device,
+        dtype="float32",
+        pack=False,
+    )
+    found = search(trials, settings.stages, settings.trials, settings.seed, reload)
     fitted = frame.policy(list(found.bests.values())[-1].setting)
     uniform = frame.policy(frame.uniform(found.uniform))
 
@@ -198,21 +210,39 @@ def fit(settings: Settings) -> Outcome:
     )
 
 
-def search(trials: Trials, stages: Sequence[str], most: int) -> Found:
+def search(
+    trials: Trials, stages: Sequence[str], most: int, seed: int, load: Callable[[], LoadedModel]
+) -> Found:
     """Find the best uniform setting, then climb from it through the stages.
 
     Args:
-        trials: measures; nothing is random but what its stages draw by their seeds.
+        trials: measures.
         stages: names of STAGES, in order.
-        most: trials of all stages together. The refinement of the uniform setting may take as many.
+        most: trials of all stages together; those that end only with the trials get equal parts of
+            what is left. The refinement of the uniform setting may take as many again.
+        seed: of what is drawn at random, which only `tpe`, `structured` and `cma` do.
+        load: loads the model once more, so that gradients flow through it; for `profile`.
     """
     uniform, best = best_uniform(trials, most)
     bests = {"uniform": best}
     climb = Climb(trials, best)
-    for name in stages:
-        with trials.stage(name, most):
-            STAGES[name](climb)
-            most = trials.left
+    classes: list[list[int]] | None = None
+    for number, name in enumerate(stages):
+        sharing = sum(stage in OPEN for stage in stages[number:]) if name in OPEN else 1
+        with trials.stage(name, most // sharing):
+            match name:
+                case "profile":
+                    found = profile.run(trials, climb.best, load)
+                    climb.best, classes = found.best, profile.classes(found.profile, CLASSES)
+                case "tpe":
+                    samplers.tpe(climb, seed)
+                case "structured":
+                    samplers.structured(climb, seed, classes)
+                case "cma":
+                    samplers.cma(climb, seed)
+                case _:
+                    getattr(climb, name)()
+        most -= trials.accounts[name].trials
         bests[name] = climb.best
     return Found(uniform, bests, trials.accounts)
 

@@ -215,7 +215,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         engine = Engine(
             self.model,
             EngineConfig(
-                slots=max(policy.budget for policy in resolved),
+                slots=max(max(policy.layer_budgets) for policy in resolved),
                 max_batch=rows,
                 max_prefill_tokens=max(
                     policy.staging_slots(len(one.prompt_ids))

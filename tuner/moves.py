@@ -47,7 +47,7 @@ class Climb:
 
     def __init__(self, trials: Trials, best: Tried) -> None:
         self.best = best
-        self._trials = trials
+        self.trials = trials
         self._layers = range(trials.frame.num_layers)
         self._heads = range(trials.frame.num_kv_heads)
         self._effect = dict.fromkeys(self._layers, 0.0)
@@ -94,8 +94,8 @@ class Climb:
             for block in blocks
             for factor in FACTORS
         ]
-        feasible = [setting for setting in settings if self._trials.feasible(setting)]
-        found = self._trials.halve("favour", feasible, self._trials.rungs(len(feasible)))
+        feasible = [setting for setting in settings if self.trials.feasible(setting)]
+        found = self.trials.halve("favour", feasible, self.trials.rungs(len(feasible)))
         if found and found[0].gain(self.best) > 0:
             self.best = found[0]
 
@@ -141,7 +141,7 @@ class Climb:
                 self._try(f"{number}/layer {layer}", self._heads_by(layer, step), layer)
             self._try(f"{number}/protection", self._protection_by(step))
             number += 1
-            if self._trials.left == 0:
+            if self.trials.left == 0:
                 return
 
     def _more_slots(self, step: float) -> list[Move]:
@@ -175,8 +175,8 @@ class Climb:
         before = self.best
         changed = {move.change(before.setting): move for move in moves}
         changed.pop(before.setting, None)
-        changed = {one: move for one, move in changed.items() if self._trials.feasible(one)}
-        singles = self._trials.measure(batch, list(changed), best=before, from_layer=from_layer)
+        changed = {one: move for one, move in changed.items() if self.trials.feasible(one)}
+        singles = self.trials.measure(batch, list(changed), best=before, from_layer=from_layer)
         gains: dict[Hashable, tuple[float, Move]] = {}
         for one in singles:
             move = changed[one.setting]
@@ -184,7 +184,7 @@ class Climb:
             if gain > gains.get(move.part, (0.0, move))[0]:
                 gains[move.part] = gain, move
         ranked = [move for _, move in sorted(gains.values(), key=lambda pair: -pair[0])]
-        several = self._trials.measure(
+        several = self.trials.measure(
             f"{batch}/together", self._together(ranked), best=before, from_layer=from_layer
         )
         better = [one for one in (*singles, *several) if one.gain(before) > 0]
@@ -199,7 +199,7 @@ class Climb:
             setting = self.best.setting
             for move in ranked[:count]:
                 setting = move.change(setting)
-            if self._trials.feasible(setting):
+            if self.trials.feasible(setting):
                 settings.append(setting)
             if count >= len(ranked):
                 break

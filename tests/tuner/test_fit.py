@@ -1,8 +1,8 @@
 """The whole fit with a tiny model, and the verdict."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from tuner.fit import Found, baselines, fit, judge, search
 from tuner.objective import Cost, effective
 from tuner.report import is_uniform
 from tuner.search import Frame
-from tuner.trials import Trials
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
@@ -95,8 +94,8 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
 
     moved = ((0.25,) * 2,) * 2 + ((0.5, 0.75),)
 
-    def found(trials: Trials, stages: Sequence[str], most: int) -> Found:
-        honest = search(trials, stages, most)
+    def found(*arguments: Any) -> Found:
+        honest = search(*arguments)
         last = list(honest.bests)[-1]
         best = honest.bests[last]
         honest.bests[last] = replace(best, setting=replace(best.setting, alpha=moved))

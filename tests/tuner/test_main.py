@@ -113,8 +113,8 @@ def test_tables_show_prints_what_the_file_says(
         (("--storage", "what://ever"), "'what' storage cannot be opened"),
         (("--trials", "many"), "'--trials'"),
         (("--minutes", 0), "--minutes: 0; accepted: above 0"),
-        (("--stages", "layers,annealing"), "--stages: 'annealing'; accepted: slots, layers"),
-        (("--stages", "heads,heads"), "'heads'; accepted: slots, layers"),
+        (("--stages", "layers,anneal"), "--stages: 'anneal'; accepted: profile, slots, layers"),
+        (("--stages", "heads,heads"), "'heads'; accepted: profile, slots, layers"),
         (("--device", "tpu"), "device: 'tpu'"),
     ],
 )

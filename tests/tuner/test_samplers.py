@@ -1,0 +1,83 @@
+"""General optimisers: their spaces mean the settings that they should, and they find something."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+
+from a2sf.schema import UniformSetting
+from tests.tuner.planted import FRAME, Planted, table, trials_of
+from tuner import samplers
+from tuner.moves import Climb
+from tuner.samplers import Space, by_depth, by_layer, every_head
+
+START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+UNLIKE = table((0.0, 0.5), (0.95, 0.99), (1.0, 0.3), share=(0.5, 2.0, 0.5))
+LAYERS = table((0.0, 0.0), (0.95, 0.95), (1.0, 1.0), share=(0.5, 2.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("space", "best"),
+    [
+        (every_head(UNLIKE), UNLIKE),
+        (by_layer(LAYERS), LAYERS),
+        (by_depth(LAYERS, None), LAYERS),
+        (by_depth(START, [[0, 1], [2, 0], [1, 1]]), START),
+    ],
+)
+def test_the_start_of_a_space_stands_for_the_best_setting(space: Space, best: object) -> None:
+    assert space.start.keys() == space.ranges.keys()
+    assert all(
+        space.ranges[n][0] <= value <= space.ranges[n][1] for n, value in space.start.items()
+    )
+    assert space.setting(space.start) == best
+
+
+def test_heads_of_one_class_move_together_and_layers_lie_between_the_knots() -> None:
+    space = by_depth(START, [[0, 1], [2, 0], [1, 1]])
+    moved = space.setting({**space.start, "class.1": 1.0})
+    changed = [[mine != START.alpha[0][0] for mine in row] for row in moved.alpha]
+    assert changed == [[False, True], [False, False], [True, True]]
+    ends = space.setting({**space.start, "log_tau@0": 0.0})
+    assert ends.alpha[0][0] == 0.0
+    assert ends.alpha[2] == START.alpha[2]
+
+
+def run(name: str, planted: Planted, most: int = 60, storage: Any = None) -> Climb:
+    trials = trials_of(planted, storage)
+    with trials.stage("start", 1):
+        (start,) = trials.measure("start", [START])
+    climb = Climb(trials, start)
+    with trials.stage(name, most):
+        if name == "structured":
+            samplers.structured(climb, 0, [[0, 1], [2, 0], [1, 1]])
+        else:
+            getattr(samplers, name)(climb, 0)
+        assert trials.left == 0
+    return climb
+
+
+@pytest.mark.parametrize("name", ["tpe", "structured", "cma"])
+def test_a_sampler_gains_on_the_start_and_proposes_the_same_again(name: str) -> None:
+    target = {"tpe": replace(UNLIKE, layer_share=START.layer_share)}.get(name, LAYERS)
+    storage = InMemoryStorage()
+    planted = Planted(target)
+    best = run(name, planted, storage=storage).best
+    assert planted.exact(best.setting) < 0.8 * planted.exact(START)
+    again = Planted(target)
+    assert run(name, again, storage=storage).best.setting == best.setting
+    assert again.calls == []
+
+
+def test_proposals_that_leave_a_layer_nothing_are_never_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planted = Planted(LAYERS)
+    trials = trials_of(planted)
+    with trials.stage("start", 1):
+        (start,) = trials.measure("start", [START])
+    monkeypatch.setattr(type(trials), "feasible", lambda *_: False)
+    with trials.stage("cma", 9):
+        samplers.cma(Climb(trials, start), 0)
+        assert trials.left == 9

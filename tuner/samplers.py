@@ -1,0 +1,251 @@
+"""Searching the tables as a whole, with general optimisers: Optuna's TPE, and CMA-ES.
+
+Owns the spaces that they search and how they are driven: a few settings at a time, so that workers
+share them and a search run again proposes the same. Knows nothing of the coordinate stages, but
+that they leave a best setting to start from.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import cmaes
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import FloatDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState, create_trial
+
+from tuner.moves import Climb
+from tuner.search import LOG_TAU_MAX, Setting, alpha_of, log_tau_of
+from tuner.trials import Tried
+
+AT_ONCE = 4
+"""Settings that TPE proposes together, without knowing what each other costs."""
+
+MOST_MISSES = 25
+"""Proposals in a row that leave some layer without a slot to compete for, after which it ends."""
+
+KNOTS = 3
+"""Depths at which a structured table is chosen; between them it is interpolated."""
+
+LOG2_SHARE = (-3.0, 3.0)
+"""An eighth of the budget to eight times as much, before all are brought to the same total."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Numbers that stand for a setting."""
+
+    ranges: Mapping[str, tuple[float, float]]
+    start: Mapping[str, float]
+    """The numbers of the best setting so far, or of what is nearest to it."""
+    setting: Callable[[Mapping[str, float]], Setting]
+
+
+class Optimiser(Protocol):
+    """What proposes points of a space, in rounds."""
+
+    at_once: int
+
+    def ask(self) -> Mapping[str, float]:
+        """Propose a point."""
+        ...
+
+    def tell(self, costs: Sequence[float | None]) -> None:
+        """Take the costs of the last `at_once` points, in order; None: it stands for no setting."""
+        ...
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator, all dimensions together."""
+
+    at_once = AT_ONCE
+
+    def __init__(self, space: Space, cost: float, seed: int) -> None:
+        """Begin with the start of the space, which is known to `cost` so much."""
+        self._distributions = {n: FloatDistribution(*ends) for n, ends in space.ranges.items()}
+        self._study = optuna.create_study(
+            sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8)
+        )
+        self._study.add_trial(
+            create_trial(
+                params=dict(space.start), distributions=dict(self._distributions), value=cost
+            )
+        )
+        self._asked: list[optuna.Trial] = []
+
+    def ask(self) -> Mapping[str, float]:
+        """Propose a point."""
+        self._asked.append(self._study.ask(dict(self._distributions)))
+        return self._asked[-1].params
+
+    def tell(self, costs: Sequence[float | None]) -> None:
+        """Take the costs."""
+        for trial, cost in zip(self._asked, costs, strict=True):
+            self._study.tell(trial, cost, state=TrialState.FAIL if cost is None else None)
+        self._asked.clear()
+
+
+class Cma:
+    """Evolution with an adapted covariance matrix (CMA-ES), every dimension scaled to [0, 1]."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        """Begin around the start of the space."""
+        self._names = list(space.ranges)
+        self._low, high = np.array(list(space.ranges.values())).T
+        self._size = high - self._low
+        start = np.array([space.start[name] for name in self._names])
+        self._cma = cmaes.CMA(
+            mean=(start - self._low) / self._size,
+            sigma=0.15,
+            bounds=np.array([[0.0, 1.0]] * len(self._names)),
+            seed=seed,
+        )
+        self.at_once = self._cma.population_size
+        self._asked: list[NDArray[np.float64]] = []
+
+    def ask(self) -> Mapping[str, float]:
+        """Propose a point."""
+        self._asked.append(self._cma.ask())
+        values = self._low + self._size * self._asked[-1]
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def tell(self, costs: Sequence[float | None]) -> None:
+        """Take the costs. Only their order matters, so that no setting is the worst."""
+        told = [np.inf if cost is None else cost for cost in costs]
+        self._cma.tell(list(zip(self._asked, told, strict=True)))
+        self._asked.clear()
+
+
+def tpe(climb: Climb, seed: int) -> None:
+    """Search the alpha of every head by TPE; all else is the best setting's."""
+    space = every_head(climb.best.setting)
+    _drive(climb, "tpe", space, Tpe(space, climb.best.mean, seed))
+
+
+def structured(climb: Climb, seed: int, classes: Sequence[Sequence[int]] | None) -> None:
+    """Search few numbers by TPE: log tau and slots by depth, by class of head, and the protection.
+
+    `classes` [num_layers][num_kv_heads] come from a profile; None: all heads are of one.
+    """
+    space = by_depth(climb.best.setting, classes)
+    _drive(climb, "structured", space, Tpe(space, climb.best.mean, seed))
+
+
+def cma(climb: Climb, seed: int) -> None:
+    """Search the alpha and the slots of every layer, and the protection, by CMA-ES."""
+    space = by_layer(climb.best.setting)
+    _drive(climb, "cma", space, Cma(space, seed))
+
+
+def every_head(best: Setting) -> Space:
+    """One log tau for every head."""
+    heads = {
+        f"log_tau.{layer}.{head}": log_tau_of(alpha)
+        for layer, row in enumerate(best.alpha)
+        for head, alpha in enumerate(row)
+    }
+
+    def setting(numbers: Mapping[str, float]) -> Setting:
+        alpha = tuple(
+            tuple(alpha_of(numbers[f"log_tau.{layer}.{head}"]) for head in range(len(row)))
+            for layer, row in enumerate(best.alpha)
+        )
+        return replace(best, alpha=alpha)
+
+    return Space(dict.fromkeys(heads, (0.0, LOG_TAU_MAX)), heads, setting)
+
+
+def by_layer(best: Setting) -> Space:
+    """One log tau and one share for every layer, and the protection; starts from layers' means."""
+    layers = range(len(best.alpha))
+    taus = [float(np.mean([log_tau_of(alpha) for alpha in row])) for row in best.alpha]
+    shares = [float(np.clip(np.log2(share), *LOG2_SHARE)) for share in best.layer_share]
+    ranges = {f"log_tau.{layer}": (0.0, LOG_TAU_MAX) for layer in layers}
+    start = {f"log_tau.{layer}": taus[layer] for layer in layers}
+    ranges |= {f"log2_share.{layer}": LOG2_SHARE for layer in layers}
+    start |= {f"log2_share.{layer}": shares[layer] for layer in layers}
+
+    def setting(numbers: Mapping[str, float]) -> Setting:
+        chosen = _dealt(best, [2 ** numbers[f"log2_share.{layer}"] for layer in layers])
+        for layer in layers:
+            chosen = chosen.with_layer(layer, alpha_of(numbers[f"log_tau.{layer}"]))
+        return _protected(chosen, numbers)
+
+    return Space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+
+
+def by_depth(best: Setting, classes: Sequence[Sequence[int]] | None) -> Space:
+    """Log tau and share at a few depths, an offset for each further class, and the protection."""
+    layers = len(best.alpha)
+    knots = np.linspace(0, layers - 1, min(KNOTS, layers))
+    taus = np.array([np.mean([log_tau_of(alpha) for alpha in row]) for row in best.alpha])
+    shares = np.clip(np.log2(best.layer_share), *LOG2_SHARE)
+    kinds = range(1, 1 + max((kind for row in classes or () for kind in row), default=0))
+    ranges: dict[str, tuple[float, float]] = {}
+    start: dict[str, float] = {}
+    for number, knot in enumerate(knots):
+        ranges |= {f"log_tau@{number}": (0.0, LOG_TAU_MAX), f"log2_share@{number}": LOG2_SHARE}
+        start[f"log_tau@{number}"] = float(np.interp(knot, range(layers), taus))
+        start[f"log2_share@{number}"] = float(np.interp(knot, range(layers), shares))
+    ranges |= {f"class.{kind}": (-LOG_TAU_MAX / 2, LOG_TAU_MAX / 2) for kind in kinds}
+    start |= {f"class.{kind}": 0.0 for kind in kinds}
+
+    def along(numbers: Mapping[str, float], name: str) -> list[float]:
+        values = [numbers[f"{name}@{number}"] for number in range(len(knots))]
+        return [float(value) for value in np.interp(range(layers), knots, values)]
+
+    def setting(numbers: Mapping[str, float]) -> Setting:
+        offsets = [0.0, *(numbers[f"class.{kind}"] for kind in kinds)]
+        alpha = tuple(
+            tuple(
+                alpha_of(log_tau + offsets[classes[layer][head] if classes else 0])
+                for head in range(len(best.alpha[layer]))
+            )
+            for layer, log_tau in enumerate(along(numbers, "log_tau"))
+        )
+        dealt = _dealt(best, [2**power for power in along(numbers, "log2_share")])
+        return _protected(replace(dealt, alpha=alpha), numbers)
+
+    return Space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+
+
+_PROTECTION = {"recent_share": (0.0, 1.0), "sinks": (0.0, 8.0)}
+
+
+def _protection_of(best: Setting) -> dict[str, float]:
+    return {"recent_share": best.recent_share, "sinks": min(float(best.sinks), 8.0)}
+
+
+def _protected(setting: Setting, numbers: Mapping[str, float]) -> Setting:
+    share, sinks = round(numbers["recent_share"], 4), round(numbers["sinks"])
+    return replace(setting, recent_share=share, sinks=sinks)
+
+
+def _dealt(best: Setting, weights: Sequence[float]) -> Setting:
+    mean = sum(weights) / len(weights)
+    return replace(best, layer_share=tuple(round(weight / mean, 4) for weight in weights))
+
+
+def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:
+    """Let an optimiser propose until the trials end, and see what each proposal cost."""
+    number = 0
+    misses = 0
+    while climb.trials.left > 0 and misses < MOST_MISSES:
+        settings = [space.setting(optimiser.ask()) for _ in range(optimiser.at_once)]
+        feasible = list(dict.fromkeys(filter(climb.trials.feasible, settings)))
+        misses = 0 if feasible else misses + 1
+        before = climb.best
+        tried = climb.trials.measure(f"{name}/{number}", feasible, best=before)
+        costs = {one.setting: _expected(one, before) for one in tried}
+        optimiser.tell([costs.get(setting) for setting in settings])
+        # The cheapest counts, as it would for Optuna.
+        climb.best = min([before, *tried], key=lambda one: one.mean)
+        number += 1
+
+
+def _expected(one: Tried, best: Tried) -> float:
+    """The cost on all examples; of what was given up, by how it did beside the best."""
+    return best.mean + float((one.kl - best.kl[: len(one.kl)]).mean())
