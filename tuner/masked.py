@@ -5,6 +5,8 @@ attention to exactly those tokens. Its values are the walk's up to rounding; onl
 evicted if a value changed is not in its gradients. Knows nothing of what these are used for.
 """
 
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,10 @@ from a2sf.policy import EffectivePolicy
 from a2sf.teacher import Example
 from tuner.objective import full_cache
 
+SAMPLES = 3
+"""Draws for the curvature: the standard error of one figure is sqrt(2 / 3) of it, and figures are
+means over many examples."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -31,6 +37,23 @@ class Seen:
     """[rows, H_q, width, D]"""
     kept: Tensor
     """[rows, H_kv, width, width] bool: which tokens each query was given."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Derivatives with respect to each layer's attention output: of each [rows, H_q, width, D].
+
+    Of each row its own example's.
+    """
+
+    cost: tuple[Tensor, ...]
+    """Of the objective: mean KL(full cache || kept) over the counted positions, nats."""
+    scores: tuple[tuple[Tensor, ...], ...]
+    """Of the log-likelihood of what the model itself says, for each of SAMPLES draws.
+
+    The mean over draws of (score . change)^2 estimates the curvature of the cost along a change:
+    the Fisher information, which is what the Hessian of a KL is near its minimum.
+    """
 
 
 def walked(
@@ -60,23 +83,37 @@ def masked(
     return logits, attention.outputs
 
 
-def gradients(
-    model: LoadedModel, examples: Sequence[Example], seen: Sequence[Seen]
-) -> tuple[Tensor, ...]:
-    """Differentiate what eviction costs with respect to each layer's attention output.
-
-    The cost is the objective's: an example's mean KL(full cache || kept) over its counted positions
-    in nats. Returns of each layer [rows, H_q, width, D], of each row its own example's gradient.
-    """
+def gradients(model: LoadedModel, examples: Sequence[Example], seen: Sequence[Seen]) -> Gradients:
+    """Differentiate what eviction costs, and what the model says, by each attention output."""
     logits, outputs = masked(model, examples, seen)
     precision = torch.promote_types(model.dtype, torch.float32)
+    said = [log_softmax(mine.to(precision), dim=-1) for mine in logits]
     costs = [
-        kl_div(log_softmax(mine.to(precision), -1), full, reduction="none", log_target=True)
-        for mine, full in zip(logits, full_cache(model, examples), strict=True)
+        kl_div(mine, full, reduction="none", log_target=True).sum(dim=-1).mean()
+        for mine, full in zip(said, full_cache(model, examples), strict=True)
     ]
+    draws = [_drawn(example, mine) for example, mine in zip(examples, said, strict=True)]
     # Rows are strangers to each other, so the gradient of the sum is each example's own.
-    total = torch.stack([cost.sum(dim=-1).mean() for cost in costs]).sum()
-    return torch.autograd.grad(total, outputs)
+    sums = [
+        torch.stack(costs).sum(),
+        *(torch.stack(draw).sum() for draw in zip(*draws, strict=True)),
+    ]
+    cost, *scores = (torch.autograd.grad(one, outputs, retain_graph=True) for one in sums)
+    return Gradients(cost, tuple(scores))
+
+
+def _drawn(example: Example, said: Tensor) -> list[Tensor]:
+    """Log-likelihoods of SAMPLES continuations drawn from `said`, [counted, vocab], by square root.
+
+    Squares of their gradients then have the mean over counted positions as their expectation.
+    """
+    # Its own numbers for each example, whichever others are in the batch.
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(example.token_ids).encode()))
+    tokens = torch.multinomial(
+        said.detach().exp().cpu(), SAMPLES, replacement=True, generator=generator
+    )
+    found = said.gather(1, tokens.to(said.device)).sum(dim=0) / math.sqrt(len(said))
+    return list(found)
 
 
 class _Walked:

@@ -23,14 +23,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from a2sf import teacher
 from a2sf.models import LoadedModel
 from a2sf.teacher import Example
-from tuner.masked import gradients, walked
+from tuner.masked import SAMPLES, gradients, walked
 from tuner.objective import effective
 from tuner.search import Alphas, Frame, Setting
 from tuner.trials import Trials, Tried
 
 ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 
-WEIGHTINGS = ("output_error", "fisher", "fisher_coherent", "first_order", "future_mass")
+WEIGHTINGS = (
+    "output_error",
+    "fisher",
+    "fisher_coherent",
+    "first_order",
+    "second_order",
+    "future_mass",
+)
 """How a head's loss is weighed: means over examples, summed over the query heads of its group.
 
 With d(t) the attention output at position t less what the full cache gives on the same inputs, and
@@ -40,18 +47,24 @@ g(t) the gradient of the example's KL (nats, mean over its counted positions) wi
     fisher           sum over t of (g(t) . d(t))^2, as if effects of unlike sign never cancelled
     fisher_coherent  (sum over t of g(t) . d(t))^2, where they do
     first_order      sum over t of g(t) . d(t), in nats: the predicted change of the KL itself
+    second_order     first_order and half of c's curvature: c is the change from the base's output
     future_mass      mean over t of what the full row pays to tokens that are evicted by then
 
 Each less its value at the base's alpha, so that lower is better and the base is 0. Errors are taken
 against the full cache and not against the base, or no square could ever be less than the base's. t
 runs over all tokens: a prompt in one block loses nothing, and one in several loses within itself.
+
+Measured (packaged model, recall, 16 examples, ratio .2, around uniform .99, which costs 2.92 nats):
+over 96 changes of single heads, second_order ranks as the changes cost with a Spearman correlation
+of .71, output_error .32, first_order .14, the others below .25. All that second_order proposes
+together costs .27 nats less than the base, all that the others propose no less than the base.
 """
 
 BATCH = 8
 """Examples profiled together."""
 
-_OTHER_PASSES = 5
-"""The full cache, the base, the pass that gradients flow through, and 2 for the gradients."""
+_OTHER_PASSES = 5 + 2 * SAMPLES
+"""The full cache, the base, the pass that gradients flow through, and 2 for each gradient."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class _Batch:
         paid = _paid(query, keys, seen.scale)
 
         def weighed(output: Tensor, kept: Tensor) -> Tensor:
-            return self._weighed(self._gradients[layer], output - full, paid, kept)
+            return self._weighed(layer, output - full, output - seen.output, paid, kept)
 
         yield weighed(seen.output, seen.kept)
         for alpha in alphas:
@@ -253,7 +266,9 @@ class _Batch:
                 )
             )
 
-    def _weighed(self, gradient: Tensor, error: Tensor, paid: Tensor, kept: Tensor) -> Tensor:
+    def _weighed(
+        self, layer: int, error: Tensor, change: Tensor, paid: Tensor, kept: Tensor
+    ) -> Tensor:
         real = self._real[:, None]
         share = real / real.sum(dim=-1, keepdim=True)
         rows, kv_heads, width = kept.shape[:3]
@@ -263,7 +278,9 @@ class _Batch:
             return values.double().sum(dim=-1).view(rows, kv_heads, -1, width).sum(dim=2)
 
         # No gradient reaches padding.
-        effect = grouped(gradient * error)
+        effect = grouped(self._gradients.cost[layer] * error)
+        scores = [grouped(draw[layer] * change).sum(dim=-1) for draw in self._gradients.scores]
+        curvature = torch.stack(scores).square().mean(dim=0)
         lost = paid.masked_fill(kept, 0.0).sum(dim=-1, dtype=torch.float64)
         return torch.stack(
             [
@@ -271,6 +288,7 @@ class _Batch:
                 effect.square().sum(dim=-1),
                 effect.sum(dim=-1).square(),
                 effect.sum(dim=-1),
+                effect.sum(dim=-1) + curvature / 2,
                 (lost * share).sum(dim=-1),
             ]
         )

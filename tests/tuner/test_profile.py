@@ -19,6 +19,7 @@ from a2sf.schema import UniformSetting
 from a2sf.teacher import Example
 from tests.tuner.planted import FRAME as PLANTED_FRAME
 from tests.tuner.planted import Planted, table, trials_of
+from tuner import masked as doubles
 from tuner import profile as profiles
 from tuner.masked import gradients, masked, walked
 from tuner.objective import Objective, effective
@@ -93,9 +94,9 @@ def test_plain_attention_to_what_was_kept_gives_the_scans_logits(
         assert not torch.allclose(mine.detach(), whole.logits, atol=0.1)
 
 
-def nudged_cost(model: LoadedModel, chosen: list[EffectivePolicy], layer: int, by: Tensor) -> Any:
-    """Each example's KL, with tokens evicted as under the policies and one output moved by `by`."""
-    seen = walked(model, EXAMPLES, chosen)
+def nudged(model: LoadedModel, layer: int, by: Tensor) -> list[Tensor]:
+    """What each example's probabilities are when a layer's output is moved by `by`."""
+    seen = walked(model, EXAMPLES, policies(model, BASE))
 
     def attend(index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         logits = query @ keys.repeat_interleave(2, dim=1).transpose(-1, -2) * scale
@@ -109,29 +110,47 @@ def nudged_cost(model: LoadedModel, chosen: list[EffectivePolicy], layer: int, b
     for row, one in enumerate(EXAMPLES):
         ids[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
     hidden = model.hidden_states(ids, torch.arange(48).expand(3, -1), attend)
-    costs = []
-    for row, one in enumerate(EXAMPLES):
-        q = model.logits(hidden[row, list(one.counted)]).softmax(-1)
-        (full,) = teacher.predict(model, [one], None)
-        p = full.logits.softmax(-1)
-        costs.append(float((p * (p / q).log()).sum(-1).mean()))
-    return np.array(costs)
+    return [
+        model.logits(hidden[row, list(one.counted)]).softmax(-1) for row, one in enumerate(EXAMPLES)
+    ]
+
+
+def divergences(ps: list[Tensor], qs: list[Tensor]) -> Any:
+    """Each example's mean KL in nats."""
+    pairs = zip(ps, qs, strict=True)
+    return np.array([float((p * (p / q).log()).sum(-1).mean()) for p, q in pairs])
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_gradient_is_what_a_nudge_of_one_output_does_to_the_divergence(
     tiny_model_64: LoadedModel, layer: int
 ) -> None:
-    chosen = policies(tiny_model_64, BASE)
-    gradient = gradients(tiny_model_64, EXAMPLES, walked(tiny_model_64, EXAMPLES, chosen))[layer]
+    seen = walked(tiny_model_64, EXAMPLES, policies(tiny_model_64, BASE))
+    gradient = gradients(tiny_model_64, EXAMPLES, seen).cost[layer]
     nudge = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(3)).double()
+    full = [one.logits.softmax(-1) for one in teacher.predict(tiny_model_64, EXAMPLES, None)]
     # Norms are computed in float32 whatever the model is, which smaller steps would drown in.
     step = 1e-3
-    up = nudged_cost(tiny_model_64, chosen, layer, step * nudge)
-    down = nudged_cost(tiny_model_64, chosen, layer, -step * nudge)
+    up = divergences(full, nudged(tiny_model_64, layer, step * nudge))
+    down = divergences(full, nudged(tiny_model_64, layer, -step * nudge))
     predicted = (gradient * nudge).sum(dim=(1, 2, 3)).numpy()
     assert np.abs(predicted).min() > 1e-3
     np.testing.assert_allclose((up - down) / (2 * step), predicted, rtol=5e-3)
+
+
+def test_the_draws_estimate_how_far_a_nudge_takes_the_model_from_itself(
+    tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubles, "SAMPLES", 300)
+    seen = walked(tiny_model_64, EXAMPLES, policies(tiny_model_64, BASE))
+    found = gradients(tiny_model_64, EXAMPLES, seen)
+    nudge = torch.randn(seen[2].output.shape, generator=torch.Generator().manual_seed(5)).double()
+    scores = torch.stack([(draw[2] * nudge).sum(dim=(1, 2, 3)) for draw in found.scores])
+    estimated = scores.square().mean(dim=0).numpy() / 2
+    step = 0.02
+    still = nudged(tiny_model_64, 2, 0 * nudge)
+    moved = nudged(tiny_model_64, 2, step * nudge)
+    np.testing.assert_allclose(estimated, divergences(still, moved) / step**2, rtol=0.25)
 
 
 def test_every_weighting_is_the_written_out_sum_over_positions_and_the_group(
@@ -139,14 +158,16 @@ def test_every_weighting_is_the_written_out_sum_over_positions_and_the_group(
 ) -> None:
     model = tiny_model_64
     base = walked(model, EXAMPLES, policies(model, BASE))
-    gradient = gradients(model, EXAMPLES, base)
+    found_gradients = gradients(model, EXAMPLES, base)
 
     def written_out(setting: Setting, layer: int, head: int) -> list[float]:
         seen = walked(model, EXAMPLES, policies(model, setting))[layer]
         query, keys, values = seen.projected
-        totals = np.zeros(5)
+        gradient, draws = found_gradients.cost, found_gradients.scores
+        totals = np.zeros(6)
         for row, one in enumerate(EXAMPLES):
             error = squares = effects = future = 0.0
+            scores = [0.0] * 3
             for t in range(len(one.token_ids)):
                 effect = 0.0
                 for h in (2 * head, 2 * head + 1):
@@ -155,11 +176,15 @@ def test_every_weighting_is_the_written_out_sum_over_positions_and_the_group(
                     off = seen.output[row, h, t] - weights @ values[row, head, : t + 1]
                     error += float(off @ off) / len(one.token_ids)
                     effect += float(off @ gradient[layer][row, h, t])
+                    change = seen.output[row, h, t] - base[layer].output[row, h, t]
+                    for number, draw in enumerate(draws):
+                        scores[number] += float(change @ draw[layer][row, h, t])
                     lost = weights[~seen.kept[row, head, t, : t + 1]].sum()
                     future += float(lost) / len(one.token_ids)
                 squares += effect**2
                 effects += effect
-            totals += [error, squares, effects**2, effects, future]
+            second = effects + sum(score**2 for score in scores) / 3 / 2
+            totals += [error, squares, effects**2, effects, second, future]
         return list(totals / len(EXAMPLES))
 
     for layer, head, at in [(0, 1, 0), (1, 0, 2), (2, 0, 3), (2, 1, 1)]:
@@ -188,7 +213,7 @@ def test_examples_profiled_in_several_batches_come_to_the_same(
     apart = profile(tiny_model_64, EXAMPLES, FRAME, BASE, ALPHAS)
     for name in WEIGHTINGS:
         np.testing.assert_allclose(apart.costs[name], known.costs[name], rtol=1e-5, atol=1e-10)
-    assert apart.evaluations == known.evaluations == 5 + 4
+    assert apart.evaluations == known.evaluations == 11 + 4
 
 
 def test_nothing_costs_anything_where_nothing_is_evicted(tiny_model_64: LoadedModel) -> None:
@@ -200,13 +225,13 @@ def test_nothing_costs_anything_where_nothing_is_evicted(tiny_model_64: LoadedMo
         assert np.abs(costs).max() < 1e-12
 
 
-def test_first_order_predicts_the_measured_change_where_effects_are_small(
+def test_both_orders_predict_the_measured_change_where_effects_are_small(
     tiny_model_dir: Path,
 ) -> None:
     model = load_model(str(tiny_model_dir), device="cpu", dtype="float64")
     # The last layer whispers: what it loses moves the logits a little, and evicts nothing above.
     model.module.get_decoder().layers[2].self_attn.o_proj.weight.mul_(0.01)
-    found = profile(model, EXAMPLES, FRAME, BASE, ALPHAS).costs["first_order"][2]
+    costs = profile(model, EXAMPLES, FRAME, BASE, ALPHAS).costs
     objective = Objective(model, EXAMPLES, label="test")
     base = objective.cost(FRAME.policy(BASE)).mean
     measured = np.array(
@@ -216,8 +241,10 @@ def test_first_order_predicts_the_measured_change_where_effects_are_small(
         ]
     )
     assert np.ptp(measured) > 1e-4
-    assert stats.pearsonr(found.ravel(), measured.ravel()).statistic > 0.99
-    assert np.abs(found - measured).max() < 0.1 * np.abs(measured).max()
+    for name in ("first_order", "second_order"):
+        found = costs[name][2]
+        assert stats.pearsonr(found.ravel(), measured.ravel()).statistic > 0.99
+        assert np.abs(found - measured).max() < 0.1 * np.abs(measured).max()
 
 
 def test_a_packed_model_is_refused_for_its_gradients_would_be_wrong(
@@ -233,7 +260,7 @@ def test_a_packed_model_is_refused_for_its_gradients_would_be_wrong(
 def test_a_profile_comes_back_from_json_as_it_was(known: Profile) -> None:
     text = json.dumps(known.document(), allow_nan=False)
     back = Profile.of(json.loads(text))
-    assert (back.base, back.alphas, back.evaluations) == (BASE.alpha, ALPHAS, 9.0)
+    assert (back.base, back.alphas, back.evaluations) == (BASE.alpha, ALPHAS, 15.0)
     assert list(back.costs) == list(WEIGHTINGS)
     for name in WEIGHTINGS:
         assert back.costs[name].dtype == np.float64
