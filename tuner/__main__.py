@@ -1,24 +1,22 @@
 """The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` and
 `report` show what was found.
 
-Owns the flags, the checks that cost nothing, and how failures are told: one line on stderr, exit
+Owns the flags and how failures are told: one line on stderr, exit
 code 2 for what the user can mend, 130 when interrupted. Knows nothing of how a table is found.
 """
 
-import math
 import os
 import re
-import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from a2sf.errors import A2SFError, InvalidArgument, NotFound
+from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.schema import load_table, save_table
+from tuner.options import check_ranges, check_writable, numbers, without_paths
 
 DEFAULT_RATIO = 0.2
 
@@ -108,7 +106,7 @@ def fit(
     --stages: slots, layers, heads, protection, polish. A table whose layers have unequal slots
     needs a server whose rows are shaped for it; leave slots out for one that any server takes.
     """
-    _check_ranges(
+    check_ranges(
         {
             "budget": (budget, 1, None),
             "trials": (trials, 0, None),
@@ -132,7 +130,7 @@ def fit(
         raise InvalidArgument(
             "--name", f"{name!r}; accepted: up to 100 letters, digits, dots, dashes, underscores"
         )
-    _check_writable(out)
+    check_writable(out)
 
     if minutes is not None and not minutes > 0:
         raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0")
@@ -231,7 +229,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
-    _check_ranges(
+    check_ranges(
         {
             "examples": (examples, 2, None),
             "length": (length, 32, None),
@@ -243,12 +241,12 @@ def evaluate(
         raise InvalidArgument("--split", f"{split!r}; accepted: validation, calibration")
     if ratios is None and slots is None:
         ratios = f"{DEFAULT_RATIO}"
-    shares = _numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
-    tokens = _numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
-    before = _numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
+    shares = numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
+    tokens = numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
+    before = numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
     for option, path in (("--json", json), ("--html", html)):
         if path is not None:
-            _check_writable(path, option)
+            check_writable(path, option)
 
     # What follows needs seconds to import, and the flags above are checked without it.
     from tuner import evaluate as evaluation
@@ -273,7 +271,7 @@ def evaluate(
                 revision=revision,
                 device=device,
                 dtype=dtype,
-                command=_command(),
+                command=without_paths(sys.argv[1:]),
             )
         )
     except KeyboardInterrupt:
@@ -303,7 +301,7 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML report of a table; `tables show` prints the same figures."""
-    _check_writable(html, "--html")
+    check_writable(html, "--html")
     table = load_table(file)
 
     # What follows needs seconds to import, and the table is checked without it.
@@ -335,49 +333,6 @@ def main() -> None:
         app(arguments, prog_name="a2sf-tune")
     except A2SFError as error:
         _fail(str(error))
-
-
-def _check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None:
-    for name, (value, low, high) in values.items():
-        if value is not None and (value < low or (high is not None and value > high)):
-            accepted = f"{low} or more" if high is None else f"{low} to {high}"
-            raise InvalidArgument(f"--{name}", f"{value}; accepted: {accepted}")
-
-
-def _check_writable(out: Path, option: str = "--out") -> None:
-    directory = out.parent
-    if not directory.is_dir():
-        raise NotFound(f"{option} {out}: there is no directory {directory}; make it first")
-    if out.is_dir():
-        raise InvalidArgument(option, f"{out} is a directory; give a file")
-    if not os.access(directory, os.W_OK):
-        raise InvalidArgument(option, f"{directory} cannot be written to")
-
-
-def _numbers(
-    option: str, written: str | None, accepted: str, fits: Callable[[float], bool]
-) -> list[float]:
-    """A list of numbers, comma between them, in the order given."""
-    values: list[float] = []
-    for one in (written or "").split(","):
-        if not one.strip():
-            continue
-        try:
-            value = float(one)
-        except ValueError:
-            value = math.nan
-        if not fits(value) or value in values:
-            raise InvalidArgument(
-                option, f"{one.strip()!r}; accepted: {accepted}, each once, comma between them"
-            )
-        values.append(value)
-    return values
-
-
-def _command() -> str:
-    """The command line as given, but for the directories that paths stand in."""
-    words = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
-    return shlex.join(["python", "-m", "tuner", *words])
 
 
 def _fail(message: str) -> NoReturn:

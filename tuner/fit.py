@@ -1,41 +1,34 @@
 """One fit, from a dataset's name to a sealed table.
 
-Owns the order of things (the best uniform setting, the stages that climb from it, the proof on
-held-out examples) and the verdict. Written as if it ran alone: the ledger shares what is measured
-among workers, and remembers it. Knows nothing of command lines or printing; progress goes to
-standard error as bars.
+Owns the order of things: the best uniform setting, the stages that climb from it, the proof on
+held-out examples. Written as if it ran alone: the ledger shares what is measured among workers, and
+remembers it. Knows nothing of command lines or printing; progress goes to standard error as bars.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import optuna
-from tqdm import tqdm
 
 from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import CachePolicy
 from a2sf.schema import (
     AlphaTable,
     Calibration,
     Estimate,
-    Evidence,
     Search,
-    Stage,
-    TablePolicy,
     UniformSetting,
     seal,
 )
 from a2sf.teacher import Example
-from tuner import datasets, objective, packing, profile, samplers, statistics
+from tuner import datasets, objective, packing, profile, proof, samplers, statistics
 from tuner.ledger import Ledger
 from tuner.moves import Climb
-from tuner.objective import Candidate, Cost, Objective
+from tuner.objective import Objective
 from tuner.search import Frame
 from tuner.storage import open_storage
 from tuner.trials import Account, Trials, Tried
@@ -43,8 +36,6 @@ from tuner.uniform import best_uniform
 
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
-
-COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 
 EDITION = 2
 """Raised when the search changes so that trials of an earlier one no longer compare."""
@@ -165,13 +156,13 @@ def fit(settings: Settings) -> Outcome:
     fitted = frame.policy(list(found.bests.values())[-1].setting)
     uniform = frame.policy(frame.uniform(found.uniform))
 
-    proof = Objective(model, held_out, label="held out")
+    unseen = Objective(model, held_out, label="held out")
     stages = {name: frame.policy(best.setting) for name, best in found.bests.items()}
-    presets = baselines(frame, found.uniform, settings.seed)
-    costs = _prove(proof, {"table": fitted, "uniform": uniform, **presets}, stages)
+    presets = proof.baselines(frame, found.uniform, settings.seed)
+    costs = proof.prove(unseen, {"table": fitted, "uniform": uniform, **presets}, stages)
     compared = {name: costs[name] for name in ("table", "uniform", *presets)}
     split = "+".join(dict.fromkeys(dataset.validation.split for dataset in chosen))
-    evidence = judge(compared, found.uniform, names, split, settings.seed)
+    evidence = proof.judge(compared, found.uniform, names, split, settings.seed)
     wins = evidence.verdict == "better" or settings.keep_table
     table = seal(
         name=settings.name,
@@ -193,8 +184,15 @@ def fit(settings: Settings) -> Outcome:
             storage=storage_kind,
             wall_seconds=round(sum(a.seconds for a in found.accounts.values()), 1),
             stages=tuple(
-                _stage(name, found, costs[f"stage {name}"].kl, costs["uniform"].kl, settings.seed)
-                for name in found.bests
+                proof.stage(
+                    name,
+                    found.accounts[name],
+                    best,
+                    costs[f"stage {name}"].kl,
+                    costs["uniform"].kl,
+                    settings.seed,
+                )
+                for name, best in found.bests.items()
             ),
         ),
         created_at=datetime.now(UTC).replace(microsecond=0),
@@ -202,7 +200,7 @@ def fit(settings: Settings) -> Outcome:
     )
     return Outcome(
         table=table,
-        full_nll=statistics.estimate(proof.full_nll, seed=settings.seed),
+        full_nll=statistics.estimate(unseen.full_nll, seed=settings.seed),
         nll={
             name: statistics.estimate(cost.nll, seed=settings.seed)
             for name, cost in compared.items()
@@ -245,64 +243,6 @@ def search(
         most -= trials.accounts[name].trials
         bests[name] = climb.best
     return Found(uniform, bests, trials.accounts)
-
-
-def baselines(frame: Frame, uniform: UniformSetting, seed: int) -> dict[str, Candidate]:
-    """The known methods that the table is compared with, at its budget.
-
-    The presets protect what they always protect; random protects what the best uniform setting
-    does, so that it shows what the score adds to the protection.
-    """
-    base = CachePolicy(
-        budget=frame.budget, budget_ratio=frame.budget_ratio, prefill_chunk=frame.prefill_chunk
-    )
-    presets = {name: base.model_copy(update={"preset": name}) for name in COMPARED_PRESETS}
-    protected = {"recent_share": uniform.recent_share, "sinks": uniform.sinks}
-    presets["random"] = presets["random"].model_copy(update={**protected, "random_seed": seed})
-    return dict(presets)
-
-
-def judge(
-    costs: dict[str, Cost], uniform: UniformSetting, dataset: str, split: str, seed: int
-) -> Evidence:
-    """Turn held-out costs (`table`, `uniform` and further baselines) into figures and a verdict.
-
-    The table was chosen on other examples, so its own figure is not the best of many. It is
-    compared with several baselines, though: better means that the whole paired interval of table
-    minus uniform lies below 0, and that its p-value stays small once all of them are paid for.
-    """
-    ours = costs["table"].kl
-    others = {name: cost.kl for name, cost in costs.items() if name != "table"}
-    paired = {name: statistics.difference(ours, kl, seed=seed) for name, kl in others.items()}
-    p_values = statistics.sign_flip_p([ours - kl for kl in others.values()], seed=seed)
-    p_holm = dict(zip(others, statistics.holm(p_values), strict=True))
-    sure = paired["uniform"].high < 0 and p_holm["uniform"] < 1 - statistics.CONFIDENCE
-    return Evidence(
-        objective=objective.DESCRIPTION,
-        dataset=dataset,
-        split=split,
-        examples=len(ours),
-        confidence=statistics.CONFIDENCE,
-        table=statistics.estimate(ours, seed=seed),
-        baselines={name: statistics.estimate(kl, seed=seed) for name, kl in others.items()},
-        paired=paired,
-        p_holm=p_holm,
-        uniform=uniform,
-        verdict="better" if sure else "no_better_than_uniform",
-    )
-
-
-def _stage(name: str, found: Found, kl: np.ndarray, uniform: np.ndarray, seed: int) -> Stage:
-    account = found.accounts[name]
-    return Stage(
-        name=name,
-        trials=account.trials,
-        evaluations=round(account.evaluations, 2),
-        seconds=round(account.seconds, 1),
-        calibration=found.bests[name].mean,
-        held_out=statistics.estimate(kl, seed=seed),
-        paired=statistics.difference(kl, uniform, seed=seed),
-    )
 
 
 def _examples(
@@ -353,15 +293,3 @@ def _check_budgets(model: LoadedModel, frame: Frame, examples: Sequence[Example]
             f"{budgets[longest]} tokens hold even the longest example of {longest} tokens whole, "
             "so that nothing would be evicted; lower the budget, or raise --length",
         )
-
-
-def _prove(
-    held_out: Objective, candidates: Mapping[str, Candidate], stages: Mapping[str, TablePolicy]
-) -> dict[str, Cost]:
-    """Measure the candidates and, as `stage NAME`, what the stages came to; each policy once."""
-    named = {**candidates, **{f"stage {name}": policy for name, policy in stages.items()}}
-    different = list(dict.fromkeys(named.values()))
-    costs = held_out.costs(different)
-    bar = tqdm(costs, total=len(different), desc="held out", unit="policy", leave=False)
-    known = dict(zip(different, bar, strict=True))
-    return {name: known[policy] for name, policy in named.items()}
