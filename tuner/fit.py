@@ -211,38 +211,52 @@ def fit(settings: Settings) -> Outcome:
 def search(
     trials: Trials, stages: Sequence[str], most: int, seed: int, load: Callable[[], LoadedModel]
 ) -> Found:
-    """Find the best uniform setting, then climb from it through the stages.
+    """Find the best uniform setting, with as many trials for its refinement, and climb from it."""
+    uniform, best = best_uniform(trials, most)
+    bests = {"uniform": best, **climb(trials, best, stages, most, seed, load)}
+    return Found(uniform, bests, trials.accounts)
+
+
+def climb(
+    trials: Trials,
+    best: Tried,
+    stages: Sequence[str],
+    most: int,
+    seed: int,
+    load: Callable[[], LoadedModel],
+) -> dict[str, Tried]:
+    """Climb through the stages; return the best setting after each.
 
     Args:
         trials: measures.
+        best: where to start.
         stages: names of STAGES, in order.
         most: trials of all stages together; those that end only with the trials get equal parts of
-            what is left. The refinement of the uniform setting may take as many again.
+            what is left.
         seed: of what is drawn at random, which only `tpe`, `structured` and `cma` do.
         load: loads the model once more, so that gradients flow through it; for `profile`.
     """
-    uniform, best = best_uniform(trials, most)
-    bests = {"uniform": best}
-    climb = Climb(trials, best)
+    bests = {}
+    way = Climb(trials, best)
     classes: list[list[int]] | None = None
     for number, name in enumerate(stages):
         sharing = sum(stage in OPEN for stage in stages[number:]) if name in OPEN else 1
         with trials.stage(name, most // sharing):
             match name:
                 case "profile":
-                    found = profile.run(trials, climb.best, load)
-                    climb.best, classes = found.best, profile.classes(found.profile, CLASSES)
+                    found = profile.run(trials, way.best, load)
+                    way.best, classes = found.best, profile.classes(found.profile, CLASSES)
                 case "tpe":
-                    samplers.tpe(climb, seed)
+                    samplers.tpe(way, seed)
                 case "structured":
-                    samplers.structured(climb, seed, classes)
+                    samplers.structured(way, seed, classes)
                 case "cma":
-                    samplers.cma(climb, seed)
+                    samplers.cma(way, seed)
                 case _:
-                    getattr(climb, name)()
+                    getattr(way, name)()
         most -= trials.accounts[name].trials
-        bests[name] = climb.best
-    return Found(uniform, bests, trials.accounts)
+        bests[name] = way.best
+    return bests
 
 
 def _examples(

@@ -1,0 +1,132 @@
+"""What each way of searching finds with the same number of trials.
+
+Owns one comparison: from the same best uniform setting, on the same calibration examples, each plan
+of stages gets the same trials, and what it finds is judged on the same held-out examples. Repeated
+over seeds, which draw the examples and whatever a plan draws.
+
+    python -m benchmarks.tuning [--dataset recall] [--trials 100] [--seeds 5] [--out FILE]
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import optuna
+import torch
+import typer
+from optuna.storages import InMemoryStorage
+
+from a2sf.models import load_model
+from benchmarks import RESULTS, save
+from tuner import datasets, packing
+from tuner.fit import DEFAULT_STAGES, climb
+from tuner.ledger import Ledger
+from tuner.objective import Objective
+from tuner.search import Frame
+from tuner.trials import Trials
+from tuner.uniform import best_uniform
+
+PLANS: dict[str, tuple[str, ...]] = {
+    "tpe": ("tpe",),
+    "alphas": ("layers", "heads", "protection", "polish"),
+    "default": DEFAULT_STAGES,
+    "profile": ("profile",),
+    "structured": ("structured",),
+    "cma": ("cma",),
+}
+"""What is compared: Optuna's TPE over all heads; the climb in alphas alone and with the slots of
+layers, as the tuner does by itself; and the others, each alone."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one plan found with one seed; costs are mean KL in nats."""
+
+    seed: int
+    plan: str
+    calibration: float
+    held_out: float
+    held_out_uniform: float
+    trials: int
+    evaluations: float
+    """Passes over all calibration examples through all layers."""
+    seconds: float
+
+
+def _trials(seen: Objective, frame: Frame) -> Trials:
+    return Trials(Ledger(InMemoryStorage(), "tuning", {}), seen, frame)
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="As for a fit.")] = "recall",
+    plans: Annotated[str, typer.Option(help="Of PLANS, with commas.")] = ",".join(PLANS),
+    trials: Annotated[int, typer.Option(help="For each plan, beside the uniform stage.")] = 100,
+    examples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
+    holdout: Annotated[int, typer.Option(help="Held-out sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Most tokens of one.")] = 512,
+    ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
+    seeds: Annotated[int, typer.Option(help="Repetitions.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+) -> None:
+    """Compare ways of searching, and write the figures."""
+    torch.set_num_threads(threads)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    chosen = {name: PLANS[name] for name in plans.split(",")}
+    model = load_model("reference", device="cpu")
+    reload = partial(load_model, "reference", device="cpu", pack=False)
+    data = datasets.load(dataset, datasets.data_directory(None))
+    shape = model.shape
+    frame = Frame(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
+    make = partial(packing.examples, model, length=length)
+    unseen = Objective(model, make(data.validation, count=holdout, seed=0), label="held out")
+    rows: list[Row] = []
+    for seed in range(seeds):
+        seen = Objective(
+            model, make(data.calibration, count=examples, seed=seed), label="calibration"
+        )
+        _, uniform = best_uniform(_trials(seen, frame), trials)
+        bar = unseen.cost(frame.policy(uniform.setting)).mean
+        for name, stages in chosen.items():
+            plan = _trials(seen, frame)
+            best = list(climb(plan, uniform, stages, trials, seed, reload).values())[-1]
+            accounts = plan.accounts.values()
+            rows.append(
+                Row(
+                    seed=seed,
+                    plan=name,
+                    calibration=round(best.mean, 4),
+                    held_out=round(unseen.cost(frame.policy(best.setting)).mean, 4),
+                    held_out_uniform=round(bar, 4),
+                    trials=sum(account.trials for account in accounts),
+                    evaluations=round(sum(account.evaluations for account in accounts), 1),
+                    seconds=round(sum(account.seconds for account in accounts), 1),
+                )
+            )
+            typer.echo(rows[-1])
+    summary = {}
+    for name in chosen:
+        costs = [row.held_out for row in rows if row.plan == name]
+        low, median, high = np.percentile(costs, [0, 50, 100]).round(4).tolist()
+        summary[name] = {"median": median, "range": [low, high]}
+        typer.echo(f"{name:12s} median {median:.4f} nats [{low:.4f}, {high:.4f}]")
+    save(
+        out or RESULTS / f"tuning-{dataset}.json",
+        model,
+        model=model.identity.id,
+        dataset=dataset,
+        trials=trials,
+        examples=examples,
+        holdout=holdout,
+        length=length,
+        budget_ratio=ratio,
+        held_out_nats=summary,
+        rows=[asdict(row) for row in rows],
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
