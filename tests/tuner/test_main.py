@@ -1,7 +1,6 @@
 """The command line: what is printed, what is written, and failures in one line."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -238,46 +237,73 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
     assert table.evidence.baselines["random"].mean > table.evidence.baselines["uniform"].mean
 
 
+def fit_under(name: str, small_fit: list[object], tmp_path: Path) -> subprocess.Popen[str]:
+    """A process that fits the small data with forty trials, its files by this name."""
+    return subprocess.Popen(
+        command(
+            *(*small_fit, "--trials", 40, "--name", "sums"),
+            *("--out", tmp_path / f"{name}.json"),
+        ),
+        cwd=ROOT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], file: Path) -> AlphaTable:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return load_table(file)
+
+
+def wait_for_trials(process: subprocess.Popen[str], journal: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(finished(journal)) < count:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Path) -> None:
-    arguments = command(*small_fit, "--trials", 40)
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-
-    def whole(name: str) -> AlphaTable:
-        done = subprocess.run(
-            [*arguments, "--out", tmp_path / f"{name}.json", "--name", "sums"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return load_table(tmp_path / f"{name}.json")
-
     journal = tmp_path / "killed.journal"
-    first = subprocess.Popen(
-        [*arguments, "--out", tmp_path / "killed.json", "--name", "sums"],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
+    first = fit_under("killed", small_fit, tmp_path)
     # Killed somewhere among the tables, after the grid of 88.
-    while len(kept := finished(journal)) < 125:
-        assert first.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    wait_for_trials(first, journal, 125)
+    first.kill()
+    first.communicate()
+    kept = finished(journal)
     assert not (tmp_path / "killed.json").exists()
 
-    resumed, undisturbed = whole("killed"), whole("undisturbed")
+    resumed = wait_for(fit_under("killed", small_fit, tmp_path), tmp_path / "killed.json")
+    whole = wait_for(fit_under("whole", small_fit, tmp_path), tmp_path / "whole.json")
     assert finished(journal)[: len(kept)] == kept
     assert len(set(finished(journal))) == len(finished(journal))
-    assert resumed.search.trials == undisturbed.search.trials == 40
-    assert (resumed.policy, resumed.evidence) == (undisturbed.policy, undisturbed.evidence)
+    assert resumed.search.trials == whole.search.trials == 40
+    assert (resumed.policy, resumed.evidence) == (whole.policy, whole.evidence)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_three_workers_one_of_them_killed_find_what_one_finds(
+    small_fit: list[object], tmp_path: Path
+) -> None:
+    journal = tmp_path / "shared.journal"
+    workers = [fit_under("shared", small_fit, tmp_path) for _ in range(3)]
+    wait_for_trials(workers[0], journal, 60)
+    workers[0].kill()
+    workers[0].communicate()
+    tables = [wait_for(worker, tmp_path / "shared.json") for worker in workers[1:]]
+    alone = wait_for(fit_under("alone", small_fit, tmp_path), tmp_path / "alone.json")
+    measured = finished(journal)
+    assert len(set(measured)) == len(measured)
+    assert sorted(measured) == sorted(finished(tmp_path / "alone.journal"))
+    for table in tables:
+        assert table.search.trials == 40
+        assert (table.policy, table.evidence) == (alone.policy, alone.evidence)
 
 
 def finished(journal: Path) -> list[tuple[str, int]]:
