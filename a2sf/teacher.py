@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from a2sf.attention import BlockPass, DecodePass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
+from a2sf.kept import Kept, Similarity
 from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy
 
@@ -140,7 +141,7 @@ def walk(
         The attention output [rows, H_q, width, D], and which tokens each query was given,
         [rows, H_kv, width, width] bool. Padding's are meaningless.
     """
-    kept = _Kept()
+    kept = Kept()
     scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, kept)
     output = scan(layer, *projected, scale)
     return output, kept.causal()
@@ -167,7 +168,7 @@ def _passes(
                 yield rows, _Full()
                 continue
             part = [examples[i] for i in rows]
-            watch = _Similarity(part) if similarity else None
+            watch = Similarity([example.counted for example in part]) if similarity else None
             yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, watch)
 
 
@@ -186,76 +187,10 @@ def _predictions(
     return [
         Prediction(
             logits=model.logits(hidden[row, list(example.counted)]).to(precision),
-            similarity=watch.of(row) if isinstance(watch, _Similarity) else None,
+            similarity=watch.of(row) if isinstance(watch, Similarity) else None,
         )
         for row, example in enumerate(examples)
     ]
-
-
-class _Kept:
-    """Which tokens each query of a layer could see."""
-
-    def __init__(self) -> None:
-        self._kept = torch.empty(0)
-
-    def begin(self, keys: Tensor) -> None:
-        """Begin a layer of keys [rows, H_kv, width, D]."""
-        rows, kv_heads, width, _ = keys.shape
-        # One more place each way takes what lies beyond: padding's queries, empty slots.
-        shape = (rows, kv_heads, width + 1, width + 1)
-        self._kept = torch.zeros(shape, dtype=torch.bool, device=keys.device)
-
-    def block(self, first: int, tokens: int, slots: Slots) -> None:
-        """Note what the queries at first .. first + tokens - 1 of every row were given."""
-        self._kept[:, :, first : first + tokens] = self._stored(slots)[:, :, None]
-
-    def step(self, at: Tensor, slots: Slots) -> None:
-        """Note what the one query of each row, at position `at` [rows], was given."""
-        rows = torch.arange(len(at), device=at.device)
-        query = at.clamp(max=self._kept.shape[2] - 1)
-        self._kept[rows, :, query] = self._stored(slots)
-
-    def _stored(self, slots: Slots) -> Tensor:
-        width = self._kept.shape[-1]
-        stored = torch.zeros_like(self._kept[:, :, 0])
-        return stored.scatter_(2, slots.position[0].clamp(max=width - 1).long(), True)
-
-    def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
-        """End a layer of query [rows, H_q, width, D] and keys [rows, H_kv, width, D]."""
-
-    def causal(self) -> Tensor:
-        """What was noted, without the tokens after each query: [rows, H_kv, width, width] bool."""
-        return self._kept[:, :, :-1, :-1].tril()
-
-
-class _Similarity(_Kept):
-    """How much of each counted query's full row the tokens that it could see make up."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        super().__init__()
-        self._counted = [list(example.counted) for example in examples]
-        self._layers: list[list[Tensor]] = []
-
-    def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
-        """Compare the rows of a layer: query [rows, H_q, width, D], keys [rows, H_kv, width, D]."""
-        kv_heads, width = keys.shape[1:3]
-        group = query.shape[1] // kv_heads
-        means = []
-        for row, counted in enumerate(self._counted):
-            at = torch.tensor(counted, device=keys.device)
-            q = query[row][:, at].float().view(kv_heads, group, len(counted), -1)
-            logits = q @ keys[row][:, None].float().transpose(-1, -2) * scale
-            unseen = torch.arange(width, device=keys.device) > at[:, None]
-            squares = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).square()
-            kept = self._kept[row][:, at, :width]
-            # The kept part of a row points where the renormalised row does: cosines are the same.
-            cosine = ((squares * kept[:, None]).sum(dim=-1) / squares.sum(dim=-1)).sqrt()
-            means.append(cosine.mean(dim=(1, 2)))
-        self._layers.append(means)
-
-    def of(self, row: int) -> Tensor:
-        """The figures of one example, [layers, H_kv]."""
-        return torch.stack([layer[row] for layer in self._layers]).cpu()
 
 
 class _Full:
@@ -284,7 +219,7 @@ class _Scan:
     """[layers] slots that the prompt's blocks need."""
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
-    watch: _Kept | None
+    watch: Kept | None
 
     @classmethod
     def over(
@@ -293,7 +228,7 @@ class _Scan:
         examples: Sequence[Example],
         policies: Sequence[EffectivePolicy],
         prefill_chunk: int,
-        watch: _Kept | None,
+        watch: Kept | None,
     ) -> "_Scan":
         prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
         lengths = [len(e.token_ids) for e in examples]

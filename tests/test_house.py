@@ -20,6 +20,7 @@ CORE = [
     "scoring",
     "cache",
     "attention",
+    "kept",
     "reference",
     "files",
     "fingerprint",
