@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench findings refit proto clean
+.PHONY: help demo test test-slow check format bench findings refit tables proto clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,9 +48,15 @@ findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, a
 
 refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
 	rm -rf build/refit && mkdir -p build/refit a2sf/reference/tables
-	$(BIN)/python -m tuner --dataset mathqa --model reference --trials 40 --examples 48 \
-	  --out build/refit/mathqa.json
+	$(BIN)/python -m tuner --dataset mathqa --out build/refit/mathqa.json
 	cp build/refit/mathqa.json a2sf/reference/tables/
+
+tables: $(BIN)/.installed ## Fit the tables that the findings look at
+	mkdir -p build/tables
+	for name in recall state; do \
+	  $(BIN)/python -m tuner --dataset $$name --out build/tables/$$name.json \
+	    --examples 32 --holdout 96 && cp build/tables/$$name.json benchmarks/tables/ || exit 1; \
+	done
 
 proto: $(BIN)/.installed ## Generate service/pb and the table's JSON Schema again
 	$(BIN)/python scripts/generate_proto.py

@@ -44,6 +44,10 @@ GRID = ",".join(
 )
 
 
+TABLES = ",".join(f"benchmarks/tables/{name}.json" for name in ("recall", "state"))
+"""Fitted by `make tables`; each goes by its own name in the figures."""
+
+
 @dataclass(frozen=True)
 class Study:
     """One evaluation; `question` is what it answers."""
@@ -142,6 +146,31 @@ STUDIES = (
         f"{OTHERS},{FEW},mathqa",
         (0.2,),
         32,
+    ),
+    Study(
+        "transfer",
+        "What is a table worth on what it was not fitted to?",
+        ("recall", "recall_story", "state", "arith", "mathqa", "wikitext2"),
+        f"full,window,h2o,random,a2sf:.99:0,a2sf:0:0,a2sf:.9:.5,{TABLES},mathqa",
+        (0.2,),
+        32,
+    ),
+    Study(
+        "transfer-budget",
+        "And at other budgets?",
+        ("recall",),
+        f"full,random,a2sf:.99:0,{TABLES}",
+        (0.1, 0.15, 0.2, 0.3, 0.4),
+        32,
+    ),
+    Study(
+        "transfer-length",
+        "And on sequences twice as long as those it was fitted to?",
+        ("recall", "state"),
+        f"full,random,a2sf:.99:0,a2sf:.995:0,a2sf:0:0,{TABLES}",
+        (0.2,),
+        32,
+        length=1024,
     ),
     Study(
         "paper",

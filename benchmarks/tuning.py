@@ -32,13 +32,14 @@ from tuner.uniform import best_uniform
 PLANS: dict[str, tuple[str, ...]] = {
     "tpe": ("tpe",),
     "alphas": ("layers", "heads", "protection", "polish"),
+    "slots": ("slots",),
     "default": DEFAULT_STAGES,
     "profile": ("profile",),
     "structured": ("structured",),
     "cma": ("cma",),
 }
-"""What is compared: Optuna's TPE over all heads; the climb in alphas alone and with the slots of
-layers, as the tuner does by itself; and the others, each alone."""
+"""What is compared: Optuna's TPE over all heads; the climb in alphas alone, in slots alone, and in
+both, as the tuner does by itself; and the others, each alone."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from a2sf.errors import A2SFError
 from a2sf.schema import first_problem
-from service.options import ServerOptions
+from service.options import DEFAULT_BUDGET, ServerOptions
 from service.runner import EngineCrashed
 from service.server import run
 
@@ -68,8 +68,13 @@ def serve(
         ),
     ] = DEFAULTS.slots,
     default_budget: Annotated[
-        int, typer.Option(min=1, help="Budget of requests that name none, in tokens.")
-    ] = DEFAULTS.default_budget,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Budget of requests that name none, in tokens; {DEFAULT_BUDGET} without it, or "
+            "the slots of the narrowest layer where those are fewer.",
+        ),
+    ] = None,
     max_prefill_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt block, in tokens.")
     ] = None,

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MAX_PORT = 65535
 
+DEFAULT_BUDGET = 256
+
 
 class ServerOptions(Frozen):
     """Everything that `serve` can be told."""
@@ -44,7 +46,8 @@ class ServerOptions(Frozen):
     """Whether plain text may leave this machine."""
     max_batch: Positive = 8
     slots: Positive = 1024
-    default_budget: Positive = 256
+    default_budget: Positive | None = None
+    """None: DEFAULT_BUDGET, or what the narrowest layer of a row has where that is less."""
     max_prefill_tokens: Positive | None = None
     step_tokens: Positive = 512
     max_waiting: Count = 64
@@ -70,17 +73,29 @@ class ServerOptions(Frozen):
             )
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    def budget(self, layer_share: tuple[float, ...] | None) -> int:
+        """What a request gets without asking, where rows have these shares (None: equal layers)."""
+        if self.default_budget is not None:
+            return self.default_budget
+        return min(DEFAULT_BUDGET, *_layers(self.slots, layer_share or (1.0,)))
+
     def engine_config(self, layer_share: tuple[float, ...] | None) -> EngineConfig:
         """The engine's sizes, with rows of equal layers or (not None) of these shares.
 
         Raises InvalidArgument where sizes contradict each other.
         """
         least = DEFAULT_SINKS + 1
-        if not least <= self.default_budget <= self.slots:
+        budget = self.budget(layer_share)
+        if self.default_budget is None and budget < least:
+            raise InvalidArgument(
+                "slots",
+                f"{self.slots}, of which the narrowest layer gets {budget}; accepted: "
+                f"{slots_for(least, layer_share or (1.0,))} or more",
+            )
+        if not least <= budget <= self.slots:
             raise InvalidArgument(
                 "default-budget",
-                f"{self.default_budget}; accepted: {least} (sinks and the newest token) to "
-                f"{self.slots} (slots)",
+                f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
         # A table brings a budget of its own; the server's is for requests that name another method.
         method = {"table": self.default_table} if self.default_table else {"preset": "h2o"}
@@ -92,9 +107,7 @@ class ServerOptions(Frozen):
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
                 max_waiting=self.max_waiting,
-                default_policy=CachePolicy.model_validate(
-                    {**method, "budget": self.default_budget}
-                ),
+                default_policy=CachePolicy.model_validate({**method, "budget": budget}),
             )
         except ValidationError as error:
             raise InvalidArgument("options", first_problem(error)) from error
@@ -148,8 +161,8 @@ def _shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | Non
     budget that is a ratio is as large as each request makes it.
     """
     shares, fitted = table.policy.layer_share, table.policy.budget
-    wanted = max(options.default_budget, fitted or 0)
-    layers = deal(options.slots, shares, options.slots * len(shares))
+    wanted = max(options.budget(shares), fitted or 0)
+    layers = _layers(options.slots, shares)
     narrowest = min(layers)
     if wanted <= narrowest:
         return None if len(set(layers)) == 1 else shares
@@ -171,6 +184,11 @@ def _shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | Non
         "default-table",
         f"{budget}, and {room}; give --slots {slots_for(wanted, shares)} or more{less}",
     )
+
+
+def _layers(slots: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Slots of each layer of a row."""
+    return deal(slots, shares, slots * len(shares))
 
 
 def _written(config: EngineConfig, options: ServerOptions, num_layers: int) -> str:

@@ -210,6 +210,19 @@ async def test_the_least_slots_that_a_start_asks_for_serve_requests_of_every_len
         assert sum(answer.started.layer_budgets) == 90
 
 
+def test_without_a_default_budget_requests_get_what_every_layer_has(shaped: Path) -> None:
+    options = ServerOptions(tables=shaped, default_table="ratio", slots=60)
+    shares = (4.0, 1.0, 1.0)
+    assert options.budget(None) == 60
+    assert options.budget(shares) == 30
+    assert options.engine_config(shares).default_policy.budget == 30
+    assert options.model_copy(update={"slots": 1024}).budget(None) == 256
+    narrow = options.model_copy(update={"slots": 8})
+    with pytest.raises(InvalidArgument, match=r"^slots: 8, of which the narrowest layer gets 4; "):
+        narrow.engine_config(shares)
+    narrow.model_copy(update={"slots": 10}).engine_config(shares)
+
+
 @pytest.mark.parametrize(
     ("table", "budget", "says"),
     [
