@@ -5,6 +5,8 @@ another, and the account of what each stage took. Knows nothing of how settings 
 how batches are shared among workers: that is the ledger's.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +146,7 @@ class Trials:
         Those that are compared with a best end with the time, too.
 
         Args:
-            batch: unique within the stage.
+            batch: what to call them, for people who look into the study.
             settings: what to measure.
             best: what a setting must not be worse than, or be given up; None: measured to the end.
             from_layer: the settings agree with the best below this layer.
@@ -154,14 +156,18 @@ class Trials:
         taken = settings[: self._left if best is None else self.left]
         if not taken:
             return []
-        cut = "" if len(taken) == len(settings) else f"/first {len(taken)}"
+        points = [{**setting.point(), "examples": count} for setting in taken]
+        # A search that is run again with more trials may come to another best, and so to other
+        # batches of the same name.
+        content = json.dumps([points, best and best.setting.point()], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
 
         def measure(_: int, point: dict[str, Any]) -> Measured:
             return self._measured(Setting.of(point), count, best, from_layer)
 
         found = self._ledger.measure(
-            f"{self._stage}/{batch}{cut}",
-            [{**setting.point(), "examples": count} for setting in taken],
+            f"{self._stage}/{batch} {digest}",
+            points,
             measure,
             progress=lambda _: self._bar.update(),
         )
@@ -184,7 +190,7 @@ class Trials:
         """Measure many settings on few examples, and ever fewer of them on more.
 
         Args:
-            batch: unique within the stage.
+            batch: what to call them.
             settings: what to measure.
             rungs: how many settings, and on the first how many examples; the last is on all.
 

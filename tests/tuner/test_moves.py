@@ -104,6 +104,18 @@ def test_a_search_run_again_measures_nothing_and_ends_the_same() -> None:
     assert again.calls == []
 
 
+@pytest.mark.parametrize("fewer", [1, 9, 60])
+def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
+    """What it comes to is what it would have come to with that many from the start."""
+    storage = InMemoryStorage()
+    stages = ("slots", "layers", "heads", "polish")
+    climb(Planted(BY_HEAD, own=0.01), *stages, most=fewer, storage=storage)
+    planted, whole = Planted(BY_HEAD, own=0.01), Planted(BY_HEAD, own=0.01)
+    gone_on = climb(planted, *stages, most=150, storage=storage).best.setting
+    assert gone_on == climb(whole, *stages, most=150).best.setting
+    assert len(planted.calls) < len(whole.calls) or fewer == 1
+
+
 def test_trials_end_a_stage_in_the_middle() -> None:
     planted = Planted(BY_HEAD)
     found = climb(planted, "layers", "heads", most=13)

@@ -1,6 +1,7 @@
 """The bar: the grid with its halving, and the refinement around the best point."""
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
 from tests.tuner.planted import FRAME, Planted, trials_of
@@ -51,6 +52,13 @@ def test_few_examples_are_not_measured_twice(examples: int, sizes: list[int]) ->
     target = Planted(FRAME.uniform(GRID[40]), examples=examples)
     assert best_uniform(trials_of(target), 0)[0] == GRID[40]
     assert [len(part) for _, part in target.calls] == sizes
+
+
+def test_the_refinement_goes_on_with_more_trials() -> None:
+    storage = InMemoryStorage()
+    best_uniform(trials_of(planted(0.93, 0.31, 3), storage), 3)
+    found = best_uniform(trials_of(planted(0.93, 0.31, 3), storage), 300)[0]
+    assert found == best_uniform(trials_of(planted(0.93, 0.31, 3)), 300)[0]
 
 
 def test_where_nothing_is_better_the_steps_shrink_and_it_ends() -> None:
