@@ -49,7 +49,7 @@ def fit(
         str,
         typer.Option(
             help="A known name such as mathqa, a folder or file of rows or text, or a dataset "
-            "repository on the Hugging Face hub."
+            "repository on the Hugging Face hub; several, with commas, to fit their mixture."
         ),
     ],
     model: ModelOption = "reference",

@@ -10,6 +10,7 @@ import tuner.fit
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.schema import Evidence, UniformSetting, load_table, save_table
+from a2sf.teacher import Example
 from tests.tuner.conftest import MakeSettings, sums, write_rows
 from tuner.fit import Found, fit, search
 from tuner.proof import judge
@@ -119,3 +120,36 @@ def test_fewer_held_out_examples_than_the_default_are_taken_as_they_are(
     write_rows(tmp_path / "few" / "validation.jsonl", sums(20, 30))
     outcome = fit(settings(dataset="few", data_dir=tmp_path, holdout=None, trials=0))
     assert outcome.table.evidence.examples == 4
+
+
+@pytest.fixture
+def two_datasets(tmp_path: Path) -> Path:
+    """A data directory with `low` and `high`, rows of small and of large numbers."""
+    for name, first in (("low", 0), ("high", 5000)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "calibration.jsonl", sums(first, first + 40))
+        write_rows(tmp_path / name / "validation.jsonl", sums(first + 40, first + 120))
+    return tmp_path
+
+
+def test_a_mixture_has_as_many_examples_of_each_dataset_and_is_named_after_all(
+    settings: MakeSettings, two_datasets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Example]] = []
+    honest = tuner.packing.digest
+    monkeypatch.setattr(tuner.packing, "digest", lambda made: seen.append(made) or honest(made))
+    mixed = settings(dataset="low,high", data_dir=two_datasets, examples=4, holdout=4, trials=0)
+    table = fit(mixed).table
+    assert (table.calibration.dataset, table.evidence.dataset) == ("low,high", "low,high")
+    assert (table.calibration.examples, table.evidence.examples) == (4, 4)
+    alone = []
+    for name in ("low", "high"):
+        fit(replace(mixed, dataset=name, examples=2, out=two_datasets / f"{name}.json"))
+        alone.append(seen[-1])
+    first, second = alone
+    assert seen[0] == [first[0], second[0], first[1], second[1]]
+
+
+def test_a_dataset_that_is_mixed_with_itself_is_refused(settings: MakeSettings) -> None:
+    with pytest.raises(InvalidArgument, match="'sums' is given twice"):
+        fit(settings(dataset="sums,sums"))
