@@ -91,3 +91,44 @@ def test_a_candidate_is_resolved_by_the_rules_that_serving_uses(tiny_model: Load
 
 def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -> None:
     assert effective(table(budget=300, budget_ratio=None), tiny_model, 100).budget == 300
+
+
+def test_starting_from_what_is_kept_below_a_layer_changes_no_cost(
+    tiny_model: LoadedModel, examples: list[Example]
+) -> None:
+    kept = Objective(tiny_model, examples, label="kept")
+    fresh = Objective(tiny_model, examples, label="fresh")
+    base = table()
+    above = table(alpha=(*ALPHAS[:2], (0.7, 0.1)))
+    assert kept.anchor(base, 2) == pytest.approx(2 / 3)
+    assert kept.anchor(base, 2) == 0, "known already"
+    for policy in (base, above):
+        assert kept.share_of_layers(policy) == pytest.approx(1 / 3)
+        for part in (range(5), range(1, 3)):
+            ours, plain = kept.cost(policy, part), fresh.cost(policy, part)
+            np.testing.assert_allclose(ours.kl, plain.kl, atol=1e-6)
+            np.testing.assert_allclose(ours.nll, plain.nll, atol=1e-5)
+    # From an anchor below, only the layers between are run.
+    assert kept.anchor(base, 1) == pytest.approx(1 / 3)
+    assert kept.anchor(base, 2) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        table(alpha=((0.1, 0.5), *ALPHAS[1:])),
+        table(alpha=(ALPHAS[0], (0.9, 0.99), ALPHAS[2])),
+        table(sinks=3),
+        table(recent_share=0.5),
+        table(layer_share=(1.5, 0.5, 1.0)),
+        CachePolicy(preset="h2o", budget_ratio=0.2),
+    ],
+)
+def test_a_policy_that_differs_below_the_anchor_is_run_from_the_first_layer(
+    tiny_model: LoadedModel, examples: list[Example], other: Candidate
+) -> None:
+    kept = Objective(tiny_model, examples, label="kept")
+    plain = kept.cost(other)
+    kept.anchor(table(), 2)
+    assert kept.share_of_layers(other) == 1
+    np.testing.assert_array_equal(kept.cost(other).kl, plain.kl)
