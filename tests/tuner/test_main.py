@@ -165,11 +165,11 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
         return honest(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuner.objective.Objective, "cost", cost)
-    code, _, line = run(monkeypatch, capsys, *small_fit)
+    code, _, line = run(monkeypatch, capsys, *small_fit, "--stages", "layers")
     assert code == 130
     assert line == "interrupted; the study is kept: run the same command to go on"
     assert not (tmp_path / "sums.json").exists()
-    code, _, _ = run(monkeypatch, capsys, *small_fit)
+    code, _, _ = run(monkeypatch, capsys, *small_fit, "--stages", "layers")
     assert code == 0
     assert load_table(tmp_path / "sums.json").search.trials == 3
     # The second run takes up what was interrupted, and begins nothing else twice.
