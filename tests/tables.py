@@ -1,5 +1,6 @@
 """Alpha tables for tests, whole and sealed, with made-up provenance."""
 
+import json
 import random
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,8 @@ from a2sf.schema import (
     Stage,
     TablePolicy,
     UniformSetting,
+    canonical_digest,
+    parse_table,
     seal,
 )
 
@@ -188,3 +191,16 @@ def gap(mean: float) -> Estimate:
     """A difference whose interval keeps to its side of 0."""
     first, second = round(mean * 0.75, 6), round(mean * 1.2, 6)
     return Estimate(mean=mean, low=min(first, second), high=max(first, second))
+
+
+def version_1(identity: ModelIdentity) -> dict[str, Any]:
+    """The document of a table from before version 2, without what that brought."""
+    old = {**make_table(identity).model_dump(mode="json"), "schema_version": 1}
+    del old["policy"]["layer_share"]
+    del old["evidence"]["p_holm"], old["evidence"]["uniform"], old["search"]["stages"]
+    return {**old, "sha256": canonical_digest(old)}
+
+
+def brought_up(identity: ModelIdentity) -> AlphaTable:
+    """A table of version 1 as this version reads it."""
+    return parse_table(json.dumps(version_1(identity)).encode())

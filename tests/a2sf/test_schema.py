@@ -13,7 +13,7 @@ import pytest
 from a2sf import schema
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
 from a2sf.schema import canonical_digest, load_table, parse_table, save_table, seal
-from tests.tables import IDENTITY, make_table, table_fields
+from tests.tables import IDENTITY, brought_up, make_table, table_fields, version_1
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,16 +184,8 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
         schema.upgrade(before, steps={2: three}, current=3)
 
 
-def as_version_1() -> dict[str, Any]:
-    """A document without the fields that version 2 brought."""
-    old = {**document(), "schema_version": 1}
-    del old["policy"]["layer_share"]
-    del old["evidence"]["p_holm"], old["evidence"]["uniform"], old["search"]["stages"]
-    return old
-
-
 def test_a_file_of_version_1_means_what_it_meant() -> None:
-    table = parse_table(as_file(as_version_1()))
+    table = brought_up(IDENTITY)
     assert (table.schema_version, table.policy.layer_share) == (2, (1.0, 1.0))
     assert (table.evidence.p_holm, table.evidence.uniform, table.search.stages) == ({}, None, ())
     same = seal(
@@ -209,7 +201,7 @@ def test_a_file_of_version_1_means_what_it_meant() -> None:
 @pytest.mark.parametrize("part", ["policy", "evidence", "search"])
 def test_a_broken_file_of_version_1_is_told_by_field(part: str) -> None:
     with pytest.raises(TableInvalid, match=part):
-        parse_table(as_file({**as_version_1(), part: 3}))
+        parse_table(as_file({**version_1(IDENTITY), part: 3}))
 
 
 def test_a_value_out_of_range_cannot_be_sealed() -> None:

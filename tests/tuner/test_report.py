@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from a2sf import reference
 from a2sf.models import LoadedModel
-from a2sf.schema import AlphaTable, Estimate, UniformSetting, load_table
-from tests.tables import BASELINES, IDENTITY, fitted_table, make_table
+from a2sf.schema import AlphaTable, Estimate, UniformSetting
+from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
 from tuner.report import (
     half_life,
     heat_map,
@@ -114,7 +113,7 @@ def test_p_after_holm_stands_beside_each_paired_difference() -> None:
 
 
 def test_a_table_from_before_stages_were_kept_prints_none() -> None:
-    lines = shown(load_table(reference.path() / "tables" / "mathqa.json"))
+    lines = shown(brought_up(IDENTITY))
     assert not [line for line in lines if "stage" in line or "Holm" in line or "slots" in line]
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound
-from a2sf.schema import AlphaTable, Estimate, load_table, save_table
-from tests.tables import BASELINES, IDENTITY, STAGES, fitted_table, make_table
+from a2sf.schema import AlphaTable, Estimate, save_table
+from tests.tables import BASELINES, IDENTITY, STAGES, brought_up, fitted_table, make_table
 from tests.tuner.pages import RATIOS, Page, evaluation
 from tuner.__main__ import main
 from tuner.report import half_life, slots, verdict_line
@@ -20,15 +19,10 @@ from tuner.table_page import load_evaluation, render
 LARGE = IDENTITY.model_copy(update={"num_layers": 32, "num_kv_heads": 8})
 
 
-def shipped() -> AlphaTable:
-    """A table of version 1: equal slots, and neither stages nor p-values."""
-    return load_table(reference.path() / "tables" / "mathqa.json")
-
-
 TABLES = {
     "small": fitted_table(IDENTITY),
     "large": fitted_table(LARGE, seed=1),
-    "version 1": shipped(),
+    "version 1": brought_up(IDENTITY),
     "in tokens": make_table(IDENTITY),
 }
 
@@ -71,7 +65,7 @@ def test_every_cost_difference_and_p_is_on_the_page() -> None:
 
 
 def test_a_table_from_before_p_values_and_stages_has_no_place_for_them() -> None:
-    page = Page(render(shipped()))
+    page = Page(render(brought_up(IDENTITY)))
     rows = page.under("Held-out cost")
     assert [row[0] for row in rows[1:3]] == ["fitted table", "uniform"]
     assert {len(row) for row in rows} == {3}
@@ -133,7 +127,7 @@ def test_the_page_says_the_verdict_of_the_text(name: str) -> None:
 
 def test_a_table_that_is_uniform_says_so() -> None:
     said = "The file carries the best uniform setting"
-    assert said in render(shipped())
+    assert said in render(make_table(IDENTITY, alpha=((0.9, 0.9),) * 2))
     assert said not in render(fitted_table(IDENTITY))
 
 
