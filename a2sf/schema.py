@@ -158,7 +158,8 @@ class Evidence(Frozen):
         "from before it was kept."
     )
     verdict: Literal["better", "no_better_than_uniform"] = Field(
-        description="better: the paired interval against the best uniform setting lies below 0. "
+        description="better: the paired interval against the best uniform setting lies below 0, "
+        "and its corrected p-value is below 1 - confidence. "
         "Otherwise the uniform setting is what the file carries, unless asked otherwise."
     )
 

@@ -91,7 +91,7 @@ def predict(
     for rows, scan in _passes(model, examples, policies, batch, similarity):
         part = [examples[i] for i in rows]
         start = entering.stacked(rows) if entering else None
-        hidden = model.hidden_states(*_inputs(model, part), scan, start)
+        hidden = model.hidden_states(*inputs(model, part), scan, start)
         results.update(zip(rows, _predictions(model, part, hidden, scan), strict=True))
     return [results[i] for i in range(len(examples))]
 
@@ -113,7 +113,7 @@ def enter(
     for rows, scan in _passes(model, examples, policies, batch, similarity=False):
         part = [examples[i] for i in rows]
         start = entering.stacked(rows) if entering else None
-        hidden = model.layer_input(*_inputs(model, part), scan, layer, start)
+        hidden = model.layer_input(*inputs(model, part), scan, layer, start)
         results.update((i, hidden[at, : len(examples[i].token_ids)]) for at, i in enumerate(rows))
     return Entering(layer, tuple(results[i] for i in range(len(examples))))
 
@@ -172,8 +172,8 @@ def _passes(
             yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, watch)
 
 
-def _inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids, padded at the right, and positions: both [rows, width]."""
+def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Token ids of examples, padded at the right, and positions: both [rows, width]."""
     ids = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True)
     positions = torch.arange(ids.shape[1]).expand(len(examples), -1)
     return ids.to(model.device), positions.to(model.device)

@@ -40,14 +40,11 @@ LEAST_BUDGET = 8
 EDITION = 2
 """Raised when the search changes so that trials of an earlier one no longer compare."""
 
-STAGES = (
-    *("profile", "slots", "layers", "heads", "protection"),
-    *("polish", "tpe", "structured", "cma"),
-)
-"""The stages that may follow the uniform one, by the name that users give."""
-
 OPEN = ("polish", "tpe", "structured", "cma")
 """Stages that go on as long as there are trials; the others end by themselves."""
+
+STAGES = ("profile", "slots", "layers", "heads", "protection", *OPEN)
+"""The stages that may follow the uniform one, by the name that users give."""
 
 DEFAULT_STAGES = ("slots", "layers", "heads", "protection", "polish")
 

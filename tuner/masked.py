@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, log_softmax
 from torch.nn.functional import kl_div, scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
 from a2sf import teacher
 from a2sf.models import LoadedModel
@@ -62,7 +61,7 @@ def walked(
     """Run along examples under policies of one prefill_chunk; say what each layer saw and did."""
     attention = _Walked(model, examples, policies)
     # Not that gradients are asked for here, but tensors of inference mode could not take part.
-    model.hidden_states(*_inputs(model, examples), attention, differentiable=True)
+    model.hidden_states(*teacher.inputs(model, examples), attention, differentiable=True)
     return attention.seen
 
 
@@ -75,7 +74,7 @@ def masked(
     [rows, H_q, width, D]; `model` must have been loaded with `pack=False`.
     """
     attention = _Masked(seen)
-    hidden = model.hidden_states(*_inputs(model, examples), attention, differentiable=True)
+    hidden = model.hidden_states(*teacher.inputs(model, examples), attention, differentiable=True)
     logits = [
         model.logits(hidden[row, list(example.counted)], differentiable=True)
         for row, example in enumerate(examples)
@@ -161,9 +160,3 @@ class _Masked:
             output.requires_grad_()
         self.outputs.append(output)
         return output
-
-
-def _inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    ids = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True)
-    positions = torch.arange(ids.shape[1]).expand(len(examples), -1)
-    return ids.to(model.device), positions.to(model.device)
