@@ -13,7 +13,10 @@ code in one table, the command lines print the message as one line and exit 2.
     │   ├── TableTooNew      written by a newer program
     │   └── TableMismatch    made for another model
     ├── ResourceExhausted    no room now; the same call may succeed later
-    └── Unavailable          starting, draining or stopped
+    ├── Unavailable          starting, draining or stopped
+    ├── Unauthenticated      a call without the credential that it needs
+    ├── Conflict             what was to be changed has been changed by another meanwhile
+    └── Aborted              ended by the server before its time: told to, or nobody read it
 """
 
 
@@ -68,6 +71,18 @@ class ResourceExhausted(A2SFError):
 
 class Unavailable(A2SFError):
     """The server is starting, draining or stopped."""
+
+
+class Unauthenticated(A2SFError):
+    """The call lacks the credential that it needs. The message never repeats what was given."""
+
+
+class Conflict(A2SFError):
+    """What was to be changed is no longer as the caller saw it: read it again, then decide."""
+
+
+class Aborted(A2SFError):
+    """The server ended a request before its time: an operator said so, or nobody read it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -43,6 +43,9 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.TableError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Conflict: grpc.StatusCode.ABORTED,
+    errors.Aborted: grpc.StatusCode.ABORTED,
 }
 """Each class by its own row; a subclass without one goes by its nearest parent."""
 
