@@ -24,12 +24,13 @@ from grpc_reflection.v1alpha import reflection
 from a2sf.errors import InvalidArgument, Unavailable
 from a2sf.policy import CachePolicy
 from a2sf.requests import GenerationRequest
+from service.core import Core, load_core
 from service.gate import Gate
-from service.options import ServerOptions, load_core
+from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.runner import EngineRunner
-from service.servicers import Backend, Core, InferenceServicer, ModelServicer
+from service.servicers import Backend, InferenceServicer, ModelServicer
 
 log = logging.getLogger(__name__)
 

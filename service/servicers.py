@@ -15,31 +15,18 @@ from typing import Any
 import grpc
 
 from a2sf import __version__
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
+from service.core import Core
 from service.gate import Gate
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
 from service.runner import EngineRunner
 from service.status import to_wire
-from service.tables import TableStore
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Core:
-    """What is served. The engine belongs to the runner's thread; the rest is read only."""
-
-    model: LoadedModel
-    engine: Engine
-    config: EngineConfig
-    tables: TableStore
 
 
 class Backend:
@@ -135,6 +122,17 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                     case Finished():
                         response.finished.CopyFrom(conversions.finished_message(event))
             response.text = "".join(text)
+        return response
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizeResponse:
+        """See the proto."""
+        response = pb.TokenizeResponse()
+        async with _answering("Tokenize", self._backend, context):
+            ids = await asyncio.to_thread(self._backend.core.model.encode, request.text)
+            response.token_ids.extend(ids)
+            response.text = request.text
         return response
 
     async def _events(

@@ -77,6 +77,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """A stop string or a stop token came up."""
     FINISH_REASON_END_OF_SEQUENCE: _FinishReason.ValueType  # 3
     """The model's own end-of-sequence token came up."""
+    FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 4
+    """`time_limit_seconds` was over."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a completion ended in the ordinary way."""
@@ -89,6 +91,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 2
 """A stop string or a stop token came up."""
 FINISH_REASON_END_OF_SEQUENCE: FinishReason.ValueType  # 3
 """The model's own end-of-sequence token came up."""
+FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 4
+"""`time_limit_seconds` was over."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _TableVerdict:
@@ -211,6 +215,7 @@ class GenerateResponse(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The completion's text, without the prompt and without the stop string."""
     @_builtins.property
@@ -225,6 +230,10 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___GenerationFinished:
         """Why it ended, and what it took."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each token of the completion, where `input.output.logprobs` asked for them."""
+
     def __init__(
         self,
         *,
@@ -232,14 +241,73 @@ class GenerateResponse(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finished: Global___GenerationFinished | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "logprobs", b"logprobs", "started", b"started", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """Asks for the token ids of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text, encoded by the model's own tokenizer. Not empty."""
+    @_builtins.property
+    def chat(self) -> Global___ChatMessages:
+        """Messages, put into one text by the model's own chat template."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        chat: Global___ChatMessages | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """The token ids of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text that was encoded: of chat messages, what the template made of them."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids, in order; their number is the prompt's length in tokens."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
@@ -275,6 +343,11 @@ class GetModelResponse(_message.Message):
     KV_SLAB_BYTES_FIELD_NUMBER: _builtins.int
     DEFAULT_CACHE_POLICY_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    LAYER_SLOTS_FIELD_NUMBER: _builtins.int
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
     max_context: _builtins.int
     """Most tokens of prompt and completion together."""
     vocab_size: _builtins.int
@@ -296,6 +369,14 @@ class GetModelResponse(_message.Message):
     """Memory that the cache takes for as long as the server runs, in bytes."""
     server_version: _builtins.str
     """Version of the server."""
+    max_prefill_tokens: _builtins.int
+    """Longest prompt that is read in one block, in tokens; longer ones need `prefill_chunk`."""
+    chat: _builtins.bool
+    """Whether the model has a chat template, so that prompts may be chat messages."""
+    max_waiting: _builtins.int
+    """Requests that may wait once `max_batch` decode; one more is RESOURCE_EXHAUSTED."""
+    max_prompt_bytes: _builtins.int
+    """Longest text of a prompt, in bytes of UTF-8; of chat messages, all of theirs together."""
     @_builtins.property
     def model(self) -> Global___ModelIdentity:
         """Identity of the model; alpha tables are made for one."""
@@ -303,6 +384,12 @@ class GetModelResponse(_message.Message):
     @_builtins.property
     def default_cache_policy(self) -> Global___CachePolicy:
         """What a request gets for each field of its cache policy that it leaves out."""
+
+    @_builtins.property
+    def layer_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Slots of a row in each layer, one number for each; all are `slots` but where the default table
+        deals unequally.
+        """
 
     def __init__(
         self,
@@ -318,10 +405,15 @@ class GetModelResponse(_message.Message):
         kv_slab_bytes: _builtins.int = ...,
         default_cache_policy: Global___CachePolicy | None = ...,
         server_version: _builtins.str = ...,
+        layer_slots: _abc.Iterable[_builtins.int] | None = ...,
+        max_prefill_tokens: _builtins.int = ...,
+        chat: _builtins.bool = ...,
+        max_waiting: _builtins.int = ...,
+        max_prompt_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_cache_policy", b"default_cache_policy", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_cache_policy", b"default_cache_policy", "device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_slab_bytes", b"kv_slab_bytes", "max_batch", b"max_batch", "max_context", b"max_context", "model", b"model", "server_version", b"server_version", "slots", b"slots", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "default_cache_policy", b"default_cache_policy", "device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_slab_bytes", b"kv_slab_bytes", "layer_slots", b"layer_slots", "max_batch", b"max_batch", "max_context", b"max_context", "max_prefill_tokens", b"max_prefill_tokens", "max_prompt_bytes", b"max_prompt_bytes", "max_waiting", b"max_waiting", "model", b"model", "server_version", b"server_version", "slots", b"slots", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,29 +438,41 @@ Global___ListAlphaTablesRequest: _TypeAlias = ListAlphaTablesRequest  # noqa: Y0
 
 @_typing.final
 class ListAlphaTablesResponse(_message.Message):
-    """The alpha tables found when the server started."""
+    """The alpha tables that are being served."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TABLES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    DEFAULT_TABLE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    default_table: _builtins.str
+    """The table of requests that name no method; empty: there is none, and they get the method of
+    the server's default_cache_policy.
+    """
+    etag: _builtins.str
+    """Names this state of tables and default; ActivateAlphaTable wants it back."""
     @_builtins.property
     def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___AlphaTableSummary]:
         """Those that a request may name, by name."""
 
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedAlphaTable]:
-        """Those that a request may not name, by name."""
+        """Files that are not served as they are now. Where an earlier state of the same table is in use,
+        `tables` has it.
+        """
 
     def __init__(
         self,
         *,
         tables: _abc.Iterable[Global___AlphaTableSummary] | None = ...,
         refused: _abc.Iterable[Global___RefusedAlphaTable] | None = ...,
+        default_table: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused", "tables", b"tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_table", b"default_table", "etag", b"etag", "refused", b"refused", "tables", b"tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,6 +537,7 @@ class GenerationInput(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
@@ -440,6 +545,8 @@ class GenerationInput(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     CACHE_POLICY_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and answers: 1 to 128 of A-Z a-z 0-9 . _ : -. Unique among the
     requests under way. Left empty, the server makes one up.
@@ -450,9 +557,22 @@ class GenerationInput(_message.Message):
     """Most tokens to write. Required; 1 or more."""
     ignore_eos: _builtins.bool
     """Write on past the model's end-of-sequence token."""
+    min_new_tokens: _builtins.int
+    """Tokens before which nothing but the time limit ends the completion: 0 to max_new_tokens."""
+    time_limit_seconds: _builtins.float
+    """Seconds from arrival after which the completion ends with what it has, as
+    FINISH_REASON_TIME_LIMIT: above 0. Left out: none. Unlike a deadline of the call, it loses
+    nothing.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, taken as they are."""
+
+    @_builtins.property
+    def chat(self) -> Global___ChatMessages:
+        """Messages, put into one text by the model's own chat template, which ends where the answer
+        begins. UNIMPLEMENTED where the model has none.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling:
@@ -482,6 +602,7 @@ class GenerationInput(_message.Message):
         request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        chat: Global___ChatMessages | None = ...,
         max_new_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
@@ -489,13 +610,20 @@ class GenerationInput(_message.Message):
         ignore_eos: _builtins.bool = ...,
         cache_policy: Global___CachePolicy | None = ...,
         output: Global___OutputOptions | None = ...,
+        min_new_tokens: _builtins.int = ...,
+        time_limit_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time_limit_seconds", b"_time_limit_seconds", "cache_policy", b"cache_policy", "chat", b"chat", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "time_limit_seconds", b"time_limit_seconds", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "output", b"output", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_limit_seconds", b"_time_limit_seconds", "cache_policy", b"cache_policy", "chat", b"chat", "ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "output", b"output", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "text", b"text", "time_limit_seconds", b"time_limit_seconds", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofReturnType__time_limit_seconds: _TypeAlias = _typing.Literal["time_limit_seconds"]  # noqa: Y015
+    _WhichOneofArgType__time_limit_seconds: _TypeAlias = _typing.Literal["_time_limit_seconds", b"_time_limit_seconds"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_limit_seconds) -> _WhichOneofReturnType__time_limit_seconds | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerationInput: _TypeAlias = GenerationInput  # noqa: Y015
@@ -525,16 +653,73 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
+class ChatMessages(_message.Message):
+    """A prompt given as a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """The messages, in order; 1 or more."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessages: _TypeAlias = ChatMessages  # noqa: Y015
+
+@_typing.final
+class ChatMessage(_message.Message):
+    """One message of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """Who says it, as the model's template names them, such as `system`, `user` or `assistant`: 1 to
+    64 characters of A-Z a-z 0-9 . _ : -.
+    """
+    content: _builtins.str
+    """What is said."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
 class Sampling(_message.Message):
     """How the next token is drawn. The filters apply in the order of the fields here."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    repetition_penalty: _builtins.float
+    """Divides the positive logits of tokens that were read or written already, and multiplies the
+    negative ones: 0.01 to 100. More than 1 discourages repeating. Left out: 1, which does nothing.
+    """
     temperature: _builtins.float
     """Divides the logits: 0 to 100. 0 is greedy. Left out: 1."""
     top_k: _builtins.int
@@ -550,22 +735,27 @@ class Sampling(_message.Message):
     def __init__(
         self,
         *,
+        repetition_penalty: _builtins.float | None = ...,
         temperature: _builtins.float | None = ...,
         top_k: _builtins.int = ...,
         top_p: _builtins.float | None = ...,
         min_p: _builtins.float = ...,
         seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -582,16 +772,28 @@ class OutputOptions(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ECHO_FIELD_NUMBER: _builtins.int
     token_ids: _builtins.bool
     """Send the token ids of the completion too."""
+    logprobs: _builtins.bool
+    """Send how likely each token was: the log-softmax of the raw logits, before any of `sampling`."""
+    top_logprobs: _builtins.int
+    """Send this many most likely tokens at each step too: 0 to 20; needs `logprobs`."""
+    echo: _builtins.bool
+    """Send the prompt back in `started`, as it was read."""
     def __init__(
         self,
         *,
         token_ids: _builtins.bool = ...,
+        logprobs: _builtins.bool = ...,
+        top_logprobs: _builtins.int = ...,
+        echo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["echo", b"echo", "logprobs", b"logprobs", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -690,6 +892,7 @@ class GenerationStarted(_message.Message):
     CACHE_POLICY_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, given or made up."""
     prompt_tokens: _builtins.int
@@ -700,6 +903,10 @@ class GenerationStarted(_message.Message):
     def cache_policy(self) -> Global___EffectiveCachePolicy:
         """The policy in plain numbers, every field resolved."""
 
+    @_builtins.property
+    def prompt(self) -> Global___Prompt:
+        """The prompt as it was read, where `input.output.echo` asked for it."""
+
     def __init__(
         self,
         *,
@@ -707,14 +914,43 @@ class GenerationStarted(_message.Message):
         cache_policy: Global___EffectiveCachePolicy | None = ...,
         prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
+        prompt: Global___Prompt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_policy", b"cache_policy", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
+
+@_typing.final
+class Prompt(_message.Message):
+    """A prompt as the model reads it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text: as given, as the chat template made it, or decoded from the token ids given."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The token ids, in order."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
 @_typing.final
 class EffectiveCachePolicy(_message.Message):
@@ -823,25 +1059,91 @@ class GenerationDelta(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """New text; ends at a character's boundary and may be empty."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids, where `input.output.token_ids` asked for them."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each new token, where `input.output.logprobs` asked for them."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationDelta: _TypeAlias = GenerationDelta  # noqa: Y015
+
+@_typing.final
+class TokenLogprobs(_message.Message):
+    """How likely the model found a token of the completion, and what it found most likely there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___TokenLogprob:
+        """The token that was drawn."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The `top_logprobs` most likely tokens, by falling logprob; of equals the lowest id first."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___TokenLogprob | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """One token and its probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token's id."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability; 0 or less."""
+    text: _builtins.str
+    """What the token alone reads as; U+FFFD where it is only part of a character."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class GenerationFinished(_message.Message):
@@ -854,10 +1156,13 @@ class GenerationFinished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    MATCHED_STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why it ended."""
     matched_stop: _builtins.str
     """The stop string that ended it, where one did."""
+    matched_stop_token_id: _builtins.int
+    """The stop token id that ended it, where one of the request's did."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Tokens read and written."""
@@ -878,14 +1183,20 @@ class GenerationFinished(_message.Message):
         usage: Global___Usage | None = ...,
         cache: Global___CacheStatistics | None = ...,
         timings: Global___Timings | None = ...,
+        matched_stop_token_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "cache", b"cache", "matched_stop", b"matched_stop", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "_matched_stop_token_id", b"_matched_stop_token_id", "cache", b"cache", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "cache", b"cache", "matched_stop", b"matched_stop", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "_matched_stop_token_id", b"_matched_stop_token_id", "cache", b"cache", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop: _TypeAlias = _typing.Literal["matched_stop"]  # noqa: Y015
     _WhichOneofArgType__matched_stop: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop"]  # noqa: Y015
+    _WhichOneofReturnType__matched_stop_token_id: _TypeAlias = _typing.Literal["matched_stop_token_id"]  # noqa: Y015
+    _WhichOneofArgType__matched_stop_token_id: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__matched_stop) -> _WhichOneofReturnType__matched_stop | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__matched_stop_token_id) -> _WhichOneofReturnType__matched_stop_token_id | None: ...
 
 Global___GenerationFinished: _TypeAlias = GenerationFinished  # noqa: Y015
 
@@ -1096,6 +1407,234 @@ class RefusedAlphaTable(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RefusedAlphaTable: _TypeAlias = RefusedAlphaTable  # noqa: Y015
+
+@_typing.final
+class ActivateAlphaTableRequest(_message.Message):
+    """Makes an alpha table the one of requests that name no method."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The table's name, as listed. Empty: no table, so that such requests get the server's preset."""
+    etag: _builtins.str
+    """The state that the caller has seen, as ListAlphaTables told it. Required; ABORTED where it is
+    not the present one.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateAlphaTableRequest: _TypeAlias = ActivateAlphaTableRequest  # noqa: Y015
+
+@_typing.final
+class ActivateAlphaTableResponse(_message.Message):
+    """A table was made the one of requests that name no method."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFAULT_TABLE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    default_table: _builtins.str
+    """The default table now; empty for none."""
+    etag: _builtins.str
+    """Names the new state."""
+    def __init__(
+        self,
+        *,
+        default_table: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_table", b"default_table", "etag", b"etag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateAlphaTableResponse: _TypeAlias = ActivateAlphaTableResponse  # noqa: Y015
+
+@_typing.final
+class ReloadAlphaTablesRequest(_message.Message):
+    """Asks to read the directory of alpha tables again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadAlphaTablesRequest: _TypeAlias = ReloadAlphaTablesRequest  # noqa: Y015
+
+@_typing.final
+class ReloadAlphaTablesResponse(_message.Message):
+    """What reading the directory again has changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """Names the new state."""
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the tables that were not there before."""
+
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the tables that have another content now."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the tables that are no longer there."""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedAlphaTable]:
+        """Files that cannot be used, and changed nothing."""
+
+    def __init__(
+        self,
+        *,
+        added: _abc.Iterable[_builtins.str] | None = ...,
+        changed: _abc.Iterable[_builtins.str] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+        refused: _abc.Iterable[Global___RefusedAlphaTable] | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "changed", b"changed", "etag", b"etag", "refused", b"refused", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadAlphaTablesResponse: _TypeAlias = ReloadAlphaTablesResponse  # noqa: Y015
+
+@_typing.final
+class AbortRequestsRequest(_message.Message):
+    """Asks to end requests under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    all: _builtins.bool
+    """End every request; `request_ids` must be empty then."""
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the requests to end. Those that are not under way are passed over."""
+
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "request_ids", b"request_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortRequestsRequest: _TypeAlias = AbortRequestsRequest  # noqa: Y015
+
+@_typing.final
+class AbortRequestsResponse(_message.Message):
+    """Which requests were ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their ids."""
+
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortRequestsResponse: _TypeAlias = AbortRequestsResponse  # noqa: Y015
+
+@_typing.final
+class GetLoadRequest(_message.Message):
+    """Asks how much of the server is taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
+
+@_typing.final
+class GetLoadResponse(_message.Message):
+    """How much of the server is taken at this moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    KV_BYTES_USED_FIELD_NUMBER: _builtins.int
+    KV_BYTES_LIMIT_FIELD_NUMBER: _builtins.int
+    running: _builtins.int
+    """Requests that hold a row or whose prompt is being read."""
+    waiting: _builtins.int
+    """Requests that wait for a row."""
+    admitted: _builtins.int
+    """Completions under way, those included whose last events have yet to be read by their clients."""
+    capacity: _builtins.int
+    """The most completions that may be under way: `max_batch` and `max_waiting` together."""
+    kv_bytes_used: _builtins.int
+    """Memory of the slots that hold tokens, in bytes."""
+    kv_bytes_limit: _builtins.int
+    """Memory that the cache takes for as long as the server runs, in bytes."""
+    def __init__(
+        self,
+        *,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        admitted: _builtins.int = ...,
+        capacity: _builtins.int = ...,
+        kv_bytes_used: _builtins.int = ...,
+        kv_bytes_limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "capacity", b"capacity", "kv_bytes_limit", b"kv_bytes_limit", "kv_bytes_used", b"kv_bytes_used", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
 
 @_typing.final
 class AlphaTable(_message.Message):

@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=service_dot_pb_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/a2sf.inference.v1.InferenceService/Tokenize',
+                request_serializer=service_dot_pb_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -66,6 +71,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Turns text or chat messages into the very token ids that a completion of them would read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=service_dot_pb_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=service_dot_pb_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=service_dot_pb_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=service_dot_pb_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +152,33 @@ class InferenceService:
             '/a2sf.inference.v1.InferenceService/Generate',
             service_dot_pb_dot_inference__pb2.GenerateRequest.SerializeToString,
             service_dot_pb_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/a2sf.inference.v1.InferenceService/Tokenize',
+            service_dot_pb_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            service_dot_pb_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -299,6 +343,218 @@ class ModelService:
             '/a2sf.inference.v1.ModelService/GetAlphaTable',
             service_dot_pb_dot_inference__pb2.GetAlphaTableRequest.SerializeToString,
             service_dot_pb_dot_inference__pb2.GetAlphaTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminServiceStub:
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ActivateAlphaTable = channel.unary_unary(
+                '/a2sf.inference.v1.AdminService/ActivateAlphaTable',
+                request_serializer=service_dot_pb_dot_inference__pb2.ActivateAlphaTableRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_inference__pb2.ActivateAlphaTableResponse.FromString,
+                _registered_method=True)
+        self.ReloadAlphaTables = channel.unary_unary(
+                '/a2sf.inference.v1.AdminService/ReloadAlphaTables',
+                request_serializer=service_dot_pb_dot_inference__pb2.ReloadAlphaTablesRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_inference__pb2.ReloadAlphaTablesResponse.FromString,
+                _registered_method=True)
+        self.AbortRequests = channel.unary_unary(
+                '/a2sf.inference.v1.AdminService/AbortRequests',
+                request_serializer=service_dot_pb_dot_inference__pb2.AbortRequestsRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_inference__pb2.AbortRequestsResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/a2sf.inference.v1.AdminService/GetLoad',
+                request_serializer=service_dot_pb_dot_inference__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_inference__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer:
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    def ActivateAlphaTable(self, request, context):
+        """Makes an alpha table the one of requests that name no method. Requests under way keep theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadAlphaTables(self, request, context):
+        """Reads the directory of alpha tables again. A file that cannot be used changes nothing: the
+        table that was served under its name stays, and the answer names the file and what is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortRequests(self, request, context):
+        """Ends requests under way; their callers get ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """Tells how much of the server is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ActivateAlphaTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.ActivateAlphaTable,
+                    request_deserializer=service_dot_pb_dot_inference__pb2.ActivateAlphaTableRequest.FromString,
+                    response_serializer=service_dot_pb_dot_inference__pb2.ActivateAlphaTableResponse.SerializeToString,
+            ),
+            'ReloadAlphaTables': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadAlphaTables,
+                    request_deserializer=service_dot_pb_dot_inference__pb2.ReloadAlphaTablesRequest.FromString,
+                    response_serializer=service_dot_pb_dot_inference__pb2.ReloadAlphaTablesResponse.SerializeToString,
+            ),
+            'AbortRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortRequests,
+                    request_deserializer=service_dot_pb_dot_inference__pb2.AbortRequestsRequest.FromString,
+                    response_serializer=service_dot_pb_dot_inference__pb2.AbortRequestsResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=service_dot_pb_dot_inference__pb2.GetLoadRequest.FromString,
+                    response_serializer=service_dot_pb_dot_inference__pb2.GetLoadResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'a2sf.inference.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('a2sf.inference.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService:
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    @staticmethod
+    def ActivateAlphaTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/a2sf.inference.v1.AdminService/ActivateAlphaTable',
+            service_dot_pb_dot_inference__pb2.ActivateAlphaTableRequest.SerializeToString,
+            service_dot_pb_dot_inference__pb2.ActivateAlphaTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadAlphaTables(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/a2sf.inference.v1.AdminService/ReloadAlphaTables',
+            service_dot_pb_dot_inference__pb2.ReloadAlphaTablesRequest.SerializeToString,
+            service_dot_pb_dot_inference__pb2.ReloadAlphaTablesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/a2sf.inference.v1.AdminService/AbortRequests',
+            service_dot_pb_dot_inference__pb2.AbortRequestsRequest.SerializeToString,
+            service_dot_pb_dot_inference__pb2.AbortRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/a2sf.inference.v1.AdminService/GetLoad',
+            service_dot_pb_dot_inference__pb2.GetLoadRequest.SerializeToString,
+            service_dot_pb_dot_inference__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

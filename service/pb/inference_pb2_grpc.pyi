@@ -46,6 +46,8 @@ class InferenceServiceStub:
     """
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Makes one completion and answers once it is whole."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """Turns text or chat messages into the very token ids that a completion of them would read."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -58,6 +60,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Makes one completion and answers once it is whole."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Turns text or chat messages into the very token ids that a completion of them would read."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns prompts into completions."""
@@ -79,6 +83,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
         """Makes one completion and answers once it is whole."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """Turns text or chat messages into the very token ids that a completion of them would read."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -136,3 +148,82 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns one alpha table whole."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AdminServiceStub:
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
+    ActivateAlphaTable: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ActivateAlphaTableRequest, _inference_pb2.ActivateAlphaTableResponse]
+    """Makes an alpha table the one of requests that name no method. Requests under way keep theirs."""
+    ReloadAlphaTables: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ReloadAlphaTablesRequest, _inference_pb2.ReloadAlphaTablesResponse]
+    """Reads the directory of alpha tables again. A file that cannot be used changes nothing: the
+    table that was served under its name stays, and the answer names the file and what is wrong.
+    """
+    AbortRequests: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequestsRequest, _inference_pb2.AbortRequestsResponse]
+    """Ends requests under way; their callers get ABORTED."""
+    GetLoad: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetLoadRequest, _inference_pb2.GetLoadResponse]
+    """Tells how much of the server is taken."""
+
+@_typing.type_check_only
+class AdminServiceAsyncStub(AdminServiceStub):
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ActivateAlphaTable: _aio.UnaryUnaryMultiCallable[_inference_pb2.ActivateAlphaTableRequest, _inference_pb2.ActivateAlphaTableResponse]  # type: ignore[assignment]
+    """Makes an alpha table the one of requests that name no method. Requests under way keep theirs."""
+    ReloadAlphaTables: _aio.UnaryUnaryMultiCallable[_inference_pb2.ReloadAlphaTablesRequest, _inference_pb2.ReloadAlphaTablesResponse]  # type: ignore[assignment]
+    """Reads the directory of alpha tables again. A file that cannot be used changes nothing: the
+    table that was served under its name stays, and the answer names the file and what is wrong.
+    """
+    AbortRequests: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequestsRequest, _inference_pb2.AbortRequestsResponse]  # type: ignore[assignment]
+    """Ends requests under way; their callers get ABORTED."""
+    GetLoad: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetLoadRequest, _inference_pb2.GetLoadResponse]  # type: ignore[assignment]
+    """Tells how much of the server is taken."""
+
+class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Changes what is served, and ends what runs. On a port and with a credential of its own; off unless
+    the server was started with them.
+    """
+
+    @_abc_1.abstractmethod
+    def ActivateAlphaTable(
+        self,
+        request: _inference_pb2.ActivateAlphaTableRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ActivateAlphaTableResponse, _abc.Awaitable[_inference_pb2.ActivateAlphaTableResponse]]:
+        """Makes an alpha table the one of requests that name no method. Requests under way keep theirs."""
+
+    @_abc_1.abstractmethod
+    def ReloadAlphaTables(
+        self,
+        request: _inference_pb2.ReloadAlphaTablesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ReloadAlphaTablesResponse, _abc.Awaitable[_inference_pb2.ReloadAlphaTablesResponse]]:
+        """Reads the directory of alpha tables again. A file that cannot be used changes nothing: the
+        table that was served under its name stays, and the answer names the file and what is wrong.
+        """
+
+    @_abc_1.abstractmethod
+    def AbortRequests(
+        self,
+        request: _inference_pb2.AbortRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.AbortRequestsResponse, _abc.Awaitable[_inference_pb2.AbortRequestsResponse]]:
+        """Ends requests under way; their callers get ABORTED."""
+
+    @_abc_1.abstractmethod
+    def GetLoad(
+        self,
+        request: _inference_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GetLoadResponse, _abc.Awaitable[_inference_pb2.GetLoadResponse]]:
+        """Tells how much of the server is taken."""
+
+def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from service.client import Client
-from service.options import ServerOptions, load_core
+from service.core import Core, load_core
+from service.options import ServerOptions
 from service.server import Server
-from service.servicers import Core
 from tests.tiny import save_tiny_llama
 
 START_TIMEOUT_S = 60.0

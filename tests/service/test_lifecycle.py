@@ -13,9 +13,9 @@ from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, Unavailable
 from a2sf.requests import Event, Finished
 from service.client import Client
-from service.options import ServerOptions, load_core
+from service.core import Core, load_core
+from service.options import ServerOptions
 from service.server import SERVICES, Server
-from service.servicers import Core
 from service.status import RemoteError
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer
 

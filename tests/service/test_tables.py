@@ -17,7 +17,8 @@ from a2sf.errors import (
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
 from a2sf.schema import ModelIdentity, save_table
-from service.options import ServerOptions, load_core
+from service.core import load_core
+from service.options import ServerOptions
 from service.tables import TableStore
 from tests.service.conftest import StartServer
 from tests.tables import make_table
