@@ -1,7 +1,7 @@
 """The handlers of both services: read, ask the engine, answer.
 
 Owns the course of a call and what is logged of it: one line at its end, with the request id and
-figures, never with text. Every handler runs inside `_answering`, which holds the gate, turns
+figures, never with text. Every handler runs inside `answering`, which holds the gate, turns
 errors into statuses and lets nothing else out. Knows nothing of how the server starts or stops.
 """
 
@@ -58,7 +58,7 @@ class _Call:
 
 
 @asynccontextmanager
-async def _answering(
+async def answering(
     method: str, backend: Backend, context: grpc.aio.ServicerContext[Any, Any]
 ) -> AsyncIterator[_Call]:
     call = _Call()
@@ -95,7 +95,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> None:
         """See the proto."""
         async with (
-            _answering("StreamGenerate", self._backend, context) as call,
+            answering("StreamGenerate", self._backend, context) as call,
             aclosing(self._events(request.input, call)) as events,
         ):
             async for event in events:
@@ -108,7 +108,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         response = pb.GenerateResponse()
         text: list[str] = []
         async with (
-            _answering("Generate", self._backend, context) as call,
+            answering("Generate", self._backend, context) as call,
             aclosing(self._events(request.input, call)) as events,
         ):
             async for event in events:
@@ -129,7 +129,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.TokenizeResponse:
         """See the proto."""
         response = pb.TokenizeResponse()
-        async with _answering("Tokenize", self._backend, context):
+        async with answering("Tokenize", self._backend, context):
             ids = await asyncio.to_thread(self._backend.core.model.encode, request.text)
             response.token_ids.extend(ids)
             response.text = request.text
@@ -172,7 +172,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.GetModelResponse:
         """See the proto."""
         response = pb.GetModelResponse()
-        async with _answering("GetModel", self._backend, context):
+        async with answering("GetModel", self._backend, context):
             response.CopyFrom(describe(self._backend.core))
         return response
 
@@ -181,7 +181,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.ListAlphaTablesResponse:
         """See the proto."""
         response = pb.ListAlphaTablesResponse()
-        async with _answering("ListAlphaTables", self._backend, context):
+        async with answering("ListAlphaTables", self._backend, context):
             tables = self._backend.core.tables
             response.CopyFrom(conversions.table_list_message(tables.tables, tables.refused))
         return response
@@ -191,7 +191,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.GetAlphaTableResponse:
         """See the proto."""
         response = pb.GetAlphaTableResponse()
-        async with _answering("GetAlphaTable", self._backend, context):
+        async with answering("GetAlphaTable", self._backend, context):
             if not request.name:
                 raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
             table = self._backend.core.tables.lookup(request.name)
