@@ -75,6 +75,13 @@ class Engine:
         """Bytes of the prefill staging row, read off the tensors; constant."""
         return self._staging.nbytes
 
+    @property
+    def kv_bytes_used(self) -> int:
+        """Bytes of the slots that hold tokens, of running requests and of the one being read."""
+        # A copy in one go: another thread may ask while this one changes the list.
+        running = [*tuple(self._active), self._prefilling]
+        return sum(self._bytes_of(sequence) for sequence in running if sequence is not None)
+
     def submit(self, request: GenerationRequest) -> None:
         """Check a request and queue it.
 
@@ -239,16 +246,24 @@ class Engine:
 
     def _statistics(self, sequence: Sequence) -> CacheStatistics:
         shape = self.model.shape
-        token_bytes = 2 * shape.head_dim * self.model.dtype.itemsize
-        stored = sum(sequence.stored)
-        kept_tokens = math.floor(stored / shape.num_layers + 0.5)
+        kept_tokens = math.floor(sum(sequence.stored) / shape.num_layers + 0.5)
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
             evicted_tokens=sequence.seen - kept_tokens,
-            kv_bytes=stored * shape.num_kv_heads * (token_bytes + SLOT_OVERHEAD_BYTES),
-            kv_bytes_full=sequence.seen * shape.num_layers * shape.num_kv_heads * token_bytes,
+            kv_bytes=self._bytes_of(sequence),
+            kv_bytes_full=sequence.seen
+            * (shape.num_layers * shape.num_kv_heads * self._token_bytes),
         )
+
+    def _bytes_of(self, sequence: Sequence) -> int:
+        slot = self.model.shape.num_kv_heads * (self._token_bytes + SLOT_OVERHEAD_BYTES)
+        return sum(sequence.stored) * slot
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of one token's key and value in one head."""
+        return 2 * self.model.shape.head_dim * self.model.dtype.itemsize
 
     def _free(self, row: int) -> None:
         last = len(self._active) - 1

@@ -109,10 +109,14 @@ class LoadedModel:
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Turn text into token ids, with the beginning-of-sequence token if the model has one."""
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Turn text into token ids, with the beginning-of-sequence token if the model has one.
+
+        Without `special` none is added: a chat template has written it into the text already.
+        """
         # Not verbose: who asks has an answer of their own for texts beyond the model's context.
-        return tuple(self.tokenizer(text, verbose=False).input_ids)
+        encoded = self.tokenizer(text, verbose=False, add_special_tokens=special)
+        return tuple(encoded.input_ids)
 
     def hidden_states(
         self,

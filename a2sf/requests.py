@@ -39,6 +39,14 @@ class Sampling(Frozen):
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
+class ChatMessage(Frozen):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
+    """Who says it, as the model's template names them: `system`, `user`, `assistant`, ..."""
+    content: str
+
+
 class GenerationRequest(Frozen):
     """One completion to make. `table` is the alpha table that the policy names, looked up."""
 
@@ -173,6 +181,8 @@ class Finished(Frozen):
     reason: FinishReason
     matched_stop: str | None
     """The stop string that ended the stream, where one did."""
+    matched_stop_token_id: int | None = None
+    """The one of `stop_token_ids` that ended the stream, where one did."""
     usage: Usage
     cache: CacheStatistics
     timings: Timings

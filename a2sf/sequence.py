@@ -158,6 +158,7 @@ class Sequence:
             request_id=self.request.request_id,
             reason=self.reason,
             matched_stop=self.text.matched,
+            matched_stop_token_id=self._matched_token,
             usage=Usage(
                 prompt_tokens=len(self.request.prompt_ids),
                 completion_tokens=len(self.generated),
@@ -169,6 +170,12 @@ class Sequence:
                 decode_s=now - first_token_at,
             ),
         )
+
+    @property
+    def _matched_token(self) -> int | None:
+        """The stop token that ended the sequence; a stop string may end it at the same reason."""
+        stopped = self.reason is FinishReason.STOP and self.text.matched is None
+        return self.generated[-1] if stopped else None
 
     def _withheld(self) -> str:
         text = self.text.flush()

@@ -32,6 +32,7 @@ CORE = [
     "teacher",
     "sampling",
     "text",
+    "chat",
     "sequence",
     "admission",
     "engine",
