@@ -61,8 +61,31 @@ class InvalidRequest(errors.InvalidArgument):
         super().__init__(*self.violations[0])
 
 
+class NoRoom(errors.ResourceExhausted):
+    """The server has no room now; it says to come back in `retry_after_s` seconds, if it says."""
+
+    def __init__(self, message: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class RemoteError(errors.A2SFError):
-    """The server failed or the call was cut off; the message says which."""
+    """The server failed or the call was cut off; the message says which.
+
+    `code` is the status that the call ended with.
+    """
+
+    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DeadlineExceeded(RemoteError):
+    """The call's own deadline passed; the server was told to stop working on it."""
+
+
+class Cancelled(RemoteError):
+    """The call was cancelled: the channel was closed under it, or someone between gave it up."""
 
 
 def from_validation(error: ValidationError, prefix: str = "") -> InvalidRequest:
@@ -129,35 +152,47 @@ def to_wire(error: Exception, request_id: str) -> WireStatus:
     return WireStatus(code, message, (*rich.trailing_metadata, *trailers))
 
 
-def from_wire(error: grpc.aio.AioRpcError, timeout_s: float | None = None) -> errors.A2SFError:
+def code_of(error: errors.A2SFError) -> grpc.StatusCode:
+    """Return the status code that `error` goes by, whichever side raised it."""
+    if isinstance(error, RemoteError):
+        return error.code
+    return next(CODES[cls] for cls in type(error).__mro__ if cls in CODES)
+
+
+def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2SFError:
     """Turn a failed call back into the error that the server raised, as far as it tells.
 
     `timeout_s` is the call's own deadline, for the message where that was what ended it.
     """
-    code, message = error.code(), error.details() or ""
-    status = _rich_status(error)
+    # Every error of a call, of either kind of channel, is a call too; the base class does not say.
+    call: Any = error
+    code, message = call.code(), call.details() or ""
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    for detail in status.details if status is not None else ():
-        for message_type in (info, bad_request):
+    retry = error_details_pb2.RetryInfo()
+    for detail in _details(call):
+        for message_type in (info, bad_request, retry):
             if detail.Is(message_type.DESCRIPTOR):
                 detail.Unpack(message_type)
     if bad_request.field_violations:
         return InvalidRequest((v.field, v.description) for v in bad_request.field_violations)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         limit = f" of {timeout_s:g} s" if timeout_s is not None else ""
-        return RemoteError(f"the deadline{limit} passed before the answer was whole")
+        return DeadlineExceeded(f"the deadline{limit} passed before the answer was whole", code)
+    if code is grpc.StatusCode.CANCELLED:
+        return Cancelled(f"the call was cancelled: {message}", code)
     named = _CLASSES.get(info.reason) if info.domain == DOMAIN else None
     cls = named or _BY_CODE.get(code)
     if cls is None or cls is errors.InvalidArgument:
-        return RemoteError(f"{code.name}: {message}")
+        return RemoteError(f"{code.name}: {message}", code)
+    if cls is errors.ResourceExhausted:
+        told = retry.HasField("retry_delay")
+        return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
     return cls(message)
 
 
-def _rich_status(error: grpc.aio.AioRpcError) -> Any:
-    # The published stubs describe another kind of metadata than grpc.aio returns.
-    trailers: Any = error.trailing_metadata()
-    packed = trailers.get(DETAILS_KEY) if trailers is not None else None
-    return status_pb2.Status.FromString(packed) if packed is not None else None
+def _details(call: Any) -> Iterable[Any]:
+    packed = dict(call.trailing_metadata() or ()).get(DETAILS_KEY)
+    return () if packed is None else status_pb2.Status.FromString(packed).details
 
 
 def _packed(message: Any) -> any_pb2.Any:
