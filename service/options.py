@@ -1,68 +1,225 @@
 """What the server is started with.
 
-Owns the settings and their checks that need no model. Knows nothing of the command line or of
-handlers.
+Owns the settings, what each means, and their checks that need no model and no file. Each group is
+a class whose docstring heads it in the help; each setting's docstring is its help. Knows nothing
+of where values come from (`service.settings`) or of handlers.
 """
 
 import ipaddress
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from a2sf.admission import EngineConfig
 from a2sf.errors import InvalidArgument
 from a2sf.files import REFERENCE
 from a2sf.policy import DEFAULT_SINKS, CachePolicy, deal, slots_for
-from a2sf.schema import Count, Frozen, Positive, first_problem
-
-MAX_PORT = 65535
+from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
 
 DEFAULT_BUDGET = 256
 
+Port = Annotated[int, Field(ge=0, le=65535)]
 
-class ServerOptions(Frozen):
-    """Everything that `serve` can be told."""
+
+class _Group(Frozen):
+    # A duration's name has its unit in code, and no unit where people write it: `--grace 30`.
+    model_config = ConfigDict(
+        validate_by_name=True, validate_by_alias=True, use_attribute_docstrings=True
+    )
+
+
+class ModelOptions(_Group):
+    """Model"""
 
     model: str = REFERENCE
-    """`reference`, a directory, or a hub id."""
+    """`reference`, a directory, or a Hugging Face hub id."""
     revision: str | None = None
-    tables: Path | None = None
-    """Directory of alpha tables; None: those that ship with the reference model, for that model."""
-    default_table: str | None = None
-    """Table of requests that name no method; None: preset h2o."""
-    host: str = "127.0.0.1"
-    port: Count = 50051
-    """0 lets the system choose."""
-    insecure_bind: bool = False
-    """Whether plain text may leave this machine."""
-    max_batch: Positive = 8
-    slots: Positive = 1024
-    default_budget: Positive | None = None
-    """None: DEFAULT_BUDGET, or what the narrowest layer of a row has where that is less."""
-    max_prefill_tokens: Positive | None = None
-    step_tokens: Positive = 512
-    max_waiting: Count = 64
-    threads: Positive | None = None
-    """Threads of a processor's computations; None: the processors that the process may use."""
+    """Branch, tag or commit, for a hub id."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    threads: Positive | None = None
+    """Threads of a processor's computations; without it, as many as the process may use."""
+
+
+class TableOptions(_Group):
+    """Alpha tables"""
+
+    tables: Path | None = None
+    """Directory of alpha tables (*.json); without it, those that ship with the reference model
+    where that is served."""
+    default_table: str | None = None
+    """Table of requests that name no method; without it, preset h2o. Where it deals slots
+    unequally among layers, so do all rows."""
+    watch_tables: bool = True
+    """Read the tables' directory again when it changes."""
+
+
+class CapacityOptions(_Group):
+    """Capacity"""
+
+    max_batch: Positive = 8
+    """Requests that decode together."""
+    slots: Positive = 1024
+    """Slots of a row, the mean over layers: the largest budget of a request, in tokens. Where the
+    default table deals them unequally, requests with the same in every layer get at most those of
+    the narrowest."""
+    default_budget: Positive | None = None
+    """Budget of requests that name none, in tokens; without it 256, or the slots of the narrowest
+    layer where those are fewer."""
+    max_prefill_tokens: Positive | None = None
+    """Longest prompt block, in tokens; without it, what fits the slots."""
+    step_tokens: Positive = 512
+    """Prompt tokens computed between two decode steps."""
+    max_waiting: Count = 64
+    """Requests that may wait for a row; further ones are refused."""
+    max_message_bytes: Positive = 4 * 2**20
+    """Largest request message that is read."""
+    max_prompt_bytes: Positive = 2**20
+    """Longest prompt that is tokenized, in bytes of UTF-8."""
+    max_unread: Positive = 4096
+    """Events of one request that may wait for its client to read; beyond, the request is
+    aborted."""
+    stall_timeout_s: Annotated[NotNegative, Field(validation_alias="stall_timeout")] = 30.0
+    """Seconds in which a client must take an event before its request is aborted."""
+
+
+class ListeningOptions(_Group):
+    """Listening"""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 50051
+    """Port to listen on; 0 picks a free one."""
     port_file: Path | None = None
-    grace_s: float = 30.0
-    """Seconds that running requests get to finish once the server is told to stop."""
+    """File that holds the port while the server serves."""
+    insecure_bind: bool = False
+    """Allow plain text beyond this machine, where the network itself is trusted."""
+
+
+class SecurityOptions(_Group):
+    """Security"""
+
+    token_file: Path | None = None
+    """Bearer tokens that open the inference port, one a line, read again when the file changes;
+    without it, calls need none."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) of every port with gRPC, read again when the file changes; without
+    it, plain text."""
+    tls_key: Path | None = None
+    """Private key (PEM) of the certificate."""
+    tls_client_ca: Path | None = None
+    """Authority (PEM) that must have signed every client's certificate; without it, clients need
+    none."""
+
+
+class AdminOptions(_Group):
+    """Administration"""
+
+    admin_port: Port | None = None
+    """Port of the admin service; 0 picks a free one; without it, there is none."""
+    admin_host: str = "127.0.0.1"
+    """Address of the admin service."""
+    admin_token_file: Path | None = None
+    """Bearer tokens that open the admin port; needed with it. Those of the inference port do
+    not."""
+
+
+class ShutdownOptions(_Group):
+    """Shutdown"""
+
+    settle_s: Annotated[NotNegative, Field(validation_alias="settle")] = 0.0
+    """Seconds between telling NOT_SERVING and refusing new calls, in which load balancers look
+    elsewhere."""
+    grace_s: Annotated[NotNegative, Field(validation_alias="grace")] = 30.0
+    """Seconds that running requests then get to finish."""
+
+
+class SightOptions(_Group):
+    """Logs, metrics and traces"""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged, to stderr."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
+    log_prompts: bool = False
+    """Log prompts and completions, at level info."""
+    metrics_port: Port | None = None
+    """Port of Prometheus metrics over HTTP; 0 picks a free one; without it, there are none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics."""
+    traces: bool = False
+    """Send OpenTelemetry traces, as the standard OTEL_* environment variables say."""
+
+
+GROUPS: tuple[type[_Group], ...] = (
+    ModelOptions,
+    TableOptions,
+    CapacityOptions,
+    ListeningOptions,
+    SecurityOptions,
+    AdminOptions,
+    ShutdownOptions,
+    SightOptions,
+)
+"""In the order of the help."""
+
+
+class ServerOptions(
+    SightOptions,
+    ShutdownOptions,
+    AdminOptions,
+    SecurityOptions,
+    ListeningOptions,
+    CapacityOptions,
+    TableOptions,
+    ModelOptions,
+):
+    """Everything that `serve` can be told. The bases' last fields come first."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InvalidArgument("--tls-cert", "needs --tls-key, and that needs it")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidArgument("--tls-client-ca", "needs --tls-cert and --tls-key")
+        if self.admin_port is not None and self.admin_token_file is None:
+            raise InvalidArgument("--admin-port", "needs --admin-token-file")
+        return self
 
     @property
     def address(self) -> str:
         """Where to listen. Raises InvalidArgument for what must not be listened on."""
-        if self.port > MAX_PORT:
-            raise InvalidArgument("port", f"{self.port}; accepted: 0 to {MAX_PORT}")
-        if not self.insecure_bind and not _is_loopback(self.host):
+        return self._reachable("--host", self.host, self.port, plain_text=self.tls_cert is None)
+
+    @property
+    def admin_address(self) -> str:
+        """The same of the admin service, where there is one."""
+        assert self.admin_port is not None
+        return self._reachable(
+            "--admin-host", self.admin_host, self.admin_port, plain_text=self.tls_cert is None
+        )
+
+    @property
+    def metrics_address(self) -> str:
+        """The same of the metrics, where there are any; they are always plain text."""
+        assert self.metrics_port is not None
+        return self._reachable(
+            "--metrics-host", self.metrics_host, self.metrics_port, plain_text=True
+        )
+
+    def _reachable(self, field: str, host: str, port: int, *, plain_text: bool) -> str:
+        if plain_text and not self.insecure_bind and not is_loopback(host):
+            encrypt = "" if field == "--metrics-host" else "give --tls-cert and --tls-key, "
             raise InvalidArgument(
-                "host",
-                f"{self.host} can be reached from outside, and this server speaks plain text "
-                "without authentication; bind 127.0.0.1, or say --insecure-bind where the "
-                "network itself is trusted",
+                field,
+                f"{host} can be reached from outside, and this server speaks plain text there; "
+                f"bind 127.0.0.1, {encrypt}or say --insecure-bind where the network itself is "
+                "trusted",
             )
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return join(host, port)
 
     def budget(self, layer_share: tuple[float, ...] | None) -> int:
         """What a request gets without asking, where rows have these shares (None: equal layers)."""
@@ -79,13 +236,13 @@ class ServerOptions(Frozen):
         budget = self.budget(layer_share)
         if self.default_budget is None and budget < least:
             raise InvalidArgument(
-                "slots",
+                "--slots",
                 f"{self.slots}, of which the narrowest layer gets {budget}; accepted: "
                 f"{slots_for(least, layer_share or (1.0,))} or more",
             )
         if not least <= budget <= self.slots:
             raise InvalidArgument(
-                "default-budget",
+                "--default-budget",
                 f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
         # A table brings a budget of its own; the server's is for requests that name another method.
@@ -109,7 +266,13 @@ def layers_of(slots: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     return deal(slots, shares, slots * len(shares))
 
 
-def _is_loopback(host: str) -> bool:
+def join(host: str, port: int) -> str:
+    """Write host and port as one address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

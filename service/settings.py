@@ -1,0 +1,218 @@
+"""Where settings come from: flags, then the environment, then a file, then defaults.
+
+Owns the command line's parser, the names of settings in each place, and how a value that is not
+accepted is told: by its flag and the place it came from. Knows nothing of what settings do.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+from a2sf import __version__
+from a2sf.errors import InvalidArgument
+from service.options import GROUPS, ServerOptions
+
+PROGRAM = "a2sf-serve"
+ENV_PREFIX = "A2SF_"
+CONFIG_ENV = "A2SF_CONFIG"
+
+EPILOG = f"""\
+Every option can also be set in the environment (--max-batch as {ENV_PREFIX}MAX_BATCH) and in a TOML
+file (max_batch = 8). A flag goes before the environment, that before the file; `none` as a flag or
+in the environment takes back what comes after it."""
+
+
+class _Sources(ServerOptions, BaseSettings):
+    """The settings as pydantic-settings' sources need to see them; never made.
+
+    `ServerOptions` itself stays a plain model, so that code that makes one reads nothing else.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_prefix_target="all",
+        env_ignore_empty=True,
+        env_parse_none_str="none",
+        # One name a setting: `grace_s` is `--grace` and nothing else.
+        validate_by_name=False,
+        validate_by_alias=True,
+        cli_prog_name=PROGRAM,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+
+
+def names_of(group: type[ServerOptions] | Any) -> dict[str, str]:
+    """Map the fields of `group` to their names in files, the order kept."""
+    return {
+        field: str(info.validation_alias or field) for field, info in group.model_fields.items()
+    }
+
+
+NAMES = names_of(ServerOptions)
+
+
+def flag(name: str) -> str:
+    """Write a setting's name as its flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable(name: str) -> str:
+    """Write a setting's name as its environment variable."""
+    return f"{ENV_PREFIX}{name.upper()}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the command line came to."""
+
+    options: ServerOptions
+    places: Mapping[str, str]
+    """Where each value that is no default came from, by the setting's name."""
+    print_config: bool
+    misspelt: tuple[str, ...]
+    """Environment variables that are no settings but nearly have the name of one, with that."""
+
+    def as_toml(self) -> str:
+        """Write every setting, so that the text can be given as a file again."""
+        lines = [f"# {PROGRAM} {__version__}: the effective configuration"]
+        for group in GROUPS:
+            lines += ["", f"# {group.__doc__}"]
+            for field, name in names_of(group).items():
+                value = getattr(self.options, field)
+                if value is None:
+                    lines.append(f"# {name} is not set")
+                    continue
+                shown = str(value) if isinstance(value, Path) else value
+                # JSON's strings, numbers and booleans are TOML's.
+                written = json.dumps(shown, ensure_ascii=False)
+                lines.append(f"{name} = {written}  # {self.places.get(name, 'default')}")
+        return "\n".join(lines) + "\n"
+
+
+def load(arguments: Sequence[str]) -> Loaded:
+    """Read the flags, the process's environment and the file that either names.
+
+    Raises InvalidArgument for what is not accepted; SystemExit once help or version are printed.
+    """
+    parser = _Parser()
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        _Sources, root_parser=parser, add_argument_method=_Parser.add_setting
+    )
+    parsed = parser.parse_args(arguments)
+    flags = source(parsed_args=parsed)()
+    environment = EnvSettingsSource(_Sources)()
+    path = parsed.config or os.environ.get(CONFIG_ENV) or None
+    file = _read(Path(path)) if path else {}
+    places = {
+        **{name: str(path) for name in file},
+        **{name: variable(name) for name in environment},
+        **{name: flag(name) for name in flags},
+    }
+    try:
+        options = ServerOptions.model_validate(
+            {**file, **environment, **flags}, strict=False, by_alias=True, by_name=False
+        )
+    except ValidationError as error:
+        raise _told(error, places) from None
+    return Loaded(options, places, parsed.print_config, tuple(_misspelt(os.environ)))
+
+
+class _Parser(ArgumentParser):
+    """The settings' groups as the help's sections; what is wrong raises instead of printing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog=PROGRAM,
+            usage=f"{PROGRAM} [serve] [--config FILE] [OPTION ...]",
+            description="Serve completions over gRPC with a KV cache of constant size, until "
+            "SIGTERM or Ctrl-C.",
+            epilog=EPILOG,
+            formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30),
+            allow_abbrev=False,
+            add_help=False,
+        )
+        general = self.add_argument_group("General")
+        general.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+        general.add_argument(
+            "--version", action="version", version=__version__, help="Show the version and exit."
+        )
+        general.add_argument(
+            "--config", metavar="FILE", help=f"TOML file with settings; or {CONFIG_ENV}."
+        )
+        general.add_argument(
+            "--print-config",
+            action="store_true",
+            help="Print every setting and where it came from, as such a file, and exit.",
+        )
+        self._sections: dict[str, _ArgumentGroup] = {}
+        for group in GROUPS:
+            section = self.add_argument_group(group.__doc__)
+            self._sections.update(dict.fromkeys(names_of(group).values(), section))
+
+    def add_setting(self, *flags: str, dest: str, help: str, **kwargs: Any) -> None:
+        """Add what pydantic-settings makes of a field, in its section and in people's words."""
+        words = {"int": "N", "float": "SECONDS", "Path": "PATH", "str": "TEXT"}
+        if "metavar" in kwargs:
+            kwargs["metavar"] = words.get(kwargs["metavar"], kwargs["metavar"])
+        for said, meant in (
+            (" (default: none)", ""),
+            ("(default: False)", "(default: off)"),
+            ("(default: True)", "(default: on)"),
+        ):
+            help = help.replace(said, meant)
+        self._sections[dest].add_argument(*flags, dest=dest, help=help, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
+        raise InvalidArgument("command line", f"{message}; see --help")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidArgument("--config", f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgument("--config", f"{path} is not TOML: {error}") from error
+    for key in values:
+        if key not in NAMES.values():
+            near = difflib.get_close_matches(key, NAMES.values(), 1)
+            hint = f"did you mean {near[0]}?" if near else "see --print-config for those there are"
+            raise InvalidArgument("--config", f"{path}: unknown setting {key!r}; {hint}")
+    return values
+
+
+def _told(error: ValidationError, places: Mapping[str, str]) -> InvalidArgument:
+    problem = error.errors(include_url=False)[0]
+    if not problem["loc"]:
+        # A rule between settings, which names them itself.
+        refusal: InvalidArgument = problem["ctx"]["error"]
+        return refusal
+    name = str(problem["loc"][0])
+    place = "" if places[name] == flag(name) else f" (from {places[name]})"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return InvalidArgument(flag(name), f"{problem['input']!r}{place}: {message}")
+
+
+def _misspelt(environment: Iterable[str]) -> Iterable[str]:
+    # Others have variables with this prefix too (the tuner's A2SF_DATA_DIR, and what Kubernetes
+    # sets for a service of that name), so that only near misses are worth a word.
+    known = [variable(name) for name in NAMES.values()]
+    for name in environment:
+        if name.startswith(ENV_PREFIX) and name not in (*known, CONFIG_ENV):
+            short = [each.removeprefix(ENV_PREFIX) for each in known]
+            near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), short, 1, 0.8)
+            if near:
+                yield f"{name} (did you mean {ENV_PREFIX}{near[0]}?)"
