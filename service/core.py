@@ -1,25 +1,30 @@
 """What is served: the model, its engine and its alpha tables, loaded from the settings.
 
-Owns loading, which the engine's thread runs, and how the default table shapes the engine's rows.
-Knows nothing of handlers or of the server's life.
+Owns loading, which the engine's thread runs, how the default table of the start shapes the engine's
+rows, and which tables may follow it in those rows. Knows nothing of handlers or of the server's
+life.
 """
 
-import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import structlog
 
 from a2sf import reference
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import slots_for
+from a2sf.policy import CachePolicy, resolve, slots_for
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
 from service.options import ServerOptions, layers_of
-from service.tables import TableStore
+from service.tables import TableCatalog
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,9 @@ class Core:
     model: LoadedModel
     engine: Engine
     config: EngineConfig
-    tables: TableStore
+    """Its default policy names no table: that of requests without a method is `tables.now.default`,
+    which may change, and preset h2o where there is none."""
+    tables: TableCatalog
 
 
 def load_core(options: ServerOptions) -> Core:
@@ -49,26 +56,39 @@ def load_core(options: ServerOptions) -> Core:
     shipped = reference.path() / "tables"
     if directory is None and options.model == REFERENCE and shipped.is_dir():
         directory = shipped
-    tables = TableStore.read(directory, model.identity) if directory else TableStore()
+    tables = TableCatalog(directory, model.identity)
     if options.default_table is not None:
-        shape = _shape(options, tables.lookup(options.default_table))
+        shape = _shape(options, tables.now.lookup(options.default_table))
         config = options.engine_config(shape)
+    preset = CachePolicy(preset="h2o", budget=config.default_policy.budget)
+    config = config.model_copy(update={"default_policy": preset})
+    rows = config.layer_slots(model.shape.num_layers)
+    tables.settle(
+        options.default_table, partial(check_default, options, rows, model.shape.max_context)
+    )
     try:
         engine = Engine(model, config)
     except (MemoryError, RuntimeError) as error:  # torch raises either, by device
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InvalidArgument(
-            "max-batch",
+            "--max-batch",
             f"{config.max_batch} rows of {config.slots} slots do not fit into memory; lower "
             f"--max-batch or --slots ({reason})",
         ) from error
     log.info(
-        "model=%s device=%s dtype=%s threads=%d rows=%d slots=%d shape=%s slab_bytes=%d "
-        "staging_bytes=%d tables=%d refused=%d",
-        *(model.identity.id, model.device, model.dtype, threads),
-        *(config.max_batch, config.slots, _written(config, options, model.shape.num_layers)),
-        *(engine.kv_slab_bytes, engine.kv_staging_bytes),
-        *(len(tables.tables), len(tables.refused)),
+        "loaded",
+        model=model.identity.id,
+        device=str(model.device),
+        dtype=str(model.dtype),
+        threads=threads,
+        rows=config.max_batch,
+        slots=config.slots,
+        shape=_written(rows, options),
+        slab_bytes=engine.kv_slab_bytes,
+        staging_bytes=engine.kv_staging_bytes,
+        tables=len(tables.now.tables),
+        refused=len(tables.now.refused),
+        default_table=options.default_table,
     )
     return Core(model=model, engine=engine, config=config, tables=tables)
 
@@ -100,13 +120,75 @@ def _shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | Non
     enough = (fitted or 0) <= narrowest
     less = f", or --default-budget {narrowest} or less" if enough else ""
     raise InvalidArgument(
-        "default-table",
+        "--default-table",
         f"{budget}, and {room}; give --slots {slots_for(wanted, shares)} or more{less}",
     )
 
 
-def _written(config: EngineConfig, options: ServerOptions, num_layers: int) -> str:
+def check_default(
+    options: ServerOptions, rows: Sequence[int], max_context: int, table: AlphaTable
+) -> None:
+    """Check that a request that names nothing would fit, whatever its length, with this default.
+
+    A budget that is a ratio is as large as each request makes it: then rows must be dealt as the
+    table deals, so that --slots means what it would had the server been started with the table.
+
+    Args:
+        options: what the server was started with.
+        rows: [num_layers] slots of a row, dealt when the server was started.
+        max_context: the longest request, tokens.
+        table: for the model that is served.
+
+    Raises TableInvalid where it would not fit.
+    """
+    policy, start = table.policy, f"start the server with --default-table {table.name}"
+    cannot = f"alpha table {table.name!r} cannot be the default"
+    alike = layers_of(options.slots, policy.layer_share) == tuple(rows)
+    if policy.budget is None:
+        if not alike:
+            raise TableInvalid(
+                f"{cannot}: its budget is a ratio, dealt by its layer_share, and rows are not "
+                f"dealt so ({_dealt(rows)}); {start}"
+            )
+        return
+    peaks = (policy.budget,) * len(rows) if alike else _peaks(policy.budget, policy.layer_share)
+    layer = max(range(len(rows)), key=lambda layer: peaks[layer] - rows[layer])
+    if peaks[layer] > rows[layer]:
+        least = slots_for(policy.budget, policy.layer_share)
+        raise TableInvalid(
+            f"{cannot}: its budget of {policy.budget} tokens, dealt by its layer_share, takes up "
+            f"to {peaks[layer]} slots of layer {layer}, which has {rows[layer]}; {start} and "
+            f"--slots {least} or more"
+        )
+    try:
+        # Layers of small shares get the least where the sequence is the longest.
+        resolve(
+            CachePolicy(),
+            table=table,
+            server=CachePolicy(table=table.name),
+            length=max_context,
+            slots=rows,
+            num_layers=len(rows),
+            num_kv_heads=table.model.num_kv_heads,
+        )
+    except InvalidArgument as error:
+        raise TableInvalid(f"{cannot}: {error.problem}") from error
+
+
+def _peaks(budget: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return the most slots that each layer takes of `budget`, over sequences of all lengths.
+
+    No layer takes more than the sequence's length, and what it leaves goes to the others: so each
+    takes the most at the length where it stops being filled, with all of larger shares filled too.
+    """
+    total = budget * len(shares)
+    return tuple(math.ceil(total * w / sum(min(w, other) for other in shares)) for w in shares)
+
+
+def _dealt(rows: Sequence[int]) -> str:
+    return ",".join(map(str, rows)) if len(set(rows)) > 1 else f"{rows[0]} slots in every layer"
+
+
+def _written(rows: Sequence[int], options: ServerOptions) -> str:
     """How slots are spread over a row's layers, for the log."""
-    if config.layer_share is None:
-        return "flat"
-    return f"{options.default_table}:{','.join(map(str, config.layer_slots(num_layers)))}"
+    return "flat" if len(set(rows)) == 1 else f"{options.default_table}:{_dealt(rows)}"

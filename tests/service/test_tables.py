@@ -1,10 +1,11 @@
 """Alpha tables: good ones served by name, bad ones refused with the reason, none outside."""
 
 import json
-import logging
+import re
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from a2sf.errors import (
     InvalidArgument,
@@ -19,7 +20,7 @@ from a2sf.policy import CachePolicy
 from a2sf.schema import ModelIdentity, save_table
 from service.core import load_core
 from service.options import ServerOptions
-from service.tables import TableStore
+from service.tables import TableCatalog
 from tests.service.conftest import StartServer
 from tests.tables import make_table
 
@@ -45,15 +46,17 @@ def directory(tmp_path: Path, identity: ModelIdentity) -> Path:
 
 
 def test_bad_files_are_named_in_the_log_and_stop_no_others(
-    directory: Path, identity: ModelIdentity, caplog: pytest.LogCaptureFixture
+    directory: Path, identity: ModelIdentity
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        store = TableStore.read(directory, identity)
+    with capture_logs() as lines:
+        store = TableCatalog(directory, identity).now
     assert list(store.tables) == ["good"]
     assert list(store.refused) == ["cut", "foreign"]
-    assert "cut.json" in caplog.text
-    assert "cut short" in caplog.text
-    assert "fingerprint" in caplog.text
+    told = {line["table"]: line for line in lines}
+    assert (told["good"]["event"], told["good"]["log_level"]) == ("alpha table added", "info")
+    for name, reason in (("cut", "cut.json: .*cut short"), ("foreign", "fingerprint")):
+        assert (told[name]["event"], told[name]["log_level"]) == ("alpha table refused", "warning")
+        assert re.search(reason, told[name]["reason"])
 
 
 @pytest.mark.parametrize(
@@ -69,28 +72,28 @@ def test_bad_files_are_named_in_the_log_and_stop_no_others(
 def test_a_name_that_cannot_be_served_tells_why(
     directory: Path, identity: ModelIdentity, name: str, error: type[Exception], reason: str
 ) -> None:
-    store = TableStore.read(directory, identity)
+    store = TableCatalog(directory, identity).now
     with pytest.raises(error, match=reason) as caught:
         store.lookup(name)
     assert str(directory) not in str(caught.value)
 
 
 def test_a_name_that_is_taken_is_refused_to_the_second_file(
-    directory: Path, identity: ModelIdentity, caplog: pytest.LogCaptureFixture
+    directory: Path, identity: ModelIdentity
 ) -> None:
     save_table(make_table(identity, name="good", budget=30), directory / "z.json")
-    with caplog.at_level(logging.WARNING):
-        store = TableStore.read(directory, identity)
+    store = TableCatalog(directory, identity).now
     assert store.lookup("good").policy.budget == 24
-    assert "z.json" in caplog.text
-    assert "another file" in caplog.text
+    assert str(store.refused["good"]) == (
+        "alpha table z.json: another file, any-name.json, has the name 'good'"
+    )
 
 
 async def test_a_table_is_listed_fetched_and_used(
     start_server: StartServer, directory: Path
 ) -> None:
     server, client, _ = await start_server(tables=directory)
-    mine = server.core.tables.lookup("good")
+    mine = server.core.tables.now.lookup("good")
     listing = await client.list_alpha_tables()
     assert listing.served == {"good": mine.sha256}
     assert "fingerprint" in listing.refused["foreign"]
@@ -108,7 +111,7 @@ async def test_a_refused_table_is_refused_to_requests_with_the_same_reason(
     start_server: StartServer, directory: Path
 ) -> None:
     server, client, _ = await start_server(tables=directory)
-    reason = str(server.core.tables.refused["foreign"])
+    reason = str(server.core.tables.now.refused["foreign"])
     for call in (
         client.generate("x", max_new_tokens=1, cache_policy=CachePolicy(table="foreign")),
         client.get_alpha_table("foreign"),
@@ -168,15 +171,16 @@ def shaped(tmp_path: Path, identity: ModelIdentity) -> Path:
 
 
 async def test_a_default_table_of_unequal_layers_shapes_the_rows(
-    start_server: StartServer, shaped: Path, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, shaped: Path
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with capture_logs() as lines:
         server, client, _ = await start_server(
             tables=shaped, default_table="ratio", slots=60, default_budget=30
         )
         flat, _, _ = await start_server(slots=60)
-    assert "slots=60 shape=ratio:120,30,30 " in caplog.text
-    assert "slots=60 shape=flat " in caplog.text
+    loaded = [line for line in lines if line["event"] == "loaded"]
+    assert [line["shape"] for line in loaded] == ["ratio:120,30,30", "flat"]
+    assert [line["slots"] for line in loaded] == [60, 60]
     overhead = 2 * 3 * 2 * 8  # rows, layers, heads; positions and scores
     assert server.core.engine.kv_slab_bytes == (
         flat.core.engine.kv_slab_bytes + overhead * (120 - 60)
@@ -219,7 +223,9 @@ def test_without_a_default_budget_requests_get_what_every_layer_has(shaped: Path
     assert options.engine_config(shares).default_policy.budget == 30
     assert options.model_copy(update={"slots": 1024}).budget(None) == 256
     narrow = options.model_copy(update={"slots": 8})
-    with pytest.raises(InvalidArgument, match=r"^slots: 8, of which the narrowest layer gets 4; "):
+    with pytest.raises(
+        InvalidArgument, match=r"^--slots: 8, of which the narrowest layer gets 4; "
+    ):
         narrow.engine_config(shares)
     narrow.model_copy(update={"slots": 10}).engine_config(shares)
 
@@ -252,6 +258,6 @@ def test_a_file_changed_by_hand_is_refused(directory: Path, identity: ModelIdent
     document = json.loads(path.read_text())
     document["policy"]["budget"] = 25
     path.write_text(json.dumps(document))
-    store = TableStore.read(directory, identity)
+    store = TableCatalog(directory, identity).now
     with pytest.raises((TableCorrupt, TableInvalid), match="sha256"):
         store.lookup("any-name")
