@@ -7,19 +7,31 @@ InvalidRequest with dotted proto names. Knows nothing of channels, handlers or t
 
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
+from a2sf import chat
 from a2sf.errors import InvalidArgument, TableError
+from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
-from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started
+from a2sf.requests import (
+    ChatMessage,
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Sampling,
+    Started,
+)
 from a2sf.schema import AlphaTable, ModelIdentity, canonical_json
 from service.pb import inference_pb2 as pb
 from service.policies import preset_value, set_fields
 from service.status import InvalidRequest, from_validation
+from service.tables import TableStore
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -47,6 +59,10 @@ def _proto_field(field: str) -> str:
         return f"input.token_ids.ids{rest}" if rest else "input.prompt"
     if head in Sampling.model_fields:
         return f"input.sampling.{field}"
+    if head in pb.OutputOptions.DESCRIPTOR.fields_by_name:
+        return f"input.output.{field}"
+    if head == "time_limit_s":
+        return "input.time_limit_seconds"
     return f"input.{field}"
 
 
@@ -61,18 +77,66 @@ def request_id(message: pb.GenerationInput) -> str:
     return message.request_id
 
 
-def prompt(message: pb.GenerationInput) -> str | tuple[int, ...]:
-    """Return the prompt as text or token ids. Raises InvalidRequest where there is none."""
-    kind = message.WhichOneof("prompt")
-    if kind is None:
-        raise InvalidRequest([("input.prompt", "missing; give text or token_ids")])
-    if kind == "text":
-        if not message.text:
-            raise InvalidRequest([("input.text", "empty; give at least one character")])
-        return message.text
-    if not message.token_ids.ids:
-        raise InvalidRequest([("input.token_ids.ids", "empty; give at least one token id")])
-    return tuple(message.token_ids.ids)
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it was read."""
+
+    text: str | None
+    """As given, or as the chat template made it; None where token ids were given."""
+    token_ids: tuple[int, ...]
+
+
+def read_prompt(
+    message: pb.GenerationInput | pb.TokenizeRequest,
+    model: LoadedModel,
+    max_bytes: int,
+    where: str = "input.",
+) -> Prompt:
+    """Return the prompt, encoded. A long one takes its time: not for the event loop.
+
+    `where` leads to the fields in the request. Raises InvalidRequest where there is none or it is
+    longer than `max_bytes` of UTF-8, and what rendering a chat raises.
+    """
+    match message.WhichOneof("prompt"):
+        case "text":
+            if not message.text:
+                raise InvalidRequest([(f"{where}text", "empty; give at least one character")])
+            _check_size([message.text], max_bytes, f"{where}text")
+            return Prompt(message.text, model.encode(message.text))
+        case "chat":
+            field = f"{where}chat.messages"
+            if not message.chat.messages:
+                raise InvalidRequest([(field, "empty; give at least one message")])
+            _check_size([m.content for m in message.chat.messages], max_bytes, field)
+            text = _render(message.chat, model, field)
+            return Prompt(text, model.encode(text, special=False))
+        case "token_ids" if isinstance(message, pb.GenerationInput):
+            if not message.token_ids.ids:
+                raise InvalidRequest(
+                    [(f"{where}token_ids.ids", "empty; give at least one token id")]
+                )
+            return Prompt(None, tuple(message.token_ids.ids))
+    kinds = ", ".join(f.name for f in message.DESCRIPTOR.oneofs_by_name["prompt"].fields)
+    raise InvalidRequest([(f"{where}prompt", f"missing; give one of {kinds}")])
+
+
+def _check_size(texts: Iterable[str], max_bytes: int, field: str) -> None:
+    size = sum(len(text.encode()) for text in texts)
+    if size > max_bytes:
+        raise InvalidRequest([(field, f"{size} bytes; accepted: at most {max_bytes}")])
+
+
+def _render(conversation: pb.ChatMessages, model: LoadedModel, field: str) -> str:
+    messages = []
+    for index, message in enumerate(conversation.messages):
+        try:
+            messages.append(ChatMessage(role=message.role, content=message.content))
+        except ValidationError as error:
+            raise from_validation(error, f"{field}[{index}]") from None
+    try:
+        return chat.render(model.tokenizer, messages)
+    except InvalidArgument as error:
+        raise InvalidRequest([(field, error.problem)]) from None
 
 
 def generation_request(
@@ -84,50 +148,85 @@ def generation_request(
     table: AlphaTable | None,
 ) -> GenerationRequest:
     """Put a request together from its message and what was already read or looked up of it."""
+    time_limit = message.HasField("time_limit_seconds")
     with proto_fields():
         return GenerationRequest(
             request_id=name,
             prompt_ids=prompt_ids,
             max_new_tokens=message.max_new_tokens,
+            min_new_tokens=message.min_new_tokens,
+            time_limit_s=message.time_limit_seconds if time_limit else None,
             sampling=Sampling(**set_fields(message.sampling)),
             stop=tuple(message.stop),
             stop_token_ids=tuple(message.stop_token_ids),
             ignore_eos=message.ignore_eos,
+            logprobs=message.output.logprobs,
+            top_logprobs=message.output.top_logprobs,
             cache_policy=policy,
             table=table,
         )
 
 
-def stream_response(event: Event, output: pb.OutputOptions) -> pb.StreamGenerateResponse:
-    """Write one event of a stream."""
-    match event:
-        case Started():
-            return pb.StreamGenerateResponse(started=started_message(event))
-        case Delta():
-            ids = event.token_ids if output.token_ids else ()
-            return pb.StreamGenerateResponse(
-                delta=pb.GenerationDelta(text=event.text, token_ids=ids)
-            )
-        case Finished():
-            return pb.StreamGenerateResponse(finished=finished_message(event))
+class Answer:
+    """Writes the events of one completion, with what its `output` asks for."""
 
+    def __init__(self, output: pb.OutputOptions, prompt: Prompt, model: LoadedModel) -> None:
+        self._output = output
+        self._prompt = prompt
+        self._tokenizer = model.tokenizer
 
-def started_message(event: Started) -> pb.GenerationStarted:
-    """Write the first event."""
-    return pb.GenerationStarted(
-        request_id=event.request_id,
-        cache_policy=_effective_message(event.policy),
-        prompt_tokens=event.prompt_tokens,
-        seed=event.seed,
-    )
+    def stream_response(self, event: Event) -> pb.StreamGenerateResponse:
+        """Write one event of a stream."""
+        match event:
+            case Started():
+                return pb.StreamGenerateResponse(started=self.started(event))
+            case Delta():
+                return pb.StreamGenerateResponse(delta=self.delta(event))
+            case Finished():
+                return pb.StreamGenerateResponse(finished=finished_message(event))
+
+    def started(self, event: Started) -> pb.GenerationStarted:
+        """Write the first event."""
+        return pb.GenerationStarted(
+            request_id=event.request_id,
+            cache_policy=_effective_message(event.policy),
+            prompt_tokens=event.prompt_tokens,
+            seed=event.seed,
+            prompt=self._echo() if self._output.echo else None,
+        )
+
+    def delta(self, event: Delta) -> pb.GenerationDelta:
+        """Write what the completion grew by."""
+        return pb.GenerationDelta(
+            text=event.text,
+            token_ids=event.token_ids if self._output.token_ids else (),
+            logprobs=[
+                pb.TokenLogprobs(
+                    token=self._logprob(token_id, one.logprob),
+                    top=[self._logprob(other.token_id, other.logprob) for other in one.top],
+                )
+                for token_id, one in zip(event.token_ids, event.logprobs, strict=False)
+            ],
+        )
+
+    def _echo(self) -> pb.Prompt:
+        text = self._prompt.text
+        if text is None:
+            text = self._tokenizer.decode(self._prompt.token_ids)
+        return pb.Prompt(text=text, token_ids=self._prompt.token_ids)
+
+    def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
+        return pb.TokenLogprob(
+            token_id=token_id, logprob=logprob, text=self._tokenizer.decode([token_id])
+        )
 
 
 def finished_message(event: Finished) -> pb.GenerationFinished:
     """Write the last event."""
     return pb.GenerationFinished(
-        # TIME_LIMIT has no value in the contract, and no request made here sets time_limit_s.
         reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
         matched_stop=event.matched_stop,
+        matched_stop_token_id=event.matched_stop_token_id,
         usage=pb.Usage(**event.usage.model_dump()),
         cache=pb.CacheStatistics(**event.cache.model_dump()),
         timings=pb.Timings(
@@ -143,14 +242,19 @@ def identity_message(identity: ModelIdentity) -> pb.ModelIdentity:
     return pb.ModelIdentity(**identity.model_dump())
 
 
-def table_list_message(
-    tables: Mapping[str, AlphaTable], refused: Mapping[str, TableError]
-) -> pb.ListAlphaTablesResponse:
+def table_list_message(store: TableStore) -> pb.ListAlphaTablesResponse:
     """Write the list of tables."""
     return pb.ListAlphaTablesResponse(
-        tables=[_summary(table) for table in tables.values()],
-        refused=[pb.RefusedAlphaTable(name=name, reason=str(why)) for name, why in refused.items()],
+        tables=[_summary(table) for table in store.tables.values()],
+        refused=refused_messages(store.refused),
+        default_table=store.default or "",
+        etag=store.etag,
     )
+
+
+def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaTable]:
+    """Write why files are not served, by name."""
+    return [pb.RefusedAlphaTable(name=name, reason=str(why)) for name, why in refused.items()]
 
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:

@@ -6,33 +6,38 @@ errors into statuses and lets nothing else out. Knows nothing of how the server 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import structlog
 
-from a2sf import __version__
-from a2sf.errors import InvalidArgument
+from a2sf import __version__, chat
+from a2sf.errors import Aborted, InvalidArgument
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
 from service.core import Core
 from service.gate import Gate
+from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
 from service.runner import EngineRunner
 from service.status import to_wire
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
+
+ABORT_S = 2.0
+"""Time for a failure's status to leave."""
 
 
 class Backend:
-    """What the handlers share: the gate, the runner, and the core once it is loaded."""
+    """What the handlers share: settings, gate, runner, and the core once it is loaded."""
 
-    def __init__(self, gate: Gate, runner: EngineRunner) -> None:
+    def __init__(self, options: ServerOptions, gate: Gate, runner: EngineRunner) -> None:
+        self.options = options
         self.gate = gate
         self.runner = runner
         self._core: Core | None = None
@@ -49,34 +54,50 @@ class Backend:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call's name and figures, for the log and for the status of a failure."""
 
     request_id: str = "-"
-    outcome: str = "ok"
-    figures: str = ""
+    outcome: str = "OK"
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @asynccontextmanager
 async def answering(
-    method: str, backend: Backend, context: grpc.aio.ServicerContext[Any, Any]
-) -> AsyncIterator[_Call]:
-    call = _Call()
+    method: str,
+    backend: Backend,
+    context: grpc.aio.ServicerContext[Any, Any],
+    *,
+    makes_text: bool = False,
+) -> AsyncIterator[Call]:
+    """Be within a call: its place at the gate, its status and its line in the log.
+
+    `makes_text` says that it takes one of the places of completions.
+    """
+    call = Call()
     try:
-        with backend.gate.enter():
+        with backend.gate.enter(), backend.gate.admit() if makes_text else nullcontext():
             yield call
     except asyncio.CancelledError:
-        # The client left, or its deadline passed: which of the two is not told here.
-        call.outcome = "cancelled"
+        remaining = context.time_remaining()
+        passed = remaining is not None and remaining <= 0
+        call.outcome = "DEADLINE_EXCEEDED" if passed else "CANCELLED"
         raise
     except Exception as error:
         status = to_wire(error, call.request_id)
         call.outcome = status.code.name
-        await context.abort(status.code, status.details, status.trailers)
+        # The status of a client that has stopped reading waits behind what it has not read: gRPC
+        # keeps it for as long as the connection stands, and this call need not.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_S):
+                await context.abort(status.code, status.details, status.trailers)
     finally:
         log.info(
-            "request_id=%s method=%s outcome=%s%s",
-            *(call.request_id, method, call.outcome, call.figures),
+            "answered",
+            request_id=call.request_id,
+            method=method,
+            outcome=call.outcome,
+            **call.figures,
         )
 
 
@@ -94,12 +115,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         """See the proto."""
-        async with (
-            answering("StreamGenerate", self._backend, context) as call,
-            aclosing(self._events(request.input, call)) as events,
-        ):
-            async for event in events:
-                await context.write(conversions.stream_response(event, request.input.output))
+        async with answering("StreamGenerate", self._backend, context, makes_text=True) as call:
+            generation, answer = await self._read(request.input, call)
+            async with aclosing(self._events(generation, call)) as events:
+                async for event in events:
+                    await self._write(context, answer.stream_response(event))
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -107,20 +127,20 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.GenerateResponse()
         text: list[str] = []
-        async with (
-            answering("Generate", self._backend, context) as call,
-            aclosing(self._events(request.input, call)) as events,
-        ):
-            async for event in events:
-                match event:
-                    case Started():
-                        response.started.CopyFrom(conversions.started_message(event))
-                    case Delta():
-                        text.append(event.text)
-                        if request.input.output.token_ids:
-                            response.token_ids.extend(event.token_ids)
-                    case Finished():
-                        response.finished.CopyFrom(conversions.finished_message(event))
+        async with answering("Generate", self._backend, context, makes_text=True) as call:
+            generation, answer = await self._read(request.input, call)
+            async with aclosing(self._events(generation, call)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            response.started.CopyFrom(answer.started(event))
+                        case Delta():
+                            delta = answer.delta(event)
+                            text.append(delta.text)
+                            response.token_ids.extend(delta.token_ids)
+                            response.logprobs.extend(delta.logprobs)
+                        case Finished():
+                            response.finished.CopyFrom(conversions.finished_message(event))
             response.text = "".join(text)
         return response
 
@@ -129,17 +149,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.TokenizeResponse:
         """See the proto."""
         response = pb.TokenizeResponse()
-        async with answering("Tokenize", self._backend, context):
-            ids = await asyncio.to_thread(self._backend.core.model.encode, request.text)
-            response.token_ids.extend(ids)
-            response.text = request.text
+        async with answering("Tokenize", self._backend, context, makes_text=True):
+            prompt = await self._prompt(request, where="")
+            response.token_ids.extend(prompt.token_ids)
+            response.text = prompt.text or ""
         return response
 
-    async def _events(
-        self, message: pb.GenerationInput, call: _Call
-    ) -> AsyncGenerator[Event, None]:
-        call.request_id = conversions.request_id(message)
-        request = await self._read(message, call.request_id)
+    async def _events(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Event, None]:
         with conversions.proto_fields():
             async with aclosing(self._backend.runner.stream(request)) as events:
                 async for event in events:
@@ -147,18 +163,50 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                         call.figures = _figures(event)
                     yield event
 
-    async def _read(self, message: pb.GenerationInput, name: str) -> GenerationRequest:
+    async def _read(
+        self, message: pb.GenerationInput, call: Call
+    ) -> tuple[GenerationRequest, conversions.Answer]:
+        call.request_id = conversions.request_id(message)
         core = self._backend.core
+        # Of one state of the tables, whatever is reloaded meanwhile.
+        store = core.tables.now
         policy = policy_from_message(message.cache_policy, "input.cache_policy")
-        method = policy if policy.names_method else core.config.default_policy
-        table = core.tables.lookup(method.table) if method.table is not None else None
-        prompt = conversions.prompt(message)
-        if isinstance(prompt, str):
-            # A long text takes its time, and the loop answers health checks meanwhile.
-            prompt = await asyncio.to_thread(core.model.encode, prompt)
-        return conversions.generation_request(
-            message, name=name, prompt_ids=prompt, policy=policy, table=table
+        if not policy.names_method and store.default is not None:
+            policy = policy.model_copy(update={"table": store.default})
+        table = store.lookup(policy.table) if policy.table is not None else None
+        prompt = await self._prompt(message)
+        request = conversions.generation_request(
+            message,
+            name=call.request_id,
+            prompt_ids=prompt.token_ids,
+            policy=policy,
+            table=table,
         )
+        return request, conversions.Answer(message.output, prompt, core.model)
+
+    async def _prompt(
+        self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
+    ) -> conversions.Prompt:
+        # A long text takes its time, and the loop answers health checks meanwhile.
+        return await asyncio.to_thread(
+            conversions.read_prompt,
+            message,
+            self._backend.core.model,
+            self._backend.options.max_prompt_bytes,
+            where,
+        )
+
+    async def _write(
+        self, context: grpc.aio.ServicerContext[Any, Any], response: pb.StreamGenerateResponse
+    ) -> None:
+        limit_s = self._backend.options.stall_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await context.write(response)
+        except TimeoutError:
+            raise Aborted(
+                f"the client has stopped reading: an event could not be sent for {limit_s:g} s"
+            ) from None
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
@@ -173,7 +221,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """See the proto."""
         response = pb.GetModelResponse()
         async with answering("GetModel", self._backend, context):
-            response.CopyFrom(describe(self._backend.core))
+            response.CopyFrom(describe(self._backend.core, self._backend.options))
         return response
 
     async def ListAlphaTables(  # noqa: N802
@@ -182,8 +230,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """See the proto."""
         response = pb.ListAlphaTablesResponse()
         async with answering("ListAlphaTables", self._backend, context):
-            tables = self._backend.core.tables
-            response.CopyFrom(conversions.table_list_message(tables.tables, tables.refused))
+            store = self._backend.core.tables.now
+            response.CopyFrom(conversions.table_list_message(store))
         return response
 
     async def GetAlphaTable(  # noqa: N802
@@ -194,14 +242,20 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         async with answering("GetAlphaTable", self._backend, context):
             if not request.name:
                 raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
-            table = self._backend.core.tables.lookup(request.name)
+            table = self._backend.core.tables.now.lookup(request.name)
             response.CopyFrom(conversions.table_message(table))
         return response
 
 
-def describe(core: Core) -> pb.GetModelResponse:
+def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
     """Write what is being served."""
-    shape = core.model.shape
+    shape, config = core.model.shape, core.config
+    policy, default = (
+        config.default_policy,
+        core.tables.now.default,
+    )
+    if default is not None:
+        policy = policy.model_copy(update={"preset": None, "table": default})
     return pb.GetModelResponse(
         model=conversions.identity_message(core.model.identity),
         max_context=shape.max_context,
@@ -209,18 +263,27 @@ def describe(core: Core) -> pb.GetModelResponse:
         head_dim=shape.head_dim,
         dtype=str(core.model.dtype).removeprefix("torch."),
         device=core.model.device.type,
-        slots=core.config.slots,
-        max_batch=core.config.max_batch,
+        slots=config.slots,
+        layer_slots=config.layer_slots(shape.num_layers),
+        max_prefill_tokens=config.staging_slots(shape.max_context),
+        chat=chat.has_template(core.model.tokenizer),
+        max_batch=config.max_batch,
+        max_waiting=config.max_waiting,
+        max_prompt_bytes=options.max_prompt_bytes,
         kv_slab_bytes=core.engine.kv_slab_bytes,
-        default_cache_policy=policy_to_message(core.config.default_policy),
+        default_cache_policy=policy_to_message(policy),
         server_version=__version__,
     )
 
 
-def _figures(event: Finished) -> str:
-    return (
-        f" reason={event.reason.value} prompt_tokens={event.usage.prompt_tokens}"
-        f" completion_tokens={event.usage.completion_tokens}"
-        f" evicted_tokens={event.cache.evicted_tokens} queue_s={event.timings.queue_s:.3f}"
-        f" prefill_s={event.timings.prefill_s:.3f} decode_s={event.timings.decode_s:.3f}"
-    )
+def _figures(event: Finished) -> dict[str, Any]:
+    usage, timings = event.usage, event.timings
+    return {
+        "reason": event.reason.value,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "evicted_tokens": event.cache.evicted_tokens,
+        "queue_s": round(timings.queue_s, 3),
+        "prefill_s": round(timings.prefill_s, 3),
+        "decode_s": round(timings.decode_s, 3),
+    }

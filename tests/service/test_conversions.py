@@ -58,6 +58,7 @@ def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
 @given(
     st.builds(
         Sampling,
+        repetition_penalty=st.floats(0.01, 100.0),
         temperature=st.floats(0.0, 100.0),
         top_k=count,
         top_p=st.floats(0.0, 1.0, exclude_min=True),
@@ -70,8 +71,7 @@ def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> No
         [1, 2], 3, {"sampling": sampling, "stop": ["a"], "stop_token_ids": [0], "ignore_eos": True}
     )
     sent = pb.GenerationInput.FromString(message.SerializeToString())
-    prompt = conversions.prompt(sent)
-    assert prompt == (1, 2)
+    assert tuple(sent.token_ids.ids) == (1, 2)
     request = conversions.generation_request(
         sent, name="r", prompt_ids=(1, 2), policy=CachePolicy(), table=None
     )
@@ -96,7 +96,7 @@ def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedMod
 
 @given(st.lists(st.tuples(st.integers(1, 2**31 - 1), count), min_size=1, max_size=5))
 def test_the_budget_and_window_of_each_layer_reach_the_client(
-    layers: list[tuple[int, int]],
+    tiny_model: LoadedModel, layers: list[tuple[int, int]]
 ) -> None:
     policy = EffectivePolicy(
         method="table",
@@ -111,7 +111,8 @@ def test_the_budget_and_window_of_each_layer_reach_the_client(
         table_sha256="0" * 64,
     )
     event = Started(request_id="r", policy=policy, prompt_tokens=5, seed=0)
-    message = conversions.stream_response(event, pb.OutputOptions())
+    answer = conversions.Answer(pb.OutputOptions(), conversions.Prompt("x", (1,)), tiny_model)
+    message = answer.stream_response(event)
     sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
     read = client_conversions.stream_event(sent, "r")
     assert isinstance(read, StreamStarted)

@@ -190,7 +190,7 @@ def generation(**fields: Any) -> pb.GenerationInput:
 
 
 REFUSED: dict[str, tuple[pb.GenerationInput, str, str]] = {
-    "no prompt": (pb.GenerationInput(max_new_tokens=4), "input.prompt", "text or token_ids"),
+    "no prompt": (pb.GenerationInput(max_new_tokens=4), "input.prompt", "text, token_ids, chat"),
     "empty text": (generation(text=""), "input.text", "empty"),
     "no token ids": (
         pb.GenerationInput(token_ids=pb.TokenIds(), max_new_tokens=4),
