@@ -1,0 +1,291 @@
+"""What Prometheus is told: counts and times of calls, tokens, cache, load and alpha tables.
+
+Owns the names, units and buckets of all metrics, in a registry of its own, so that several servers
+fit into one process. What the server can be asked is read when Prometheus asks; what goes by is
+counted as it goes. Labels take a bounded number of values: never a request's id, and every method
+that is not known is `other`. Knows nothing of gRPC and of the engine.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from threading import Thread
+from typing import Literal, Protocol, get_args
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from a2sf import __version__
+from a2sf.errors import InvalidArgument
+from a2sf.requests import Delta, Event, Finished, FinishReason, Started
+
+# From what a small model does on a processor to a long prompt behind a full queue.
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
+WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
+CALL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+
+OTHER = "other"
+"""The method's label of calls that are none of the known methods."""
+
+ReloadOutcome = Literal["changed", "unchanged", "failed"]
+"""Of reading the directory of tables again; `failed`: it could not be read, all is as it was."""
+
+
+class Load(Protocol):
+    """How much of the server is taken; the fields mean what they do in GetLoad's answer."""
+
+    @property
+    def running(self) -> int: ...  # noqa: D102
+    @property
+    def waiting(self) -> int: ...  # noqa: D102
+    @property
+    def admitted(self) -> int: ...  # noqa: D102
+    @property
+    def capacity(self) -> int: ...  # noqa: D102
+    @property
+    def kv_bytes_used(self) -> int: ...  # noqa: D102
+    @property
+    def kv_bytes_limit(self) -> int: ...  # noqa: D102
+
+
+class Table(Protocol):
+    """What is told of an alpha table beside its name."""
+
+    @property
+    def sha256(self) -> str: ...  # noqa: D102
+
+
+class Catalog(Protocol):
+    """The alpha tables at one moment, by name."""
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """Those that are served."""
+
+    @property
+    def refused(self) -> Collection[str]:
+        """The names of those that cannot be used."""
+
+    @property
+    def default(self) -> str | None:
+        """The name of the table of requests that name no method."""
+
+
+class Metrics:
+    """The metrics of one server. Safe to be called from any thread."""
+
+    def __init__(
+        self, methods: Iterable[str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`methods` are the names that the label `method` may have; `clock` tells seconds."""
+        self.registry = registry = CollectorRegistry()
+        self.clock = clock
+        self._methods = frozenset(methods)
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "a2sf_requests_total",
+            "Calls answered, by method and gRPC status code.",
+            ("method", "code"),
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "a2sf_request_duration_seconds",
+            "From a call's arrival to its status, by method.",
+            ("method",),
+            buckets=CALL_BUCKETS_S,
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "a2sf_time_to_first_token_seconds",
+            "From a completion's arrival to its first token's way out.",
+            buckets=WAIT_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "a2sf_inter_token_seconds",
+            "Between two tokens of a completion on their way out.",
+            buckets=STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self.queue = Histogram(
+            "a2sf_queue_seconds",
+            "From a completion's submission to the start of reading its prompt.",
+            buckets=WAIT_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            "a2sf_prompt_tokens_total",
+            "Tokens of prompts that the engine began to read (prefill).",
+            registry=registry,
+        )
+        self.completion_tokens = Counter(
+            "a2sf_completion_tokens_total",
+            "Tokens of completions that were on their way out (decode).",
+            registry=registry,
+        )
+        self.evicted_tokens = Counter(
+            "a2sf_evicted_tokens_total",
+            "Tokens that finished completions had forgotten, the mean over layers.",
+            registry=registry,
+        )
+        finished = Counter(
+            "a2sf_completions_finished_total",
+            "Completions that ended in the ordinary way, by reason.",
+            ("reason",),
+            registry=registry,
+        )
+        self.finished = {reason: finished.labels(reason.value) for reason in FinishReason}
+        self._reloads = Counter(
+            "a2sf_alpha_table_reloads_total",
+            "Times that the directory of alpha tables was read again, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
+        # A rate needs a zero before the first event.
+        for outcome in get_args(ReloadOutcome):
+            self._reloads.labels(outcome)
+        for method in self._methods:
+            self._requests.labels(method, "OK")
+            self._duration.labels(method)
+
+    def serving(
+        self,
+        *,
+        model: str,
+        device: str,
+        dtype: str,
+        load: Callable[[], Load],
+        catalog: Callable[[], Catalog],
+    ) -> None:
+        """Tell from now on what is served. Called once, when it is loaded.
+
+        `load` and `catalog` are called in another thread each time that Prometheus asks: they must
+        neither wait nor raise.
+        """
+        info = {"id": model, "device": device, "dtype": dtype, "version": __version__}
+        self.registry.register(_Scraped(info, load, catalog))
+
+    def answered(self, method: str, code: str, seconds: float) -> None:
+        """Count a call that ended. `code` is the gRPC status code's name, such as `CANCELLED`."""
+        known = method if method in self._methods else OTHER
+        self._requests.labels(known, code).inc()
+        self._duration.labels(known).observe(seconds)
+
+    def completion(self) -> "Completion":
+        """Begin to watch a completion; its time to the first token counts from here."""
+        return Completion(self)
+
+    def reloaded(self, outcome: ReloadOutcome) -> None:
+        """Count a reading of the directory of tables."""
+        self._reloads.labels(outcome).inc()
+
+
+class Completion:
+    """Watches one completion go by. Its events belong here before each is written to the client.
+
+    A reader that is slow to take them slows what is measured: the times are those of the answer,
+    not the engine's.
+    """
+
+    __slots__ = ("_last", "_metrics", "_step")
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last = metrics.clock()
+        self._step = metrics.time_to_first_token
+
+    def event(self, event: Event) -> None:
+        """Count one event of the stream; a token takes 1.3 microseconds."""
+        metrics = self._metrics
+        if type(event) is Delta:
+            # What a time limit found withheld comes as text without a token.
+            if event.token_ids:
+                now = metrics.clock()
+                self._step.observe(now - self._last)
+                self._last, self._step = now, metrics.inter_token
+                metrics.completion_tokens.inc(len(event.token_ids))
+        elif type(event) is Started:
+            metrics.prompt_tokens.inc(event.prompt_tokens)
+        elif type(event) is Finished:
+            metrics.queue.observe(event.timings.queue_s)
+            metrics.evicted_tokens.inc(event.cache.evicted_tokens)
+            metrics.finished[event.reason].inc()
+
+
+class _Scraped(Collector):
+    """What is read when Prometheus asks."""
+
+    def __init__(
+        self, info: dict[str, str], load: Callable[[], Load], catalog: Callable[[], Catalog]
+    ) -> None:
+        self._info = info
+        self._load = load
+        self._catalog = catalog
+
+    def collect(self) -> Iterable[Metric]:
+        """Ask and tell."""
+        yield InfoMetricFamily("a2sf_model", "What is served, and by which version.", self._info)
+        load = self._load()
+        for name, meaning, value in (
+            ("requests_running", "Requests that hold a row or are being read.", load.running),
+            ("requests_waiting", "Requests that wait for a row.", load.waiting),
+            ("requests_admitted", "Completions under way, to the last event.", load.admitted),
+            ("requests_capacity", "Completions that may be under way at most.", load.capacity),
+            ("kv_used_bytes", "Memory of the cache's slots that hold tokens.", load.kv_bytes_used),
+            ("kv_limit_bytes", "Memory that the cache takes in all.", load.kv_bytes_limit),
+        ):
+            yield GaugeMetricFamily(f"a2sf_{name}", meaning, value)
+        catalog = self._catalog()
+        yield GaugeMetricFamily(
+            "a2sf_alpha_tables_refused",
+            "Alpha tables that cannot be used.",
+            len(catalog.refused),
+        )
+        tables = InfoMetricFamily(
+            "a2sf_alpha_table", "Alpha tables served now.", labels=("name", "sha256", "default")
+        )
+        for name, table in catalog.tables.items():
+            default = "true" if name == catalog.default else "false"
+            tables.add_metric((), {"name": name, "sha256": table.sha256, "default": default})
+        yield tables
+
+
+@dataclass(frozen=True)
+class MetricsServer:
+    """Metrics over HTTP, in a thread of their own until closed."""
+
+    _server: WSGIServer
+    _thread: Thread
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._server.server_port
+
+    def close(self) -> None:
+        """Listen no more. Takes up to half a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(metrics: Metrics, host: str, port: int) -> MetricsServer:
+    """Serve `metrics` over plain HTTP; port 0 lets the system choose.
+
+    Raises InvalidArgument where that address cannot be listened on.
+    """
+    try:
+        server, thread = start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        raise InvalidArgument(
+            "--metrics-port", f"cannot listen on {host}, port {port}: {error.strerror}"
+        ) from error
+    return MetricsServer(server, thread)
