@@ -1,62 +1,58 @@
 """The client: one method for each RPC, typed results, errors of the project's own tree.
 
-Owns the channel, a deadline on every call, and cancelling a stream that is left early (grpc does
-not: the server would work on for nobody). Knows nothing of the server's insides. Run as a program
-(`python -m service.client "prompt"`) it is the command line of `service.client_cli`.
+Owns the methods of the clients for asyncio, and names all that a program needs of a client;
+`service.client_sync` has the same methods for threads. Knows nothing of the server's insides. Run
+as a program (`python -m service.client "prompt"`) it is the command line of `service.client_cli`.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from types import TracebackType
-from typing import Self, Unpack
+from collections.abc import AsyncGenerator, Sequence
+from typing import Unpack
 
-import grpc
-
+from a2sf.requests import ChatMessage
 from a2sf.schema import AlphaTable
-from service import client_conversions as conversions
-from service.client_conversions import GenerationOptions, generation_input
-from service.pb import inference_pb2 as pb
-from service.pb import inference_pb2_grpc as pb_grpc
-from service.results import Completion, ModelDescription, StreamEvent, TableListing
-from service.status import from_wire
+from service import client_calls as calls
+from service.client_calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
+from service.client_channel import ChannelOptions, Tls
+from service.client_conversions import Chat, GenerationOptions
+from service.client_sync import SyncAdminClient, SyncClient
+from service.client_transport import AsyncTransport
+from service.results import (
+    Activated,
+    Completion,
+    Load,
+    ModelDescription,
+    Reloaded,
+    StreamEvent,
+    TableListing,
+    TokenizedPrompt,
+)
 
-DEFAULT_TIMEOUT_S = 300.0
-"""Deadline of a completion, in seconds."""
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "DESCRIBE_TIMEOUT_S",
+    "AdminClient",
+    "ChannelOptions",
+    "Chat",
+    "ChatMessage",
+    "Client",
+    "GenerationOptions",
+    "SyncAdminClient",
+    "SyncClient",
+    "Tls",
+]
 
-DESCRIBE_TIMEOUT_S = 10.0
-"""Deadline of the calls that only look something up, in seconds."""
 
-
-class Client:
+class Client(AsyncTransport):
     """A client of one server. Use it as an async context manager, or call `close`.
 
+    `target` is HOST:PORT, or any name that gRPC resolves; several addresses behind it take turns.
     Every method raises the error that the server raised, as a class of `a2sf.errors`, or
     `service.status.RemoteError` where the server failed or the deadline passed.
     """
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
-        self._inference = pb_grpc.InferenceServiceStub(self._channel)
-        self._model = pb_grpc.ModelServiceStub(self._channel)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
+    def stream_generate(
         self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
-        await self._channel.close(None)
-
-    async def stream_generate(
-        self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         max_new_tokens: int,
         timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -66,63 +62,71 @@ class Client:
 
         To leave early, close the generator (`contextlib.aclosing`): that cancels the call.
         """
-        request = pb.StreamGenerateRequest(input=generation_input(prompt, max_new_tokens, options))
-        call = self._inference.StreamGenerate(request, timeout=timeout_s)
-        name = ""
-        try:
-            async with _own_errors(timeout_s):
-                async for response in call:
-                    event = conversions.stream_event(response, name)
-                    if event is not None:
-                        name = event.request_id
-                        yield event
-        finally:
-            call.cancel()
+        call = calls.stream_generate(prompt, max_new_tokens, options)
+        return self.stream(call, timeout_s)
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         max_new_tokens: int,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         **options: Unpack[GenerationOptions],
     ) -> Completion:
         """Return a whole completion; `options` are those of `GenerationOptions`."""
-        request = pb.GenerateRequest(input=generation_input(prompt, max_new_tokens, options))
-        async with _own_errors(timeout_s):
-            return conversions.completion(
-                await self._inference.Generate(request, timeout=timeout_s)
-            )
+        return await self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
+
+    async def tokenize(
+        self, prompt: str | Chat, *, timeout_s: float = DESCRIBE_TIMEOUT_S
+    ) -> TokenizedPrompt:
+        """Return the token ids that a completion of `prompt` would read."""
+        return await self.unary(calls.tokenize(prompt), timeout_s)
 
     async def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
         """Describe what the server serves."""
-        async with _own_errors(timeout_s):
-            response = await self._model.GetModel(pb.GetModelRequest(), timeout=timeout_s)
-        return conversions.model_description(response)
+        return await self.unary(calls.get_model(), timeout_s)
 
     async def list_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> TableListing:
         """List the server's alpha tables."""
-        request = pb.ListAlphaTablesRequest()
-        async with _own_errors(timeout_s):
-            response = await self._model.ListAlphaTables(request, timeout=timeout_s)
-        return conversions.table_listing(response)
+        return await self.unary(calls.list_alpha_tables(), timeout_s)
 
     async def get_alpha_table(
         self, name: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S
     ) -> AlphaTable:
         """Fetch one alpha table, its digest checked."""
-        request = pb.GetAlphaTableRequest(name=name)
-        async with _own_errors(timeout_s):
-            response = await self._model.GetAlphaTable(request, timeout=timeout_s)
-        return conversions.alpha_table(response)
+        return await self.unary(calls.get_alpha_table(name), timeout_s)
 
 
-@asynccontextmanager
-async def _own_errors(timeout_s: float) -> AsyncIterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise from_wire(error, timeout_s) from error
+class AdminClient(AsyncTransport):
+    """A client of one server's admin port, which has a credential of its own."""
+
+    async def activate_alpha_table(
+        self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S
+    ) -> Activated:
+        """Make `name` the table of requests that name no method; None: no table.
+
+        `etag` is that of the listing which the caller has seen. Raises Conflict where the tables
+        are no longer in that state.
+        """
+        return await self.unary(calls.activate_alpha_table(name, etag), timeout_s)
+
+    async def reload_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Reloaded:
+        """Have the directory of tables read again."""
+        return await self.unary(calls.reload_alpha_tables(), timeout_s)
+
+    async def abort_requests(
+        self,
+        request_ids: Sequence[str] = (),
+        *,
+        all_requests: bool = False,
+        timeout_s: float = DESCRIBE_TIMEOUT_S,
+    ) -> tuple[str, ...]:
+        """End requests under way, those named or all; return the ids of those that were."""
+        return await self.unary(calls.abort_requests(request_ids, all_requests), timeout_s)
+
+    async def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
+        """Tell how much of the server is taken."""
+        return await self.unary(calls.get_load(), timeout_s)
 
 
 def main() -> None:

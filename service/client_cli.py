@@ -1,74 +1,153 @@
-"""The client's command line: a prompt in, tokens as they arrive, one line of figures.
+"""The client's command line: a prompt or a conversation in, tokens as they arrive, figures.
 
-Owns the flags, what is printed and the exit code: 0, 1 for a call that failed (one line on stderr),
-130 when interrupted. Knows nothing of gRPC; the client does.
+Owns the flags and the exit code: 0, 1 for a call that failed (one line on stderr), 2 for a command
+line that makes no sense, 130 when interrupted. Knows nothing of how calls are made or shown.
 """
 
-import asyncio
+import json
 import os
 import sys
-from contextlib import aclosing
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import ValidationError
-from rich.filesize import decimal
+from pydantic import BaseModel, ValidationError
 
-from a2sf.errors import A2SFError
+from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.policy import CachePolicy, Preset
-from a2sf.requests import Delta, Finished, Sampling
-from a2sf.schema import first_problem
-from service.client import DEFAULT_TIMEOUT_S, Client
+from a2sf.requests import Sampling
+from service.client_calls import DEFAULT_TIMEOUT_S
+from service.client_channel import ChannelOptions, Tls
 from service.client_conversions import GenerationOptions
+from service.client_display import ForPeople, JsonLines
+from service.client_session import Session
+from service.client_sync import SyncClient
+from service.status import NoRoom, code_of, from_validation
 
 INTERRUPTED = 130
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Checked = TypeVar("Checked", bound=BaseModel)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
-@app.command()
+def _panel(title: str) -> Any:
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=title, **settings)
+
+    return option
+
+
+_server = _panel("Server")
+_length = _panel("Length")
+_drawing = _panel("Drawing tokens")
+_memory = _panel("Forgetting")
+_output = _panel("Output")
+_chat = _panel("Conversation")
+
+_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "metavar": "FILE"}
+
+
+@app.command(no_args_is_help=True)
 def complete(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    target: Annotated[str, typer.Option(help="The server, HOST:PORT.")] = "127.0.0.1:50051",
-    table: Annotated[str | None, typer.Option(help="Forget by this alpha table.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Forget by this one factor, 0 to 1.")] = None,
-    preset: Annotated[Preset | None, typer.Option(help="Forget by a known method.")] = None,
-    budget: Annotated[
-        int | None, typer.Option(help="Tokens each head keeps, the mean over layers.")
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to continue, or with --chat to answer; - reads it from stdin."),
     ] = None,
-    budget_ratio: Annotated[
-        float | None, typer.Option(help="The same, as a share of prompt + new tokens.")
+    target: Annotated[
+        str, _server(help="The server: HOST:PORT, or any name that gRPC resolves.")
+    ] = "127.0.0.1:50051",
+    timeout: Annotated[
+        float, _server(help="Seconds until the call is given up.")
+    ] = DEFAULT_TIMEOUT_S,
+    token_file: Annotated[
+        Path | None, _server(help="The token that the server asks for.", **_FILE)
     ] = None,
-    recent: Annotated[
-        int | None, typer.Option(help="Newest tokens that are never forgotten.")
+    insecure_token: Annotated[
+        bool, _server("--insecure-token", help="Send it even in plain text to another machine.")
+    ] = False,
+    tls: Annotated[
+        bool, _server("--tls", help="Encrypt, trusting the public authorities.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None, _server(help="Encrypt, trusting these certificates.", **_FILE)
     ] = None,
-    recent_share: Annotated[
-        float | None, typer.Option(help="The same, as a share of budget - sinks - 1.")
+    tls_cert: Annotated[Path | None, _server(help="The client's own certificate.", **_FILE)] = None,
+    tls_key: Annotated[Path | None, _server(help="Its key.", **_FILE)] = None,
+    request_id: Annotated[str, _server(help="Names the request in the server's logs.")] = "",
+    chat: Annotated[
+        bool,
+        _chat(
+            "--chat",
+            help="PROMPT is a message to answer. Without PROMPT: a conversation, a line of stdin "
+            "each turn; /reset forgets it, /quit or the end of input leaves.",
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, _chat(help="What the model is told before; needs --chat.")
     ] = None,
-    sinks: Annotated[
-        int | None, typer.Option(help="First tokens that are never forgotten.")
+    max_new_tokens: Annotated[int, _length(help="Most tokens to write.")] = 128,
+    min_new_tokens: Annotated[
+        int, _length(help="Tokens before which nothing but the time limit ends it.")
+    ] = 0,
+    time_limit: Annotated[
+        float | None, _length(help="Seconds after which it ends with what it has.")
     ] = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(help="Tokens of one prompt block; 0 for one block.")
-    ] = None,
-    random_seed: Annotated[int | None, typer.Option(help="Seed of preset random.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: 1]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from this probability mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out the less likely.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A string that ends the completion; repeatable.")
+    stop: Annotated[list[str] | None, _length(help="A string that ends it; repeatable.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, _length(help="A token that ends it; repeatable.")
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Write past the end of the sequence.")
+        bool, _length("--ignore-eos", help="Write past the end of the sequence.")
     ] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds until the call is given up.")
-    ] = DEFAULT_TIMEOUT_S,
+    repetition_penalty: Annotated[
+        float | None, _drawing(help="More than 1 discourages repeating. [default: 1]")
+    ] = None,
+    temperature: Annotated[float | None, _drawing(help="0 is greedy. [default: 1]")] = None,
+    top_k: Annotated[int | None, _drawing(help="Draw from the k most likely.")] = None,
+    top_p: Annotated[float | None, _drawing(help="Draw from this probability mass.")] = None,
+    min_p: Annotated[float | None, _drawing(help="Leave out the less likely.")] = None,
+    seed: Annotated[int | None, _drawing(help="Makes the draws repeatable.")] = None,
+    table: Annotated[str | None, _memory(help="Forget by this alpha table.")] = None,
+    alpha: Annotated[float | None, _memory(help="Forget by this one factor, 0 to 1.")] = None,
+    preset: Annotated[Preset | None, _memory(help="Forget by a known method.")] = None,
+    budget: Annotated[
+        int | None, _memory(help="Tokens each head keeps, the mean over layers.")
+    ] = None,
+    budget_ratio: Annotated[
+        float | None, _memory(help="The same, as a share of prompt + new tokens.")
+    ] = None,
+    recent: Annotated[int | None, _memory(help="Newest tokens that are never forgotten.")] = None,
+    recent_share: Annotated[
+        float | None, _memory(help="The same, as a share of budget - sinks - 1.")
+    ] = None,
+    sinks: Annotated[int | None, _memory(help="First tokens that are never forgotten.")] = None,
+    prefill_chunk: Annotated[
+        int | None, _memory(help="Tokens of one prompt block; 0 for one block.")
+    ] = None,
+    random_seed: Annotated[int | None, _memory(help="Seed of preset random.")] = None,
+    echo: Annotated[
+        bool, _output("--echo", help="Show the prompt first, as the model read it.")
+    ] = False,
+    logprobs: Annotated[
+        bool, _output("--logprobs", help="Show how likely each token was.")
+    ] = False,
+    top_logprobs: Annotated[
+        int, _output(help="Show this many most likely tokens of each step; needs --logprobs.")
+    ] = 0,
+    as_json: Annotated[
+        bool, _output("--json", help="A JSON object a line for each event, and for an error.")
+    ] = False,
 ) -> None:
-    """Complete PROMPT on a running server; print tokens as they arrive, then the figures."""
+    """Complete PROMPT on a running server; print tokens as they arrive, then the figures.
+
+    Exit codes: 0; 1 the call failed; 2 the command line makes no sense; 130 interrupted.
+    """
+    if prompt is None and not chat:
+        raise typer.BadParameter("give PROMPT, or --chat for a conversation")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat")
+    report = _report_json if as_json else _report_line
     policy = {
         "table": table,
         "alpha": alpha,
@@ -82,6 +161,7 @@ def complete(
         "random_seed": random_seed,
     }
     drawn = {
+        "repetition_penalty": repetition_penalty,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -90,16 +170,41 @@ def complete(
     }
     try:
         options = GenerationOptions(
-            cache_policy=CachePolicy.model_validate(policy),
-            sampling=Sampling.model_validate({k: v for k, v in drawn.items() if v is not None}),
+            min_new_tokens=min_new_tokens,
+            sampling=_checked(Sampling, "sampling", drawn),
             stop=stop or (),
+            stop_token_ids=stop_token_id or (),
             ignore_eos=ignore_eos,
+            cache_policy=_checked(CachePolicy, "cache_policy", policy),
+            request_id=request_id,
+            # For the live figures, and who reads JSON has a use for them.
+            token_ids=True,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            echo=echo,
         )
-        asyncio.run(_print_completion(target, prompt, max_new_tokens, timeout, options))
-    except ValidationError as error:
-        _fail(first_problem(error))
+        if time_limit is not None:
+            options["time_limit_s"] = time_limit
+        encrypted = tls or tls_ca or tls_cert or tls_key
+        channel = ChannelOptions(
+            # What is no text is no token either, and is refused as such.
+            token=token_file.read_text(errors="replace").strip() if token_file else None,
+            insecure_token=insecure_token,
+            tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key) if encrypted else None,
+        )
+        given = sys.stdin.read() if prompt == "-" else prompt
+        with SyncClient(target, channel) as client:
+            display = JsonLines if as_json else ForPeople
+            session = Session(client, max_new_tokens, timeout, options, display, report)
+            if given is None:
+                session.converse(system)
+            elif chat:
+                session.answer(given, system)
+            else:
+                session.complete(given)
     except A2SFError as error:
-        _fail(str(error))
+        report(error)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -109,39 +214,27 @@ def complete(
         raise typer.Exit(1) from None
 
 
-async def _print_completion(
-    target: str, prompt: str, max_new_tokens: int, timeout_s: float, options: GenerationOptions
-) -> None:
-    async with (
-        Client(target) as client,
-        aclosing(
-            client.stream_generate(
-                prompt, max_new_tokens=max_new_tokens, timeout_s=timeout_s, **options
-            )
-        ) as events,
-    ):
-        async for event in events:
-            if isinstance(event, Delta):
-                print(event.text, end="", flush=True)
-            elif isinstance(event, Finished):
-                print(f"\n{figures(event)}")
+def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
+    """Make a value of the flags that were given. Raises InvalidArgument that names them."""
+    try:
+        return cls.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise from_validation(error, name) from None
 
 
-def figures(event: Finished) -> str:
-    """Put what a completion took into one line for people."""
-    usage, cache, timings = event.usage, event.cache, event.timings
-    tokens = usage.completion_tokens
-    # The first token came out of the prefill; the others took the decode's time.
-    rate = f"{(tokens - 1) / timings.decode_s:.1f} tokens/s" if timings.decode_s > 0 else "at once"
-    return (
-        f"{tokens} tokens ({event.reason.value}), {rate}; each head kept {cache.kept_tokens} of "
-        f"{cache.kept_tokens + cache.evicted_tokens} tokens, evicted {cache.evicted_tokens}; "
-        f"KV {decimal(cache.kv_bytes)} against {decimal(cache.kv_bytes_full)} in a full cache"
-    )
-
-
-def _fail(message: str) -> None:
+def _report_line(error: A2SFError) -> None:
     # Whatever of the completion was printed ends here.
     sys.stdout.flush()
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(1)
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def _report_json(error: A2SFError) -> None:
+    """Print an error as one object: `code`, `message`, and what else is known of it."""
+    told: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
+    if isinstance(error, InvalidArgument):
+        pairs = getattr(error, "violations", ((error.field, error.problem),))
+        told["field_violations"] = [{"field": f, "description": d} for f, d in pairs]
+    elif isinstance(error, NoRoom) and error.retry_after_s is not None:
+        told["retry_after_seconds"] = error.retry_after_s
+    sys.stdout.flush()
+    typer.echo(json.dumps({"error": told}), err=True)

@@ -4,14 +4,17 @@ Owns reading answers and writing requests. The mirror of `conversions`, and apar
 client loads neither engine nor torch. Knows nothing of channels.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC
+from typing import TypeAlias, TypedDict
+
+from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
 from a2sf.policy import CachePolicy
 from a2sf.requests import (
     CacheStatistics,
-    Delta,
+    ChatMessage,
     Finished,
     FinishReason,
     Sampling,
@@ -21,19 +24,42 @@ from a2sf.requests import (
 from a2sf.schema import AlphaTable, ModelIdentity, parse_table
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
-from service.results import Completion, ModelDescription, StreamEvent, StreamStarted, TableListing
-from service.status import RemoteError
+from service.results import (
+    Activated,
+    Completion,
+    Delta,
+    Load,
+    ModelDescription,
+    Prompt,
+    Reloaded,
+    StreamEvent,
+    StreamStarted,
+    TableListing,
+    TableSummary,
+    TokenizedPrompt,
+    TokenLogprob,
+    TokenLogprobs,
+)
+from service.status import RemoteError, from_validation
+
+Chat: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]
+"""A conversation: `ChatMessage` values, or mappings with their fields."""
 
 
 class GenerationOptions(TypedDict, total=False):
     """What a completion may be told besides its prompt and length; all may be left out."""
 
+    min_new_tokens: int
+    """Tokens before which nothing but the time limit ends the completion."""
+    time_limit_s: float
+    """Seconds after which the completion ends with what it has; unlike a deadline, nothing is
+    lost."""
     sampling: Sampling
     """How tokens are drawn."""
     stop: Sequence[str]
     """Strings that end the completion and are left out of it."""
     stop_token_ids: Sequence[int]
-    """Token ids that end the completion."""
+    """Token ids that end the completion and are left out of its text."""
     ignore_eos: bool
     """Write on past the model's end-of-sequence token."""
     cache_policy: CachePolicy
@@ -42,32 +68,89 @@ class GenerationOptions(TypedDict, total=False):
     """Names the request in the server's logs; by default the server makes one up."""
     token_ids: bool
     """Whether the answer carries token ids beside the text."""
+    logprobs: bool
+    """Whether it carries how likely each token was."""
+    top_logprobs: int
+    """So many most likely tokens at each step too; needs `logprobs`."""
+    echo: bool
+    """Whether the first event carries the prompt as it was read."""
 
 
 def generation_input(
-    prompt: str | Sequence[int], max_new_tokens: int, options: GenerationOptions
+    prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> pb.GenerationInput:
-    """Write a request. Raises InvalidArgument for a number that does not fit its field."""
+    """Write a request. Raises InvalidArgument for what does not fit its field."""
     sampling = options.get("sampling", Sampling())
     try:
         message = pb.GenerationInput(
             request_id=options.get("request_id", ""),
             max_new_tokens=max_new_tokens,
-            # Without defaults: a setting that the contract lacks is refused only if asked for.
-            sampling=pb.Sampling(**sampling.model_dump(exclude_none=True, exclude_defaults=True)),
+            min_new_tokens=options.get("min_new_tokens", 0),
+            time_limit_seconds=options.get("time_limit_s"),
+            sampling=pb.Sampling(**sampling.model_dump(exclude_none=True)),
             stop=options.get("stop", ()),
             stop_token_ids=options.get("stop_token_ids", ()),
             ignore_eos=options.get("ignore_eos", False),
             cache_policy=policy_to_message(options.get("cache_policy", CachePolicy())),
-            output=pb.OutputOptions(token_ids=options.get("token_ids", False)),
+            output=pb.OutputOptions(
+                token_ids=options.get("token_ids", False),
+                logprobs=options.get("logprobs", False),
+                top_logprobs=options.get("top_logprobs", 0),
+                echo=options.get("echo", False),
+            ),
         )
-        if isinstance(prompt, str):
-            message.text = prompt
-        else:
-            message.token_ids.ids.extend(prompt)
+        _write_prompt(prompt, message)
+    except InvalidArgument:
+        raise
     except ValueError as error:
         raise InvalidArgument("input", str(error)) from error
     return message
+
+
+def tokenize_request(prompt: str | Chat) -> pb.TokenizeRequest:
+    """Write a prompt to be encoded. Raises InvalidArgument for what does not fit its field."""
+    message = pb.TokenizeRequest()
+    try:
+        _write_prompt(prompt, message)
+    except InvalidArgument:
+        raise
+    except ValueError as error:
+        raise InvalidArgument("prompt", str(error)) from error
+    return message
+
+
+def _write_prompt(
+    prompt: str | Sequence[int] | Chat, message: pb.GenerationInput | pb.TokenizeRequest
+) -> None:
+    where = "input." if isinstance(message, pb.GenerationInput) else ""
+    if isinstance(prompt, (bytes, bytearray)):
+        raise InvalidArgument(f"{where}prompt", "bytes; decode them, or give token ids as a list")
+    if isinstance(prompt, str):
+        message.text = prompt
+        return
+    ids = [part for part in prompt if isinstance(part, int)]
+    if len(ids) < len(prompt):
+        if ids:
+            raise InvalidArgument(
+                f"{where}prompt", "token ids and chat messages in one list; give either"
+            )
+        message.chat.messages.extend(
+            _chat_message(part, f"{where}chat.messages[{index}]")
+            for index, part in enumerate(prompt)
+        )
+    elif isinstance(message, pb.GenerationInput):
+        message.token_ids.SetInParent()
+        message.token_ids.ids.extend(ids)
+    else:
+        raise InvalidArgument("prompt", "no text; give text, or one chat message or more")
+
+
+def _chat_message(part: object, where: str) -> pb.ChatMessage:
+    try:
+        one = ChatMessage.model_validate(part)
+    except ValidationError as error:
+        raise from_validation(error, where) from None
+    return pb.ChatMessage(role=one.role, content=one.content)
 
 
 def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamEvent | None:
@@ -77,7 +160,12 @@ def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamE
             return _started(message.started)
         case "delta":
             delta = message.delta
-            return Delta(request_id=request_id, text=delta.text, token_ids=tuple(delta.token_ids))
+            return Delta(
+                request_id=request_id,
+                text=delta.text,
+                token_ids=tuple(delta.token_ids),
+                logprobs=_logprobs(delta.logprobs),
+            )
         case "finished":
             return _finished(message.finished, request_id)
         case _:
@@ -92,7 +180,13 @@ def completion(message: pb.GenerateResponse) -> Completion:
         text=message.text,
         token_ids=tuple(message.token_ids),
         finished=_finished(message.finished, started.request_id),
+        logprobs=_logprobs(message.logprobs),
     )
+
+
+def tokenized_prompt(message: pb.TokenizeResponse) -> TokenizedPrompt:
+    """Read an encoded prompt."""
+    return TokenizedPrompt(text=message.text, token_ids=tuple(message.token_ids))
 
 
 def model_description(message: pb.GetModelResponse) -> ModelDescription:
@@ -109,20 +203,83 @@ def model_description(message: pb.GetModelResponse) -> ModelDescription:
         kv_slab_bytes=message.kv_slab_bytes,
         default_cache_policy=policy_from_message(message.default_cache_policy),
         server_version=message.server_version,
+        layer_slots=tuple(message.layer_slots),
+        max_prefill_tokens=message.max_prefill_tokens,
+        chat=message.chat,
+        max_waiting=message.max_waiting,
+        max_prompt_bytes=message.max_prompt_bytes,
     )
 
 
 def table_listing(message: pb.ListAlphaTablesResponse) -> TableListing:
     """Read the list of tables."""
     return TableListing(
-        served={table.name: table.sha256 for table in message.tables},
-        refused={table.name: table.reason for table in message.refused},
+        tables={table.name: _summary(table) for table in message.tables},
+        refused=_refused(message.refused),
+        default_table=message.default_table or None,
+        etag=message.etag,
     )
 
 
 def alpha_table(message: pb.GetAlphaTableResponse) -> AlphaTable:
     """Read one table from its canonical JSON. Raises TableError as reading its file would."""
     return parse_table(message.canonical_json.encode())
+
+
+def activated(message: pb.ActivateAlphaTableResponse) -> Activated:
+    """Read which table is the default now."""
+    return Activated(default_table=message.default_table or None, etag=message.etag)
+
+
+def reloaded(message: pb.ReloadAlphaTablesResponse) -> Reloaded:
+    """Read what reading the directory again has changed."""
+    return Reloaded(
+        added=tuple(message.added),
+        changed=tuple(message.changed),
+        removed=tuple(message.removed),
+        refused=_refused(message.refused),
+        etag=message.etag,
+    )
+
+
+def load(message: pb.GetLoadResponse) -> Load:
+    """Read how much of a server is taken."""
+    return Load(
+        running=message.running,
+        waiting=message.waiting,
+        admitted=message.admitted,
+        capacity=message.capacity,
+        kv_bytes_used=message.kv_bytes_used,
+        kv_bytes_limit=message.kv_bytes_limit,
+    )
+
+
+def _summary(message: pb.AlphaTableSummary) -> TableSummary:
+    return TableSummary(
+        name=message.name,
+        sha256=message.sha256,
+        dataset=message.dataset,
+        verdict=pb.TableVerdict.Name(message.verdict).removeprefix("TABLE_VERDICT_").lower(),
+        created_at=message.created_at.ToDatetime(UTC),
+    )
+
+
+def _refused(messages: Iterable[pb.RefusedAlphaTable]) -> dict[str, str]:
+    return {table.name: table.reason for table in messages}
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            **_logprob(message.token).model_dump(),
+            top=tuple(_logprob(other) for other in message.top),
+        )
+        for message in messages
+    )
+
+
+def _logprob(message: pb.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, text=message.text)
 
 
 def _started(message: pb.GenerationStarted) -> StreamStarted:
@@ -143,7 +300,12 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed if policy.HasField("random_seed") else None,
+        prompt=_prompt(message.prompt) if message.HasField("prompt") else None,
     )
+
+
+def _prompt(message: pb.Prompt) -> Prompt:
+    return Prompt(text=message.text, token_ids=tuple(message.token_ids))
 
 
 def _method(policy: pb.EffectiveCachePolicy) -> str:
@@ -161,11 +323,13 @@ def _finished(message: pb.GenerationFinished, request_id: str) -> Finished:
         reason = FinishReason[pb.FinishReason.Name(message.reason).removeprefix("FINISH_REASON_")]
     except (KeyError, ValueError):
         raise RemoteError(f"finished for reason {message.reason}; upgrade this client") from None
+    by_token = message.HasField("matched_stop_token_id")
     usage, cache, timings = message.usage, message.cache, message.timings
     return Finished(
         request_id=request_id,
         reason=reason,
         matched_stop=message.matched_stop if message.HasField("matched_stop") else None,
+        matched_stop_token_id=message.matched_stop_token_id if by_token else None,
         usage=Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens),
         cache=CacheStatistics(
             budget=cache.budget,

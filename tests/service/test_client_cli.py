@@ -4,13 +4,24 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from a2sf.requests import CacheStatistics, Finished, FinishReason, Timings, Usage
-from service.client_cli import app, figures
+from service.client_cli import app
+from service.client_display import figures
 from tests.service.conftest import WAIT_S, StartServer, until
+
+
+@pytest.fixture(autouse=True)
+def _the_server_in_this_process_logs_elsewhere() -> Iterator[None]:
+    """Its log would go to the output under test."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    yield
+    structlog.reset_defaults()
 
 
 async def run(*arguments: str) -> tuple[int, str, str]:

@@ -1,0 +1,131 @@
+"""Each RPC as a value: what is sent, where, and how the answer is read.
+
+Owns what the clients of asyncio and of threads have in common, which is all but waiting. Knows
+nothing of channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from a2sf.errors import InvalidArgument
+from a2sf.schema import AlphaTable
+from service import client_conversions as conversions
+from service.client_conversions import Chat, GenerationOptions
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
+from service.results import (
+    Activated,
+    Completion,
+    Load,
+    ModelDescription,
+    Reloaded,
+    StreamEvent,
+    TableListing,
+    TokenizedPrompt,
+)
+
+DEFAULT_TIMEOUT_S = 300.0
+"""Deadline of a completion, in seconds."""
+
+DESCRIBE_TIMEOUT_S = 10.0
+"""Deadline of the other calls, in seconds."""
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Call(Generic[T_co]):
+    """One call to make, once. `read` turns its answer, or each event of it in turn, into a result."""
+
+    stub: type
+    method: str
+    request: Message
+    read: Callable[[Any], T_co]
+
+
+def stream_generate(
+    prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
+) -> Call[StreamEvent | None]:
+    """A completion as it grows; an event newer than this client reads as None."""
+    request = pb.StreamGenerateRequest(
+        input=conversions.generation_input(prompt, max_new_tokens, options)
+    )
+    name = ""
+
+    def read(message: pb.StreamGenerateResponse) -> StreamEvent | None:
+        nonlocal name
+        event = conversions.stream_event(message, name)
+        # The first event brings the name, and the others leave it to be known.
+        name = event.request_id if event is not None else name
+        return event
+
+    return Call(pb_grpc.InferenceServiceStub, "StreamGenerate", request, read)
+
+
+def generate(
+    prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
+) -> Call[Completion]:
+    """A whole completion."""
+    request = pb.GenerateRequest(
+        input=conversions.generation_input(prompt, max_new_tokens, options)
+    )
+    return Call(pb_grpc.InferenceServiceStub, "Generate", request, conversions.completion)
+
+
+def tokenize(prompt: str | Chat) -> Call[TokenizedPrompt]:
+    """A prompt's token ids."""
+    request = conversions.tokenize_request(prompt)
+    return Call(pb_grpc.InferenceServiceStub, "Tokenize", request, conversions.tokenized_prompt)
+
+
+def get_model() -> Call[ModelDescription]:
+    """What the server serves."""
+    request = pb.GetModelRequest()
+    return Call(pb_grpc.ModelServiceStub, "GetModel", request, conversions.model_description)
+
+
+def list_alpha_tables() -> Call[TableListing]:
+    """The server's tables."""
+    request = pb.ListAlphaTablesRequest()
+    return Call(pb_grpc.ModelServiceStub, "ListAlphaTables", request, conversions.table_listing)
+
+
+def get_alpha_table(name: str) -> Call[AlphaTable]:
+    """One table whole."""
+    request = pb.GetAlphaTableRequest(name=name)
+    return Call(pb_grpc.ModelServiceStub, "GetAlphaTable", request, conversions.alpha_table)
+
+
+def activate_alpha_table(name: str | None, etag: str) -> Call[Activated]:
+    """Another default table."""
+    request = pb.ActivateAlphaTableRequest(name=name or "", etag=etag)
+    return Call(pb_grpc.AdminServiceStub, "ActivateAlphaTable", request, conversions.activated)
+
+
+def reload_alpha_tables() -> Call[Reloaded]:
+    """The directory of tables, read again."""
+    request = pb.ReloadAlphaTablesRequest()
+    return Call(pb_grpc.AdminServiceStub, "ReloadAlphaTables", request, conversions.reloaded)
+
+
+def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple[str, ...]]:
+    """The end of requests under way."""
+    if isinstance(request_ids, str):
+        # A string is a sequence too, of ids that nobody has.
+        raise InvalidArgument("request_ids", "one string; give a list of ids")
+    request = pb.AbortRequestsRequest(request_ids=request_ids, all=all_requests)
+    return Call(
+        pb_grpc.AdminServiceStub,
+        "AbortRequests",
+        request,
+        lambda message: tuple(message.request_ids),
+    )
+
+
+def get_load() -> Call[Load]:
+    """How much of the server is taken."""
+    request = pb.GetLoadRequest()
+    return Call(pb_grpc.AdminServiceStub, "GetLoad", request, conversions.load)

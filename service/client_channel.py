@@ -1,0 +1,207 @@
+"""How a client reaches a server: address, encryption, token, retries, balancing.
+
+Owns the settings of a channel and the rule of where a token may go. Both kinds of channel, of
+asyncio and of threads, are opened here, alike. Knows nothing of calls.
+"""
+
+import ipaddress
+import json
+import ssl
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+from pydantic import ConfigDict, Field
+
+from a2sf.errors import InvalidArgument, first_line
+from a2sf.schema import Frozen
+from service.pb import inference_pb2 as pb
+
+INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+MODEL = pb.DESCRIPTOR.services_by_name["ModelService"].full_name
+ADMIN = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+RETRIES: dict[str, Any] = {
+    "methodConfig": [
+        {
+            # Of the admin calls only the one that changes nothing: whether a lost call took
+            # effect is for the caller to find out.
+            "name": [
+                {"service": INFERENCE},
+                {"service": MODEL},
+                {"service": ADMIN, "method": "GetLoad"},
+            ],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+    # Every failed attempt takes one of these, every success gives a tenth back, and below half of
+    # them nothing is retried: a server that is down is not stormed.
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+}
+"""What gRPC retries by itself: calls that failed before anything of their answer arrived."""
+
+BALANCING: dict[str, Any] = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": INFERENCE},
+}
+"""For a target of several addresses: in turn to those whose health says SERVING."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A server whose machine vanished is told from one that thinks for long. The server allows
+    # pings each 10 s; without the last line they end where a long prompt sends nothing.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A table, or a completion with its logprobs, may pass the default of 4 MiB.
+    ("grpc.max_receive_message_length", -1),
+)
+
+
+class Tls(Frozen):
+    """How a channel is encrypted. All files are PEM."""
+
+    root_ca: Path | None = None
+    """Certificates to trust; None: those that gRPC brings, the public authorities."""
+    cert: Path | None = None
+    """The client's own certificate chain, where the server asks for one; needs `key`."""
+    key: Path | None = None
+    server_name: str | None = None
+    """Name that the server's certificate must bear, where it is not the target's own, as of an
+    `ipv4:` list."""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises InvalidArgument that names the file which cannot be used."""
+        if (self.cert is None) != (self.key is None):
+            raise InvalidArgument("tls", "cert and key are given together or not at all")
+        # gRPC takes anything for PEM, and then fails each call with a riddle.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            roots = None if self.root_ca is None else self.root_ca.read_bytes()
+            if roots is not None:
+                context.load_verify_locations(cadata=roots.decode())
+        except (OSError, ValueError) as error:
+            raise InvalidArgument("tls.root_ca", f"{self.root_ca}: {_why(error)}") from None
+        if self.cert is None or self.key is None:
+            return grpc.ssl_channel_credentials(roots)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            chain, key = self.cert.read_bytes(), self.key.read_bytes()
+        except (OSError, ValueError) as error:
+            raise InvalidArgument(
+                "tls.cert", f"{self.cert} with {self.key}: {_why(error)}"
+            ) from None
+        return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return "not PEM, or the key is another certificate's"
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+class ChannelOptions(Frozen):
+    """How a server is reached besides its address."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    token: str | None = Field(default=None, repr=False)
+    """Sent with each call as `authorization: Bearer`."""
+    tls: Tls | None = None
+    """None: plain text."""
+    insecure_token: bool = False
+    """Whether the token may leave this machine in plain text, for networks that are themselves
+    trusted, or encrypted below."""
+
+    def metadata(self, target: str) -> tuple[tuple[str, str], ...]:
+        """What each call carries.
+
+        Raises InvalidArgument for a token that would leave this machine in plain text, or that
+        cannot be a header; never tells it.
+        """
+        if self.token is None:
+            return ()
+        if not self.token.isascii() or not self.token.isprintable() or " " in self.token:
+            raise InvalidArgument("token", "accepted: printable ASCII without spaces")
+        if not self.token:
+            raise InvalidArgument("token", "empty; give one, or none at all")
+        if self.tls is None and not self.insecure_token and not _stays_here(target):
+            raise InvalidArgument(
+                "token",
+                f"{target} is reached in plain text, where others can read the token; use TLS, or "
+                "say insecure_token where the network itself is trusted",
+            )
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def settings(self, target: str) -> list[tuple[str, Any]]:
+        """The channel's settings as gRPC takes them."""
+        # One address has no other to go to: the server itself is asked, and says in its own words
+        # what is wrong with it.
+        config = RETRIES | BALANCING if _may_be_several(target) else RETRIES
+        settings: list[tuple[str, Any]] = [
+            *CHANNEL_OPTIONS,
+            ("grpc.service_config", json.dumps(config)),
+        ]
+        if self.tls is not None and self.tls.server_name is not None:
+            settings.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return settings
+
+
+PLAIN_TEXT = ChannelOptions()
+"""Without encryption or token, as a server on this machine is reached."""
+
+
+def open_aio(target: str, options: ChannelOptions) -> grpc.aio.Channel:
+    """Open a channel of the running event loop. Connects with its first call."""
+    settings = options.settings(target)
+    if options.tls is None:
+        return grpc.aio.insecure_channel(target, settings)
+    return grpc.aio.secure_channel(target, options.tls.credentials(), settings)
+
+
+def open_sync(target: str, options: ChannelOptions) -> grpc.Channel:
+    """Open a channel for threads. Connects with its first call."""
+    settings = options.settings(target)
+    if options.tls is None:
+        return grpc.insecure_channel(target, settings)
+    return grpc.secure_channel(target, options.tls.credentials(), settings)
+
+
+def _hosts(target: str) -> list[str]:
+    """The hosts that a gRPC target names; none for a socket of this machine."""
+    scheme, _, rest = target.partition(":")
+    if scheme in ("unix", "unix-abstract"):
+        return []
+    if scheme in ("ipv4", "ipv6"):
+        addresses = rest.split(",")
+    else:
+        # dns://resolver/host:port, dns:host:port, or plain host:port
+        addresses = [rest.rpartition("/")[2] if scheme == "dns" else target]
+    return [urlsplit(f"//{address}").hostname or address for address in addresses]
+
+
+def _stays_here(target: str) -> bool:
+    return all(host == "localhost" or _is_loopback(host) for host in _hosts(target))
+
+
+def _may_be_several(target: str) -> bool:
+    hosts = _hosts(target)
+    return len(hosts) > 1 or any(host != "localhost" and not _is_ip(host) for host in hosts)
+
+
+def _is_loopback(host: str) -> bool:
+    return _is_ip(host) and ipaddress.ip_address(host).is_loopback
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,203 @@
+"""What the command line shows of a completion: for people, or a JSON object a line for programs.
+
+Owns what goes to which stream. For people the text goes to stdout as it arrives, and so does one
+line of figures at the end; while stderr is a terminal, a line of figures is alive below the text,
+and gone at the end. Knows nothing of calls.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from google.protobuf.json_format import MessageToJson
+from rich.cells import chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.filesize import decimal
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+from a2sf.requests import Finished
+from service.pb import inference_pb2 as pb
+from service.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
+
+
+class Display(Protocol):
+    """Shows one completion, from `__enter__` to `__exit__`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
+        """Show one event, of which `message` is how it came."""
+
+
+class JsonLines:
+    """Each event as it came: the contract's names, in protobuf's JSON, an object a line."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing is left to show."""
+
+    def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
+        """Print one event."""
+        line = MessageToJson(
+            message, preserving_proto_field_name=True, indent=None, ensure_ascii=False
+        )
+        print(line, flush=True)
+
+
+class ForPeople:
+    """The text, what was asked for of its tokens, and the figures."""
+
+    def __init__(self) -> None:
+        self._tokens: list[TokenLogprobs] = []
+        self._live = _LiveFigures() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_live()
+
+    def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
+        """Show one event."""
+        match event:
+            case StreamStarted():
+                if self._live is not None:
+                    self._live.started(event)
+                if event.prompt is not None:
+                    self._write(event.prompt.text)
+            case Delta():
+                self._tokens.extend(event.logprobs)
+                if self._live is not None:
+                    self._live.grew(len(event.token_ids))
+                self._write(event.text)
+            case Finished():
+                self._end_live()
+                print()
+                for token in self._tokens:
+                    print(_token_line(token))
+                print(figures(event), flush=True)
+
+    def _write(self, text: str) -> None:
+        if self._live is not None and self._live.takes_text:
+            self._live.write(text)
+        else:
+            print(text, end="", flush=True)
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            print(self._live.stop(), end="", flush=True)
+            self._live = None
+
+
+class _LiveFigures:
+    """The line below the text, drawn anew a few times a second.
+
+    Where stdout is a terminal too, the two share a screen, so the text's last line, not yet whole,
+    is drawn with it. `takes_text` says so.
+    """
+
+    def __init__(self) -> None:
+        self.takes_text = sys.stdout.isatty()
+        self._console = Console(stderr=not self.takes_text, highlight=False)
+        self._live = Live(
+            self,
+            console=self._console,
+            refresh_per_second=8,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._spinner = Spinner("dots", style="cyan")
+        self._line = ""
+        self._started: StreamStarted | None = None
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> str:
+        """Take the line away; return the text that was drawn with it."""
+        self._live.stop()
+        return self._line
+
+    def started(self, event: StreamStarted) -> None:
+        self._started = event
+
+    def grew(self, tokens: int) -> None:
+        if self._tokens == 0 and tokens:
+            self._since = time.monotonic()
+        self._tokens += tokens
+
+    def write(self, text: str) -> None:
+        # Lines that are done scroll away above, cut where the terminal itself would.
+        *done, last = (self._line + text.expandtabs()).split("\n")
+        rows = chop_cells(last, self._console.width) or [""]
+        for line in [*done, *rows[:-1]]:
+            self._console.print(Text(line), soft_wrap=True)
+        self._line = rows[-1]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._line:
+            yield Text(self._line)
+        self._spinner.update(text=Text(self._figures(), style="dim"))
+        yield self._spinner
+
+    def _figures(self) -> str:
+        elapsed = time.monotonic() - self._since
+        started, tokens = self._started, self._tokens
+        if started is None:
+            return f"waiting for the server, {elapsed:.0f} s"
+        if not tokens:
+            return f"reading {started.prompt_tokens} tokens, {elapsed:.0f} s"
+        # The newest token is not stored yet.
+        seen = started.prompt_tokens + tokens - 1
+        gone = [max(0, seen - budget) for budget in started.layer_budgets or (started.budget,)]
+        rate = f"{(tokens - 1) / elapsed:.1f} tokens/s, " if tokens > 1 else ""
+        return f"{tokens} tokens, {rate}evicted {round(sum(gone) / len(gone))} of {seen}"
+
+
+def figures(event: Finished) -> str:
+    """Put what a completion took into one line for people."""
+    usage, cache, timings = event.usage, event.cache, event.timings
+    tokens = usage.completion_tokens
+    # The first token came out of the prefill; the others took the decode's time.
+    rate = f"{(tokens - 1) / timings.decode_s:.1f} tokens/s" if timings.decode_s > 0 else "at once"
+    return (
+        f"{tokens} tokens ({event.reason.value}), {rate}; each head kept {cache.kept_tokens} of "
+        f"{cache.kept_tokens + cache.evicted_tokens} tokens, evicted {cache.evicted_tokens}; "
+        f"KV {decimal(cache.kv_bytes)} against {decimal(cache.kv_bytes_full)} in a full cache"
+    )
+
+
+def _token_line(token: TokenLogprobs) -> str:
+    others = "  ".join(_logprob(other) for other in token.top)
+    return f"{token.logprob:9.4f}  {token.text!r}" + (f"  of  {others}" if others else "")
+
+
+def _logprob(token: TokenLogprob) -> str:
+    return f"{token.text!r} {token.logprob:.4f}"

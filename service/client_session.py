@@ -1,0 +1,95 @@
+"""What the command line does with a server: one completion, one answer, or a conversation.
+
+Owns the conversation's history and its commands. Knows nothing of flags, nor of how an event or an
+error is shown.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from a2sf.errors import A2SFError
+from a2sf.requests import ChatMessage
+from service import client_calls as calls
+from service.client_conversions import GenerationOptions
+from service.client_display import Display
+from service.client_sync import SyncClient
+from service.results import Delta
+
+HINT = "/reset forgets the conversation, /quit or the end of input leaves"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of the command line against one server."""
+
+    client: SyncClient
+    max_new_tokens: int
+    timeout_s: float
+    options: GenerationOptions
+    display: Callable[[], Display]
+    report: Callable[[A2SFError], None]
+
+    def complete(self, prompt: str | Sequence[ChatMessage]) -> str:
+        """Complete `prompt`, show it as it grows, and return its text."""
+        call = calls.stream_generate(prompt, self.max_new_tokens, self.options)
+        read = call.read
+        both = calls.Call(
+            call.stub, call.method, call.request, lambda message: (message, read(message))
+        )
+        text: list[str] = []
+        with (
+            closing(self.client.stream(both, self.timeout_s)) as events,
+            self.display() as display,
+        ):
+            for message, event in events:
+                display.show(message, event)
+                if isinstance(event, Delta):
+                    text.append(event.text)
+        return "".join(text)
+
+    def answer(self, message: str, system: str | None) -> None:
+        """Answer one message."""
+        self.complete([*_first(system), ChatMessage(role="user", content=message)])
+
+    def converse(self, system: str | None) -> None:
+        """Answer each line of stdin, all that was said before it in mind.
+
+        A failed call ends it, unless a person is there to say something else.
+        """
+        attended = sys.stdin.isatty()
+        if attended:
+            print(HINT, file=sys.stderr)
+        history = _first(system)
+        for line in _lines():
+            if line == "/quit":
+                return
+            if line == "/reset":
+                history = _first(system)
+                continue
+            asked = [*history, ChatMessage(role="user", content=line)]
+            try:
+                text = self.complete(asked)
+            except A2SFError as error:
+                if not attended:
+                    raise
+                self.report(error)
+            else:
+                history = [*asked, ChatMessage(role="assistant", content=text)]
+
+
+def _first(system: str | None) -> list[ChatMessage]:
+    return [] if system is None else [ChatMessage(role="system", content=system)]
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that say something; ask for them where a person sees it."""
+    question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            line = input(question).strip()
+        except EOFError:
+            return
+        if line:
+            yield line

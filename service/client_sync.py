@@ -1,0 +1,104 @@
+"""The clients for threads: the methods of `service.client`'s, which return once they are done.
+
+Owns the methods alone; what is sent and how answers are read is the same code. Knows nothing of
+asyncio.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Unpack
+
+from a2sf.schema import AlphaTable
+from service import client_calls as calls
+from service.client_calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
+from service.client_conversions import Chat, GenerationOptions
+from service.client_transport import SyncTransport
+from service.results import (
+    Activated,
+    Completion,
+    Load,
+    ModelDescription,
+    Reloaded,
+    StreamEvent,
+    TableListing,
+    TokenizedPrompt,
+)
+
+
+class SyncClient(SyncTransport):
+    """A client of one server, as `service.client.Client`. Use it as a context manager."""
+
+    def stream_generate(
+        self,
+        prompt: str | Sequence[int] | Chat,
+        *,
+        max_new_tokens: int,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[StreamEvent, None, None]:
+        """Yield a completion as it grows; `options` are those of `GenerationOptions`.
+
+        To leave early, close the generator (`contextlib.closing`): that cancels the call.
+        """
+        call = calls.stream_generate(prompt, max_new_tokens, options)
+        return self.stream(call, timeout_s)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Chat,
+        *,
+        max_new_tokens: int,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Return a whole completion; `options` are those of `GenerationOptions`."""
+        return self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
+
+    def tokenize(
+        self, prompt: str | Chat, *, timeout_s: float = DESCRIBE_TIMEOUT_S
+    ) -> TokenizedPrompt:
+        """Return the token ids that a completion of `prompt` would read."""
+        return self.unary(calls.tokenize(prompt), timeout_s)
+
+    def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
+        """Describe what the server serves."""
+        return self.unary(calls.get_model(), timeout_s)
+
+    def list_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> TableListing:
+        """List the server's alpha tables."""
+        return self.unary(calls.list_alpha_tables(), timeout_s)
+
+    def get_alpha_table(self, name: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> AlphaTable:
+        """Fetch one alpha table, its digest checked."""
+        return self.unary(calls.get_alpha_table(name), timeout_s)
+
+
+class SyncAdminClient(SyncTransport):
+    """A client of one server's admin port, as `service.client.AdminClient`."""
+
+    def activate_alpha_table(
+        self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S
+    ) -> Activated:
+        """Make `name` the table of requests that name no method; None: no table.
+
+        `etag` is that of the listing which the caller has seen. Raises Conflict where the tables
+        are no longer in that state.
+        """
+        return self.unary(calls.activate_alpha_table(name, etag), timeout_s)
+
+    def reload_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Reloaded:
+        """Have the directory of tables read again."""
+        return self.unary(calls.reload_alpha_tables(), timeout_s)
+
+    def abort_requests(
+        self,
+        request_ids: Sequence[str] = (),
+        *,
+        all_requests: bool = False,
+        timeout_s: float = DESCRIBE_TIMEOUT_S,
+    ) -> tuple[str, ...]:
+        """End requests under way, those named or all; return the ids of those that were."""
+        return self.unary(calls.abort_requests(request_ids, all_requests), timeout_s)
+
+    def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
+        """Tell how much of the server is taken."""
+        return self.unary(calls.get_load(), timeout_s)
