@@ -1,10 +1,11 @@
 """Ask a server's health: `python -m service.health --target HOST:PORT`, for containers' checks.
 
-Exit code 0 where it is SERVING, 1 otherwise, with one line either way. Loads no more than it
-needs, for it runs every few seconds.
+Exit code 0 where it is SERVING, 1 otherwise, 2 for wrong options, with one line in every case. It
+needs no token. Loads no more than it needs, for it runs every few seconds.
 """
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import grpc
 import typer
@@ -18,18 +19,55 @@ def check(
     target: Annotated[str, typer.Option(help="The server, HOST:PORT.")] = "127.0.0.1:50051",
     service: Annotated[str, typer.Option(help="A service's full name; empty for all.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="Authority (PEM) of the server's certificate; without it, plain text."),
+    ] = None,
+    cert: Annotated[
+        Path | None, typer.Option(help="Certificate (PEM) to show to the server; with --tls-ca.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --cert.")] = None,
+    server_name: Annotated[
+        str | None,
+        typer.Option(help="Name in the server's certificate, where the target is another."),
+    ] = None,
 ) -> None:
     """Tell whether a server serves."""
+    if (cert is None) != (key is None):
+        _fail("--cert and --key need each other; give both or neither")
+    if tls_ca is None and (cert is not None or server_name is not None):
+        _fail("--cert, --key and --server-name need --tls-ca")
     request = health_pb2.HealthCheckRequest(service=service)
     try:
-        with grpc.insecure_channel(target) as channel:
+        with _channel(target, tls_ca, cert, key, server_name) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}")
     except grpc.RpcError as error:
         typer.echo(f"{target}: {error.code().name}", err=True)
         raise typer.Exit(1) from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     typer.echo(f"{target}: {status}")
     raise typer.Exit(0 if status == "SERVING" else 1)
+
+
+def _channel(
+    target: str, tls_ca: Path | None, cert: Path | None, key: Path | None, name: str | None
+) -> grpc.Channel:
+    if tls_ca is None:
+        return grpc.insecure_channel(target)
+    credentials = grpc.ssl_channel_credentials(
+        tls_ca.read_bytes(),
+        key.read_bytes() if key is not None else None,
+        cert.read_bytes() if cert is not None else None,
+    )
+    options = [("grpc.ssl_target_name_override", name)] if name is not None else []
+    return grpc.secure_channel(target, credentials, options)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

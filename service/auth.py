@@ -1,0 +1,164 @@
+"""Who may call: bearer tokens from a file, asked for before any handler.
+
+Owns reading the file, reading it again when it changes, the comparison, and the refusal. Tokens
+are kept as digests, and neither they nor what a caller sent is ever logged or answered. Knows
+nothing of what calls do.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+
+from a2sf.errors import InvalidArgument, Unauthenticated
+from service.status import to_wire
+
+if TYPE_CHECKING:
+    # Generic in the stubs alone.
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+log = structlog.get_logger(__name__)
+
+MIN_TOKEN_CHARACTERS = 16
+
+MAX_FILE_BYTES = 2**20
+
+CHECK_S = 1.0
+"""Seconds for which a file is taken to be as it was."""
+
+# What a header can hold and a line of a file cannot blur.
+_TOKEN = re.compile(rf"[\x21-\x7e]{{{MIN_TOKEN_CHARACTERS},}}")
+
+_HEALTH = "/grpc.health.v1.Health/"
+"""Open to all: those who probe have no tokens, and learn no more than whether it serves."""
+
+
+class TokenFile:
+    """The tokens of one file: one a line, beside blank lines and lines that begin with `#`.
+
+    A file that changes is read again within a second; one that has become bad is logged, and the
+    tokens read before stay good.
+    """
+
+    def __init__(self, path: Path, flag: str) -> None:
+        """Read the file that `flag` names. Raises InvalidArgument where that holds no tokens."""
+        self._path = path
+        self._flag = flag
+        try:
+            self._seen = _identity(path)
+            self._digests = _read(path, flag)
+        except OSError as error:
+            raise InvalidArgument(flag, f"{path}: {error.strerror}") from error
+        self._checked = time.monotonic()
+        if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            log.warning("token file can be read by other users", file=str(path), flag=flag)
+
+    def accepts(self, token: str) -> bool:
+        """Whether `token` is one of the file's; takes as long whichever it is."""
+        self._refresh()
+        given = _digest(token)
+        accepted = False
+        for digest in self._digests:
+            accepted |= hmac.compare_digest(digest, given)
+        return accepted
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < CHECK_S:
+            return
+        self._checked = now
+        try:
+            seen = _identity(self._path)
+            if seen == self._seen:
+                return
+            # Seen before it is read: what changes meanwhile is read once more.
+            self._seen = seen
+            self._digests = _read(self._path, self._flag)
+        except (OSError, InvalidArgument) as error:
+            log.error("token file not taken, earlier tokens stay", reason=str(error))  # noqa: TRY400
+        else:
+            log.info("token file read again", file=str(self._path), tokens=len(self._digests))
+
+
+class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls without one of the tokens as UNAUTHENTICATED; health is open to all."""
+
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler":
+        """Let the call on, or answer it in the place of its handler."""
+        if handler_call_details.method.startswith(_HEALTH):
+            return await continuation(handler_call_details)
+        problem = self._problem(handler_call_details)
+        if problem is None:
+            return await continuation(handler_call_details)
+        return _refusal(handler_call_details.method, problem)
+
+    def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
+        given = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if not given:
+            return "this server needs a bearer token: send the metadata authorization: Bearer TOKEN"
+        scheme, _, token = str(given[0]).partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not token:
+            return "the metadata authorization must be one value of the form: Bearer TOKEN"
+        if not self._tokens.accepts(token):
+            return "the bearer token is none of those that this server accepts"
+        return None
+
+
+def _refusal(method: str, problem: str) -> "Handler":
+    async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        log.info("call refused", method=method, peer=context.peer(), reason=problem)
+        status = to_wire(Unauthenticated(problem), "-")
+        await context.abort(status.code, status.details, status.trailers)
+
+    # Of both kinds streams, so that it answers any call at once, with no message read.
+    handler: Handler = grpc.stream_stream_rpc_method_handler(refuse)
+    return handler
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read(path: Path, flag: str) -> tuple[bytes, ...]:
+    with path.open("rb") as file:
+        # A device or a pipe would never end.
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InvalidArgument(flag, f"{path} is no regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise InvalidArgument(flag, f"{path} is larger than {MAX_FILE_BYTES} bytes")
+    digests = []
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        token = line.strip()
+        if not token or token.startswith("#"):
+            continue
+        if _TOKEN.fullmatch(token) is None:
+            raise InvalidArgument(
+                flag,
+                f"{path}, line {number}: no token; accepted: {MIN_TOKEN_CHARACTERS} or more "
+                "printable ASCII characters without spaces",
+            )
+        digests.append(_digest(token))
+    if not digests:
+        raise InvalidArgument(flag, f"{path} holds no token; put one on a line of its own")
+    return tuple(digests)

@@ -1,0 +1,88 @@
+"""A port with gRPC on it: its server, health, reflection, and who may call.
+
+Owns gRPC's own settings and how a port is taken. Knows nothing of what the services do.
+"""
+
+import socket
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from a2sf.errors import InvalidArgument
+from service.auth import BearerAuth, TokenFile
+from service.health_servicer import HealthServicer
+
+GRPC_OPTIONS = (
+    # By default a second server may bind the same port, and gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients may keep a connection alive; the key named min_recv_ping_... is silently ignored.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A client whose machine vanished holds its row until a ping goes unanswered.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # What is sent is ours, and an answer with all its logprobs is larger than the usual 4 MiB.
+    ("grpc.max_send_message_length", -1),
+)
+
+
+class Listener:
+    """One gRPC server on one port. Made and used in one event loop."""
+
+    def __init__(
+        self,
+        services: Sequence[str],
+        *,
+        credentials: grpc.ServerCredentials | None,
+        tokens: TokenFile | None,
+        max_message_bytes: int,
+    ) -> None:
+        """Make it, with health and reflection of `services`, which are added to `server`.
+
+        Without `credentials` it speaks plain text, without `tokens` calls need none.
+        """
+        self.server = grpc.aio.server(
+            interceptors=[BearerAuth(tokens)] if tokens is not None else [],
+            options=(*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)),
+        )
+        self.health = HealthServicer(services)
+        self._credentials = credentials
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        reflection.enable_server_reflection(
+            (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server
+        )
+
+    async def bind(self, address: str, flag: str) -> int:
+        """Listen on `address`, HOST:PORT, with health NOT_SERVING; return the port.
+
+        Raises InvalidArgument with `flag`, which names the port, where that fails.
+        """
+        _check_free(address, flag)
+        await self.health.set_all(serving=False)
+        try:
+            port = (
+                self.server.add_insecure_port(address)
+                if self._credentials is None
+                else self.server.add_secure_port(address, self._credentials)
+            )
+        except RuntimeError:
+            raise InvalidArgument(flag, f"cannot listen on {address}") from None
+        await self.server.start()
+        return int(port)
+
+    async def stop(self, flush_s: float) -> None:
+        """End what is left after `flush_s` seconds, and listen no more."""
+        await self.health.drain()
+        await self.server.stop(flush_s)
+
+
+def _check_free(address: str, flag: str) -> None:
+    """Try the address with a plain socket: grpc tells the reason only to its own log."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise InvalidArgument(flag, f"cannot listen on {address}: {error.strerror}") from error
