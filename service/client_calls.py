@@ -38,7 +38,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True)
 class Call(Generic[T_co]):
-    """One call to make, once. `read` turns its answer, or each event of it in turn, into a result."""
+    """One call to make, once. `read` turns its answer, or each event of it, into a result."""
 
     stub: type
     method: str

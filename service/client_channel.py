@@ -82,28 +82,30 @@ class Tls(Frozen):
             raise InvalidArgument("tls", "cert and key are given together or not at all")
         # gRPC takes anything for PEM, and then fails each call with a riddle.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            roots = None if self.root_ca is None else self.root_ca.read_bytes()
-            if roots is not None:
-                context.load_verify_locations(cadata=roots.decode())
-        except (OSError, ValueError) as error:
-            raise InvalidArgument("tls.root_ca", f"{self.root_ca}: {_why(error)}") from None
+        roots = None
+        if self.root_ca is not None:
+            try:
+                context.load_verify_locations(self.root_ca)
+                roots = self.root_ca.read_bytes()
+            except OSError as error:
+                raise InvalidArgument("tls.root_ca", f"{self.root_ca}: {_why(error)}") from None
         if self.cert is None or self.key is None:
             return grpc.ssl_channel_credentials(roots)
         try:
-            context.load_cert_chain(self.cert, self.key)
+            # With a password, so that nobody is asked for one.
+            context.load_cert_chain(self.cert, self.key, password="")
             chain, key = self.cert.read_bytes(), self.key.read_bytes()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise InvalidArgument(
-                "tls.cert", f"{self.cert} with {self.key}: {_why(error)}"
+                "tls.cert", f"{self.cert} with key {self.key}: {_why(error)}"
             ) from None
         return grpc.ssl_channel_credentials(roots, key, chain)
 
 
-def _why(error: OSError | ValueError) -> str:
+def _why(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
-        return "not PEM, or the key is another certificate's"
-    return getattr(error, "strerror", None) or first_line(error)
+        return "accepted: PEM, a key without a password, and a key that is the certificate's"
+    return error.strerror or first_line(error)
 
 
 class ChannelOptions(Frozen):

@@ -61,7 +61,7 @@ def complete(
         float, _server(help="Seconds until the call is given up.")
     ] = DEFAULT_TIMEOUT_S,
     token_file: Annotated[
-        Path | None, _server(help="The token that the server asks for.", **_FILE)
+        Path | None, _server(help="Holds the token that the server asks for.", **_FILE)
     ] = None,
     insecure_token: Annotated[
         bool, _server("--insecure-token", help="Send it even in plain text to another machine.")
@@ -187,8 +187,7 @@ def complete(
             options["time_limit_s"] = time_limit
         encrypted = tls or tls_ca or tls_cert or tls_key
         channel = ChannelOptions(
-            # What is no text is no token either, and is refused as such.
-            token=token_file.read_text(errors="replace").strip() if token_file else None,
+            token=_first_token(token_file) if token_file else None,
             insecure_token=insecure_token,
             tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key) if encrypted else None,
         )
@@ -220,6 +219,15 @@ def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
         return cls.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
         raise from_validation(error, name) from None
+
+
+def _first_token(path: Path) -> str:
+    """Read a file of the server's form: a token a line, beside blank lines and # comments."""
+    # What is no text is no token either, and is refused as such.
+    for line in path.read_text(errors="replace").splitlines():
+        if line.strip() and not line.startswith("#"):
+            return line.strip()
+    raise InvalidArgument("--token-file", f"{path} holds no token")
 
 
 def _report_line(error: A2SFError) -> None:
