@@ -1,23 +1,32 @@
 """The engine's own thread, and the way between it and the event loop.
 
-Owns the thread, its inbox, and one queue of events for each request. The engine is built, used and
-dropped in this thread alone; the loop is never blocked by it. Should the thread die, every stream
-fails at once and `crashed` tells the server, so that nobody waits for an answer that cannot come.
-Knows nothing of gRPC.
+Owns the thread, its inbox, and one channel of events for each request. The engine is built, used
+and dropped in this thread alone; the loop is never blocked by it. A channel holds so many events
+and no more: a reader that stops reading loses its stream, not the server its memory. Should the
+thread die, every stream fails at once and `crashed` tells the server, so that nobody waits for an
+answer that cannot come. Knows nothing of gRPC.
 """
 
 import asyncio
-import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 
-from a2sf.errors import A2SFError, InvalidArgument, Unavailable
+import structlog
+
+from a2sf.errors import A2SFError, Aborted, InvalidArgument, Unavailable
 from a2sf.requests import Event, Finished, GenerationRequest
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
+
+MAX_UNREAD = 4096
+"""Events of one stream that wait for its reader at most.
+
+Over a minute of tokens at 50 a second. They take 2.5 MB, or 50 MB where each tells 20 logprobs.
+"""
 
 
 class EngineLike(Protocol):
@@ -26,6 +35,18 @@ class EngineLike(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a row."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+
+    @property
+    def kv_bytes_used(self) -> int:
+        """Bytes of the slots that hold tokens."""
 
     def submit(self, request: GenerationRequest) -> None:
         """Validate and queue a request."""
@@ -52,13 +73,62 @@ class EngineCrashed(Exception):
     """The engine's thread died. Not of the users' tree: a client learns only that we failed."""
 
 
-Channel: TypeAlias = asyncio.Queue[Event | Exception]
+@dataclass(frozen=True)
+class Load:
+    """Requests in the engine; those on their way to it are not counted yet."""
+
+    running: int
+    """Those that hold a row or are being prefilled."""
+    waiting: int
+    """Those that wait for a row."""
+    kv_bytes_used: int
+    """Bytes of the slots that hold their tokens."""
+
+
+class _Channel:
+    """One stream's events on their way to its reader. Belongs to the event loop."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.open = True
+        """Whether more may come: neither the last event nor a failure has, and somebody reads."""
+        self._unread: deque[Event] = deque()
+        self._failure: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    @property
+    def unread(self) -> int:
+        """Events put and not yet got."""
+        return len(self._unread)
+
+    def put(self, event: Event) -> None:
+        """Add an event; after `Finished` nothing more may come."""
+        self._unread.append(event)
+        self.open = not isinstance(event, Finished)
+        self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        """Let the reader get `error` next, and drop what is unread."""
+        self.open = False
+        self._failure = error
+        self._unread.clear()
+        self._arrived.set()
+
+    async def get(self) -> Event:
+        """Wait for the next event; raise the failure once there is one."""
+        await self._arrived.wait()
+        if self._failure is not None:
+            raise self._failure
+        event = self._unread.popleft()
+        if not self._unread:
+            self._arrived.clear()
+        return event
 
 
 @dataclass(frozen=True)
 class _Submit:
     request: GenerationRequest
-    channel: Channel
+    channel: _Channel
 
 
 @dataclass(frozen=True)
@@ -70,12 +140,18 @@ _STOP = object()
 
 
 class EngineRunner:
-    """Runs one engine in one thread. All methods belong to the event loop that made it."""
+    """Runs one engine in one thread. All methods belong to the event loop that made it.
 
-    def __init__(self) -> None:
+    A stream ends with `Finished`, or with an error that comes at once: what is unread then is
+    dropped, and the row is freed. A stream of which `Finished` is on its way ends with that.
+    """
+
+    def __init__(self, *, max_unread: int = MAX_UNREAD) -> None:
         self._loop = asyncio.get_running_loop()
+        self._max_unread = max_unread
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._channels: dict[str, Channel] = {}
+        self._channels: dict[str, _Channel] = {}
+        self._engine: EngineLike | None = None
         self._ended: Callable[[], Exception] | None = None
         self._thread: threading.Thread | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
@@ -83,8 +159,27 @@ class EngineRunner:
 
     @property
     def active(self) -> int:
-        """Requests under way."""
+        """Streams that have a reader."""
         return len(self._channels)
+
+    @property
+    def unread(self) -> int:
+        """Events that wait for their readers, of all streams together."""
+        return sum(channel.unread for channel in self._channels.values())
+
+    @property
+    def load(self) -> Load:
+        """How many requests the engine has; none before it is built."""
+        if self._engine is None:
+            return Load(running=0, waiting=0, kv_bytes_used=0)
+        # The thread goes on meanwhile. Each figure is one that held a moment ago, give or take the
+        # request that is on its way from one place to the next: good enough to be looked at, and
+        # nothing is decided by it. A lock would let whoever looks wait for a step.
+        return Load(
+            running=self._engine.running,
+            waiting=self._engine.waiting,
+            kv_bytes_used=self._engine.kv_bytes_used,
+        )
 
     async def start(self, build: Callable[[], Holder]) -> Holder:
         """Start the thread, call `build` in it, and return what that returned or raised."""
@@ -94,13 +189,16 @@ class EngineRunner:
             target=self._run, args=(build, built), name="engine", daemon=True
         )
         self._thread.start()
-        return await built
+        holder = await built
+        self._engine = holder.engine
+        return holder
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Submit `request` and yield its events, the last one `Finished`.
 
         Close the generator (`contextlib.aclosing`) to leave early: that frees the row. Raises what
-        `submit` raises, Unavailable once the runner stops, EngineCrashed if the thread dies.
+        `submit` raises, Aborted when it is told to or too much is unread, Unavailable once the
+        runner stops, EngineCrashed if the thread dies.
         """
         if self._ended is not None:
             raise self._ended()
@@ -108,28 +206,38 @@ class EngineRunner:
             raise InvalidArgument(
                 "request_id", f"{request.request_id!r} is the id of a request under way"
             )
-        channel: Channel = asyncio.Queue()
-        self._channels[request.request_id] = channel
+        channel = self._channels[request.request_id] = _Channel(request.request_id)
         self._inbox.put(_Submit(request, channel))
         finished = False
         try:
             while not finished:
-                item = await channel.get()
-                if isinstance(item, Exception):
-                    raise item
-                finished = isinstance(item, Finished)
-                yield item
+                event = await channel.get()
+                finished = isinstance(event, Finished)
+                yield event
         finally:
             # The inbox keeps order: a later request may take the same id.
-            if not finished:
+            if channel.open:
+                channel.open = False
                 self._inbox.put(_Cancel(request.request_id))
-            self._channels.pop(request.request_id, None)
+            del self._channels[request.request_id]
+
+    def abort(self, request_ids: Collection[str] | None) -> tuple[str, ...]:
+        """End the named requests (None: all) as Aborted; return those that were under way."""
+        names = tuple(self._channels) if request_ids is None else request_ids
+        ended = []
+        for name in names:
+            channel = self._channels.get(name)
+            if channel is not None and channel.open:
+                self._end(channel, Aborted("the operator ended this request"))
+                ended.append(name)
+        return tuple(ended)
 
     def fail_all(self, failure: Callable[[], Exception]) -> None:
         """End every stream with a `failure()` of its own, and refuse later ones with one."""
         self._ended = failure
         for channel in self._channels.values():
-            channel.put_nowait(failure())
+            if channel.open:
+                self._end(channel, failure())
 
     async def stop(self, timeout_s: float) -> bool:
         """End all streams as Unavailable, then the thread; return whether it ended in time."""
@@ -154,36 +262,38 @@ class EngineRunner:
             self._post(self._on_crash, error)
 
     def _serve(self, engine: EngineLike) -> None:
-        channels: dict[str, Channel] = {}
+        channels: dict[str, _Channel] = {}
         while True:
-            # Without work there is nothing to do but wait for some.
-            wait = not engine.has_work
-            while wait or not self._inbox.empty():
+            # Without work there is nothing to do but wait for some. With work, no more is taken
+            # than is there now: however much keeps coming, the rows get their step.
+            for _ in range(self._inbox.qsize() if engine.has_work else 1):
                 command = self._inbox.get()
-                wait = False
                 if command is _STOP:
                     return
                 if isinstance(command, _Submit):
-                    self._submit(engine, command, channels)
+                    # Whoever has left already costs no validation, so that between two steps
+                    # there are never more of those than readers.
+                    if command.channel.open:
+                        self._submit(engine, command, channels)
                 elif isinstance(command, _Cancel):
                     channels.pop(command.request_id, None)
                     engine.cancel(command.request_id)
             if engine.has_work:
                 self._dispatch(engine.step(), channels)
 
-    def _submit(self, engine: EngineLike, command: _Submit, channels: dict[str, Channel]) -> None:
+    def _submit(self, engine: EngineLike, command: _Submit, channels: dict[str, _Channel]) -> None:
         try:
             engine.submit(command.request)
         # Whatever a request makes of validation is that request's failure, not the server's.
         except Exception as error:
             if not isinstance(error, A2SFError):
-                log.exception("request_id=%s submit failed", command.request.request_id)
-            self._post(_put_all, [(command.channel, error)])
+                log.exception("submit failed", request_id=command.request.request_id)
+            self._post(self._refuse, command.channel, error)
         else:
             channels[command.request.request_id] = command.channel
 
-    def _dispatch(self, events: list[Event], channels: dict[str, Channel]) -> None:
-        batch: list[tuple[Channel, Event | Exception]] = []
+    def _dispatch(self, events: list[Event], channels: dict[str, _Channel]) -> None:
+        batch: list[tuple[_Channel, Event]] = []
         for event in events:
             channel = channels.get(event.request_id)
             if channel is not None:
@@ -192,7 +302,32 @@ class EngineRunner:
                     del channels[event.request_id]
         # One wake-up of the loop for the whole batch, not one for each token.
         if batch:
-            self._post(_put_all, batch)
+            self._post(self._deliver, batch)
+
+    def _refuse(self, channel: _Channel, error: Exception) -> None:
+        if channel.open:
+            channel.fail(error)
+
+    def _deliver(self, batch: list[tuple[_Channel, Event]]) -> None:
+        for channel, event in batch:
+            # What the engine said before it heard that the stream has ended is for nobody.
+            if not channel.open:
+                continue
+            if channel.unread < self._max_unread:
+                channel.put(event)
+                continue
+            log.warning("client stopped reading", request_id=channel.request_id)
+            self._end(
+                channel,
+                Aborted(
+                    f"the client stopped reading: {channel.unread} events were waiting for it, "
+                    "the most that are kept"
+                ),
+            )
+
+    def _end(self, channel: _Channel, error: Exception) -> None:
+        channel.fail(error)
+        self._inbox.put(_Cancel(channel.request_id))
 
     def _on_crash(self, cause: BaseException) -> None:
         self.fail_all(lambda: EngineCrashed("the engine's thread died"))
@@ -205,11 +340,6 @@ class EngineRunner:
         except RuntimeError:
             # The loop is closed: the process is ending and nobody listens any more.
             log.debug("event loop closed before the engine's thread ended")
-
-
-def _put_all(batch: list[tuple[Channel, Event | Exception]]) -> None:
-    for channel, item in batch:
-        channel.put_nowait(item)
 
 
 def _settle(future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None) -> None:
