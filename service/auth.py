@@ -7,7 +7,6 @@ nothing of what calls do.
 
 import hashlib
 import hmac
-import os
 import re
 import stat
 import time
@@ -19,6 +18,7 @@ import grpc
 import structlog
 
 from a2sf.errors import InvalidArgument, Unauthenticated
+from service import files
 from service.status import to_wire
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 MIN_TOKEN_CHARACTERS = 16
-
-MAX_FILE_BYTES = 2**20
 
 CHECK_S = 1.0
 """Seconds for which a file is taken to be as it was."""
@@ -52,11 +50,8 @@ class TokenFile:
         """Read the file that `flag` names. Raises InvalidArgument where that holds no tokens."""
         self._path = path
         self._flag = flag
-        try:
-            self._seen = _identity(path)
-            self._digests = _read(path, flag)
-        except OSError as error:
-            raise InvalidArgument(flag, f"{path}: {error.strerror}") from error
+        self._seen = files.stamp(path)
+        self._digests = _read(path, flag)
         self._checked = time.monotonic()
         if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             log.warning("token file can be read by other users", file=str(path), flag=flag)
@@ -75,14 +70,14 @@ class TokenFile:
         if now - self._checked < CHECK_S:
             return
         self._checked = now
+        seen = files.stamp(self._path)
+        if seen == self._seen:
+            return
+        # Seen before it is read: what changes meanwhile is read once more.
+        self._seen = seen
         try:
-            seen = _identity(self._path)
-            if seen == self._seen:
-                return
-            # Seen before it is read: what changes meanwhile is read once more.
-            self._seen = seen
             self._digests = _read(self._path, self._flag)
-        except (OSError, InvalidArgument) as error:
+        except InvalidArgument as error:
             log.error("token file not taken, earlier tokens stay", reason=str(error))  # noqa: TRY400
         else:
             log.info("token file read again", file=str(self._path), tokens=len(self._digests))
@@ -134,21 +129,10 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 def _read(path: Path, flag: str) -> tuple[bytes, ...]:
-    with path.open("rb") as file:
-        # A device or a pipe would never end.
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise InvalidArgument(flag, f"{path} is no regular file")
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise InvalidArgument(flag, f"{path} is larger than {MAX_FILE_BYTES} bytes")
+    content = files.read(path, flag).decode("utf-8", "replace")
     digests = []
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
             continue

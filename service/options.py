@@ -219,7 +219,7 @@ class ServerOptions(
                 f"bind 127.0.0.1, {encrypt}or say --insecure-bind where the network itself is "
                 "trusted",
             )
-        return join(host, port)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def budget(self, layer_share: tuple[float, ...] | None) -> int:
         """What a request gets without asking, where rows have these shares (None: equal layers)."""
@@ -264,11 +264,6 @@ class ServerOptions(
 def layers_of(slots: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     """Return the slots of each layer of a row of `slots`, dealt by `shares`."""
     return deal(slots, shares, slots * len(shares))
-
-
-def join(host: str, port: int) -> str:
-    """Write host and port as one address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from a2sf.errors import InvalidArgument, first_line
+from service import files
 from service.options import ServerOptions
 
 log = structlog.get_logger(__name__)
@@ -23,16 +24,16 @@ class _Files:
         self._certificate = certificate
         self._key = key
         self._client_ca = client_ca
-        self._seen = self._identity()
+        self._seen = self._stamps()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Read and check all of them. Raises InvalidArgument, naming flag and file."""
-        chain = _bytes(self._certificate, "--tls-cert")
-        key = _bytes(self._key, "--tls-key")
+        chain = files.read(self._certificate, "--tls-cert")
+        key = files.read(self._key, "--tls-key")
         _check_pair(self._certificate, self._key)
         roots = None
         if self._client_ca is not None:
-            roots = _bytes(self._client_ca, "--tls-client-ca")
+            roots = files.read(self._client_ca, "--tls-client-ca")
             _check_authority(self._client_ca)
         return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=roots)
 
@@ -41,7 +42,7 @@ class _Files:
 
         Called by grpc before each handshake, in a thread of its own.
         """
-        seen = self._identity()
+        seen = self._stamps()
         if seen == self._seen:
             return None
         # Seen before they are read: what changes meanwhile is read once more.
@@ -54,9 +55,9 @@ class _Files:
         log.info("certificates read again", file=str(self._certificate))
         return found
 
-    def _identity(self) -> tuple[tuple[int, ...] | None, ...]:
+    def _stamps(self) -> tuple[tuple[int, ...] | None, ...]:
         paths = (self._certificate, self._key, self._client_ca)
-        return tuple(_identity(path) for path in paths if path is not None)
+        return tuple(files.stamp(path) for path in paths if path is not None)
 
 
 def server_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
@@ -66,28 +67,13 @@ def server_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
     """
     if options.tls_cert is None or options.tls_key is None:
         return None
-    files = _Files(options.tls_cert, options.tls_key, options.tls_client_ca)
+    certificates = _Files(options.tls_cert, options.tls_key, options.tls_client_ca)
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-        files.read(),
-        files.read_if_changed,  # type: ignore[arg-type]  # None is for "as before"
+        certificates.read(),
+        certificates.read_if_changed,  # type: ignore[arg-type]  # None is for "as before"
         require_client_authentication=options.tls_client_ca is not None,
     )
     return credentials
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _bytes(path: Path, flag: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidArgument(flag, f"{path}: {error.strerror}") from error
 
 
 def _check_pair(certificate: Path, key: Path) -> None:

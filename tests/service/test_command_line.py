@@ -1,13 +1,16 @@
 """The server's command line: starts that cannot succeed say why in one line, exit code 2."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import structlog
 
 from a2sf.engine import Engine
-from service.__main__ import app
-from service.options import ServerOptions
+from service.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 @pytest.mark.parametrize(
@@ -27,37 +30,43 @@ from service.options import ServerOptions
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_start_that_cannot_succeed_says_why(
-    long_model_dir: Path, arguments: list[str], told: str
+    long_model_dir: Path,
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = CliRunner().invoke(
-        app,
-        [
-            *("--model", str(long_model_dir), "--port", "0", "--device", "cpu"),
-            *("--slots", "64", "--default-budget", "32", *arguments),
-        ],
-    )
-    assert result.exit_code == 2
-    assert isinstance(result.exception, SystemExit)
-    line = result.stderr.rstrip("\n").splitlines()[-1]
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                *("--model", str(long_model_dir), "--port", "0", "--device", "cpu"),
+                *("--slots", "64", "--default-budget", "32", *arguments),
+            ]
+        )
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert line.startswith("error: ")
     assert told in line
 
 
 def test_an_engine_that_dies_in_its_first_step_is_no_fault_of_the_user_s(
-    long_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    long_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Engine) -> None:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Engine, "step", broken)
-    result = CliRunner().invoke(app, ["--model", str(long_model_dir), "--port", "0"])
-    assert result.exit_code == 1
-    assert result.stderr.rstrip("\n").splitlines()[-1] == "error: the engine's thread died"
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", str(long_model_dir), "--port", "0"])
+    assert ended.value.code == 1
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert line == "error: the engine's thread died"
 
 
-def test_the_flags_defaults_are_the_options_own() -> None:
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
-    assert result.exit_code == 0
-    for name in ServerOptions.model_fields:
-        flag = "--grace" if name == "grace_s" else f"--{name.replace('_', '-')}"
-        assert flag in result.stdout, f"{name} has no flag"
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """Undo what the command line makes of this process's logging."""
+    before = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = before
+    logging.captureWarnings(False)
+    structlog.reset_defaults()

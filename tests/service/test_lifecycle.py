@@ -15,7 +15,7 @@ from a2sf.requests import Event, Finished
 from service.client import Client
 from service.core import Core, load_core
 from service.options import ServerOptions
-from service.server import SERVICES, Server
+from service.server import INFERENCE_SERVICES, Server
 from service.status import RemoteError
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer
 
@@ -47,14 +47,14 @@ async def test_health_says_not_serving_until_warm_and_calls_are_unavailable(
     warming = asyncio.create_task(server.warm())
     await asyncio.wait_for(loading.wait(), WAIT_S)
     async with Client(address) as client:
-        assert {await check(address, name) for name in ("", *SERVICES)} == {NOT_SERVING}
+        assert {await check(address, name) for name in ("", *INFERENCE_SERVICES)} == {NOT_SERVING}
         with pytest.raises(Unavailable, match="starting"):
             await client.generate("x", max_new_tokens=1)
         with pytest.raises(Unavailable, match="starting"):
             await client.get_model()
         go_on.set()
         await asyncio.wait_for(warming, WAIT_S)
-        assert {await check(address, name) for name in ("", *SERVICES)} == {SERVING}
+        assert {await check(address, name) for name in ("", *INFERENCE_SERVICES)} == {SERVING}
         await client.generate("x", max_new_tokens=1)
     await asyncio.wait_for(server.stop(), WAIT_S)
 
@@ -68,7 +68,7 @@ async def test_reflection_lists_the_services(start_server: StartServer) -> None:
         answer = await call.read()
         call.cancel()
     names = {service.name for service in answer.list_services_response.service}
-    assert names >= {*SERVICES, "grpc.health.v1.Health"}
+    assert names >= {*INFERENCE_SERVICES, "grpc.health.v1.Health"}
 
 
 async def test_the_model_is_described(start_server: StartServer) -> None:

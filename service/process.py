@@ -1,0 +1,117 @@
+"""The server as a process: signals, the port file, what is announced, and the exit code.
+
+Owns the order of a server's life from the command line's side. Knows nothing of gRPC.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from a2sf.errors import InvalidArgument
+from service.options import ServerOptions
+from service.server import Server
+
+log = structlog.get_logger(__name__)
+
+
+async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
+    """Serve until told to stop; return the process's exit code, not 0 if the engine died.
+
+    `announce` is given lines for the user. Raises what starting raises. The first SIGTERM or
+    SIGINT drains, the second ends the process at once.
+    """
+    stopping = asyncio.Event()
+    with _signals(stopping), _port_file(options.port_file) as write_port:
+        server = Server(options)
+        try:
+            port = await server.bind()
+            address = options.model_copy(update={"port": port}).address
+            announce(f"listening on {address}, loading {options.model}")
+            if server.admin_address is not None:
+                announce(f"admin on {server.admin_address}")
+            if server.metrics_url is not None:
+                announce(f"metrics on {server.metrics_url}")
+            told: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
+            warming: asyncio.Future[Any] = asyncio.ensure_future(server.warm())
+            try:
+                if await _either(told, warming) is warming:
+                    warming.result()
+                    write_port(port)
+                    announce(f"serving {options.model} on {address}")
+                    await _either(told, server.crashed)
+            finally:
+                told.cancel()
+                warming.cancel()
+            if not server.crashed.done():
+                announce("stopping")
+                await server.drain(options.grace_s, options.settle_s)
+        finally:
+            await server.stop()
+    if server.left_behind:
+        # A thread inside native code would turn an ordinary exit of the interpreter into an abort.
+        log.warning("the engine's thread is still busy and is left behind")
+        logging.shutdown()
+        os._exit(int(server.crashed.done()))
+    return int(server.crashed.done())
+
+
+async def _either(
+    first: "asyncio.Future[Any]", second: "asyncio.Future[Any]"
+) -> "asyncio.Future[Any]":
+    done, _ = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+    return done.pop()
+
+
+@contextmanager
+def _signals(stopping: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            # The second one: whoever sends it has waited long enough.
+            os._exit(128 + number)
+        stopping.set()
+
+    handled = (signal.SIGTERM, signal.SIGINT)
+    for number in handled:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
+    """Write the port whole or not at all; the file is there only while the server serves."""
+
+    def write(port: int) -> None:
+        if path is None:
+            return
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(f"{port}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
+
+    if path is not None:
+        if not path.parent.is_dir():
+            raise InvalidArgument("--port-file", f"{path.parent}: no such directory")
+        # One left behind by a killed server would send clients to a port of nobody.
+        path.unlink(missing_ok=True)
+    try:
+        yield write
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
