@@ -8,6 +8,7 @@ calls are UNAVAILABLE. Knows nothing of what requests mean, nor of processes and
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -15,7 +16,9 @@ import structlog
 from a2sf.errors import Unavailable
 from a2sf.policy import CachePolicy
 from a2sf.requests import GenerationRequest
+from service import tracing
 from service.admin import AdminServicer
+from service.answering import Backend
 from service.auth import TokenFile
 from service.core import Core, load_core
 from service.gate import Gate
@@ -25,7 +28,7 @@ from service.options import ServerOptions, is_loopback
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.runner import EngineRunner
-from service.servicers import Backend, InferenceServicer, ModelServicer
+from service.servicers import InferenceServicer, ModelServicer
 from service.tables import Reloaded
 from service.tls import server_credentials
 from service.watch import watch
@@ -37,8 +40,23 @@ SERVICES = tuple(service.full_name for service in _SERVICES.values())
 ADMIN_SERVICES = (_SERVICES["AdminService"].full_name,)
 INFERENCE_SERVICES = tuple(name for name in SERVICES if name not in ADMIN_SERVICES)
 
+WATCHING = "tables watched"
+"""The name of that task."""
+
 FLUSH_S = 2.0
 """Time for statuses already decided to reach their clients before connections are closed."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    """How much of the server is taken: what GetLoad answers, for the metrics."""
+
+    running: int
+    waiting: int
+    kv_bytes_used: int
+    admitted: int
+    capacity: int
+    kv_bytes_limit: int
 
 
 class Server:
@@ -50,10 +68,11 @@ class Server:
         self._load = load
         self._gate = Gate()
         self._runner = EngineRunner(max_unread=options.max_unread)
-        self._backend = Backend(options, self._gate, self._runner)
         self._metrics = Metrics(
             method.name for service in _SERVICES.values() for method in service.methods
         )
+        self._tracer = tracing.start(options.traces)
+        self._backend = Backend(options, self._gate, self._runner, self._metrics, self._tracer)
         self._metrics_server: MetricsServer | None = None
         self._watching: asyncio.Task[None] | None = None
         self._admin: Listener | None = None
@@ -156,11 +175,25 @@ class Server:
         async with aclosing(self._runner.stream(request)) as events:
             async for _ in events:
                 pass
+        self._metrics.serving(
+            model=core.model.identity.id,
+            device=core.model.device.type,
+            dtype=str(core.model.dtype).removeprefix("torch."),
+            load=lambda: self._backend.load,
+            catalog=lambda: core.tables.now,
+        )
         if self._options.watch_tables and core.tables.directory is not None:
             self._watching = asyncio.create_task(
-                watch(core.tables, core.tables.directory, self._reloaded)
+                watch(core.tables, core.tables.directory, self._reloaded), name=WATCHING
             )
             self._watching.add_done_callback(_tell_why)
+        self._metrics.serving(
+            model=core.model.identity.id,
+            device=core.model.device.type,
+            dtype=str(core.model.dtype).removeprefix("torch."),
+            load=self._load_now,
+            catalog=lambda: core.tables.now,
+        )
         self._gate.open(core.config.max_batch + core.config.max_waiting)
         for listener in self._listeners():
             await listener.health.set_all(serving=True)
@@ -194,12 +227,24 @@ class Server:
         await asyncio.gather(*(listener.stop(FLUSH_S) for listener in self._listeners()))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        await asyncio.to_thread(self._tracer.shutdown, FLUSH_S)
         self.left_behind = not await self._runner.stop(FLUSH_S)
 
     def _listeners(self) -> Iterator[Listener]:
         yield self._listener
         if self._admin is not None:
             yield self._admin
+
+    def _load_now(self) -> _Load:
+        load = self._runner.load
+        return _Load(
+            running=load.running,
+            waiting=load.waiting,
+            kv_bytes_used=load.kv_bytes_used,
+            admitted=self._gate.admitted,
+            capacity=self._gate.capacity,
+            kv_bytes_limit=self.core.engine.kv_slab_bytes,
+        )
 
     def _reloaded(self, told: Reloaded) -> None:
         changed = told.added or told.changed or told.removed

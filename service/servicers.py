@@ -1,104 +1,26 @@
-"""The handlers of both services: read, ask the engine, answer.
+"""The handlers of what clients call: read, ask the engine, answer.
 
-Owns the course of a call and what is logged of it: one line at its end, with the request id and
-figures, never with text. Every handler runs inside `answering`, which holds the gate, turns
-errors into statuses and lets nothing else out. Knows nothing of how the server starts or stops.
+Owns reading requests and writing answers, and ending a stream that its client does not read. Every
+handler runs inside `answering`. Knows nothing of how the server starts or stops.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
-import structlog
 
 from a2sf import __version__, chat
 from a2sf.errors import Aborted, InvalidArgument
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
+from service.answering import Backend, Call, Door, answering
 from service.core import Core
-from service.gate import Gate
 from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
-from service.runner import EngineRunner
-from service.status import to_wire
-
-log = structlog.get_logger(__name__)
-
-ABORT_S = 2.0
-"""Time for a failure's status to leave."""
-
-
-class Backend:
-    """What the handlers share: settings, gate, runner, and the core once it is loaded."""
-
-    def __init__(self, options: ServerOptions, gate: Gate, runner: EngineRunner) -> None:
-        self.options = options
-        self.gate = gate
-        self.runner = runner
-        self._core: Core | None = None
-
-    @property
-    def core(self) -> Core:
-        """The loaded core; there is one before the gate opens."""
-        assert self._core is not None, "the gate opens only once the core is loaded"
-        return self._core
-
-    @core.setter
-    def core(self, core: Core) -> None:
-        self._core = core
-
-
-@dataclass
-class Call:
-    """One call's name and figures, for the log and for the status of a failure."""
-
-    request_id: str = "-"
-    outcome: str = "OK"
-    figures: dict[str, Any] = field(default_factory=dict)
-
-
-@asynccontextmanager
-async def answering(
-    method: str,
-    backend: Backend,
-    context: grpc.aio.ServicerContext[Any, Any],
-    *,
-    makes_text: bool = False,
-) -> AsyncIterator[Call]:
-    """Be within a call: its place at the gate, its status and its line in the log.
-
-    `makes_text` says that it takes one of the places of completions.
-    """
-    call = Call()
-    try:
-        with backend.gate.enter(), backend.gate.admit() if makes_text else nullcontext():
-            yield call
-    except asyncio.CancelledError:
-        remaining = context.time_remaining()
-        passed = remaining is not None and remaining <= 0
-        call.outcome = "DEADLINE_EXCEEDED" if passed else "CANCELLED"
-        raise
-    except Exception as error:
-        status = to_wire(error, call.request_id)
-        call.outcome = status.code.name
-        # The status of a client that has stopped reading waits behind what it has not read: gRPC
-        # keeps it for as long as the connection stands, and this call need not.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(ABORT_S):
-                await context.abort(status.code, status.details, status.trailers)
-    finally:
-        log.info(
-            "answered",
-            request_id=call.request_id,
-            method=method,
-            outcome=call.outcome,
-            **call.figures,
-        )
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -115,7 +37,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         """See the proto."""
-        async with answering("StreamGenerate", self._backend, context, makes_text=True) as call:
+        async with answering("StreamGenerate", self._backend, context, Door.COMPLETION) as call:
             generation, answer = await self._read(request.input, call)
             async with aclosing(self._events(generation, call)) as events:
                 async for event in events:
@@ -127,7 +49,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.GenerateResponse()
         text: list[str] = []
-        async with answering("Generate", self._backend, context, makes_text=True) as call:
+        async with answering("Generate", self._backend, context, Door.COMPLETION) as call:
             generation, answer = await self._read(request.input, call)
             async with aclosing(self._events(generation, call)) as events:
                 async for event in events:
@@ -149,16 +71,19 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.TokenizeResponse:
         """See the proto."""
         response = pb.TokenizeResponse()
-        async with answering("Tokenize", self._backend, context, makes_text=True):
+        async with answering("Tokenize", self._backend, context, Door.COMPLETION):
             prompt = await self._prompt(request, where="")
             response.token_ids.extend(prompt.token_ids)
             response.text = prompt.text or ""
         return response
 
     async def _events(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Event, None]:
+        call.span.request(request, self._backend.core.model.identity.id)
         with conversions.proto_fields():
             async with aclosing(self._backend.runner.stream(request)) as events:
                 async for event in events:
+                    call.completion.event(event)
+                    call.span.event(event)
                     if isinstance(event, Finished):
                         call.figures = _figures(event)
                     yield event
