@@ -66,6 +66,7 @@ class ForPeople:
 
     def __init__(self) -> None:
         self._tokens: list[TokenLogprobs] = []
+        self._mid_line = False
         self._live = _LiveFigures() if sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
@@ -80,6 +81,9 @@ class ForPeople:
         traceback: TracebackType | None,
     ) -> None:
         self._end_live()
+        # What is told next, be it an error, begins a line.
+        if self._mid_line and not isinstance(exc, BrokenPipeError):
+            print(flush=True)
 
     def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
         """Show one event."""
@@ -96,12 +100,15 @@ class ForPeople:
                 self._write(event.text)
             case Finished():
                 self._end_live()
+                self._mid_line = False
                 print()
                 for token in self._tokens:
                     print(_token_line(token))
                 print(figures(event), flush=True)
 
     def _write(self, text: str) -> None:
+        if text:
+            self._mid_line = not text.endswith("\n")
         if self._live is not None and self._live.takes_text:
             self._live.write(text)
         else:
@@ -157,9 +164,10 @@ class _LiveFigures:
         # Lines that are done scroll away above, cut where the terminal itself would.
         *done, last = (self._line + text.expandtabs()).split("\n")
         rows = chop_cells(last, self._console.width) or [""]
+        # First, for printing draws this line anew below what is printed.
+        self._line = rows[-1]
         for line in [*done, *rows[:-1]]:
             self._console.print(Text(line), soft_wrap=True)
-        self._line = rows[-1]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._line:
