@@ -26,7 +26,6 @@ from a2sf.errors import InvalidArgument
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
@@ -145,6 +144,8 @@ class RecordingTracer(Tracer):
 
 
 class _RecordingSpan(CallSpan):
+    """The span that is current, within its `with` block."""
+
     def __init__(self, tracer: Any, span: "Span") -> None:
         self._tracer = tracer
         self._span = span
@@ -219,20 +220,13 @@ class _RecordingSpan(CallSpan):
             end_ns = begin_ns + round(seconds * 1e9)
             # What the request did not live to see took no time.
             if seconds > 0.0:
-                part = self._tracer.start_span(name, context=self._here(), start_time=begin_ns)
-                part.end(end_ns)
+                self._tracer.start_span(name, start_time=begin_ns).end(end_ns)
             begin_ns = end_ns
 
-    def _here(self) -> "Context":
-        from opentelemetry.trace import set_span_in_context
 
-        return set_span_in_context(self._span)
-
-
-def _carrier(metadata: Metadata) -> Mapping[str, list[str]]:
-    """Put metadata into the form that propagators read; binary values are not for them."""
-    carrier: dict[str, list[str]] = {}
+def _carrier(metadata: Metadata) -> Mapping[str, list[str | bytes]]:
+    """Put metadata into the form that propagators read."""
+    carrier: dict[str, list[str | bytes]] = {}
     for key, value in metadata:
-        if isinstance(value, str):
-            carrier.setdefault(key, []).append(value)
+        carrier.setdefault(key, []).append(value)
     return carrier

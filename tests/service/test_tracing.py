@@ -310,11 +310,12 @@ async def test_a_call_over_grpc_continues_its_callers_trace_however_it_ends(
     assert codes == {"StreamGenerate": 0, "Tokenize": 8, "Generate": 1}
 
 
-def test_a_call_that_its_caller_does_not_sample_is_not_sent(
+def test_a_call_that_its_caller_does_not_sample_costs_nothing(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-00"),)
     with tracer.call(SERVICE, "Generate", metadata) as span:
+        assert type(span) is tracing.CallSpan
         span.request(REQUEST, "org/model")
         span.event(finished())
         span.status("OK")
