@@ -22,6 +22,12 @@ from a2sf.requests import Finished
 from service.pb import inference_pb2 as pb
 from service.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 
+# A terminal obeys control characters, and a model may write any.
+_CONTROLS = {
+    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "\ufffd"),
+    **{ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""},
+}
+
 
 class Display(Protocol):
     """Shows one completion, from `__enter__` to `__exit__`."""
@@ -107,6 +113,8 @@ class ForPeople:
                 print(figures(event), flush=True)
 
     def _write(self, text: str) -> None:
+        if sys.stdout.isatty():
+            text = text.translate(_CONTROLS)
         if text:
             self._mid_line = not text.endswith("\n")
         if self._live is not None and self._live.takes_text:
