@@ -81,6 +81,21 @@ def test_the_service_is_asked_for_its_health_over_grpc() -> None:
     assert command[:3] == ["python", "-m", "service.health"]
 
 
+def test_the_service_s_variables_are_settings_that_flags_go_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from service.settings import load, variable
+
+    given = dict(word.split("=", 1) for word in last("service", "ENV").split() if "A2SF" in word)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    loaded = load(["--port", "1"])
+    places = {"host": "A2SF_HOST", "insecure_bind": "A2SF_INSECURE_BIND", "port": "--port"}
+    assert {name: loaded.places[name] for name in places} == places
+    assert set(given) == {variable(name) for name in places}
+    assert loaded.options.address == "0.0.0.0:1"
+
+
 @pytest.mark.parametrize("build", ["service-build", "tuner-build"])
 def test_an_image_installs_this_tree_with_its_tested_versions(build: str) -> None:
     assert "pip install --constraint constraints.txt '.[" in last(build, "RUN")
@@ -124,7 +139,8 @@ def test_compose_waits_longer_than_the_server_drains(compose: dict[str, Any]) ->
     from service.options import ServerOptions
 
     period = compose["services"]["service"]["stop_grace_period"]
-    assert float(period.removesuffix("s")) > ServerOptions().grace_s
+    options = ServerOptions()
+    assert float(period.removesuffix("s")) > options.settle_s + options.grace_s
 
 
 def test_compose_takes_away_every_right_that_is_not_needed(compose: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The server's life in this process: health, reflection, draining, and the engine's death."""
 
 import asyncio
+import socket
+import urllib.request
 from contextlib import aclosing
 from pathlib import Path
 
@@ -10,12 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from a2sf.engine import Engine
-from a2sf.errors import InvalidArgument, Unavailable
+from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from a2sf.requests import Event, Finished
 from service.client import Client
 from service.core import Core, load_core
 from service.options import ServerOptions
-from service.server import INFERENCE_SERVICES, Server
+from service.server import INFERENCE_SERVICES, WATCHING, Server
 from service.status import RemoteError
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer
 
@@ -99,6 +101,78 @@ async def test_draining_refuses_new_calls_and_lets_running_ones_finish(
         assert isinstance(last, Finished)
         assert last.usage.completion_tokens == 400
         await draining
+
+
+async def test_while_it_settles_new_calls_are_taken_though_health_says_no(
+    start_server: StartServer,
+) -> None:
+    server, client, address = await start_server()
+    async with asyncio.timeout(WAIT_S):
+        draining = asyncio.create_task(server.drain(WAIT_S, settle_s=2.0))
+        while await check(address) != NOT_SERVING:
+            pass
+        answer = await client.generate("y", max_new_tokens=2, ignore_eos=True)
+        assert answer.finished.usage.completion_tokens == 2
+        assert not draining.done()
+        await draining
+        with pytest.raises(Unavailable, match="shutting down"):
+            await client.generate("y", max_new_tokens=1)
+
+
+async def test_the_metrics_tell_what_is_served_and_how_much_is_taken(
+    start_server: StartServer,
+) -> None:
+    server, client, _ = await start_server(metrics_port=0)
+    url = server.metrics_url
+    assert url is not None
+
+    def scrape() -> str:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+            return str(answer.read().decode())
+
+    async with asyncio.timeout(WAIT_S), aclosing(client.stream_generate("x", **ENDLESS)) as events:
+        await anext(events)
+        told = await asyncio.to_thread(scrape)
+    assert f'id="{server.core.model.identity.id}"' in told
+    assert "a2sf_requests_running 1.0" in told
+    assert "a2sf_requests_capacity 66.0" in told
+    assert f"a2sf_kv_limit_bytes {float(server.core.engine.kv_slab_bytes)}" in told
+    await server.stop()
+    with pytest.raises(OSError):
+        await asyncio.to_thread(scrape)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+async def test_the_directory_of_tables_is_watched_unless_told_otherwise(
+    watched: bool, start_server: StartServer, tmp_path: Path
+) -> None:
+    server, _, _ = await start_server(tables=tmp_path, watch_tables=watched)
+    assert (WATCHING in {task.get_name() for task in asyncio.all_tasks()}) == watched
+    if not watched:
+        return
+    (tmp_path / "broken.json").write_text("{")
+    async with asyncio.timeout(WAIT_S):
+        while "broken" not in server.core.tables.now.refused:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_larger_than_is_read_is_refused(start_server: StartServer) -> None:
+    _, client, _ = await start_server(max_message_bytes=10_000)
+    assert await client.tokenize("x" * 5_000)
+    with pytest.raises(A2SFError, match="larger than max"):
+        await client.tokenize("x" * 20_000)
+
+
+async def test_a_taken_admin_port_is_told_by_its_flag(long_model_dir: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("admin-token-0123456789\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(
+            ServerOptions(port=0, admin_port=taken.getsockname()[1], admin_token_file=tokens)
+        )
+        with pytest.raises(InvalidArgument, match=r"--admin-port: .*already in use"):
+            await server.bind()
+        await server.stop()
 
 
 async def test_what_does_not_finish_within_the_grace_ends_as_unavailable(

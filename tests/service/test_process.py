@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from contextlib import aclosing
 from pathlib import Path
 
@@ -101,6 +103,30 @@ async def test_a_second_signal_ends_it_at_once(start_process: StartProcess) -> N
                 pass
 
 
+async def test_the_ports_beside_are_announced_and_the_server_settles_before_it_refuses(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("admin-token-0123456789\n")
+    process = start_process(
+        *("--admin-port", "0", "--admin-token-file", str(tokens), "--metrics-port", "0"),
+        *("--settle", "3", "--log-format", "json"),
+    )
+    async with await serving(process) as client:
+        assert re.search(r"^admin on 127\.0\.0\.1:\d+$", process.log, re.MULTILINE)
+        found = re.search(
+            r"^metrics on (http://127\.0\.0\.1:\d+/metrics)$", process.log, re.MULTILINE
+        )
+        assert found is not None
+        with urllib.request.urlopen(found[1], timeout=WAIT_S) as answer:
+            assert b"a2sf_model_info" in answer.read()
+        process.process.send_signal(signal.SIGTERM)
+        await process.logged("stopping")
+        await client.generate("x", max_new_tokens=2)
+        assert await process.ended() == 0, process.log
+    assert '"event": "answered"' in process.log
+
+
 async def test_sigterm_while_loading_ends_it(start_process: StartProcess) -> None:
     process = start_process()
     await process.logged("listening")
@@ -120,7 +146,7 @@ async def test_a_killed_client_frees_its_row(start_process: StartProcess) -> Non
     await asyncio.wait_for(client.stdout.read(1), START_TIMEOUT_S)
     client.kill()
     await asyncio.wait_for(client.wait(), WAIT_S)
-    await server.logged("outcome=cancelled")
+    await server.logged("outcome=CANCELLED")
     async with Client(address) as other:
         await other.generate("y", max_new_tokens=2, timeout_s=WAIT_S)
 
