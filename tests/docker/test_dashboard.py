@@ -94,6 +94,15 @@ def test_every_name_on_the_page_is_exported(exported: dict[str, set[str]]) -> No
     assert set(NAME.findall(PAGE)) <= names
 
 
+def test_every_event_on_the_page_is_one_that_the_service_logs() -> None:
+    events = re.findall(
+        r"^\| `([a-z][^`]*)` \| (?:critical|error|warning|info) \|", PAGE, re.MULTILINE
+    )
+    assert "engine thread died" in events
+    source = "".join(path.read_text() for path in (ROOT / "service").glob("*.py"))
+    assert [event for event in events if f'"{event}"' not in source] == []
+
+
 def test_every_label_on_the_dashboard_is_one_that_its_metric_has(dashboard: dict[str, Any]) -> None:
     metrics = Metrics(["StreamGenerate"])
     labels = {
