@@ -152,7 +152,7 @@ class Metrics:
         # A rate needs a zero before the first event.
         for outcome in get_args(ReloadOutcome):
             self._reloads.labels(outcome)
-        for method in self._methods:
+        for method in sorted(self._methods):
             self._requests.labels(method, "OK")
             self._duration.labels(method)
 
