@@ -32,7 +32,7 @@ ABORT_S = 2.0
 """Time for a failure's status to leave."""
 
 
-_SERVICE_OF = {
+SERVICE_OF = {
     method.name: service.full_name
     for service in pb.DESCRIPTOR.services_by_name.values()
     for method in service.methods
@@ -107,8 +107,8 @@ class Call:
     completion: Completion
     """Measures the tokens; of use to calls that make some."""
     request_id: str = "-"
-    outcome: str = "OK"
-    """The status code's name."""
+    outcome: str = "INTERNAL"
+    """The status code's name; OK once the handler is through."""
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -144,11 +144,12 @@ async def answering(
     """Be within a call: its place at the gate, its status, and what is seen of it."""
     arrived = time.monotonic()
     metadata = tuple(context.invocation_metadata() or ())
-    with backend.tracer.call(_SERVICE_OF[method], method, metadata) as span:
+    with backend.tracer.call(SERVICE_OF[method], method, metadata) as span:
         call = Call(span, backend.metrics.completion())
         try:
             with _inside(backend, door):
                 yield call
+            call.outcome = "OK"
         except asyncio.CancelledError:
             remaining = context.time_remaining()
             passed = remaining is not None and remaining <= 0

@@ -19,6 +19,8 @@ from a2sf.errors import InvalidArgument, TableError
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import (
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     ChatMessage,
     Delta,
     Event,
@@ -107,7 +109,8 @@ def read_prompt(
             field = f"{where}chat.messages"
             if not message.chat.messages:
                 raise InvalidRequest([(field, "empty; give at least one message")])
-            _check_size([m.content for m in message.chat.messages], max_bytes, field)
+            texts = (text for m in message.chat.messages for text in (m.role, m.content))
+            _check_size(texts, max_bytes, field)
             text = _render(message.chat, model, field)
             return Prompt(text, model.encode(text, special=False))
         case "token_ids" if isinstance(message, pb.GenerationInput):
@@ -148,6 +151,10 @@ def generation_request(
     table: AlphaTable | None,
 ) -> GenerationRequest:
     """Put a request together from its message and what was already read or looked up of it."""
+    for field, most in (("stop", MAX_STOP_STRINGS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+        # Here, because pydantic would first look at every one of a million.
+        if (count := len(getattr(message, field))) > most:
+            raise InvalidRequest([(f"input.{field}", f"{count} of them; accepted: at most {most}")])
     time_limit = message.HasField("time_limit_seconds")
     with proto_fields():
         return GenerationRequest(

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from a2sf.errors import InvalidArgument
 from service.auth import BearerAuth, TokenFile
+from service.decoding import Decoding
 from service.health_servicer import HealthServicer
 
 GRPC_OPTIONS = (
@@ -37,6 +38,7 @@ class Listener:
         *,
         credentials: grpc.ServerCredentials | None,
         tokens: TokenFile | None,
+        decoding: Decoding,
         max_message_bytes: int,
     ) -> None:
         """Make it, with health and reflection of `services`, which are added to `server`.
@@ -44,7 +46,7 @@ class Listener:
         Without `credentials` it speaks plain text, without `tokens` calls need none.
         """
         self.server = grpc.aio.server(
-            interceptors=[BearerAuth(tokens)] if tokens is not None else [],
+            interceptors=[*([BearerAuth(tokens)] if tokens is not None else []), decoding],
             options=(*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)),
         )
         self.health = HealthServicer(services)

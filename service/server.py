@@ -8,7 +8,6 @@ calls are UNAVAILABLE. Knows nothing of what requests mean, nor of processes and
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -21,6 +20,7 @@ from service.admin import AdminServicer
 from service.answering import Backend
 from service.auth import TokenFile
 from service.core import Core, load_core
+from service.decoding import Decoding
 from service.gate import Gate
 from service.listening import Listener
 from service.metrics import Metrics, MetricsServer, serve_metrics
@@ -45,18 +45,6 @@ WATCHING = "tables watched"
 
 FLUSH_S = 2.0
 """Time for statuses already decided to reach their clients before connections are closed."""
-
-
-@dataclass(frozen=True)
-class _Load:
-    """How much of the server is taken: what GetLoad answers, for the metrics."""
-
-    running: int
-    waiting: int
-    kv_bytes_used: int
-    admitted: int
-    capacity: int
-    kv_bytes_limit: int
 
 
 class Server:
@@ -85,6 +73,7 @@ class Server:
                 # Of each port its own: a renewed certificate is given to whoever asks first.
                 credentials=server_credentials(options),
                 tokens=tokens,
+                decoding=Decoding(self._backend),
                 max_message_bytes=options.max_message_bytes,
             )
 
@@ -187,13 +176,6 @@ class Server:
                 watch(core.tables, core.tables.directory, self._reloaded), name=WATCHING
             )
             self._watching.add_done_callback(_tell_why)
-        self._metrics.serving(
-            model=core.model.identity.id,
-            device=core.model.device.type,
-            dtype=str(core.model.dtype).removeprefix("torch."),
-            load=self._load_now,
-            catalog=lambda: core.tables.now,
-        )
         self._gate.open(core.config.max_batch + core.config.max_waiting)
         for listener in self._listeners():
             await listener.health.set_all(serving=True)
@@ -234,17 +216,6 @@ class Server:
         yield self._listener
         if self._admin is not None:
             yield self._admin
-
-    def _load_now(self) -> _Load:
-        load = self._runner.load
-        return _Load(
-            running=load.running,
-            waiting=load.waiting,
-            kv_bytes_used=load.kv_bytes_used,
-            admitted=self._gate.admitted,
-            capacity=self._gate.capacity,
-            kv_bytes_limit=self.core.engine.kv_slab_bytes,
-        )
 
     def _reloaded(self, told: Reloaded) -> None:
         changed = told.added or told.changed or told.removed

@@ -100,7 +100,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             policy = policy.model_copy(update={"table": store.default})
         table = store.lookup(policy.table) if policy.table is not None else None
         prompt = await self._prompt(message)
-        request = conversions.generation_request(
+        # Of a million token ids, this too takes its time.
+        request = await asyncio.to_thread(
+            conversions.generation_request,
             message,
             name=call.request_id,
             prompt_ids=prompt.token_ids,

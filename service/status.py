@@ -5,12 +5,12 @@ not of the project's tree becomes an opaque INTERNAL: its text may hold anything
 log, beside the request id that the client is given. Knows nothing of handlers or channels.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from a2sf import errors
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 DOMAIN = "a2sf.inference.v1"
 """Whose reasons the ErrorInfo details carry."""
@@ -48,6 +48,9 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.Aborted: grpc.StatusCode.ABORTED,
 }
 """Each class by its own row; a subclass without one goes by its nearest parent."""
+
+MOST = 5
+"""Violations that are told. Trailers of more than 8 KiB are dropped with the status in them."""
 
 _CLASSES = {cls.__name__: cls for cls in CODES}
 _BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it
@@ -119,11 +122,11 @@ def to_wire(error: Exception, request_id: str) -> WireStatus:
     """Put `error` into a status with details; log the cause where the client must not see it."""
     reason = next((cls for cls in type(error).__mro__ if cls in CODES), None)
     if reason is None:
-        log.error("request_id=%s outcome=INTERNAL", request_id, exc_info=error)
+        log.error("internal error", request_id=request_id, exc_info=error)
         code, message = grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}"
         name = "Internal"
     else:
-        code, message, name = CODES[reason], str(error), reason.__name__
+        code, message, name = CODES[reason], _cut(str(error), 768), reason.__name__
     status = status_pb2.Status(code=code.value[0], message=message)
     status.details.append(
         _packed(
@@ -136,13 +139,14 @@ def to_wire(error: Exception, request_id: str) -> WireStatus:
     if isinstance(error, errors.InvalidArgument):
         pairs = getattr(error, "violations", ((error.field, error.problem),))
         violation = error_details_pb2.BadRequest.FieldViolation
-        status.details.append(
-            _packed(
-                error_details_pb2.BadRequest(
-                    field_violations=[violation(field=f, description=d) for f, d in pairs]
-                )
-            )
-        )
+        told = [violation(field=_cut(f, 128), description=_cut(d, 384)) for f, d in pairs[:MOST]]
+        if len(pairs) > MOST:
+            told[-1] = violation(field="", description=f"and {len(pairs) - MOST + 1} more")
+        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=told)))
+    elif isinstance(error, errors.TableError):
+        failure = error_details_pb2.PreconditionFailure
+        unmet = failure.Violation(type=name, subject="alpha table", description=_cut(message, 384))
+        status.details.append(_packed(failure(violations=[unmet])))
     elif isinstance(error, errors.ResourceExhausted):
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(RETRY_AFTER_MS)
@@ -193,6 +197,15 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
 def _details(call: Any) -> Iterable[Any]:
     packed = dict(call.trailing_metadata() or ()).get(DETAILS_KEY)
     return () if packed is None else status_pb2.Status.FromString(packed).details
+
+
+def _cut(text: str, size: int) -> str:
+    """Shorten what may repeat a caller's value to `size` bytes of UTF-8."""
+    encoded = text.encode()
+    if len(encoded) <= size:
+        return text
+    # A character that is cut in two goes altogether.
+    return encoded[: size - 3].decode(errors="ignore") + "..."
 
 
 def _packed(message: Any) -> any_pb2.Any:

@@ -1,11 +1,10 @@
 """Errors cross the wire and come back as themselves; what is not ours stays opaque."""
 
-import logging
-
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from a2sf import errors
 from a2sf.policy import CachePolicy
@@ -63,18 +62,29 @@ def test_every_class_of_the_tree_has_a_row() -> None:
     assert {type(error) for error in every_error()} == set(CODES)
 
 
-def test_an_unknown_error_is_opaque_to_the_client_and_whole_in_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.ERROR):
-        status = to_wire(RuntimeError("secret of the house"), "r7")
+def test_an_unknown_error_is_opaque_to_the_client_and_whole_in_the_log() -> None:
+    cause = RuntimeError("secret of the house")
+    with capture_logs() as lines:
+        status = to_wire(cause, "r7")
     assert status.code is grpc.StatusCode.INTERNAL
     assert "r7" in status.details
     assert "secret" not in status.details
     assert b"secret" not in dict(status.trailers)[DETAILS_KEY]
-    assert "secret of the house" in caplog.text
-    assert "r7" in caplog.text
+    (line,) = lines
+    assert (line["exc_info"], line["request_id"]) == (cause, "r7")
     assert type(from_wire(over_the_wire(status))) is RemoteError
+
+
+def test_whatever_a_caller_sent_the_status_fits_into_trailers() -> None:
+    long = "ß" * 100_000
+    violations = [(f"{long}[{number}]", long) for number in range(1000)]
+    for error in (errors.NotFound(long), InvalidRequest(violations)):
+        status = to_wire(error, "r" * 128)
+        size = len(status.details.encode()) * 3
+        size += sum(len(value) * 4 / 3 for _, value in status.trailers)
+        assert size < 8192
+        assert str(from_wire(over_the_wire(status))).count("ß") > 30
+    assert "and 996 more" in repr(details(status))
 
 
 def test_no_room_tells_when_to_come_back() -> None:
