@@ -62,22 +62,27 @@ class Writer:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._child: int | None = None
 
-    def start(self) -> int:
+    def start(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return int(self._line())
+        self._child = int(self._line())
 
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
+    def kill(self) -> None:
+        assert self._child is not None
+        os.kill(self._child, signal.SIGKILL)
         assert self._line() == "ended\n"
+        self._child = None
 
     def _line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline()
 
     def close(self) -> None:
+        if self._child is not None:
+            self.kill()
         self._process.communicate(timeout=30)
 
 
@@ -107,13 +112,13 @@ def test_whoever_is_killed_while_writing_leaves_a_whole_table(
     writer = start_writer(folder, tmp_path / "a", tmp_path / "b")
     tables, seen, rng = catalog(folder), set[str](), random.Random(0)
     for _ in range(60):
-        pid = writer.start()
+        writer.start()
         # Read while it is written, then killed at any moment.
         end = time.monotonic() + rng.uniform(0.0, 0.3)
         while time.monotonic() < end:
             assert tables.reload().refused == {}
             seen.add(tables.now.tables["t"].sha256)
-        writer.kill(pid)
+        writer.kill()
         now = catalog(folder).now
         assert (list(now.tables), now.refused) == (["t"], {})
         assert now.tables["t"].sha256 in digests
@@ -141,12 +146,12 @@ async def test_a_server_killed_while_reading_tables_starts_again_with_a_whole_on
     arguments = ("--tables", str(folder), "--default-table", "t")
     writer = start_writer(folder, tmp_path / "0", tmp_path / "1")
     for _ in range(3):
-        pid = writer.start()
+        writer.start()
         process = start_process(*arguments, program=("-c", RELOADING))
         await process.logged("alpha table changed")
         process.process.kill()
         await process.ended()
-        writer.kill(pid)
+        writer.kill()
         (tmp_path / "port").unlink(missing_ok=True)
     process = start_process(*arguments)
     async with Client(await process.address()) as client:
