@@ -9,13 +9,20 @@ from google.protobuf.descriptor import FieldDescriptor
 from a2sf.policy import PRESETS, CachePolicy
 from a2sf.requests import FinishReason, Sampling
 from scripts.generate_proto import generate
-from service.client import Client
+from service.admin import AdminServicer
+from service.client import AdminClient, Client, SyncAdminClient, SyncClient
 from service.pb import inference_pb2 as pb
 from service.server import SERVICES
 from service.servicers import InferenceServicer, ModelServicer
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICERS = {"InferenceService": InferenceServicer, "ModelService": ModelServicer}
+SERVICERS = {
+    "InferenceService": InferenceServicer,
+    "ModelService": ModelServicer,
+    "AdminService": AdminServicer,
+}
+CLIENTS: tuple[tuple[type, type], ...] = ((Client, AdminClient), (SyncClient, SyncAdminClient))
+"""For everyone and for operators, of both kinds."""
 
 
 def values(enum: Any) -> set[str]:
@@ -38,7 +45,9 @@ def test_every_rpc_has_a_handler_of_its_own_and_a_client_method() -> None:
         for method in service.methods:
             assert method.name in vars(SERVICERS[name]), f"{name}.{method.name} has no handler"
             snake = re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()
-            assert callable(getattr(Client, snake, None)), f"Client.{snake} is missing"
+            for everyone, operators in CLIENTS:
+                client = operators if name == "AdminService" else everyone
+                assert callable(getattr(client, snake, None)), f"{client} has no {snake}"
 
 
 def test_the_policy_s_fields_are_named_alike_on_the_wire_and_in_the_core() -> None:
