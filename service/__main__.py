@@ -12,7 +12,6 @@ import structlog
 
 from a2sf.errors import A2SFError
 from service import logs, settings
-from service.process import run
 from service.runner import EngineCrashed
 
 log = structlog.get_logger(__name__)
@@ -24,6 +23,9 @@ def serve(arguments: Sequence[str]) -> int:
     if loaded.print_config:
         print(loaded.as_toml(), end="")
         return 0
+    # Here, because it brings torch: help and refusals of flags need not wait for that.
+    from service.process import run
+
     logs.configure(loaded.options.log_format, loaded.options.log_level)
     for variable in loaded.misspelt:
         log.warning("environment variable is no setting", variable=variable)

@@ -7,15 +7,17 @@ of where values come from (`service.settings`) or of handlers.
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from a2sf.admission import EngineConfig
 from a2sf.errors import InvalidArgument
 from a2sf.files import REFERENCE
 from a2sf.policy import DEFAULT_SINKS, CachePolicy, deal, slots_for
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
+
+if TYPE_CHECKING:
+    from a2sf.admission import EngineConfig
 
 DEFAULT_BUDGET = 256
 
@@ -227,11 +229,14 @@ class ServerOptions(
             return self.default_budget
         return min(DEFAULT_BUDGET, *layers_of(self.slots, layer_share or (1.0,)))
 
-    def engine_config(self, layer_share: tuple[float, ...] | None) -> EngineConfig:
+    def engine_config(self, layer_share: tuple[float, ...] | None) -> "EngineConfig":
         """The engine's sizes, with rows of equal layers or (not None) of these shares.
 
         Raises InvalidArgument where sizes contradict each other.
         """
+        # Here, because it brings torch: help and refusals of flags need not wait for that.
+        from a2sf.admission import EngineConfig
+
         least = DEFAULT_SINKS + 1
         budget = self.budget(layer_share)
         if self.default_budget is None and budget < least:

@@ -70,7 +70,7 @@ class Server:
         def listener(services: tuple[str, ...], tokens: TokenFile | None) -> Listener:
             return Listener(
                 services,
-                # Of each port its own: a renewed certificate is given to whoever asks first.
+                # Of each port its own: grpc takes such credentials for one port alone.
                 credentials=server_credentials(options),
                 tokens=tokens,
                 decoding=Decoding(self._backend),

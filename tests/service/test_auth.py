@@ -116,6 +116,16 @@ async def test_every_kind_of_call_is_refused_without_a_token(
         assert "none of those" in await refusal(call(channel, bearer(WRONG)))
 
 
+async def test_a_stream_is_refused_before_its_first_message(
+    start_server: StartServer, tokens: Path
+) -> None:
+    _, _, address = await start_server(token_file=tokens)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(timeout=WAIT_S)
+        assert "needs a bearer token" in await refusal(call.read())
+
+
 @pytest.mark.parametrize("token", [TOKEN, SECOND])
 async def test_each_token_of_the_file_opens_every_kind_of_call(
     token: str, start_server: StartServer, tokens: Path
