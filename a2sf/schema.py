@@ -15,7 +15,14 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
+from a2sf.errors import (
+    NotFound,
+    TableCorrupt,
+    TableInvalid,
+    TableMismatch,
+    TableTooNew,
+    first_line,
+)
 
 SCHEMA_VERSION: Final = 2
 
@@ -346,14 +353,18 @@ def parse_table(data: bytes) -> AlphaTable:
     """
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise TableCorrupt(f"not whole JSON, perhaps cut short: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TableCorrupt(f"not whole JSON, perhaps cut short: {first_line(error)}") from error
     if not isinstance(document, dict):
         raise TableCorrupt("not a JSON object")
     # A newer version may define its digest anew, so the version is looked at first.
     version = document.get("schema_version")
     if not (isinstance(version, int) and version > SCHEMA_VERSION):
-        digest = canonical_digest(document)
+        try:
+            digest = canonical_digest(document)
+        except (ValueError, RecursionError) as error:
+            # What Python reads goes further than JSON: 1e999, half of a surrogate pair.
+            raise TableCorrupt(f"holds what canonical JSON cannot: {first_line(error)}") from error
         if document.get("sha256") != digest:
             raise TableCorrupt(
                 f"sha256 is {document.get('sha256')!r} in the file and {digest!r} of its content; "

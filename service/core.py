@@ -60,8 +60,6 @@ def load_core(options: ServerOptions) -> Core:
     if options.default_table is not None:
         shape = _shape(options, tables.now.lookup(options.default_table))
         config = options.engine_config(shape)
-    preset = CachePolicy(preset="h2o", budget=config.default_policy.budget)
-    config = config.model_copy(update={"default_policy": preset})
     rows = config.layer_slots(model.shape.num_layers)
     tables.settle(
         options.default_table, partial(check_default, options, rows, model.shape.max_context)

@@ -250,8 +250,6 @@ class ServerOptions(
                 "--default-budget",
                 f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
-        # A table brings a budget of its own; the server's is for requests that name another method.
-        method = {"table": self.default_table} if self.default_table else {"preset": "h2o"}
         try:
             return EngineConfig(
                 slots=self.slots,
@@ -260,7 +258,7 @@ class ServerOptions(
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
                 max_waiting=self.max_waiting,
-                default_policy=CachePolicy.model_validate({**method, "budget": budget}),
+                default_policy=CachePolicy(preset="h2o", budget=budget),
             )
         except ValidationError as error:
             raise InvalidArgument("options", first_problem(error)) from error

@@ -64,7 +64,19 @@ def test_a_truncated_file_is_refused(keep: float) -> None:
         parse_table(data[: int(len(data) * keep)])
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"[]", b"3", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'{"a": NaN}',
+        b"[" * 100_000,
+        b'{"a": 1e999}',
+        b'{"a": "\\ud800"}',
+        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ],
+)
 def test_a_file_that_is_no_table_is_refused(data: bytes) -> None:
     with pytest.raises(TableCorrupt):
         parse_table(data)
