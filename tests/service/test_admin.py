@@ -24,9 +24,9 @@ from a2sf.requests import Sampling
 from a2sf.schema import ModelIdentity, save_table
 from service.admin import AdminServicer
 from service.client import Client
+from service.client.results import Delta, StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.results import Delta, StreamEvent, StreamStarted
 from service.server import Server
 from service.status import from_wire
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until

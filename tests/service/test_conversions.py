@@ -8,10 +8,11 @@ from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling, Started
 from a2sf.schema import parse_table
-from service import client_conversions, conversions
+from service import conversions
+from service.client import conversions as client_conversions
+from service.client.results import StreamStarted
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message
-from service.results import StreamStarted
 from tests.tables import make_table
 
 share = st.floats(0.0, 1.0, allow_subnormal=False)

@@ -11,9 +11,9 @@ import pytest
 from a2sf.errors import InvalidArgument, NotFound, ResourceExhausted
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Finished, FinishReason, Sampling
+from service.client.results import StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.results import StreamEvent, StreamStarted
 from service.server import Server
 from service.status import InvalidRequest, RemoteError, from_wire
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until

@@ -19,8 +19,8 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from a2sf.requests import Finished
+from service.client.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 from service.pb import inference_pb2 as pb
-from service.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 
 # A terminal obeys control characters, and a model may write any.
 _CONTROLS = {

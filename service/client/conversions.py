@@ -1,7 +1,7 @@
 """Messages to values and values to messages: the client's side.
 
-Owns reading answers and writing requests. The mirror of `conversions`, and apart from it so that a
-client loads neither engine nor torch. Knows nothing of channels.
+Owns reading answers and writing requests. The mirror of `service.conversions`, and apart from it so
+that a client loads neither engine nor torch. Knows nothing of channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +22,7 @@ from a2sf.requests import (
     Usage,
 )
 from a2sf.schema import AlphaTable, ModelIdentity, parse_table
-from service.pb import inference_pb2 as pb
-from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
-from service.results import (
+from service.client.results import (
     Activated,
     Completion,
     Delta,
@@ -40,6 +38,8 @@ from service.results import (
     TokenLogprob,
     TokenLogprobs,
 )
+from service.pb import inference_pb2 as pb
+from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
 from service.status import RemoteError, from_validation
 
 Chat: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from a2sf.errors import A2SFError
 from a2sf.requests import ChatMessage
-from service import client_calls as calls
-from service.client_conversions import GenerationOptions
-from service.client_display import Display
-from service.client_sync import SyncClient
-from service.results import Delta
+from service.client import calls as calls
+from service.client.conversions import GenerationOptions
+from service.client.display import Display
+from service.client.results import Delta
+from service.client.sync import SyncClient
 
 HINT = "/reset forgets the conversation, /quit or the end of input leaves"
 

@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from service.client_calls import Call
-from service.client_channel import PLAIN_TEXT, ChannelOptions, open_aio, open_sync
+from service.client.calls import Call
+from service.client.channel import PLAIN_TEXT, ChannelOptions, open_aio, open_sync
 from service.status import Cancelled, from_wire
 
 T = TypeVar("T")

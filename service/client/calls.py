@@ -12,11 +12,9 @@ from google.protobuf.message import Message
 
 from a2sf.errors import InvalidArgument
 from a2sf.schema import AlphaTable
-from service import client_conversions as conversions
-from service.client_conversions import Chat, GenerationOptions
-from service.pb import inference_pb2 as pb
-from service.pb import inference_pb2_grpc as pb_grpc
-from service.results import (
+from service.client import conversions as conversions
+from service.client.conversions import Chat, GenerationOptions
+from service.client.results import (
     Activated,
     Completion,
     Load,
@@ -26,6 +24,8 @@ from service.results import (
     TableListing,
     TokenizedPrompt,
 )
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
 
 DEFAULT_TIMEOUT_S = 300.0
 """Deadline of a completion, in seconds."""

@@ -8,11 +8,10 @@ from collections.abc import Generator, Sequence
 from typing import Unpack
 
 from a2sf.schema import AlphaTable
-from service import client_calls as calls
-from service.client_calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
-from service.client_conversions import Chat, GenerationOptions
-from service.client_transport import SyncTransport
-from service.results import (
+from service.client import calls as calls
+from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
+from service.client.conversions import Chat, GenerationOptions
+from service.client.results import (
     Activated,
     Completion,
     Load,
@@ -22,6 +21,7 @@ from service.results import (
     TableListing,
     TokenizedPrompt,
 )
+from service.client.transport import SyncTransport
 
 
 class SyncClient(SyncTransport):

@@ -1,8 +1,8 @@
 """The client: one method for each RPC, typed results, errors of the project's own tree.
 
 Owns the methods of the clients for asyncio, and names all that a program needs of a client;
-`service.client_sync` has the same methods for threads. Knows nothing of the server's insides. Run
-as a program (`python -m service.client "prompt"`) it is the command line of `service.client_cli`.
+`service.client.sync` has the same methods for threads. Knows nothing of the server's insides. Run
+as a program (`python -m service.client "prompt"`) it is the command line of `service.client.cli`.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -10,13 +10,11 @@ from typing import Unpack
 
 from a2sf.requests import ChatMessage
 from a2sf.schema import AlphaTable
-from service import client_calls as calls
-from service.client_calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
-from service.client_channel import ChannelOptions, Tls
-from service.client_conversions import Chat, GenerationOptions
-from service.client_sync import SyncAdminClient, SyncClient
-from service.client_transport import AsyncTransport
-from service.results import (
+from service.client import calls as calls
+from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
+from service.client.channel import ChannelOptions, Tls
+from service.client.conversions import Chat, GenerationOptions
+from service.client.results import (
     Activated,
     Completion,
     Load,
@@ -26,6 +24,8 @@ from service.results import (
     TableListing,
     TokenizedPrompt,
 )
+from service.client.sync import SyncAdminClient, SyncClient
+from service.client.transport import AsyncTransport
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
@@ -127,15 +127,3 @@ class AdminClient(AsyncTransport):
     async def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
         """Tell how much of the server is taken."""
         return await self.unary(calls.get_load(), timeout_s)
-
-
-def main() -> None:
-    """Run the client's command line."""
-    # Here, because the command line imports this module.
-    from service.client_cli import app
-
-    app(prog_name="a2sf-client")
-
-
-if __name__ == "__main__":
-    main()

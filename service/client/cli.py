@@ -16,12 +16,12 @@ from pydantic import BaseModel, ValidationError
 from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
-from service.client_calls import DEFAULT_TIMEOUT_S
-from service.client_channel import ChannelOptions, Tls
-from service.client_conversions import GenerationOptions
-from service.client_display import ForPeople, JsonLines
-from service.client_session import Session
-from service.client_sync import SyncClient
+from service.client.calls import DEFAULT_TIMEOUT_S
+from service.client.channel import ChannelOptions, Tls
+from service.client.conversions import GenerationOptions
+from service.client.display import ForPeople, JsonLines
+from service.client.session import Session
+from service.client.sync import SyncClient
 from service.status import NoRoom, code_of, from_validation
 
 INTERRUPTED = 130

@@ -1,0 +1,226 @@
+"""How a server is reached: where a token may go, which certificates, what is balanced."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health, health_pb2
+
+from a2sf.errors import InvalidArgument, Unavailable
+from service.client import ChannelOptions, Client, SyncClient, Tls
+from service.client.channel import INFERENCE, PLAIN_TEXT
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
+from tests.service.conftest import WAIT_S
+
+TOKEN = "correct-horse-battery-staple"
+
+HERE = [
+    "127.0.0.1:50051",
+    "[::1]:50051",
+    "localhost:50051",
+    "dns:///localhost:50051",
+    "ipv4:127.0.0.1:1,127.0.0.2:2",
+    "ipv6:[::1]:1",
+    "unix:/run/a2sf.sock",
+    "unix-abstract:a2sf",
+]
+ELSEWHERE = [
+    "10.0.0.7:50051",
+    "a2sf.example:50051",
+    "localhost.example:50051",
+    "dns:///a2sf:50051",
+    "dns://127.0.0.1/a2sf:50051",
+    "ipv4:127.0.0.1:1,10.0.0.7:2",
+    "xds:///localhost",
+    "a2sf",
+]
+
+
+@pytest.mark.parametrize("target", HERE)
+def test_a_token_may_go_in_plain_text_to_this_machine(target: str) -> None:
+    sent = ChannelOptions(token=TOKEN).metadata(target)
+    assert sent == (("authorization", f"Bearer {TOKEN}"),)
+
+
+@pytest.mark.parametrize("target", ELSEWHERE)
+def test_a_token_goes_elsewhere_only_encrypted_or_told_so(target: str) -> None:
+    with pytest.raises(InvalidArgument, match="plain text") as caught:
+        ChannelOptions(token=TOKEN).metadata(target)
+    assert TOKEN not in str(caught.value)
+    assert ChannelOptions(token=TOKEN, tls=Tls()).metadata(target)
+    assert ChannelOptions(token=TOKEN, insecure_token=True).metadata(target)
+    assert not PLAIN_TEXT.metadata(target)
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "naïve"])
+def test_what_no_header_can_hold_is_no_token(token: str) -> None:
+    with pytest.raises(InvalidArgument, match="token") as caught:
+        ChannelOptions(token=token).metadata("127.0.0.1:1")
+    assert not token or token not in str(caught.value)
+
+
+def test_a_token_is_not_shown() -> None:
+    assert TOKEN not in repr(ChannelOptions(token=TOKEN))
+    with pytest.raises(ValueError) as caught:
+        ChannelOptions(token=TOKEN.encode())  # type: ignore[arg-type]
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "several"),
+    [
+        ("127.0.0.1:50051", False),
+        ("localhost:50051", False),
+        ("unix:/run/a2sf.sock", False),
+        ("a2sf:50051", True),
+        ("dns:///a2sf:50051", True),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+    ],
+)
+def test_what_may_be_several_addresses_is_balanced_by_health(target: str, several: bool) -> None:
+    config = json.loads(dict(PLAIN_TEXT.settings(target))["grpc.service_config"])
+    assert config["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 4
+    assert ("loadBalancingConfig" in config) == several
+    assert ("healthCheckConfig" in config) == several
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    ca, other = trustme.CA(), trustme.CA()
+    cert, key, roots, riddle = (tmp_path / n for n in ("cert", "key", "roots", "riddle"))
+    ca.issue_cert("client").cert_chain_pems[0].write_to_path(cert)
+    other.issue_cert("client").private_key_pem.write_to_path(key)
+    ca.cert_pem.write_to_path(roots)
+    riddle.write_bytes(b"\xff not PEM")
+    for tls, told in [
+        (Tls(root_ca=tmp_path / "none"), "none: No such file"),
+        (Tls(root_ca=riddle), "riddle: accepted: PEM"),
+        (Tls(cert=cert), "together"),
+        (Tls(cert=cert, key=key), "key that is the certificate's"),
+        (Tls(cert=cert, key=tmp_path / "none"), "No such file"),
+    ]:
+        with pytest.raises(InvalidArgument, match=told):
+            tls.credentials()
+    assert Tls(root_ca=roots).credentials()
+
+
+class Model(pb_grpc.ModelServiceServicer):
+    """Tells the name that it was given, and keeps what it was sent."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.metadata: list[dict[str, Any]] = []
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        self.metadata[-1]["peer"] = (context.auth_context() or {}).get("x509_common_name")
+        return pb.GetModelResponse(
+            server_version=self.name, model=pb.ModelIdentity(id="m", **SHAPE), head_dim=1
+        )
+
+    ListAlphaTables: Any = None
+    GetAlphaTable: Any = None
+
+
+SHAPE: dict[str, Any] = {
+    "architecture": "LlamaForCausalLM",
+    "num_layers": 1,
+    "num_attention_heads": 1,
+    "num_kv_heads": 1,
+    "fingerprint": "0" * 64,
+}
+
+
+@asynccontextmanager
+async def serving(
+    model: Model, credentials: grpc.ServerCredentials | None = None, *handlers: Any
+) -> AsyncIterator[int]:
+    server = grpc.aio.server()
+    pb_grpc.add_ModelServiceServicer_to_server(model, server)
+    server.add_generic_rpc_handlers(handlers)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(0)
+
+
+async def test_both_clients_speak_tls_both_ways_and_send_the_token(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server, mine = ca.issue_cert("a2sf.example"), ca.issue_cert("127.0.0.1", common_name="me")
+    mine.private_key_pem.write_to_path(tmp_path / "key.pem")
+    mine.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    credentials = grpc.ssl_server_credentials(
+        [(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())],
+        root_certificates=ca.cert_pem.bytes(),
+        require_client_auth=True,
+    )
+    tls = Tls(
+        root_ca=tmp_path / "ca.pem",
+        cert=tmp_path / "cert.pem",
+        key=tmp_path / "key.pem",
+        server_name="a2sf.example",
+    )
+    model = Model("encrypted")
+    async with serving(model, credentials) as port:
+        target = f"127.0.0.1:{port}"
+        options = ChannelOptions(token=TOKEN, tls=tls)
+        async with Client(target, options) as client:
+            assert (await client.get_model()).server_version == "encrypted"
+        with SyncClient(target, options) as blocking:
+            described = await asyncio.to_thread(blocking.get_model)
+        assert described.server_version == "encrypted"
+        for sent in model.metadata:
+            assert sent["authorization"] == f"Bearer {TOKEN}"
+            assert sent["peer"] == [b"me"]
+        wrong_name = tls.model_copy(update={"server_name": "other.example"})
+        async with Client(target, ChannelOptions(tls=wrong_name)) as client:
+            with pytest.raises(Unavailable):
+                await client.get_model(timeout_s=WAIT_S)
+        async with Client(target) as client:
+            with pytest.raises(Unavailable):
+                await client.get_model(timeout_s=WAIT_S)
+    assert len(model.metadata) == 2
+
+
+async def test_several_addresses_take_turns_and_one_not_serving_is_passed_over() -> None:
+    async def with_health(status: int) -> Any:
+        servicer = health.aio.HealthServicer()
+        await servicer.set(INFERENCE, status)
+        return grpc.method_handlers_generic_handler(
+            "grpc.health.v1.Health",
+            {
+                "Watch": grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=health_pb2.HealthCheckRequest.FromString,
+                    response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+                )
+            },
+        )
+
+    up = health_pb2.HealthCheckResponse.SERVING
+    down = health_pb2.HealthCheckResponse.NOT_SERVING
+    async with (
+        serving(Model("a"), None, await with_health(up)) as a,
+        serving(Model("b"), None, await with_health(up)) as b,
+        serving(Model("c"), None, await with_health(down)) as c,
+        Client(f"ipv4:127.0.0.1:{a},127.0.0.1:{b},127.0.0.1:{c}") as client,
+        asyncio.timeout(WAIT_S),
+    ):
+        seen: list[str] = []
+        while not {"a", "b"} <= set(seen) or len(seen) < 20:
+            seen.append((await client.get_model()).server_version)
+    assert "c" not in seen

@@ -1,0 +1,65 @@
+"""What docs/clients.md tells is so: its programs run, its table of errors is whole."""
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+from a2sf import errors
+from a2sf.schema import save_table
+from service.client import AdminClient, Client
+from service.status import CODES
+from tests.service.client.test_conversions import load_with_template
+from tests.service.conftest import WAIT_S, StartServer
+from tests.tables import make_table
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "clients.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+async def test_its_programs_run(start_server: StartServer, tmp_path: Path) -> None:
+    token = tmp_path / "admin-token.txt"
+    token.write_text("a-token-of-the-tests\n")
+    token.chmod(0o600)
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    server, client, address = await start_server(
+        load_with_template, tables=tables, admin_port=0, admin_token_file=token
+    )
+    assert server.admin_address is not None
+    save_table(make_table(server.core.model.identity, name="new"), tables / "new.json")
+    # The last one reaches a server elsewhere, over TLS.
+    *here, elsewhere = PROGRAMS
+    assert len(here) == 3
+    assert "a2sf.example" in elsewhere
+    for program in here:
+        code = program.replace("127.0.0.1:50051", address)
+        code = code.replace("127.0.0.1:50052", server.admin_address)
+        run = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "error", "-c", code),
+            cwd=tmp_path,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        )
+        out, err = await asyncio.wait_for(run.communicate(), WAIT_S)
+        assert (run.returncode, err) == (0, b""), program
+        assert out
+    assert (await client.list_alpha_tables()).default_table == "new"
+
+
+def test_its_table_of_errors_is_whole() -> None:
+    rows = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| `")]
+    told = {code.strip(" `"): names for code, names in rows}
+    for cls, code in CODES.items():
+        if cls.__base__ is not errors.TableError:
+            assert code.name in told
+            assert any(f"`{cls.__name__}`" in names for _, names in rows), cls
+
+
+def test_its_table_of_methods_is_whole() -> None:
+    told = set(re.findall(r"`(\w+)\(", PAGE))
+    methods = {
+        name for cls in (Client, AdminClient) for name in vars(cls) if not name.startswith("_")
+    }
+    assert methods <= told
