@@ -79,7 +79,14 @@ class GenerationOptions(TypedDict, total=False):
 def generation_input(
     prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> pb.GenerationInput:
-    """Write a request. Raises InvalidArgument for what does not fit its field."""
+    """Write a request. Raises InvalidArgument for what does not fit its field, and TypeError for an
+    option that there is not: types are not looked at where nobody checks them.
+    """
+    if unknown := options.keys() - GenerationOptions.__annotations__.keys():
+        raise TypeError(
+            f"no such option: {', '.join(sorted(unknown))}; accepted: "
+            f"{', '.join(sorted(GenerationOptions.__annotations__))}"
+        )
     sampling = options.get("sampling", Sampling())
     try:
         message = pb.GenerationInput(

@@ -253,3 +253,8 @@ async def test_an_operator_changes_what_is_served_and_ends_what_runs(
         with pytest.raises(InvalidArgument, match="one string"):
             await admin.abort_requests("long")
         assert await admin.abort_requests(all_requests=True) == ()
+
+
+def test_an_option_that_there_is_not_is_refused_rather_than_left_out() -> None:
+    with pytest.raises(TypeError, match=r"temperature; accepted: .*sampling"):
+        conversions.generation_input("x", 1, {"temperature": 0.0})  # type: ignore[typeddict-unknown-key]
