@@ -47,7 +47,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         """See the proto."""
         response = pb.ReloadAlphaTablesResponse()
         async with answering("ReloadAlphaTables", self._backend, context, Door.OPERATOR):
-            told = await asyncio.to_thread(self._backend.core.tables.reload)
+            told = await self._backend.reload_tables()
             response.added.extend(told.added)
             response.changed.extend(told.changed)
             response.removed.extend(told.removed)

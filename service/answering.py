@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import structlog
 
-from a2sf.errors import Unavailable
+from a2sf.errors import NotFound, Unavailable
 from service.core import Core
 from service.gate import Gate
 from service.metrics import Completion, Metrics
@@ -24,6 +24,7 @@ from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.runner import EngineRunner
 from service.status import to_wire
+from service.tables import Reloaded
 from service.tracing import CallSpan, Tracer
 
 log = structlog.get_logger(__name__)
@@ -84,6 +85,20 @@ class Backend:
     @core.setter
     def core(self, core: Core) -> None:
         self._core = core
+
+    async def reload_tables(self) -> Reloaded:
+        """Have the directory of tables read again, off the loop, and count it.
+
+        Raises NotFound where there is none to be read; all stays as it was then.
+        """
+        try:
+            told = await asyncio.to_thread(self.core.tables.reload)
+        except NotFound:
+            self.metrics.reloaded("failed")
+            raise
+        changed = told.added or told.changed or told.removed
+        self.metrics.reloaded("changed" if changed else "unchanged")
+        return told
 
     @property
     def load(self) -> Load:

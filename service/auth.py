@@ -19,6 +19,7 @@ import structlog
 
 from a2sf.errors import InvalidArgument, Unauthenticated
 from service import files
+from service.metrics import Metrics
 from service.status import to_wire
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ class TokenFile:
 class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses calls without one of the tokens as UNAUTHENTICATED; health is open to all."""
 
-    def __init__(self, tokens: TokenFile) -> None:
+    def __init__(self, tokens: TokenFile, metrics: Metrics) -> None:
         self._tokens = tokens
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -100,7 +102,7 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         problem = self._problem(handler_call_details)
         if problem is None:
             return await continuation(handler_call_details)
-        return _refusal(handler_call_details.method, problem)
+        return self._refusal(handler_call_details.method, problem)
 
     def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
@@ -113,16 +115,16 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return "the bearer token is none of those that this server accepts"
         return None
 
+    def _refusal(self, method: str, problem: str) -> "Handler":
+        async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            log.info("call refused", method=method, peer=context.peer(), reason=problem)
+            status = to_wire(Unauthenticated(problem), "-")
+            self._metrics.answered(method.rpartition("/")[2], status.code.name, 0.0)
+            await context.abort(status.code, status.details, status.trailers)
 
-def _refusal(method: str, problem: str) -> "Handler":
-    async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        log.info("call refused", method=method, peer=context.peer(), reason=problem)
-        status = to_wire(Unauthenticated(problem), "-")
-        await context.abort(status.code, status.details, status.trailers)
-
-    # Of both kinds streams, so that it answers any call at once, with no message read.
-    handler: Handler = grpc.stream_stream_rpc_method_handler(refuse)
-    return handler
+        # Of both kinds streams, so that it answers any call at once, with no message read.
+        handler: Handler = grpc.stream_stream_rpc_method_handler(refuse)
+        return handler
 
 
 def _digest(token: str) -> bytes:

@@ -112,6 +112,7 @@ def read_prompt(
             texts = (text for m in message.chat.messages for text in (m.role, m.content))
             _check_size(texts, max_bytes, field)
             text = _render(message.chat, model, field)
+            _check_size([text], max_bytes, field)
             return Prompt(text, model.encode(text, special=False))
         case "token_ids" if isinstance(message, pb.GenerationInput):
             if not message.token_ids.ids:

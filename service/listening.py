@@ -5,14 +5,13 @@ Owns gRPC's own settings and how a port is taken. Knows nothing of what the serv
 
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from a2sf.errors import InvalidArgument
-from service.auth import BearerAuth, TokenFile
-from service.decoding import Decoding
 from service.health_servicer import HealthServicer
 
 GRPC_OPTIONS = (
@@ -37,16 +36,15 @@ class Listener:
         services: Sequence[str],
         *,
         credentials: grpc.ServerCredentials | None,
-        tokens: TokenFile | None,
-        decoding: Decoding,
+        interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]",
         max_message_bytes: int,
     ) -> None:
         """Make it, with health and reflection of `services`, which are added to `server`.
 
-        Without `credentials` it speaks plain text, without `tokens` calls need none.
+        Without `credentials` it speaks plain text.
         """
         self.server = grpc.aio.server(
-            interceptors=[*([BearerAuth(tokens)] if tokens is not None else []), decoding],
+            interceptors=interceptors,
             options=(*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)),
         )
         self.health = HealthServicer(services)

@@ -53,7 +53,6 @@ def configure(format: Format, level: Level) -> None:
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
     )
     output = _Output()
     output.setFormatter(

@@ -18,7 +18,7 @@ from a2sf.requests import GenerationRequest
 from service import tracing
 from service.admin import AdminServicer
 from service.answering import Backend
-from service.auth import TokenFile
+from service.auth import BearerAuth, TokenFile
 from service.core import Core, load_core
 from service.decoding import Decoding
 from service.gate import Gate
@@ -29,7 +29,6 @@ from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.runner import EngineRunner
 from service.servicers import InferenceServicer, ModelServicer
-from service.tables import Reloaded
 from service.tls import server_credentials
 from service.watch import watch
 
@@ -72,8 +71,10 @@ class Server:
                 services,
                 # Of each port its own: grpc takes such credentials for one port alone.
                 credentials=server_credentials(options),
-                tokens=tokens,
-                decoding=Decoding(self._backend),
+                interceptors=[
+                    *([BearerAuth(tokens, self._metrics)] if tokens is not None else []),
+                    Decoding(self._backend),
+                ],
                 max_message_bytes=options.max_message_bytes,
             )
 
@@ -173,7 +174,8 @@ class Server:
         )
         if self._options.watch_tables and core.tables.directory is not None:
             self._watching = asyncio.create_task(
-                watch(core.tables, core.tables.directory, self._reloaded), name=WATCHING
+                watch(core.tables, core.tables.directory, self._backend.reload_tables),
+                name=WATCHING,
             )
             self._watching.add_done_callback(_tell_why)
         self._gate.open(core.config.max_batch + core.config.max_waiting)
@@ -216,10 +218,6 @@ class Server:
         yield self._listener
         if self._admin is not None:
             yield self._admin
-
-    def _reloaded(self, told: Reloaded) -> None:
-        changed = told.added or told.changed or told.removed
-        self._metrics.reloaded("changed" if changed else "unchanged")
 
 
 def _tell_why(watching: "asyncio.Task[None]") -> None:

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from structlog.contextvars import bind_contextvars
 
 from a2sf import __version__, chat
 from a2sf.errors import Aborted, InvalidArgument
@@ -92,6 +93,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self, message: pb.GenerationInput, call: Call
     ) -> tuple[GenerationRequest, conversions.Answer]:
         call.request_id = conversions.request_id(message)
+        # For whatever else is logged on the way; each call has a context of its own.
+        bind_contextvars(request_id=call.request_id)
         core = self._backend.core
         # Of one state of the tables, whatever is reloaded meanwhile.
         store = core.tables.now

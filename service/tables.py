@@ -177,7 +177,7 @@ class TableCatalog:
         for file in files:
             before = self._kept.get(file)
             # Until the file tells the table's name, it goes by the one that it had, or by its own.
-            name = before.name if before is not None else Path(file).stem
+            name = before.name if before is not None else Path(_printable(file)).stem
             try:
                 table = parse_table(_contents(directory / file))
                 name = table.name
@@ -200,7 +200,9 @@ class TableCatalog:
             if names.setdefault(table.name, file) == file:
                 kept[file] = table
             else:
-                taken = f"another file, {names[table.name]}, has the name {table.name!r}"
+                taken = (
+                    f"another file, {_printable(names[table.name])}, has the name {table.name!r}"
+                )
                 refused.append((table.name, _refusal(file, TableInvalid(taken))))
         default = self.now.tables[self._default] if self._default is not None else None
         self._orphan = default if default is not None and default.name not in names else None
@@ -226,6 +228,11 @@ class TableCatalog:
         self.now = TableStore(
             dict(sorted(tables.items())), dict(sorted(refused.items())), self._default
         )
+
+
+def _printable(file: str) -> str:
+    """Put a file's name into text that can be sent, whatever bytes it is of."""
+    return os.fsencode(file).decode(errors="replace")
 
 
 def _is_table(file: str) -> bool:
@@ -269,7 +276,7 @@ def _refusal(file: str, error: Exception) -> TableError:
     """Name the file, and keep the directory to ourselves: paths are no client's business."""
     why = error.strerror if isinstance(error, OSError) else str(error)
     kind = type(error) if isinstance(error, TableError) else TableError
-    return kind(f"alpha table {file}: {why}")
+    return kind(f"alpha table {_printable(file)}: {why}")
 
 
 def _told(before: TableStore, now: TableStore) -> Reloaded:

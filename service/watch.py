@@ -4,7 +4,7 @@ Owns when the directory is read again. Knows nothing of what is in it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -28,11 +28,11 @@ tell of none, nor does a directory that was put in the place of the one that is 
 
 
 async def watch(
-    catalog: TableCatalog, directory: Path, on_reload: Callable[[Reloaded], None]
+    catalog: TableCatalog, directory: Path, reload: Callable[[], Awaitable[Reloaded]]
 ) -> None:
-    """Have `catalog` read `directory`, which is its own, whenever that changes, until cancelled.
+    """Call `reload` whenever `directory`, which is the catalog's, changes, until cancelled.
 
-    `on_reload` is told of every reading, in the event loop. A directory that is gone is waited for.
+    A directory that is gone is waited for.
     """
     lost = False
     async with aclosing(_glances(directory)) as glances:
@@ -40,7 +40,7 @@ async def watch(
             if not (told or lost or await asyncio.to_thread(catalog.outdated)):
                 continue
             try:
-                reloaded = await asyncio.to_thread(catalog.reload)
+                await reload()
             except NotFound as error:
                 if not lost:
                     log.warning("tables not read", directory=str(directory), reason=str(error))
@@ -49,7 +49,6 @@ async def watch(
             if lost:
                 log.info("tables directory is back", directory=str(directory))
             lost = False
-            on_reload(reloaded)
 
 
 async def _glances(directory: Path) -> AsyncGenerator[bool, None]:

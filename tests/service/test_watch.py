@@ -38,6 +38,10 @@ class Watched:
         tables = self.catalog.now.tables
         return {name: table.policy.budget for name, table in tables.items()} == budgets
 
+    async def reload(self) -> Reloaded:
+        self.reloads.append(await asyncio.to_thread(self.catalog.reload))
+        return self.reloads[-1]
+
     async def noticed(self) -> None:
         """Wait until a change is noticed: from then on the watch is known to be set up."""
         async with asyncio.timeout(WAIT_S):
@@ -50,7 +54,7 @@ class Watched:
 @asynccontextmanager
 async def following(directory: Path) -> AsyncIterator[Watched]:
     watched = Watched(directory)
-    task = asyncio.create_task(watching.watch(watched.catalog, directory, watched.reloads.append))
+    task = asyncio.create_task(watching.watch(watched.catalog, directory, watched.reload))
     try:
         yield watched
         assert not task.done()
