@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench findings refit tables proto clean
+.PHONY: help demo test test-slow check format bench findings refit tables proto contract clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -29,6 +29,7 @@ check: $(BIN)/.installed ## Lint, check formats, types, the contract and the con
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/released.binpb
 	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/hadolint docker/Dockerfile
 
@@ -37,11 +38,12 @@ format: $(BIN)/.installed ## Format the code and the contract
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write proto
 
-bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, and evaluation; results in benchmarks/results
+bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, evaluation, and the service; results in benchmarks/results
 	$(BIN)/python -m benchmarks.grid
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.serving
 
 findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare
 	$(BIN)/python -m benchmarks.findings --check
@@ -61,6 +63,9 @@ tables: $(BIN)/.installed ## Fit the tables that the findings look at
 proto: $(BIN)/.installed ## Generate service/pb and the table's JSON Schema again
 	$(BIN)/python scripts/generate_proto.py
 	$(BIN)/python scripts/export_schema.py
+
+contract: $(BIN)/.installed ## Record the contract as released: from then on it may only grow
+	$(BIN)/buf build proto --exclude-source-info --output proto/released.binpb
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
