@@ -46,7 +46,11 @@ ALONE = {
     "grpc_status": "service",
     "google": "service",
     "lm_eval": "tuner/harness",
+    "opentelemetry": "service/tracing.py",
     "optuna": "tuner",
+    "prometheus_client": "service/metrics.py",
+    "pydantic_settings": "service/settings.py",
+    "structlog": "service",
     "transformers": "a2sf/models.py",
 }
 
