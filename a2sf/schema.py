@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -38,6 +39,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=0, lt=2**32)]
+"""So many tokens as a message can carry."""
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -88,20 +92,20 @@ class TablePolicy(Frozen):
         description="num_layers weights by which the slots of all layers are dealt among them: "
         "equal weights give every layer the budget, others more to some at the cost of the rest.",
     )
-    budget: Positive | None = Field(
+    budget: Annotated[Tokens, Field(ge=1)] | None = Field(
         default=None, description="Slots a head keeps, in tokens; with layer_share, on average."
     )
     budget_ratio: Ratio | None = Field(
         default=None, description="The same as a share of prompt + max_new tokens."
     )
-    recent: Count | None = Field(
+    recent: Tokens | None = Field(
         default=None, description="Tokens before the newest that are never evicted."
     )
     recent_share: Share | None = Field(
         default=None, description="The same as a share of a layer's slots - sinks - 1, floored."
     )
-    sinks: Count = Field(description="First tokens of the sequence that are never evicted.")
-    prefill_chunk: Count = Field(
+    sinks: Tokens = Field(description="First tokens of the sequence that are never evicted.")
+    prefill_chunk: Tokens = Field(
         description="Tokens of one prompt block; 0 means the whole prompt as one block."
     )
 
@@ -218,6 +222,10 @@ class AlphaTable(Frozen):
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
+        try:
+            self.created_at.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("created_at is outside the years 1 to 9999 of UTC") from None
         layers, heads = self.model.num_layers, self.model.num_kv_heads
         if len(self.policy.alpha) != layers:
             raise ValueError(f"policy.alpha has {len(self.policy.alpha)} layers, model {layers}")

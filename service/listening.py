@@ -23,6 +23,8 @@ GRPC_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default a connection on which nobody speaks HTTP/2 stays open for two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # What is sent is ours, and an answer with all its logprobs is larger than the usual 4 MiB.
     ("grpc.max_send_message_length", -1),
 )

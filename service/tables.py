@@ -24,6 +24,9 @@ log = structlog.get_logger(__name__)
 
 ETAG_CHARACTERS = 16
 
+MAX_REASON_CHARACTERS = 500
+"""Of what is wrong with a file: it may repeat what is in there, and all are told in one answer."""
+
 
 @dataclass(frozen=True)
 class TableStore:
@@ -274,7 +277,9 @@ def _contents(path: Path) -> bytes:
 
 def _refusal(file: str, error: Exception) -> TableError:
     """Name the file, and keep the directory to ourselves: paths are no client's business."""
-    why = error.strerror if isinstance(error, OSError) else str(error)
+    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if len(why) > MAX_REASON_CHARACTERS:
+        why = f"{why[:MAX_REASON_CHARACTERS]}..."
     kind = type(error) if isinstance(error, TableError) else TableError
     return kind(f"alpha table {_printable(file)}: {why}")
 
