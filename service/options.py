@@ -84,7 +84,9 @@ class CapacityOptions(_Group):
     max_unread: Positive = 4096
     """Events of one request that may wait for its client to read; beyond, the request is
     aborted."""
-    stall_timeout_s: Annotated[NotNegative, Field(validation_alias="stall_timeout")] = 30.0
+    stall_timeout_s: Annotated[
+        float, Field(gt=0.0, allow_inf_nan=False, validation_alias="stall_timeout")
+    ] = 30.0
     """Seconds in which a client must take an event before its request is aborted."""
 
 
