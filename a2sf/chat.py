@@ -37,8 +37,8 @@ def render(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
             add_generation_prompt=True,
         )
     except TemplateError as error:
-        # The template's own words may hold the messages.
-        log.debug("the chat template refused a conversation", exc_info=error)
+        # No more than the kind: the template's own words may hold the messages.
+        log.debug("the chat template refused a conversation: %s", type(error).__name__)
         roles = ", ".join(message.role for message in messages[:8])
         more = ", ..." if len(messages) > 8 else ""
         raise InvalidArgument(

@@ -8,10 +8,10 @@ request id and figures, never with text. Knows nothing of what a call asks.
 import asyncio
 import enum
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -32,6 +32,13 @@ log = structlog.get_logger(__name__)
 ABORT_S = 2.0
 """Time for a failure's status to leave."""
 
+PREPARING = 4
+"""Requests whose prompts are read at a time.
+
+Python's shared threads are five at least, so that neither tables nor the end wait behind prompts.
+"""
+
+Prepared = TypeVar("Prepared")
 
 SERVICE_OF = {
     method.name: service.full_name
@@ -70,6 +77,7 @@ class Backend:
         self.metrics = metrics
         self.tracer = tracer
         self._core: Core | None = None
+        self._preparing = asyncio.Semaphore(PREPARING)
 
     @property
     def loaded(self) -> bool:
@@ -85,6 +93,23 @@ class Backend:
     @core.setter
     def core(self, core: Core) -> None:
         self._core = core
+
+    async def prepare(self, work: Callable[[], Prepared]) -> Prepared:
+        """Do `work`, which may take its time, in a thread, and return or raise what that does.
+
+        Whoever is cancelled meanwhile stays until work that has begun is done, for a thread cannot
+        be ended: so a call keeps its place at the gate for as long as it costs anything.
+        """
+        async with self._preparing:
+            working = asyncio.create_task(asyncio.to_thread(work))
+            try:
+                await asyncio.wait({working})
+            except asyncio.CancelledError:
+                await asyncio.wait({working})
+                # Asked for, because asyncio logs what nobody asks for.
+                working.exception()
+                raise
+            return working.result()
 
     async def reload_tables(self) -> Reloaded:
         """Have the directory of tables read again, off the loop, and count it.

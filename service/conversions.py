@@ -87,6 +87,13 @@ class Prompt:
     """As given, or as the chat template made it; None where token ids were given."""
     token_ids: tuple[int, ...]
 
+    def decoded(self, model: LoadedModel) -> str:
+        """Return the text, decoded where token ids were given: not for the event loop."""
+        if self.text is not None:
+            return self.text
+        text: str = model.tokenizer.decode(self.token_ids)
+        return text
+
 
 def read_prompt(
     message: pb.GenerationInput | pb.TokenizeRequest,
@@ -151,7 +158,10 @@ def generation_request(
     policy: CachePolicy,
     table: AlphaTable | None,
 ) -> GenerationRequest:
-    """Put a request together from its message and what was already read or looked up of it."""
+    """Put a request together from its message and what was already read or looked up of it.
+
+    A million token ids take their time: not for the event loop.
+    """
     for field, most in (("stop", MAX_STOP_STRINGS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
         # Here, because pydantic would first look at every one of a million.
         if (count := len(getattr(message, field))) > most:
@@ -179,9 +189,12 @@ class Answer:
     """Writes the events of one completion, with what its `output` asks for."""
 
     def __init__(self, output: pb.OutputOptions, prompt: Prompt, model: LoadedModel) -> None:
+        """Write the echo already, if there is to be one: not for the event loop."""
         self._output = output
-        self._prompt = prompt
         self._tokenizer = model.tokenizer
+        self._echo: pb.Prompt | None = None
+        if output.echo:
+            self._echo = pb.Prompt(text=prompt.decoded(model), token_ids=prompt.token_ids)
 
     def stream_response(self, event: Event) -> pb.StreamGenerateResponse:
         """Write one event of a stream."""
@@ -200,7 +213,7 @@ class Answer:
             cache_policy=_effective_message(event.policy),
             prompt_tokens=event.prompt_tokens,
             seed=event.seed,
-            prompt=self._echo() if self._output.echo else None,
+            prompt=self._echo,
         )
 
     def delta(self, event: Delta) -> pb.GenerationDelta:
@@ -216,12 +229,6 @@ class Answer:
                 for token_id, one in zip(event.token_ids, event.logprobs, strict=False)
             ],
         )
-
-    def _echo(self) -> pb.Prompt:
-        text = self._prompt.text
-        if text is None:
-            text = self._tokenizer.decode(self._prompt.token_ids)
-        return pb.Prompt(text=text, token_ids=self._prompt.token_ids)
 
     def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
         return pb.TokenLogprob(

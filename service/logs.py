@@ -92,9 +92,9 @@ def _text(logger: Any, name: str, event_dict: EventDict) -> str:
 
 def _printable(line: str) -> str:
     """Escape line breaks, terminal sequences and the like; letters of any language stay."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    # Of the characters that occur: a line may be a whole prompt.
+    escaped = {c: c.encode("unicode_escape").decode() for c in set(line) if not c.isprintable()}
+    return line.translate({ord(c): escape for c, escape in escaped.items()})
 
 
 def _leading(logger: Any, name: str, event_dict: EventDict) -> EventDict:

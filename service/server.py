@@ -7,7 +7,7 @@ calls are UNAVAILABLE. Knows nothing of what requests mean, nor of processes and
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import partial
 
 import structlog
@@ -142,6 +142,8 @@ class Server:
             ):
                 if file is not None and not is_loopback(host):
                     log.warning("tokens cross the network in plain text", flag=flag, host=host)
+        if options.log_prompts:
+            log.warning("prompts and completions are logged", flag="--log-prompts")
         port = await self._listener.bind(address, "--port")
         if self._admin is not None and admin is not None:
             self._admin_port = await self._admin.bind(admin, "--admin-port")
@@ -188,8 +190,10 @@ class Server:
         """
         for listener in self._listeners():
             await listener.health.drain()
-        # Whoever balances load learns of it meanwhile; without an engine there is no point.
-        await asyncio.wait({self.crashed}, timeout=settle_s)
+        # Whoever balances load learns of it meanwhile; where there is no engine any more, or where
+        # none has been announced yet, there is no point.
+        if self._gate.capacity:
+            await asyncio.wait({self.crashed}, timeout=settle_s)
         self._gate.close("the server is shutting down")
         try:
             await asyncio.wait_for(self._gate.emptied(), grace_s)
@@ -204,8 +208,8 @@ class Server:
         self._gate.close("the server is shutting down")
         if self._watching is not None:
             self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+            # Not its result: why it ended, if it did, is told already.
+            await asyncio.wait({self._watching})
         if not self.crashed.done():
             self._runner.fail_all(lambda: Unavailable("the server is shutting down"))
         await asyncio.gather(*(listener.stop(FLUSH_S) for listener in self._listeners()))

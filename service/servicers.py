@@ -4,16 +4,17 @@ Owns reading requests and writing answers, and ending a stream that its client d
 handler runs inside `answering`. Knows nothing of how the server starts or stops.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
+import structlog
 from structlog.contextvars import bind_contextvars
 
 from a2sf import __version__, chat
-from a2sf.errors import Aborted, InvalidArgument
+from a2sf.errors import InvalidArgument
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
 from service.answering import Backend, Call, Door, answering
@@ -22,6 +23,9 @@ from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
+from service.stall import writing
+
+log = structlog.get_logger(__name__)
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -40,9 +44,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         async with answering("StreamGenerate", self._backend, context, Door.COMPLETION) as call:
             generation, answer = await self._read(request.input, call)
-            async with aclosing(self._events(generation, call)) as events:
+            limit_s = self._backend.options.stall_timeout_s
+            async with (
+                aclosing(self._events(generation, call)) as events,
+                writing(context, limit_s) as writer,
+            ):
                 async for event in events:
-                    await self._write(context, answer.stream_response(event))
+                    await writer.write(answer.stream_response(event))
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -73,21 +81,29 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.TokenizeResponse()
         async with answering("Tokenize", self._backend, context, Door.COMPLETION):
-            prompt = await self._prompt(request, where="")
+            prompt = await self._backend.prepare(partial(self._prompt, request, where=""))
             response.token_ids.extend(prompt.token_ids)
             response.text = prompt.text or ""
         return response
 
     async def _events(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Event, None]:
         call.span.request(request, self._backend.core.model.identity.id)
-        with conversions.proto_fields():
-            async with aclosing(self._backend.runner.stream(request)) as events:
-                async for event in events:
-                    call.completion.event(event)
-                    call.span.event(event)
-                    if isinstance(event, Finished):
-                        call.figures = _figures(event)
-                    yield event
+        written: list[str] = []
+        try:
+            with conversions.proto_fields():
+                async with aclosing(self._backend.runner.stream(request)) as events:
+                    async for event in events:
+                        call.completion.event(event)
+                        call.span.event(event)
+                        if isinstance(event, Finished):
+                            call.figures = _figures(event)
+                        elif isinstance(event, Delta) and self._backend.options.log_prompts:
+                            written.append(event.text)
+                        yield event
+        finally:
+            # Also of a completion that was left or failed: what there was of it.
+            if written:
+                log.info("completion", request_id=call.request_id, text="".join(written))
 
     async def _read(
         self, message: pb.GenerationInput, call: Call
@@ -102,41 +118,27 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if not policy.names_method and store.default is not None:
             policy = policy.model_copy(update={"table": store.default})
         table = store.lookup(policy.table) if policy.table is not None else None
-        prompt = await self._prompt(message)
-        # Of a million token ids, this too takes its time.
-        request = await asyncio.to_thread(
-            conversions.generation_request,
-            message,
-            name=call.request_id,
-            prompt_ids=prompt.token_ids,
-            policy=policy,
-            table=table,
-        )
-        return request, conversions.Answer(message.output, prompt, core.model)
 
-    async def _prompt(
+        def prepare() -> tuple[GenerationRequest, conversions.Answer]:
+            prompt = self._prompt(message)
+            if self._backend.options.log_prompts:
+                log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
+            request = conversions.generation_request(
+                message,
+                name=call.request_id,
+                prompt_ids=prompt.token_ids,
+                policy=policy,
+                table=table,
+            )
+            return request, conversions.Answer(message.output, prompt, core.model)
+
+        return await self._backend.prepare(prepare)
+
+    def _prompt(
         self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
     ) -> conversions.Prompt:
-        # A long text takes its time, and the loop answers health checks meanwhile.
-        return await asyncio.to_thread(
-            conversions.read_prompt,
-            message,
-            self._backend.core.model,
-            self._backend.options.max_prompt_bytes,
-            where,
-        )
-
-    async def _write(
-        self, context: grpc.aio.ServicerContext[Any, Any], response: pb.StreamGenerateResponse
-    ) -> None:
-        limit_s = self._backend.options.stall_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await context.write(response)
-        except TimeoutError:
-            raise Aborted(
-                f"the client has stopped reading: an event could not be sent for {limit_s:g} s"
-            ) from None
+        limit = self._backend.options.max_prompt_bytes
+        return conversions.read_prompt(message, self._backend.core.model, limit, where)
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
@@ -180,10 +182,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
 def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
     """Write what is being served."""
     shape, config = core.model.shape, core.config
-    policy, default = (
-        config.default_policy,
-        core.tables.now.default,
-    )
+    policy, default = config.default_policy, core.tables.now.default
     if default is not None:
         policy = policy.model_copy(update={"preset": None, "table": default})
     return pb.GetModelResponse(

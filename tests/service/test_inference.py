@@ -1,16 +1,20 @@
 """Completions through the front door: streams, whole answers, and requests that are refused."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from a2sf.errors import InvalidArgument, NotFound, ResourceExhausted
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Finished, FinishReason, Sampling
+from service import conversions
+from service.answering import PREPARING
 from service.client.results import StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
@@ -135,6 +139,69 @@ async def test_a_cancelled_whole_answer_frees_its_row(start_server: StartServer)
     await asyncio.wait({call}, timeout=WAIT_S)
     assert call.cancelled()
     await until(lambda: idle(server))
+
+
+async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_the_place(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client, _ = await start_server(max_batch=2, max_waiting=6)
+    reading, go_on = list[str](), threading.Event()
+    read_prompt = conversions.read_prompt
+
+    def slow(message: Any, *arguments: Any) -> conversions.Prompt:
+        reading.append(message.text)
+        assert go_on.wait(WAIT_S)
+        return read_prompt(message, *arguments)
+
+    monkeypatch.setattr(conversions, "read_prompt", slow)
+    async with asyncio.timeout(WAIT_S):
+        calls = [asyncio.create_task(client.tokenize("x")) for _ in range(PREPARING)]
+        await until(lambda: len(reading) == PREPARING)
+        later = [asyncio.create_task(client.tokenize("late")) for _ in range(2)]
+        await until(lambda: server.inside == PREPARING + 2)
+        # Other work of threads does not wait behind prompts.
+        await asyncio.to_thread(lambda: None)
+        for call in (*calls, *later):
+            call.cancel()
+        await asyncio.wait({*calls, *later})
+        # Those whose prompt nobody has begun to read are gone, the others are not.
+        await until(lambda: server.inside == PREPARING)
+        go_on.set()
+        await until(lambda: idle(server))
+        assert await client.tokenize("x")
+    assert reading == ["x"] * (PREPARING + 1)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_prompts_and_completions_are_logged_only_when_asked(
+    asked: bool, start_server: StartServer
+) -> None:
+    with capture_logs() as logs:
+        server, client, _ = await start_server(log_prompts=asked)
+        ids = server.core.model.encode("by its ids")
+        by_ids = await client.generate(
+            ids, max_new_tokens=3, request_id="ids", sampling=GREEDY, ignore_eos=True
+        )
+        async with (
+            asyncio.timeout(WAIT_S),
+            aclosing(client.stream_generate("left", request_id="left", **ENDLESS)) as events,
+        ):
+            async for event in events:
+                if isinstance(event, Delta) and event.text:
+                    break
+        await until(lambda: idle(server))
+    texts = {(line["request_id"], line["event"]): line["text"] for line in logs if "text" in line}
+    if not asked:
+        assert not texts
+        assert "by its ids" not in str(logs)
+        return
+    assert texts["ids", "prompt"] == server.core.model.tokenizer.decode(ids)
+    assert texts["ids", "completion"] == by_ids.text
+    assert texts["left", "prompt"] == "left"
+    # What was written until the client left.
+    assert texts["left", "completion"].startswith(event.text)
+    assert {line["log_level"] for line in logs if "text" in line} == {"info"}
+    assert "prompts and completions are logged" in {line["event"] for line in logs}
 
 
 async def test_a_deadline_is_kept_and_frees_the_row(start_server: StartServer) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 import urllib.request
 from contextlib import aclosing
 from pathlib import Path
@@ -10,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from a2sf.engine import Engine
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
@@ -154,6 +156,29 @@ async def test_the_directory_of_tables_is_watched_unless_told_otherwise(
     async with asyncio.timeout(WAIT_S):
         while "broken" not in server.core.tables.now.refused:
             await asyncio.sleep(0.01)
+
+
+async def test_a_watch_that_failed_is_told_once_and_does_not_keep_the_server_from_its_end(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("no watch")
+
+    monkeypatch.setattr("service.server.watch", fail)
+    with capture_logs() as logs:
+        server, client, _ = await start_server(tables=tmp_path)
+        await client.generate("x", max_new_tokens=1)
+        await server.stop()
+    assert [line["event"] for line in logs].count("tables are no longer watched") == 1
+    assert not server.left_behind
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_a_server_that_never_served_does_not_settle(long_model_dir: Path) -> None:
+    server = Server(ServerOptions(model=str(long_model_dir), port=0, device="cpu"))
+    await server.bind()
+    await asyncio.wait_for(server.drain(WAIT_S, settle_s=1000.0), WAIT_S)
+    await server.stop()
 
 
 async def test_a_request_larger_than_is_read_is_refused(start_server: StartServer) -> None:

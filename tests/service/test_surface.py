@@ -2,6 +2,7 @@
 
 import json
 import math
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,6 +111,14 @@ async def test_the_echo_is_the_prompt_as_it_was_read(serve: Serve, given: str) -
     assert answer.started.prompt_tokens == len(ids)
 
 
+async def test_an_echo_does_not_hide_that_a_token_id_is_unknown(serve: Serve) -> None:
+    stub = await serve()
+    message = greedy(token_ids=pb.TokenIds(ids=[1, 2**32 - 1]), output=pb.OutputOptions(echo=True))
+    with pytest.raises(grpc.aio.AioRpcError, match="4294967295") as caught:
+        await whole(stub, message)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_time_limit_ends_a_completion_with_what_it_has(serve: Serve) -> None:
     stub = await serve()
     message = greedy(text="x", max_new_tokens=900_000, time_limit_seconds=0.3)
@@ -179,15 +188,17 @@ async def test_chat_without_a_template_is_refused_by_name(serve: Serve) -> None:
 
 
 async def test_a_conversation_that_the_template_refuses_names_its_roles_and_not_its_words(
-    serve: Serve, chat_model_dir: Path
+    serve: Serve, chat_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stub = await serve(model=str(chat_model_dir))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.aio.AioRpcError) as caught, caplog.at_level("DEBUG"):
         await whole(stub, greedy(chat=chat(("user", "Hi!"), ("wizard", "abracadabra"))))
     error = str(from_wire(caught.value))
     assert error.startswith("input.chat.messages: ")
     assert "user, wizard" in error
     assert "abracadabra" not in error
+    assert "refused a conversation: TemplateError" in caplog.text
+    assert "abracadabra" not in caplog.text, "prompts are not logged, at no level"
 
 
 async def test_the_tokens_of_a_text_are_those_that_a_completion_reads(serve: Serve) -> None:
@@ -201,7 +212,7 @@ async def test_the_tokens_of_a_text_are_those_that_a_completion_reads(serve: Ser
 async def test_a_client_that_stops_reading_loses_its_stream_and_nobody_else_s(
     start_server: StartServer,
 ) -> None:
-    server, client, address = await start_server(stall_timeout_s=0.5, max_batch=2)
+    server, client, address = await start_server(stall_timeout_s=0.5, max_batch=2, metrics_port=0)
     # Small windows, so that little is under way unread; a message is padded by its logprobs.
     narrow = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
     async with grpc.aio.insecure_channel(address, options=narrow) as channel:
@@ -223,3 +234,6 @@ async def test_a_client_that_stops_reading_loses_its_stream_and_nobody_else_s(
         with pytest.raises(grpc.aio.AioRpcError, match="stopped reading") as caught:
             _ = [response async for response in responses]
         assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert server.metrics_url is not None
+    with urllib.request.urlopen(server.metrics_url, timeout=WAIT_S) as told:
+        assert b'a2sf_requests_total{code="ABORTED",method="StreamGenerate"} 1.0' in told.read()
