@@ -92,26 +92,41 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
 
 @contextmanager
 def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
-    """Write the port whole or not at all; the file is there only while the server serves."""
+    """Write the port whole or not at all; the file is there only while the server serves.
+
+    Raises InvalidArgument where it cannot be written.
+    """
 
     def write(port: int) -> None:
         if path is None:
             return
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with (
+            _told_of(path),
+            tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+            ) as file,
+        ):
             file.write(f"{port}\n")
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).replace(path)
+            Path(file.name).replace(path)
 
     if path is not None:
         if not path.parent.is_dir():
             raise InvalidArgument("--port-file", f"{path.parent}: no such directory")
         # One left behind by a killed server would send clients to a port of nobody.
-        path.unlink(missing_ok=True)
+        with _told_of(path):
+            path.unlink(missing_ok=True)
     try:
         yield write
     finally:
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgument("--port-file", f"{path}: {error.strerror}") from error

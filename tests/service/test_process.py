@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import aclosing
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 
 from a2sf.errors import A2SFError, Unavailable
 from a2sf.requests import Finished
-from service.client import Client
+from service.client import AdminClient, ChannelOptions, Client
+from service.client.results import StreamEvent
 from tests.service.conftest import ENDLESS, START_TIMEOUT_S, WAIT_S, ServerProcess, StartProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -67,6 +69,49 @@ async def test_sigterm_lets_a_running_stream_finish(start_process: StartProcess)
         assert isinstance(last, Finished)
         assert last.usage.completion_tokens == 300
         assert await process.ended() == 0, process.log
+
+
+async def test_sigterm_under_load_lets_all_that_were_taken_finish_and_refuses_others(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    token = "admin-token-0123456789"
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"{token}\n")
+    grace_s = 60.0
+    process = start_process(
+        *("--max-batch", "2", "--grace", f"{grace_s:g}"),
+        *("--admin-port", "0", "--admin-token-file", str(tokens)),
+    )
+    wanted = {"max_new_tokens": 800, "ignore_eos": True}
+    async with await serving(process) as client, asyncio.timeout(START_TIMEOUT_S + grace_s):
+        found = re.search(r"^admin on (\S+)$", process.log, re.MULTILINE)
+        assert found is not None
+        first = [asyncio.Event() for _ in range(8)]
+
+        async def complete(started: asyncio.Event) -> StreamEvent:
+            async with aclosing(client.stream_generate("x", **wanted)) as events:
+                await anext(events)
+                started.set()
+                return [event async for event in events][-1]
+
+        streams = [asyncio.create_task(complete(started)) for started in first]
+        async with AdminClient(found[1], ChannelOptions(token=token)) as operator:
+            while (load := await operator.get_load()).admitted < len(streams):
+                await asyncio.sleep(0.01)
+        assert load.running == 2
+        assert load.waiting >= 4
+        at = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        await process.logged("stopping")
+        with pytest.raises(Unavailable, match="shutting down"):
+            await client.generate("late", max_new_tokens=1, timeout_s=WAIT_S)
+        assert not all(started.is_set() for started in first), "some still wait in the queue"
+        # Those that waited had been taken too.
+        for last in await asyncio.gather(*streams):
+            assert isinstance(last, Finished)
+            assert last.usage.completion_tokens == 800
+        assert await process.ended() == 0, process.log
+        assert time.monotonic() - at < grace_s
 
 
 async def test_what_outlasts_the_grace_is_ended_and_the_exit_code_is_0(
@@ -187,10 +232,11 @@ async def test_health_is_asked_from_the_command_line(start_process: StartProcess
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (("--port-file", "/"), "--port-file: /: "),
         (("--model", "/no/such/model"), "no such directory"),
         (("--host", "0.0.0.0"), "--insecure-bind"),
     ],
-    ids=["unknown model", "open to all"],
+    ids=["no place for the port", "unknown model", "open to all"],
 )
 def test_a_start_that_cannot_succeed_says_why_in_one_line(
     arguments: tuple[str, ...], told: str
