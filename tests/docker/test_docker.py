@@ -132,7 +132,49 @@ def test_compose_builds_a_target_that_exists(compose: dict[str, Any], service: s
 
 
 def test_compose_publishes_plain_text_to_this_machine_alone(compose: dict[str, Any]) -> None:
-    assert all(p.startswith("127.0.0.1:") for p in compose["services"]["service"]["ports"])
+    ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
+    assert len(ports) == 3
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_compose_has_the_metrics_where_prometheus_asks_for_them(
+    compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.settings import load
+
+    service = compose["services"]["service"]
+    image = dict(word.split("=", 1) for word in last("service", "ENV").split() if "A2SF" in word)
+    for name, value in (image | service["environment"]).items():
+        monkeypatch.setenv(name, value)
+    scraped = yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text())
+    (asked,) = scraped["scrape_configs"][0]["static_configs"]
+    assert load([]).options.metrics_address == asked["targets"][0].replace("service", "0.0.0.0")
+    assert not any("9464" in port for port in service["ports"])
+
+
+def test_compose_mounts_what_prometheus_and_grafana_read(compose: dict[str, Any]) -> None:
+    mounted = {}
+    for name in ("prometheus", "grafana"):
+        service = compose["services"][name]
+        assert service["profiles"] == ["sight"]
+        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
+        for source, *rest in (volume.split(":") for volume in service["volumes"]):
+            if source.startswith("."):
+                assert (ROOT / "docker" / source).exists()
+                assert rest[1:] == ["ro"]
+            else:
+                assert source in compose["volumes"]
+            mounted[source] = rest[0]
+    grafana = ROOT / "docker" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((grafana / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    (provider,) = yaml.safe_load((grafana / "dashboards" / "a2sf.yaml").read_text())["providers"]
+    port = compose["services"]["prometheus"]["ports"][0].rpartition(":")[2]
+    assert source["url"] == f"http://prometheus:{port}"
+    assert mounted["./grafana/dashboards"] == provider["options"]["path"]
+    assert mounted["./prometheus.yml"] == "/etc/prometheus/prometheus.yml"
+    assert mounted["./grafana/provisioning"] == "/etc/grafana/provisioning"
 
 
 def test_compose_waits_longer_than_the_server_drains(compose: dict[str, Any]) -> None:
