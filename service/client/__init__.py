@@ -13,7 +13,7 @@ from a2sf.schema import AlphaTable
 from service.client import calls as calls
 from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
-from service.client.conversions import Chat, GenerationOptions
+from service.client.options import Chat, GenerationOptions
 from service.client.results import (
     Activated,
     Completion,

@@ -18,11 +18,11 @@ from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
 from service.client.calls import DEFAULT_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
-from service.client.conversions import GenerationOptions
 from service.client.display import ForPeople, JsonLines
+from service.client.options import GenerationOptions
 from service.client.session import Session
 from service.client.sync import SyncClient
-from service.status import NoRoom, code_of, from_validation
+from service.status import InvalidRequest, NoRoom, code_of, from_validation
 
 INTERRUPTED = 130
 
@@ -52,7 +52,10 @@ _FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "m
 def complete(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Text to continue, or with --chat to answer; - reads it from stdin."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="Text to continue, or with --chat to answer; - reads it from stdin.",
+        ),
     ] = None,
     target: Annotated[
         str, _server(help="The server: HOST:PORT, or any name that gRPC resolves.")
@@ -171,11 +174,11 @@ def complete(
     try:
         options = GenerationOptions(
             min_new_tokens=min_new_tokens,
-            sampling=_checked(Sampling, "sampling", drawn),
+            sampling=_checked(Sampling, "input.sampling", drawn),
             stop=stop or (),
             stop_token_ids=stop_token_id or (),
             ignore_eos=ignore_eos,
-            cache_policy=_checked(CachePolicy, "cache_policy", policy),
+            cache_policy=_checked(CachePolicy, "input.cache_policy", policy),
             request_id=request_id,
             # For the live figures, and who reads JSON has a use for them.
             token_ids=True,
@@ -233,16 +236,24 @@ def _first_token(path: Path) -> str:
 def _report_line(error: A2SFError) -> None:
     # Whatever of the completion was printed ends here.
     sys.stdout.flush()
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    # All that is wrong, so that nobody mends one value to be told of the next.
+    told = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
+    typer.echo(f"error: {' '.join(told.split())}", err=True)
 
 
 def _report_json(error: A2SFError) -> None:
     """Print an error as one object: `code`, `message`, and what else is known of it."""
     told: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
-    if isinstance(error, InvalidArgument):
-        pairs = getattr(error, "violations", ((error.field, error.problem),))
-        told["field_violations"] = [{"field": f, "description": d} for f, d in pairs]
+    if violations := _violations(error):
+        told["field_violations"] = [{"field": f, "description": d} for f, d in violations]
     elif isinstance(error, NoRoom) and error.retry_after_s is not None:
         told["retry_after_seconds"] = error.retry_after_s
     sys.stdout.flush()
     typer.echo(json.dumps({"error": told}), err=True)
+
+
+def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
+    """The fields that are not accepted, with why; none where the error is not about fields."""
+    if isinstance(error, InvalidRequest):
+        return error.violations
+    return ((error.field, error.problem),) if isinstance(error, InvalidArgument) else ()

@@ -4,10 +4,11 @@ Owns reading answers and writing requests. The mirror of `service.conversions`, 
 that a client loads neither engine nor torch. Knows nothing of channels.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
@@ -22,6 +23,7 @@ from a2sf.requests import (
     Usage,
 )
 from a2sf.schema import AlphaTable, ModelIdentity, parse_table
+from service.client.options import Chat, GenerationOptions
 from service.client.results import (
     Activated,
     Completion,
@@ -42,38 +44,7 @@ from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
 from service.status import RemoteError, from_validation
 
-Chat: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]
-"""A conversation: `ChatMessage` values, or mappings with their fields."""
-
-
-class GenerationOptions(TypedDict, total=False):
-    """What a completion may be told besides its prompt and length; all may be left out."""
-
-    min_new_tokens: int
-    """Tokens before which nothing but the time limit ends the completion."""
-    time_limit_s: float
-    """Seconds after which the completion ends with what it has; unlike a deadline, nothing is
-    lost."""
-    sampling: Sampling
-    """How tokens are drawn."""
-    stop: Sequence[str]
-    """Strings that end the completion and are left out of it."""
-    stop_token_ids: Sequence[int]
-    """Token ids that end the completion and are left out of its text."""
-    ignore_eos: bool
-    """Write on past the model's end-of-sequence token."""
-    cache_policy: CachePolicy
-    """What the cache may forget; by default what the server was set to."""
-    request_id: str
-    """Names the request in the server's logs; by default the server makes one up."""
-    token_ids: bool
-    """Whether the answer carries token ids beside the text."""
-    logprobs: bool
-    """Whether it carries how likely each token was."""
-    top_logprobs: int
-    """So many most likely tokens at each step too; needs `logprobs`."""
-    echo: bool
-    """Whether the first event carries the prompt as it was read."""
+Written = TypeVar("Written", bound=Message)
 
 
 def generation_input(
@@ -87,53 +58,69 @@ def generation_input(
             f"no such option: {', '.join(sorted(unknown))}; accepted: "
             f"{', '.join(sorted(GenerationOptions.__annotations__))}"
         )
+    if isinstance(options.get("stop"), str):
+        # A string is a sequence too, of strings that nobody meant.
+        raise InvalidArgument("input.stop", "one string; give a list of strings")
     sampling = options.get("sampling", Sampling())
-    try:
-        message = pb.GenerationInput(
-            request_id=options.get("request_id", ""),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=options.get("min_new_tokens", 0),
-            time_limit_seconds=options.get("time_limit_s"),
-            sampling=pb.Sampling(**sampling.model_dump(exclude_none=True)),
-            stop=options.get("stop", ()),
-            stop_token_ids=options.get("stop_token_ids", ()),
-            ignore_eos=options.get("ignore_eos", False),
-            cache_policy=policy_to_message(options.get("cache_policy", CachePolicy())),
-            output=pb.OutputOptions(
-                token_ids=options.get("token_ids", False),
-                logprobs=options.get("logprobs", False),
-                top_logprobs=options.get("top_logprobs", 0),
-                echo=options.get("echo", False),
-            ),
-        )
-        _write_prompt(prompt, message)
-    except InvalidArgument:
-        raise
-    except ValueError as error:
-        raise InvalidArgument("input", str(error)) from error
+    message = _written(
+        pb.GenerationInput,
+        "input.",
+        request_id=options.get("request_id", ""),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=options.get("min_new_tokens", 0),
+        time_limit_seconds=options.get("time_limit_s"),
+        sampling=_written(pb.Sampling, "input.sampling.", **sampling.model_dump(exclude_none=True)),
+        stop=options.get("stop", ()),
+        stop_token_ids=options.get("stop_token_ids", ()),
+        ignore_eos=options.get("ignore_eos", False),
+        cache_policy=_policy(options.get("cache_policy", CachePolicy())),
+        output=_written(
+            pb.OutputOptions,
+            "input.output.",
+            token_ids=options.get("token_ids", False),
+            logprobs=options.get("logprobs", False),
+            top_logprobs=options.get("top_logprobs", 0),
+            echo=options.get("echo", False),
+        ),
+    )
+    _write_prompt(prompt, message, "input.")
     return message
 
 
 def tokenize_request(prompt: str | Chat) -> pb.TokenizeRequest:
     """Write a prompt to be encoded. Raises InvalidArgument for what does not fit its field."""
     message = pb.TokenizeRequest()
-    try:
-        _write_prompt(prompt, message)
-    except InvalidArgument:
-        raise
-    except ValueError as error:
-        raise InvalidArgument("prompt", str(error)) from error
+    _write_prompt(prompt, message, "")
     return message
 
 
+def _written(cls: type[Written], where: str, **fields: Any) -> Written:
+    # Field by field, because protobuf does not tell which one a value does not fit.
+    message = cls()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(cls(**{name: value}))
+        except ValueError as error:
+            raise InvalidArgument(f"{where}{name}", str(error)) from error
+    return message
+
+
+def _policy(policy: CachePolicy) -> pb.CachePolicy:
+    try:
+        return policy_to_message(policy)
+    except ValueError as error:
+        raise InvalidArgument("input.cache_policy", str(error)) from error
+
+
 def _write_prompt(
-    prompt: str | Sequence[int] | Chat, message: pb.GenerationInput | pb.TokenizeRequest
+    prompt: str | Sequence[int] | Chat,
+    message: pb.GenerationInput | pb.TokenizeRequest,
+    where: str,
 ) -> None:
-    where = "input." if isinstance(message, pb.GenerationInput) else ""
     if isinstance(prompt, (bytes, bytearray)):
         raise InvalidArgument(f"{where}prompt", "bytes; decode them, or give token ids as a list")
     if isinstance(prompt, str):
-        message.text = prompt
+        message.text = _written(type(message), where, text=prompt).text
         return
     ids = [part for part in prompt if isinstance(part, int)]
     if len(ids) < len(prompt):
@@ -147,7 +134,7 @@ def _write_prompt(
         )
     elif isinstance(message, pb.GenerationInput):
         message.token_ids.SetInParent()
-        message.token_ids.ids.extend(ids)
+        message.token_ids.MergeFrom(_written(pb.TokenIds, f"{where}token_ids.", ids=ids))
     else:
         raise InvalidArgument("prompt", "no text; give text, or one chat message or more")
 
@@ -157,7 +144,7 @@ def _chat_message(part: object, where: str) -> pb.ChatMessage:
         one = ChatMessage.model_validate(part)
     except ValidationError as error:
         raise from_validation(error, where) from None
-    return pb.ChatMessage(role=one.role, content=one.content)
+    return _written(pb.ChatMessage, f"{where}.", role=one.role, content=one.content)
 
 
 def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamEvent | None:

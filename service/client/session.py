@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from a2sf.errors import A2SFError
 from a2sf.requests import ChatMessage
 from service.client import calls as calls
-from service.client.conversions import GenerationOptions
 from service.client.display import Display
+from service.client.options import GenerationOptions
 from service.client.results import Delta
 from service.client.sync import SyncClient
 

@@ -12,21 +12,28 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
+from a2sf.errors import A2SFError, Unavailable
 from service.client.calls import Call
 from service.client.channel import PLAIN_TEXT, ChannelOptions, open_aio, open_sync
-from service.status import Cancelled, from_wire
+from service.status import DETAILS_KEY, Cancelled, from_wire
 
 T = TypeVar("T")
 
 
-class _Starter:
-    """Starts calls on one channel of either kind, with the token."""
+class _Calls:
+    """Starts calls on one channel of either kind, with the token, and tells how they failed."""
 
     def __init__(
-        self, channel: grpc.Channel | grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]
+        self,
+        channel: grpc.Channel | grpc.aio.Channel,
+        metadata: tuple[tuple[str, str], ...],
+        target: str,
+        options: ChannelOptions,
     ) -> None:
         self._channel = channel
         self._metadata = metadata
+        self._target = target
+        self._speech = "plain text" if options.tls is None else "TLS"
         self._stubs: dict[type, Any] = {}
 
     def start(self, call: Call[Any], timeout_s: float) -> Any:
@@ -35,6 +42,33 @@ class _Starter:
         method = getattr(self._stubs[call.stub], call.method)
         return method(call.request, timeout=timeout_s, metadata=self._metadata)
 
+    @contextmanager
+    def own_errors(self, timeout_s: float) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._told(error, timeout_s) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled the caller: the channel was closed under the call.
+            raise Cancelled("the channel was closed", grpc.StatusCode.CANCELLED) from None
+
+    def _told(self, error: grpc.RpcError, timeout_s: float) -> A2SFError:
+        told = from_wire(error, timeout_s)
+        # Every error of a call is a call too; the base class does not say.
+        call: Any = error
+        if isinstance(told, Unavailable) and DETAILS_KEY not in dict(
+            call.trailing_metadata() or ()
+        ):
+            # Not the server's words but gRPC's own, which do not say what to do.
+            return Unavailable(
+                f"connection to {self._target} failed: {told}; see that a server is up there, and "
+                f"that it speaks {self._speech} as this client does"
+            )
+        return told
+
 
 class AsyncTransport:
     """A channel of the running event loop; make it inside one."""
@@ -42,7 +76,7 @@ class AsyncTransport:
     def __init__(self, target: str, options: ChannelOptions = PLAIN_TEXT) -> None:
         metadata = options.metadata(target)
         self._channel = open_aio(target, options)
-        self._start = _Starter(self._channel, metadata).start
+        self._calls = _Calls(self._channel, metadata, target, options)
 
     async def __aenter__(self) -> Self:
         return self
@@ -61,15 +95,15 @@ class AsyncTransport:
 
     async def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call that has one answer."""
-        with _own_errors(timeout_s):
-            answer = await self._start(call, timeout_s)
+        with self._calls.own_errors(timeout_s):
+            answer = await self._calls.start(call, timeout_s)
         return call.read(answer)
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
         """Make a call whose answer comes in events, and yield those that were read as one."""
-        rpc = self._start(call, timeout_s)
+        rpc = self._calls.start(call, timeout_s)
         try:
-            with _own_errors(timeout_s):
+            with self._calls.own_errors(timeout_s):
                 async for message in rpc:
                     event = call.read(message)
                     if event is not None:
@@ -84,7 +118,7 @@ class SyncTransport:
     def __init__(self, target: str, options: ChannelOptions = PLAIN_TEXT) -> None:
         metadata = options.metadata(target)
         self._channel = open_sync(target, options)
-        self._start = _Starter(self._channel, metadata).start
+        self._calls = _Calls(self._channel, metadata, target, options)
 
     def __enter__(self) -> Self:
         return self
@@ -103,32 +137,18 @@ class SyncTransport:
 
     def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call that has one answer."""
-        with _own_errors(timeout_s):
-            answer = self._start(call, timeout_s)
+        with self._calls.own_errors(timeout_s):
+            answer = self._calls.start(call, timeout_s)
         return call.read(answer)
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
         """Make a call whose answer comes in events, and yield those that were read as one."""
-        rpc = self._start(call, timeout_s)
+        rpc = self._calls.start(call, timeout_s)
         try:
-            with _own_errors(timeout_s):
+            with self._calls.own_errors(timeout_s):
                 for message in rpc:
                     event = call.read(message)
                     if event is not None:
                         yield event
         finally:
             rpc.cancel()
-
-
-@contextmanager
-def _own_errors(timeout_s: float) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_wire(error, timeout_s) from error
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Nobody cancelled the caller: the channel was closed under the call.
-        raise Cancelled("the channel was closed", grpc.StatusCode.CANCELLED) from None

@@ -83,24 +83,24 @@ async def test_every_flag_reaches_the_server(start_server: StartServer) -> None:
 async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartServer) -> None:
     _, _, address = await start_server()
     for flag, value, field in [
-        ("--repetition-penalty", "0", "sampling.repetition_penalty"),
-        ("--temperature", "-1", "sampling.temperature"),
-        ("--top-k", "-1", "sampling.top_k"),
-        ("--top-p", "2", "sampling.top_p"),
-        ("--min-p", "2", "sampling.min_p"),
-        ("--seed", "-1", "sampling.seed"),
+        ("--repetition-penalty", "0", "input.sampling.repetition_penalty"),
+        ("--temperature", "-1", "input.sampling.temperature"),
+        ("--top-k", "-1", "input.sampling.top_k"),
+        ("--top-p", "2", "input.sampling.top_p"),
+        ("--min-p", "2", "input.sampling.min_p"),
+        ("--seed", "-1", "input.sampling.seed"),
         ("--min-new-tokens", "9", "input.min_new_tokens"),
         ("--time-limit", "0", "input.time_limit_seconds"),
         ("--stop", "", "input.stop[0]"),
         ("--stop-token-id", "99999", "input.stop_token_ids"),
         ("--top-logprobs", "1", "input.output.top_logprobs"),
         ("--request-id", "a b", "input.request_id"),
-        ("--budget-ratio", "2", "cache_policy.budget_ratio"),
-        ("--recent", "-1", "cache_policy.recent"),
-        ("--recent-share", "2", "cache_policy.recent_share"),
-        ("--sinks", "-1", "cache_policy.sinks"),
-        ("--prefill-chunk", "-1", "cache_policy.prefill_chunk"),
-        ("--random-seed", "-1", "cache_policy.random_seed"),
+        ("--budget-ratio", "2", "input.cache_policy.budget_ratio"),
+        ("--recent", "-1", "input.cache_policy.recent"),
+        ("--recent-share", "2", "input.cache_policy.recent_share"),
+        ("--sinks", "-1", "input.cache_policy.sinks"),
+        ("--prefill-chunk", "-1", "input.cache_policy.prefill_chunk"),
+        ("--random-seed", "-1", "input.cache_policy.random_seed"),
     ]:
         given = ["x", "--target", address, "--max-new-tokens", "4", "--json", flag, value]
         code, _, err = await run(*given)
@@ -126,7 +126,7 @@ async def test_an_error_in_json_is_one_object_with_code_and_fields(
     _, _, address = await start_server()
     for flags, code, field in [
         (["--budget", "65"], "INVALID_ARGUMENT", "input.cache_policy.budget"),
-        (["--alpha", "2"], "INVALID_ARGUMENT", "cache_policy.alpha"),
+        (["--alpha", "2"], "INVALID_ARGUMENT", "input.cache_policy.alpha"),
         (["--table", "t"], "NOT_FOUND", None),
         (["--timeout", "0.2", "--max-new-tokens", "900000"], "DEADLINE_EXCEEDED", None),
     ]:

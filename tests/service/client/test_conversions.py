@@ -90,13 +90,29 @@ def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
         ),
         ([{"role": "user", "content": "x", "name": "y"}], "input.chat.messages[0].name", "permit"),
         (["text"], "input.chat.messages[0]", "dictionary or instance of ChatMessage"),
-        ([2**32], "input", "out of range"),
-        ("\ud800", "input", "surrogate"),
+        ([2**32], "input.token_ids.ids", "out of range"),
+        ("\ud800", "input.text", "surrogate"),
     ],
 )
 def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, problem: str) -> None:
     with pytest.raises(InvalidArgument, match=problem) as caught:
         conversions.generation_input(prompt, 1, {})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"min_new_tokens": -1}, "input.min_new_tokens"),
+        ({"top_logprobs": -1}, "input.output.top_logprobs"),
+        ({"stop_token_ids": [-1]}, "input.stop_token_ids"),
+        ({"stop": "one"}, "input.stop"),
+        ({"request_id": "\ud800"}, "input.request_id"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_by_its_field(options: Any, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        conversions.generation_input("x", 1, options)
     assert caught.value.field == field
 
 

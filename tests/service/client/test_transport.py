@@ -222,6 +222,7 @@ async def test_a_cancelled_task_stays_cancelled(start_server: StartServer) -> No
 
 async def test_a_stream_left_early_is_cancelled_by_either_client(
     start_server: StartServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, client, address = await start_server(max_batch=1)
 
@@ -233,9 +234,11 @@ async def test_a_stream_left_early_is_cancelled_by_either_client(
 
     def leave_early() -> None:
         with SyncClient(address) as blocking:
-            start = blocking._start
+            start = blocking._calls.start
             # gRPC cancels a call that nobody holds any more; here each is held.
-            blocking._start = lambda call, timeout_s: held(start(call, timeout_s))
+            monkeypatch.setattr(
+                blocking._calls, "start", lambda call, timeout_s: held(start(call, timeout_s))
+            )
             with closing(blocking.stream_generate("x", **ENDLESS)) as events:
                 assert any(isinstance(event, Delta) for event in events)
             # Its channel is still open: closing the stream was enough.
@@ -267,6 +270,12 @@ async def test_a_request_that_cannot_be_written_is_refused_before_the_call() -> 
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(InvalidArgument, match="out of range"):
             client.stream_generate("x", max_new_tokens=-1)
+
+
+def test_a_server_that_is_not_there_is_told_with_what_to_do() -> None:
+    told = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* speaks plain text")
+    with SyncClient("127.0.0.1:1") as client, told:
+        client.get_model()
 
 
 @pytest.mark.parametrize(("one", "other"), [(Client, SyncClient), (AdminClient, SyncAdminClient)])
