@@ -41,7 +41,7 @@ class ModelOptions(_Group):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto, float32, bfloat16 or float16."""
+    """auto, float64, float32, bfloat16 or float16."""
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
 
@@ -186,11 +186,13 @@ class ServerOptions(
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise InvalidArgument("--tls-cert", "needs --tls-key, and that needs it")
+            raise InvalidArgument("--tls-cert", "it and --tls-key need each other; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise InvalidArgument("--tls-client-ca", "needs --tls-cert and --tls-key")
         if self.admin_port is not None and self.admin_token_file is None:
             raise InvalidArgument("--admin-port", "needs --admin-token-file")
+        if self.admin_token_file is not None and self.admin_port is None:
+            raise InvalidArgument("--admin-token-file", "opens nothing without --admin-port")
         return self
 
     @property

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import tomllib
-from argparse import ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
+from argparse import ArgumentParser, HelpFormatter, _ArgumentGroup
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +26,11 @@ PROGRAM = "a2sf-serve"
 ENV_PREFIX = "A2SF_"
 CONFIG_ENV = "A2SF_CONFIG"
 
-EPILOG = f"""\
-Every option can also be set in the environment (--max-batch as {ENV_PREFIX}MAX_BATCH) and in a TOML
-file (max_batch = 8). A flag goes before the environment, that before the file; `none` as a flag or
-in the environment takes back what comes after it."""
+EPILOG = (
+    f"Every option can also be set in the environment (--max-batch as {ENV_PREFIX}MAX_BATCH) and "
+    "in a TOML file (max_batch = 8). A flag goes before the environment, that before the file; "
+    "`none` as a flag or in the environment takes back what comes after it."
+)
 
 
 class _Sources(ServerOptions, BaseSettings):
@@ -139,7 +140,7 @@ class _Parser(ArgumentParser):
             description="Serve completions over gRPC with a KV cache of constant size, until "
             "SIGTERM or Ctrl-C.",
             epilog=EPILOG,
-            formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30),
+            formatter_class=partial(HelpFormatter, max_help_position=30),
             allow_abbrev=False,
             add_help=False,
         )
