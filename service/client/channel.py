@@ -88,7 +88,9 @@ class Tls(Frozen):
                 context.load_verify_locations(self.root_ca)
                 roots = self.root_ca.read_bytes()
             except OSError as error:
-                raise InvalidArgument("tls.root_ca", f"{self.root_ca}: {_why(error)}") from None
+                raise InvalidArgument(
+                    "tls.root_ca", f"{self.root_ca}: {_why(error, 'certificates')}"
+                ) from None
         if self.cert is None or self.key is None:
             return grpc.ssl_channel_credentials(roots)
         try:
@@ -97,14 +99,16 @@ class Tls(Frozen):
             chain, key = self.cert.read_bytes(), self.key.read_bytes()
         except OSError as error:
             raise InvalidArgument(
-                "tls.cert", f"{self.cert} with key {self.key}: {_why(error)}"
+                "tls.cert",
+                f"{self.cert} with key {self.key}: "
+                + _why(error, "a key without a password, and a key that is the certificate's"),
             ) from None
         return grpc.ssl_channel_credentials(roots, key, chain)
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, accepted: str) -> str:
     if isinstance(error, ssl.SSLError):
-        return "accepted: PEM, a key without a password, and a key that is the certificate's"
+        return f"accepted: PEM, {accepted}"
     return error.strerror or first_line(error)
 
 

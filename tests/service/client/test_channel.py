@@ -100,7 +100,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     riddle.write_bytes(b"\xff not PEM")
     for tls, told in [
         (Tls(root_ca=tmp_path / "none"), "none: No such file"),
-        (Tls(root_ca=riddle), "riddle: accepted: PEM"),
+        (Tls(root_ca=riddle), "riddle: accepted: PEM, certificates$"),
         (Tls(cert=cert), "together"),
         (Tls(cert=cert, key=key), "key that is the certificate's"),
         (Tls(cert=cert, key=tmp_path / "none"), "No such file"),
