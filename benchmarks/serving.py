@@ -3,7 +3,9 @@
 Owns three measurements on one model: tokens a second of many streams, the time to the first token
 of one, and how long a health check takes while the streams run. The engine alone runs in a process
 of its own and the server in another (`python -m service`). They take turns, so that neither
-disturbs the other and both see the same machine; the client is this process.
+disturbs the other and both see the same machine. The client is this process, on the same machine:
+with as many threads of the engine as there are cores, all three share them, and with one less the
+service and the client have a core of their own, as they have beside a GPU.
 
     python -m benchmarks.serving [--model random|reference] [--streams 16] [--rounds 5] [--out FILE]
 """
@@ -31,6 +33,7 @@ from a2sf.engine import Engine
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, GenerationRequest, Sampling
+from a2sf.threads import set_threads
 from benchmarks import RESULTS, save
 from benchmarks.peers.models import prepare, prompt
 from service.client import Client
@@ -40,6 +43,7 @@ PROMPT_TOKENS = 64
 POLICY = CachePolicy(alpha=0.9, budget=256, recent=64)
 GREEDY = Sampling(temperature=0.0)
 HEALTH_EVERY_S = 0.01
+CORES = os.cpu_count() or 1
 TIMEOUT_S = 600.0
 
 Arrivals: TypeAlias = list[list[float]]
@@ -57,8 +61,10 @@ def rate(arrivals: Arrivals) -> float:
 class Alone:
     """The engine in a process of its own, that runs what it is told and tells the times."""
 
-    def __init__(self, directory: Path, streams: int, environment: dict[str, str]) -> None:
-        command = ["engine", str(directory), "--streams", str(streams)]
+    def __init__(
+        self, directory: Path, streams: int, threads: int, environment: dict[str, str]
+    ) -> None:
+        command = ["engine", str(directory), "--streams", str(streams), "--threads", str(threads)]
         self._process = _started(command, environment)
         assert self._read() == "ready"
 
@@ -82,7 +88,9 @@ class Alone:
 
 
 @contextmanager
-def served(directory: Path, streams: int, environment: dict[str, str]) -> Iterator[str]:
+def served(
+    directory: Path, streams: int, threads: int, environment: dict[str, str]
+) -> Iterator[str]:
     """Run the server as its users do; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
@@ -90,7 +98,8 @@ def served(directory: Path, streams: int, environment: dict[str, str]) -> Iterat
             [
                 *(sys.executable, "-m", "service", "--model", str(directory)),
                 *("--device", "cpu", "--dtype", "float32", "--slots", str(SLOTS)),
-                *("--max-batch", str(streams), "--port", "0", "--port-file", str(port_file)),
+                *("--max-batch", str(streams), "--threads", str(threads)),
+                *("--port", "0", "--port-file", str(port_file)),
             ],
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -128,6 +137,7 @@ async def through(client: Client, ids: Sequence[int], streams: int, tokens: int)
 @app.command()
 def compare(
     model: Annotated[list[str] | None, typer.Option(help="random (100M) or reference.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Threads of the engine.")] = None,
     streams: Annotated[int, typer.Option(help="Completions at once.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each completion.")] = 96,
     rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 7,
@@ -139,12 +149,13 @@ def compare(
     rows = []
     for name in model or ["random", "reference"]:
         directory = prepare(name, Path("build/peers/models"))
-        alone = Alone(directory, streams, environment)
-        with served(directory, streams, environment) as address:
-            measured = _measure(alone, address, directory, streams, tokens, rounds, firsts)
-            rows.append({"model": name, **asyncio.run(measured)})
-        alone.close()
-        typer.echo(json.dumps(rows[-1]))
+        for count in threads or sorted({CORES, max(CORES - 1, 1)}, reverse=True):
+            alone = Alone(directory, streams, count, environment)
+            with served(directory, streams, count, environment) as address:
+                measured = _measure(alone, address, directory, streams, tokens, rounds, firsts)
+                rows.append({"model": name, "threads": count, **asyncio.run(measured)})
+            alone.close()
+            typer.echo(json.dumps(rows[-1]))
     loaded = load_model(str(directory), device="cpu", dtype="float32")
     save(out, loaded, streams=streams, tokens=tokens, rounds=rounds, rows=rows)
 
@@ -207,8 +218,9 @@ async def _measure(
 
 
 @app.command(hidden=True)
-def engine(directory: str, streams: int = 16) -> None:
+def engine(directory: str, streams: int = 16, threads: int = CORES) -> None:
     """Run completions for the comparison: [streams, tokens] a line in, arrivals a line out."""
+    set_threads(threads)
     model = load_model(directory, device="cpu", dtype="float32")
     runs = Engine(model, EngineConfig(slots=SLOTS, max_batch=streams, default_policy=POLICY))
     ids = tuple(_prompt(Path(directory)))
