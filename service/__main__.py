@@ -7,6 +7,7 @@ nothing of gRPC, nor what settings there are.
 import asyncio
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _announce(line: str) -> None:
-    print(line, flush=True)
+    # Whoever read the lines may have left; the server goes on.
+    with suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def _fail(message: str, code: int) -> int:

@@ -23,23 +23,23 @@ def check(
         Path | None,
         typer.Option(help="Authority (PEM) of the server's certificate; without it, plain text."),
     ] = None,
-    cert: Annotated[
+    tls_cert: Annotated[
         Path | None, typer.Option(help="Certificate (PEM) to show to the server; with --tls-ca.")
     ] = None,
-    key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --cert.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     server_name: Annotated[
         str | None,
         typer.Option(help="Name in the server's certificate, where the target is another."),
     ] = None,
 ) -> None:
     """Tell whether a server serves."""
-    if (cert is None) != (key is None):
-        _fail("--cert and --key need each other; give both or neither")
-    if tls_ca is None and (cert is not None or server_name is not None):
-        _fail("--cert, --key and --server-name need --tls-ca")
+    if (tls_cert is None) != (tls_key is None):
+        _fail("--tls-cert and --tls-key need each other; give both or neither")
+    if tls_ca is None and (tls_cert is not None or server_name is not None):
+        _fail("--tls-cert, --tls-key and --server-name need --tls-ca")
     request = health_pb2.HealthCheckRequest(service=service)
     try:
-        with _channel(target, tls_ca, cert, key, server_name) as channel:
+        with _channel(target, tls_ca, tls_cert, tls_key, server_name) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")
@@ -52,14 +52,14 @@ def check(
 
 
 def _channel(
-    target: str, tls_ca: Path | None, cert: Path | None, key: Path | None, name: str | None
+    target: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, name: str | None
 ) -> grpc.Channel:
     if tls_ca is None:
         return grpc.insecure_channel(target)
     credentials = grpc.ssl_channel_credentials(
         tls_ca.read_bytes(),
-        key.read_bytes() if key is not None else None,
-        cert.read_bytes() if cert is not None else None,
+        tls_key.read_bytes() if tls_key is not None else None,
+        tls_cert.read_bytes() if tls_cert is not None else None,
     )
     options = [("grpc.ssl_target_name_override", name)] if name is not None else []
     return grpc.secure_channel(target, credentials, options)

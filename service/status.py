@@ -189,6 +189,9 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
     if cls is None or cls is errors.InvalidArgument:
         return RemoteError(f"{code.name}: {message}", code)
     if cls is errors.ResourceExhausted:
+        if named is None:
+            # gRPC's own, of a limit that stays: the message is too large.
+            return errors.InvalidArgument("request", message)
         told = retry.HasField("retry_delay")
         return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
     return cls(message)
