@@ -289,7 +289,16 @@ async def test_health_is_probed_over_tls_with_a_certificate(
     leaf = place.client_ca.issue_cert("probe@example.com")
     leaf.cert_chain_pems[0].write_to_path(cert)
     leaf.private_key_pem.write_to_path(key)
-    whole = ("--target", address, "--tls-ca", str(ca), "--tls-cert", str(cert), "--tls-key", str(key))
+    whole = (
+        "--target",
+        address,
+        "--tls-ca",
+        str(ca),
+        "--tls-cert",
+        str(cert),
+        "--tls-key",
+        str(key),
+    )
     assert await probe(*whole) == (0, f"{address}: SERVING\n")
     assert await probe(*whole, "--server-name", "server.example") == (0, f"{address}: SERVING\n")
     assert await probe(*whole, "--server-name", "another.example") == (
@@ -303,7 +312,10 @@ async def test_health_is_probed_over_tls_with_a_certificate(
     ("arguments", "told"),
     [
         (["--tls-cert", "c"], "error: --tls-cert and --tls-key need each other"),
-        (["--tls-cert", "c", "--tls-key", "k"], "error: --tls-cert, --tls-key and --server-name need --tls-ca"),
+        (
+            ["--tls-cert", "c", "--tls-key", "k"],
+            "error: --tls-cert, --tls-key and --server-name need --tls-ca",
+        ),
         (["--tls-ca", "/no/such.pem"], "error: /no/such.pem: No such file or directory"),
     ],
 )
