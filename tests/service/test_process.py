@@ -94,10 +94,11 @@ async def test_sigterm_under_load_lets_all_that_were_taken_finish_and_refuses_ot
                 started.set()
                 return [event async for event in events][-1]
 
-        streams = [asyncio.create_task(complete(started)) for started in first]
         async with AdminClient(found[1], ChannelOptions(token=token)) as operator:
-            # Two run and the others wait for their rows.
-            while (await operator.get_load()).waiting < len(streams) - 2:
+            await operator.get_load()
+            streams = [asyncio.create_task(complete(started)) for started in first]
+            # All are taken: two run, and the others wait for their rows.
+            while (await operator.get_load()).admitted < len(streams):
                 await asyncio.sleep(0.01)
         at = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
