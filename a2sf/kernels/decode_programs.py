@@ -1,0 +1,258 @@
+"""Triton programs of one decode step in one layer.
+
+Owns what runs on the device for a row and KV head: the new token's key and value, attention over
+the slots, and the order of it all; `settling` has the scores. Knows nothing of tensors' shapes
+beyond the strides that it is given; `decode` launches it.
+
+`attend` runs once for each row, KV head and split of the slots. With one split it also settles the
+scores; otherwise `close` does, after joining the splits. Both write the logits of each slot out and
+read them back once the softmax is normalised: `GROUP` floats a slot, few enough to stay in L2,
+where registers would have to hold 16 (a tensor core's least) for every slot of the row.
+"""
+
+# Triton types its own; what it takes as constants at compile time is capitalised.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+from a2sf.kernels.settling import settle, slots_in_use
+
+# A layer's part of the rows' tables begins at any alignment, and a prompt's rows have any width:
+# by itself Triton would compile a program for each kind that occurs, in the middle of serving.
+_TABLES = ("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "layer_index")
+_ANYWHERE = (*_TABLES, "score", "position")
+_ANY_VALUE = ("width",)
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+def attend(
+    query,
+    new_keys,
+    new_values,
+    keys,
+    values,
+    output,
+    lse,
+    logits,
+    score,
+    position,
+    plan,
+    start,
+    alpha,
+    budget,
+    recent,
+    sinks,
+    random_seed,
+    layer_index,
+    scale,
+    width,
+    chunk,
+    room,
+    query_row,
+    query_head,
+    new_keys_row,
+    new_keys_head,
+    new_values_row,
+    new_values_head,
+    slots_row,
+    slots_head,
+    score_row,
+    score_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SETTLE_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCORED: tl.constexpr,
+    ANY_RANDOM: tl.constexpr,
+):
+    """Attend to one split's slots of a row and KV head, the new token among them.
+
+    `output` [pairs, GROUP, SPLITS, DIM] is normalised within the split, `lse` [pairs, GROUP,
+    SPLITS] says in base 2 what by; -inf where the split holds nothing. `scale` is in base 2.
+    """
+    # 64 bits: a slab's elements are more than 32 bits count.
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    row = pair // KV_HEADS
+    head = pair % KV_HEADS
+    held = slots_in_use(start, budget, row, width)
+    slot = tl.load(plan + pair).to(tl.int32)
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, held)
+
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, DIM_PAD)
+    heads = g < GROUP
+    dims = d < DIM
+    both = heads[:, None] & dims[None, :]
+    query_heads = pair * GROUP + g
+    q = tl.load(
+        query + row * query_row + (head * GROUP + g)[:, None] * query_head + d[None, :],
+        mask=both,
+        other=0.0,
+    )
+    new_key = tl.load(
+        new_keys + row * new_keys_row + head * new_keys_head + d, mask=dims, other=0.0
+    )
+    new_value = tl.load(
+        new_values + row * new_values_row + head * new_values_head + d, mask=dims, other=0.0
+    )
+
+    # The new token is where the running softmax of its split starts from, out of registers. Its
+    # slot is left out of the loads below: what was there, and when the stores land, is no matter.
+    mine = (slot >= begin) & (slot < begin + chunk)
+    slab = row * slots_row + head * slots_head
+    new = slab + slot.to(tl.int64) * DIM + d
+    # Not `dims & mine`: the interpreter makes integers of a scalar truth value.
+    placed = d < tl.where(mine, DIM, 0)
+    tl.store(keys + new, new_key, mask=placed)
+    tl.store(values + new, new_value, mask=placed)
+    logit = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scale
+    if SCORED:
+        tl.store(logits + query_heads * room + slot, logit, mask=g < tl.where(mine, GROUP, 0))
+    highest = tl.where(mine, logit, float("-inf"))
+    total = tl.zeros([GROUP_PAD], tl.float32) + tl.where(mine, 1.0, 0.0)
+    got = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    got += tl.where(mine, new_value.to(tl.float32), 0.0)[None, :]
+
+    for first in tl.range(begin, end, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        live = (n < end) & (n != slot)
+        there = slab + n[:, None].to(tl.int64) * DIM + d[None, :]
+        loaded = live[:, None] & dims[None, :]
+        # Read once a step: they should not push the logits out of L2.
+        k = tl.load(keys + there, mask=loaded, other=0.0, eviction_policy="evict_first")
+        tile = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        tile = tl.where(live[None, :], tile, float("-inf"))
+        if SCORED:
+            tl.store(
+                logits + query_heads[:, None] * room + n[None, :],
+                tile,
+                mask=heads[:, None] & live[None, :],
+            )
+        # Never -inf: a tile has a live slot, or this split the new token.
+        higher = tl.maximum(highest, tl.max(tile, axis=1))
+        shrink = tl.exp2(highest - higher)
+        paid = tl.exp2(tile - higher[:, None])
+        total = total * shrink + tl.sum(paid, axis=1)
+        v = tl.load(values + there, mask=loaded, other=0.0, eviction_policy="evict_first")
+        got = tl.dot(paid.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
+        highest = higher
+
+    divisor = tl.where(total > 0.0, total, 1.0)
+    at = query_heads * SPLITS + split
+    tl.store(output + at[:, None] * DIM + d[None, :], got / divisor[:, None], mask=both)
+    tl.store(lse + at, highest + tl.log2(divisor), mask=heads)
+    if SPLITS == 1:
+        # Other threads of this program read the logits back.
+        tl.debug_barrier()
+        settle(
+            logits,
+            lse,
+            score,
+            position,
+            plan,
+            start,
+            alpha,
+            budget,
+            recent,
+            sinks,
+            random_seed,
+            layer_index,
+            pair,
+            width,
+            room,
+            score_row,
+            score_head,
+            KV_HEADS,
+            GROUP,
+            SETTLE_BLOCK,
+            SCORED,
+            ANY_RANDOM,
+        )
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+def close(
+    split_output,
+    split_lse,
+    output,
+    lse,
+    logits,
+    score,
+    position,
+    plan,
+    start,
+    alpha,
+    budget,
+    recent,
+    sinks,
+    random_seed,
+    layer_index,
+    width,
+    room,
+    score_row,
+    score_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SETTLE_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    SCORED: tl.constexpr,
+    ANY_RANDOM: tl.constexpr,
+):
+    """Join the splits of a row and KV head, and settle it. Tensors as `attend` wrote them."""
+    pair = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, SPLITS_PAD)
+    d = tl.arange(0, DIM_PAD)
+    dims = d < DIM
+    for g in tl.static_range(GROUP):
+        query_head = pair * GROUP + g
+        at = query_head * SPLITS + s
+        some = s < SPLITS
+        each = tl.load(split_lse + at, mask=some, other=float("-inf"))
+        # Never -inf: one split holds the new token.
+        highest = tl.max(each, axis=0)
+        joined = highest + tl.log2(tl.sum(tl.exp2(each - highest), axis=0))
+        got = tl.load(
+            split_output + at[:, None] * DIM + d[None, :],
+            mask=some[:, None] & dims[None, :],
+            other=0.0,
+        )
+        share = tl.exp2(each - joined)
+        tl.store(output + query_head * DIM + d, tl.sum(got * share[:, None], axis=0), mask=dims)
+        tl.store(lse + query_head, joined)
+    # Other threads of this program read the joined normalisers back.
+    tl.debug_barrier()
+    settle(
+        logits,
+        lse,
+        score,
+        position,
+        plan,
+        start,
+        alpha,
+        budget,
+        recent,
+        sinks,
+        random_seed,
+        layer_index,
+        pair,
+        width,
+        room,
+        score_row,
+        score_head,
+        KV_HEADS,
+        GROUP,
+        SETTLE_BLOCK,
+        SCORED,
+        ANY_RANDOM,
+    )
