@@ -51,7 +51,8 @@ def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
     """Return how many slots a program loads at a time: a power of two from 16 to 128."""
     slot_bytes = 2 * triton.next_power_of_2(head_dim) * dtype.itemsize
     fits = max(TILE_BYTES // slot_bytes, 1)
-    return min(max(1 << (fits.bit_length() - 1), _LEAST_DOT), 128)
+    power: int = 1 << (fits.bit_length() - 1)
+    return min(max(power, _LEAST_DOT), 128)
 
 
 def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:
@@ -213,8 +214,8 @@ def decode_attention(
         # Scores round as the reference's do: after the decay, and after the sum.
         "enable_fp_fusion": False,
     }
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device_of(query):
+    # Triton launches on the current device, whichever the tensors are on; -1 is the processor.
+    with torch.cuda.device(query.get_device()):
         decode_programs.attend[rows * kv_heads, splits](
             query,
             keys,

@@ -3,51 +3,42 @@
 Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
 """
 
-# ruff: noqa: E402 - Triton asks for its interpreter when it is imported.
-
-import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import JITFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import Unsupported
-from a2sf.kernels import decode
+from a2sf.kernels import decode, decode_programs, settling
 from a2sf.policy import EffectivePolicy
 from a2sf.scoring import EMPTY
 
+CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 # Rounding of the output, as a share of the largest value; scores are float32 whatever the model.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_poisoned() -> None:
-    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def interpreted_products_know_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds bfloat16 as bits, and multiplies them as integers in `tl.dot`."""
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    """Run the programs on the processor, although others have imported Triton to compile."""
     if CUDA:
+        yield
         return
     dot = InterpreterBuilder.create_dot
 
+    # The interpreter holds bfloat16 as bits, and would multiply them as integers.
     def widened(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object
     ) -> object:
@@ -56,7 +47,22 @@ def interpreted_products_know_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return dot(self, a, b, *rest)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(InterpreterBuilder, "create_dot", widened)
+        for module in (tl, tl.standard, settling, decode_programs):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, JITFunction):
+                    patch.setattr(module, name, InterpretedFunction(function.fn))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_poisoned() -> Iterator[None]:
+    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @dataclass

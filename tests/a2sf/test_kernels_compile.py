@@ -1,0 +1,138 @@
+"""The decode programs compile for GPUs, on machines that have none.
+
+The interpreter takes what a compiler refuses: shapes that are no powers of two, operations that a
+GPU lacks. Whether they are fast, and whether their memory operations are in order, this cannot say.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
+
+ARCHITECTURES = (80, 90)
+
+SHARED_BYTES = 99 * 1024
+"""What a program may take of a multiprocessor's shared memory on the smallest GPUs of the kind."""
+
+POINTERS = {
+    "*i64": "plan start budget recent sinks random_seed layer_index",
+    "*i32": "position",
+    "*fp64": "alpha",
+    "*fp32": "score logits lse split_lse split_output",
+}
+TABLES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
+
+
+@pytest.mark.slow
+def test_every_kind_of_program_compiles_without_spilling(tmp_path: Path) -> None:
+    # A process of its own, for in this one Triton may be interpreting.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(ARCHITECTURES) * 10
+    for line in lines:
+        shared, stack = map(int, line.split()[-2:])
+        assert shared <= SHARED_BYTES, line
+        # float32 has no tensor cores of its own, and nobody serves with it there.
+        assert stack == 0 or "torch.float32" in line, line
+
+
+def compile_all() -> None:
+    """Print a line for each program: what it is, and its bytes of shared memory and of stack."""
+    import torch
+    import triton
+
+    from a2sf.kernels import decode, decode_programs
+
+    models = [
+        (torch.bfloat16, 128, 4, 1, True, False),
+        (torch.bfloat16, 80, 1, 16, True, True),
+        (torch.bfloat16, 256, 7, 1, True, False),
+        (torch.float16, 64, 8, 32, False, True),
+        (torch.float16, 96, 2, 1, False, False),
+        (torch.float32, 256, 1, 1, True, True),
+        (torch.float32, 32, 4, 2, True, False),
+    ]
+    for architecture, (dtype, dim, group, splits, scored, any_random) in itertools.product(
+        ARCHITECTURES, models
+    ):
+        constants = {
+            "KV_HEADS": 8,
+            "GROUP": group,
+            "GROUP_PAD": 16,
+            "DIM": dim,
+            "DIM_PAD": triton.next_power_of_2(dim),
+            "BLOCK": decode.tile_slots(dim, dtype),
+            "SETTLE_BLOCK": decode.SETTLE_BLOCK,
+            "SPLITS": splits,
+            "SPLITS_PAD": triton.next_power_of_2(splits),
+            "SCORED": scored,
+            "ANY_RANDOM": any_random,
+        }
+        for program in (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]:
+            compiled = compile_one(program, str(dtype), constants, architecture)
+            name = f"sm_{architecture} {program.fn.__name__} {dtype} {dim} {group} {splits}"
+            print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
+
+
+def compile_one(program: object, dtype: str, constants: dict, architecture: int) -> object:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    model = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[dtype]
+    names = program.arg_names
+    types, aligned = {}, {}
+    for index, name in enumerate(names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in MODELS:
+            split = name == "output" and "split_output" not in names and constants["SPLITS"] > 1
+            types[name] = "*fp32" if split else model
+        else:
+            types[name] = TABLES.get(name, "fp32" if name == "scale" else "i32")
+        # As at run time: what the slab's own sizes are multiples of.
+        if name in MODELS or name.endswith(("_row", "_head")):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(
+            program,
+            types,
+            {(names.index(k),): v for k, v in constants.items() if k in names},
+            aligned,
+        ),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    )
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """What a program spills out of registers."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        used = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    (stack,) = (w for w in (used.stdout + used.stderr).split() if w.startswith("STACK:"))
+    return int(stack.removeprefix("STACK:"))
+
+
+if __name__ == "__main__":
+    compile_all()
