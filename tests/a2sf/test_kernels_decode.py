@@ -5,7 +5,9 @@ Where there is no CUDA device the programs run in Triton's interpreter, on the p
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,9 +32,9 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    """Run the programs on the processor, although others have imported Triton to compile."""
+@contextmanager
+def interpreting(*modules: ModuleType) -> Iterator[None]:
+    """Run the modules' programs on the processor, although others imported Triton to compile."""
     if CUDA:
         yield
         return
@@ -50,10 +52,16 @@ def interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(InterpreterBuilder, "create_dot", widened)
-        for module in (tl, tl.standard, settling, decode_programs):
+        for module in (tl, tl.standard, *modules):
             for name, function in list(vars(module).items()):
                 if isinstance(function, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(function.fn))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    with interpreting(settling, decode_programs):
         yield
 
 
