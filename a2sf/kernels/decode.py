@@ -40,11 +40,14 @@ computes."""
 MOST_SPLITS = 32
 """Of a row's slots: what the closing program joins, it holds in registers."""
 
-_LEAST_DOT = 16
+LEAST_DOT = 16
 """Rows, columns and depth of the smallest tensor core product."""
 
-_NUM_WARPS = 4
-_NUM_STAGES = 3
+NUM_WARPS = 4
+"""That share a program's work."""
+
+NUM_STAGES = 3
+"""Tiles in flight: one is worked on while two are loaded."""
 
 
 def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
@@ -52,7 +55,7 @@ def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
     slot_bytes = 2 * triton.next_power_of_2(head_dim) * dtype.itemsize
     fits = max(TILE_BYTES // slot_bytes, 1)
     power: int = 1 << (fits.bit_length() - 1)
-    return min(max(power, _LEAST_DOT), 128)
+    return min(max(power, LEAST_DOT), 128)
 
 
 def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:
@@ -205,12 +208,12 @@ def decode_attention(
         "KV_HEADS": kv_heads,
         "GROUP": q_heads // kv_heads,
         "DIM": dim,
-        "DIM_PAD": max(triton.next_power_of_2(dim), _LEAST_DOT),
+        "DIM_PAD": max(triton.next_power_of_2(dim), LEAST_DOT),
         "SETTLE_BLOCK": SETTLE_BLOCK,
         "SPLITS": splits,
         "SCORED": policy.any_scored,
         "ANY_RANDOM": policy.any_random,
-        "num_warps": _NUM_WARPS,
+        "num_warps": NUM_WARPS,
         # Scores round as the reference's do: after the decay, and after the sum.
         "enable_fp_fusion": False,
     }
@@ -237,9 +240,9 @@ def decode_attention(
             *values.stride()[:2],
             *stored_keys.stride()[:2],
             *score.stride()[:2],
-            GROUP_PAD=max(triton.next_power_of_2(q_heads // kv_heads), _LEAST_DOT),
+            GROUP_PAD=max(triton.next_power_of_2(q_heads // kv_heads), LEAST_DOT),
             BLOCK=block,
-            num_stages=_NUM_STAGES,
+            num_stages=NUM_STAGES,
             **common,
         )
         if splits > 1:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from a2sf.kernels import prefill_programs
-from a2sf.kernels.decode import refuse_unsupported
+from a2sf.kernels.decode import LEAST_DOT, NUM_WARPS, refuse_unsupported
 
 TILE_ELEMENTS = 8192
 """Of a tile of keys: 64 slots of a head of 128."""
@@ -19,9 +19,13 @@ TILE_ELEMENTS = 8192
 QUERIES = 64
 """Queries multiplied at a time: the rows of Hopper's own matrix instruction."""
 
-_NUM_WARPS = 4
-_NUM_STAGES = 2
-_LEAST_DOT = 16
+NUM_STAGES = 2
+"""Tiles in flight: one is worked on while the next is loaded."""
+
+
+def tile_slots(head_dim: int) -> int:
+    """Return how many slots a program works on at a time: a power of two from 32 to 128."""
+    return min(TILE_ELEMENTS // max(triton.next_power_of_2(head_dim), LEAST_DOT), 128)
 
 
 def mass(
@@ -66,19 +70,18 @@ def mass(
     first_counted = torch.where(counted.any(dim=-1), counted.int().argmax(dim=-1), width)
     normalisers = torch.empty(rows, q_heads, width, dtype=torch.float32, device=query.device)
     paid = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
-    dim_pad = max(triton.next_power_of_2(dim), _LEAST_DOT)
-    tile = min(TILE_ELEMENTS // dim_pad, 128)
+    tile = tile_slots(dim)
     sizes = (scale * math.log2(math.e), width, slots)
     strides = (*query.stride()[:3], *keys.stride()[:2], *position.stride()[:2])
     common = {
         "KV_HEADS": kv_heads,
         "GROUP": q_heads // kv_heads,
         "DIM": dim,
-        "DIM_PAD": dim_pad,
+        "DIM_PAD": max(triton.next_power_of_2(dim), LEAST_DOT),
         "QUERIES": QUERIES,
         "SLOTS": tile,
-        "num_warps": _NUM_WARPS,
-        "num_stages": _NUM_STAGES,
+        "num_warps": NUM_WARPS,
+        "num_stages": NUM_STAGES,
         "enable_fp_fusion": False,
     }
     # Triton launches on the current device, whichever the tensors are on; -1 is the processor.

@@ -1,4 +1,4 @@
-"""The decode programs compile for GPUs, on machines that have none.
+"""The programs compile for GPUs, on machines that have none.
 
 The interpreter takes what a compiler refuses: shapes that are no powers of two, operations that a
 GPU lacks. Whether they are fast, and whether their memory operations are in order, this cannot say.
@@ -21,26 +21,27 @@ SHARED_BYTES = 99 * 1024
 """What a program may take of a multiprocessor's shared memory on the smallest GPUs of the kind."""
 
 POINTERS = {
-    "*i64": "plan start budget recent sinks random_seed layer_index",
+    "*i64": "plan start budget recent sinks random_seed layer_index query_position first_counted",
     "*i32": "position",
     "*fp64": "alpha",
-    "*fp32": "score logits lse split_lse split_output",
+    "*fp32": "score logits lse split_lse split_output weights normalisers paid",
 }
 TABLES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_every_kind_of_program_compiles_without_spilling(tmp_path: Path) -> None:
     # A process of its own, for in this one Triton may be interpreting.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(ARCHITECTURES) * 10
+    assert len(lines) == len(ARCHITECTURES) * (10 + 2 * 7)
     for line in lines:
         shared, stack = map(int, line.split()[-2:])
         assert shared <= SHARED_BYTES, line
@@ -53,7 +54,7 @@ def compile_all() -> None:
     import torch
     import triton
 
-    from a2sf.kernels import decode, decode_programs
+    from a2sf.kernels import decode, decode_programs, prefill, prefill_programs
 
     models = [
         (torch.bfloat16, 128, 4, 1, True, False),
@@ -79,17 +80,28 @@ def compile_all() -> None:
             "SPLITS_PAD": triton.next_power_of_2(splits),
             "SCORED": scored,
             "ANY_RANDOM": any_random,
+            "QUERIES": prefill.QUERIES,
+            "SLOTS": prefill.tile_slots(dim),
         }
-        for program in (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]:
-            compiled = compile_one(program, str(dtype), constants, architecture)
+        decoding = (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]
+        for program, stages in (
+            *((program, decode.NUM_STAGES) for program in decoding),
+            (prefill_programs.normalise, prefill.NUM_STAGES),
+            (prefill_programs.charge, prefill.NUM_STAGES),
+        ):
+            compiled = compile_one(program, str(dtype), constants, architecture, stages)
             name = f"sm_{architecture} {program.fn.__name__} {dtype} {dim} {group} {splits}"
             print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
 
 
-def compile_one(program: object, dtype: str, constants: dict, architecture: int) -> object:
+def compile_one(
+    program: object, dtype: str, constants: dict, architecture: int, stages: int
+) -> object:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from a2sf.kernels import decode
 
     model = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[dtype]
     names = program.arg_names
@@ -103,7 +115,7 @@ def compile_one(program: object, dtype: str, constants: dict, architecture: int)
         else:
             types[name] = TABLES.get(name, "fp32" if name == "scale" else "i32")
         # As at run time: what the slab's own sizes are multiples of.
-        if name in MODELS or name.endswith(("_row", "_head")):
+        if name in MODELS or name.endswith(("_row", "_head", "_token")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(
@@ -113,7 +125,7 @@ def compile_one(program: object, dtype: str, constants: dict, architecture: int)
             aligned,
         ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+        options={"num_warps": decode.NUM_WARPS, "num_stages": stages, "enable_fp_fusion": False},
     )
 
 
