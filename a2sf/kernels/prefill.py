@@ -25,7 +25,8 @@ NUM_STAGES = 2
 
 def tile_slots(head_dim: int) -> int:
     """Return how many slots a program works on at a time: a power of two from 32 to 128."""
-    return min(TILE_ELEMENTS // max(triton.next_power_of_2(head_dim), LEAST_DOT), 128)
+    padded: int = triton.next_power_of_2(head_dim)
+    return min(TILE_ELEMENTS // max(padded, LEAST_DOT), 128)
 
 
 def mass(
@@ -39,8 +40,8 @@ def mass(
     """Sum what the queries pay to each stored token, in float32.
 
     A query of weight w adds w x softmax: `exp(qk - (LSE_q - ln w))`. Time goes with the slots times
-    the queries that count in each KV head, so that decay makes long blocks cheap; queries of weight
-    0 are not read beyond the tile of the first that counts. Nothing is asked of the device.
+    the queries that count in each KV head, so that decay makes long blocks cheap. Nothing is asked
+    of the device.
 
     Args:
         query: [rows, H_q, width, D], its last dimension contiguous.

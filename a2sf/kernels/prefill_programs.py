@@ -138,7 +138,6 @@ def charge(
     # Queries before the tile's oldest token see none of it; their positions are consecutive.
     oldest = tl.min(where, axis=0) - tl.load(query_position + row * width).to(tl.int32)
     begin = tl.maximum(oldest, tl.load(first_counted + pair).to(tl.int32))
-    begin = tl.minimum(begin, width) // QUERIES * QUERIES
     total = tl.zeros([SLOTS], tl.float32)
     for g in tl.range(0, GROUP):
         q_head = head * GROUP + g

@@ -8,10 +8,12 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
+from triton.runtime.interpreter import InterpreterBuilder
+
 from a2sf import attention, scoring
 from a2sf.kernels import prefill, prefill_programs
 from a2sf.scoring import EMPTY
-from tests.a2sf.test_kernels_decode import DEVICE, interpreting
+from tests.a2sf.test_kernels_decode import CUDA, DEVICE, interpreting
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,16 +83,25 @@ def test_the_mass_of_any_block_equals_the_reference(seed: int) -> None:
     check(seed)
 
 
-def test_queries_too_old_to_count_are_not_read() -> None:
+@pytest.mark.skipif(CUDA, reason="counts the interpreter's products")
+def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda *rest: products.append(1) or dot(*rest)
+    )
     width, dim = 64, 16
     query = torch.randn(1, 1, width, dim, generator=torch.Generator().manual_seed(0))
     position = torch.arange(width, dtype=torch.int32)[None, None]
     at = torch.arange(width)[None]
-    alpha = torch.tensor([[[0.3]]], dtype=torch.float64)
-    # .3^11 is the last weight above 1e-6: 12 queries count, all in the last of four tiles.
-    weights = scoring.query_weights(alpha, torch.tensor([width]), 0, width)[0]
-    want = attention.mass(query, at, query, position, weights, 0.4)
-    blind = query.clone()
-    blind[:, :, :48] = torch.nan
-    got = prefill.mass(*(t.to(DEVICE) for t in (blind, at, query, position, weights)), scale=0.4)
-    torch.testing.assert_close(got.cpu(), want, rtol=2e-5, atol=1e-6)
+    for alpha, count in ((0.3, 4), (0.0, 4), (1.0, 4 * 2 + 4 + 2)):
+        weights = scoring.query_weights(
+            torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([width]), 0, width
+        )[0]
+        products.clear()
+        got = prefill.mass(query, at, query, position, weights, 0.4)
+        want = attention.mass(query, at, query, position, weights, 0.4)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+        # Of four tiles of queries and two of slots: at .3 and 0 only the last queries count, and at
+        # 1 all do, but the later slots are out of the earlier queries' sight.
+        assert len(products) == count
