@@ -20,7 +20,6 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.errors import Unsupported
 from a2sf.kernels import decode, decode_programs, settling
 from a2sf.policy import EffectivePolicy
 from a2sf.scoring import EMPTY
@@ -365,39 +364,3 @@ def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_ti
     assert case.slab.keys[0][:, :, width:].isnan().all()
     assert case.slab.score[..., width:].isnan().all()
     assert (case.slab.position[..., width:] == EMPTY).all()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dim", "said"),
-    [
-        (torch.float64, 64, "float64; accepted: bfloat16, float16, float32"),
-        (torch.bfloat16, 512, "heads of 512; accepted: up to 256"),
-    ],
-)
-def test_what_has_no_program_is_refused_by_name(dtype: torch.dtype, dim: int, said: str) -> None:
-    with pytest.raises(Unsupported, match=said):
-        decode.refuse_unsupported(dtype, dim)
-
-
-@pytest.mark.parametrize("dtype", decode.DTYPES)
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
-def test_a_tile_fits_its_bytes_and_a_tensor_core(dtype: torch.dtype, dim: int) -> None:
-    slots = decode.tile_slots(dim, dtype)
-    assert slots in (16, 32, 64, 128)
-    padded = 1 << (dim - 1).bit_length()
-    assert slots * 2 * padded * dtype.itemsize <= decode.TILE_BYTES
-    assert slots == 128 or 2 * slots * 2 * padded * dtype.itemsize > decode.TILE_BYTES
-
-
-@pytest.mark.parametrize(
-    ("programs", "tiles", "splits"),
-    [
-        (8, 16, 16),  # one row of an 8B model: a tile each
-        (8, 100, 25),  # at most 32, and 4 tiles each need only 25
-        (64, 16, 4),  # wanted are 5: with 4 tiles each, 4 do as well
-        (512, 16, 1),
-        (8, 1, 1),
-    ],
-)
-def test_slots_are_split_until_the_device_is_busy(programs: int, tiles: int, splits: int) -> None:
-    assert decode.choose_splits(programs, tiles, multiprocessors=132) == splits
