@@ -19,6 +19,7 @@ CORE = [
     "requests",
     "scoring",
     "cache",
+    "kernels",
     "attention",
     "kept",
     "reference",
@@ -51,6 +52,7 @@ ALONE = {
     "prometheus_client": "service/metrics.py",
     "pydantic_settings": "service/settings.py",
     "structlog": "service",
+    "triton": "a2sf/kernels/",
     "transformers": "a2sf/models.py",
 }
 
