@@ -109,6 +109,11 @@ class LoadedModel:
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it, such as `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Turn text into token ids, with the beginning-of-sequence token if the model has one.
 

@@ -15,6 +15,7 @@ from a2sf.errors import InvalidArgument
 from a2sf.files import REFERENCE
 from a2sf.policy import DEFAULT_SINKS, CachePolicy, deal, slots_for
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
+from service.runner import MAX_UNREAD
 
 if TYPE_CHECKING:
     from a2sf.admission import EngineConfig
@@ -72,7 +73,7 @@ class CapacityOptions(_Group):
     """Budget of requests that name none, in tokens; without it 256, or the slots of the narrowest
     layer where those are fewer."""
     max_prefill_tokens: Positive | None = None
-    """Longest prompt block, in tokens; without it, what fits the slots."""
+    """Longest prompt block, in tokens; without it, the model's context, at most 8192."""
     step_tokens: Positive = 512
     """Prompt tokens computed between two decode steps."""
     max_waiting: Count = 64
@@ -81,7 +82,7 @@ class CapacityOptions(_Group):
     """Largest request message that is read."""
     max_prompt_bytes: Positive = 2**20
     """Longest prompt that is tokenized, in bytes of UTF-8."""
-    max_unread: Positive = 4096
+    max_unread: Positive = MAX_UNREAD
     """Events of one request that may wait for its client to read; beyond, the request is
     aborted."""
     stall_timeout_s: Annotated[

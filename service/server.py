@@ -170,7 +170,7 @@ class Server:
         self._metrics.serving(
             model=core.model.identity.id,
             device=core.model.device.type,
-            dtype=str(core.model.dtype).removeprefix("torch."),
+            dtype=core.model.dtype_name,
             load=lambda: self._backend.load,
             catalog=lambda: core.tables.now,
         )

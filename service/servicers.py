@@ -190,7 +190,7 @@ def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
         max_context=shape.max_context,
         vocab_size=shape.vocab_size,
         head_dim=shape.head_dim,
-        dtype=str(core.model.dtype).removeprefix("torch."),
+        dtype=core.model.dtype_name,
         device=core.model.device.type,
         slots=config.slots,
         layer_slots=config.layer_slots(shape.num_layers),

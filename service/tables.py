@@ -8,7 +8,6 @@ the engine, or of who asks for another reading.
 
 import hashlib
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import structlog
 
 from a2sf.errors import A2SFError, Conflict, InvalidArgument, NotFound, TableError, TableInvalid
 from a2sf.schema import MAX_FILE_BYTES, AlphaTable, ModelIdentity, parse_table
+from service import files
 
 log = structlog.get_logger(__name__)
 
@@ -168,7 +168,7 @@ class TableCatalog:
         # Looked at before it is read: a change during the reading is then seen as one.
         look = _look(directory)
         try:
-            files = sorted(entry.name for entry in directory.iterdir() if _is_table(entry.name))
+            names = sorted(entry.name for entry in directory.iterdir() if _is_table(entry.name))
         except OSError as error:
             raise NotFound(
                 f"the directory of alpha tables cannot be listed: {error.strerror}; the tables "
@@ -177,7 +177,7 @@ class TableCatalog:
         whole: dict[str, AlphaTable] = {}
         refused: list[tuple[str, TableError]] = []
         kept: dict[str, AlphaTable] = {}
-        for file in files:
+        for file in names:
             before = self._kept.get(file)
             # Until the file tells the table's name, it goes by the one that it had, or by its own.
             name = before.name if before is not None else Path(_printable(file)).stem
@@ -196,19 +196,17 @@ class TableCatalog:
                 refused.append((name, _refusal(file, error)))
             else:
                 whole[file] = table
-        names = {table.name: file for file, table in kept.items()}
+        taken = {table.name: file for file, table in kept.items()}
         # Whoever served a name goes before another file of that name.
         for file in sorted(whole, key=lambda file: (not self._served(file, whole[file]), file)):
             table = whole[file]
-            if names.setdefault(table.name, file) == file:
+            if taken.setdefault(table.name, file) == file:
                 kept[file] = table
             else:
-                taken = (
-                    f"another file, {_printable(names[table.name])}, has the name {table.name!r}"
-                )
-                refused.append((table.name, _refusal(file, TableInvalid(taken))))
+                why = f"another file, {_printable(taken[table.name])}, has the name {table.name!r}"
+                refused.append((table.name, _refusal(file, TableInvalid(why))))
         default = self.now.tables[self._default] if self._default is not None else None
-        self._orphan = default if default is not None and default.name not in names else None
+        self._orphan = default if default is not None and default.name not in taken else None
         self._kept, self._refused, self._seen = kept, refused, look
         past = self.now
         self._publish()
@@ -245,34 +243,18 @@ def _is_table(file: str) -> bool:
 def _look(directory: Path) -> object:
     """What can be seen of a directory and its tables without reading any; None: nothing can."""
     try:
-        files = [entry for entry in directory.iterdir() if _is_table(entry.name)]
+        entries = [entry for entry in directory.iterdir() if _is_table(entry.name)]
         seen = directory.stat()
     except OSError:
         return None
-    return (seen.st_dev, seen.st_ino), {file.name: _stamp(file) for file in files}
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        seen = path.stat()
-    except OSError as error:
-        return (error.errno or 0,)
-    return seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size
+    return (seen.st_dev, seen.st_ino), {entry.name: files.stamp(entry) for entry in entries}
 
 
 def _contents(path: Path) -> bytes:
-    """Read a regular file of at most MAX_FILE_BYTES, or a link to one. Raises TableInvalid."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would never return.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        seen = os.fstat(file.fileno())
-        if not stat.S_ISREG(seen.st_mode):
-            raise TableInvalid("not a regular file")
-        if seen.st_size <= MAX_FILE_BYTES:
-            # The file may have grown since.
-            data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) <= MAX_FILE_BYTES:
-                return data
-    raise TableInvalid(f"larger than {MAX_FILE_BYTES} bytes")
+    try:
+        return files.contents(path, MAX_FILE_BYTES)
+    except files.Unfit as error:
+        raise TableInvalid(str(error)) from None
 
 
 def _refusal(file: str, error: Exception) -> TableError:

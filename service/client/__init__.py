@@ -10,7 +10,7 @@ from typing import Unpack
 
 from a2sf.requests import ChatMessage
 from a2sf.schema import AlphaTable
-from service.client import calls as calls
+from service.client import calls
 from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
 from service.client.options import Chat, GenerationOptions

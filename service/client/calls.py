@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from a2sf.errors import InvalidArgument
 from a2sf.schema import AlphaTable
-from service.client import conversions as conversions
+from service.client import conversions
 from service.client.options import Chat, GenerationOptions
 from service.client.results import (
     Activated,

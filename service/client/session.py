@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from a2sf.errors import A2SFError
 from a2sf.requests import ChatMessage
-from service.client import calls as calls
+from service.client import calls
 from service.client.display import Display
 from service.client.options import GenerationOptions
 from service.client.results import Delta

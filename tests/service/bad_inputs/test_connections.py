@@ -110,6 +110,7 @@ async def test_a_connection_cut_in_the_middle_of_a_stream_frees_its_row(served: 
     async with raw_call(served.address) as call:
         await call.send({":path": STREAM}, framed(generation(**ENDLESS)))
         await call.first_byte()
+        assert served.server.core.engine.running == 1
     await until(lambda: not served.server.core.engine.running)
 
 
