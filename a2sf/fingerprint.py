@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a2sf.errors import NotFound, Unsupported
-from a2sf.schema import canonical_json
+from a2sf.tablefile import canonical_json
 
 BYTES_A_WEIGHT = 4096
 

@@ -29,7 +29,8 @@ from a2sf.requests import (
     Sampling,
     Started,
 )
-from a2sf.schema import AlphaTable, ModelIdentity, canonical_json
+from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.tablefile import canonical_json
 from service.pb import inference_pb2 as pb
 from service.policies import preset_value, set_fields
 from service.status import InvalidRequest, from_validation

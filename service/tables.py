@@ -17,7 +17,8 @@ from pathlib import Path
 import structlog
 
 from a2sf.errors import A2SFError, Conflict, InvalidArgument, NotFound, TableError, TableInvalid
-from a2sf.schema import MAX_FILE_BYTES, AlphaTable, ModelIdentity, parse_table
+from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.tablefile import MAX_FILE_BYTES, parse_table
 from service import files
 
 log = structlog.get_logger(__name__)

@@ -15,10 +15,8 @@ from a2sf.schema import (
     Stage,
     TablePolicy,
     UniformSetting,
-    canonical_digest,
-    parse_table,
-    seal,
 )
+from a2sf.tablefile import canonical_digest, parse_table, seal
 
 IDENTITY = ModelIdentity(
     id="m",

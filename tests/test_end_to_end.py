@@ -16,7 +16,7 @@ import pytest
 
 from a2sf.policy import CachePolicy
 from a2sf.requests import Sampling
-from a2sf.schema import load_table
+from a2sf.tablefile import load_table
 from service.client import Client
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = [
     "errors",
     "schema",
+    "tablefile",
     "policy",
     "requests",
     "scoring",

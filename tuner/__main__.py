@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.schema import load_table, save_table
+from a2sf.tablefile import load_table, save_table
 from tuner.options import check_ranges, check_writable, numbers, without_paths
 
 DEFAULT_RATIO = 0.2

@@ -16,14 +16,8 @@ import optuna
 from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
-from a2sf.schema import (
-    AlphaTable,
-    Calibration,
-    Estimate,
-    Search,
-    UniformSetting,
-    seal,
-)
+from a2sf.schema import AlphaTable, Calibration, Estimate, Search, UniformSetting
+from a2sf.tablefile import seal
 from a2sf.teacher import Example
 from tuner import datasets, objective, packing, profile, proof, samplers, statistics
 from tuner.ledger import Ledger

@@ -12,7 +12,8 @@ from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound
 from a2sf.models import LoadedModel
 from a2sf.policy import DEFAULT_SINKS, PRESETS, CachePolicy
-from a2sf.schema import AlphaTable, load_table
+from a2sf.schema import AlphaTable
+from a2sf.tablefile import load_table
 from tuner.objective import Candidate
 from tuner.results import Size
 

@@ -22,7 +22,8 @@ from a2sf.requests import (
     Timings,
     Usage,
 )
-from a2sf.schema import AlphaTable, ModelIdentity, parse_table
+from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.tablefile import parse_table
 from service.client.options import Chat, GenerationOptions
 from service.client.results import (
     Activated,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from a2sf import schema
+from a2sf import schema, tablefile
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
-from a2sf.schema import canonical_digest, load_table, parse_table, save_table, seal
+from a2sf.tablefile import canonical_digest, load_table, parse_table, save_table, seal
 from tests.tables import IDENTITY, brought_up, make_table, table_fields, version_1
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +174,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     with path.open("wb") as file:
-        file.truncate(schema.MAX_FILE_BYTES + 1)
+        file.truncate(tablefile.MAX_FILE_BYTES + 1)
     with pytest.raises(TableInvalid, match="larger than"):
         load_table(path)
 
@@ -187,13 +187,13 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
         return {**{k: v for k, v in old.items() if k != "colour"}, "shade": old["colour"]}
 
     before = {**document(), "schema_version": 1}
-    after = schema.upgrade(before, steps={1: two, 2: three}, current=3)
+    after = tablefile.upgrade(before, steps={1: two, 2: three}, current=3)
     assert (after["schema_version"], after["shade"]) == (3, "none")
     assert "colour" not in after
     assert after["sha256"] == canonical_digest(after) != before["sha256"]
     assert before["schema_version"] == 1, "the document that was given is left as it was"
     with pytest.raises(TableInvalid, match="can no longer be read"):
-        schema.upgrade(before, steps={2: three}, current=3)
+        tablefile.upgrade(before, steps={2: three}, current=3)
 
 
 def test_a_file_of_version_1_means_what_it_meant() -> None:
@@ -227,7 +227,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_table(tmp_path: Path) -> N
     path = tmp_path / "t.json"
     save_table(make_table(IDENTITY), path)
     script = (
-        "import sys;from pathlib import Path;from a2sf.schema import *;"
+        "import sys;from pathlib import Path;from a2sf.tablefile import *;"
         "t=load_table(Path(sys.argv[1]));print('go',flush=True)\n"
         "while True: save_table(t,Path(sys.argv[1]))"
     )

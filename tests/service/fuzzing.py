@@ -22,7 +22,7 @@ from a2sf.errors import A2SFError, TableError
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Started
-from a2sf.schema import canonical_digest, parse_table
+from a2sf.tablefile import canonical_digest, parse_table
 from service import conversions
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message

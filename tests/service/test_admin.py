@@ -21,7 +21,8 @@ from a2sf.errors import (
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Sampling
-from a2sf.schema import ModelIdentity, save_table
+from a2sf.schema import ModelIdentity
+from a2sf.tablefile import save_table
 from service.admin import AdminServicer
 from service.client import Client
 from service.client.results import Delta, StreamEvent, StreamStarted

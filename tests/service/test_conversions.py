@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling, Started
-from a2sf.schema import parse_table
+from a2sf.tablefile import parse_table
 from service import conversions
 from service.client import conversions as client_conversions
 from service.client.results import StreamStarted

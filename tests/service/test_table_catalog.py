@@ -19,7 +19,8 @@ from a2sf.errors import (
     TableInvalid,
 )
 from a2sf.policy import CachePolicy, resolve
-from a2sf.schema import MAX_FILE_BYTES, AlphaTable, save_table
+from a2sf.schema import AlphaTable
+from a2sf.tablefile import MAX_FILE_BYTES, save_table
 from service.core import check_default
 from service.options import ServerOptions, layers_of
 from service.tables import TableCatalog

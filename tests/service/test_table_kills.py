@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from a2sf.policy import CachePolicy
-from a2sf.schema import save_table
+from a2sf.tablefile import save_table
 from service.client import Client
 from tests.service.conftest import StartProcess, StartServer
 from tests.service.test_table_catalog import catalog, put
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 WRITER = """
 import os, sys
 from pathlib import Path
-from a2sf.schema import load_table, save_table
+from a2sf.tablefile import load_table, save_table
 directory, *sources = map(Path, sys.argv[1:])
 tables = [load_table(source) for source in sources]
 for line in sys.stdin:

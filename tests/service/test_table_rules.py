@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from a2sf.errors import Conflict, NotFound, TableError
-from a2sf.schema import save_table
+from a2sf.tablefile import save_table
 from tests.service.test_table_catalog import UNFIT, catalog, served
 from tests.tables import IDENTITY, make_table
 

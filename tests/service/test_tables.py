@@ -17,7 +17,8 @@ from a2sf.errors import (
 )
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
-from a2sf.schema import ModelIdentity, save_table
+from a2sf.schema import ModelIdentity
+from a2sf.tablefile import save_table
 from service.core import load_core
 from service.options import ServerOptions
 from service.tables import TableCatalog

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from a2sf.schema import save_table
+from a2sf.tablefile import save_table
 from service import watch as watching
 from service.tables import Reloaded, TableCatalog
 from tests.service.conftest import WAIT_S, until

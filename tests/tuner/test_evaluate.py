@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from a2sf import teacher
 from a2sf.errors import InvalidArgument, NotFound
 from a2sf.models import LoadedModel
-from a2sf.schema import save_table
+from a2sf.tablefile import save_table
 from tests.tables import make_table
 from tests.tuner.conftest import sums, write_rows
 from tuner import packing, statistics

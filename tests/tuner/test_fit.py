@@ -9,7 +9,8 @@ import pytest
 import tuner.fit
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
-from a2sf.schema import Evidence, UniformSetting, load_table, save_table
+from a2sf.schema import Evidence, UniformSetting
+from a2sf.tablefile import load_table, save_table
 from a2sf.teacher import Example
 from tests.tuner.conftest import MakeSettings, sums, write_rows
 from tuner.fit import Found, fit, search

@@ -23,7 +23,7 @@ from a2sf.errors import A2SFError, InvalidArgument, Unsupported
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta
-from a2sf.schema import load_table
+from a2sf.tablefile import load_table
 from a2sf.teacher import Example
 from tests.driving import engine_for, request, run
 from tests.tuner.conftest import write_rows

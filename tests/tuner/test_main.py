@@ -10,7 +10,8 @@ import optuna
 import pytest
 
 import tuner.fit
-from a2sf.schema import AlphaTable, load_table
+from a2sf.schema import AlphaTable
+from a2sf.tablefile import load_table
 from tests.tuner.conftest import MakeSettings
 from tuner.__main__ import main
 from tuner.ledger import BATCH, FINISHED, INDEX
@@ -194,7 +195,7 @@ def test_a_file_that_is_no_whole_table_is_told_in_one_line(
     spoil: object,
     told: str,
 ) -> None:
-    from a2sf.schema import save_table
+    from a2sf.tablefile import save_table
 
     path = tmp_path / "sums.json"
     save_table(tuner.fit.fit(settings(trials=0)).table, path)

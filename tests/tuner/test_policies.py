@@ -7,7 +7,8 @@ import pytest
 from a2sf.errors import InvalidArgument, NotFound, TableMismatch
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
-from a2sf.schema import TablePolicy, save_table
+from a2sf.schema import TablePolicy
+from a2sf.tablefile import save_table
 from tests.tables import make_table
 from tuner import policies
 from tuner.objective import effective

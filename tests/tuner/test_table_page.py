@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from a2sf.errors import InvalidArgument, NotFound
-from a2sf.schema import AlphaTable, Estimate, save_table
+from a2sf.schema import AlphaTable, Estimate
+from a2sf.tablefile import save_table
 from tests.tables import BASELINES, IDENTITY, STAGES, brought_up, fitted_table, make_table
 from tests.tuner.pages import RATIOS, Page, evaluation
 from tuner.__main__ import main

@@ -9,8 +9,7 @@ import pytest
 
 from a2sf.errors import Aborted, Conflict, InvalidArgument, NotFound, Unauthenticated, Unsupported
 from a2sf.requests import Delta, FinishReason, Sampling
-from service.client import AdminClient, ChannelOptions, ChatMessage
-from service.client import conversions
+from service.client import AdminClient, ChannelOptions, ChatMessage, conversions
 from service.client.results import Activated, Load, Prompt, Reloaded, StreamStarted
 from service.client.results import Delta as TokenDelta
 from service.core import Core, load_core

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from a2sf import errors
-from a2sf.schema import save_table
+from a2sf.tablefile import save_table
 from service.client import AdminClient, Client
 from service.status import CODES
 from tests.service.client.test_conversions import load_with_template

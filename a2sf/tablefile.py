@@ -1,0 +1,185 @@
+"""The alpha table's file: written whole or not at all, and read with every doubt.
+
+Owns the canonical form and its digest, the upgrade chain from older versions, and reading and
+writing the file safely. Knows nothing of what the fields mean.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from a2sf.errors import (
+    NotFound,
+    TableCorrupt,
+    TableInvalid,
+    TableMismatch,
+    TableTooNew,
+    first_line,
+)
+from a2sf.schema import SCHEMA_VERSION, AlphaTable, ModelIdentity, first_problem
+
+MAX_FILE_BYTES = 16 * 2**20
+"""Larger files are refused unread: the largest model in sight needs under 1 MiB."""
+
+
+def canonical_json(document: Mapping[str, Any]) -> str:
+    """Write `document` in the form that digests are taken of: sorted keys, no spaces, no NaN."""
+    return json.dumps(
+        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def canonical_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the canonical JSON, as UTF-8, of `document` without its `sha256`."""
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def seal(**fields: Any) -> AlphaTable:
+    """Build a table of the newest version from its fields, filling in version and digest.
+
+    Raises TableInvalid where a field is missing, unknown or out of range.
+    """
+    try:
+        draft = AlphaTable(schema_version=SCHEMA_VERSION, sha256="0" * 64, **fields)
+    except ValidationError as error:
+        raise TableInvalid(f"alpha table: {first_problem(error)}") from error
+    return draft.model_copy(update={"sha256": canonical_digest(draft.model_dump(mode="json"))})
+
+
+def save_table(table: AlphaTable, path: Path) -> None:
+    """Write `table` to `path` so that a reader sees the old file or the new one, never a part."""
+    document = table.model_dump(mode="json")
+    assert canonical_digest(document) == table.sha256, "tables are built with seal()"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a table is read by servers run as others.
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _from_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had equal slots in every layer, and kept neither stages nor p-values."""
+    policy = document.get("policy")
+    alpha = policy.get("alpha") if isinstance(policy, dict) else None
+    layers = len(alpha) if isinstance(alpha, list) else 0
+    brought: dict[str, dict[str, Any]] = {
+        "policy": {"layer_share": [1.0] * layers},
+        "evidence": {"p_holm": {}, "uniform": None},
+        "search": {"stages": []},
+    }
+    # What is no object is left for the fields' own checks to name.
+    parts = {name: document.get(name) for name in brought}
+    return document | {
+        name: {**part, **brought[name]} for name, part in parts.items() if isinstance(part, dict)
+    }
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""From version n to n + 1: the step takes a document of version n and returns one of n + 1.
+
+`schema_version` and `sha256` are not a step's concern; `upgrade` sets them.
+"""
+
+
+def upgrade(
+    document: dict[str, Any],
+    steps: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = UPGRADES,
+    current: int = SCHEMA_VERSION,
+) -> dict[str, Any]:
+    """Bring `document` to version `current` one step at a time, and give it its new digest.
+
+    Raises TableTooNew for a version above `current`, TableInvalid for one that is no positive
+    integer or that no step leads on from.
+    """
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise TableInvalid(f"schema_version is {version!r}; accepted: 1 to {current}")
+    if version > current:
+        raise TableTooNew(
+            f"schema_version is {version}, and this program reads up to {current}; "
+            "upgrade a2sf-serve or fit the table again"
+        )
+    while version < current:
+        if version not in steps:
+            raise TableInvalid(f"schema_version {version} can no longer be read; fit it again")
+        document = {**steps[version](document), "schema_version": version + 1}
+        version += 1
+        document["sha256"] = canonical_digest(document)
+    return document
+
+
+def parse_table(data: bytes) -> AlphaTable:
+    """Read a table from the bytes of its file: digest, then version, then every field.
+
+    Raises TableCorrupt, TableTooNew or TableInvalid, with what is wrong.
+    """
+    try:
+        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise TableCorrupt(f"not whole JSON, perhaps cut short: {first_line(error)}") from error
+    if not isinstance(document, dict):
+        raise TableCorrupt("not a JSON object")
+    # A newer version may define its digest anew, so the version is looked at first.
+    version = document.get("schema_version")
+    if not (isinstance(version, int) and version > SCHEMA_VERSION):
+        try:
+            digest = canonical_digest(document)
+        except (ValueError, RecursionError) as error:
+            # What Python reads goes further than JSON: 1e999, half of a surrogate pair.
+            raise TableCorrupt(f"holds what canonical JSON cannot: {first_line(error)}") from error
+        if document.get("sha256") != digest:
+            raise TableCorrupt(
+                f"sha256 is {document.get('sha256')!r} in the file and {digest!r} of its content; "
+                "the file was changed or damaged after it was written"
+            )
+    try:
+        # Strict validation takes JSON's arrays for tuples and its strings for times only when it
+        # reads JSON itself.
+        return AlphaTable.model_validate_json(json.dumps(upgrade(document)))
+    except ValidationError as error:
+        raise TableInvalid(first_problem(error)) from error
+
+
+def load_table(path: Path, identity: ModelIdentity | None = None) -> AlphaTable:
+    """Read and check the table at `path`, against the model of `identity` where one is given.
+
+    Raises NotFound, TableCorrupt, TableTooNew, TableInvalid or TableMismatch; each message names
+    the file.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise TableInvalid(f"alpha table {path}: larger than {MAX_FILE_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFound(f"alpha table {path}: {error.strerror or error}") from error
+    try:
+        table = parse_table(data)
+        if identity is not None:
+            table.check_model(identity)
+    except (TableCorrupt, TableTooNew, TableInvalid, TableMismatch) as error:
+        raise type(error)(f"alpha table {path}: {error}") from error
+    return table
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
