@@ -17,11 +17,14 @@ from a2sf.errors import NotFound, first_line
 REFERENCE = "reference"
 """The name under which the packaged model is asked for."""
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+_SETTINGS = ["*.json"]
+_FILES = [*_SETTINGS, "*.safetensors", "*.model", "*.jinja"]
 
 
-def directory(id_or_path: str, revision: str | None) -> Path:
+def directory(id_or_path: str, revision: str | None, *, weights: bool = True) -> Path:
     """Find a model's directory: the packaged one, one that is there, or one from the hub.
+
+    Without `weights` none are fetched from the hub; those that are there already stay.
 
     Raises NotFound with what was looked for and what is accepted.
     """
@@ -40,7 +43,7 @@ def directory(id_or_path: str, revision: str | None) -> Path:
             snapshot_download(
                 id_or_path,
                 revision=revision,
-                allow_patterns=_FILES,
+                allow_patterns=_FILES if weights else _SETTINGS,
                 # Some repositories hold the same weights twice, a second time in this format.
                 ignore_patterns=["consolidated*"],
             )

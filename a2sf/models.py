@@ -342,3 +342,61 @@ def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model whose weights nobody has read: what its settings alone say."""
+
+    shape: ModelShape
+    architecture: str
+    device_type: str
+    """What it would run on: "cuda" or "cpu"."""
+    dtype: torch.dtype
+    """What its weights would be loaded in."""
+    module: Any
+    """The transformers model on the meta device: sizes and dtypes without numbers."""
+    directory: Path
+    """Where its settings were found, and its weights if they are there."""
+
+
+def read_outline(
+    id_or_path: str, *, revision: str | None = None, device_type: str = "cuda", dtype: str = "auto"
+) -> Outline:
+    """Read a model's settings as `load_model` does, and no weights, for a device that need not be.
+
+    Args:
+        id_or_path, revision, dtype: as for `load_model`.
+        device_type: "cuda" or "cpu"; dtype "auto" depends on it.
+
+    Raises:
+        NotFound, Unsupported, InvalidArgument: as `load_model` does.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
+    directory = files.directory(id_or_path, revision, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
+    families.refuse_unsupported(id_or_path, config)
+    stored = torch.float32 if device_type == "cpu" else config.dtype or torch.bfloat16
+    chosen = stored if dtype == "auto" else _DTYPES[dtype]
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+    return Outline(
+        shape=ModelShape(
+            num_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+        ),
+        architecture=config.architectures[0],
+        device_type=device_type,
+        dtype=chosen,
+        module=module,
+        directory=directory,
+    )

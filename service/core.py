@@ -58,7 +58,7 @@ def load_core(options: ServerOptions) -> Core:
         directory = shipped
     tables = TableCatalog(directory, model.identity)
     if options.default_table is not None:
-        shape = _shape(options, tables.now.lookup(options.default_table))
+        shape = row_shape(options, tables.now.lookup(options.default_table))
         config = options.engine_config(shape)
     rows = config.layer_slots(model.shape.num_layers)
     tables.settle(
@@ -91,7 +91,7 @@ def load_core(options: ServerOptions) -> Core:
     return Core(model=model, engine=engine, config=config, tables=tables)
 
 
-def _shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | None:
+def row_shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | None:
     """Return the shares by which the default table shapes rows, or None where they are equal.
 
     Raises InvalidArgument where what the server gives without being asked would not always fit. A
