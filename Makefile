@@ -32,6 +32,8 @@ check: $(BIN)/.installed ## Lint, check formats, types, the contract and the con
 	$(BIN)/buf breaking proto --against proto/released.binpb
 	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/python scripts/validate_manifests.py
 
 format: $(BIN)/.installed ## Format the code and the contract
 	$(BIN)/ruff check --fix .
