@@ -7,30 +7,22 @@ calls are UNAVAILABLE. Knows nothing of what requests mean, nor of processes and
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from functools import partial
 
 import structlog
 
-from a2sf.errors import Unavailable
-from a2sf.policy import CachePolicy
-from a2sf.requests import GenerationRequest
-from service import tracing
 from service.admin import AdminServicer
-from service.answering import Backend
 from service.auth import BearerAuth, TokenFile
 from service.core import Core, load_core
 from service.decoding import Decoding
-from service.gate import Gate
 from service.listening import Listener
-from service.metrics import Metrics, MetricsServer, serve_metrics
+from service.metrics import MetricsServer, serve_metrics
 from service.options import ServerOptions, is_loopback
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.runner import EngineRunner
 from service.servicers import InferenceServicer, ModelServicer
 from service.tls import server_credentials
-from service.watch import watch
+from service.warming import end_calls, make_backend, warm
 
 log = structlog.get_logger(__name__)
 
@@ -38,9 +30,6 @@ _SERVICES = pb.DESCRIPTOR.services_by_name
 SERVICES = tuple(service.full_name for service in _SERVICES.values())
 ADMIN_SERVICES = (_SERVICES["AdminService"].full_name,)
 INFERENCE_SERVICES = tuple(name for name in SERVICES if name not in ADMIN_SERVICES)
-
-WATCHING = "tables watched"
-"""The name of that task."""
 
 FLUSH_S = 2.0
 """Time for statuses already decided to reach their clients before connections are closed."""
@@ -53,13 +42,9 @@ class Server:
         """Read tokens and certificates. Raises InvalidArgument, naming flag and file."""
         self._options = options
         self._load = load
-        self._gate = Gate()
-        self._runner = EngineRunner(max_unread=options.max_unread)
-        self._metrics = Metrics(
-            method.name for service in _SERVICES.values() for method in service.methods
-        )
-        self._tracer = tracing.start(options.traces)
-        self._backend = Backend(options, self._gate, self._runner, self._metrics, self._tracer)
+        self._backend = backend = make_backend(options)
+        self._gate, self._runner = backend.gate, backend.runner
+        self._metrics, self._tracer = backend.metrics, backend.tracer
         self._metrics_server: MetricsServer | None = None
         self._watching: asyncio.Task[None] | None = None
         self._admin: Listener | None = None
@@ -155,32 +140,7 @@ class Server:
 
     async def warm(self) -> None:
         """Load, make one tiny completion, and serve. Raises what loading raises."""
-        self._backend.core = core = await self._runner.start(partial(self._load, self._options))
-        # Two new tokens, so that a decode step is run; preset full needs no budget.
-        request = GenerationRequest(
-            request_id="warm-up",
-            prompt_ids=(0,),
-            max_new_tokens=2,
-            ignore_eos=True,
-            cache_policy=CachePolicy(preset="full"),
-        )
-        async with aclosing(self._runner.stream(request)) as events:
-            async for _ in events:
-                pass
-        self._metrics.serving(
-            model=core.model.identity.id,
-            device=core.model.device.type,
-            dtype=core.model.dtype_name,
-            load=lambda: self._backend.load,
-            catalog=lambda: core.tables.now,
-        )
-        if self._options.watch_tables and core.tables.directory is not None:
-            self._watching = asyncio.create_task(
-                watch(core.tables, core.tables.directory, self._backend.reload_tables),
-                name=WATCHING,
-            )
-            self._watching.add_done_callback(_tell_why)
-        self._gate.open(core.config.max_batch + core.config.max_waiting)
+        self._watching = await warm(self._backend, partial(self._load, self._options))
         for listener in self._listeners():
             await listener.health.set_all(serving=True)
 
@@ -205,13 +165,7 @@ class Server:
 
         `left_behind` tells afterwards whether that thread would not end.
         """
-        self._gate.close("the server is shutting down")
-        if self._watching is not None:
-            self._watching.cancel()
-            # Not its result: why it ended, if it did, is told already.
-            await asyncio.wait({self._watching})
-        if not self.crashed.done():
-            self._runner.fail_all(lambda: Unavailable("the server is shutting down"))
+        await end_calls(self._backend, self._watching)
         await asyncio.gather(*(listener.stop(FLUSH_S) for listener in self._listeners()))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
@@ -222,8 +176,3 @@ class Server:
         yield self._listener
         if self._admin is not None:
             yield self._admin
-
-
-def _tell_why(watching: "asyncio.Task[None]") -> None:
-    if not watching.cancelled() and (error := watching.exception()) is not None:
-        log.error("tables are no longer watched", exc_info=error)

@@ -19,8 +19,9 @@ from a2sf.requests import Event, Finished
 from service.client import Client
 from service.core import Core, load_core
 from service.options import ServerOptions
-from service.server import INFERENCE_SERVICES, WATCHING, Server
+from service.server import INFERENCE_SERVICES, Server
 from service.status import RemoteError
+from service.warming import WATCHING
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -164,7 +165,7 @@ async def test_a_watch_that_failed_is_told_once_and_does_not_keep_the_server_fro
     async def fail(*_: object) -> None:
         raise RuntimeError("no watch")
 
-    monkeypatch.setattr("service.server.watch", fail)
+    monkeypatch.setattr("service.warming.watch", fail)
     with capture_logs() as logs:
         server, client, _ = await start_server(tables=tmp_path)
         await client.generate("x", max_new_tokens=1)
