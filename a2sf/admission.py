@@ -4,7 +4,7 @@ Owns the checks that need the model's shape and the engine's sizes, and their me
 may be by itself is checked where the value is made. Knows nothing of rows or schedules.
 """
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,11 @@ class EngineConfig(Frozen):
     """Prompt tokens computed in one step, between two tokens of the streams that run."""
     max_waiting: Count = 64
     """Requests that may wait once every row is taken; one more is refused."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices.
+    auto: Triton's where they serve the device, the dtype and the head size."""
+    cuda_graphs: bool = True
+    """Whether Triton's programs run in graphs, captured at the start."""
     default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
     """What a request's cache policy leaves open."""
 
@@ -88,8 +93,10 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         length=prompt + request.max_new_tokens,
         slots=config.layer_slots(model.shape.num_layers),
         num_layers=model.shape.num_layers,
-        num_kv_heads=model.shape.num_kv_heads,
+        num_kv_heads=model.identity.num_kv_heads,
     )
+    if model.held is not None:
+        policy = policy.model_copy(update={"held": model.held})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:

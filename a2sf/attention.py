@@ -2,12 +2,14 @@
 
 Owns `attend` and `mass` (what a block's queries get, and what they pay) and the two passes built
 from them: `BlockPass` for the blocks of prompts, `DecodePass` for one token a row, `end_prompt`
-between the two. A pass decides for all layers at once which slots the new tokens take; then each
-layer hands in its projected, rotated queries, keys and values and gets the attention output back.
+between them. A pass decides for all layers at once which slots the new tokens take; then each layer
+hands in its projected, rotated queries, keys and values and gets the attention output back. What
+attends in a block may be another `BlockAttention`.
 Knows nothing of models.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -108,6 +110,59 @@ def mass(
     return total
 
 
+class BlockAttention(Protocol):
+    """How a block's queries attend and pay in one layer."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        query_position: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        weights: Tensor,
+        scale: float,
+        /,
+        *,
+        in_order: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, and sum what the last queries pay.
+
+        Args:
+            query, query_position, keys, values, position, scale: as for `attend`.
+            weights: [rows, H_kv, counted] float32, how much each of the last `counted` queries
+                counts; those before them do not.
+            in_order: whether slot i of each row holds position i, and the last slot the last query:
+                then who sees what is known without the positions.
+
+        Returns:
+            The output [rows, H_q, width, D] in the query's dtype, and [rows, H_kv, slots] float32
+            as from `mass`, or None where `counted` is 0.
+        """
+        ...
+
+
+def attend_and_charge(
+    query: Tensor,
+    query_position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    weights: Tensor,
+    scale: float,
+    /,
+    *,
+    in_order: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend and sum in torch's operations; a `BlockAttention`."""
+    output = attend(query, query_position, keys, values, position, scale)
+    counted = weights.shape[2]
+    if not counted:
+        return output, None
+    query, query_position = query[:, :, -counted:], query_position[:, -counted:]
+    return output, mass(query, query_position, keys, position, weights, scale)
+
+
 class BlockPass:
     """Carries a block of tokens a row, or a piece of it, through the layers of a cache.
 
@@ -125,6 +180,8 @@ class BlockPass:
         used: Tensor,
         width: int,
         first: int = 0,
+        in_order: bool = False,
+        attention: BlockAttention = attend_and_charge,
     ) -> None:
         """Trim, if the block begins here, and place the new tokens.
 
@@ -137,8 +194,13 @@ class BlockPass:
             used: [layers, rows] int64, tokens stored before this pass.
             width: tokens of this pass; beyond a row's length they are padding.
             first: how many of the block's tokens earlier pieces have passed.
+            in_order: whether nothing was evicted yet nor is now, from rows as wide as the tokens
+                that they hold once these are placed, without padding.
+            attention: carries out what each layer asks for.
         """
         self._slots = slots
+        self._in_order = in_order
+        self._attention = attention
         if first == 0:
             excess = (used - (policy.budget - 1)).clamp(min=0)
             excess = torch.where(lengths > 0, excess, 0)
@@ -150,7 +212,12 @@ class BlockPass:
         offsets = first + torch.arange(width, device=start.device)
         self._position = start[:, None] + offsets
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
-        self._placed = slots.free(width)
+        if in_order:
+            # What `free` would find.
+            shape = (*slots.position.shape[:3], width)
+            self._placed = self._position[None, :, None].expand(shape)
+        else:
+            self._placed = slots.free(width)
         slots.place(self._placed, padded, policy)
         weights = scoring.query_weights(policy.alpha, lengths, first, width)
         if policy.any_random:
@@ -178,19 +245,18 @@ class BlockPass:
         """
         slots = self._slots
         slots.write(layer, self._placed[layer], keys, values)
-        stored_keys, stored_values = slots.keys[layer], slots.values[layer]
-        position = slots.position[layer]
-        output = attend(query, self._position, stored_keys, stored_values, position, scale)
-        first = self._first_counted[layer]
-        if first < query.shape[2]:
-            slots.score[layer] += mass(
-                query[:, :, first:],
-                self._position[:, first:],
-                stored_keys,
-                position,
-                self._weights[layer, :, :, first:],
-                scale,
-            )
+        output, paid = self._attention(
+            query,
+            self._position,
+            slots.keys[layer],
+            slots.values[layer],
+            slots.position[layer],
+            self._weights[layer, :, :, self._first_counted[layer] :],
+            scale,
+            in_order=self._in_order,
+        )
+        if paid is not None:
+            slots.score[layer] += paid
         return output
 
 

@@ -28,6 +28,8 @@ class PolicyTensors:
 
     layers: Tensor
     """[layers] int64, which layers of the model these are."""
+    first_heads: Tensor
+    """[layers] int64, the number of each layer's first head, from `scoring.first_heads`."""
     alpha: Tensor
     """[layers, rows, H_kv] float64; double, so that powers of it agree wherever they are taken."""
     budget: Tensor
@@ -50,15 +52,18 @@ class PolicyTensors:
         """Put the policies of the rows side by side.
 
         `lengths` are the tokens that each row's sequence may reach: a row with room for all of
-        them evicts nothing, so nobody asks for its scores.
+        them evicts nothing, so nobody asks for its scores. All policies are for the same heads.
         """
 
         def integers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        alpha = torch.tensor([p.alpha for p in policies], dtype=torch.float64, device=device)
+        held = [p.held_alpha for p in policies]
+        alpha = torch.tensor(held, dtype=torch.float64, device=device)
+        layers = torch.arange(alpha.shape[1], device=device)
         return cls(
-            layers=torch.arange(alpha.shape[1], device=device),
+            layers=layers,
+            first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),
             budget=integers([p.layer_budgets for p in policies]).T.contiguous(),
             recent=integers([p.layer_recents for p in policies]).T.contiguous(),
@@ -72,10 +77,48 @@ class PolicyTensors:
             ),
         )
 
+    @classmethod
+    def idle(cls, layers: int, rows: int, num_kv_heads: int, device: torch.device) -> Self:
+        """Return room for the policies of rows; until then each keeps one token, unscored."""
+
+        def integers(*shape: int, value: int) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=device)
+
+        return cls(
+            layers=torch.arange(layers, device=device),
+            first_heads=scoring.first_heads(torch.arange(layers, device=device)),
+            alpha=torch.ones(layers, rows, num_kv_heads, dtype=torch.float64, device=device),
+            budget=integers(layers, rows, value=1),
+            recent=integers(layers, rows, value=0),
+            sinks=integers(rows, value=0),
+            random_seed=integers(rows, value=-1),
+            any_random=False,
+            any_scored=False,
+        )
+
+    def copy_row(self, row: int, source: Self, source_row: int) -> None:
+        """Make `row` follow the policy of `source_row`, but for what is known of all rows."""
+        for name in ("alpha", "budget", "recent"):
+            getattr(self, name)[:, row] = getattr(source, name)[:, source_row]
+        for name in ("sinks", "random_seed"):
+            getattr(self, name)[row] = getattr(source, name)[source_row]
+        self.first_heads.copy_(source.first_heads)
+
     @property
     def accumulating(self) -> Tensor:
         """[rows, 1, 1] bool: whether a row's scores grow with what its queries pay."""
         return (self.random_seed < 0)[:, None, None]
+
+    def rows(self, rows: slice) -> Self:
+        """Return the policies of some rows, in the same memory."""
+        return replace(
+            self,
+            alpha=self.alpha[:, rows],
+            budget=self.budget[:, rows],
+            recent=self.recent[:, rows],
+            sinks=self.sinks[rows],
+            random_seed=self.random_seed[rows],
+        )
 
     def layer(self, index: int) -> Self:
         """Return what concerns one layer, as a stack of one."""
@@ -83,6 +126,7 @@ class PolicyTensors:
         return replace(
             self,
             layers=self.layers[one],
+            first_heads=self.first_heads[one],
             alpha=self.alpha[one],
             budget=self.budget[one],
             recent=self.recent[one],
@@ -206,7 +250,7 @@ class Slots:
         self.position.scatter_(-1, slot, new)
         if policy.any_random:
             seed = policy.random_seed.clamp(min=0)
-            hashes = scoring.random_scores(seed, policy.layers, slot.shape[2], position)
+            hashes = scoring.random_scores(seed, policy.first_heads, slot.shape[2], position)
             self.score.scatter_(-1, slot, torch.where(policy.accumulating, 0.0, hashes))
         else:
             self.score.scatter_(-1, slot, 0.0)

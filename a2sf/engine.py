@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2sf import admission, sampling
+from a2sf import admission, decoding, sampling
 from a2sf.admission import EngineConfig
 from a2sf.attention import BlockPass, DecodePass, end_prompt
 from a2sf.cache import SLOT_OVERHEAD_BYTES, PolicyTensors, Slots
@@ -40,15 +40,23 @@ class Engine:
         self.config = config
         self._clock = clock
         layers = model.shape.num_layers
+        self.kernels = decoding.choose_kernels(config.kernels, model)
+        """Which carry out the law: torch's operations, or Triton's programs."""
         self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
+        self._decoder, self._block_attention = decoding.make(
+            model,
+            self._slab,
+            self.kernels,
+            graphs=config.cuda_graphs and model.device.type == "cuda",
+        )
         staging = config.staging_slots(model.shape.max_context)
         self._staging = self._allocate(1, (staging,) * layers)
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
-        self._batch: tuple[Slots, PolicyTensors, sampling.Batch] | None = None
-        """The active rows' slots, policies and draws; None when rows have changed since then."""
+        self._draws: sampling.Batch | None = None
+        """The draws of the active rows; None when rows have changed since then."""
 
     @property
     def has_work(self) -> bool:
@@ -109,19 +117,18 @@ class Engine:
                 break
 
     def step(self) -> list[Event]:
-        """Admit one request, prefill a piece of its prompt, decode one token of every row.
+        """Admit one request, decode one token of every row, prefill a piece of a prompt.
 
         Before that, requests whose time limit is over end with what they have.
         """
         events: list[Event] = []
         self._end_overdue(events)
         self._admit(events)
-        # A row that joins in this step decodes from the next one on.
-        rows = len(self._active)
+        # First, for a row that joins in this step decodes from the next one on.
+        if self._active:
+            self._decode(events)
         if self._prefilling is not None:
             self._prefill(self._prefilling, events)
-        if rows:
-            self._decode(rows, events)
         return events
 
     def _allocate(self, rows: int, slots: tuple[int, ...]) -> Slots:
@@ -183,6 +190,8 @@ class Engine:
                 used=self._integers(sequence.stored)[:, None],
                 width=piece,
                 first=first - start,
+                in_order=sequence.in_order,
+                attention=self._block_attention,
             )
         ids = self._integers([prompt[first : first + piece]])
         positions = torch.arange(first, first + piece, device=self.model.device)[None]
@@ -195,25 +204,19 @@ class Engine:
         row = len(self._active)
         self._prefilling = None
         self._active.append(sequence)
-        self._batch = None
+        self._draws = None
         sequence.running = True
-        self._slab.copy_row(row, slots, 0, sequence.stored)
+        self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
         draws = sampling.Batch([sequence.row], self.model.device)
         self._emit(row, draws, self.model.logits(hidden[:, -1]), events)
 
-    def _decode(self, rows: int, events: list[Event]) -> None:
-        active = self._active[:rows]
-        if self._batch is None or len(self._batch[1].sinks) != rows:
-            budgets = zip(*(s.policy.layer_budgets for s in active), strict=True)
-            slots = self._slab.view(slice(0, rows), [max(mine) for mine in budgets])
-            draws = sampling.Batch([s.row for s in active], self.model.device)
-            self._batch = (slots, self._policies(active), draws)
-        slots, policy, draws = self._batch
-        start = self._integers([s.seen for s in active])
-        forward = DecodePass(slots, policy, start)
-        ids = self._integers([[s.generated[-1]] for s in active])
-        hidden = self.model.hidden_states(ids, start[:, None], forward)
-        self._emit(0, draws, self.model.logits(hidden[:, -1]), events)
+    def _decode(self, events: list[Event]) -> None:
+        if self._draws is None:
+            self._draws = sampling.Batch([s.row for s in self._active], self.model.device)
+        logits = self._decoder.step(
+            [s.generated[-1] for s in self._active], [s.seen for s in self._active]
+        )
+        self._emit(0, self._draws, logits, events)
 
     def _emit(self, first: int, draws: sampling.Batch, logits: Tensor, events: list[Event]) -> None:
         """Draw a token for each row of `logits` [rows, vocab], the row `first` and those after it.
@@ -269,9 +272,9 @@ class Engine:
         last = len(self._active) - 1
         if row != last:
             self._active[row] = self._active[last]
-            self._slab.copy_row(row, self._slab, last, self._active[row].stored)
+            self._decoder.move(row, last, self._active[row].stored)
         self._active.pop()
-        self._batch = None
+        self._draws = None
 
     def _policies(self, sequences: list[Sequence]) -> PolicyTensors:
         return PolicyTensors.stack(

@@ -97,6 +97,11 @@ class Sequence:
         return start, min(self._chunk, len(self.request.prompt_ids) - start)
 
     @property
+    def in_order(self) -> bool:
+        """Whether nothing has been evicted of the prompt, nor will be before its next block."""
+        return self.block[0] < min(self.policy.layer_budgets)
+
+    @property
     def longest(self) -> int:
         """Tokens that the sequence may reach."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens

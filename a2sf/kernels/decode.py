@@ -17,14 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
+from a2sf import kernels
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.errors import Unsupported
 from a2sf.kernels import decode_programs
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of the model; scores and softmax are float32 in all of them."""
-
-LARGEST_HEAD_DIM = 256
 
 TILE_BYTES = 32 * 1024
 """Keys and values loaded at a time by a program: with the two tiles that the compiler loads ahead,
@@ -160,8 +155,8 @@ def decode_attention(
         slots: the rows, as for `DecodePass`: in each layer the first min(start, budget) slots of a
             row hold its tokens. Slots of a row and head lie one after the other.
         layer: the layer, counted from the first of the slots'.
-        policy: the rows' policies in the same layers. `any_random` and `any_scored` decide which
-            program runs, so that a captured graph serves one value of each.
+        policy: the rows' policies in the same layers. `any_scored` decides which program runs, so
+            that a captured graph serves one value of it.
         start: [rows] int64, the position of each row's new token.
         plan: [layers, rows, H_kv] int64, the slots that the new tokens take, from `plan_slots` or
             the step before; each below the layer's width, also in rows that merely pad a batch.
@@ -170,14 +165,12 @@ def decode_attention(
 
     Returns:
         The attention output, [rows, H_q, 1, D] in the query's dtype.
-
-    Raises:
-        Unsupported: the dtype or the head size is one that there is no program for.
     """
     rows, q_heads, _, dim = query.shape
     stored_keys, stored_values = slots.keys[layer], slots.values[layer]
     kv_heads, width = stored_keys.shape[1:3]
-    refuse_unsupported(query.dtype, dim)
+    assert query.dtype in kernels.DTYPES
+    assert dim <= kernels.LARGEST_HEAD_DIM
     score, position = slots.score[layer], slots.position[layer]
     tables = (
         plan[layer],
@@ -212,7 +205,6 @@ def decode_attention(
         "SETTLE_BLOCK": SETTLE_BLOCK,
         "SPLITS": splits,
         "SCORED": policy.any_scored,
-        "ANY_RANDOM": policy.any_random,
         "num_warps": NUM_WARPS,
         # Scores round as the reference's do: after the decay, and after the sum.
         "enable_fp_fusion": False,
@@ -262,16 +254,3 @@ def decode_attention(
                 **common,
             )
     return output
-
-
-def refuse_unsupported(dtype: torch.dtype, head_dim: int) -> None:
-    """Raise Unsupported where there is no program for a model's dtype or head size."""
-    if dtype not in DTYPES:
-        names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
-        raise Unsupported(
-            f"no fused decode attention in {str(dtype).removeprefix('torch.')}; accepted: {names}"
-        )
-    if head_dim > LARGEST_HEAD_DIM:
-        raise Unsupported(
-            f"no fused decode attention for heads of {head_dim}; accepted: up to {LARGEST_HEAD_DIM}"
-        )

@@ -69,7 +69,6 @@ def attend(
     SETTLE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SCORED: tl.constexpr,
-    ANY_RANDOM: tl.constexpr,
 ):
     """Attend to one split's slots of a row and KV head, the new token among them.
 
@@ -174,7 +173,6 @@ def attend(
             GROUP,
             SETTLE_BLOCK,
             SCORED,
-            ANY_RANDOM,
         )
 
 
@@ -207,7 +205,6 @@ def close(
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SCORED: tl.constexpr,
-    ANY_RANDOM: tl.constexpr,
 ):
     """Join the splits of a row and KV head, and settle it. Tensors as `attend` wrote them."""
     pair = tl.program_id(0).to(tl.int64)
@@ -254,5 +251,4 @@ def close(
         GROUP,
         SETTLE_BLOCK,
         SCORED,
-        ANY_RANDOM,
     )

@@ -1,7 +1,9 @@
-"""What a prompt's queries pay to each stored token, without writing their attention out.
+"""A prompt's blocks in one layer: what their queries get, and what they pay to each stored token.
 
-Owns `mass`, the same function as `attention.mass`, for devices that Triton compiles for; the extra
-`gpu` brings Triton. Knows nothing of the block law: the queries' weights say who counts.
+Owns `attend_and_charge`, an `attention.BlockAttention` for devices that Triton compiles for: flash
+attention where tokens lie in order, and `mass`, the same function as `attention.mass` without its
+rows of attention. The extra `gpu` brings Triton. Knows nothing of the block law: the queries'
+weights say who counts.
 """
 
 import math
@@ -9,9 +11,12 @@ import math
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+from a2sf import kernels
+from a2sf.attention import attend
 from a2sf.kernels import prefill_programs
-from a2sf.kernels.decode import LEAST_DOT, NUM_WARPS, refuse_unsupported
+from a2sf.kernels.decode import LEAST_DOT, NUM_WARPS
 
 TILE_ELEMENTS = 8192
 """Of a tile of keys: 64 slots of a head of 128."""
@@ -29,6 +34,79 @@ def tile_slots(head_dim: int) -> int:
     return min(TILE_ELEMENTS // max(padded, LEAST_DOT), 128)
 
 
+def attend_and_charge(
+    query: Tensor,
+    query_position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    weights: Tensor,
+    scale: float,
+    /,
+    *,
+    in_order: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend and sum without rows of attention; an `attention.BlockAttention`."""
+    lse = None
+    if in_order and flash_serves(query):
+        output, lse = flash(query, keys, values, scale)
+    else:
+        output = attend(query, query_position, keys, values, position, scale)
+    counted = weights.shape[2]
+    if not counted:
+        return output, None
+    return output, mass(
+        query[:, :, -counted:],
+        query_position[:, -counted:],
+        keys,
+        position,
+        weights,
+        scale,
+        None if lse is None else lse[:, :, -counted:],
+    )
+
+
+def flash_serves(query: Tensor) -> bool:
+    """Whether torch has flash attention for such queries, [rows, H_q, width, D]."""
+    return query.is_cuda and query.dtype.itemsize == 2 and query.shape[3] % 8 == 0
+
+
+def flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend causally to tokens that lie in order, the last query's own in the last slot.
+
+    Args:
+        query: [rows, H_q, width, D], for which flash attention `flash_serves`.
+        keys, values: [rows, H_kv, slots, D], slots >= width.
+        scale: factor on the logits.
+
+    Returns:
+        The output [rows, H_q, width, D] in the query's dtype, and [rows, H_q, width] float32, the
+        natural logarithms of the softmax's normalisers.
+    """
+    rows, q_heads, width, dim = query.shape
+    slots = keys.shape[2]
+    each = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+    # Of one row, views; the rows of several are laid one after the other.
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, keys, values))
+    output, lse = varlen_attn(
+        q,
+        k,
+        v,
+        each * width,
+        each * slots,
+        width,
+        slots,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    return (
+        output.view(rows, width, q_heads, dim).transpose(1, 2),
+        lse.view(q_heads, rows, width).transpose(0, 1),
+    )
+
+
 def mass(
     query: Tensor,
     query_position: Tensor,
@@ -36,6 +114,7 @@ def mass(
     position: Tensor,
     weights: Tensor,
     scale: float,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Sum what the queries pay to each stored token, in float32.
 
@@ -52,16 +131,16 @@ def mass(
             `scoring.query_weights` gives them: 0 or more, and from the first that counts on, all of
             a row's own tokens count.
         scale: factor on the logits.
+        lse: [rows, H_q, width] float32, the natural logarithms of the softmax's normalisers; None
+            where they are to be found, which takes as long as the sums.
 
     Returns:
         [rows, H_kv, slots] float32: the weighted sum over queries and group.
-
-    Raises:
-        Unsupported: the dtype or the head size is one that there is no program for.
     """
     rows, q_heads, width, dim = query.shape
     kv_heads, slots = position.shape[1:]
-    refuse_unsupported(query.dtype, dim)
+    assert query.dtype in kernels.DTYPES
+    assert dim <= kernels.LARGEST_HEAD_DIM
     assert keys.dtype == query.dtype
     assert query.stride(3) == 1
     assert keys.stride()[2:] == (dim, 1), "slots of a head lie one after the other"
@@ -69,7 +148,11 @@ def mass(
     weights, query_position = weights.contiguous(), query_position.contiguous()
     counted = weights > 0
     first_counted = torch.where(counted.any(dim=-1), counted.int().argmax(dim=-1), width)
-    normalisers = torch.empty(rows, q_heads, width, dtype=torch.float32, device=query.device)
+    if lse is None:
+        normalisers = torch.empty(rows, q_heads, width, dtype=torch.float32, device=query.device)
+    else:
+        each = weights.log2().repeat_interleave(q_heads // kv_heads, dim=1)
+        normalisers = (lse * math.log2(math.e) - each).contiguous()
     paid = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
     tile = tile_slots(dim)
     sizes = (scale * math.log2(math.e), width, slots)
@@ -87,17 +170,18 @@ def mass(
     }
     # Triton launches on the current device, whichever the tensors are on; -1 is the processor.
     with torch.cuda.device(query.get_device()):
-        prefill_programs.normalise[rows * q_heads, triton.cdiv(width, QUERIES)](
-            query,
-            query_position,
-            keys,
-            position,
-            weights,
-            normalisers,
-            *sizes,
-            *strides,
-            **common,
-        )
+        if lse is None:
+            prefill_programs.normalise[rows * q_heads, triton.cdiv(width, QUERIES)](
+                query,
+                query_position,
+                keys,
+                position,
+                weights,
+                normalisers,
+                *sizes,
+                *strides,
+                **common,
+            )
         prefill_programs.charge[rows * kv_heads, triton.cdiv(slots, tile)](
             query,
             query_position,

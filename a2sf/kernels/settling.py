@@ -57,7 +57,6 @@ def settle(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
-    ANY_RANDOM: tl.constexpr,
 ):
     """Place the new token, update the scores of a row and KV head, choose the next slot.
 
@@ -71,13 +70,10 @@ def settle(
     factor = tl.load(alpha + pair).to(tl.float32)
     first_open = tl.load(sinks + row)
     end_open = at + 1 - tl.load(recent + row)
-    fresh = 0.0
-    counted = 1.0
-    if ANY_RANDOM:
-        seed = tl.load(random_seed + row)
-        hashed = _random_score(seed, tl.load(layer_index), head, at)
-        fresh = tl.where(seed >= 0, hashed, 0.0)
-        counted = tl.where(seed >= 0, 0.0, 1.0)
+    seed = tl.load(random_seed + row)
+    hashed = _random_score(seed, tl.load(layer_index), head, at)
+    fresh = tl.where(seed >= 0, hashed, 0.0)
+    counted = tl.where(seed >= 0, 0.0, 1.0)
     scores = score + row * score_row + head * score_head
     positions = position + row * score_row + head * score_head
 

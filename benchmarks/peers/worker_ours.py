@@ -49,10 +49,12 @@ class CopyingEngine(Engine):
         sequence.prefilled = first.prefilled
         sequence.generated = list(first.generated)
         sequence.running = True
-        self._slab.copy_row(len(self._active), self._slab, 0, first.stored)
+        self._decoder.join(
+            len(self._active), self._slab, 0, first.stored, sequence.policy, sequence.longest
+        )
         self._active.append(sequence)
         self._prefilling = None
-        self._batch = None
+        self._draws = None
 
 
 def fill_rows(engine: Engine, filling: Filling) -> tuple[float, float]:

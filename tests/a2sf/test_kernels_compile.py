@@ -57,17 +57,16 @@ def compile_all() -> None:
     from a2sf.kernels import decode, decode_programs, prefill, prefill_programs
 
     models = [
-        (torch.bfloat16, 128, 4, 1, True, False),
-        (torch.bfloat16, 80, 1, 16, True, True),
-        (torch.bfloat16, 256, 7, 1, True, False),
-        (torch.float16, 64, 8, 32, False, True),
-        (torch.float16, 96, 2, 1, False, False),
-        (torch.float32, 256, 1, 1, True, True),
-        (torch.float32, 32, 4, 2, True, False),
+        (torch.bfloat16, 128, 4, 1, True),
+        (torch.bfloat16, 80, 1, 16, True),
+        (torch.bfloat16, 256, 7, 1, True),
+        (torch.float16, 64, 8, 32, False),
+        (torch.float16, 96, 2, 1, False),
+        (torch.float32, 256, 1, 1, True),
+        (torch.float32, 32, 4, 2, True),
     ]
-    for architecture, (dtype, dim, group, splits, scored, any_random) in itertools.product(
-        ARCHITECTURES, models
-    ):
+    for architecture, model in itertools.product(ARCHITECTURES, models):
+        dtype, dim, group, splits, scored = model
         constants = {
             "KV_HEADS": 8,
             "GROUP": group,
@@ -79,7 +78,6 @@ def compile_all() -> None:
             "SPLITS": splits,
             "SPLITS_PAD": triton.next_power_of_2(splits),
             "SCORED": scored,
-            "ANY_RANDOM": any_random,
             "QUERIES": prefill.QUERIES,
             "SLOTS": prefill.tile_slots(dim),
         }

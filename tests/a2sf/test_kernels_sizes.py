@@ -5,23 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.errors import Unsupported
+from a2sf import kernels
 from a2sf.kernels import decode
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim", "said"),
-    [
-        (torch.float64, 64, "float64; accepted: bfloat16, float16, float32"),
-        (torch.bfloat16, 512, "heads of 512; accepted: up to 256"),
-    ],
-)
-def test_what_has_no_program_is_refused_by_name(dtype: torch.dtype, dim: int, said: str) -> None:
-    with pytest.raises(Unsupported, match=said):
-        decode.refuse_unsupported(dtype, dim)
-
-
-@pytest.mark.parametrize("dtype", decode.DTYPES)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 def test_a_tile_fits_its_bytes_and_a_tensor_core(dtype: torch.dtype, dim: int) -> None:
     slots = decode.tile_slots(dim, dtype)

@@ -1,0 +1,185 @@
+"""The rows that decode together, on a GPU: fused kernels, captured in CUDA graphs.
+
+Owns what a captured step reads and writes at fixed addresses (tokens, policies, plans, scratch) and
+the graphs, one for each of a few batch sizes. A batch in between runs as the next larger one; the
+rows that merely pad it hold one token each, which nobody reads. Knows nothing of requests or of
+when a row begins and ends. Needs Triton, which the extra `gpu` brings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from a2sf.cache import PolicyTensors, Slots
+from a2sf.kernels.decode import Workspace, decode_attention, plan_slots
+from a2sf.models import LoadedModel
+from a2sf.policy import EffectivePolicy
+
+WARM_UPS = 2
+"""Steps run before a capture: they compile the programs, and let the libraries called make their
+scratch memory, neither of which a graph may hold."""
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Return the batch sizes that have a graph: powers of two, and `most`.
+
+    Padding costs rows of the matrix products, which read the weights once whatever their number.
+    """
+    powers = [1 << n for n in range(most.bit_length())]
+    return sorted({*(size for size in powers if size <= most), most})
+
+
+@dataclass
+class _Rung:
+    """What a step of one batch size works on, always at the same addresses."""
+
+    slots: Slots
+    policy: PolicyTensors
+    plan: Tensor
+    """[layers, size, H_kv] int64: the slots that the next tokens take."""
+    inputs: Tensor
+    """[2, size] int64: the tokens, and their positions."""
+    workspace: Workspace
+    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = field(default_factory=dict)
+    """By whether any row is scored: a step, and the logits [size, vocab] that it writes."""
+
+    @classmethod
+    def of(
+        cls, size: int, slab: Slots, policy: PolicyTensors, plan: Tensor, query_heads: int
+    ) -> Self:
+        rows = slice(0, size)
+        slots = slab.view(rows, slab.widths)
+        return cls(
+            slots=slots,
+            policy=policy.rows(rows),
+            plan=plan[:, rows],
+            inputs=torch.zeros(2, size, dtype=torch.int64, device=plan.device),
+            workspace=Workspace.empty(slots, query_heads),
+        )
+
+
+class FusedDecoder:
+    """Decodes by one kernel a layer, or two, beside the model's own operations.
+
+    A step asks nothing of the device. The tokens that the next step evicts are chosen at the end of
+    each step, and for a row that joins or moves before its first.
+    """
+
+    def __init__(self, model: LoadedModel, slab: Slots, *, graphs: bool) -> None:
+        """Allocate what steps need and capture the graphs, which takes seconds.
+
+        Args:
+            model: on a device and in a dtype that `kernels.problem` finds nothing against.
+            slab: the rows; those in use are its first.
+            graphs: whether to capture; on CUDA devices only.
+        """
+        self._model = model
+        self._slab = slab
+        layers, rows, kv_heads = slab.position.shape[:3]
+        self._policy = PolicyTensors.idle(layers, rows, kv_heads, slab.position.device)
+        self._plan = torch.zeros(
+            layers, rows, kv_heads, dtype=torch.int64, device=slab.position.device
+        )
+        self._scored = [False] * rows
+        self._unplanned: set[int] = set()
+        """Rows whose plan is not yet made, or of a row that they no longer are."""
+        query_heads = model.shape.num_attention_heads
+        self._rungs = {
+            size: _Rung.of(size, slab, self._policy, self._plan, query_heads)
+            for size in batch_sizes(rows)
+        }
+        if graphs:
+            self._capture()
+
+    def join(
+        self,
+        row: int,
+        source: Slots,
+        source_row: int,
+        counts: Sequence[int],
+        policy: EffectivePolicy,
+        longest: int,
+    ) -> None:
+        """As `decoding.Decoder.join`."""
+        self._slab.copy_row(row, source, source_row, counts)
+        one = PolicyTensors.stack([policy], [longest], self._model.device)
+        self._policy.copy_row(row, one, 0)
+        self._scored[row] = one.any_scored
+        self._unplanned.add(row)
+
+    def move(self, row: int, source: int, counts: Sequence[int]) -> None:
+        """As `decoding.Decoder.move`."""
+        self._slab.copy_row(row, self._slab, source, counts)
+        self._policy.copy_row(row, self._policy, source)
+        self._scored[row] = self._scored[source]
+        self._unplanned.add(row)
+
+    def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """As `decoding.Decoder.step`."""
+        rows = len(token_ids)
+        for row in self._unplanned:
+            if row < rows:
+                self._choose_slots(row, positions[row])
+        self._unplanned.clear()
+        size = min(size for size in self._rungs if size >= rows)
+        rung = self._rungs[size]
+        idle = [0] * (size - rows)
+        rung.inputs.copy_(torch.tensor([[*token_ids, *idle], [*positions, *idle]]))
+        scored = any(self._scored[:rows])
+        if scored in rung.graphs:
+            graph, logits = rung.graphs[scored]
+            graph.replay()
+        else:
+            logits = self._run(rung, scored)
+        return logits[:rows]
+
+    def _choose_slots(self, row: int, position: int) -> None:
+        one = slice(row, row + 1)
+        slots = self._slab.view(one, self._slab.widths)
+        start = torch.tensor([position], device=self._plan.device)
+        self._plan[:, one] = plan_slots(slots, self._policy.rows(one), start)
+
+    def _run(self, rung: _Rung, scored: bool) -> Tensor:
+        policy = replace(rung.policy, any_scored=scored)
+        ids, start = rung.inputs
+
+        def attention(
+            layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+        ) -> Tensor:
+            return decode_attention(
+                query,
+                keys,
+                values,
+                slots=rung.slots,
+                layer=layer,
+                policy=policy,
+                start=start,
+                plan=rung.plan,
+                scale=scale,
+                workspace=rung.workspace,
+            )
+
+        hidden = self._model.hidden_states(ids[:, None], start[:, None], attention)
+        return self._model.logits(hidden[:, -1])
+
+    def _capture(self) -> None:
+        # The largest first, so that the others find room in the memory that it took.
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(self._rungs, reverse=True):
+            rung = self._rungs[size]
+            for scored in (False, True):
+                aside = torch.cuda.Stream(self._model.device)
+                aside.wait_stream(torch.cuda.current_stream(self._model.device))
+                with torch.cuda.stream(aside):
+                    for _ in range(WARM_UPS):
+                        self._run(rung, scored)
+                torch.cuda.current_stream(self._model.device).wait_stream(aside)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    logits = self._run(rung, scored)
+                rung.graphs[scored] = (graph, logits)
+        # What the steps left in the rows is not to be mistaken for tokens.
+        self._slab.clear()
