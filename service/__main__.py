@@ -1,4 +1,4 @@
-"""The command line: `python -m service` serves.
+"""The command line: `python -m service` serves, `python -m service plan` tells what that takes.
 
 Owns how failures are told: one line on stderr, exit code 2 for what the user can mend. Knows
 nothing of gRPC, nor what settings there are.
@@ -37,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `serve` may be said or left out."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given[:1] == ["plan"]:
+            # Here, because a server has no use for it.
+            from service.plan import cli
+
+            cli.run(given[1:])
         code = serve(given[1:] if given[:1] == ["serve"] else given)
     except A2SFError as error:
         code = _fail(str(error), code=2)

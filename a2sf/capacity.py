@@ -1,0 +1,147 @@
+"""What a model and its cache take, before anything is allocated: bytes, and operations of a step.
+
+Owns the arithmetic. The cache's bytes are read off the engine's own `Slots` on torch's meta device,
+so that they cannot differ from what an engine allocates; the weights' off a model's outline. Knows
+nothing of time, of prices, or of how a server is started.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from a2sf import files, linear
+from a2sf.cache import Slots
+from a2sf.errors import NotFound
+from a2sf.models import Outline
+
+SCORED_SLOT_BYTES = 12
+"""Bytes that a step moves of a slot beside its key and value: the position and the score are read,
+the score is written again."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights as they lie in the device's memory."""
+
+    parameters: int
+    """How many numbers; what is shared by two layers counts once."""
+    nbytes: int
+    """Bytes of the loaded model's tensors, parameters and buffers. On a processor a head that is
+    shared with the embedding is laid out a second time and counts twice."""
+    step_nbytes: int
+    """Bytes of those that every decode step reads: all but an embedding that is only looked up."""
+    head_parameters: int
+    """How many of the parameters project onto the vocabulary."""
+    step_parameters: int
+    """How many parameters every decode step multiplies by."""
+    stored_parameters: int | None
+    """How many numbers the headers of the files tell; None: the files are not there."""
+
+
+def weights(outline: Outline) -> Weights:
+    """Count a model's weights on the device and in the dtype of `outline`, without reading any.
+
+    Raises NotFound where a file of weights is there and not whole.
+    """
+    module = outline.module
+    # Both list a tensor that is held in two places once.
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    nbytes = sum(tensor.nbytes for tensor in (*parameters, *buffers))
+    count = sum(parameter.numel() for parameter in parameters)
+    embedding = module.get_input_embeddings().weight
+    head = module.get_output_embeddings().weight
+    looked_up = embedding is not head
+    if not looked_up and _packs(outline):
+        nbytes, looked_up = nbytes + head.nbytes, True
+    tied = embedding is head
+    return Weights(
+        parameters=count,
+        nbytes=nbytes,
+        step_nbytes=nbytes - (embedding.nbytes if looked_up else 0),
+        head_parameters=head.numel(),
+        step_parameters=count - (0 if tied else embedding.numel()),
+        stored_parameters=_stored_parameters(outline),
+    )
+
+
+def slots_nbytes(outline: Outline, rows: int, slots: Sequence[int]) -> int:
+    """Bytes of `rows` rows with `slots` [layers] in each layer: keys, values, positions, scores."""
+    return Slots.empty(
+        rows=rows,
+        num_kv_heads=outline.shape.num_kv_heads,
+        slots=slots,
+        head_dim=outline.shape.head_dim,
+        dtype=outline.dtype,
+        device=torch.device("meta"),
+    ).nbytes
+
+
+def full_nbytes(outline: Outline, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens in a cache that keeps all and scores none."""
+    return tokens * outline.shape.num_layers * _vectors_nbytes(outline)
+
+
+def held_nbytes(outline: Outline, slots: Sequence[int]) -> int:
+    """Bytes that a decode step must move of a row that holds `slots` [layers] scored tokens."""
+    scored = outline.shape.num_kv_heads * SCORED_SLOT_BYTES
+    return sum(slots) * (_vectors_nbytes(outline) + scored)
+
+
+def attention_operations(outline: Outline, tokens: int) -> int:
+    """Multiplications and additions of one query a head over `tokens`, summed over layers.
+
+    Each token costs every query head a product with its key and one with its value, head_dim
+    multiplications and as many additions each.
+    """
+    return 4 * outline.shape.head_dim * outline.shape.num_attention_heads * tokens
+
+
+def scoring_operations(outline: Outline, tokens: int) -> tuple[int, int]:
+    """Multiplications and additions that scoring adds to a step over `tokens`, summed over layers.
+
+    Every KV head multiplies a token's score by alpha once, and adds what each of its query heads
+    pays.
+    """
+    shape = outline.shape
+    return shape.num_kv_heads * tokens, shape.num_attention_heads * tokens
+
+
+def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
+    """Multiplications and additions of reading a prompt exactly; its last token alone is projected.
+
+    Causal attention: a query sees half of the prompt, on average.
+    """
+    layers = 2 * (weights.step_parameters - weights.head_parameters) * tokens
+    seen = outline.shape.num_layers * tokens * (tokens + 1) // 2
+    return layers + attention_operations(outline, seen) + 2 * weights.head_parameters
+
+
+def _vectors_nbytes(outline: Outline) -> int:
+    """Bytes of one token's keys and values in one layer."""
+    shape = outline.shape
+    return shape.num_kv_heads * 2 * shape.head_dim * outline.dtype.itemsize
+
+
+def _packs(outline: Outline) -> bool:
+    """Whether `linear.pack` would lay linear layers out anew."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return outline.device_type == "cpu" and outline.dtype in linear.PACKED_DTYPES and available
+
+
+def _stored_parameters(outline: Outline) -> int | None:
+    try:
+        paths = files.weight_files(outline.directory.name, outline.directory)
+    except NotFound:
+        return None
+    count = 0
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                # Slices know their shape from the header; nothing is read.
+                count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - safe_open is no mapping
+        except SafetensorError as error:
+            raise NotFound(f"weights {path}: not whole ({error})") from error
+    return count

@@ -1,0 +1,237 @@
+"""The command line of `plan`: flags in, a plan out.
+
+Owns the flags and their help. Knows nothing of the arithmetic behind them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from a2sf.errors import InvalidArgument
+from a2sf.files import REFERENCE
+from service.plan import devices, units
+
+PROGRAM = "a2sf-serve plan"
+
+DEFAULT_RESERVE = "10%"
+DEFAULT_UTILISATION = 0.7
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _panel(title: str) -> Any:
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=title, **settings)
+
+    return option
+
+
+_model = _panel("Model, as serve takes it")
+_cache = _panel("Cache")
+_device = _panel("Device")
+_measured = _panel("Measured instead of bounded")
+_load = _panel("Load and price")
+_output = _panel("Output")
+
+
+@app.command()
+def plan(
+    *,
+    model: Annotated[
+        str,
+        _model(help="`reference`, a directory (config.json is enough), or a Hugging Face hub id."),
+    ] = REFERENCE,
+    revision: Annotated[str | None, _model(help="Branch, tag or commit, for a hub id.")] = None,
+    device: Annotated[
+        str, _model(help="cuda or cpu: what is planned for, which need not be here.")
+    ] = "cuda",
+    dtype: Annotated[str, _model(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
+    tables: Annotated[
+        Path | None, _model(metavar="PATH", help="Directory of alpha tables (*.json).")
+    ] = None,
+    default_table: Annotated[
+        str | None,
+        _model(help="Table of requests that name no method; it may deal slots unequally."),
+    ] = None,
+    budget: Annotated[
+        int,
+        _cache(
+            metavar="N",
+            help="Tokens each head keeps of a sequence, the mean over layers. It becomes --slots, "
+            "and --default-budget where layers are equal.",
+        ),
+    ],
+    slots: Annotated[
+        int | None,
+        _cache(
+            metavar="N",
+            min=1,
+            help="Slots of a row, for requests that may ask for more than --budget. "
+            "[default: the budget]",
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        _cache(metavar="N", min=1, help="Sequences at a time. [default: as many as fit]"),
+    ] = None,
+    max_prefill_tokens: Annotated[
+        int | None,
+        _cache(
+            metavar="N",
+            min=1,
+            help="Longest prompt block. [default: the model's context, at most 8192]",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        _cache(
+            metavar="N",
+            min=1,
+            help="Tokens of a sequence, for the full cache beside this one, which holds all of "
+            "them without scores. [default: the model's]",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        _device(
+            metavar="NAME",
+            help=f"{', '.join(devices.GPUS)}: the memory, bandwidth and compute that its maker "
+            "publishes, where the next three do not say otherwise.",
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, _device(metavar="SIZE", help="Memory of the device: 80GB or 80GiB.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, _device(metavar="RATE", help="Of its memory: 4.8TB/s.")
+    ] = None,
+    compute: Annotated[
+        str | None, _device(metavar="RATE", help="Of its processor: 989TFLOP/s.")
+    ] = None,
+    reserve: Annotated[
+        str,
+        _device(
+            metavar="SIZE",
+            help="Memory left for all that is not weights or cache: the driver's context, the "
+            "allocator, activations and logits, the kernels' scratch, CUDA graphs. A size or a "
+            "share of the memory. The default is a convention that nobody measured: look at what "
+            "a running server takes, and say it here.",
+        ),
+    ] = DEFAULT_RESERVE,
+    step_ms: Annotated[
+        float | None,
+        _measured(
+            metavar="MS", help="A decode step of all --max-batch sequences; needs --max-batch."
+        ),
+    ] = None,
+    prefill_tokens_per_s: Annotated[
+        float | None, _measured(metavar="N", help="Prompt tokens a second while nothing decodes.")
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, _load(metavar="N", help="Requests to be served a second.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, _load(metavar="N", min=1, help="Of a request, on average.")
+    ] = None,
+    completion_tokens: Annotated[
+        int | None, _load(metavar="N", min=1, help="Of a request, on average.")
+    ] = None,
+    tokens_per_s: Annotated[
+        float | None,
+        _load(metavar="N", help="Completion tokens to be served a second, in place of requests."),
+    ] = None,
+    utilisation: Annotated[
+        float,
+        _load(
+            metavar="SHARE", help="Of its time that a replica may be busy; the rest is headroom."
+        ),
+    ] = DEFAULT_UTILISATION,
+    price_per_hour: Annotated[
+        float | None, _load(metavar="PRICE", help="Of one replica, in any currency.")
+    ] = None,
+    as_json: Annotated[bool, _output("--json", help="One JSON object.")] = False,
+) -> None:
+    """Work out what a server would take and give, and the command line that starts it.
+
+    Memory is exact: the weights' tensors, the staging row and the slab are what the server
+    allocates, byte for byte, on the device of --device. On a processor in float32 or bfloat16 a
+    head that is shared with the embedding is held twice, and counted so; what its library of
+    matrix kernels adds around a weight shows nowhere. Times are bounds from published figures
+    unless --step-ms gives a measured one. One device holds the whole model. Nothing is loaded:
+    config.json is read, and the headers of the weights' files where they are.
+    """
+    from service.plan import pace, report, sizing
+
+    for name, value in (
+        ("--step-ms", step_ms),
+        ("--prefill-tokens-per-s", prefill_tokens_per_s),
+        ("--requests-per-s", requests_per_s),
+        ("--tokens-per-s", tokens_per_s),
+        ("--price-per-hour", price_per_hour),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            raise InvalidArgument(name, f"{value:g}; accepted: more than 0")
+    if not 0 < utilisation <= 1:
+        raise InvalidArgument("--utilisation", f"{utilisation:g}; accepted: above 0, at most 1")
+    if step_ms is not None and max_batch is None:
+        raise InvalidArgument(
+            "--step-ms", "says nothing without the --max-batch it was measured at"
+        )
+    known = devices.gpu(gpu)
+    if gpu_memory is not None:
+        known = replace(known, memory=units.parse_size("--gpu-memory", gpu_memory))
+    if bandwidth is not None:
+        known = replace(known, bandwidth=units.parse_bandwidth("--bandwidth", bandwidth))
+    if compute is not None:
+        known = replace(known, compute=units.parse_compute("--compute", compute))
+    means = pace.Means(
+        bandwidth=known.bandwidth,
+        compute=known.compute,
+        step_s=None if step_ms is None else step_ms / 1e3,
+        prefill_tokens_per_s=prefill_tokens_per_s,
+    )
+    load = pace.Load(
+        requests_per_s=requests_per_s,
+        tokens_per_s=tokens_per_s,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        utilisation=utilisation,
+        price_per_hour=price_per_hour,
+    )
+    pace.check(means, load)
+    sized = sizing.size(
+        sizing.Wish(
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            tables=tables,
+            default_table=default_table,
+            budget=budget,
+            slots=slots,
+            max_batch=max_batch,
+            max_prefill_tokens=max_prefill_tokens,
+            memory=known.memory,
+            reserve=reserve,
+            context=context,
+        )
+    )
+    pace.check_lengths(sized, load)
+    worked_out = report.Plan(
+        sizing=sized,
+        means=means,
+        load=load,
+        reserve_said=reserve,
+        ours=pace.ours(sized, means, load),
+        full=pace.full(sized, means, load),
+    )
+    show = report.for_programs if as_json else report.for_people
+    print(show(worked_out))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Plan and leave the process. Raises A2SFError for what is asked wrongly."""
+    app(args=list(arguments), prog_name=PROGRAM)

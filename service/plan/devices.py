@@ -1,0 +1,48 @@
+"""GPUs by name, with the figures that their maker publishes.
+
+Owns the table. The figures are peaks from data sheets, dense, for 16-bit numbers: nothing here was
+measured, and no program reaches them.
+"""
+
+from dataclasses import dataclass
+
+from a2sf.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU; None: not known."""
+
+    memory: int | None
+    """Bytes."""
+    bandwidth: int | None
+    """Bytes a second between memory and processor."""
+    compute: int | None
+    """Multiplications and additions a second."""
+
+
+GPUS = {
+    "l4": Gpu(24 * 10**9, 300 * 10**9, 121 * 10**12),
+    "l40s": Gpu(48 * 10**9, 864 * 10**9, 362 * 10**12),
+    "a100-40gb": Gpu(40 * 10**9, 1_555 * 10**9, 312 * 10**12),
+    "a100-80gb": Gpu(80 * 10**9, 2_039 * 10**9, 312 * 10**12),
+    "h100": Gpu(80 * 10**9, 3_350 * 10**9, 989 * 10**12),
+    "h200": Gpu(141 * 10**9, 4_800 * 10**9, 989 * 10**12),
+}
+"""The a100-80gb, h100 and h200 are those in SXM modules."""
+
+
+def gpu(name: str | None) -> Gpu:
+    """Look a GPU up; None is one of which nothing is known.
+
+    Raises InvalidArgument naming those there are.
+    """
+    if name is None:
+        return Gpu(None, None, None)
+    if name not in GPUS:
+        raise InvalidArgument(
+            "--gpu",
+            f"{name!r}; accepted: {', '.join(GPUS)}; of others give --gpu-memory, --bandwidth and "
+            "--compute",
+        )
+    return GPUS[name]

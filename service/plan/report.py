@@ -1,0 +1,214 @@
+"""A plan as people read it, and as programs do.
+
+Owns the words, the columns and the names of the JSON. Computes nothing that is not about showing.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from a2sf import capacity
+from a2sf.capacity import Weights
+from service.plan.pace import Load, Means, Pace
+from service.plan.sizing import Sizing
+from service.plan.units import binary
+from service.settings import NAMES, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that was worked out."""
+
+    sizing: Sizing
+    means: Means
+    load: Load
+    reserve_said: str
+    ours: Pace | None
+    full: Pace | None
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that starts the planned server."""
+        said = [
+            part
+            for field, value in self.sizing.options.items()
+            for part in (flag(NAMES[field]), str(value))
+        ]
+        return ["python", "-m", "service", *said]
+
+
+def for_people(plan: Plan) -> str:
+    """Write the plan as text, lines of at most a hundred characters unless a name is long."""
+    sections = (_head(plan), _memory(plan), _sides(plan), _scoring(plan), _times(plan))
+    told = "\n\n".join("\n".join(lines) for lines in sections)
+    return f"{told}\n\nStart it with\n  {shlex.join(plan.command)}"
+
+
+def for_programs(plan: Plan) -> str:
+    """Write the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
+    sizing = plan.sizing
+    tokens = sum(sizing.held)
+    multiplications, additions = capacity.scoring_operations(sizing.outline, tokens)
+    shape = sizing.outline.shape
+    return json.dumps(
+        {
+            "model": {
+                "name": sizing.options["model"],
+                "architecture": sizing.outline.architecture,
+                **asdict(shape),
+            },
+            "device": sizing.outline.device_type,
+            "dtype": _dtype(sizing),
+            "weights": asdict(sizing.weights),
+            "memory": {
+                "device_bytes": sizing.memory,
+                "weights_bytes": sizing.weights.nbytes,
+                "staging_bytes": sizing.staging,
+                "slab_bytes": sizing.slab,
+                "reserve_bytes": sizing.reserve,
+                "free_bytes": None if sizing.memory is None else sizing.free,
+            },
+            "this_cache": {
+                "budget": sizing.budget,
+                "layer_slots": sizing.layer_slots,
+                "sequence_bytes": sizing.row,
+                "rows": sizing.rows,
+                "staging_slots": sizing.staging_slots,
+                "scoring_multiplications": multiplications,
+                "scoring_additions": additions,
+                "attention_operations": capacity.attention_operations(sizing.outline, tokens),
+                "pace": _pace(plan.ours),
+            },
+            "full_cache": {
+                "context": sizing.context,
+                "sequence_bytes": sizing.full_sequence,
+                "rows": sizing.full_rows,
+                "pace": _pace(plan.full),
+            },
+            "times_from": asdict(plan.means),
+            "load": asdict(plan.load),
+            "command": plan.command,
+        }
+    )
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    sizing, shape = plan.sizing, plan.sizing.outline.shape
+    group = shape.num_attention_heads // shape.num_kv_heads
+    yield f"{sizing.options['model']}: {sizing.outline.architecture}, {shape.num_layers} layers,"
+    yield (
+        f"{shape.num_kv_heads} KV heads of {shape.head_dim} with {group} query heads each, "
+        f"{_dtype(sizing)} on {sizing.outline.device_type}"
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    sizing, weights = plan.sizing, plan.sizing.weights
+    yield "Memory, bytes"
+    yield _bytes(
+        "weights", weights.nbytes, f"{weights.parameters:,} parameters, {_counted(weights)}"
+    )
+    staging = f"prompt blocks of up to {sizing.staging_slots:,} tokens"
+    yield _bytes("staging row", sizing.staging, staging)
+    yield _bytes("slab", sizing.slab, f"{sizing.rows:,} rows of {_slots(sizing)}")
+    if sizing.memory is not None:
+        yield _bytes(
+            "reserve", sizing.reserve, f"--reserve {plan.reserve_said}; --help says for what"
+        )
+        yield _bytes("left over", sizing.free, f"of {sizing.memory:,}")
+
+
+def _sides(plan: Plan) -> Iterator[str]:
+    sizing = plan.sizing
+    yield _row("Sequences", "this cache", "full cache")
+    yield _row("  tokens of a sequence kept", f"{sizing.budget:,}", f"{sizing.context:,}")
+    yield _row("  bytes of a sequence", f"{sizing.row:,}", f"{sizing.full_sequence:,}")
+    yield _row("", binary(sizing.row), binary(sizing.full_sequence))
+    yield _row("  sequences at a time", f"{sizing.rows:,}", f"{sizing.full_rows:,}")
+
+
+def _scoring(plan: Plan) -> Iterator[str]:
+    outline, tokens = plan.sizing.outline, sum(plan.sizing.held)
+    multiplications, additions = capacity.scoring_operations(outline, tokens)
+    attention = capacity.attention_operations(outline, tokens)
+    yield "Operations of a sequence in a step"
+    yield _row("  multiplications by alpha", f"{multiplications:,}")
+    yield _row("  additions of what is paid", f"{additions:,}")
+    yield _row("  attention itself", f"{attention:,}")
+    yield _row("  scoring adds to it", f"{(multiplications + additions) / attention:.2%}")
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    ours, full, load = plan.ours, plan.full, plan.load
+    if ours is None:
+        yield "Times: give --gpu, --bandwidth or --step-ms"
+        return
+    measured = ours.taken_from == "measured"
+    yield _row("Times, as measured" if measured else "Times, bounds", "this cache", "full cache")
+    for label, show in _figures(ours, load):
+        yield _row(f"  {label}", show(ours), "-" if full is None else show(full))
+    if not measured:
+        yield "  Upper bounds of speed from published figures; nothing here was measured. Sequences"
+        yield "  of this cache are at their budget, those of the full cache at their whole context."
+    if load.prompt_tokens is None and (ours.replicas or ours.price_per_million):
+        yield "  Reading prompts is left out: give --prompt-tokens and --completion-tokens."
+    if ours.replicas is not None or ours.price_per_million is not None:
+        yield f"  {_load(load)}each replica busy {load.utilisation:.0%} of its time."
+
+
+def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str]]]:
+    """The rows of times: what each is called, and how it is written."""
+    yield "bytes that a step moves", lambda pace: f"{pace.step_nbytes:,}"
+    yield "milliseconds of a step", lambda pace: f"{pace.step_s * 1e3:,.2f}"
+    yield "taken from", lambda pace: pace.taken_from
+    yield "tokens/s, all sequences", lambda pace: f"{pace.tokens_per_s:,.0f}"
+    yield "tokens/s, each sequence", lambda pace: f"{1 / pace.step_s:,.1f}"
+    if ours.prompt_s is not None:
+        yield "milliseconds of a prompt", lambda pace: f"{(pace.prompt_s or 0.0) * 1e3:,.1f}"
+    if ours.replicas is not None:
+        yield "replicas", lambda pace: f"{pace.replicas:,}"
+    if ours.price_per_million is not None:
+        yield "price of a million tokens", lambda pace: f"{pace.price_per_million:,.3f}"
+
+
+def _load(load: Load) -> str:
+    """What replicas and price are for, as the beginning of a sentence."""
+    if load.tokens_per_s is not None:
+        return f"For {load.tokens_per_s:,g} completion tokens/s, "
+    if load.prompt_tokens is None:
+        return "With "
+    often = "" if load.requests_per_s is None else f"{load.requests_per_s:,g}/s "
+    return f"For requests {often}of {load.prompt_tokens:,} + {load.completion_tokens:,} tokens, "
+
+
+def _counted(weights: Weights) -> str:
+    stored = weights.stored_parameters
+    if stored is None:
+        return "by config.json alone"
+    if stored == weights.parameters:
+        return "as the files' headers say"
+    return f"where the files' headers say {stored:,}"
+
+
+def _slots(sizing: Sizing) -> str:
+    if len(set(sizing.layer_slots)) == 1:
+        return f"{sizing.layer_slots[0]:,} slots"
+    return f"{','.join(map(str, sizing.layer_slots))} slots"
+
+
+def _dtype(sizing: Sizing) -> str:
+    return str(sizing.outline.dtype).removeprefix("torch.")
+
+
+def _pace(pace: Pace | None) -> dict[str, Any] | None:
+    return None if pace is None else {**asdict(pace), "tokens_per_s": pace.tokens_per_s}
+
+
+def _bytes(label: str, nbytes: int, note: str) -> str:
+    return f"  {label:<12}{nbytes:>19,}{binary(nbytes):>13}  {note}"
+
+
+def _row(label: str, *cells: str) -> str:
+    return f"{label:<28}" + "".join(f"{cell:>18}" for cell in cells)

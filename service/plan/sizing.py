@@ -1,0 +1,235 @@
+"""What fits: from what is asked for to bytes, rows, and the server that they make.
+
+Owns the plan's memory: the server's own options, its own checks of them, and how many rows the
+memory leaves room for. Knows nothing of time or of how a plan is shown.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a2sf import capacity, reference
+from a2sf.capacity import Weights
+from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
+from a2sf.files import REFERENCE
+from a2sf.models import Outline, read_outline
+from a2sf.policy import DEFAULT_SINKS, deal
+from a2sf.schema import AlphaTable
+from a2sf.tablefile import load_table
+from service.core import check_default, row_shape
+from service.options import ServerOptions, layers_of
+from service.plan import units
+
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the command line asks for. The names that `serve` has too mean the same there."""
+
+    model: str
+    revision: str | None
+    device: str
+    dtype: str
+    tables: Path | None
+    default_table: str | None
+    budget: int
+    """Tokens each head keeps of a sequence, the mean over layers."""
+    slots: int | None
+    """None: as many as the budget."""
+    max_batch: int | None
+    """None: as many as fit."""
+    max_prefill_tokens: int | None
+    memory: int | None
+    """Bytes of the device; None: what fits is not asked."""
+    reserve: str
+    """A size, or a share of the memory."""
+    context: int | None
+    """Tokens of a sequence in the full cache; None: the model's context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """What the server would take. All sizes in bytes."""
+
+    outline: Outline
+    weights: Weights
+    options: dict[str, Any]
+    """What the server would be started with, by the settings' names."""
+    budget: int
+    context: int
+    layer_slots: tuple[int, ...]
+    """Slots of a row in each layer."""
+    held: tuple[int, ...]
+    """Tokens that a sequence of `context` keeps in each layer."""
+    staging_slots: int
+    row: int
+    """One row of the slab: one sequence, whatever its length."""
+    staging: int
+    memory: int | None
+    reserve: int
+    rows: int
+    """Of the slab."""
+    full_sequence: int
+    """A sequence of `context` tokens in a cache that keeps all of them."""
+    full_rows: int
+    """Of those as many as would fit beside the weights, and no more than were asked for."""
+
+    @property
+    def slab(self) -> int:
+        """The slab of all rows."""
+        return self.rows * self.row
+
+    @property
+    def free(self) -> int:
+        """What is left over; less than a row where all rows that fit are taken."""
+        assert self.memory is not None
+        taken = self.weights.nbytes + self.staging + self.slab + self.reserve
+        return self.memory - taken
+
+
+def size(wish: Wish) -> Sizing:
+    """Work out what fits. Reads settings, headers and tables; loads no weights.
+
+    Raises what starting such a server would raise, and InvalidArgument where nothing fits.
+    """
+    if wish.device not in DEVICES:
+        raise InvalidArgument("--device", f"{wish.device!r}; accepted: {', '.join(DEVICES)}")
+    if wish.memory is None and wish.max_batch is None:
+        raise InvalidArgument("--gpu-memory", "missing; give it, --gpu or --max-batch")
+    least = DEFAULT_SINKS + 1
+    if wish.budget < least:
+        raise InvalidArgument(
+            "--budget", f"{wish.budget}; accepted: {least} (sinks and the newest token) or more"
+        )
+    if wish.slots is not None and wish.slots < wish.budget:
+        raise InvalidArgument(
+            "--slots", f"{wish.slots}; accepted: {wish.budget} (the budget) or more"
+        )
+    outline = read_outline(
+        wish.model, revision=wish.revision, device_type=wish.device, dtype=wish.dtype
+    )
+    options = _options(wish)
+    shares: tuple[float, ...] | None = None
+    if wish.default_table is not None:
+        table = _table(wish, outline)
+        if len(set(layers_of(options["slots"], table.policy.layer_share))) == 1:
+            options["default_budget"] = wish.budget
+        server = ServerOptions(**options)
+        shares = row_shape(server, table)
+        layers = server.engine_config(shares).layer_slots(outline.shape.num_layers)
+        check_default(server, layers, outline.shape.max_context, table)
+    else:
+        options["default_budget"] = wish.budget
+    config = ServerOptions(**options).engine_config(shares)
+    num_layers = outline.shape.num_layers
+    layer_slots = config.layer_slots(num_layers)
+    staging_slots = config.staging_slots(outline.shape.max_context)
+    context = wish.context or outline.shape.max_context
+    if context > outline.shape.max_context:
+        raise InvalidArgument(
+            "--context",
+            f"{context}; the model's is {outline.shape.max_context}; accepted: that or less",
+        )
+    weights = capacity.weights(outline)
+    row = capacity.slots_nbytes(outline, 1, layer_slots)
+    staging = capacity.slots_nbytes(outline, 1, (staging_slots,) * num_layers)
+    full_sequence = capacity.full_nbytes(outline, context)
+    if wish.memory is None:
+        assert wish.max_batch is not None
+        reserve, rows, full_rows = 0, wish.max_batch, wish.max_batch
+    else:
+        reserve = units.parse_reserve("--reserve", wish.reserve, wish.memory)
+        room = wish.memory - reserve - weights.nbytes
+        rows = _rows(wish, room - staging, row)
+        most = max(room // full_sequence, 0)
+        full_rows = most if wish.max_batch is None else min(most, wish.max_batch)
+    shared = shares or (1.0,) * num_layers
+    return Sizing(
+        outline=outline,
+        weights=weights,
+        options={**options, "max_batch": rows},
+        budget=wish.budget,
+        context=context,
+        layer_slots=layer_slots,
+        held=tuple(min(kept, context) for kept in deal(wish.budget, shared, context)),
+        staging_slots=staging_slots,
+        row=row,
+        staging=staging,
+        memory=wish.memory,
+        reserve=reserve,
+        rows=rows,
+        full_sequence=full_sequence,
+        full_rows=full_rows,
+    )
+
+
+def _options(wish: Wish) -> dict[str, Any]:
+    """What was said of the server's own settings, in the order in which they are written."""
+    said = {
+        "model": wish.model,
+        "revision": wish.revision,
+        "device": wish.device,
+        "dtype": None if wish.dtype == "auto" else wish.dtype,
+        "tables": wish.tables,
+        "default_table": wish.default_table,
+        "slots": wish.slots or wish.budget,
+        "max_prefill_tokens": wish.max_prefill_tokens,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _rows(wish: Wish, room: int, row: int) -> int:
+    """How many rows to plan for. Raises InvalidArgument where those do not fit."""
+    most = room // row
+    if wish.max_batch is not None:
+        if wish.max_batch > most:
+            raise InvalidArgument(
+                "--max-batch",
+                f"{wish.max_batch} rows of {units.binary(row)} do not fit beside weights, staging "
+                f"row and reserve; accepted here: {_most(most)}",
+            )
+        return wish.max_batch
+    if most < 1:
+        raise InvalidArgument(
+            "--gpu-memory",
+            f"weights, staging row, reserve and one row need {units.binary(row - room)} more; give "
+            "more memory, a smaller --budget, --max-prefill-tokens or --reserve, or a smaller "
+            "--dtype",
+        )
+    return most
+
+
+def _most(rows: int) -> str:
+    return f"at most {rows}" if rows > 0 else "none, so give more memory or a smaller --budget"
+
+
+def _table(wish: Wish, outline: Outline) -> AlphaTable:
+    """Find the default table as the server would, but for the fingerprint: no weights are read."""
+    directory = wish.tables
+    if directory is None and wish.model == REFERENCE:
+        directory = reference.path() / "tables"
+    if directory is None or not directory.is_dir():
+        raise NotFound(f"tables directory {directory or '--tables'}: no such directory")
+    found = {}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            table = load_table(path)
+        except A2SFError:
+            # As the server does: a bad file hides no good one.
+            continue
+        found[table.name] = table
+    if wish.default_table not in found:
+        raise NotFound(
+            f"no alpha table {wish.default_table!r} in {directory}; there: "
+            f"{', '.join(sorted(found)) or 'none'}"
+        )
+    table = found[wish.default_table]
+    shape = outline.shape
+    if (table.model.num_layers, table.model.num_kv_heads) != (shape.num_layers, shape.num_kv_heads):
+        raise TableMismatch(
+            f"alpha table {table.name!r} is for {table.model.num_layers} layers of "
+            f"{table.model.num_kv_heads} KV heads; the model has {shape.num_layers} of "
+            f"{shape.num_kv_heads}"
+        )
+    return table
