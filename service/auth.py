@@ -10,7 +10,7 @@ import hmac
 import re
 import stat
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,18 @@ class TokenFile:
             accepted |= hmac.compare_digest(digest, given)
         return accepted
 
+    def problem(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+        """Say what is wrong with the credentials of a call with `metadata`; None: nothing."""
+        given = [value for key, value in metadata if key == "authorization"]
+        if not given:
+            return "this server needs a bearer token: send the metadata authorization: Bearer TOKEN"
+        scheme, _, token = str(given[0]).partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not token:
+            return "the metadata authorization must be one value of the form: Bearer TOKEN"
+        if not self.accepts(token):
+            return "the bearer token is none of those that this server accepts"
+        return None
+
     def _refresh(self) -> None:
         now = time.monotonic()
         if now - self._checked < CHECK_S:
@@ -99,21 +111,10 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Let the call on, or answer it in the place of its handler."""
         if handler_call_details.method.startswith(_HEALTH):
             return await continuation(handler_call_details)
-        problem = self._problem(handler_call_details)
+        problem = self._tokens.problem(handler_call_details.invocation_metadata)
         if problem is None:
             return await continuation(handler_call_details)
         return self._refusal(handler_call_details.method, problem)
-
-    def _problem(self, details: grpc.HandlerCallDetails) -> str | None:
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        if not given:
-            return "this server needs a bearer token: send the metadata authorization: Bearer TOKEN"
-        scheme, _, token = str(given[0]).partition(" ")
-        if len(given) > 1 or scheme.lower() != "bearer" or not token:
-            return "the metadata authorization must be one value of the form: Bearer TOKEN"
-        if not self._tokens.accepts(token):
-            return "the bearer token is none of those that this server accepts"
-        return None
 
     def _refusal(self, method: str, problem: str) -> "Handler":
         async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
