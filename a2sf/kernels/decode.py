@@ -95,8 +95,7 @@ class Workspace:
         device, widest = slots.score.device, max(slots.widths)
         tiles = triton.cdiv(widest, tile_slots(dim, slots.keys[0].dtype))
         if splits is None:
-            count = torch.cuda.get_device_properties(device).multi_processor_count
-            splits = choose_splits(rows * kv_heads, tiles, count)
+            splits = choose_splits(rows * kv_heads, tiles, _multiprocessors(device))
 
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -109,6 +108,14 @@ class Workspace:
             split_lse=floats(rows, num_attention_heads, kept),
             split_output=floats(rows, num_attention_heads, kept, dim),
         )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        # The interpreter runs one program after the other.
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def plan_slots(slots: Slots, policy: PolicyTensors, start: Tensor) -> Tensor:

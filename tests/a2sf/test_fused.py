@@ -1,0 +1,274 @@
+"""Decoding by the fused kernels: rows join, move, end and pad a batch, and nothing else changes.
+
+Where there is no CUDA device the programs run in Triton's interpreter, on the processor, and
+nothing is captured.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
+
+from a2sf import decoding, fused
+from a2sf.attention import BlockPass, attend
+from a2sf.cache import PolicyTensors, Slots
+from a2sf.engine import Engine
+from a2sf.errors import InvalidArgument
+from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
+from a2sf.models import LoadedModel, load_model
+from a2sf.policy import CachePolicy
+from a2sf.requests import Event
+from tests.a2sf.test_kernels_decode import CUDA, DEVICE, interpreting
+from tests.driving import any_requests, engine_for, request, rows_of, run, run_at_random, tokens
+from tests.near_ties import TOLERANCE, Recorder, parting
+
+SIZES = {"slots": 60, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    with interpreting(settling, decode_programs, prefill_programs):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Any) -> LoadedModel:
+    """The tiny model in float32, where the kernels run."""
+    return load_model(str(tiny_model_dir), device=DEVICE.type, dtype="float32")
+
+
+def check(model: LoadedModel, count: int, seed: int, *, most: int) -> int:
+    """Requests that come and go at random get what torch's operations give each alone.
+
+    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
+    """
+    made = any_requests(model, count, seed=seed, longest=45, most=most)
+    made = [one for one in made if len(one.prompt_ids) + one.max_new_tokens < 60]
+    together = Recorder(engine_for(model, kernels="triton", **SIZES))
+    assert together.engine.kernels == "triton"
+    streams = run_at_random(
+        together.engine, made, random.Random(seed), cancel=["0"], step=together.step
+    )
+    evicted = 0
+    for one in made:
+        alone = Recorder(engine_for(model, kernels="torch", **SIZES))
+        alone.engine.submit(one)
+        own: list[Event] = []
+        while alone.engine.has_work:
+            own += alone.step()
+        name = one.request_id
+        parted = parting(alone.steps[name], together.steps.get(name, []))
+        if parted is not None:
+            assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
+            continue
+        said, whole = tokens(streams[name]), tokens(own)
+        assert said == whole[: len(said)]
+        assert said == whole or name == "0"
+        evicted += len(one.prompt_ids) + len(whole) > 20
+    return evicted
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_requests_get_what_torch_gives_each_alone(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, multiprocessors: int
+) -> None:
+    # So that rows are split among programs, or not.
+    monkeypatch.setattr(decode, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(decode, "TILE_BYTES", 1)
+    assert check(model, 4, seed=1, most=12) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_many_requests_get_what_torch_gives_each_alone(model: LoadedModel, seed: int) -> None:
+    assert check(model, 24, seed=seed, most=14) > 8
+
+
+def test_rows_that_pad_a_batch_are_nobodys(model: LoadedModel) -> None:
+    # Three rows of five run as four; when the first ends, the last takes its place.
+    sizes = {**SIZES, "max_batch": 5}
+    made = [
+        request(str(i), [i + 1] * (9 + i), max_new_tokens=most, cache_policy=policy)
+        for i, (most, policy) in enumerate(
+            [
+                (4, CachePolicy(alpha=0.5, budget=8, recent=2)),
+                (9, CachePolicy(preset="window", budget=7)),
+                (9, CachePolicy(preset="random", budget=9, random_seed=5)),
+            ]
+        )
+    ]
+    engines = [engine_for(model, kernels=kernels, **sizes) for kernels in ("torch", "triton")]
+    for engine in engines:
+        for one in made:
+            engine.submit(one)
+    while engines[0].has_work:
+        said = [[tokens([event]) for event in engine.step()] for engine in engines]
+        assert said[0] == said[1]
+        want, got = (rows_of(engine) for engine in engines)
+        assert want.keys() == got.keys()
+        for name, (position, score) in want.items():
+            assert torch.equal(position, got[name][0])
+            torch.testing.assert_close(score, got[name][1], rtol=1e-4, atol=1e-6)
+    assert not engines[1].has_work
+
+
+def test_batches_run_as_the_next_larger_power_of_two() -> None:
+    assert fused.batch_sizes(1) == [1]
+    assert fused.batch_sizes(8) == [1, 2, 4, 8]
+    assert fused.batch_sizes(48) == [1, 2, 4, 8, 16, 32, 48]
+
+
+class Asked(TorchDispatchMode):
+    """Refuses what would make the processor wait for the device, or cannot be captured."""
+
+    WAITING = ("item", "_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_to_copy" and (kwargs or {}).get("device") in (None, args[0].device):
+            name = "cast"
+        assert name not in self.WAITING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_nothing_of_the_device(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # But for the kernels, which the interpreter runs by means of its own.
+    monkeypatch.setattr(fused, "decode_attention", lambda query, *_, **__: query)
+    engine = engine_for(model, kernels="triton", **SIZES)
+    decoder = engine._decoder
+    assert isinstance(decoder, fused.FusedDecoder)
+    for rung in decoder._rungs.values():
+        with Asked():
+            logits = decoder._run(rung, scored=True)
+        assert logits.shape == (rung.inputs.shape[1], model.shape.vocab_size)
+    with pytest.raises(AssertionError, match="waits"), Asked():
+        int(logits[0, 0])
+
+
+def test_what_has_no_kernel_is_refused_by_name(
+    model: LoadedModel, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidArgument, match="float64; accepted: bfloat16, float16, float32"):
+        decoding.choose_kernels("triton", tiny_model_64)
+    wide = replace(model, shape=replace(model.shape, head_dim=512))
+    with pytest.raises(InvalidArgument, match="heads are of 512; accepted: up to 256"):
+        decoding.choose_kernels("triton", wide)
+    assert decoding.choose_kernels("auto", wide) == "torch"
+    if not CUDA:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(InvalidArgument, match="is a processor; accepted: cuda"):
+            decoding.choose_kernels("triton", model)
+        assert decoding.choose_kernels("auto", model) == "torch"
+
+
+def test_normalisers_that_are_known_need_not_be_found_again() -> None:
+    rng = torch.Generator().manual_seed(3)
+    rows, q_heads, kv_heads, width, slots, dim = 2, 4, 2, 20, 33, 16
+    query = torch.randn(rows, q_heads, width, dim, generator=rng).to(DEVICE)
+    keys = torch.randn(rows, kv_heads, slots, dim, generator=rng).to(DEVICE)
+    position = torch.arange(slots, device=DEVICE).int().expand(rows, kv_heads, slots).contiguous()
+    at = torch.arange(slots - width, slots, device=DEVICE).expand(rows, width)
+    weights = (0.9 ** torch.arange(width - 1, -1, -1)).expand(rows, kv_heads, width).clone()
+    weights[0, 0, :7] = 0.0
+    weights = weights.to(DEVICE)
+    logits = query @ keys.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
+    hidden = position[:, :1, None, :] > at[:, None, :, None]
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
+    found = prefill.mass(query, at, keys, position, weights, 0.3)
+    known = prefill.mass(query, at, keys, position, weights, 0.3, lse)
+    torch.testing.assert_close(known, found, rtol=1e-4, atol=1e-6)
+
+
+def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
+    """A prompt of 40 tokens in two pieces, in slots just as wide; the output of the second."""
+    rng = torch.Generator().manual_seed(5)
+    kv_heads, dim = 2, 16
+    slots = Slots.empty(
+        rows=1,
+        num_kv_heads=kv_heads,
+        slots=[40],
+        head_dim=dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    engine = engine_for(model, kernels="torch", **SIZES)
+    engine.submit(request("0", [1] * 40, cache_policy=CachePolicy(alpha=0.9, budget=50)))
+    engine.step()
+    assert engine._prefilling is not None
+    policy = PolicyTensors.stack([engine._prefilling.policy], [90], slots.position.device)
+    policy = replace(policy.layer(0), any_scored=True)
+    for first, width in ((0, 25), (25, 15)):
+        piece = BlockPass(
+            slots.view(slice(None), [first + width]),
+            policy,
+            start=torch.tensor([0]),
+            lengths=torch.tensor([40]),
+            used=torch.tensor([[first]]),
+            width=width,
+            first=first,
+            in_order=in_order,
+        )
+        q, k, v = (torch.randn(1, heads, width, dim, generator=rng) for heads in (4, 2, 2))
+        output = piece(0, q, k, v, 0.25)
+    return output, slots
+
+
+def test_what_lies_in_order_lies_where_a_search_would_have_put_it(model: LoadedModel) -> None:
+    if CUDA:
+        pytest.skip("the processor's own")
+    (want, there), (got, here) = block(model, False), block(model, True)
+    assert torch.equal(want, got)
+    assert torch.equal(there.position, here.position)
+    assert torch.equal(there.score, here.score)
+    assert torch.equal(there.keys[0], here.keys[0])
+
+
+def cuda_engine(model: LoadedModel, **config: Any) -> Engine:
+    if not CUDA:
+        pytest.skip("no CUDA device on this machine")
+    return engine_for(model, **SIZES | config)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
+    answers = []
+    for graphs in (False, True):
+        engine = cuda_engine(model, kernels="triton", cuda_graphs=graphs)
+        for one in any_requests(model, 12, seed=5, longest=30, most=25):
+            engine.submit(one)
+        answers.append({name: tokens(stream) for name, stream in run(engine).items()})
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [64, 200])
+def test_flash_attention_sees_what_attention_by_position_sees(
+    dtype: torch.dtype, slots: int
+) -> None:
+    if not CUDA:
+        pytest.skip("no CUDA device on this machine")
+    rng = torch.Generator().manual_seed(7)
+    width, dim = 64, 128
+    query = torch.randn(1, 8, width, dim, generator=rng).to(DEVICE, dtype)
+    keys, values = (torch.randn(1, 2, slots, dim, generator=rng).to(DEVICE, dtype) for _ in "kv")
+    position = torch.arange(slots, device=DEVICE).int().expand(1, 2, slots).contiguous()
+    at = torch.arange(slots - width, slots, device=DEVICE)[None]
+    output, lse = prefill.flash(query, keys, values, 0.1)
+    exact = [t.double() for t in (query, keys, values)]
+    want = attend(exact[0], at, *exact[1:], position, 0.1)
+    torch.testing.assert_close(output.double(), want, rtol=0, atol=2e-2)
+    logits = exact[0] @ exact[1].repeat_interleave(4, dim=1).transpose(2, 3) * 0.1
+    hidden = position[:, :1, None, :] > at[:, None, :, None]
+    normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
+    torch.testing.assert_close(lse.double(), normaliser, rtol=1e-3, atol=1e-3)
