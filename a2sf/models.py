@@ -9,7 +9,8 @@ requests or schedules, and nothing of any one family.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,14 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from a2sf import families, files, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import fingerprint
+from a2sf.ranks import Ranks
 from a2sf.schema import ModelIdentity
 
 _ATTENTION_NAME = "a2sf"
@@ -100,7 +103,9 @@ class LoadedModel:
     """A model ready to run, with its tokenizer and its identity."""
 
     identity: ModelIdentity
+    """Of the whole model, whoever holds it."""
     shape: ModelShape
+    """Of what this process holds: where ranks share the model, its heads are this rank's."""
     module: Any
     """The transformers model, in evaluation mode; its linear layers may be packed."""
     tokenizer: Any
@@ -108,6 +113,9 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
+    held: tuple[int, int] | None = None
+    """The KV heads of each layer that this process holds, from the first up to the second, and the
+    query heads that share them; None: all."""
 
     @property
     def dtype_name(self) -> str:
@@ -189,6 +197,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     pack: bool = True,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer, from safetensors only and without remote code.
 
@@ -199,13 +208,15 @@ def load_model(
         dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
         pack: whether to lay the weights out as a processor multiplies them fastest; gradients do
             not flow through such layers, so that who wants them asks for False.
+        ranks: the processes among which the model's heads are divided, all of which call this;
+            each computes where its rank says, and packs nothing. None: this process holds all.
 
     Raises:
         NotFound: there is no such model, or it cannot be reached.
         Unsupported: the model is of a kind that this program would run wrongly.
-        InvalidArgument: device or dtype is not one of those above.
+        InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
-    target = _device(device)
+    target = ranks.device if ranks else _device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
     directory = files.directory(id_or_path, revision)
@@ -248,6 +259,14 @@ def load_model(
             weights,
         ),
     )
+    held = None
+    if ranks:
+        held = ranks.share(shape.num_kv_heads)
+        shape = replace(
+            shape,
+            num_attention_heads=shape.num_attention_heads // ranks.size,
+            num_kv_heads=shape.num_kv_heads // ranks.size,
+        )
     stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
     chosen = stored if dtype == "auto" else _DTYPES[dtype]
     try:
@@ -260,6 +279,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **_divided(id_or_path, config) if ranks else {},
             )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -279,7 +299,8 @@ def load_model(
     if not tokenizer.is_fast:
         raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
     module = module.to(target).eval().requires_grad_(False)
-    if pack:
+    # A packed layer would leave out the sum over ranks that transformers hooks to it.
+    if pack and not ranks:
         linear.pack(module)
     model = LoadedModel(
         identity=identity,
@@ -289,12 +310,30 @@ def load_model(
         device=target,
         dtype=chosen,
         eos_token_ids=_eos_token_ids(directory, config),
+        held=held,
     )
     try:
         _try_out(model)
     except Unsupported as error:
         raise Unsupported(f"model {id_or_path!r}: {error}") from error
     return model
+
+
+def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:
+    """Return what asks transformers to divide the model among the ranks by the model's own plan.
+
+    Raises Unsupported where that plan does not divide the heads.
+    """
+    plan = config.base_model_tp_plan or {}
+    keys = next((how for part, how in plan.items() if part.endswith("k_proj")), None)
+    if keys != "colwise":
+        raise Unsupported(
+            f"model {name!r} is a {config.architectures[0]}, whose tensor-parallel plan in "
+            "transformers leaves every process all heads; serve it with one process"
+        )
+    if find_spec("accelerate") is None:
+        raise Unsupported("a model is divided with accelerate; install a2sf-serve[parallel]")
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
 def _try_out(model: LoadedModel) -> None:

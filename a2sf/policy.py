@@ -97,6 +97,21 @@ class EffectivePolicy(Frozen):
     random_seed: Count | None = Field(
         default=None, description="Set for method random only: scores are a hash of it."
     )
+    held: tuple[Count, Positive] | None = Field(
+        default=None,
+        description="The KV heads of each layer that this process holds, from the first up to the "
+        "second; None: all.",
+    )
+
+    @property
+    def first_head(self) -> int:
+        """The first KV head that this process holds."""
+        return 0 if self.held is None else self.held[0]
+
+    @property
+    def held_alpha(self) -> tuple[tuple[float, ...], ...]:
+        """`alpha` of the heads that this process holds: [num_layers][heads]."""
+        return self.alpha if self.held is None else tuple(a[slice(*self.held)] for a in self.alpha)
 
     @property
     def scored(self) -> bool:

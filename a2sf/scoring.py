@@ -99,19 +99,28 @@ def lowest(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(ties, position, EMPTY).argmin(dim=-1)
 
 
-def random_scores(seed: Tensor, layers: Tensor, kv_heads: int, position: Tensor) -> Tensor:
+def first_heads(layers: Tensor, head: int = 0) -> Tensor:
+    """Number a head of each layer, counted over the whole model, for `random_scores`.
+
+    `layers` [layers] int64 are the layers' indices, `head` that of the head in its layer: not 0
+    where other processes hold those before it. Returns [layers] int64.
+    """
+    return (layers << 16) + head
+
+
+def random_scores(seed: Tensor, first: Tensor, kv_heads: int, position: Tensor) -> Tensor:
     """Scores of the `random` baseline: a hash of (seed, layer, head, position) in [0, 1).
 
     Args:
         seed: [rows] int64, from 0 to 2^31 - 1.
-        layers: [layers] int64, the layers' indices.
+        first: [layers] int64, the number of each layer's first head, from `first_heads`.
         kv_heads: heads a layer (H_kv).
         position: [rows, tokens] integer.
 
     Returns:
         [layers, rows, H_kv, tokens] float32.
     """
-    heads = torch.arange(kv_heads, device=position.device) + (layers[:, None] << 16) + 1
+    heads = torch.arange(kv_heads, device=position.device) + first[:, None] + 1
     mixed = _mix(seed[:, None] ^ _mix(heads)[:, None, :])
     mixed = _mix(mixed[..., None] ^ position.to(torch.int64)[:, None, :])
     return (mixed >> 8).float() / 2**24

@@ -30,6 +30,7 @@ CORE = [
     "linear",
     "span",
     "threads",
+    "ranks",
     "models",
     "fused",
     "decoding",
@@ -41,6 +42,7 @@ CORE = [
     "admission",
     "capacity",
     "engine",
+    "parallel",
 ]
 
 # Which part alone may import a library.

@@ -75,7 +75,8 @@ def test_the_lowest_slot_is_the_one_with_the_smallest_key(
 
 def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
     position = torch.arange(4000).expand(2, -1)
-    scores = scoring.random_scores(torch.tensor([0, 1]), torch.tensor([2, 3]), 3, position)
+    first = scoring.first_heads(torch.tensor([2, 3]))
+    scores = scoring.random_scores(torch.tensor([0, 1]), first, 3, position)
     flat = scores.reshape(12, -1)
     assert scores.min() >= 0
     assert scores.max() < 1
@@ -143,7 +144,10 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
             None
             if seed is None
             else scoring.random_scores(
-                torch.tensor([seed]), torch.tensor([layer]), kv_heads, torch.arange(length)[None]
+                torch.tensor([seed]),
+                scoring.first_heads(torch.tensor([layer])),
+                kv_heads,
+                torch.arange(length)[None],
             )[0, 0, head].tolist()
         )
         state = Head(
