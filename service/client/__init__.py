@@ -1,31 +1,21 @@
 """The client: one method for each RPC, typed results, errors of the project's own tree.
 
-Owns the methods of the clients for asyncio, and names all that a program needs of a client;
-`service.client.sync` has the same methods for threads. Knows nothing of the server's insides. Run
-as a program (`python -m service.client "prompt"`) it is the command line of `service.client.cli`.
+Owns the names that a program needs of a client: those for asyncio are in `service.client.aio`,
+those for threads in `service.client.sync`. Knows nothing of the server's insides. Run as a program
+(`python -m service.client "prompt"`) it is the command line of `service.client.cli`, which must
+hear Ctrl-C before anything heavy is loaded; so a name loads its module when it is first asked for.
 """
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Unpack
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from a2sf.requests import ChatMessage
-from a2sf.schema import AlphaTable
-from service.client import calls
-from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
-from service.client.channel import ChannelOptions, Tls
-from service.client.options import Chat, GenerationOptions
-from service.client.results import (
-    Activated,
-    Completion,
-    Load,
-    ModelDescription,
-    Reloaded,
-    StreamEvent,
-    TableListing,
-    TokenizedPrompt,
-)
-from service.client.sync import SyncAdminClient, SyncClient
-from service.client.transport import AsyncTransport
+if TYPE_CHECKING:
+    from a2sf.requests import ChatMessage
+    from service.client.aio import AdminClient, Client
+    from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
+    from service.client.channel import ChannelOptions, Tls
+    from service.client.options import Chat, GenerationOptions
+    from service.client.sync import SyncAdminClient, SyncClient
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
@@ -41,89 +31,18 @@ __all__ = [
     "Tls",
 ]
 
+if not TYPE_CHECKING:
+    _MODULES = {
+        "a2sf.requests": ("ChatMessage",),
+        "service.client.aio": ("AdminClient", "Client"),
+        "service.client.calls": ("DEFAULT_TIMEOUT_S", "DESCRIBE_TIMEOUT_S"),
+        "service.client.channel": ("ChannelOptions", "Tls"),
+        "service.client.options": ("Chat", "GenerationOptions"),
+        "service.client.sync": ("SyncAdminClient", "SyncClient"),
+    }
+    _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-class Client(AsyncTransport):
-    """A client of one server. Use it as an async context manager, or call `close`.
-
-    `target` is HOST:PORT, or any name that gRPC resolves; several addresses behind it take turns.
-    Every method raises the error that the server raised, as a class of `a2sf.errors`, or
-    `service.status.RemoteError` where the server failed or the deadline passed.
-    """
-
-    def stream_generate(
-        self,
-        prompt: str | Sequence[int] | Chat,
-        *,
-        max_new_tokens: int,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        **options: Unpack[GenerationOptions],
-    ) -> AsyncGenerator[StreamEvent, None]:
-        """Yield a completion as it grows; `options` are those of `GenerationOptions`.
-
-        To leave early, close the generator (`contextlib.aclosing`): that cancels the call.
-        """
-        call = calls.stream_generate(prompt, max_new_tokens, options)
-        return self.stream(call, timeout_s)
-
-    async def generate(
-        self,
-        prompt: str | Sequence[int] | Chat,
-        *,
-        max_new_tokens: int,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        **options: Unpack[GenerationOptions],
-    ) -> Completion:
-        """Return a whole completion; `options` are those of `GenerationOptions`."""
-        return await self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
-
-    async def tokenize(
-        self, prompt: str | Chat, *, timeout_s: float = DESCRIBE_TIMEOUT_S
-    ) -> TokenizedPrompt:
-        """Return the token ids that a completion of `prompt` would read."""
-        return await self.unary(calls.tokenize(prompt), timeout_s)
-
-    async def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
-        """Describe what the server serves."""
-        return await self.unary(calls.get_model(), timeout_s)
-
-    async def list_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> TableListing:
-        """List the server's alpha tables."""
-        return await self.unary(calls.list_alpha_tables(), timeout_s)
-
-    async def get_alpha_table(
-        self, name: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S
-    ) -> AlphaTable:
-        """Fetch one alpha table, its digest checked."""
-        return await self.unary(calls.get_alpha_table(name), timeout_s)
-
-
-class AdminClient(AsyncTransport):
-    """A client of one server's admin port, which has a credential of its own."""
-
-    async def activate_alpha_table(
-        self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S
-    ) -> Activated:
-        """Make `name` the table of requests that name no method; None: no table.
-
-        `etag` is that of the listing which the caller has seen. Raises Conflict where the tables
-        are no longer in that state.
-        """
-        return await self.unary(calls.activate_alpha_table(name, etag), timeout_s)
-
-    async def reload_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Reloaded:
-        """Have the directory of tables read again."""
-        return await self.unary(calls.reload_alpha_tables(), timeout_s)
-
-    async def abort_requests(
-        self,
-        request_ids: Sequence[str] = (),
-        *,
-        all_requests: bool = False,
-        timeout_s: float = DESCRIBE_TIMEOUT_S,
-    ) -> tuple[str, ...]:
-        """End requests under way, those named or all; return the ids of those that were."""
-        return await self.unary(calls.abort_requests(request_ids, all_requests), timeout_s)
-
-    async def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
-        """Tell how much of the server is taken."""
-        return await self.unary(calls.get_load(), timeout_s)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)

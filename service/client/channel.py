@@ -4,18 +4,17 @@ Owns the settings of a channel and the rule of where a token may go. Both kinds 
 asyncio and of threads, are opened here, alike. Knows nothing of calls.
 """
 
-import ipaddress
 import json
 import ssl
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 from pydantic import ConfigDict, Field
 
 from a2sf.errors import InvalidArgument, first_line
 from a2sf.schema import Frozen
+from service.client.targets import is_list, may_be_several, stays_here, uri
 from service.pb import inference_pb2 as pb
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -41,9 +40,10 @@ RETRIES: dict[str, Any] = {
             },
         }
     ],
-    # Every failed attempt takes one of these, every success gives a tenth back, and below half of
-    # them nothing is retried: a server that is down is not stormed.
-    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+    # Every failed attempt takes one of these, every success gives one back, and below half of them
+    # nothing is retried: servers that are down are not stormed. The most that gRPC allows, for a
+    # server that dies fails all its calls at once, and each of them may need another server.
+    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
 }
 """What gRPC retries by itself: calls that failed before anything of their answer arrived."""
 
@@ -61,6 +61,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     # A table, or a completion with its logprobs, may pass the default of 4 MiB.
     ("grpc.max_receive_message_length", -1),
+    # A server that comes back is found within that; by default it may take two minutes.
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # What is larger is never tried again, by default 256 KiB; a prompt may have a MiB and more.
+    ("grpc.per_rpc_retry_buffer_size", 16 * 2**20),
 )
 
 
@@ -73,8 +77,8 @@ class Tls(Frozen):
     """The client's own certificate chain, where the server asks for one; needs `key`."""
     key: Path | None = None
     server_name: str | None = None
-    """Name that the server's certificate must bear, where it is not the target's own, as of an
-    `ipv4:` list."""
+    """Name that the server's certificate must bear, where it is not the target's own. A list of
+    addresses has none: its servers' certificates all bear this one."""
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Read the files. Raises InvalidArgument that names the file which cannot be used."""
@@ -137,7 +141,7 @@ class ChannelOptions(Frozen):
             raise InvalidArgument("token", "accepted: printable ASCII without spaces")
         if not self.token:
             raise InvalidArgument("token", "empty; give one, or none at all")
-        if self.tls is None and not self.insecure_token and not _stays_here(target):
+        if self.tls is None and not self.insecure_token and not stays_here(target):
             raise InvalidArgument(
                 "token",
                 f"{target} is reached in plain text, where others can read the token; use TLS, or "
@@ -145,17 +149,31 @@ class ChannelOptions(Frozen):
             )
         return (("authorization", f"Bearer {self.token}"),)
 
-    def settings(self, target: str) -> list[tuple[str, Any]]:
-        """The channel's settings as gRPC takes them."""
+    def settings(self, target: str, *, balanced: bool) -> list[tuple[str, Any]]:
+        """The channel's settings as gRPC takes them; `balanced` where any server will do.
+
+        Raises InvalidArgument for a list of servers where one is meant, and for one that is reached
+        by TLS without a name to look for.
+        """
+        if is_list(target) and not balanced:
+            raise InvalidArgument(
+                "target", f"{target} lists several servers; make an admin client of each"
+            )
         # One address has no other to go to: the server itself is asked, and says in its own words
         # what is wrong with it.
-        config = RETRIES | BALANCING if _may_be_several(target) else RETRIES
+        config = RETRIES | BALANCING if balanced and may_be_several(target) else RETRIES
         settings: list[tuple[str, Any]] = [
             *CHANNEL_OPTIONS,
             ("grpc.service_config", json.dumps(config)),
         ]
         if self.tls is not None and self.tls.server_name is not None:
             settings.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        elif self.tls is not None and is_list(target):
+            raise InvalidArgument(
+                "tls.server_name",
+                f"missing, and the list {target} has no name of its own; give the one name that "
+                "the certificates of all its servers bear",
+            )
         return settings
 
 
@@ -163,51 +181,17 @@ PLAIN_TEXT = ChannelOptions()
 """Without encryption or token, as a server on this machine is reached."""
 
 
-def open_aio(target: str, options: ChannelOptions) -> grpc.aio.Channel:
+def open_aio(target: str, options: ChannelOptions, *, balanced: bool) -> grpc.aio.Channel:
     """Open a channel of the running event loop. Connects with its first call."""
-    settings = options.settings(target)
+    address, settings = uri(target), options.settings(target, balanced=balanced)
     if options.tls is None:
-        return grpc.aio.insecure_channel(target, settings)
-    return grpc.aio.secure_channel(target, options.tls.credentials(), settings)
+        return grpc.aio.insecure_channel(address, settings)
+    return grpc.aio.secure_channel(address, options.tls.credentials(), settings)
 
 
-def open_sync(target: str, options: ChannelOptions) -> grpc.Channel:
+def open_sync(target: str, options: ChannelOptions, *, balanced: bool) -> grpc.Channel:
     """Open a channel for threads. Connects with its first call."""
-    settings = options.settings(target)
+    address, settings = uri(target), options.settings(target, balanced=balanced)
     if options.tls is None:
-        return grpc.insecure_channel(target, settings)
-    return grpc.secure_channel(target, options.tls.credentials(), settings)
-
-
-def _hosts(target: str) -> list[str]:
-    """The hosts that a gRPC target names; none for a socket of this machine."""
-    scheme, _, rest = target.partition(":")
-    if scheme in ("unix", "unix-abstract"):
-        return []
-    if scheme in ("ipv4", "ipv6"):
-        addresses = rest.split(",")
-    else:
-        # dns://resolver/host:port, dns:host:port, or plain host:port
-        addresses = [rest.rpartition("/")[2] if scheme == "dns" else target]
-    return [urlsplit(f"//{address}").hostname or address for address in addresses]
-
-
-def _stays_here(target: str) -> bool:
-    return all(host == "localhost" or _is_loopback(host) for host in _hosts(target))
-
-
-def _may_be_several(target: str) -> bool:
-    hosts = _hosts(target)
-    return len(hosts) > 1 or any(host != "localhost" and not _is_ip(host) for host in hosts)
-
-
-def _is_loopback(host: str) -> bool:
-    return _is_ip(host) and ipaddress.ip_address(host).is_loopback
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        return grpc.insecure_channel(address, settings)
+    return grpc.secure_channel(address, options.tls.credentials(), settings)

@@ -1,7 +1,7 @@
 """The client's command line: a prompt or a conversation in, tokens as they arrive, figures.
 
-Owns the flags and the exit code: 0, 1 for a call that failed (one line on stderr), 2 for a command
-line that makes no sense, 130 when interrupted. Knows nothing of how calls are made or shown.
+Owns the flags and the exit code: 0, 1 for a call that failed (one line on stderr), 2 for what is
+refused before any call, 130 when interrupted. Knows nothing of how calls are made or shown.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import grpc
 import typer
 from pydantic import BaseModel, ValidationError
 
@@ -19,12 +20,11 @@ from a2sf.requests import Sampling
 from service.client.calls import DEFAULT_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
 from service.client.display import ForPeople, JsonLines
+from service.client.interrupt import INTERRUPTED, Interrupt
 from service.client.options import GenerationOptions
 from service.client.session import Session
 from service.client.sync import SyncClient
 from service.status import InvalidRequest, NoRoom, code_of, from_validation
-
-INTERRUPTED = 130
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -50,6 +50,7 @@ _FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "m
 
 @app.command(no_args_is_help=True)
 def complete(
+    context: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -58,7 +59,11 @@ def complete(
         ),
     ] = None,
     target: Annotated[
-        str, _server(help="The server: HOST:PORT, or any name that gRPC resolves.")
+        str,
+        _server(
+            help="The server: HOST:PORT. Of several: dns:///NAME:PORT, a name with several "
+            "addresses, or a list, IP:PORT,IP:PORT."
+        ),
     ] = "127.0.0.1:50051",
     timeout: Annotated[
         float, _server(help="Seconds until the call is given up.")
@@ -77,6 +82,10 @@ def complete(
     ] = None,
     tls_cert: Annotated[Path | None, _server(help="The client's own certificate.", **_FILE)] = None,
     tls_key: Annotated[Path | None, _server(help="Its key.", **_FILE)] = None,
+    server_name: Annotated[
+        str | None,
+        _server(help="Name in the server's certificate, where the target has another or none."),
+    ] = None,
     request_id: Annotated[str, _server(help="Names the request in the server's logs.")] = "",
     chat: Annotated[
         bool,
@@ -144,13 +153,18 @@ def complete(
 ) -> None:
     """Complete PROMPT on a running server; print tokens as they arrive, then the figures.
 
-    Exit codes: 0; 1 the call failed; 2 the command line makes no sense; 130 interrupted.
+    Exit codes: 0; 1 the call failed; 2 the command line makes no sense or names a value that is
+    refused before any call; 130 interrupted.
     """
     if prompt is None and not chat:
         raise typer.BadParameter("give PROMPT, or --chat for a conversation")
     if system is not None and not chat:
         raise typer.BadParameter("--system needs --chat")
+    if server_name is not None and not (tls or tls_ca or tls_cert or tls_key):
+        raise typer.BadParameter("--server-name needs --tls or --tls-ca")
     report = _report_json if as_json else _report_line
+    # Called by another program, it leaves Ctrl-C to that.
+    interrupt = context.obj or Interrupt()
     policy = {
         "table": table,
         "alpha": alpha,
@@ -172,41 +186,46 @@ def complete(
         "seed": seed,
     }
     try:
-        options = GenerationOptions(
-            min_new_tokens=min_new_tokens,
-            sampling=_checked(Sampling, "input.sampling", drawn),
-            stop=stop or (),
-            stop_token_ids=stop_token_id or (),
-            ignore_eos=ignore_eos,
-            cache_policy=_checked(CachePolicy, "input.cache_policy", policy),
-            request_id=request_id,
-            # For the live figures, and who reads JSON has a use for them.
-            token_ids=True,
-            logprobs=logprobs,
-            top_logprobs=top_logprobs,
-            echo=echo,
-        )
-        if time_limit is not None:
-            options["time_limit_s"] = time_limit
-        encrypted = tls or tls_ca or tls_cert or tls_key
-        channel = ChannelOptions(
-            token=_first_token(token_file) if token_file else None,
-            insecure_token=insecure_token,
-            tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key) if encrypted else None,
-        )
-        given = sys.stdin.read() if prompt == "-" else prompt
-        with SyncClient(target, channel) as client:
-            display = JsonLines if as_json else ForPeople
-            session = Session(client, max_new_tokens, timeout, options, display, report)
-            if given is None:
-                session.converse(system)
-            elif chat:
-                session.answer(given, system)
-            else:
-                session.complete(given)
+        with interrupt.raised():
+            options = GenerationOptions(
+                min_new_tokens=min_new_tokens,
+                sampling=_checked(Sampling, "input.sampling", drawn),
+                stop=stop or (),
+                stop_token_ids=stop_token_id or (),
+                ignore_eos=ignore_eos,
+                cache_policy=_checked(CachePolicy, "input.cache_policy", policy),
+                request_id=request_id,
+                # For the live figures, and who reads JSON has a use for them.
+                token_ids=True,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                echo=echo,
+            )
+            if time_limit is not None:
+                options["time_limit_s"] = time_limit
+            encrypted = tls or tls_ca or tls_cert or tls_key
+            channel = ChannelOptions(
+                token=_first_token(token_file) if token_file else None,
+                insecure_token=insecure_token,
+                tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key, server_name=server_name)
+                if encrypted
+                else None,
+            )
+            given = sys.stdin.read() if prompt == "-" else prompt
+            with SyncClient(target, channel) as client:
+                display = JsonLines if as_json else ForPeople
+                session = Session(
+                    client, max_new_tokens, timeout, options, display, interrupt, report
+                )
+                if given is None:
+                    session.converse(system)
+                elif chat:
+                    session.answer(given, system)
+                else:
+                    session.complete(given)
     except A2SFError as error:
         report(error)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if _refused_here(error) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -214,6 +233,11 @@ def complete(
         # once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+
+
+def _refused_here(error: A2SFError) -> bool:
+    """Whether the client itself refused a value: what a server says comes out of a failed call."""
+    return isinstance(error, InvalidArgument) and not isinstance(error.__cause__, grpc.RpcError)
 
 
 def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:

@@ -13,6 +13,7 @@ from a2sf.errors import A2SFError
 from a2sf.requests import ChatMessage
 from service.client import calls
 from service.client.display import Display
+from service.client.interrupt import Interrupt
 from service.client.options import GenerationOptions
 from service.client.results import Delta
 from service.client.sync import SyncClient
@@ -29,6 +30,7 @@ class Session:
     timeout_s: float
     options: GenerationOptions
     display: Callable[[], Display]
+    interrupt: Interrupt
     report: Callable[[A2SFError], None]
 
     def complete(self, prompt: str | Sequence[ChatMessage]) -> str:
@@ -40,6 +42,7 @@ class Session:
         )
         text: list[str] = []
         with (
+            self.interrupt.ending(self.client.close),
             closing(self.client.stream(both, self.timeout_s)) as events,
             self.display() as display,
         ):

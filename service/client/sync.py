@@ -25,7 +25,7 @@ from service.client.transport import SyncTransport
 
 
 class SyncClient(SyncTransport):
-    """A client of one server, as `service.client.Client`. Use it as a context manager."""
+    """A client of one server or several, as `service.client.Client`; a context manager."""
 
     def stream_generate(
         self,
@@ -74,6 +74,8 @@ class SyncClient(SyncTransport):
 
 class SyncAdminClient(SyncTransport):
     """A client of one server's admin port, as `service.client.AdminClient`."""
+
+    _balanced = False
 
     def activate_alpha_table(
         self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S

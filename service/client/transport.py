@@ -5,10 +5,11 @@ is left early (gRPC does not: the server would work on for nobody). Knows nothin
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import grpc
 
@@ -35,12 +36,29 @@ class _Calls:
         self._target = target
         self._speech = "plain text" if options.tls is None else "TLS"
         self._stubs: dict[type, Any] = {}
+        self._closed = False
+        # A stub made on a closed channel for threads crashes the interpreter.
+        self._making = threading.Lock()
 
     def start(self, call: Call[Any], timeout_s: float) -> Any:
-        if call.stub not in self._stubs:
-            self._stubs[call.stub] = call.stub(self._channel)
+        with self._making:
+            if self._closed:
+                raise _closed()
+            if call.stub not in self._stubs:
+                self._stubs[call.stub] = call.stub(self._channel)
         method = getattr(self._stubs[call.stub], call.method)
-        return method(call.request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            return method(call.request, timeout=timeout_s, metadata=self._metadata)
+        except (ValueError, grpc.aio.UsageError):
+            # So either kind of channel says that it was closed since.
+            if not self._closed:
+                raise
+            raise _closed() from None
+
+    def close(self) -> None:
+        """Start no more; comes before the channel's own end."""
+        with self._making:
+            self._closed = True
 
     @contextmanager
     def own_errors(self, timeout_s: float) -> Iterator[None]:
@@ -53,7 +71,7 @@ class _Calls:
             if task is None or task.cancelling():
                 raise
             # Nobody cancelled the caller: the channel was closed under the call.
-            raise Cancelled("the channel was closed", grpc.StatusCode.CANCELLED) from None
+            raise _closed() from None
 
     def _told(self, error: grpc.RpcError, timeout_s: float) -> A2SFError:
         told = from_wire(error, timeout_s)
@@ -70,12 +88,19 @@ class _Calls:
         return told
 
 
+def _closed() -> Cancelled:
+    return Cancelled("the channel was closed", grpc.StatusCode.CANCELLED)
+
+
 class AsyncTransport:
     """A channel of the running event loop; make it inside one."""
 
+    _balanced: ClassVar[bool] = True
+    """Whether any of several servers will do."""
+
     def __init__(self, target: str, options: ChannelOptions = PLAIN_TEXT) -> None:
         metadata = options.metadata(target)
-        self._channel = open_aio(target, options)
+        self._channel = open_aio(target, options, balanced=self._balanced)
         self._calls = _Calls(self._channel, metadata, target, options)
 
     async def __aenter__(self) -> Self:
@@ -90,7 +115,8 @@ class AsyncTransport:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls under way end as Cancelled."""
+        """Close the channel; calls under way, and any made later, end as Cancelled."""
+        self._calls.close()
         await self._channel.close(None)
 
     async def unary(self, call: Call[T], timeout_s: float) -> T:
@@ -115,9 +141,11 @@ class AsyncTransport:
 class SyncTransport:
     """A channel for threads; any number of them may share it."""
 
+    _balanced: ClassVar[bool] = True
+
     def __init__(self, target: str, options: ChannelOptions = PLAIN_TEXT) -> None:
         metadata = options.metadata(target)
-        self._channel = open_sync(target, options)
+        self._channel = open_sync(target, options, balanced=self._balanced)
         self._calls = _Calls(self._channel, metadata, target, options)
 
     def __enter__(self) -> Self:
@@ -132,7 +160,8 @@ class SyncTransport:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls under way end as Cancelled."""
+        """Close the channel; calls under way, and any made later, end as Cancelled."""
+        self._calls.close()
         self._channel.close()
 
     def unary(self, call: Call[T], timeout_s: float) -> T:

@@ -13,7 +13,14 @@ import trustme
 from grpc_health.v1 import health, health_pb2
 
 from a2sf.errors import InvalidArgument, Unavailable
-from service.client import ChannelOptions, Client, SyncClient, Tls
+from service.client import (
+    AdminClient,
+    ChannelOptions,
+    Client,
+    SyncAdminClient,
+    SyncClient,
+    Tls,
+)
 from service.client.channel import INFERENCE, PLAIN_TEXT
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
@@ -27,6 +34,8 @@ HERE = [
     "localhost:50051",
     "dns:///localhost:50051",
     "ipv4:127.0.0.1:1,127.0.0.2:2",
+    "127.0.0.1:1,127.0.0.2:2",
+    "[::1]:1,[::1]:2",
     "ipv6:[::1]:1",
     "unix:/run/a2sf.sock",
     "unix-abstract:a2sf",
@@ -38,6 +47,7 @@ ELSEWHERE = [
     "dns:///a2sf:50051",
     "dns://127.0.0.1/a2sf:50051",
     "ipv4:127.0.0.1:1,10.0.0.7:2",
+    "127.0.0.1:1,10.0.0.7:2",
     "xds:///localhost",
     "a2sf",
 ]
@@ -82,13 +92,35 @@ def test_a_token_is_not_shown() -> None:
         ("a2sf:50051", True),
         ("dns:///a2sf:50051", True),
         ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("127.0.0.1:1,127.0.0.1:2", True),
     ],
 )
 def test_what_may_be_several_addresses_is_balanced_by_health(target: str, several: bool) -> None:
-    config = json.loads(dict(PLAIN_TEXT.settings(target))["grpc.service_config"])
+    def configured(balanced: bool) -> Any:
+        settings = dict(PLAIN_TEXT.settings(target, balanced=balanced))
+        return json.loads(settings["grpc.service_config"])
+
+    config = configured(balanced=True)
     assert config["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 4
     assert ("loadBalancingConfig" in config) == several
     assert ("healthCheckConfig" in config) == several
+
+
+@pytest.mark.parametrize("client", [AdminClient, SyncAdminClient])
+def test_an_admin_client_is_of_one_server(client: type[SyncAdminClient]) -> None:
+    # A health of the inference service is not told on the admin's port: balanced, it would be
+    # taken for one that never serves.
+    config = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))["grpc.service_config"]
+    assert "healthCheckConfig" not in json.loads(config)
+    with pytest.raises(InvalidArgument, match="make an admin client of each"):
+        client("127.0.0.1:1,127.0.0.1:2")
+
+
+def test_a_list_has_no_name_for_certificates_to_bear() -> None:
+    with pytest.raises(InvalidArgument, match=r"tls\.server_name: missing, .* no name of its own"):
+        SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls()))
+    with SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls(server_name="a2sf.example"))):
+        pass
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -196,28 +228,57 @@ async def test_both_clients_speak_tls_both_ways_and_send_the_token(tmp_path: Pat
     assert len(model.metadata) == 2
 
 
-async def test_several_addresses_take_turns_and_one_not_serving_is_passed_over() -> None:
-    async def with_health(status: int) -> Any:
-        servicer = health.aio.HealthServicer()
-        await servicer.set(INFERENCE, status)
-        return grpc.method_handlers_generic_handler(
-            "grpc.health.v1.Health",
-            {
-                "Watch": grpc.unary_stream_rpc_method_handler(
-                    servicer.Watch,
-                    request_deserializer=health_pb2.HealthCheckRequest.FromString,
-                    response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-                )
-            },
+UP = health_pb2.HealthCheckResponse.SERVING
+DOWN = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def with_health(status: int) -> Any:
+    servicer = health.aio.HealthServicer()
+    await servicer.set(INFERENCE, status)
+    return grpc.method_handlers_generic_handler(
+        "grpc.health.v1.Health",
+        {
+            "Watch": grpc.unary_stream_rpc_method_handler(
+                servicer.Watch,
+                request_deserializer=health_pb2.HealthCheckRequest.FromString,
+                response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+            )
+        },
+    )
+
+
+async def test_servers_of_a_list_bear_one_name_over_tls(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    options = ChannelOptions(
+        token=TOKEN, tls=Tls(root_ca=tmp_path / "ca.pem", server_name="a2sf.example")
+    )
+
+    def bearing(name: str) -> grpc.ServerCredentials:
+        cert = ca.issue_cert(name)
+        return grpc.ssl_server_credentials(
+            [(cert.private_key_pem.bytes(), cert.cert_chain_pems[0].bytes())]
         )
 
-    up = health_pb2.HealthCheckResponse.SERVING
-    down = health_pb2.HealthCheckResponse.NOT_SERVING
     async with (
-        serving(Model("a"), None, await with_health(up)) as a,
-        serving(Model("b"), None, await with_health(up)) as b,
-        serving(Model("c"), None, await with_health(down)) as c,
-        Client(f"ipv4:127.0.0.1:{a},127.0.0.1:{b},127.0.0.1:{c}") as client,
+        serving(Model("a"), bearing("a2sf.example"), await with_health(UP)) as a,
+        serving(Model("b"), bearing("a2sf.example"), await with_health(UP)) as b,
+        serving(Model("c"), bearing("other.example"), await with_health(UP)) as c,
+        Client(f"127.0.0.1:{a},127.0.0.1:{b},127.0.0.1:{c}", options) as client,
+        asyncio.timeout(WAIT_S),
+    ):
+        seen: list[str] = []
+        while not {"a", "b"} <= set(seen) or len(seen) < 20:
+            seen.append((await client.get_model()).server_version)
+    assert "c" not in seen
+
+
+async def test_several_addresses_take_turns_and_one_not_serving_is_passed_over() -> None:
+    async with (
+        serving(Model("a"), None, await with_health(UP)) as a,
+        serving(Model("b"), None, await with_health(UP)) as b,
+        serving(Model("c"), None, await with_health(DOWN)) as c,
+        Client(f"127.0.0.1:{a},127.0.0.1:{b},127.0.0.1:{c}") as client,
         asyncio.timeout(WAIT_S),
     ):
         seen: list[str] = []

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +79,15 @@ async def test_every_flag_reaches_the_server(start_server: StartServer) -> None:
     assert all(len(one["top"]) == 2 for one in tokens)
 
 
+REFUSED_HERE = {
+    *(f"input.sampling.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "seed")),
+    "input.sampling.repetition_penalty",
+    *(f"input.cache_policy.{name}" for name in ("budget_ratio", "recent", "recent_share", "sinks")),
+    *(f"input.cache_policy.{name}" for name in ("prefill_chunk", "random_seed")),
+}
+"""Fields whose values the client refuses before any call."""
+
+
 async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartServer) -> None:
     _, _, address = await start_server()
     for flag, value, field in [
@@ -104,7 +112,7 @@ async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartSe
     ]:
         given = ["x", "--target", address, "--max-new-tokens", "4", "--json", flag, value]
         code, _, err = await run(*given)
-        assert code == 1, flag
+        assert code == (2 if field in REFUSED_HERE else 1), flag
         assert json.loads(err)["error"]["field_violations"][0]["field"] == field
 
 
@@ -124,16 +132,16 @@ async def test_an_error_in_json_is_one_object_with_code_and_fields(
     start_server: StartServer,
 ) -> None:
     _, _, address = await start_server()
-    for flags, code, field in [
-        (["--budget", "65"], "INVALID_ARGUMENT", "input.cache_policy.budget"),
-        (["--alpha", "2"], "INVALID_ARGUMENT", "input.cache_policy.alpha"),
-        (["--table", "t"], "NOT_FOUND", None),
-        (["--timeout", "0.2", "--max-new-tokens", "900000"], "DEADLINE_EXCEEDED", None),
+    for flags, exits, code, field in [
+        (["--budget", "65"], 1, "INVALID_ARGUMENT", "input.cache_policy.budget"),
+        (["--alpha", "2"], 2, "INVALID_ARGUMENT", "input.cache_policy.alpha"),
+        (["--table", "t"], 1, "NOT_FOUND", None),
+        (["--timeout", "0.2", "--max-new-tokens", "900000"], 1, "DEADLINE_EXCEEDED", None),
     ]:
         given = ["x", "--target", address, "--json", "--ignore-eos", *flags]
         exit_code, _, err = await run(*given)
         told = json.loads(err)["error"]
-        assert (exit_code, told["code"]) == (1, code)
+        assert (exit_code, told["code"]) == (exits, code)
         assert told["message"]
         fields = [violation["field"] for violation in told.get("field_violations", ())]
         assert fields == ([field] if field else [])
@@ -192,7 +200,10 @@ async def test_a_model_without_a_template_is_told_in_one_line(start_server: Star
     assert "chat template" in err
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "1"], ["x", "--system", "y"], ["--no-such"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--seed", "1"], ["x", "--system", "y"], ["x", "--server-name", "y"], ["--no-such"]],
+)
 async def test_a_command_line_that_makes_no_sense_exits_2(arguments: list[str]) -> None:
     code, out, err = await run(*arguments)
     assert (code, out) == (2, "")
@@ -226,33 +237,37 @@ async def test_token_and_certificates_reach_the_server(
     code, _, err = await run(*own)
     assert code == 1
     assert "bearer token" in err
-    for wrong in (flags, tls, [*tls, "--tls-cert", str(files["my-cert"])]):
+    halved = [*tls, "--tls-cert", str(files["my-cert"])]
+    for wrong, exits in ((flags, 1), (tls, 1), (halved, 2)):
         code, _, err = await run(*wrong, "--token-file", str(files["token"]))
-        assert code == 1
+        assert code == exits
         assert err.startswith("error: ")
     files["token"].write_text("# none\n")
     code, _, err = await run(*own, "--token-file", str(files["token"]))
-    assert (code, "holds no token" in err) == (1, True)
+    assert (code, "holds no token" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "exits", "told"),
     [
-        (["--table", "mathqa"], "no alpha table 'mathqa'; served: none"),
-        (["--budget", "65"], "at most 64 slots"),
-        (["--alpha", "1.5"], "less than or equal to 1"),
-        (["--alpha", "0.5", "--preset", "h2o"], "at most one of preset, table, alpha"),
-        (["--max-new-tokens", "0"], "greater than or equal to 1"),
-        (["--max-new-tokens", "-1"], "out of range"),
-        (["--max-new-tokens", "900000", "--ignore-eos", "--timeout", "0.2"], "0.2 s"),
+        (["--table", "mathqa"], 1, "no alpha table 'mathqa'; served: none"),
+        (["--budget", "65"], 1, "at most 64 slots"),
+        (["--alpha", "1.5"], 2, "less than or equal to 1"),
+        (["--alpha", "0.5", "--preset", "h2o"], 2, "at most one of preset, table, alpha"),
+        (["--max-new-tokens", "0"], 1, "greater than or equal to 1"),
+        (["--max-new-tokens", "-1"], 2, "out of range"),
+        (["--max-new-tokens", "900000", "--ignore-eos", "--timeout", "0.2"], 1, "0.2 s"),
+        (["--target", "a:1,b:2"], 2, "'a:1' in a list"),
+        (["--target", "127.0.0.1:1,127.0.0.1:2", "--tls"], 2, "tls.server_name: missing"),
+        (["--tls-cert", __file__, "--tls-key", __file__], 2, "accepted: PEM"),
     ],
 )
-async def test_an_error_is_one_line_on_stderr_and_not_exit_code_0(
-    start_server: StartServer, arguments: list[str], told: str
+async def test_an_error_is_one_line_on_stderr_and_2_where_no_call_was_made(
+    start_server: StartServer, arguments: list[str], exits: int, told: str
 ) -> None:
     _, _, address = await start_server()
     code, _, err = await run("x", "--target", address, *arguments)
-    assert code == 1
+    assert code == exits
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert told in err
@@ -322,23 +337,6 @@ def test_a_terminal_is_not_made_to_obey_the_model(
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
         ForPeople().show(pb.StreamGenerateResponse(), event)
         assert capsys.readouterr().out == told
-
-
-async def test_an_interrupt_ends_the_call_and_exits_130(start_server: StartServer) -> None:
-    server, _, address = await start_server()
-    client = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service.client", "x", "--target", address, "--ignore-eos"),
-        *("--max-new-tokens", "900000"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert client.stdout is not None
-    async with asyncio.timeout(WAIT_S):
-        await client.stdout.read(1)
-        client.send_signal(signal.SIGINT)
-        _, err = await client.communicate()
-    assert (client.returncode, err) == (130, b"")
-    await until(lambda: not server.inside)
 
 
 @pytest.mark.parametrize("module", ["service.client", "service.client.cli"])

@@ -28,7 +28,7 @@ from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = Callable[[Context, int], Awaitable[None]]
-Collect = Callable[[str, float], Awaitable[list[StreamEvent]]]
+Collect = Callable[..., Awaitable[list[StreamEvent]]]
 
 STARTED = pb.StreamGenerateResponse(
     started=pb.GenerationStarted(
@@ -72,16 +72,16 @@ async def serving(answer: Answer) -> AsyncIterator[tuple[Fake, str]]:
         await server.stop(0)
 
 
-async def by_asyncio(target: str, timeout_s: float) -> list[StreamEvent]:
+async def by_asyncio(target: str, timeout_s: float, prompt: str = "x") -> list[StreamEvent]:
     async with Client(target) as client:
-        stream = client.stream_generate("x", max_new_tokens=1, timeout_s=timeout_s)
+        stream = client.stream_generate(prompt, max_new_tokens=1, timeout_s=timeout_s)
         return [event async for event in stream]
 
 
-async def by_threads(target: str, timeout_s: float) -> list[StreamEvent]:
+async def by_threads(target: str, timeout_s: float, prompt: str = "x") -> list[StreamEvent]:
     def collect() -> list[StreamEvent]:
         with SyncClient(target) as client:
-            return list(client.stream_generate("x", max_new_tokens=1, timeout_s=timeout_s))
+            return list(client.stream_generate(prompt, max_new_tokens=1, timeout_s=timeout_s))
 
     return await asyncio.to_thread(collect)
 
@@ -126,6 +126,18 @@ async def test_unavailable_before_the_start_is_tried_again(collect: Collect) -> 
 
     async with serving(answer) as (fake, target):
         assert len(await collect(target, WAIT_S)) == 3
+    assert fake.attempts == 2
+
+
+@both
+async def test_a_prompt_of_a_mib_is_tried_again_too(collect: Collect) -> None:
+    async def answer(context: Context, attempt: int) -> None:
+        if attempt == 1:
+            await fail(context, Unavailable("not yet"))
+        await whole(context)
+
+    async with serving(answer) as (fake, target):
+        assert len(await collect(target, WAIT_S, "x" * 2**20)) == 3
     assert fake.attempts == 2
 
 
@@ -208,6 +220,10 @@ async def test_closing_the_channel_ends_its_calls_as_cancelled() -> None:
         await asyncio.to_thread(blocking.close)
         with pytest.raises(Cancelled):
             await asyncio.to_thread(next, held)
+
+        for late in (client.get_model(), asyncio.to_thread(blocking.get_model)):
+            with pytest.raises(Cancelled, match="channel was closed"):
+                await late
 
 
 async def test_a_cancelled_task_stays_cancelled(start_server: StartServer) -> None:

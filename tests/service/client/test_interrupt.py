@@ -1,0 +1,109 @@
+"""Ctrl-C at the client's command line: quiet, 130, and the call is over, whenever it comes."""
+
+import asyncio
+import os
+import pty
+import signal
+import sys
+import threading
+
+import pytest
+
+from service.client.interrupt import Interrupt
+from service.status import Cancelled
+from tests.service.conftest import WAIT_S, StartServer, until
+
+
+async def test_an_interrupt_ends_the_call_and_exits_130(start_server: StartServer) -> None:
+    server, _, address = await start_server()
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service.client", "x", "--target", address, "--ignore-eos"),
+        *("--max-new-tokens", "900000"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert client.stdout is not None
+    async with asyncio.timeout(WAIT_S):
+        await client.stdout.read(1)
+        client.send_signal(signal.SIGINT)
+        _, err = await client.communicate()
+    assert (client.returncode, err) == (130, b"")
+    await until(lambda: not server.inside)
+
+
+async def test_an_interrupt_while_it_loads_ends_it_quietly() -> None:
+    client = await asyncio.create_subprocess_exec(
+        # Tells of each module as it is loaded, on stderr.
+        *(sys.executable, "-X", "importtime", "-m", "service.client", "x"),
+        *("--target", "127.0.0.1:1"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert client.stderr is not None
+    async with asyncio.timeout(WAIT_S):
+        async for line in client.stderr:
+            if b"service.client.interrupt" in line:
+                break
+        async for line in client.stderr:
+            if b" a2sf.errors" in line:
+                break
+        client.send_signal(signal.SIGINT)
+        rest = await client.stderr.read()
+        assert await client.wait() == 130
+    assert all(line.startswith(b"import time:") for line in rest.splitlines())
+    assert b"service.client.session" not in rest, "it had loaded by then"
+
+
+async def test_an_interrupt_ends_a_conversation_that_waits_for_a_line() -> None:
+    ours, theirs = pty.openpty()
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service.client", "--chat", "--target", "127.0.0.1:1"),
+        stdin=theirs,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(theirs)
+    assert client.stderr is not None
+    async with asyncio.timeout(WAIT_S):
+        assert b"/quit" in await client.stderr.readline()
+        client.send_signal(signal.SIGINT)
+        assert await client.stderr.read() == b""
+        assert await client.wait() == 130
+    os.close(ours)
+
+
+def test_an_interrupt_is_raised_after_a_call_and_not_in_it() -> None:
+    interrupt, ended = Interrupt(), threading.Event()
+    reached: list[bool] = []
+
+    def call() -> None:
+        with interrupt.raised(), interrupt.ending(ended.set):
+            interrupt()
+            reached.append(ended.wait(WAIT_S))
+            raise Cancelled("as a call of a closed channel ends")
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert reached == [True]
+
+
+async def test_a_second_interrupt_ends_what_the_first_did_not() -> None:
+    stuck = """
+import signal, time
+from service.client.interrupt import Interrupt
+interrupt = Interrupt()
+signal.signal(signal.SIGINT, interrupt)
+with interrupt.ending(lambda: print("told", flush=True)):
+    print("ready", flush=True)
+    while True:
+        time.sleep(1)
+"""
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", stuck), stdout=asyncio.subprocess.PIPE
+    )
+    assert program.stdout is not None
+    async with asyncio.timeout(WAIT_S):
+        for said in (b"ready\n", b"told\n"):
+            assert await program.stdout.readline() == said
+            program.send_signal(signal.SIGINT)
+        assert await program.wait() == 130
