@@ -1,0 +1,101 @@
+"""The command line: `python -m service.ray_serve` serves with replicas under Ray, on this machine.
+
+Owns starting Ray and Serve, announcing, and ending both. With `--ray-address` Ray is there already
+and is left as it was, but for Serve. Knows nothing of what settings do.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NoReturn
+
+from a2sf.errors import A2SFError, InvalidArgument
+from service import settings
+from service.ray_serve.options import RayOptions
+
+APPLICATION = "a2sf"
+"""Its name in Serve."""
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Ray's shared memory. What calls carry is small, and travels beside it."""
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until told to stop by SIGTERM or Ctrl-C; return the exit code."""
+    own, rest = _parser().parse_known_args(arguments)
+    loaded = settings.load(rest)
+    if loaded.print_config:
+        print(loaded.as_toml(), end="")
+        return 0
+    given = loaded.options.model_dump(exclude_unset=True)
+    port = given.pop("port", loaded.options.port)
+    options = RayOptions(
+        **given, num_replicas=own.num_replicas, num_cpus=own.num_cpus, num_gpus=own.num_gpus
+    )
+    options.check()
+    if port == 0:
+        raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
+
+    # Before Ray is imported: nothing is told to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from service.ray_serve.application import SERVICER_FUNCTIONS, app
+
+    if own.ray_address is None:
+        # `local`, whatever RAY_ADDRESS says.
+        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+    else:
+        ray.init(own.ray_address)
+    try:
+        serve.start(
+            # Serve has no gRPC without HTTP; of that the application has nothing to say.
+            http_options=HTTPOptions(host="127.0.0.1", port=own.http_port),
+            grpc_options=gRPCOptions(port=port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        )
+        serve.run(app(options), name=APPLICATION)
+        stopping = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopping.set())
+        print(f"serving {options.model} on port {port}", flush=True)
+        stopping.wait()
+        print("stopping", flush=True)
+        serve.delete(APPLICATION)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = serve(sys.argv[1:])
+    except A2SFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidArgument("command line", f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num-replicas", type=int, default=1)
+    parser.add_argument("--num-cpus", type=float, default=1.0)
+    parser.add_argument("--num-gpus", type=float, default=0.0)
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--ray-address")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

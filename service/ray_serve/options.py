@@ -1,0 +1,67 @@
+"""What the application is started with: the server's settings, and Ray's own few.
+
+Owns which of the server's settings mean nothing under Ray, and why. Knows nothing of how they are
+used.
+"""
+
+from collections.abc import Mapping
+
+from pydantic import ConfigDict
+
+from a2sf.errors import InvalidArgument
+from a2sf.schema import NotNegative, Positive
+from service.options import ServerOptions
+from service.settings import NAMES, flag
+
+_PLAIN = "Ray's gRPC proxy speaks plain text; let what stands before it speak TLS"
+_ANY_REPLICA = "an operator's call would reach any one replica, not all"
+_EVERYWHERE = "Ray's gRPC proxy listens on every address of its node"
+_READS = "Ray's proxy, which none of these settings reach, reads ahead for the client"
+_METRICS = "Ray exports the metrics of its deployments itself"
+
+REFUSED: Mapping[str, str] = {
+    "max_message_bytes": "Ray's gRPC proxy reads messages of up to 2 GiB; --max-prompt-bytes holds",
+    "max_unread": _READS,
+    "stall_timeout_s": _READS,
+    "host": _EVERYWHERE,
+    "port": "it is Serve's: grpc_options.port of its config, or serve start --grpc-port",
+    "port_file": "the port is Serve's, which tells it before it starts",
+    "tls_cert": _PLAIN,
+    "tls_key": _PLAIN,
+    "tls_client_ca": _PLAIN,
+    "admin_port": _ANY_REPLICA,
+    "admin_host": _ANY_REPLICA,
+    "admin_token_file": _ANY_REPLICA,
+    "settle_s": "Ray sends no calls to a replica that it is about to end",
+    "metrics_port": _METRICS,
+    "metrics_host": _METRICS,
+}
+"""Settings that are refused when they are given, and why."""
+
+
+class RayOptions(ServerOptions):
+    """The server's settings and those of the deployment, as Ray's application builders take them.
+
+    Values may come as text: `serve run` gives every one so.
+    """
+
+    model_config = ConfigDict(strict=False)
+
+    num_replicas: Positive = 1
+    """Replicas, each with an engine of its own."""
+    num_cpus: NotNegative = 1.0
+    """Processors that Ray sets aside for a replica."""
+    num_gpus: NotNegative = 0.0
+    """GPUs that Ray gives to a replica; with none it sees none."""
+
+    def check(self) -> None:
+        """Raise InvalidArgument for what cannot be under Ray, by its flag."""
+        for field, why in REFUSED.items():
+            if field in self.model_fields_set:
+                raise InvalidArgument(flag(NAMES[field]), f"not accepted under Ray Serve: {why}")
+        if not self.insecure_bind:
+            raise InvalidArgument(
+                "--insecure-bind",
+                "needed under Ray Serve, whose gRPC proxy listens on every address of its node, in "
+                "plain text; say it where the network itself is trusted",
+            )

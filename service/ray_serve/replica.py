@@ -1,0 +1,181 @@
+"""One replica: an engine, and the methods that Ray's gRPC proxy calls by the names of the RPCs.
+
+Owns the replica's life and what Ray asks of its health. What calls do is the servicers'. Knows
+nothing of how many replicas there are, nor of the proxy.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+from a2sf.errors import Unauthenticated, Unsupported
+from service import logs
+from service.auth import TokenFile
+from service.core import load_core
+from service.health_servicer import HealthServicer
+from service.options import ServerOptions
+from service.pb import inference_pb2 as pb
+from service.ray_serve.context import CallContext, Ended, RayContext
+from service.runner import EngineCrashed
+from service.servicers import InferenceServicer, ModelServicer
+from service.status import WireStatus, to_wire
+from service.warming import make_backend, warm
+
+log = structlog.get_logger(__name__)
+
+SERVICES = tuple(
+    pb.DESCRIPTOR.services_by_name[name].full_name for name in ("InferenceService", "ModelService")
+)
+"""Those that a replica answers; it has no admin service."""
+
+FLUSH_S = 2.0
+"""Time for traces to leave."""
+
+Answer = TypeVar("Answer", bound=Message)
+
+
+class Replica:
+    """Answers the RPCs of the inference and model services and of health.
+
+    Ray makes it, calls it and ends it in one event loop.
+    """
+
+    async def __init__(self, options: ServerOptions) -> None:  # type: ignore[misc]
+        """Load, warm up and open. Raises what loading raises."""
+        logs.configure(options.log_format, options.log_level)
+        self._tokens = TokenFile(options.token_file, "--token-file") if options.token_file else None
+        self._backend = backend = make_backend(options)
+        self._inference = InferenceServicer(backend)
+        self._models = ModelServicer(backend)
+        self._health = HealthServicer(SERVICES)
+        # Kept, because the loop itself holds tasks but weakly.
+        self._watching = await warm(backend, partial(load_core, options))
+        await self._health.set_all(serving=True)
+        backend.runner.crashed.add_done_callback(self._on_crash)
+
+    def __del__(self) -> None:
+        """Send the traces that are left; Ray calls it once the last call is through."""
+        if hasattr(self, "_backend"):
+            self._backend.tracer.shutdown(FLUSH_S)
+
+    async def check_health(self) -> None:
+        """Raise EngineCrashed once the engine has died, for Ray to put another replica here."""
+        if self._backend.runner.crashed.done():
+            raise EngineCrashed("the engine's thread died")
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: pb.StreamGenerateRequest, grpc_context: RayContext
+    ) -> AsyncGenerator[Message, None]:
+        """See the proto."""
+        context = CallContext(grpc_context)
+
+        async def handle() -> None:
+            await self._let_in("StreamGenerate", context)
+            await self._inference.StreamGenerate(request, _seen(context))
+
+        async for message in context.messages(handle(), pb.StreamGenerateResponse()):
+            yield message
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, grpc_context: RayContext
+    ) -> pb.GenerateResponse:
+        """See the proto."""
+        return await self._answer(
+            self._inference.Generate, request, grpc_context, pb.GenerateResponse()
+        )
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, grpc_context: RayContext
+    ) -> pb.TokenizeResponse:
+        """See the proto."""
+        return await self._answer(
+            self._inference.Tokenize, request, grpc_context, pb.TokenizeResponse()
+        )
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, grpc_context: RayContext
+    ) -> pb.GetModelResponse:
+        """See the proto."""
+        return await self._answer(
+            self._models.GetModel, request, grpc_context, pb.GetModelResponse()
+        )
+
+    async def ListAlphaTables(  # noqa: N802
+        self, request: pb.ListAlphaTablesRequest, grpc_context: RayContext
+    ) -> pb.ListAlphaTablesResponse:
+        """See the proto."""
+        return await self._answer(
+            self._models.ListAlphaTables, request, grpc_context, pb.ListAlphaTablesResponse()
+        )
+
+    async def GetAlphaTable(  # noqa: N802
+        self, request: pb.GetAlphaTableRequest, grpc_context: RayContext
+    ) -> pb.GetAlphaTableResponse:
+        """See the proto."""
+        return await self._answer(
+            self._models.GetAlphaTable, request, grpc_context, pb.GetAlphaTableResponse()
+        )
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
+    ) -> Any:
+        """See grpc.health.v1; open to all."""
+        return await self._health.Check(request, grpc_context)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
+    ) -> AsyncGenerator[Message, None]:
+        """Refuse: an open watch would take a completion's place, and tell of one replica alone.
+
+        Clients whose channels watch health take that for SERVING, as grpc.health.v1 has it.
+        """
+        context = CallContext(grpc_context)
+
+        async def refuse() -> None:
+            error = Unsupported("health cannot be watched under Ray Serve; call Check")
+            await _abort(context, to_wire(error, "-"))
+
+        async for message in context.messages(refuse(), health_pb2.HealthCheckResponse()):
+            yield message
+
+    async def _answer(
+        self,
+        handler: Callable[[Any, Any], Awaitable[Answer]],
+        request: Message,
+        grpc_context: RayContext,
+        empty: Answer,
+    ) -> Answer:
+        context = CallContext(grpc_context)
+        try:
+            await self._let_in(handler.__name__, context)
+            return await handler(request, _seen(context))
+        except Ended:
+            return empty
+
+    async def _let_in(self, method: str, context: CallContext) -> None:
+        if self._tokens is None:
+            return
+        problem = self._tokens.problem(context.invocation_metadata())
+        if problem is not None:
+            log.info("call refused", method=method, reason=problem)
+            await _abort(context, to_wire(Unauthenticated(problem), "-"))
+
+    def _on_crash(self, crashed: "asyncio.Future[BaseException]") -> None:
+        # Refused as UNAVAILABLE, calls go to another replica until Ray has replaced this one.
+        self._backend.gate.close("the engine of this replica has died; try again")
+        self._ending = asyncio.create_task(self._health.set_all(serving=False))
+
+
+def _seen(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:
+    # The servicers use what it has of one, and no more.
+    return cast("grpc.aio.ServicerContext[Any, Any]", context)
+
+
+async def _abort(context: CallContext, status: WireStatus) -> None:
+    await context.abort(status.code, status.details, status.trailers)
