@@ -45,6 +45,11 @@ class ModelOptions(_Group):
     """auto, float64, float32, bfloat16 or float16."""
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's where
+    they serve the device, the dtype and the head size."""
+    cuda_graphs: bool = True
+    """Run Triton's programs in CUDA graphs, which are captured at the start."""
 
 
 class TableOptions(_Group):
@@ -263,6 +268,8 @@ class ServerOptions(
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
                 max_waiting=self.max_waiting,
+                kernels=self.kernels,
+                cuda_graphs=self.cuda_graphs,
                 default_policy=CachePolicy(preset="h2o", budget=budget),
             )
         except ValidationError as error:
