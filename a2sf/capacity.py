@@ -38,7 +38,8 @@ class Weights:
     step_parameters: int
     """How many parameters every decode step multiplies by."""
     stored_parameters: int | None
-    """How many numbers the headers of the files tell; None: the files are not there."""
+    """How many the headers of the files tell, buffers that are stored there left out; None: the
+    files are not there."""
 
 
 def weights(outline: Outline) -> Weights:
@@ -90,6 +91,11 @@ def held_nbytes(outline: Outline, slots: Sequence[int]) -> int:
     return sum(slots) * (_vectors_nbytes(outline) + scored)
 
 
+def logits_nbytes(outline: Outline, rows: int) -> int:
+    """Bytes of a step's logits: as the model makes them, and in float32 as tokens are drawn."""
+    return rows * outline.shape.vocab_size * (outline.dtype.itemsize + 4)
+
+
 def attention_operations(outline: Outline, tokens: int) -> int:
     """Multiplications and additions of one query a head over `tokens`, summed over layers.
 
@@ -136,12 +142,14 @@ def _stored_parameters(outline: Outline) -> int | None:
         paths = files.weight_files(outline.directory.name, outline.directory)
     except NotFound:
         return None
-    count = 0
+    stored = outline.module.state_dict().keys()
+    count = -sum(b.numel() for name, b in outline.module.named_buffers() if name in stored)
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                # Slices know their shape from the header; nothing is read.
-                count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - safe_open is no mapping
+                # A slice knows its shape from the header; nothing is read.
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    count += prod(file.get_slice(name).get_shape())
         except SafetensorError as error:
             raise NotFound(f"weights {path}: not whole ({error})") from error
     return count

@@ -68,6 +68,7 @@ def for_programs(plan: Plan) -> str:
                 "staging_bytes": sizing.staging,
                 "slab_bytes": sizing.slab,
                 "reserve_bytes": sizing.reserve,
+                "logits_bytes": capacity.logits_nbytes(sizing.outline, sizing.rows),
                 "free_bytes": None if sizing.memory is None else sizing.free,
             },
             "this_cache": {
@@ -114,9 +115,9 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield _bytes("staging row", sizing.staging, staging)
     yield _bytes("slab", sizing.slab, f"{sizing.rows:,} rows of {_slots(sizing)}")
     if sizing.memory is not None:
-        yield _bytes(
-            "reserve", sizing.reserve, f"--reserve {plan.reserve_said}; --help says for what"
-        )
+        logits = binary(capacity.logits_nbytes(sizing.outline, sizing.rows))
+        note = f"--reserve {plan.reserve_said}; a step's logits take {logits} of it"
+        yield _bytes("reserve", sizing.reserve, note)
         yield _bytes("left over", sizing.free, f"of {sizing.memory:,}")
 
 

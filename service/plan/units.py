@@ -37,7 +37,7 @@ def parse_compute(field: str, text: str) -> int:
 
 def parse_reserve(field: str, text: str, whole: int) -> int:
     """Read a size in bytes, or a share of `whole` such as 10%; raises as `parse_size`."""
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text)
     if share is None:
         if re.fullmatch(r"0+", text):
             return 0
@@ -57,7 +57,7 @@ def binary(nbytes: int) -> str:
 
 
 def _parsed(field: str, text: str, units: dict[str, int], example: str) -> Decimal:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z/]+)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z/]+)", text)
     if match is None or match[2] not in units:
         raise InvalidArgument(
             field,

@@ -1,0 +1,196 @@
+"""What `plan` says of memory is what the server that it proposes allocates, byte for byte."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from a2sf import families
+from a2sf.models import LoadedModel, load_model, read_outline
+from a2sf.tablefile import save_table
+from service.core import load_core
+from service.options import layers_of
+from service.settings import load
+from tests.a2sf.test_families import save
+from tests.service.planning import planned, refused, shown
+from tests.tables import make_table
+from tests.tiny import save_tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def held_bytes(model: LoadedModel) -> int:
+    """Bytes of the tensors that a loaded model holds."""
+    module = model.module
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def proposed(told: dict[str, Any]) -> Any:
+    """What the server loads that the plan's last line starts."""
+    assert told["command"][:3] == ["python", "-m", "service"]
+    return load_core(load(told["command"][3:]).options)
+
+
+def assert_allocates_what_was_planned(told: dict[str, Any]) -> None:
+    core, memory = proposed(told), told["memory"]
+    assert core.engine.kv_slab_bytes == memory["slab_bytes"]
+    assert core.engine.kv_staging_bytes == memory["staging_bytes"]
+    assert held_bytes(core.model) == memory["weights_bytes"]
+    assert (
+        core.engine.kv_slab_bytes
+        == told["this_cache"]["rows"] * (told["this_cache"]["sequence_bytes"])
+    )
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--budget", 5, "--max-batch", 1),
+        ("--budget", 200, "--gpu-memory", "100MB"),
+        ("--budget", 48, "--slots", 168, "--max-batch", 3, "--max-prefill-tokens", 90),
+    ],
+    ids=lambda sizes: " ".join(map(str, sizes)),
+)
+@pytest.mark.parametrize("name", ["reference", "tiny"])
+def test_the_server_allocates_what_was_planned(
+    name: str, sizes: tuple[object, ...], dtype: str, tiny_model_dir: Path
+) -> None:
+    model = tiny_model_dir if name == "tiny" else name
+    assert_allocates_what_was_planned(
+        planned("--model", model, "--device", "cpu", "--dtype", dtype, *sizes)
+    )
+
+
+@pytest.mark.parametrize("shares", [(2.5, 1.0, 1.0), (0.3, 1.0, 7.7), (1.0, 1.0, 1.0)])
+def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
+    shares: tuple[float, ...],
+    tiny_model: LoadedModel,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    table = make_table(
+        tiny_model.identity, layer_share=shares, budget=None, budget_ratio=0.2, sinks=0, recent=0
+    )
+    save_table(table, tmp_path / "table.json")
+    (tmp_path / "other.json").write_text("no table")
+    said = ("--tables", tmp_path, "--default-table", table.name, "--budget", 64)
+    told = planned("--model", tiny_model_dir, "--device", "cpu", "--gpu-memory", "10MB", *said)
+    slots = told["this_cache"]["layer_slots"]
+    assert sum(slots) == 3 * 64
+    assert tuple(slots) == layers_of(64, shares)
+    assert_allocates_what_was_planned(told)
+
+
+def test_the_packaged_model_with_an_unequal_table() -> None:
+    said = (
+        "--tables",
+        ROOT / "benchmarks" / "tables",
+        "--default-table",
+        "recall",
+        "--budget",
+        100,
+    )
+    told = planned("--device", "cpu", "--gpu-memory", "1GiB", *said)
+    slots = told["this_cache"]["layer_slots"]
+    assert max(slots) > 2 * 100
+    by_the_formula = 4 * (sum(slots) * 2 * 32 * 4 + len(slots) * max(slots) * 8)
+    assert told["this_cache"]["sequence_bytes"] == by_the_formula
+    assert_allocates_what_was_planned(told)
+
+
+def test_the_packaged_model_s_own_table_needs_no_directory() -> None:
+    told = planned("--device", "cpu", "--default-table", "mathqa", "--budget", 64, "--max-batch", 2)
+    assert_allocates_what_was_planned(told)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", families.SUPPORTED_ARCHITECTURES)
+def test_weights_take_the_planned_bytes_on_either_device(
+    architecture: str, tied: bool, tmp_path: Path
+) -> None:
+    directory = save(architecture, tmp_path, tie_word_embeddings=tied)
+    for dtype in ("float32", "bfloat16"):
+        said = ("--model", directory, "--dtype", dtype, "--budget", 8, "--max-batch", 1)
+        packed = load_model(str(directory), device="cpu", dtype=dtype)
+        on_cpu, on_cuda = planned("--device", "cpu", *said), planned("--device", "cuda", *said)
+        assert on_cpu["memory"]["weights_bytes"] == held_bytes(packed)
+        # Nothing is packed on a GPU: the tensors are those of a model that is not.
+        plain = load_model(str(directory), device="cpu", dtype=dtype, pack=False)
+        assert on_cuda["memory"]["weights_bytes"] == held_bytes(plain)
+        stored = on_cuda["weights"]["stored_parameters"]
+        assert stored == on_cuda["weights"]["parameters"]
+
+
+def test_a_configuration_alone_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
+    sizes = ("--budget", 50, "--gpu-memory", "20MB")
+    bare, whole = (planned("--model", path, *sizes) for path in (tmp_path, tiny_model_dir))
+    assert bare["weights"].pop("stored_parameters") is None
+    assert whole["weights"].pop("stored_parameters") == bare["weights"]["parameters"]
+    assert bare["weights"] == whole["weights"]
+    assert bare["memory"] == whole["memory"]
+
+
+def test_no_weights_are_fetched_from_the_hub(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(repository: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        return str(tiny_model_dir)
+
+    monkeypatch.setattr("a2sf.files.snapshot_download", snapshot)
+    told = planned("--model", "org/name", "--budget", 50, "--max-batch", 1)
+    assert asked == [["*.json"]]
+    assert told["command"][3:5] == ["--model", "org/name"]
+
+
+def test_reading_the_outline_makes_no_tensor_with_numbers() -> None:
+    outline = read_outline(str(ROOT / "docs" / "models" / "8b"))
+    tensors: list[Tensor] = [*outline.module.parameters(), *outline.module.buffers()]
+    assert {tensor.device for tensor in tensors} == {torch.device("meta")}
+    assert outline.dtype == torch.bfloat16
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    directory = save_tiny_llama(tmp_path)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "not whole" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
+
+
+def test_files_that_hold_another_number_of_parameters_are_told(tmp_path: Path) -> None:
+    directory = save_tiny_llama(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    told = shown("--model", directory, "--budget", 8, "--max-batch", 1)
+    assert "where the files' headers say" in told
+
+
+def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
+    sizes = ("--budget", 100, "--gpu-memory", "1GB", "--reserve", "250MB")
+    told = planned(*sizes)
+    memory, rows = told["memory"], told["this_cache"]["rows"]
+    parts = ("weights_bytes", "staging_bytes", "slab_bytes", "reserve_bytes", "free_bytes")
+    assert memory["reserve_bytes"] == 250 * 10**6
+    assert sum(memory[part] for part in parts) == 10**9
+    assert 0 <= memory["free_bytes"] < told["this_cache"]["sequence_bytes"]
+    assert planned(*sizes, "--max-batch", rows)["memory"] == memory
+    assert f"accepted here: at most {rows}" in refused(*sizes, "--max-batch", rows + 1)
+
+
+def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
+    told = planned("--budget", 100, "--gpu-memory", "1GB", "--reserve", "0", "--context", 1000)
+    full, memory = told["full_cache"], told["memory"]
+    assert full["sequence_bytes"] == 1000 * 6 * 4 * 2 * 32 * 2
+    room = 10**9 - memory["weights_bytes"]
+    assert full["rows"] == room // full["sequence_bytes"]
+
+
+def test_the_reserve_is_a_tenth_unless_it_is_said() -> None:
+    assert planned("--budget", 100, "--gpu-memory", "1GB")["memory"]["reserve_bytes"] == 10**8
