@@ -11,7 +11,6 @@ import math
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from a2sf import kernels
 from a2sf.attention import attend
@@ -83,28 +82,12 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Te
         The output [rows, H_q, width, D] in the query's dtype, and [rows, H_q, width] float32, the
         natural logarithms of the softmax's normalisers.
     """
-    rows, q_heads, width, dim = query.shape
-    slots = keys.shape[2]
-    each = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
-    # Of one row, views; the rows of several are laid one after the other.
-    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, keys, values))
-    output, lse = varlen_attn(
-        q,
-        k,
-        v,
-        each * width,
-        each * slots,
-        width,
-        slots,
-        return_aux=AuxRequest(lse=True),
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=True,
+    # What `scaled_dot_product_attention` calls, which keeps the normalisers to itself. Its causal
+    # mask is aligned with the last slot, and it shares keys among a group of heads.
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, dropout_p=0.0, is_causal=True, scale=scale
     )
-    return (
-        output.view(rows, width, q_heads, dim).transpose(1, 2),
-        lse.view(q_heads, rows, width).transpose(0, 1),
-    )
+    return output, lse
 
 
 def mass(
