@@ -113,17 +113,20 @@ class Ranks:
         try:
             dist.broadcast(tensor, src=0, group=self.channel)
         except RuntimeError as error:
-            raise RankLost(f"rank {self.rank} has lost another of {self.size}") from error
+            raise RankLost(
+                f"rank {self.rank} of the {self.size} that share the model has lost another"
+            ) from error
 
 
 def expected() -> int:
     """Return how many processes torchrun has started to share a model; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    # Other programs set WORLD_SIZE too, for purposes of their own.
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def leads() -> bool:
     """Whether this process is the first of them, or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return expected() == 1 or int(os.environ["RANK"]) == 0
 
 
 def is_loss(error: BaseException) -> bool:

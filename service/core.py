@@ -18,7 +18,9 @@ from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
+from a2sf.parallel import Follower, LeadingEngine
 from a2sf.policy import CachePolicy, resolve, slots_for
+from a2sf.ranks import Ranks, expected
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
 from service.options import ServerOptions, layers_of
@@ -38,6 +40,11 @@ class Core:
     which may change, and preset h2o where there is none."""
     tables: TableCatalog
 
+    def close(self) -> None:
+        """Let the other processes of the model end, if there are any; nothing runs any more."""
+        if isinstance(self.engine, LeadingEngine):
+            self.engine.close()
+
 
 def load_core(options: ServerOptions) -> Core:
     """Load the model and the tables and build the engine; takes seconds to minutes.
@@ -50,9 +57,8 @@ def load_core(options: ServerOptions) -> Core:
         # Said before the model is loaded, which takes a while.
         raise NotFound(f"tables directory {directory}: no such directory")
     threads = set_threads(options.threads)
-    model = load_model(
-        options.model, revision=options.revision, device=options.device, dtype=options.dtype
-    )
+    ranks = Ranks.join(options.device) if expected() > 1 else None
+    model = _load_model(options, ranks)
     shipped = reference.path() / "tables"
     if directory is None and options.model == REFERENCE and shipped.is_dir():
         directory = shipped
@@ -65,7 +71,7 @@ def load_core(options: ServerOptions) -> Core:
         options.default_table, partial(check_default, options, rows, model.shape.max_context)
     )
     try:
-        engine = Engine(model, config)
+        engine = LeadingEngine(model, config, ranks) if ranks else Engine(model, config)
     except (MemoryError, RuntimeError) as error:  # torch raises either, by device
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InvalidArgument(
@@ -89,6 +95,26 @@ def load_core(options: ServerOptions) -> Core:
         default_table=options.default_table,
     )
     return Core(model=model, engine=engine, config=config, tables=tables)
+
+
+def load_follower(options: ServerOptions) -> Follower:
+    """Load this process's part of a model that another one serves, with `load_core`.
+
+    Raises as that does, and RankLost if the other process ends.
+    """
+    set_threads(options.threads)
+    ranks = Ranks.join(options.device)
+    return Follower(_load_model(options, ranks), ranks)
+
+
+def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
+    return load_model(
+        options.model,
+        revision=options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        ranks=ranks,
+    )
 
 
 def row_shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | None:

@@ -15,20 +15,30 @@ from typing import Any
 
 import structlog
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import A2SFError, InvalidArgument
+from a2sf.ranks import RankLost, leads
+from service.core import load_follower
 from service.options import ServerOptions
 from service.server import Server
 
 log = structlog.get_logger(__name__)
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+_RANK_LOST = "another process of the model has ended"
+
 
 async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
     """Serve until told to stop; return the process's exit code, not 0 if the engine died.
 
+    Where several processes share the model, the first one serves and the others follow it.
+
     `announce` is given lines for the user. Raises what starting raises. The first SIGTERM or
     SIGINT drains, the second ends the process at once.
     """
-    stopping = asyncio.Event()
+    if not leads():
+        return _follow(options)
+    stopping, served = asyncio.Event(), False
     with _signals(stopping), _port_file(options.port_file) as write_port:
         server = Server(options)
         try:
@@ -45,6 +55,7 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
                 if await _either(told, warming) is warming:
                     warming.result()
                     write_port(port)
+                    served = True
                     announce(f"serving {options.model} on {address}")
                     await _either(told, server.crashed)
             finally:
@@ -60,7 +71,30 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
         log.warning("the engine's thread is still busy and is left behind")
         logging.shutdown()
         os._exit(int(server.crashed.done()))
+    if served and not server.crashed.done():
+        try:
+            server.core.close()
+        except RankLost as error:
+            log.critical(_RANK_LOST, reason=str(error))
+            return 1
     return int(server.crashed.done())
+
+
+def _follow(options: ServerOptions) -> int:
+    """Compute this process's part until the first process ends; return the exit code."""
+    try:
+        follower = load_follower(options)
+        # A signal is for all: the first process drains, and tells the others when it is done.
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_IGN)
+        follower.run()
+    except RankLost as error:
+        log.critical(_RANK_LOST, reason=str(error))
+        return 1
+    except A2SFError as error:
+        log.critical("a process of the model cannot do its part", reason=str(error))
+        return 2
+    return 0
 
 
 async def _either(
@@ -80,13 +114,12 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
             os._exit(128 + number)
         stopping.set()
 
-    handled = (signal.SIGTERM, signal.SIGINT)
-    for number in handled:
+    for number in _HANDLED:
         loop.add_signal_handler(number, on_signal, number)
     try:
         yield
     finally:
-        for number in handled:
+        for number in _HANDLED:
             loop.remove_signal_handler(number)
 
 
