@@ -80,15 +80,17 @@ def slots_nbytes(outline: Outline, rows: int, slots: Sequence[int]) -> int:
     ).nbytes
 
 
-def full_nbytes(outline: Outline, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens in a cache that keeps all and scores none."""
-    return tokens * outline.shape.num_layers * _vectors_nbytes(outline)
+def vectors_nbytes(outline: Outline, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens, summed over layers."""
+    shape = outline.shape
+    return tokens * shape.num_kv_heads * 2 * shape.head_dim * outline.dtype.itemsize
 
 
-def held_nbytes(outline: Outline, slots: Sequence[int]) -> int:
-    """Bytes that a decode step must move of a row that holds `slots` [layers] scored tokens."""
-    scored = outline.shape.num_kv_heads * SCORED_SLOT_BYTES
-    return sum(slots) * (_vectors_nbytes(outline) + scored)
+def held_nbytes(outline: Outline, tokens: int) -> int:
+    """Bytes that a decode step must move of a row that holds `tokens` scored ones, over layers."""
+    return vectors_nbytes(outline, tokens) + (
+        tokens * outline.shape.num_kv_heads * SCORED_SLOT_BYTES
+    )
 
 
 def logits_nbytes(outline: Outline, rows: int) -> int:
@@ -125,12 +127,6 @@ def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
     return layers + attention_operations(outline, seen) + 2 * weights.head_parameters
 
 
-def _vectors_nbytes(outline: Outline) -> int:
-    """Bytes of one token's keys and values in one layer."""
-    shape = outline.shape
-    return shape.num_kv_heads * 2 * shape.head_dim * outline.dtype.itemsize
-
-
 def _packs(outline: Outline) -> bool:
     """Whether `linear.pack` would lay linear layers out anew."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -143,7 +139,7 @@ def _stored_parameters(outline: Outline) -> int | None:
     except NotFound:
         return None
     stored = outline.module.state_dict().keys()
-    count = -sum(b.numel() for name, b in outline.module.named_buffers() if name in stored)
+    count: int = -sum(b.numel() for name, b in outline.module.named_buffers() if name in stored)
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:

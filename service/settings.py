@@ -29,7 +29,8 @@ CONFIG_ENV = "A2SF_CONFIG"
 EPILOG = (
     f"Every option can also be set in the environment (--max-batch as {ENV_PREFIX}MAX_BATCH) and "
     "in a TOML file (max_batch = 8). A flag goes before the environment, that before the file; "
-    "`none` as a flag or in the environment takes back what comes after it."
+    "`none` as a flag or in the environment takes back what comes after it. "
+    f"`{PROGRAM} plan --help` tells how to know a server's memory and pace before it is started."
 )
 
 

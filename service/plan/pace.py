@@ -120,7 +120,7 @@ def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
         means,
         load,
         rows=sizing.rows,
-        row_nbytes=capacity.held_nbytes(sizing.outline, sizing.held),
+        row_nbytes=capacity.held_nbytes(sizing.outline, tokens),
         row_operations=operations,
     )
 
@@ -133,14 +133,13 @@ def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
     """
     if means.step_s is not None or sizing.full_rows == 0:
         return None
-    tokens = sizing.outline.shape.num_layers * sizing.context
     return _pace(
         sizing,
         means,
         load,
         rows=sizing.full_rows,
         row_nbytes=sizing.full_sequence,
-        row_operations=capacity.attention_operations(sizing.outline, tokens),
+        row_operations=capacity.attention_operations(sizing.outline, sizing.full_tokens),
     )
 
 

@@ -113,7 +113,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     )
     staging = f"prompt blocks of up to {sizing.staging_slots:,} tokens"
     yield _bytes("staging row", sizing.staging, staging)
-    yield _bytes("slab", sizing.slab, f"{sizing.rows:,} rows of {_slots(sizing)}")
+    yield _bytes(
+        "slab",
+        sizing.slab,
+        f"{sizing.rows:,} {'row' if sizing.rows == 1 else 'rows'} of {_slots(sizing)}",
+    )
     if sizing.memory is not None:
         logits = binary(capacity.logits_nbytes(sizing.outline, sizing.rows))
         note = f"--reserve {plan.reserve_said}; a step's logits take {logits} of it"
@@ -123,10 +127,14 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _sides(plan: Plan) -> Iterator[str]:
     sizing = plan.sizing
+    vectors = capacity.vectors_nbytes(sizing.outline, sum(sizing.layer_slots))
+    full = sizing.full_sequence
     yield _row("Sequences", "this cache", "full cache")
     yield _row("  tokens of a sequence kept", f"{sizing.budget:,}", f"{sizing.context:,}")
-    yield _row("  bytes of a sequence", f"{sizing.row:,}", f"{sizing.full_sequence:,}")
-    yield _row("", binary(sizing.row), binary(sizing.full_sequence))
+    yield _row("  bytes of keys and values", f"{vectors:,}", f"{full:,}")
+    yield _row("  positions and scores", f"{sizing.row - vectors:,}", "0")
+    yield _row("  bytes together", f"{sizing.row:,}", f"{full:,}")
+    yield _row("", binary(sizing.row), binary(full))
     yield _row("  sequences at a time", f"{sizing.rows:,}", f"{sizing.full_rows:,}")
 
 
@@ -134,11 +142,12 @@ def _scoring(plan: Plan) -> Iterator[str]:
     outline, tokens = plan.sizing.outline, sum(plan.sizing.held)
     multiplications, additions = capacity.scoring_operations(outline, tokens)
     attention = capacity.attention_operations(outline, tokens)
-    yield "Operations of a sequence in a step"
-    yield _row("  multiplications by alpha", f"{multiplications:,}")
-    yield _row("  additions of what is paid", f"{additions:,}")
-    yield _row("  attention itself", f"{attention:,}")
-    yield _row("  scoring adds to it", f"{(multiplications + additions) / attention:.2%}")
+    full = capacity.attention_operations(outline, plan.sizing.full_tokens)
+    yield _row("Operations of a token", "this cache", "full cache")
+    yield _row("  attention", f"{attention:,}", f"{full:,}")
+    yield _row("  multiplications by alpha", f"{multiplications:,}", "0")
+    yield _row("  additions of what is paid", f"{additions:,}", "0")
+    yield _row("  scoring over attention", f"{(multiplications + additions) / attention:.2%}", "0")
 
 
 def _times(plan: Plan) -> Iterator[str]:
@@ -168,10 +177,11 @@ def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str
     yield "tokens/s, each sequence", lambda pace: f"{1 / pace.step_s:,.1f}"
     if ours.prompt_s is not None:
         yield "milliseconds of a prompt", lambda pace: f"{(pace.prompt_s or 0.0) * 1e3:,.1f}"
+    least = "" if ours.taken_from == "measured" else ", least"
     if ours.replicas is not None:
-        yield "replicas", lambda pace: f"{pace.replicas:,}"
+        yield f"replicas{least}", lambda pace: f"{pace.replicas:,}"
     if ours.price_per_million is not None:
-        yield "price of a million tokens", lambda pace: f"{pace.price_per_million:,.3f}"
+        yield f"price, 1e6 tokens{least}", lambda pace: f"{pace.price_per_million:,.3f}"
 
 
 def _load(load: Load) -> str:
@@ -180,8 +190,8 @@ def _load(load: Load) -> str:
         return f"For {load.tokens_per_s:,g} completion tokens/s, "
     if load.prompt_tokens is None:
         return "With "
-    often = "" if load.requests_per_s is None else f"{load.requests_per_s:,g}/s "
-    return f"For requests {often}of {load.prompt_tokens:,} + {load.completion_tokens:,} tokens, "
+    rate = "requests" if load.requests_per_s is None else f"{load.requests_per_s:,g} requests/s"
+    return f"For {rate} of {load.prompt_tokens:,} + {load.completion_tokens:,} tokens, "
 
 
 def _counted(weights: Weights) -> str:

@@ -76,6 +76,11 @@ class Sizing:
     """Of those as many as would fit beside the weights, and no more than were asked for."""
 
     @property
+    def full_tokens(self) -> int:
+        """Tokens of a full cache's sequence, summed over layers."""
+        return self.outline.shape.num_layers * self.context
+
+    @property
     def slab(self) -> int:
         """The slab of all rows."""
         return self.rows * self.row
@@ -134,7 +139,7 @@ def size(wish: Wish) -> Sizing:
     weights = capacity.weights(outline)
     row = capacity.slots_nbytes(outline, 1, layer_slots)
     staging = capacity.slots_nbytes(outline, 1, (staging_slots,) * num_layers)
-    full_sequence = capacity.full_nbytes(outline, context)
+    full_sequence = capacity.vectors_nbytes(outline, num_layers * context)
     if wish.memory is None:
         assert wish.max_batch is not None
         reserve, rows, full_rows = 0, wish.max_batch, wish.max_batch
