@@ -57,6 +57,7 @@ ALONE = {
     "optuna": "tuner",
     "prometheus_client": "service/metrics.py",
     "pydantic_settings": "service/settings.py",
+    "ray": "service/ray_serve/",
     "structlog": "service",
     "triton": "a2sf/kernels/",
     "transformers": "a2sf/models.py",

@@ -1,7 +1,7 @@
 """The command line: `python -m service.ray_serve` serves with replicas under Ray, on this machine.
 
-Owns starting Ray and Serve, announcing, and ending both. With `--ray-address` Ray is there already
-and is left as it was, but for Serve. Knows nothing of what settings do.
+Owns starting a Ray of its own, announcing, and ending it. On a cluster that is there already,
+Serve's own commands start the application: docs/ray.md. Knows nothing of what settings do.
 """
 
 import argparse
@@ -41,17 +41,16 @@ def serve(arguments: Sequence[str]) -> int:
 
     # Before Ray is imported: nothing is told to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Every call's line is a line.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
 
     from service.ray_serve.application import SERVICER_FUNCTIONS, app
 
-    if own.ray_address is None:
-        # `local`, whatever RAY_ADDRESS says.
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
-    else:
-        ray.init(own.ray_address)
+    # `local`, whatever RAY_ADDRESS says: this Ray ends with the program.
+    ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
     try:
         serve.start(
             # Serve has no gRPC without HTTP; of that the application has nothing to say.
@@ -67,7 +66,6 @@ def serve(arguments: Sequence[str]) -> int:
         print("stopping", flush=True)
         serve.delete(APPLICATION)
     finally:
-        serve.shutdown()
         ray.shutdown()
     return 0
 
@@ -93,7 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-cpus", type=float, default=1.0)
     parser.add_argument("--num-gpus", type=float, default=0.0)
     parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--ray-address")
     return parser
 
 

@@ -17,7 +17,7 @@ from a2sf.errors import A2SFError, Aborted, ResourceExhausted, Unavailable
 from service.options import ServerOptions
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.stall import writing
-from service.status import DETAILS_KEY, WireStatus, to_wire
+from service.status import DETAILS_KEY, to_wire
 
 STALL_TIMEOUT_S: float = ServerOptions.model_fields["stall_timeout_s"].default
 """Seconds in which a client must take an event before its request is ended, as by the server."""
@@ -54,7 +54,7 @@ def _told(make: Callable[..., Any]) -> Callable[..., Any]:
 def _unary(route: Unary) -> Unary:
     async def answer(request: Any, context: Context) -> bytes:
         response = await route(request, context)
-        _settle(context)
+        await _settle(context)
         return response
 
     return answer
@@ -81,39 +81,51 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
                     await writer.write(message)
             await reading
         except Aborted as error:
-            status = to_wire(error, "-")
+            # Before the status, which waits behind what the client has not read.
             reading.cancel()
+            status = to_wire(error, "-")
             await context.abort(status.code, status.details, status.trailers)
         finally:
             reading.cancel()
             await asyncio.wait({reading})
-        _settle(context)
+        await _settle(context)
 
     return answer
 
 
-def _settle(context: Context) -> None:
-    """Give a status that is Ray's own the code and the details that it has in the service."""
+async def _settle(context: Context) -> None:
+    """End a call that failed, with the service's code and details where the failure is Ray's own.
+
+    By `abort`, because a status that stands beside an answer leaves behind initial metadata, and
+    what has any is no more retried by the client.
+    """
+    code, details = _code(context), str(context.details())
     trailers = tuple(context.trailing_metadata() or ())
-    if DETAILS_KEY in dict(trailers):
+    if code is grpc.StatusCode.OK:
         return
-    said, code = str(context.details()), _code(context)
-    error: A2SFError
-    if code is grpc.StatusCode.INTERNAL:
-        # A replica tells all failures by itself. Ray's words may hold a traceback.
-        error = Unavailable("the replica that had the request has gone; try again")
-    elif code is grpc.StatusCode.UNAVAILABLE:
-        error = Unavailable(said)
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        error = ResourceExhausted(said)
-    else:
-        return
-    status: WireStatus = to_wire(error, "-")
-    context.set_code(status.code)
-    context.set_details(status.details)
-    context.set_trailing_metadata((*trailers, *status.trailers))
+    # A replica tells all of its failures by itself, with details.
+    error = None if DETAILS_KEY in dict(trailers) else _meant(code, details)
+    if error is not None:
+        status = to_wire(error, "-")
+        code, details, trailers = status.code, status.details, (*trailers, *status.trailers)
+    await context.abort(code, details, trailers)
+
+
+def _meant(code: grpc.StatusCode, details: str) -> A2SFError | None:
+    """Say in the service's terms what Ray's proxy says; None: it is the same in both."""
+    match code:
+        case grpc.StatusCode.INTERNAL:
+            # Not in Ray's words, which may hold a traceback.
+            return Unavailable("the replica that had the request has gone; try again")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND:
+            # Not found is the application, before it is deployed and once it drains.
+            return Unavailable(details)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return ResourceExhausted(details)
+    return None
 
 
 def _code(context: Context) -> grpc.StatusCode:
     # Until one is set it is 0, whatever the stubs say.
-    return context.code() or grpc.StatusCode.OK
+    code: Any = context.code()
+    return grpc.StatusCode.OK if code == 0 else code

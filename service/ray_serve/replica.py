@@ -6,6 +6,7 @@ nothing of how many replicas there are, nor of the proxy.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -14,11 +15,10 @@ import structlog
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
-from a2sf.errors import Unauthenticated, Unsupported
+from a2sf.errors import NotFound, Unauthenticated, Unsupported
 from service import logs
 from service.auth import TokenFile
 from service.core import load_core
-from service.health_servicer import HealthServicer
 from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.ray_serve.context import CallContext, Ended, RayContext
@@ -53,10 +53,8 @@ class Replica:
         self._backend = backend = make_backend(options)
         self._inference = InferenceServicer(backend)
         self._models = ModelServicer(backend)
-        self._health = HealthServicer(SERVICES)
         # Kept, because the loop itself holds tasks but weakly.
         self._watching = await warm(backend, partial(load_core, options))
-        await self._health.set_all(serving=True)
         backend.runner.crashed.add_done_callback(self._on_crash)
 
     def __del__(self) -> None:
@@ -64,9 +62,13 @@ class Replica:
         if hasattr(self, "_backend"):
             self._backend.tracer.shutdown(FLUSH_S)
 
+    @property
+    def _crashed(self) -> bool:
+        return self._backend.runner.crashed.done()
+
     async def check_health(self) -> None:
         """Raise EngineCrashed once the engine has died, for Ray to put another replica here."""
-        if self._backend.runner.crashed.done():
+        if self._crashed:
             raise EngineCrashed("the engine's thread died")
 
     async def StreamGenerate(  # noqa: N802
@@ -125,8 +127,13 @@ class Replica:
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
     ) -> Any:
-        """See grpc.health.v1; open to all."""
-        return await self._health.Check(request, grpc_context)
+        """See grpc.health.v1; open to all, and it waits its turn among the calls."""
+        status = health_pb2.HealthCheckResponse
+        if request.service not in ("", *SERVICES):
+            with suppress(Ended):
+                error = NotFound(f"no service {request.service!r}; known: {', '.join(SERVICES)}")
+                await _abort(CallContext(grpc_context), to_wire(error, "-"))
+        return status(status=status.NOT_SERVING if self._crashed else status.SERVING)
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
@@ -169,7 +176,6 @@ class Replica:
     def _on_crash(self, crashed: "asyncio.Future[BaseException]") -> None:
         # Refused as UNAVAILABLE, calls go to another replica until Ray has replaced this one.
         self._backend.gate.close("the engine of this replica has died; try again")
-        self._ending = asyncio.create_task(self._health.set_all(serving=False))
 
 
 def _seen(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:
