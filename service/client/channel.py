@@ -36,7 +36,7 @@ RETRIES: dict[str, Any] = {
                 "initialBackoff": "0.2s",
                 "maxBackoff": "5s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
     ],
@@ -45,7 +45,8 @@ RETRIES: dict[str, Any] = {
     # server that dies fails all its calls at once, and each of them may need another server.
     "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
 }
-"""What gRPC retries by itself: calls that failed before anything of their answer arrived."""
+"""What gRPC retries by itself: calls that failed before anything of their answer arrived. What
+found no room is for `service.client.rounds`."""
 
 BALANCING: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],

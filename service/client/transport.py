@@ -1,11 +1,13 @@
 """Making calls: a channel, a deadline on every call, errors of the project's own tree.
 
-Owns the one way in which a call is made, by asyncio and by threads, and cancelling a stream that
-is left early (gRPC does not: the server would work on for nobody). Knows nothing of what is asked.
+Owns the one way in which a call is made, by asyncio and by threads, looking for room elsewhere or
+later where a server has none, and cancelling a stream that is left early (gRPC does not: the server
+would work on for nobody). Knows nothing of what is asked.
 """
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,7 +18,9 @@ import grpc
 from a2sf.errors import A2SFError, Unavailable
 from service.client.calls import Call
 from service.client.channel import PLAIN_TEXT, ChannelOptions, open_aio, open_sync
-from service.status import DETAILS_KEY, Cancelled, from_wire
+from service.client.rounds import Rounds
+from service.client.targets import may_be_several
+from service.status import DETAILS_KEY, Cancelled, NoRoom, from_wire
 
 T = TypeVar("T")
 
@@ -35,6 +39,7 @@ class _Calls:
         self._metadata = metadata
         self._target = target
         self._speech = "plain text" if options.tls is None else "TLS"
+        self._several = may_be_several(target)
         self._stubs: dict[type, Any] = {}
         self._closed = False
         # A stub made on a closed channel for threads crashes the interpreter.
@@ -54,6 +59,9 @@ class _Calls:
             if not self._closed:
                 raise
             raise _closed() from None
+
+    def rounds(self, timeout_s: float) -> Rounds:
+        return Rounds(timeout_s, several=self._several)
 
     def close(self) -> None:
         """Start no more; comes before the channel's own end."""
@@ -121,21 +129,37 @@ class AsyncTransport:
 
     async def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call that has one answer."""
-        with self._calls.own_errors(timeout_s):
-            answer = await self._calls.start(call, timeout_s)
-        return call.read(answer)
+        rounds = self._calls.rounds(timeout_s)
+        while True:
+            try:
+                with self._calls.own_errors(timeout_s):
+                    answer = await self._calls.start(call, rounds.left_s)
+                return call.read(answer)
+            except NoRoom as refusal:
+                wait_s = rounds.wait_s(refusal)
+            await asyncio.sleep(wait_s)
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
         """Make a call whose answer comes in events, and yield those that were read as one."""
-        rpc = self._calls.start(call, timeout_s)
-        try:
-            with self._calls.own_errors(timeout_s):
-                async for message in rpc:
-                    event = call.read(message)
-                    if event is not None:
-                        yield event
-        finally:
-            rpc.cancel()
+        rounds, begun = self._calls.rounds(timeout_s), False
+        while True:
+            rpc = self._calls.start(call, rounds.left_s)
+            try:
+                with self._calls.own_errors(timeout_s):
+                    async for message in rpc:
+                        begun = True
+                        event = call.read(message)
+                        if event is not None:
+                            yield event
+            except NoRoom as refusal:
+                if begun:
+                    raise
+                wait_s = rounds.wait_s(refusal)
+            else:
+                return
+            finally:
+                rpc.cancel()
+            await asyncio.sleep(wait_s)
 
 
 class SyncTransport:
@@ -166,18 +190,34 @@ class SyncTransport:
 
     def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call that has one answer."""
-        with self._calls.own_errors(timeout_s):
-            answer = self._calls.start(call, timeout_s)
-        return call.read(answer)
+        rounds = self._calls.rounds(timeout_s)
+        while True:
+            try:
+                with self._calls.own_errors(timeout_s):
+                    answer = self._calls.start(call, rounds.left_s)
+                return call.read(answer)
+            except NoRoom as refusal:
+                wait_s = rounds.wait_s(refusal)
+            time.sleep(wait_s)
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
         """Make a call whose answer comes in events, and yield those that were read as one."""
-        rpc = self._calls.start(call, timeout_s)
-        try:
-            with self._calls.own_errors(timeout_s):
-                for message in rpc:
-                    event = call.read(message)
-                    if event is not None:
-                        yield event
-        finally:
-            rpc.cancel()
+        rounds, begun = self._calls.rounds(timeout_s), False
+        while True:
+            rpc = self._calls.start(call, rounds.left_s)
+            try:
+                with self._calls.own_errors(timeout_s):
+                    for message in rpc:
+                        begun = True
+                        event = call.read(message)
+                        if event is not None:
+                            yield event
+            except NoRoom as refusal:
+                if begun:
+                    raise
+                wait_s = rounds.wait_s(refusal)
+            else:
+                return
+            finally:
+                rpc.cancel()
+            time.sleep(wait_s)

@@ -153,7 +153,9 @@ async def test_it_gives_up_after_four_attempts_and_says_when_to_come_back(
 
 
 @both
-@pytest.mark.parametrize("error", [Unavailable("broken"), Aborted("told to")])
+@pytest.mark.parametrize(
+    "error", [Unavailable("broken"), ResourceExhausted("full"), Aborted("told to")]
+)
 async def test_what_fails_after_its_start_is_not_tried_again(
     collect: Collect, error: Exception
 ) -> None:

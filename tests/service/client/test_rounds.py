@@ -1,0 +1,99 @@
+"""What a call does that finds no room: the next server at once, then later, and then it tells."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from a2sf.errors import ResourceExhausted
+from service.client import Client, SyncClient
+from service.pb import inference_pb2 as pb
+from service.status import NoRoom
+from tests.service.client.test_channel import UP, Model, with_health
+from tests.service.client.test_channel import serving as serving_model
+from tests.service.client.test_transport import Collect, Context, both, fail, serving
+from tests.service.conftest import WAIT_S
+
+
+async def full(context: Context, _: int) -> None:
+    await fail(context, ResourceExhausted("full"))
+
+
+class Full(Model):
+    """Has room for nothing, but counts what it refuses."""
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        self.metadata.append({})
+        await full(context, 0)
+        raise AssertionError
+
+
+async def by_asyncio(target: str, describe: Callable[[Any], Awaitable[None]]) -> None:
+    async with Client(target) as client:
+        await describe(client.get_model)
+
+
+async def by_threads(target: str, describe: Callable[[Any], Awaitable[None]]) -> None:
+    with SyncClient(target) as client:
+        await describe(lambda: asyncio.to_thread(client.get_model))
+
+
+@pytest.mark.parametrize("by", [by_asyncio, by_threads])
+async def test_one_of_two_servers_without_room_costs_no_wait(by: Any) -> None:
+    busy, free = Full("busy"), Model("free")
+
+    async def describe(get_model: Callable[[], Awaitable[Any]]) -> None:
+        while not (busy.metadata and free.metadata):
+            await get_model()
+        refused, began = len(busy.metadata), time.monotonic()
+        for _ in range(10):
+            assert (await get_model()).server_version == "free"
+        assert len(busy.metadata) >= refused + 5
+        # The busy one says half a second each time.
+        assert time.monotonic() - began < 0.45
+
+    async with (
+        serving_model(busy, None, await with_health(UP)) as one,
+        serving_model(free, None, await with_health(UP)) as other,
+        asyncio.timeout(WAIT_S),
+    ):
+        await by(f"127.0.0.1:{one},127.0.0.1:{other}", describe)
+
+
+@pytest.mark.parametrize("by", [by_asyncio, by_threads])
+async def test_an_answer_in_one_piece_is_given_up_after_four_rounds_too(by: Any) -> None:
+    busy = Full("busy")
+
+    async def describe(get_model: Callable[[], Awaitable[Any]]) -> None:
+        began = time.monotonic()
+        with pytest.raises(NoRoom, match="full"):
+            await get_model()
+        assert 1.5 <= time.monotonic() - began < 5
+
+    async with serving_model(busy) as port:
+        await by(f"127.0.0.1:{port}", describe)
+    assert len(busy.metadata) == 4
+
+
+@both
+async def test_no_room_anywhere_is_told_after_four_rounds(collect: Collect) -> None:
+    async with serving(full) as (first, one), serving(full) as (second, other):
+        began = time.monotonic()
+        with pytest.raises(NoRoom, match="full"):
+            await collect(f"{one},{other}", WAIT_S)
+        assert 1.5 <= time.monotonic() - began < 5
+    assert first.attempts + second.attempts == 8
+
+
+@both
+async def test_it_does_not_wait_for_room_past_its_deadline(collect: Collect) -> None:
+    async with serving(full) as (fake, to):
+        with pytest.raises(NoRoom) as caught:
+            await collect(to, 0.4)
+    assert caught.value.retry_after_s == 0.5
+    assert fake.attempts == 1
