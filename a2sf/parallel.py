@@ -116,9 +116,8 @@ class LeadingEngine(Engine):
         return [_whole(event, self._ranks.size) for event in events]
 
     def close(self) -> None:
-        """Let the other ranks end. The engine is of no use afterwards."""
+        """Let the other ranks' engines end. This one is of no use afterwards."""
         self._ranks.tell(_END)
-        self._ranks.leave()
 
 
 class Follower:
@@ -149,7 +148,6 @@ class Follower:
                     self._engine.cancel(command.request_id)
             self._now = told.now
             drawn = _digest(self._engine.step())
-        self._ranks.leave()
 
 
 class _AgreedClock:

@@ -105,10 +105,6 @@ class Ranks:
             self._broadcast(message)
         return message.numpy().tobytes()
 
-    def leave(self) -> None:
-        """Part from the other processes, all of which must do so."""
-        dist.destroy_process_group()
-
     def _broadcast(self, tensor: torch.Tensor) -> None:
         try:
             dist.broadcast(tensor, src=0, group=self.channel)
@@ -127,6 +123,11 @@ def expected() -> int:
 def leads() -> bool:
     """Whether this process is the first of them, or alone."""
     return expected() == 1 or int(os.environ["RANK"]) == 0
+
+
+def leave() -> None:
+    """Part from the other processes, all of which must do so; this one is alone afterwards."""
+    dist.destroy_process_group()
 
 
 def is_loss(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
 from a2sf.policy import CachePolicy, resolve, slots_for
-from a2sf.ranks import Ranks, expected
+from a2sf.ranks import Ranks, expected, leave
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
 from service.options import ServerOptions, layers_of
@@ -44,6 +44,7 @@ class Core:
         """Let the other processes of the model end, if there are any; nothing runs any more."""
         if isinstance(self.engine, LeadingEngine):
             self.engine.close()
+            leave()
 
 
 def load_core(options: ServerOptions) -> Core:

@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.ranks import RankLost, leads
+from a2sf.ranks import RankLost, leads, leave
 from service.core import load_follower
 from service.options import ServerOptions
 from service.server import Server
@@ -88,6 +88,7 @@ def _follow(options: ServerOptions) -> int:
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN)
         follower.run()
+        leave()
     except RankLost as error:
         log.critical(_RANK_LOST, reason=str(error))
         return 1

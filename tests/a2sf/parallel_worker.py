@@ -1,0 +1,76 @@
+"""One rank of a test: serves the requests of a job file, or tells why it will not.
+
+The first rank writes what came of them. Run as `torchrun ... -m tests.a2sf.parallel_worker`.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
+from a2sf.errors import A2SFError
+from a2sf.models import load_model
+from a2sf.parallel import Follower, LeadingEngine
+from a2sf.ranks import Ranks
+from a2sf.requests import Delta, Event, Finished, GenerationRequest
+from tests.driving import run_at_random
+
+CONFIG = EngineConfig(slots=300, max_batch=3)
+
+
+def outcome(stream: list[Event]) -> dict[str, Any]:
+    """What of a stream must not depend on the number of processes."""
+    deltas = [event for event in stream if isinstance(event, Delta)]
+    ends = [event for event in stream if isinstance(event, Finished)]
+    return {
+        "tokens": [token for delta in deltas for token in delta.token_ids],
+        "text": "".join(delta.text for delta in deltas),
+        "reason": [end.reason.value for end in ends],
+        "cache": [end.cache.model_dump() for end in ends],
+    }
+
+
+def serve(engine: Engine, requests: list[GenerationRequest], cancel: list[str]) -> dict[str, Any]:
+    """Submit and cancel at random, in the same way for every engine."""
+    streams = run_at_random(engine, requests, random.Random(1), cancel=cancel)
+    return {name: outcome(stream) for name, stream in streams.items()}
+
+
+def work(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Do one job on this rank; the result is of use on the first one only."""
+    try:
+        model = load_model(job["model"], dtype="float64", ranks=ranks)
+    except A2SFError as error:
+        return {"refused": str(error)}
+    if ranks.rank:
+        Follower(model, ranks).run()
+        return {}
+    engine = LeadingEngine(model, CONFIG, ranks)
+    requests = [GenerationRequest.model_validate_json(text) for text in job["requests"]]
+    done = serve(engine, requests, job["cancel"])
+    engine.close()
+    return {
+        "streams": done,
+        "held": model.held,
+        "slab_bytes": [engine.kv_slab_bytes, Engine.kv_slab_bytes.fget(engine)],  # type: ignore[attr-defined]
+        "weights": sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters()),
+    }
+
+
+def main(source: str, target: str) -> None:
+    """Do the jobs of the file `source`, one after the other; write the results to `target`."""
+    torch.set_num_threads(1)
+    ranks = Ranks.join("cpu")
+    jobs = json.loads(Path(source).read_text())
+    results = {name: work(job, ranks) for name, job in jobs.items()}
+    if ranks.rank == 0:
+        Path(target).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

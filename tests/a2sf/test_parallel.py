@@ -1,0 +1,268 @@
+"""A model that processes share answers as it does in one, and what cannot be shared is refused."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from a2sf import families, ranks
+from a2sf.admission import EngineConfig
+from a2sf.engine import Engine
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel, load_model
+from a2sf.parallel import Follower, LeadingEngine
+from a2sf.policy import CachePolicy
+from a2sf.ranks import RankLost, Ranks
+from a2sf.requests import FinishReason, GenerationRequest, Sampling
+from tests.a2sf.parallel_worker import CONFIG, serve
+from tests.a2sf.test_families import save
+from tests.driving import any_requests, finished, prompts, request, run, tokens
+from tests.tables import make_table
+from tests.tiny import save_tiny
+from tests.torchrun import command, environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+UNDIVIDED = ("Olmo2ForCausalLM", "Phi3ForCausalLM")
+"""Families whose plan in transformers gathers all heads in every process."""
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "two KV heads": {"head_dim": 8},
+    "several KV heads a rank": {"num_key_value_heads": 4, "num_attention_heads": 8},
+    "sizes that do not divide": {"vocab_size": 259, "intermediate_size": 49},
+}
+
+JOBS = (*LLAMAS, *families.SUPPORTED_ARCHITECTURES, "odd")
+
+
+def mixed(model: LoadedModel) -> list[GenerationRequest]:
+    """Few requests of as many methods, all of which evict."""
+    table = make_table(
+        model.identity,
+        alpha=tuple(
+            tuple(0.2 + 0.7 * ((layer + head) % 2) for head in range(model.shape.num_kv_heads))
+            for layer in range(model.shape.num_layers)
+        ),
+        layer_share=tuple(1.0 + 0.3 * layer for layer in range(model.shape.num_layers)),
+    )
+    wishes = [
+        CachePolicy(table="made-up", budget=16, recent=2, sinks=1),
+        CachePolicy(preset="h2o", budget=12, prefill_chunk=5),
+        CachePolicy(preset="window", budget=12),
+        CachePolicy(preset="random", budget=12, random_seed=5),
+    ]
+    return [
+        request(
+            str(index),
+            prompt,
+            cache_policy=wish,
+            table=table if wish.table else None,
+            max_new_tokens=12,
+            sampling=Sampling(temperature=index % 2 * 0.8, seed=index),
+        )
+        for index, (prompt, wish) in enumerate(
+            zip(prompts(4, low=20, high=40), wishes, strict=True)
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each job serves: a model, requests as JSON, and which of them to cancel."""
+    made = {}
+    for name in JOBS:
+        directory = tmp_path_factory.mktemp("model")
+        if name == "odd":
+            save_tiny(
+                LlamaConfig,
+                directory,
+                hidden_size=24,
+                num_attention_heads=3,
+                num_key_value_heads=3,
+            )
+        elif name in LLAMAS:
+            save_tiny(LlamaConfig, directory, **LLAMAS[name])
+        else:
+            save(name, directory)
+        model = load_model(str(directory), device="cpu", dtype="float64")
+        requests = any_requests(model, 16, seed=3) if name in LLAMAS else mixed(model)
+        made[name] = {
+            "model": str(directory),
+            "requests": [one.model_dump_json() for one in requests],
+            "cancel": ["2", "5"] if name in LLAMAS else [],
+        }
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(
+    jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What two processes make of the jobs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "jobs").write_text(json.dumps(jobs))
+    worker = ("-m", "tests.a2sf.parallel_worker", str(folder / "jobs"), str(folder / "results"))
+    done = subprocess.run(
+        command(*worker),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads((folder / "results").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", [n for n in JOBS if n not in (*UNDIVIDED, "odd")])
+def test_two_processes_draw_the_tokens_of_one(
+    name: str, jobs: dict[str, dict[str, Any]], results: dict[str, Any]
+) -> None:
+    job, got = jobs[name], results[name]
+    model = load_model(job["model"], device="cpu", dtype="float64")
+    requests = [GenerationRequest.model_validate_json(text) for text in job["requests"]]
+    alone = Engine(model, CONFIG)
+    want = serve(alone, requests, job["cancel"])
+    assert got["streams"] == want
+    caches = [cache for stream in want.values() for cache in stream["cache"]]
+    assert sum(cache["evicted_tokens"] > 0 for cache in caches) >= 4
+    heads = model.shape.num_kv_heads
+    assert got["held"] == [0, heads // 2]
+    assert got["slab_bytes"] == [alone.kv_slab_bytes, alone.kv_slab_bytes // 2]
+    whole = sum(parameter.numel() for parameter in model.module.parameters())
+    assert got["weights"] < 0.6 * whole, "each process holds about half of the model"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", UNDIVIDED)
+def test_a_family_whose_plan_leaves_every_process_all_heads_is_refused_by_name(
+    name: str, results: dict[str, Any]
+) -> None:
+    assert f"is a {name}, whose tensor-parallel plan" in results[name]["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_kv_heads_that_cannot_be_divided_are_refused_with_what_can(results: dict[str, Any]) -> None:
+    assert results["odd"]["refused"] == (
+        "--nproc-per-node: 2 processes cannot divide 3 KV heads evenly; accepted for this model: "
+        "1, 3"
+    )
+
+
+class Wire(Ranks):
+    """Messages of one process to itself: what the first rank tells is heard afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1, device=torch.device("cpu"))
+        object.__setattr__(self, "messages", [])
+
+    messages: list[bytes]
+
+    def tell(self, message: bytes) -> None:
+        self.messages.append(message)
+
+    def hear(self) -> bytes:
+        if not self.messages:
+            raise RankLost("the wire is cut")
+        return self.messages.pop(0)
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+SMALL = EngineConfig(slots=64, max_batch=2, default_policy=CachePolicy(preset="h2o", budget=16))
+
+
+def ticking(step_s: float) -> Iterator[float]:
+    now = 100.0
+    while True:
+        now += step_s
+        yield now
+
+
+def test_a_follower_ends_what_is_overdue_by_the_first_ranks_clock(
+    tiny_model_64: LoadedModel, wire: Wire
+) -> None:
+    clock = ticking(1.0)
+    engine = LeadingEngine(tiny_model_64, SMALL, wire, clock=lambda: next(clock))
+    texts = prompts(3, low=20, high=30)
+    for name, text in enumerate(texts):
+        # No seed: the first rank chooses one for all.
+        engine.submit(
+            request(str(name), text, time_limit_s=20.0 + 9 * name, sampling=Sampling(temperature=1))
+        )
+    streams = run(engine)
+    engine.close()
+    reasons = {finished(stream).reason for stream in streams.values()}
+    assert FinishReason.TIME_LIMIT in reasons
+    assert 0 < min(len(tokens(stream)) for stream in streams.values()) < 20
+    # It compares what it draws with what the first rank has drawn, at every step.
+    Follower(tiny_model_64, wire).run()
+    assert not wire.messages
+
+
+def test_a_follower_that_draws_other_tokens_says_so(tiny_model_64: LoadedModel, wire: Wire) -> None:
+    engine = LeadingEngine(tiny_model_64, SMALL, wire)
+    engine.submit(request("a", prompts(1)[0], sampling=Sampling(temperature=1, seed=7)))
+    run(engine)
+    engine.close()
+    wire.messages[:] = [message.replace(b'"seed":7', b'"seed":8') for message in wire.messages]
+    with pytest.raises(AssertionError, match="different tokens"):
+        Follower(tiny_model_64, wire).run()
+
+
+def test_a_request_that_is_refused_or_cancelled_leaves_the_ranks_in_step(
+    tiny_model_64: LoadedModel, wire: Wire
+) -> None:
+    engine = LeadingEngine(tiny_model_64, SMALL, wire)
+    texts = prompts(4, low=20, high=30)
+    engine.submit(request("a", texts[0]))
+    with pytest.raises(InvalidArgument, match="already in use"):
+        engine.submit(request("a", texts[1]))
+    engine.submit(request("b", texts[1]))
+    for _ in range(4):
+        engine.step()
+    engine.cancel("a")
+    engine.submit(request("a", texts[2]))
+    streams = run(engine)
+    engine.close()
+    assert set(streams) == {"a", "b"}
+    Follower(tiny_model_64, wire).run()
+
+
+def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
+    tiny_model_64: LoadedModel, wire: Wire
+) -> None:
+    engine = LeadingEngine(tiny_model_64, SMALL, wire)
+    engine.submit(request("a", prompts(1)[0]))
+    engine.step()
+    with pytest.raises(RankLost):
+        Follower(tiny_model_64, wire).run()
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert ranks.expected() == 1
+    assert ranks.leads()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert ranks.expected() == 4
+    assert not ranks.leads()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu:1", "tpu"])
+def test_a_device_that_all_ranks_would_have_to_share_is_refused(device: str) -> None:
+    with pytest.raises(InvalidArgument, match="accepted under torchrun on this machine: auto, "):
+        Ranks.join(device)
