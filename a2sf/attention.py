@@ -132,8 +132,8 @@ class BlockAttention(Protocol):
             query, query_position, keys, values, position, scale: as for `attend`.
             weights: [rows, H_kv, counted] float32, how much each of the last `counted` queries
                 counts; those before them do not.
-            in_order: whether slot i of each row holds position i, and the last slot the last query:
-                then who sees what is known without the positions.
+            in_order: whether slot i of each row holds position i, or padding, and the last slot the
+                last query: then who sees what is known without the positions.
 
         Returns:
             The output [rows, H_q, width, D] in the query's dtype, and [rows, H_kv, slots] float32
@@ -194,8 +194,8 @@ class BlockPass:
             used: [layers, rows] int64, tokens stored before this pass.
             width: tokens of this pass; beyond a row's length they are padding.
             first: how many of the block's tokens earlier pieces have passed.
-            in_order: whether nothing was evicted yet nor is now, from rows as wide as the tokens
-                that they hold once these are placed, without padding.
+            in_order: whether nothing was evicted yet nor is now, and rows are just as wide as the
+                tokens that they hold once these are placed, padding among them.
             attention: carries out what each layer asks for.
         """
         self._slots = slots

@@ -1,8 +1,8 @@
 """The rows that decode together: one token of each through the model.
 
 Owns the choice between torch's operations, on any device, and the Triton kernels with CUDA graphs
-(`fused`). Both keep the slab's first rows in use, one after the other from row 0. Knows nothing of
-requests or of when a row begins and ends.
+(`fused`), for rows that go through a model token by token and for those that go through one layer
+at a time. Knows nothing of requests or of when a row begins and ends.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Kernels = Literal["auto", "torch", "triton"]
 
 
 class Decoder(Protocol):
-    """Runs the rows of a slab, and remembers what each needs beside its slots."""
+    """Runs the first rows of a slab, and remembers what each needs beside its slots."""
 
     def join(
         self,
@@ -57,6 +57,26 @@ class Decoder(Protocol):
 
         Returns:
             [rows, vocab] logits in the model's dtype; valid until the next step.
+        """
+        ...
+
+
+class LayerSteps(Protocol):
+    """Carries rows through one layer, a token of each at a time."""
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, start: Tensor, /
+    ) -> Tensor:
+        """Place, attend and accumulate.
+
+        Args:
+            query: [rows, H_q, 1, D], rotated.
+            keys, values: [rows, H_kv, 1, D], likewise.
+            scale: factor on the logits.
+            start: [rows] int64, the position of each row's token: one more than in the call before.
+
+        Returns:
+            The attention output, [rows, H_q, 1, D].
         """
         ...
 
@@ -121,17 +141,35 @@ def choose_kernels(asked: Kernels, model: LoadedModel) -> Literal["torch", "trit
     raise InvalidArgument("kernels", f"triton, but {problem}; or take kernels torch")
 
 
-def make(
-    model: LoadedModel, slab: Slots, chosen: Literal["torch", "triton"], *, graphs: bool
-) -> tuple[Decoder, BlockAttention]:
-    """Return what decodes a slab's rows, and what attends in the blocks of prompts.
+def layer_steps(
+    chosen: Literal["torch", "triton"], slots: Slots, policy: PolicyTensors
+) -> LayerSteps:
+    """Return what carries the rows of a layer's `slots` on, under policies of the same layer."""
+    if chosen == "triton":
+        from a2sf import fused
 
-    `graphs` asks for CUDA graphs, which only the Triton kernels run in.
-    """
+        return fused.FusedLayerSteps(slots, policy)
+    return lambda query, keys, values, scale, start: DecodePass(slots, policy, start)(
+        0, query, keys, values, scale
+    )
+
+
+def block_attention(chosen: Literal["torch", "triton"]) -> BlockAttention:
+    """Return what attends in the blocks of prompts."""
     if chosen == "torch":
-        return TorchDecoder(model, slab), attend_and_charge
-    # Here, because they bring Triton, which not every machine has.
-    from a2sf import fused
+        return attend_and_charge
+    # Here and below, because they bring Triton, which not every machine has.
     from a2sf.kernels import prefill
 
-    return fused.FusedDecoder(model, slab, graphs=graphs), prefill.attend_and_charge
+    return prefill.attend_and_charge
+
+
+def make(
+    model: LoadedModel, slab: Slots, chosen: Literal["torch", "triton"], *, graphs: bool
+) -> Decoder:
+    """Return what decodes a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
+    if chosen == "torch":
+        return TorchDecoder(model, slab)
+    from a2sf import fused
+
+    return fused.FusedDecoder(model, slab, graphs=graphs)

@@ -2,8 +2,9 @@
 
 Owns what a captured step reads and writes at fixed addresses (tokens, policies, plans, scratch) and
 the graphs, one for each of a few batch sizes. A batch in between runs as the next larger one; the
-rows that merely pad it hold one token each, which nobody reads. Knows nothing of requests or of
-when a row begins and ends. Needs Triton, which the extra `gpu` brings.
+rows that merely pad it hold one token each, which nobody reads. Also the steps of a single layer,
+which are not captured. Knows nothing of requests or of when a row begins and ends. Needs Triton,
+which the extra `gpu` brings.
 """
 
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ class FusedDecoder:
         for size in sorted(self._rungs, reverse=True):
             rung = self._rungs[size]
             for scored in (False, True):
-                aside = torch.cuda.Stream(self._model.device)
+                aside = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
                 aside.wait_stream(torch.cuda.current_stream(self._model.device))
                 with torch.cuda.stream(aside):
                     for _ in range(WARM_UPS):
@@ -183,3 +184,35 @@ class FusedDecoder:
                 rung.graphs[scored] = (graph, logits)
         # What the steps left in the rows is not to be mistaken for tokens.
         self._slab.clear()
+
+
+class FusedLayerSteps:
+    """Carries rows through one layer, as `decoding.LayerSteps`."""
+
+    def __init__(self, slots: Slots, policy: PolicyTensors) -> None:
+        """Take the rows of one layer, and their policies in it."""
+        self._slots = slots
+        self._policy = policy
+        self._planned: tuple[Tensor, Workspace] | None = None
+        """The slots that the next tokens take, and scratch; None before the first."""
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, start: Tensor, /
+    ) -> Tensor:
+        """As `decoding.LayerSteps`."""
+        if self._planned is None:
+            plan = plan_slots(self._slots, self._policy, start)
+            self._planned = plan, Workspace.empty(self._slots, query.shape[1])
+        plan, workspace = self._planned
+        return decode_attention(
+            query,
+            keys,
+            values,
+            slots=self._slots,
+            layer=0,
+            policy=self._policy,
+            start=start,
+            plan=plan,
+            scale=scale,
+            workspace=workspace,
+        )

@@ -10,13 +10,15 @@ predictions are compared with.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf import decoding
+from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kept import Kept, Similarity
 from a2sf.models import LoadedModel
@@ -220,6 +222,7 @@ class _Scan:
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
     watch: Kept | None
+    kernels: Literal["torch", "triton"]
 
     @classmethod
     def over(
@@ -248,13 +251,15 @@ class _Scan:
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
             watch=watch,
+            kernels=decoding.choose_kernels("auto", model),
         )
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
         policy = self.policy.layer(layer)
-        output = torch.zeros_like(query)
+        rows, heads, width, dim = query.shape
+        output = query.new_zeros(rows, heads, width + 1, dim)
         if self.watch:
             self.watch.begin(keys)
         projected = (query, keys, values)
@@ -262,7 +267,7 @@ class _Scan:
         self._continuations(slots, policy, projected, scale, output)
         if self.watch:
             self.watch.end(query, keys, scale)
-        return output
+        return output[:, :, :-1]
 
     def _prompts(
         self,
@@ -272,7 +277,10 @@ class _Scan:
         scale: float,
         output: Tensor,
     ) -> Slots:
-        """Run the prompts' blocks into `output`; return what each row then holds."""
+        """Run the prompts' blocks into `output` [rows, H_q, width + 1, D].
+
+        Returns what each row then holds.
+        """
         keys = projected[1]
         staging = self._empty(keys, self.block_slots[layer])
         used = torch.zeros_like(self.prompt)[None]
@@ -285,9 +293,11 @@ class _Scan:
                 lengths=(self.prompt - first).clamp(0, self.chunk),
                 used=used,
                 width=keys[:, :, tile].shape[2],
+                in_order=self.chunk == staging.widths[0],
+                attention=decoding.block_attention(self.kernels),
             )
             q, k, v = (t[:, :, tile] for t in projected)
-            output[:, :, tile] = block(0, q, k, v, scale)
+            output[:, :, first : first + q.shape[2]] = block(0, q, k, v, scale)
             used = block.used_after
             if self.watch:
                 self.watch.block(first, self.chunk, staging)
@@ -306,15 +316,16 @@ class _Scan:
         output: Tensor,
     ) -> None:
         """Run what follows the prompts, a token at a time, into `output`."""
-        width, dim = output.shape[2:]
-        for ahead in range(self.steps):
-            at = self.prompt + ahead
-            index = at.clamp(max=width - 1)[:, None, None, None]
-            q, k, v = (t.gather(2, index.expand(-1, t.shape[1], 1, dim)) for t in projected)
-            answer = DecodePass(slots, policy, at)(0, q, k, v, scale)
-            inside = (at < width)[:, None, None, None]
-            previous = output.gather(2, index.expand_as(answer))
-            output.scatter_(2, index.expand_as(answer), torch.where(inside, answer, previous))
+        width = output.shape[2] - 1
+        # [steps, rows], so that each step's are contiguous.
+        positions = self.prompt + torch.arange(self.steps, device=self.prompt.device)[:, None]
+        rows = torch.arange(len(self.prompt), device=self.prompt.device)
+        advance = decoding.layer_steps(self.kernels, slots, policy)
+        for at in positions:
+            index = at.clamp(max=width - 1)
+            q, k, v = (t[rows, :, index, None] for t in projected)
+            # One place more takes what rows that have ended say of their padding.
+            output[rows, :, at.clamp(max=width)] = advance(q, k, v, scale, at)[:, :, 0]
             if self.watch:
                 self.watch.step(at, slots)
 
