@@ -16,7 +16,7 @@ from a2sf import sampling
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
-from a2sf.ranks import RankLost, Ranks, is_loss
+from a2sf.ranks import Ranks
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
 from a2sf.schema import Frozen
 
@@ -102,14 +102,8 @@ class LeadingEngine(Engine):
         """As `Engine.step`, on all ranks. Raises RankLost where one has ended."""
         told = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
         self._ranks.tell(told.model_dump_json().encode())
-        try:
+        with self._ranks.together():
             events = super().step()
-        except RuntimeError as error:
-            if is_loss(error):
-                raise RankLost("another process of this model ended in the middle of a step") from (
-                    error
-                )
-            raise
         # What the step itself cancelled, every rank has cancelled.
         self._commands.clear()
         self._drawn = _digest(events)
@@ -147,7 +141,8 @@ class Follower:
                 else:
                     self._engine.cancel(command.request_id)
             self._now = told.now
-            drawn = _digest(self._engine.step())
+            with self._ranks.together():
+                drawn = _digest(self._engine.step())
 
 
 class _AgreedClock:

@@ -5,6 +5,8 @@ which the first tells the others what to do. Knows nothing of models, requests o
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -105,13 +107,22 @@ class Ranks:
             self._broadcast(message)
         return message.numpy().tobytes()
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Compute with the other ranks. Raises RankLost where one ends meanwhile."""
         try:
-            dist.broadcast(tensor, src=0, group=self.channel)
+            yield
         except RuntimeError as error:
+            # Of NCCL a type of its own; of gloo a RuntimeError that names the file it comes from.
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
             raise RankLost(
-                f"rank {self.rank} of the {self.size} that share the model has lost another"
+                f"rank {self.rank} of {self.size} has lost another, which must have ended"
             ) from error
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        with self.together():
+            dist.broadcast(tensor, src=0, group=self.channel)
 
 
 def expected() -> int:
@@ -128,9 +139,3 @@ def leads() -> bool:
 def leave() -> None:
     """Part from the other processes, all of which must do so; this one is alone afterwards."""
     dist.destroy_process_group()
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether `error` is what torch raises when a rank ends in the middle of a computation."""
-    # Of NCCL a type of its own; of gloo a RuntimeError that names the file it comes from.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
