@@ -126,6 +126,6 @@ def _meant(code: grpc.StatusCode, details: str) -> A2SFError | None:
 
 
 def _code(context: Context) -> grpc.StatusCode:
-    # Until one is set it is 0, whatever the stubs say.
+    # Until one is set there is none, whatever the stubs say.
     code: Any = context.code()
-    return grpc.StatusCode.OK if code == 0 else code
+    return code or grpc.StatusCode.OK
