@@ -50,7 +50,8 @@ _END = b""
 class LeadingEngine(Engine):
     """The first rank's engine: the others follow what is asked of it.
 
-    The other ranks must be in `Follower`. Bytes are those of all ranks together.
+    The other ranks must be in `Follower`. Bytes are those of all ranks together. CUDA graphs are
+    left out, whatever the config says: sums over ranks have not been tried in them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class LeadingEngine(Engine):
         self._agreed = _AgreedClock(clock)
         self._commands: list[_Submit | _Cancel] = []
         self._drawn = _digest([])
+        config = config.model_copy(update={"cuda_graphs": False})
         ranks.tell(config.model_dump_json().encode())
         super().__init__(model, config, clock=self._agreed)
 
