@@ -38,7 +38,8 @@ class EngineConfig(Frozen):
     """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices.
     auto: Triton's where they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True
-    """Whether Triton's programs run in graphs, captured at the start."""
+    """Whether Triton's programs run in graphs, captured at the start; not where several processes
+    share the model."""
     default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
     """What a request's cache policy leaves open."""
 

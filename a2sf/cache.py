@@ -26,8 +26,6 @@ SLOT_OVERHEAD_BYTES = 8
 class PolicyTensors:
     """The policies of a batch's rows in some layers, on the cache's device."""
 
-    layers: Tensor
-    """[layers] int64, which layers of the model these are."""
     first_heads: Tensor
     """[layers] int64, the number of each layer's first head, from `scoring.first_heads`."""
     alpha: Tensor
@@ -62,7 +60,6 @@ class PolicyTensors:
         alpha = torch.tensor(held, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
         return cls(
-            layers=layers,
             first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),
             budget=integers([p.layer_budgets for p in policies]).T.contiguous(),
@@ -85,7 +82,6 @@ class PolicyTensors:
             return torch.full(shape, value, dtype=torch.int64, device=device)
 
         return cls(
-            layers=torch.arange(layers, device=device),
             first_heads=scoring.first_heads(torch.arange(layers, device=device)),
             alpha=torch.ones(layers, rows, num_kv_heads, dtype=torch.float64, device=device),
             budget=integers(layers, rows, value=1),
@@ -125,7 +121,6 @@ class PolicyTensors:
         one = slice(index, index + 1)
         return replace(
             self,
-            layers=self.layers[one],
             first_heads=self.first_heads[one],
             alpha=self.alpha[one],
             budget=self.budget[one],

@@ -49,7 +49,8 @@ class ModelOptions(_Group):
     """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's where
     they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True
-    """Run Triton's programs in CUDA graphs, which are captured at the start."""
+    """Run Triton's programs in CUDA graphs, which are captured at the start; not where several
+    processes share the model."""
 
 
 class TableOptions(_Group):

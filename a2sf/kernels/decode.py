@@ -187,7 +187,7 @@ def decode_attention(
         policy.recent[layer],
         policy.sinks,
         policy.random_seed,
-        policy.layers[layer],
+        policy.first_heads[layer],
     )
     assert stored_keys.dtype == keys.dtype == values.dtype == query.dtype
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1

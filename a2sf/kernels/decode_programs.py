@@ -21,7 +21,7 @@ from a2sf.kernels.settling import settle, slots_in_use
 
 # A layer's part of the rows' tables begins at any alignment, and a prompt's rows have any width:
 # by itself Triton would compile a program for each kind that occurs, in the middle of serving.
-_TABLES = ("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "layer_index")
+_TABLES = ("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "first_head")
 _ANYWHERE = (*_TABLES, "score", "position")
 _ANY_VALUE = ("width",)
 
@@ -45,7 +45,7 @@ def attend(
     recent,
     sinks,
     random_seed,
-    layer_index,
+    first_head,
     scale,
     width,
     chunk,
@@ -163,7 +163,7 @@ def attend(
             recent,
             sinks,
             random_seed,
-            layer_index,
+            first_head,
             pair,
             width,
             room,
@@ -192,7 +192,7 @@ def close(
     recent,
     sinks,
     random_seed,
-    layer_index,
+    first_head,
     width,
     room,
     score_row,
@@ -241,7 +241,7 @@ def close(
         recent,
         sinks,
         random_seed,
-        layer_index,
+        first_head,
         pair,
         width,
         room,

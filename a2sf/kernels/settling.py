@@ -21,9 +21,9 @@ def _mix(value):
 
 
 @triton.jit
-def _random_score(seed, layer, head, position):
-    """As `scoring.random_scores`, of one token."""
-    mixed = _mix(seed ^ _mix(head + (layer << 16) + 1))
+def _random_score(seed, head, position):
+    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    mixed = _mix(seed ^ _mix(head + 1))
     return (_mix(mixed ^ position) >> 8).to(tl.float32) / 16777216.0
 
 
@@ -47,7 +47,7 @@ def settle(
     recent,
     sinks,
     random_seed,
-    layer_index,
+    first_head,
     pair,
     width,
     room,
@@ -71,7 +71,7 @@ def settle(
     first_open = tl.load(sinks + row)
     end_open = at + 1 - tl.load(recent + row)
     seed = tl.load(random_seed + row)
-    hashed = _random_score(seed, tl.load(layer_index), head, at)
+    hashed = _random_score(seed, tl.load(first_head) + head, at)
     fresh = tl.where(seed >= 0, hashed, 0.0)
     counted = tl.where(seed >= 0, 0.0, 1.0)
     scores = score + row * score_row + head * score_head

@@ -21,7 +21,7 @@ SHARED_BYTES = 99 * 1024
 """What a program may take of a multiprocessor's shared memory on the smallest GPUs of the kind."""
 
 POINTERS = {
-    "*i64": "plan start budget recent sinks random_seed layer_index query_position first_counted",
+    "*i64": "plan start budget recent sinks random_seed first_head query_position first_counted",
     "*i32": "position",
     "*fp64": "alpha",
     "*fp32": "score logits lse split_lse split_output weights normalisers paid",
