@@ -16,17 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf import decoding, fused
+from a2sf import decoding, fused, teacher
 from a2sf.attention import BlockPass, attend
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
 from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import CachePolicy
+from a2sf.policy import CachePolicy, resolve
 from a2sf.requests import Event
-from tests.a2sf.test_kernels_decode import CUDA, DEVICE, interpreting
 from tests.driving import any_requests, engine_for, request, rows_of, run, run_at_random, tokens
+from tests.kernel_cases import CUDA, DEVICE, interpreting
 from tests.near_ties import TOLERANCE, Recorder, parting
 
 SIZES = {"slots": 60, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
@@ -272,3 +272,35 @@ def test_flash_attention_sees_what_attention_by_position_sees(
     hidden = position[:, :1, None, :] > at[:, None, :, None]
     normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
     torch.testing.assert_close(lse.double(), normaliser, rtol=1e-3, atol=1e-3)
+
+
+def test_texts_run_along_get_what_torch_gives(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(2)
+    examples = [
+        teacher.Example(
+            tuple(rng.randrange(256) for _ in range(length)), prompt, tuple(range(3, length))
+        )
+        for length, prompt in ((14, 9), (20, 12))
+    ]
+    for chunk in (0, 5):
+        policies = [
+            resolve(
+                CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk),
+                table=None,
+                server=CachePolicy(preset="h2o", budget=7),
+                length=20,
+                slots=20,
+                num_layers=model.shape.num_layers,
+                num_kv_heads=model.shape.num_kv_heads,
+            )
+            for _ in examples
+        ]
+        got = teacher.predict(model, examples, policies)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "choose_kernels", lambda *_: "torch")
+            want = teacher.predict(model, examples, policies)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+            assert not torch.equal(one.logits, other.logits), "other programs round otherwise"
