@@ -26,8 +26,10 @@ const OPTIONS = {
 };
 
 // The channel itself repeats a call that was refused before it began, within the call's deadline;
-// a server without room says in a trailer when. A stream that has begun is never repeated.
+// a server without room says in a trailer when. A stream that has begun is never repeated. Where the
+// target has several addresses they take turns, repetitions included.
 const SERVICE_CONFIG = {
+  loadBalancingConfig: [{ round_robin: {} }],
   methodConfig: [
     {
       name: [{ service: 'a2sf.inference.v1.InferenceService' }],
