@@ -30,7 +30,7 @@ from a2sf import families, files, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import fingerprint
-from a2sf.ranks import Ranks
+from a2sf.ranks import Ranks, of_own_heads
 from a2sf.schema import ModelIdentity
 
 _ATTENTION_NAME = "a2sf"
@@ -151,6 +151,8 @@ class LoadedModel:
         packed = any(isinstance(part, linear.PackedLinear) for part in self.module.modules())
         assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
+            if self.held is not None:
+                attention = of_own_heads(attention, self.held)
             hidden: Tensor = _decode(
                 self._decoder(entering), token_ids, positions, attention
             ).last_hidden_state
@@ -217,24 +219,11 @@ def load_model(
         InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
     target = ranks.device if ranks else _device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
+    _check_dtype(dtype)
     directory = files.directory(id_or_path, revision)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
-    families.refuse_unsupported(id_or_path, config)
+    config = _settings(id_or_path, directory)
     weights = files.weight_files(id_or_path, directory)
-    shape = ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_context=config.max_position_embeddings,
-    )
+    shape = _shape(config)
     # A local model goes by its folder's name: the path to it is nobody else's business.
     local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
     identity = ModelIdentity(
@@ -267,8 +256,7 @@ def load_model(
             num_attention_heads=shape.num_attention_heads // ranks.size,
             num_kv_heads=shape.num_kv_heads // ranks.size,
         )
-    stored = torch.float32 if target.type == "cpu" else config.dtype or torch.bfloat16
-    chosen = stored if dtype == "auto" else _DTYPES[dtype]
+    chosen = _dtype(dtype, target.type, config)
     try:
         with _quietly():
             module, loaded = AutoModelForCausalLM.from_pretrained(
@@ -322,14 +310,14 @@ def load_model(
 def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:
     """Return what asks transformers to divide the model among the ranks by the model's own plan.
 
-    Raises Unsupported where that plan does not divide the heads.
+    Raises Unsupported where that plan does not have each process project its own heads' output.
     """
     plan = config.base_model_tp_plan or {}
-    keys = next((how for part, how in plan.items() if part.endswith("k_proj")), None)
-    if keys != "colwise":
+    outputs = [how for part, how in plan.items() if re.search(r"self_attn\.(o_proj|dense)$", part)]
+    if not outputs or not set(outputs) <= {"rowwise", "rowwise_split_input"}:
         raise Unsupported(
-            f"model {name!r} is a {config.architectures[0]}, whose tensor-parallel plan in "
-            "transformers leaves every process all heads; serve it with one process"
+            f"model {name!r} is a {config.architectures[0]}, of which transformers has no "
+            "tensor-parallel plan that divides the heads; serve it with one process"
         )
     if find_spec("accelerate") is None:
         raise Unsupported("a model is divided with accelerate; install a2sf-serve[parallel]")
@@ -411,31 +399,49 @@ def read_outline(
     Raises:
         NotFound, Unsupported, InvalidArgument: as `load_model` does.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise InvalidArgument("dtype", f"{dtype!r}; accepted: auto, {', '.join(_DTYPES)}")
+    _check_dtype(dtype)
     directory = files.directory(id_or_path, revision, weights=False)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
-    families.refuse_unsupported(id_or_path, config)
-    stored = torch.float32 if device_type == "cpu" else config.dtype or torch.bfloat16
-    chosen = stored if dtype == "auto" else _DTYPES[dtype]
+    config = _settings(id_or_path, directory)
+    chosen = _dtype(dtype, device_type, config)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
     return Outline(
-        shape=ModelShape(
-            num_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            max_context=config.max_position_embeddings,
-        ),
+        shape=_shape(config),
         architecture=config.architectures[0],
         device_type=device_type,
         dtype=chosen,
         module=module,
         directory=directory,
+    )
+
+
+def _check_dtype(name: str) -> None:
+    if name != "auto" and name not in _DTYPES:
+        raise InvalidArgument("dtype", f"{name!r}; accepted: auto, {', '.join(_DTYPES)}")
+
+
+def _dtype(name: str, device_type: str, config: Any) -> torch.dtype:
+    stored = torch.float32 if device_type == "cpu" else config.dtype or torch.bfloat16
+    return stored if name == "auto" else _DTYPES[name]
+
+
+def _settings(id_or_path: str, directory: Path) -> Any:
+    """Read a model's settings and refuse what cannot be served."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
+    families.refuse_unsupported(id_or_path, config)
+    return config
+
+
+def _shape(config: Any) -> ModelShape:
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
     )

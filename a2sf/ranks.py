@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from a2sf.errors import InvalidArgument
 
@@ -120,9 +121,40 @@ class Ranks:
                 f"rank {self.rank} of {self.size} has lost another, which must have ended"
             ) from error
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
+    def _broadcast(self, tensor: Tensor) -> None:
         with self.together():
             dist.broadcast(tensor, src=0, group=self.channel)
+
+
+class Attention(Protocol):
+    """What attends in one layer, as `a2sf.models.LayerAttention` has it."""
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
+    ) -> Tensor:
+        """Return the output, [rows, H_q, width, D]."""
+
+
+def of_own_heads(attention: Attention, held: tuple[int, int]) -> Attention:
+    """Let `attention` see the `held` KV heads alone, and the query heads that share them.
+
+    Some plans of transformers put all heads together in every process, and let each project its
+    own heads' output: what is returned for the others is 0, and nobody reads it.
+    """
+
+    def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /) -> Tensor:
+        first, end = held
+        if keys.shape[1] == end - first:
+            return attention(layer, query, keys, values, scale)
+        group = query.shape[1] // keys.shape[1]
+        own = slice(first * group, end * group)
+        output = torch.zeros_like(query)
+        output[:, own] = attention(
+            layer, query[:, own], keys[:, first:end], values[:, first:end], scale
+        )
+        return output
+
+    return attend
 
 
 def expected() -> int:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from a2sf import families, ranks
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, Unsupported
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
 from a2sf.policy import CachePolicy
@@ -27,9 +27,6 @@ from tests.tiny import save_tiny
 from tests.torchrun import command, environment
 
 ROOT = Path(__file__).resolve().parents[2]
-
-UNDIVIDED = ("Olmo2ForCausalLM", "Phi3ForCausalLM")
-"""Families whose plan in transformers gathers all heads in every process."""
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "two KV heads": {"head_dim": 8},
@@ -121,7 +118,7 @@ def results(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", [n for n in JOBS if n not in (*UNDIVIDED, "odd")])
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "odd"])
 def test_two_processes_draw_the_tokens_of_one(
     name: str, jobs: dict[str, dict[str, Any]], results: dict[str, Any]
 ) -> None:
@@ -138,15 +135,6 @@ def test_two_processes_draw_the_tokens_of_one(
     assert got["slab_bytes"] == [alone.kv_slab_bytes, alone.kv_slab_bytes // 2]
     whole = sum(parameter.numel() for parameter in model.module.parameters())
     assert got["weights"] < 0.6 * whole, "each process holds about half of the model"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", UNDIVIDED)
-def test_a_family_whose_plan_leaves_every_process_all_heads_is_refused_by_name(
-    name: str, results: dict[str, Any]
-) -> None:
-    assert f"is a {name}, whose tensor-parallel plan" in results[name]["refused"]
 
 
 @pytest.mark.slow
@@ -249,6 +237,20 @@ def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
     engine.step()
     with pytest.raises(RankLost):
         Follower(tiny_model_64, wire).run()
+
+
+@pytest.mark.parametrize(
+    "plan", [None, {"layers.*.self_attn.o_proj": "colwise", "layers.*.mlp.o_proj": "rowwise"}]
+)
+def test_a_model_without_a_plan_that_divides_heads_is_refused_by_name(
+    plan: dict[str, str] | None,
+    tiny_model_dir: Path,
+    wire: Wire,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", plan)
+    with pytest.raises(Unsupported, match="is a LlamaForCausalLM, of which transformers has no"):
+        load_model(str(tiny_model_dir), ranks=wire)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
