@@ -77,6 +77,11 @@ async def stream(address: str) -> Any:
         return [message async for message in call]
 
 
+async def drain(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 @pytest.mark.parametrize("ask", [generate, stream])
 async def test_a_request_that_died_with_its_replica_is_sent_again_by_the_client(
     ask: Callable[[str], Awaitable[Any]],
@@ -222,8 +227,7 @@ async def test_a_client_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPa
         await call.read()
         await until(lambda: ended)
         with pytest.raises(grpc.RpcError) as told:
-            async for _ in call:
-                pass
+            await drain(call)
         error = from_wire(told.value)
     assert isinstance(error, Aborted)
     assert "stopped reading" in str(error)
