@@ -152,7 +152,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, _load(metavar="PRICE", help="Of one replica, in any currency.")
     ] = None,
-    as_json: Annotated[bool, _output("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, _output("--json", help="One JSON object, with plain numbers.")] = False,
 ) -> None:
     """Work out what a server would take and give, and the command line that starts it.
 
@@ -161,7 +161,8 @@ def plan(
     head that is shared with the embedding is held twice, and counted so; what its library of
     matrix kernels adds around a weight shows nowhere. Times are bounds from published figures
     unless --step-ms gives a measured one. One device holds the whole model. Nothing is loaded:
-    config.json is read, and the headers of the weights' files where they are.
+    config.json is read, and the headers of the weights' files where they are; the environment and
+    settings files are not.
     """
     from service.plan import pace, report, sizing
 

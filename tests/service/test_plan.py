@@ -85,6 +85,18 @@ def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
     assert_allocates_what_was_planned(told)
 
 
+def test_a_table_that_the_server_would_not_begin_with_is_refused(
+    tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    # Ten slots in a hundred for the first layer: 2 of its budget of 24, for 2 sinks and 20 recent.
+    shape = {"layer_share": (0.3, 1.0, 7.7), "budget": 24, "sinks": 2, "recent": 20}
+    table = make_table(tiny_model.identity, **shape)
+    save_table(table, tmp_path / "table.json")
+    said = ("--tables", tmp_path, "--default-table", table.name, "--max-batch", 1)
+    assert "cannot be the default" in refused("--model", tiny_model_dir, *said, "--budget", 240)
+    assert "give --slots 241 or more" in refused("--model", tiny_model_dir, *said, "--budget", 200)
+
+
 def test_the_packaged_model_with_an_unequal_table() -> None:
     said = (
         "--tables",
@@ -104,6 +116,8 @@ def test_the_packaged_model_with_an_unequal_table() -> None:
 
 def test_the_packaged_model_s_own_table_needs_no_directory() -> None:
     told = planned("--device", "cpu", "--default-table", "mathqa", "--budget", 64, "--max-batch", 2)
+    # Its layers are equal, so that a request may have the whole budget unasked.
+    assert told["command"][-4:-2] == ["--default-budget", "64"]
     assert_allocates_what_was_planned(told)
 
 
