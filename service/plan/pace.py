@@ -34,7 +34,7 @@ class Load:
 
     requests_per_s: float | None
     tokens_per_s: float | None
-    """Completion tokens a second; prompts are then left out."""
+    """Completion tokens a second; their prompts count where lengths are stated."""
     prompt_tokens: int | None
     completion_tokens: int | None
     utilisation: float
