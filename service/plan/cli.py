@@ -152,7 +152,9 @@ def plan(
     price_per_hour: Annotated[
         float | None, _load(metavar="PRICE", help="Of one replica, in any currency.")
     ] = None,
-    as_json: Annotated[bool, _output("--json", help="One JSON object, with plain numbers.")] = False,
+    as_json: Annotated[
+        bool, _output("--json", help="One JSON object, with plain numbers.")
+    ] = False,
 ) -> None:
     """Work out what a server would take and give, and the command line that starts it.
 
