@@ -2,7 +2,8 @@
 
 Owns the arithmetic of time. A roofline is an upper bound: a step takes at least as long as its
 bytes at the memory's published bandwidth and its operations at the processor's published peak, and
-launches, sampling and whatever else a step does come on top. Knows nothing of what fits.
+launches, sampling and whatever else a step does come on top. It takes for granted that what a step
+moves does not fit into the processor's own caches. Knows nothing of what fits into memory.
 """
 
 import math
