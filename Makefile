@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench findings refit tables proto contract clean
+.PHONY: help demo test test-slow image-test check format bench findings refit tables proto contract clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: $(BIN)/.installed ## Run the fast tests
 
 test-slow: $(BIN)/.installed ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+image-test: $(BIN)/.installed ## Build both images and run them; as root, with buildah, mmdebstrap and runc
+	$(BIN)/python scripts/image_test.py
 
 check: $(BIN)/.installed ## Lint, check formats, types, the contract and the container files
 	$(BIN)/ruff check .

@@ -1,15 +1,32 @@
-"""The container files keep their promises: small rights, health, a GPU, signals that arrive."""
+"""The images keep their promises: small rights, health, versions, signals that arrive.
 
+What only a build can tell, `make image-test` tells; here the Dockerfile is read.
+"""
+
+import configparser
+import io
 import json
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from typer.main import get_command
+
+from scripts.image_test import PROGRAMS, pip_settings
+from service import health
+from service.settings import load, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+TARGETS = ("service", "tuner")
+ACCELERATORS = ("cpu", "cuda")
 
 Instruction = tuple[str, str]
 
@@ -32,61 +49,112 @@ def stages() -> dict[str, tuple[str, list[Instruction]]]:
     return found
 
 
-def inherited(name: str) -> list[Instruction]:
+def inherited(name: str, accelerator: str = "cuda") -> list[Instruction]:
     """All instructions of a stage, those of its bases first."""
     base, own = stages()[name]
-    return [*(inherited(base) if base in stages() else []), *own]
+    base = base.replace("${ACCELERATOR}", accelerator)
+    if base == "${PYTHON_IMAGE}":
+        return own
+    return [*inherited(base, accelerator), *own]
 
 
 def last(name: str, word: str) -> str:
     return [rest for found, rest in inherited(name) if found == word][-1]
 
 
-@pytest.fixture(scope="module")
-def compose() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-    return loaded
+def variables(name: str, accelerator: str = "cuda") -> dict[str, str]:
+    """The environment that a stage sets, what came before it left as it is written."""
+    settings = [rest for word, rest in inherited(name, accelerator) if word == "ENV"]
+    return dict(word.split("=", 1) for rest in settings for word in shlex.split(rest))
+
+
+def runs(name: str, accelerator: str = "cuda") -> list[str]:
+    """A stage's commands, those of its bases first, without what is mounted for them."""
+    commands = [rest for word, rest in inherited(name, accelerator) if word == "RUN"]
+    return [re.sub(r"--mount=\S+ ", "", command) for command in commands]
+
+
+def arguments() -> dict[str, str | None]:
+    """The build arguments and their defaults."""
+    found: dict[str, str | None] = {}
+    for declared in re.findall(r"^ARG (.*)$", DOCKERFILE.read_text(), re.MULTILINE):
+        name, equals, default = declared.partition("=")
+        found[name] = default if equals else found.get(name)
+    return found
 
 
 def test_the_base_is_pinned_by_an_argument() -> None:
-    (image,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    image = arguments()["PYTHON_IMAGE"]
+    assert image is not None
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", image)
-    assert {base for base, _ in stages().values()} <= {"${PYTHON_IMAGE}", *stages()}
+    for accelerator in ACCELERATORS:
+        bases = {base.replace("${ACCELERATOR}", accelerator) for base, _ in stages().values()}
+        assert bases <= {"${PYTHON_IMAGE}", *stages()}
 
 
-@pytest.mark.parametrize("target", ["service", "tuner"])
+def test_what_comes_from_other_hosts_is_for_arguments_to_say() -> None:
+    assert set(arguments()) == {
+        *("PYTHON_IMAGE", "ACCELERATOR", "TORCH_INDEX_URL", "VERSION", "REVISION", "SOURCE")
+    }
+    assert arguments()["ACCELERATOR"] in ACCELERATORS
+    assert arguments()["TORCH_INDEX_URL"] is None
+    assert "://" not in DOCKERFILE.read_text()
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_image_runs_as_a_numeric_user_that_is_not_root(target: str) -> None:
-    user, group = last(target, "USER").split(":")
+    user, _ = last(target, "USER").split(":")
     assert int(user) > 0
-    assert int(group) > 0
 
 
-@pytest.mark.parametrize("target", ["service", "tuner"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_users_that_nobody_named_can_write_where_the_image_s_own_does(target: str) -> None:
+    user, group = last(target, "USER").split(":")
+    # What an engine gives a user that it does not know.
+    assert group == "0"
+    assert runs(target)[-1] == (
+        f"install --directory --owner={user} --group={group} --mode=2775 /models /tables"
+    )
+    set_here = variables(target)
+    assert set_here["HOME"] == "/tmp"
+    # The working directory may be a volume, whose files are no modules.
+    assert set_here["PYTHONSAFEPATH"] == "1"
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_entry_point_is_in_exec_form_so_that_signals_reach_it(target: str) -> None:
     command = json.loads(last(target, "ENTRYPOINT"))
-    assert command[:3] == ["python", "-m", target]
+    assert command == ["python", "-m", target]
 
 
-@pytest.mark.parametrize("target", ["service", "tuner"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_image_keeps_models_and_tables_in_volumes(target: str) -> None:
-    assert set(json.loads(last(target, "VOLUME"))) == {"/models", "/tables"}
-    assert "HF_HOME=/models/" in last(target, "ENV") or any(
-        word == "ENV" and "HF_HOME=/models/" in rest for word, rest in inherited(target)
-    )
+    volumes = set(map(Path, json.loads(last(target, "VOLUME"))))
+    assert volumes == {Path("/models"), Path("/tables")}
+    assert volumes & set(Path(variables(target)["HF_HOME"]).parents)
 
 
-def test_the_service_is_asked_for_its_health_over_grpc() -> None:
-    check = last("service", "HEALTHCHECK")
-    command = json.loads(check.split("CMD ", 1)[1])
-    assert command[:3] == ["python", "-m", "service.health"]
+def test_the_service_is_asked_for_its_health_over_grpc_where_it_listens() -> None:
+    shell, flag, script = json.loads(last("service", "HEALTHCHECK").split("CMD ", 1)[1])
+    assert (shell, flag) == ("sh", "-c")
+    port = variables("service")["A2SF_PORT"]
+    words = shlex.split(script.replace("$A2SF_PORT", port))
+    assert words[:4] == ["exec", "python", "-m", "service.health"]
+    asked = get_command(health.app).make_context("health", words[4:]).params
+    assert asked["target"] == f"127.0.0.1:{port}"
+    assert last("service", "EXPOSE") == port
+
+
+def test_a_health_check_is_given_up_no_sooner_than_by_itself() -> None:
+    (seconds,) = re.findall(r"--timeout=(\d+)s", last("service", "HEALTHCHECK"))
+    asked = get_command(health.app).make_context("health", []).params
+    assert float(seconds) > asked["timeout"]
 
 
 def test_the_service_s_variables_are_settings_that_flags_go_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from service.settings import load, variable
-
-    given = dict(word.split("=", 1) for word in last("service", "ENV").split() if "A2SF" in word)
+    given = {name: value for name, value in variables("service").items() if "A2SF" in name}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     loaded = load(["--port", "1"])
@@ -96,9 +164,57 @@ def test_the_service_s_variables_are_settings_that_flags_go_before(
     assert loaded.options.address == "0.0.0.0:1"
 
 
-@pytest.mark.parametrize("build", ["service-build", "tuner-build"])
-def test_an_image_installs_this_tree_with_its_tested_versions(build: str) -> None:
-    assert "pip install --constraint constraints.txt '.[" in last(build, "RUN")
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_installs_extras_that_there_are_in_tested_versions(
+    target: str, accelerator: str
+) -> None:
+    stage = f"{target}-libraries"
+    installed = [each for each in runs(stage, accelerator) if "pip install" in each]
+    assert installed
+    assert all("--constraint constraints.txt" in command for command in installed)
+    (extras,) = re.findall(r'"\.\[(.*)\]"', installed[-1])
+    extra = variables(stage, accelerator)["EXTRA"]
+    names = extras.replace("$EXTRA", extra).split(",")
+    assert set(names) <= PROJECT["optional-dependencies"].keys()
+    assert ("gpu" in names) == (accelerator == "cuda")
+
+
+def test_only_the_images_for_cuda_have_a_compiler_and_its_headers_are_tried() -> None:
+    (command,) = [each for each in runs("runtime-cuda") if "apt-get" in each]
+    assert "install --yes --no-install-recommends gcc libc6-dev" in command
+    assert "-include Python.h" in command
+    assert runs("runtime-cpu", "cpu") == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_our_code_comes_after_the_libraries_in_a_layer_of_its_own(target: str) -> None:
+    copied = [rest for word, rest in stages()[target][1] if word == "COPY"]
+    assert copied == [
+        f"--from={target}-libraries /opt/venv /opt/venv",
+        "--from=package /opt/a2sf /opt/a2sf",
+    ]
+    assert runs(f"{target}-libraries")[-1].endswith(f"pip uninstall --yes {PROJECT['name']}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_labels_tell_what_an_image_is_and_where_it_came_from(target: str) -> None:
+    words = [rest for word, rest in inherited(target) if word == "LABEL"]
+    labels = dict(each.split("=", 1) for rest in words for each in shlex.split(rest))
+    given = arguments()
+    assert given["VERSION"] == PROJECT["version"]
+    own = {name.rpartition(".")[2]: value for name, value in labels.items()}
+    assert own.pop("description")
+    assert own == {
+        "title": f"a2sf-{target}",
+        "version": "$VERSION",
+        "revision": "$REVISION",
+        "source": "$SOURCE",
+        "licenses": PROJECT["license"],
+        "name": "$PYTHON_IMAGE",
+    }
+    declared = [rest.partition("=")[0] for word, rest in inherited(target) if word == "ARG"]
+    assert set(declared) == {value[1:] for value in own.values() if value.startswith("$")}
 
 
 def test_all_that_is_copied_is_let_through_to_the_build() -> None:
@@ -118,75 +234,32 @@ def test_all_that_is_copied_is_let_through_to_the_build() -> None:
     assert all((ROOT / source).exists() for source in copied)
 
 
-@pytest.mark.parametrize("service", ["service", "tuner"])
-def test_compose_reserves_a_gpu(compose: dict[str, Any], service: str) -> None:
-    (device,) = compose["services"][service]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+def test_the_image_test_names_the_packages_that_it_misses(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "image_test.py"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"apt-get install {' '.join(PROGRAMS)}" in done.stderr
 
 
-@pytest.mark.parametrize("service", ["service", "tuner"])
-def test_compose_builds_a_target_that_exists(compose: dict[str, Any], service: str) -> None:
-    build = compose["services"][service]["build"]
-    assert build["target"] in stages()
-    assert (ROOT / "docker" / build["context"] / build["dockerfile"]).resolve() == DOCKERFILE
-
-
-def test_compose_publishes_plain_text_to_this_machine_alone(compose: dict[str, Any]) -> None:
-    ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
-    assert len(ports) == 3
-    assert all(port.startswith("127.0.0.1:") for port in ports)
-
-
-def test_compose_has_the_metrics_where_prometheus_asks_for_them(
-    compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_the_image_test_s_build_reaches_what_pip_here_reaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.settings import load
-
-    service = compose["services"]["service"]
-    image = dict(word.split("=", 1) for word in last("service", "ENV").split() if "A2SF" in word)
-    for name, value in (image | service["environment"]).items():
-        monkeypatch.setenv(name, value)
-    scraped = yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text())
-    (asked,) = scraped["scrape_configs"][0]["static_configs"]
-    assert load([]).options.metrics_address == asked["targets"][0].replace("service", "0.0.0.0")
-    assert not any("9464" in port for port in service["ports"])
-
-
-def test_compose_mounts_what_prometheus_and_grafana_read(compose: dict[str, Any]) -> None:
-    mounted = {}
-    for name in ("prometheus", "grafana"):
-        service = compose["services"][name]
-        assert service["profiles"] == ["sight"]
-        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
-        for source, *rest in (volume.split(":") for volume in service["volumes"]):
-            if source.startswith("."):
-                assert (ROOT / "docker" / source).exists()
-                assert rest[1:] == ["ro"]
-            else:
-                assert source in compose["volumes"]
-            mounted[source] = rest[0]
-    grafana = ROOT / "docker" / "grafana" / "provisioning"
-    (source,) = yaml.safe_load((grafana / "datasources" / "prometheus.yaml").read_text())[
-        "datasources"
-    ]
-    (provider,) = yaml.safe_load((grafana / "dashboards" / "a2sf.yaml").read_text())["providers"]
-    port = compose["services"]["prometheus"]["ports"][0].rpartition(":")[2]
-    assert source["url"] == f"http://prometheus:{port}"
-    assert mounted["./grafana/dashboards"] == provider["options"]["path"]
-    assert mounted["./prometheus.yml"] == "/etc/prometheus/prometheus.yml"
-    assert mounted["./grafana/provisioning"] == "/etc/grafana/provisioning"
-
-
-def test_compose_waits_longer_than_the_server_drains(compose: dict[str, Any]) -> None:
-    from service.options import ServerOptions
-
-    period = compose["services"]["service"]["stop_grace_period"]
-    options = ServerOptions()
-    assert float(period.removesuffix("s")) > options.settle_s + options.grace_s
-
-
-def test_compose_takes_away_every_right_that_is_not_needed(compose: dict[str, Any]) -> None:
-    for service in compose["services"].values():
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
+    wheels, index = tmp_path / "wheels", tmp_path / "index" / "simple"
+    wheels.mkdir()
+    index.mkdir(parents=True)
+    links = f"{wheels} https://wheels.example.com/"
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_FIND_LINKS", links)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"file://{index}")
+    text, places = pip_settings()
+    parser = configparser.RawConfigParser()
+    parser.read_file(io.StringIO(text))
+    assert parser.get("global", "find-links").split() == links.split()
+    assert parser.get("global", "extra-index-url") == f"file://{index}"
+    # The files of an index stand beside it.
+    assert {wheels, index.parent} <= set(places)
