@@ -1,8 +1,8 @@
 """From logits to tokens: penalty, bans, temperature, the filters and the draw, many rows at once.
 
 Owns the arithmetic of the choice and what a request's draws remember. A row's token depends on its
-own logits, settings and random generator alone, never on its neighbours: every operation here
-works along the vocabulary. Knows nothing of caches or schedules.
+own logits, settings and noise alone, never on its neighbours: every operation here works along the
+vocabulary. Knows nothing of caches or schedules.
 """
 
 import secrets
@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from a2sf import noise
 from a2sf.requests import Sampling, TokenLogprob, TokenLogprobs
 
 _GREEDY_BELOW = 1e-30
@@ -30,17 +31,15 @@ def choose_seed(sampling: Sampling) -> int:
     return secrets.randbelow(2**63) if sampling.seed is None else sampling.seed
 
 
-def generator(seed: int) -> torch.Generator:
-    """Return a stream of noise for one request, on the processor: the same on every device."""
-    return torch.Generator().manual_seed(seed)
-
-
 @dataclass(eq=False, kw_only=True)
 class Row:
     """What one request's draws depend on besides its logits; `Batch.draw` brings it up to date."""
 
     sampling: Sampling
-    noise: torch.Generator
+    seed: int
+    """From 0 to 2^63 - 1."""
+    draws: int = 0
+    """How many it has made."""
     seen: Tensor | None = None
     """[vocab] bool on the logits' device: tokens that repetition_penalty counts; None without."""
     barred: Sequence[int] = ()
@@ -66,7 +65,7 @@ class Row:
             seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
         return cls(
             sampling=sampling,
-            noise=generator(seed),
+            seed=seed,
             seen=seen,
             barred=barred,
             barred_draws=barred_draws,
@@ -86,7 +85,7 @@ class Batch:
         self._penalty = _Setting.of([s.repetition_penalty for s in settings], 1.0, device)
         random = [i for i, s in enumerate(settings) if s.temperature >= _GREEDY_BELOW]
         self._random = _select(random, len(settings), device)
-        self._noise = [rows[i].noise for i in random]
+        self._racing = [rows[i] for i in random]
         drawn = [settings[i] for i in random]
         self._temperature = torch.tensor(
             [[s.temperature] for s in drawn], dtype=torch.float32, device=device
@@ -113,9 +112,9 @@ class Batch:
         """
         # In float32 at least: finding the largest of 16-bit numbers takes four times as long.
         scores = self._allowed(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        if not self._noise:
+        if not self._racing:
             tokens = scores.argmax(dim=-1)
-        elif len(self._noise) == len(self._rows):
+        elif len(self._racing) == len(self._rows):
             tokens = self._race(scores)
         else:
             tokens = scores.argmax(dim=-1)
@@ -125,6 +124,7 @@ class Batch:
             if row.seen is not None:
                 row.seen[token] = True
             row.barred_draws = max(row.barred_draws - 1, 0)
+            row.draws += 1
         return chosen
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class Batch:
 
     def _race(self, scores: Tensor) -> Tensor:
         ratios = self._distribution(scores)
-        for ratio, noise in zip(ratios, self._noise, strict=True):
-            ratio /= _exponential(len(ratio), noise).to(ratio.device)
+        streams = [(row.seed, row.draws) for row in self._racing]
+        ratios /= noise.exponential(streams, ratios.shape[1], ratios.device)
         return ratios.argmax(dim=-1)
 
     def _distribution(self, scores: Tensor) -> Tensor:
@@ -244,17 +244,6 @@ def _descending(probabilities: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     ids = probabilities.topk(width, dim=-1).indices.sort(dim=-1).values
     descending, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return descending, ids.gather(-1, order)
-
-
-def _exponential(count: int, noise: torch.Generator) -> Tensor:
-    """Return [count] float32 exponential noise on the processor.
-
-    The numbers of `Tensor.exponential_`, in a third of its time. Made a row at a time, so that no
-    number depends on where it lies in a batch.
-    """
-    uniform = torch.rand(count, dtype=torch.float64, generator=noise)
-    # The uniform numbers are multiples of 2^-53; a 0 among them would divide by zero.
-    return uniform.neg_().log1p_().neg_().clamp_(min=2.0**-54).float()
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprobs]:

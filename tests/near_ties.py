@@ -182,7 +182,5 @@ def _draw_gap(one: Draw, other: Draw) -> float:
 
 
 def _copy(row: sampling.Row) -> sampling.Row:
-    noise = torch.Generator()
-    noise.set_state(row.noise.get_state())
     seen = None if row.seen is None else row.seen.clone()
-    return dataclasses.replace(row, noise=noise, seen=seen)
+    return dataclasses.replace(row, seen=seen)

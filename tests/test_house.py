@@ -35,6 +35,7 @@ CORE = [
     "fused",
     "decoding",
     "teacher",
+    "noise",
     "sampling",
     "text",
     "chat",

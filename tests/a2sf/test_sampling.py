@@ -1,5 +1,6 @@
 """A draw follows the filtered distribution, and depends on its own row and seed alone."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from a2sf import sampling
+from a2sf import noise, sampling
 from a2sf.requests import Sampling
 
 CPU = torch.device("cpu")
@@ -146,8 +147,48 @@ def test_a_filter_at_its_extreme_leaves_everything_or_the_top(wish: Sampling) ->
     assert kept == (VOCAB if wish.top_k > 1 else 1)
 
 
-def one_row_written_out(logits: Tensor, wish: Sampling, noise: torch.Generator) -> int:
-    """One row's draw on its own, filter by filter: what a seed has meant from the start."""
+def noise_written_out(seed: int, draws: int, token: int) -> float:
+    """What a seed means, in whole numbers."""
+
+    def mix(value: int) -> int:
+        value = (value ^ value >> 16) * 0x7FEB352D % 2**32
+        value = (value ^ value >> 15) * 0x846CA68B % 2**32
+        return value ^ value >> 16
+
+    digest = hashlib.blake2b(
+        seed.to_bytes(8, "little") + draws.to_bytes(8, "little"), digest_size=8
+    ).digest()
+    first, second = (int.from_bytes(part, "little") for part in (digest[:4], digest[4:]))
+    low = mix(token ^ first)
+    high = mix(low ^ second)
+    # The lower 32 bits count from the middle of their range.
+    uniform = (high * 2**32 + (low + 2**31) % 2**32) / 2**64
+    return -math.log1p(-min(max(uniform, 2**-64), 1 - 2**-53))
+
+
+@pytest.mark.parametrize(("seed", "draws"), [(0, 0), (7, 1), (2**63 - 1, 12345)])
+def test_noise_is_what_whole_numbers_make_of_seed_draw_and_token(seed: int, draws: int) -> None:
+    got = noise.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
+    want = torch.tensor([noise_written_out(seed, draws, token) for token in range(3000)])
+    # The largest never win a race, and a float is coarse there.
+    torch.testing.assert_close(got[want < 10], want.double()[want < 10], rtol=1e-3, atol=0)
+
+
+def test_noise_is_exponential_and_each_draw_has_its_own() -> None:
+    many = noise.exponential([(5, draws) for draws in range(40)], 50_000, CPU).double()
+    quantiles = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    expected = -torch.log1p(-quantiles)
+    for row in many[:4]:
+        share = (row[:, None] < expected).double().mean(dim=0)
+        assert (share - quantiles).abs().max() < 0.01
+    assert many.min() > 0
+    assert many.min() < 1e-5
+    correlation = torch.corrcoef(torch.cat([many[:, :-1], many[:1, 1:]]))
+    assert (correlation - torch.eye(41)).abs().max() < 0.03
+
+
+def one_row_written_out(logits: Tensor, wish: Sampling, seed: int, draws: int) -> int:
+    """One row's draw on its own, filter by filter."""
     if wish.temperature == 0.0:
         return int(logits.argmax())
     scaled = logits.float() / wish.temperature
@@ -161,7 +202,7 @@ def one_row_written_out(logits: Tensor, wish: Sampling, noise: torch.Generator) 
     if wish.min_p > 0.0:
         shares = scaled.softmax(dim=-1)
         scaled = scaled.masked_fill(shares < wish.min_p * shares.max(), -torch.inf)
-    race = torch.empty(len(scaled)).exponential_(generator=noise)
+    race = noise.exponential([(seed, draws)], len(scaled), CPU)[0]
     return int((scaled.softmax(dim=-1) / race).argmax())
 
 
@@ -180,11 +221,10 @@ def test_a_seed_means_the_same_tokens_as_a_row_drawn_on_its_own(
     batch = sampling.Batch(
         [row(wish, seed=i, vocab_size=vocab) for i, wish in enumerate(made)], CPU
     )
-    streams = [sampling.generator(i) for i in range(len(made))]
     for step in range(6):
         logits = random_logits(len(made), vocab, seed=step).to(dtype)
         assert batch.draw(logits) == [
-            one_row_written_out(*each) for each in zip(logits, made, streams, strict=True)
+            one_row_written_out(logits[i], wish, i, step) for i, wish in enumerate(made)
         ]
 
 
