@@ -16,7 +16,7 @@ from a2sf import sampling
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
-from a2sf.ranks import Ranks
+from a2sf.ranks import RankLost, Ranks
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
 from a2sf.schema import Frozen
 
@@ -129,13 +129,13 @@ class Follower:
     def run(self) -> None:
         """Follow until the first rank closes.
 
-        Raises RankLost where it ends without, and AssertionError where the ranks have drawn
-        different tokens.
+        Raises RankLost where it ends without, and where it draws other tokens than this one.
         """
         drawn = _digest([])
         while (message := self._ranks.hear()) != _END:
             told = _Step.model_validate_json(message)
-            assert told.drawn == drawn, "the ranks have drawn different tokens"
+            if told.drawn != drawn:
+                raise RankLost(f"rank {self._ranks.rank} has drawn other tokens than the first")
             for command in told.commands:
                 if isinstance(command, _Submit):
                     self._now = command.now

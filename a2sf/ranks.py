@@ -25,7 +25,7 @@ _LONGEST_IDLE = timedelta(days=365)
 
 
 class RankLost(RuntimeError):
-    """Another of the processes that share the model has ended or does not answer."""
+    """Another of the processes that share the model has ended, or goes another way."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 
-_RANK_LOST = "another process of the model has ended"
+_PARTED = "the processes of the model have parted"
 
 
 async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
@@ -75,7 +75,7 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
         try:
             server.core.close()
         except RankLost as error:
-            log.critical(_RANK_LOST, reason=str(error))
+            log.critical(_PARTED, reason=str(error))
             return 1
     return int(server.crashed.done())
 
@@ -90,7 +90,7 @@ def _follow(options: ServerOptions) -> int:
         follower.run()
         leave()
     except RankLost as error:
-        log.critical(_RANK_LOST, reason=str(error))
+        log.critical(_PARTED, reason=str(error))
         return 1
     except A2SFError as error:
         log.critical("a process of the model cannot do its part", reason=str(error))

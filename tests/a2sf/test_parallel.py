@@ -206,7 +206,7 @@ def test_a_follower_that_draws_other_tokens_says_so(tiny_model_64: LoadedModel, 
     run(engine)
     engine.close()
     wire.messages[:] = [message.replace(b'"seed":7', b'"seed":8') for message in wire.messages]
-    with pytest.raises(AssertionError, match="different tokens"):
+    with pytest.raises(RankLost, match="has drawn other tokens than the first"):
         Follower(tiny_model_64, wire).run()
 
 
