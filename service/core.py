@@ -86,6 +86,7 @@ def load_core(options: ServerOptions) -> Core:
         device=str(model.device),
         dtype=str(model.dtype),
         threads=threads,
+        kernels=engine.kernels,
         rows=config.max_batch,
         slots=config.slots,
         shape=_written(rows, options),

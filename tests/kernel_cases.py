@@ -13,9 +13,6 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
-import triton.language as tl
-from triton.runtime import JITFunction
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from a2sf import attention, scoring
 from a2sf.attention import DecodePass
@@ -41,6 +38,9 @@ def interpreting(*modules: ModuleType) -> Iterator[None]:
         yield
         return
     import pytest
+    import triton.language as tl
+    from triton.runtime import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
 
@@ -154,7 +154,8 @@ def make(
         some = choose.choice([0, 1, min(budgets) - 1, min(budgets), max(budgets), 500])
         lengths.append(some if seen is None else seen)
     policy = PolicyTensors.stack(policies, [10**6] * rows, DEVICE)
-    policy = replace(policy, any_scored=scored)
+    # As a rank numbers heads that is not the first.
+    policy = replace(policy, any_scored=scored, first_heads=policy.first_heads + 5)
 
     widths = policy.budget.amax(dim=1).tolist()
     beside = ALIGNMENT if aligned else 3
