@@ -1,0 +1,155 @@
+"""Rows of this engine as if they had read a long prompt, without reading it.
+
+Owns the contents of a row (random keys, values and scores at positions that the law could have
+kept), the policies that are compared, and rows that decode together. Knows nothing of peers or of
+what is measured.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from a2sf import decoding
+from a2sf.cache import Slots
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.schema import TablePolicy
+from a2sf.scoring import EMPTY
+
+SINKS = 4
+PROTECTED_SHARE = 8
+"""Of a budget, one in so many slots is for the most recent tokens."""
+
+TABLE_ALPHAS = (0.0, 0.5, 0.9, 0.99, 0.999)
+
+
+def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, EffectivePolicy]:
+    """What is compared at one budget: one alpha, a table with one for each head, and a window."""
+    shape = model.shape
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.randint(
+        len(TABLE_ALPHAS), (shape.num_layers, shape.num_kv_heads), generator=rng
+    ).tolist()
+    recent = budget // PROTECTED_SHARE
+    table = TablePolicy(
+        alpha=tuple(tuple(TABLE_ALPHAS[i] for i in row) for row in drawn),
+        layer_share=(1.0,) * shape.num_layers,
+        budget=budget,
+        recent=recent,
+        sinks=SINKS,
+        prefill_chunk=0,
+    )
+
+    def made(wish: CachePolicy, fitted: TablePolicy | None = None) -> EffectivePolicy:
+        return resolve(
+            wish,
+            table=fitted,
+            server=CachePolicy(),
+            length=longest,
+            slots=max(longest, budget),
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+        )
+
+    return {
+        "a2sf": made(CachePolicy(alpha=0.9, budget=budget, recent=recent, sinks=SINKS)),
+        "table": made(CachePolicy(), table),
+        "window": made(CachePolicy(preset="window", budget=budget, sinks=SINKS)),
+        "full": made(CachePolicy(preset="full")),
+    }
+
+
+def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int = 0) -> Slots:
+    """One row that has seen so many tokens: each head keeps the protected and random others.
+
+    The tokens of a layer are those of highest rank, so that narrow layers keep some of what wide
+    ones do; every head's are its own.
+    """
+    shape, device = model.shape, model.device
+    counts = [min(seen, budget) for budget in policy.layer_budgets]
+    rng = torch.Generator(device).manual_seed(seed)
+    slots = Slots.empty(
+        rows=1,
+        num_kv_heads=shape.num_kv_heads,
+        slots=counts,
+        head_dim=shape.head_dim,
+        dtype=model.dtype,
+        device=device,
+    )
+    at = torch.arange(seen, device=device)
+    for layer, (count, recent) in enumerate(zip(counts, policy.layer_recents, strict=True)):
+        rank = torch.rand(shape.num_kv_heads, seen, generator=rng, device=device)
+        rank[:, (at < policy.sinks) | (at >= seen - recent)] = 2.0
+        kept = rank.topk(count, dim=-1).indices
+        slots.position[layer, 0, :, :count] = kept.int()
+        slots.score[layer, 0, :, :count].uniform_(generator=rng)
+        for vectors in (slots.keys, slots.values):
+            vectors[layer].normal_(generator=rng)
+    assert not bool((slots.position[..., : min(counts)] == EMPTY).any())
+    return slots
+
+
+class Rows:
+    """Rows that decode together, greedily; their policy and contents change as one."""
+
+    def __init__(
+        self, model: LoadedModel, rows: int, slots: int, *, graphs: bool, kernels: str = "auto"
+    ) -> None:
+        """Allocate the slab and, on CUDA devices, capture the graphs if asked."""
+        shape = model.shape
+        self.model = model
+        self.rows = rows
+        self.slab = Slots.empty(
+            rows=rows,
+            num_kv_heads=shape.num_kv_heads,
+            slots=(slots,) * shape.num_layers,
+            head_dim=shape.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        asked: decoding.Kernels = "torch" if kernels == "torch" else "auto"
+        self.kernels = decoding.choose_kernels(asked, model)
+        on_gpu = model.device.type == "cuda"
+        self.decoder = decoding.make(model, self.slab, self.kernels, graphs=graphs and on_gpu)
+        self.positions: list[int] = []
+        self.tokens: list[int] = []
+        self.policy: EffectivePolicy | None = None
+        self._sources: dict[tuple[object, ...], Slots] = {}
+
+    def fill(self, policy: EffectivePolicy, seen: int) -> None:
+        """Let every row hold a copy of what a row holds that has seen so many tokens."""
+        key = (policy.layer_budgets, policy.layer_recents, policy.sinks, seen)
+        if key not in self._sources:
+            self._sources = {key: source_row(self.model, policy, seen)}
+        counts = [min(seen, budget) for budget in policy.layer_budgets]
+        for row in range(self.rows):
+            # Whatever a turn writes, the sequence goes on beyond its budget.
+            self.decoder.join(row, self._sources[key], 0, counts, policy, seen + 10**6)
+        self.policy = policy
+        self.positions = [seen] * self.rows
+        self.tokens = [row % self.model.shape.vocab_size for row in range(self.rows)]
+
+    def step(self) -> None:
+        """Decode a token of every row and bring it to the host, as a stream needs it."""
+        logits: Tensor = self.decoder.step(self.tokens, self.positions)
+        self.tokens = logits.argmax(dim=-1).tolist()
+        self.positions = [position + 1 for position in self.positions]
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """Bytes of the slab."""
+        return self.slab.nbytes
+
+
+def kv_step_bytes(model: LoadedModel, policy: EffectivePolicy, seen: Sequence[int]) -> int:
+    """Bytes of KV memory that a decode step touches: the least, each once.
+
+    Keys and values of the slots in use, and of each slot the position (read) and the score (read,
+    and written where scores accumulate): 12 bytes, or 8. The scratch of logits is left out, 4 bytes
+    a slot and query head that stay in the L2 cache.
+    """
+    slot = 2 * model.shape.head_dim * model.dtype.itemsize + (12 if policy.scored else 8)
+    slots = sum(min(at + 1, budget) for at in seen for budget in policy.layer_budgets)
+    return slots * model.shape.num_kv_heads * slot
