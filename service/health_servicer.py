@@ -21,7 +21,7 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
     def __init__(self, services: Sequence[str]) -> None:
         super().__init__()
         self._names = ("", *services)
-        self._draining = asyncio.Event()
+        self._ending = asyncio.Event()
 
     async def set_all(self, *, serving: bool) -> None:
         """Set the server's status and that of each service."""
@@ -30,21 +30,24 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
             await self.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Say NOT_SERVING from now on, and end the watches."""
+        """Say NOT_SERVING from now on."""
         await self.enter_graceful_shutdown()
-        self._draining.set()
+
+    def end(self) -> None:
+        """End the watches. Not sooner than the server: clients would open them again and again."""
+        self._ending.set()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """See grpc.health.v1."""
         watch = asyncio.create_task(super().Watch(request, context))
-        draining = asyncio.create_task(self._draining.wait())
+        ending = asyncio.create_task(self._ending.wait())
         try:
-            await asyncio.wait({watch, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({watch, ending}, return_when=asyncio.FIRST_COMPLETED)
             # Let the watch tell the last change before it ends.
-            if draining.done():
+            if ending.done():
                 await asyncio.wait({watch}, timeout=0.1)
         finally:
-            for task in (watch, draining):
+            for task in (watch, ending):
                 task.cancel()
             with suppress(asyncio.CancelledError):
                 await watch

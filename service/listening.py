@@ -77,6 +77,7 @@ class Listener:
     async def stop(self, flush_s: float) -> None:
         """End what is left after `flush_s` seconds, and listen no more."""
         await self.health.drain()
+        self.health.end()
         await self.server.stop(flush_s)
 
 
