@@ -93,7 +93,9 @@ class FusedDecoder:
             for size in batch_sizes(rows)
         }
         if graphs:
-            self._capture()
+            # Graphs are captured on the current device, whichever the tensors are on.
+            with torch.cuda.device(model.device):
+                self._capture()
 
     def join(
         self,
@@ -172,12 +174,12 @@ class FusedDecoder:
         for size in sorted(self._rungs, reverse=True):
             rung = self._rungs[size]
             for scored in (False, True):
-                aside = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
-                aside.wait_stream(torch.cuda.current_stream(self._model.device))
+                aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                aside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(aside):
                     for _ in range(WARM_UPS):
                         self._run(rung, scored)
-                torch.cuda.current_stream(self._model.device).wait_stream(aside)
+                torch.cuda.current_stream().wait_stream(aside)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
                     logits = self._run(rung, scored)
