@@ -12,9 +12,17 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from pydantic import ValidationError
+
 from a2sf.errors import A2SFError, InvalidArgument
+from a2sf.schema import first_problem
 from service import settings
 from service.ray_serve.options import RayOptions
+
+PROGRAM = "python -m service.ray_serve"
+
+OWN: dict[str, type] = {"num_replicas": int, "num_cpus": float, "num_gpus": float}
+"""Settings that the server does not have."""
 
 APPLICATION = "a2sf"
 """Its name in Serve."""
@@ -25,17 +33,22 @@ OBJECT_STORE_BYTES = 100 * 2**20
 
 def serve(arguments: Sequence[str]) -> int:
     """Serve until told to stop by SIGTERM or Ctrl-C; return the exit code."""
-    own, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    own, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\nAnd those of the server, of which some are refused:\n")
     loaded = settings.load(rest)
     if loaded.print_config:
         print(loaded.as_toml(), end="")
         return 0
     given = loaded.options.model_dump(exclude_unset=True)
     port = given.pop("port", loaded.options.port)
-    options = RayOptions(
-        **given, num_replicas=own.num_replicas, num_cpus=own.num_cpus, num_gpus=own.num_gpus
-    )
-    options.check()
+    try:
+        options = RayOptions(**given, **{name: getattr(own, name) for name in OWN})
+    except ValidationError as error:
+        raise InvalidArgument(PROGRAM, first_problem(error)) from error
+    options.check(loaded.places)
     if port == 0:
         raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
 
@@ -57,7 +70,12 @@ def serve(arguments: Sequence[str]) -> int:
             http_options=HTTPOptions(host="127.0.0.1", port=own.http_port),
             grpc_options=gRPCOptions(port=port, grpc_servicer_functions=SERVICER_FUNCTIONS),
         )
-        serve.run(app(options), name=APPLICATION)
+        try:
+            serve.run(app(options), name=APPLICATION)
+        except RuntimeError as error:
+            # The reason is a replica's, whose lines Ray has printed by now.
+            print(f"error: {error} The replicas' lines above say why.", file=sys.stderr)
+            return 1
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
@@ -86,11 +104,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num-replicas", type=int, default=1)
-    parser.add_argument("--num-cpus", type=float, default=1.0)
-    parser.add_argument("--num-gpus", type=float, default=0.0)
-    parser.add_argument("--http-port", type=int, default=8000)
+    parser = _Parser(
+        prog=PROGRAM, usage=f"{PROGRAM} [OPTION ...]", add_help=False, allow_abbrev=False
+    )
+    for name, kind in OWN.items():
+        field = RayOptions.model_fields[name]
+        parser.add_argument(
+            settings.flag(name),
+            type=kind,
+            default=field.default,
+            metavar="N",
+            help=field.description,
+        )
+    parser.add_argument(
+        "--http-port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="Port on 127.0.0.1 of Serve's HTTP proxy, which has nothing of ours.",
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ used.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from pydantic import ConfigDict
 
@@ -54,11 +55,17 @@ class RayOptions(ServerOptions):
     num_gpus: NotNegative = 0.0
     """GPUs that Ray gives to a replica; with none it sees none."""
 
-    def check(self) -> None:
-        """Raise InvalidArgument for what cannot be under Ray, by its flag."""
+    def check(self, places: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raise InvalidArgument for what cannot be under Ray, by its flag.
+
+        `places` tells where values came from, by the settings' names, where that is known.
+        """
         for field, why in REFUSED.items():
             if field in self.model_fields_set:
-                raise InvalidArgument(flag(NAMES[field]), f"not accepted under Ray Serve: {why}")
+                name = flag(NAMES[field])
+                place = places.get(NAMES[field], name)
+                came = "" if place == name else f" (from {place})"
+                raise InvalidArgument(name, f"not accepted under Ray Serve{came}: {why}")
         if not self.insecure_bind:
             raise InvalidArgument(
                 "--insecure-bind",
