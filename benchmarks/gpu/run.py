@@ -104,7 +104,7 @@ DRY = Sizes(
     copied_bytes=2**16,
     matmul=32,
     cases=2,
-    case_slots=40,
+    case_slots=16,
     chain=5,
     requests=2,
     cells=(Cell("8b", 40, 2, 16, ("full", "dynamic", "batching")), Cell("8b", 60, 2, 16)),
@@ -155,8 +155,8 @@ class Run:
 
     def free(self) -> None:
         """Give unused memory back to the device."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def wait(self) -> None:

@@ -1,0 +1,113 @@
+"""The checks before the timing: they pass on what is right, and fail on what is not."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
+
+from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
+from benchmarks.gpu import checks
+from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime
+from benchmarks.gpu.run import Run
+from tests import kernel_cases
+from tests.benchmarks.test_gpu import dry_run
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Small tiles, so that the interpreter has less to do.
+    monkeypatch.setattr(prefill, "QUERIES", 16)
+    with kernel_cases.interpreting(settling, decode_programs, prefill_programs):
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "check", [checks.decode_steps, checks.decode_chain, checks.prompt_masses, checks.engine_kernels]
+)
+def test_a_check_passes_by_the_interpreter(check: object) -> None:
+    assert callable(check)
+    assert check(dry_run())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_kernel_that_computes_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decode.decode_attention
+
+    def off(*tokens: torch.Tensor, **arguments: object) -> torch.Tensor:
+        return right(*tokens, **arguments) * 1.05
+
+    monkeypatch.setattr(kernel_cases.decode, "decode_attention", off)
+    run = dry_run()
+    with pytest.raises(AssertionError, match="not close"):
+        checks.decode_steps(run)
+    with pytest.raises(AssertionError, match="not close"):
+        checks.decode_chain(run)
+
+
+@pytest.mark.skipif(CUDA, reason="what a machine without a GPU is told")
+def test_what_needs_a_gpu_is_not_supported_here() -> None:
+    for check in (checks.flash_attention, checks.engine_graphs, checks.decode_steps):
+        with pytest.raises(NotSupported):
+            check(dry_run())
+
+
+def names(run: Run) -> dict[str, str]:
+    return {entry["name"]: entry["status"] for entry in run.report.document["entries"]}
+
+
+CHECKS = (
+    "decode_steps",
+    "decode_chain",
+    "prompt_masses",
+    "flash_attention",
+    "engine_kernels",
+    "engine_graphs",
+)
+
+
+@pytest.fixture
+def all_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHECKS:
+        check = lambda run: "all of it"  # noqa: E731
+        check.__doc__ = name
+        monkeypatch.setattr(checks, name, check)
+
+
+@pytest.mark.usefixtures("all_pass")
+def test_all_checks_are_carried_out_whichever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dry_run()
+    checks.run_checks(run)
+    assert run.report.document["checks"] == "passed"
+    assert names(run) == dict.fromkeys(CHECKS, "passed")
+
+    def fails(run: Run) -> str:
+        """decode_steps"""
+        raise AssertionError("other slots")
+
+    monkeypatch.setattr(checks, "decode_steps", fails)
+    run = dry_run()
+    with pytest.raises(CheckFailed, match="1 of 6 checks failed: decode_steps"):
+        checks.run_checks(run)
+    assert run.report.document["checks"] == "failed"
+    assert names(run) == dict.fromkeys(CHECKS, "passed") | {"decode_steps": "failed"}
+
+
+@pytest.mark.usefixtures("all_pass")
+def test_a_check_without_time_leaves_them_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(run: Run) -> str:
+        """engine_kernels"""
+        run.deadline.check()
+        return ""
+
+    monkeypatch.setattr(checks, "engine_kernels", slow)
+    run = dry_run()
+    run.deadline = Deadline(0.0, lambda: 1.0)
+    checks.run_checks(run)
+    assert run.report.document["checks"] == "incomplete"
+    with pytest.raises(OutOfTime):
+        slow(run)
