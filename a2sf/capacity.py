@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from a2sf import files, linear
 from a2sf.cache import Slots
 from a2sf.errors import NotFound
-from a2sf.models import Outline
+from a2sf.outline import Outline
 
 SCORED_SLOT_BYTES = 12
 """Bytes that a step moves of a slot beside its key and value: the position and the score are read,

@@ -1,9 +1,9 @@
-"""The only seam with transformers: loading models and plugging in attention.
+"""The seam with transformers: loading models and plugging in attention.
 
-Owns loading, a model's identity, and the registered attention
-function. A caller hands every forward pass a `LayerAttention`, which transformers carries to each
-layer as a keyword argument; nothing is patched and no state hangs on a module. Knows nothing of
-requests or schedules, and nothing of any one family.
+Owns loading, a model's identity, and the registered attention function; what settings say by
+themselves is read in `outline`. A caller hands every forward pass a `LayerAttention`, which
+transformers carries to each layer as a keyword argument; nothing is patched and no state hangs on a
+module. Knows nothing of requests or schedules, and nothing of any one family.
 """
 
 import re
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -30,17 +29,11 @@ from a2sf import families, files, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import fingerprint
+from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, shape_of
 from a2sf.ranks import Ranks, of_own_heads
 from a2sf.schema import ModelIdentity
 
 _ATTENTION_NAME = "a2sf"
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class LayerAttention(Protocol):
@@ -83,19 +76,6 @@ def _attention(
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attention)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that caches and checks need."""
-
-    num_layers: int
-    num_attention_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_context: int
-    """Positions the model was made for, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +199,11 @@ def load_model(
         InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
     target = ranks.device if ranks else _device(device)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     directory = files.directory(id_or_path, revision)
-    config = _settings(id_or_path, directory)
+    config = read_settings(id_or_path, directory)
     weights = files.weight_files(id_or_path, directory)
-    shape = _shape(config)
+    shape = shape_of(config)
     # A local model goes by its folder's name: the path to it is nobody else's business.
     local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
     identity = ModelIdentity(
@@ -256,7 +236,7 @@ def load_model(
             num_attention_heads=shape.num_attention_heads // ranks.size,
             num_kv_heads=shape.num_kv_heads // ranks.size,
         )
-    chosen = _dtype(dtype, target.type, config)
+    chosen = choose_dtype(dtype, target.type, config)
     try:
         with _quietly():
             module, loaded = AutoModelForCausalLM.from_pretrained(
@@ -369,79 +349,3 @@ def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A model whose weights nobody has read: what its settings alone say."""
-
-    shape: ModelShape
-    architecture: str
-    device_type: str
-    """What it would run on: "cuda" or "cpu"."""
-    dtype: torch.dtype
-    """What its weights would be loaded in."""
-    module: Any
-    """The transformers model on the meta device: sizes and dtypes without numbers."""
-    directory: Path
-    """Where its settings were found, and its weights if they are there."""
-
-
-def read_outline(
-    id_or_path: str, *, revision: str | None = None, device_type: str = "cuda", dtype: str = "auto"
-) -> Outline:
-    """Read a model's settings as `load_model` does, and no weights, for a device that need not be.
-
-    Args:
-        id_or_path, revision, dtype: as for `load_model`.
-        device_type: "cuda" or "cpu"; dtype "auto" depends on it.
-
-    Raises:
-        NotFound, Unsupported, InvalidArgument: as `load_model` does.
-    """
-    _check_dtype(dtype)
-    directory = files.directory(id_or_path, revision, weights=False)
-    config = _settings(id_or_path, directory)
-    chosen = _dtype(dtype, device_type, config)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
-    return Outline(
-        shape=_shape(config),
-        architecture=config.architectures[0],
-        device_type=device_type,
-        dtype=chosen,
-        module=module,
-        directory=directory,
-    )
-
-
-def _check_dtype(name: str) -> None:
-    if name != "auto" and name not in _DTYPES:
-        raise InvalidArgument("dtype", f"{name!r}; accepted: auto, {', '.join(_DTYPES)}")
-
-
-def _dtype(name: str, device_type: str, config: Any) -> torch.dtype:
-    stored = torch.float32 if device_type == "cpu" else config.dtype or torch.bfloat16
-    return stored if name == "auto" else _DTYPES[name]
-
-
-def _settings(id_or_path: str, directory: Path) -> Any:
-    """Read a model's settings and refuse what cannot be served."""
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
-    families.refuse_unsupported(id_or_path, config)
-    return config
-
-
-def _shape(config: Any) -> ModelShape:
-    return ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_context=config.max_position_embeddings,
-    )

@@ -46,8 +46,8 @@ class ModelOptions(_Group):
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's where
-    they serve the device, the dtype and the head size."""
+    """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's
+    where they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True
     """Run Triton's programs in CUDA graphs, which are captured at the start; not where several
     processes share the model."""

@@ -12,7 +12,7 @@ from a2sf import capacity, reference
 from a2sf.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.files import REFERENCE
-from a2sf.models import Outline, read_outline
+from a2sf.outline import Outline, read_outline
 from a2sf.policy import DEFAULT_SINKS, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from a2sf import families
-from a2sf.models import LoadedModel, load_model, read_outline
+from a2sf.models import LoadedModel, load_model
+from a2sf.outline import read_outline
 from a2sf.tablefile import save_table
 from service.core import load_core
 from service.options import layers_of
