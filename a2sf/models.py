@@ -30,7 +30,7 @@ from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import fingerprint
 from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, shape_of
-from a2sf.ranks import Ranks, of_own_heads
+from a2sf.ranks import Ranks, expected, of_own_heads
 from a2sf.schema import ModelIdentity
 
 _ATTENTION_NAME = "a2sf"
@@ -195,9 +195,15 @@ def load_model(
 
     Raises:
         NotFound: there is no such model, or it cannot be reached.
-        Unsupported: the model is of a kind that this program would run wrongly.
+        Unsupported: the model is of a kind that this program would run wrongly, or torchrun has
+            started several processes that are not to share it.
         InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
+    if ranks is None and expected() > 1:
+        raise Unsupported(
+            "this program does not divide a model among the processes that torchrun has started; "
+            "start it without torchrun"
+        )
     target = ranks.device if ranks else _device(device)
     check_dtype(dtype)
     directory = files.directory(id_or_path, revision)

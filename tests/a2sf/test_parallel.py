@@ -268,3 +268,11 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_device_that_all_ranks_would_have_to_share_is_refused(device: str) -> None:
     with pytest.raises(InvalidArgument, match="accepted under torchrun on this machine: auto, "):
         Ranks.join(device)
+
+
+def test_a_program_that_divides_no_model_says_so_under_torchrun(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("a2sf.models.expected", lambda: 2)
+    with pytest.raises(Unsupported, match="start it without torchrun"):
+        load_model(str(tiny_model_dir))
