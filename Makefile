@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow image-test check format bench findings refit tables proto contract clean
+.PHONY: help demo test test-slow image-test check format bench bench-gpu findings refit tables proto contract clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, evaluatio
 	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.serving
+
+bench-gpu: $(BIN)/.installed ## Check on a GPU, then measure beside peers for ten minutes; results in benchmarks/results
+	$(BIN)/python -m benchmarks.gpu
 
 findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare
 	$(BIN)/python -m benchmarks.findings --check

@@ -230,7 +230,8 @@ def check(case: Case, steps: int, splits: int) -> None:
                 scale=case.scale,
                 workspace=workspace,
             )
-            want = reference(layer, *(t.double() for t in tokens), case.scale)
+            query, keys, values = (t.double() for t in tokens)
+            want = reference(layer, query, keys, values, case.scale)
             assert output.dtype == dtype
             assert output.shape == want.shape
             torch.testing.assert_close(
@@ -332,7 +333,8 @@ def check_chain(case: Case, steps: int, splits: int) -> int | None:
             assert gap <= NEAR_TIE, f"step {step}: the slots parted by a gap of {gap}"
             return step
         reference = DecodePass(witness, policy, start)
-        want = reference(0, *(t.double() for t in tokens), case.scale)
+        query, keys, values = (t.double() for t in tokens)
+        want = reference(0, query, keys, values, case.scale)
         output = decode.decode_attention(
             *tokens,
             slots=slots,

@@ -38,9 +38,9 @@ def graphs(run: Run) -> None:
             both = {on: Rows(model, batch, sizes.budget, graphs=on) for on in (True, False)}
             turns: dict[bool, list[Turn]] = {True: [], False: []}
             for number in range(sizes.rounds):
-                for on in (True, False) if number % 2 else (False, True):
-                    both[on].fill(chosen, sizes.prompt)
-                    turns[on].append(turn(both[on].step, sizes.untimed, sizes.steps))
+                for which in (True, False) if number % 2 else (False, True):
+                    both[which].fill(chosen, sizes.prompt)
+                    turns[which].append(turn(both[which].step, sizes.untimed, sizes.steps))
             on, off = (figures(turns[which], batch) for which in (True, False))
             run.report.add(
                 f"graphs at batch {batch}",

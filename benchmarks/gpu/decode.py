@@ -181,7 +181,7 @@ def _report(
     base_ms = figures(base.turns, 1)["ms_per_step"] if base and base.turns else None
     for variant in variants:
         mine = found[variant.name]
-        about = {
+        about: dict[str, Any] = {
             "cell": cell.name,
             "model": cell.model,
             "context": cell.context,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from a2sf.models import _ATTENTION_NAME, LoadedModel, ModelShape
+from a2sf.models import _ATTENTION_NAME, LoadedModel
+from a2sf.outline import ModelShape
 from a2sf.schema import ModelIdentity
 from tests.tiny import byte_tokenizer
 
@@ -108,9 +109,9 @@ def plain(model: LoadedModel) -> Any:
 
 def weight_bytes(model: LoadedModel) -> int:
     """Bytes of the weights that a decode step reads: all, but only rows of an untied embedding."""
-    embedding = model.module.get_input_embeddings().weight
+    embedding: torch.Tensor = model.module.get_input_embeddings().weight
     tied = model.module.get_output_embeddings().weight is embedding
-    every = sum(p.nbytes for p in model.module.parameters())
+    every: int = sum(p.nbytes for p in model.module.parameters())
     return every if tied else every - embedding.nbytes
 
 

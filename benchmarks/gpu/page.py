@@ -117,7 +117,7 @@ def _cells(entries: list[Entry]) -> Iterator[str]:
 
 
 def _label(entry: Entry) -> str:
-    return VARIANTS.get(entry["variant"], entry["name"].split(": ")[-1])
+    return VARIANTS.get(entry["variant"]) or str(entry["name"]).rsplit(": ", 1)[-1]
 
 
 def _figures(entries: list[Entry]) -> Iterator[str]:

@@ -53,10 +53,14 @@ def device_ms(action: Callable[[], object], device: torch.device, repeats: int) 
         return turn(action, 0, repeats)
     times = []
     for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = _event(), _event()
         begin.record()
         action()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return times
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

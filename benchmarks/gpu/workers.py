@@ -84,7 +84,7 @@ def _beside(run: Run, interpreter: str, kind: str, label: str) -> None:
         finally:
             client.end(10)
     mine, other = figures(ours, cell.batch), figures(theirs, cell.batch)
-    about = {"cell": cell.name, "context": cell.context, "batch": cell.batch}
+    about: dict[str, Any] = {"cell": cell.name, "context": cell.context, "batch": cell.batch}
     run.report.add(
         f"{cell.name}: {label}",
         **about,
