@@ -61,7 +61,7 @@ class Listener:
 
         Raises InvalidArgument with `flag`, which names the port, where that fails.
         """
-        _check_free(address, flag)
+        check_free(address, flag)
         await self.health.set_all(serving=False)
         try:
             port = (
@@ -81,7 +81,7 @@ class Listener:
         await self.server.stop(flush_s)
 
 
-def _check_free(address: str, flag: str) -> None:
+def check_free(address: str, flag: str) -> None:
     """Try the address with a plain socket: grpc tells the reason only to its own log."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

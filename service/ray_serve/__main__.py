@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.schema import first_problem
 from service import settings
+from service.listening import check_free
 from service.ray_serve.options import RayOptions
 
 PROGRAM = "python -m service.ray_serve"
@@ -51,6 +52,9 @@ def serve(arguments: Sequence[str]) -> int:
     options.check(loaded.places)
     if port == 0:
         raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
+    # By Ray's processes that would be told much later, and in many words.
+    check_free(f"0.0.0.0:{port}", "--port")
+    check_free(f"127.0.0.1:{own.http_port}", "--http-port")
 
     # Before Ray is imported: nothing is told to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
