@@ -15,7 +15,7 @@ SERVICER_FUNCTIONS = ["service.ray_serve.proxy.add_services"]
 """What Serve's `grpc_options` must name as `grpc_servicer_functions`."""
 
 HEALTH_CHECK_PERIOD_S = 2.0
-"""How often Ray looks after a replica; it replaces one after three failures, a dead one at once."""
+"""How often Ray looks after a replica: one that is gone is replaced when that is seen."""
 
 
 def app(args: RayOptions) -> serve.Application:

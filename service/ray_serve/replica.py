@@ -5,6 +5,7 @@ nothing of how many replicas there are, nor of the proxy.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -33,6 +34,9 @@ SERVICES = tuple(
     pb.DESCRIPTOR.services_by_name[name].full_name for name in ("InferenceService", "ModelService")
 )
 """Those that a replica answers; it has no admin service."""
+
+ANSWERS_LEAVE_S = 0.2
+"""Time for the failures of a crashed engine's calls to reach the proxy."""
 
 FLUSH_S = 2.0
 """Time for traces to leave."""
@@ -174,8 +178,18 @@ class Replica:
             await _abort(context, to_wire(Unauthenticated(problem), "-"))
 
     def _on_crash(self, crashed: "asyncio.Future[BaseException]") -> None:
-        # Refused as UNAVAILABLE, calls go to another replica until Ray has replaced this one.
         self._backend.gate.close("the engine of this replica has died; try again")
+        self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        """End the process, as the server does when its engine has died.
+
+        Until three health checks have failed, Ray goes on sending calls here, more of them than
+        elsewhere because none takes long: a client would use up its retries on this replica.
+        """
+        await self._backend.gate.emptied()
+        await asyncio.sleep(ANSWERS_LEAVE_S)
+        os._exit(1)
 
 
 def _seen(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:

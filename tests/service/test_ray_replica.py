@@ -77,9 +77,11 @@ def test_every_rpc_of_its_services_has_a_method_as_ray_calls_it() -> None:
             assert inspect.isasyncgenfunction(handler) == method.server_streaming
 
 
-async def test_a_crashed_engine_is_told_to_ray_and_calls_go_elsewhere(
+async def test_a_crashed_engine_is_told_to_ray_sends_calls_elsewhere_and_ends_the_process(
     long_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
     async with made(long_model_dir) as replica:
         await replica.check_health()
         assert await health(replica) == health_pb2.HealthCheckResponse.SERVING
@@ -101,6 +103,7 @@ async def test_a_crashed_engine_is_told_to_ray_and_calls_go_elsewhere(
                 await replica.Generate(pb.GenerateRequest(input=SHORT), context)
         assert context.code is grpc.StatusCode.UNAVAILABLE
         assert DETAILS_KEY in context.trailers
+        await until(lambda: exits == [1])
 
 
 @pytest.mark.parametrize("leave", ["close", "cancel"])
