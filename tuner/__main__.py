@@ -1,8 +1,9 @@
 """The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` and
 `report` show what was found.
 
-Owns the flags and how failures are told: one line on stderr, exit
-code 2 for what the user can mend, 130 when interrupted. Knows nothing of how a table is found.
+Owns the flags and how failures are told: one line on stderr, exit code 2 for what the user can
+mend, 69 (EX_UNAVAILABLE) for a storage that is away, 130 when interrupted. Knows nothing of how a
+table is found.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from a2sf.errors import A2SFError, InvalidArgument
+from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from a2sf.tablefile import load_table, save_table
 from tuner.options import check_ranges, check_writable, numbers, without_paths
 
@@ -332,12 +333,13 @@ def main() -> None:
     try:
         app(arguments, prog_name="a2sf-tune")
     except A2SFError as error:
-        _fail(str(error))
+        # What may pass by itself, such as a database that is away, is worth another try.
+        _fail(str(error), os.EX_UNAVAILABLE if isinstance(error, Unavailable) else 2)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

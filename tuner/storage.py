@@ -56,7 +56,8 @@ _SQLITE_LOCK_TIMEOUT_S = 60
 def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
     """Open the storage at `url`, or the journal file, and say of which kind it is.
 
-    Raises InvalidArgument where it cannot be opened; the message leaves the address out.
+    Raises Unavailable where it cannot be reached, and InvalidArgument where it cannot be opened;
+    the messages leave the address out.
     """
     # Its warnings quote the driver, and the driver quotes the address.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -81,6 +82,11 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
             "pip install 'a2sf-serve[postgres]'",
         ) from None
     except Exception as error:
+        if is_outage(error):
+            raise Unavailable(
+                f"storage: the {kind!r} storage cannot be reached ({type(error).__name__}); see "
+                "that it runs and lets this user in, then run the same command again"
+            ) from None
         raise InvalidArgument(
             "storage",
             f"the {kind!r} storage cannot be opened ({type(error).__name__}); accepted: a URL such "

@@ -119,13 +119,18 @@ def test_workers_are_alike_and_the_first_to_end_ends_the_job(overlay: Rendered) 
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_a_lost_worker_is_replaced_whatever_its_exit_code(overlay: Rendered) -> None:
+def test_a_lost_worker_is_replaced_and_one_that_was_told_wrong_ends_the_job(
+    overlay: Rendered,
+) -> None:
     spec = job(overlay)
     assert spec["backoffLimitPerIndex"] > 1
-    # Exit code 2 is a wrong flag, or a database that does not answer.
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["action"] == "Ignore"
-    assert [c["type"] for c in rule["onPodConditions"]] == ["DisruptionTarget"]
+    lost, told_wrong = spec["podFailurePolicy"]["rules"]
+    assert lost["action"] == "Ignore"
+    assert [c["type"] for c in lost["onPodConditions"]] == ["DisruptionTarget"]
+    assert told_wrong["action"] == "FailJob"
+    # As the command line exits; a database that is away is 69, and worth another try.
+    assert told_wrong["onExitCodes"] == {"containerName": "fit", "operator": "In", "values": [2]}
+    assert spec["template"]["spec"]["initContainers"][0]["name"] == "fit"
 
 
 def test_the_connection_is_told_by_variables_of_postgresql(overlay: Rendered) -> None:

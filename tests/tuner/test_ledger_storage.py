@@ -19,7 +19,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from tests.tuner.crew import opened
 from tuner.storage import KernelLock, Patience, open_storage
 
@@ -39,12 +39,17 @@ def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["nosuch://me:secret@host/db", "postgresql://me:secret@127.0.0.1:1/db", "me:secret@host"]
+    ("url", "kind", "told"),
+    [
+        ("nosuch://me:secret@host/db", InvalidArgument, "storage cannot be opened"),
+        ("me:secret@host", InvalidArgument, "storage cannot be opened"),
+        ("postgresql://me:secret@127.0.0.1:1/db", Unavailable, "storage cannot be reached"),
+    ],
 )
 def test_a_storage_that_cannot_be_opened_is_told_without_its_address(
-    tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, url: str, kind: type[A2SFError], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InvalidArgument, match="storage cannot be opened") as caught:
+    with pytest.raises(kind, match=told) as caught:
         open_storage(url, tmp_path / "x.journal")
     assert "secret" not in str(caught.value) + "".join(capfd.readouterr())
     assert caught.value.__suppress_context__

@@ -134,6 +134,16 @@ def test_what_the_user_can_mend_is_told_in_the_last_line_with_exit_code_2(
     assert not (tmp_path / "sums.json").exists()
 
 
+def test_a_database_that_is_away_has_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
+) -> None:
+    address = "postgresql://somebody:secret@127.0.0.1:1/studies"
+    code, _, line = run(monkeypatch, capsys, *small_fit, "--storage", address)
+    assert code == os.EX_UNAVAILABLE
+    assert "the 'postgresql' storage cannot be reached" in line
+    assert "secret" not in line
+
+
 def test_an_out_directory_that_is_not_there_is_told_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
