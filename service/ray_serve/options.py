@@ -53,7 +53,7 @@ class RayOptions(ServerOptions):
     num_cpus: NotNegative = 1.0
     """Processors that Ray sets aside for a replica."""
     num_gpus: NotNegative = 0.0
-    """GPUs that Ray gives to a replica; with none it sees none."""
+    """GPUs that Ray sets aside for a replica, and shows to it alone; with 0 it hides none."""
 
     def check(self, places: Mapping[str, str] = MappingProxyType({})) -> None:
         """Raise InvalidArgument for what cannot be under Ray, by its flag.
