@@ -165,7 +165,8 @@ def interleave(run: Run, variants: list[Variant]) -> dict[str, Measured]:
                 # What was measured counts; who has nothing yet is told so.
                 mine.failure = None if mine.turns else up
             except Exception as error:
-                mine.failure = error
+                # Its frames would hold the memory that the others need.
+                mine.failure = error.with_traceback(None)
                 run.free()
     return found
 

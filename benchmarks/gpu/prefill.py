@@ -126,7 +126,7 @@ def whole(run: Run) -> None:
                 if not taken[name]:
                     failed[name] = up
             except Exception as error:
-                failed[name] = error
+                failed[name] = error.with_traceback(None)
             run.free()
     base = taken["transformers"]
     for name in variants:

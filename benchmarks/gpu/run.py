@@ -64,7 +64,7 @@ class Sizes:
         Cell("8b", 16384, 32, 1024),
         Cell("8b", 16384, 32, 512, ()),
         Cell("8b", 16384, 32, 2048, ()),
-        Cell("8b", 4096, 64, 1024, ("dynamic", "batching")),
+        Cell("8b", 4096, 64, 1024),
         Cell("8b", 32768, 64, 1024, ()),
     )
     small_cells: tuple[Cell, ...] = (

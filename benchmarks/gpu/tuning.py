@@ -32,7 +32,7 @@ def measure(run: Run) -> None:
     sizes = run.sizes
     tokens, rows = sizes.sequence_tokens, sizes.sequences
     few, more = sizes.continuation
-    prompt = tokens - more
+    prompt = tokens // PROMPT_SHARE
     chosen = policies(model, sizes.budget, tokens)["table"]
     batch = rows
 
@@ -60,7 +60,7 @@ def measure(run: Run) -> None:
     few_s, more_s = follow(few), follow(more)
     per_step = max(more_s - few_s, 0.0) / (more - few)
     blocks_s = max(more_s - per_step * more, 0.0)
-    steps = tokens - tokens // PROMPT_SHARE
+    steps = tokens - prompt
     evaluation_s = blocks_s + per_step * steps
     heads = model.shape.num_layers * model.shape.num_kv_heads
     run.report.add(
