@@ -6,6 +6,7 @@ turn comes, so that one whose packages are not there is told by name and the oth
 
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -43,9 +44,10 @@ def _machine(run: Run) -> None:
 
 
 def _checks(run: Run) -> None:
-    from benchmarks.gpu import checks
+    from benchmarks.gpu import ahead, checks
 
-    checks.run_checks(run)
+    with ahead.compiling(run):
+        checks.run_checks(run)
 
 
 def _decode(run: Run) -> None:
@@ -172,13 +174,16 @@ def main(
         peer_python=peer_python,
         sizes=DRY if dry else Sizes(),
     )
-    passed = carry_out(run, chosen, 60 * minutes)
+    # Whoever ends it from outside finds the page of what it had.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        passed = carry_out(run, chosen, 60 * minutes)
+    finally:
+        if out is not None and not dry:
+            publish(run.report, out)
     if dry:
         for part in run.report.document["parts"]:
             typer.echo(f"dry run: no figure: {part['name']}: {part['status']}")
-    else:
-        assert out is not None
-        publish(run.report, out)
     raise typer.Exit(0 if passed else 1)
 
 

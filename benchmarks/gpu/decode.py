@@ -83,7 +83,7 @@ def run_cells(run: Run, cells: tuple[Cell, ...]) -> None:
 
 
 def _cell(run: Run, cell: Cell, model: LoadedModel, rows: Rows, module: Any) -> None:
-    room = run.sizes.rounds * (run.sizes.untimed + run.sizes.steps) + 2
+    room = run.sizes.room
     chosen = policies(model, cell.budget, cell.context + room)
     variants = [_bounded(model, rows, name, chosen[name], cell) for name in BOUNDED]
     kept: dict[str, Any] = {}

@@ -88,9 +88,13 @@ class Report:
             yield about
         except Exception as error:
             about |= told(error)
-        about["took_s"] = round(time.monotonic() - began, 1)
-        self.document["parts"].append(about)
-        self.write()
+        except BaseException:
+            about |= {"status": "failed", "reason": "ended from outside"}
+            raise
+        finally:
+            about["took_s"] = round(time.monotonic() - began, 1)
+            self.document["parts"].append(about)
+            self.write()
 
     def add(self, name: str, status: str = "measured", **figures: Any) -> None:
         """Record an entry of the part that is running."""

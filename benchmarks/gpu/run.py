@@ -96,6 +96,13 @@ class Sizes:
     continuation: tuple[int, int] = (16, 48)
     """Decode steps at whose end a policy's forward pass is timed."""
 
+    @property
+    def room(self) -> int:
+        """Slots beside its context of a row of which all tokens are kept, in a cell."""
+        steps = self.rounds * (self.untimed + self.steps) + 2
+        # A multiple of what programs are compiled for, as contexts are.
+        return -(-steps // 16) * 16
+
 
 DRY = Sizes(
     rounds=2,

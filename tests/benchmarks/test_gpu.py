@@ -168,6 +168,21 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
+@pytest.mark.usefixtures("checks")
+def test_a_run_that_is_ended_keeps_what_it_had(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+
+    def ended(run: Run) -> None:
+        run.report.add("first", ms=1.0)
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        carry_out(dry_run(out), [part("long", ended)], 60)
+    document = json.loads(out.read_text())
+    assert document["entries"][0]["name"] == "first"
+    assert document["parts"][-1]["reason"] == "ended from outside"
+
+
 def test_nothing_is_timed_where_a_check_fails(
     checks: Callable[[Callable[[Run], None]], None],
 ) -> None:

@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
 from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
-from benchmarks.gpu import checks
+from benchmarks.gpu import ahead, checks
+from benchmarks.gpu.models import DRY_SHAPES
 from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime
-from benchmarks.gpu.run import Run
+from benchmarks.gpu.run import Cell, Run
 from tests import kernel_cases
 from tests.benchmarks.test_gpu import dry_run
 
@@ -54,6 +55,26 @@ def test_what_needs_a_gpu_is_not_supported_here() -> None:
     for check in (checks.flash_attention, checks.engine_graphs, checks.decode_steps):
         with pytest.raises(NotSupported):
             check(dry_run())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_the_graphs_will_run_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By an H100 of 132 multiprocessors and tiles of 64 slots (128 with heads of 64).
+    cells = (Cell("8b", 4096, 8, 1024), Cell("8b", 960, 1, 512, ("full",)), Cell("1b", 99, 1, 512))
+    assert ahead.needed(cells, 132, room=64) == [(64, 4), (128, 4), (128, 8), (128, 16)]
+    launched = []
+    right = decode_programs.attend
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            launched.append(grid)
+            return right[grid]
+
+    monkeypatch.setattr(decode_programs, "attend", Counting())
+    ahead.compile_for(DRY_SHAPES["8b"], 3, torch.device("cpu"), torch.float32)
+    assert launched == [(2, 3)] * 2
+    with ahead.compiling(dry_run()):
+        pass
 
 
 def names(run: Run) -> dict[str, str]:
