@@ -26,6 +26,9 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # Rounding of the output, as a share of the largest value; scores are float32 whatever the model.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
+SCORE_TOLERANCE = 2e-4 if CUDA else 2e-5
+"""Relative, of scores: tensor cores cut off what they add up, and a logit of 30 feels it."""
+
 ALIGNMENT = 16
 """What sizes must be multiples of for Triton to compile one program for all of them."""
 
@@ -238,7 +241,9 @@ def check(case: Case, steps: int, splits: int) -> None:
         held = torch.minimum(start + 1, policy.budget)[:, :, None, None]
         used = (torch.arange(slots.score.shape[3], device=DEVICE) < held).expand_as(slots.score)
         assert torch.equal(slots.position, witness.position)
-        torch.testing.assert_close(slots.score[used], witness.score[used], rtol=2e-5, atol=1e-7)
+        torch.testing.assert_close(
+            slots.score[used], witness.score[used], rtol=SCORE_TOLERANCE, atol=1e-7
+        )
         # Unused slots are nobody's, and no more are those of other rows.
         assert slots.score[~used].isnan().all()
         assert case.slab.score[:, rows:].isnan().all()
@@ -405,4 +410,4 @@ def check_mass(
     query[(weights == 0).all(dim=1)[:, None].expand(-1, kv_heads * group, -1)] = torch.nan
     keys[position == EMPTY] = torch.nan
     got = prefill.mass(query, at, keys, position, weights, 0.4, lse)
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=SCORE_TOLERANCE, atol=1e-6)

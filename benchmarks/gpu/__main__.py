@@ -174,8 +174,9 @@ def main(
         peer_python=peer_python,
         sizes=DRY if dry else Sizes(),
     )
-    # Whoever ends it from outside finds the page of what it had.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if not dry:
+        # Whoever ends it from outside finds the page of what it had.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         passed = carry_out(run, chosen, 60 * minutes)
     finally:

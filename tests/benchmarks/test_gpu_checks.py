@@ -60,8 +60,8 @@ def test_what_needs_a_gpu_is_not_supported_here() -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_what_the_graphs_will_run_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     # By an H100 of 132 multiprocessors and tiles of 64 slots (128 with heads of 64).
-    cells = (Cell("8b", 4096, 8, 1024), Cell("8b", 960, 1, 512, ("full",)), Cell("1b", 99, 1, 512))
-    assert ahead.needed(cells, 132, room=64) == [(64, 4), (128, 4), (128, 8), (128, 16)]
+    cells = (Cell("8b", 4096, 8, 1024), Cell("8b", 4096, 1, 512, ("full",)), Cell("1b", 9, 1, 512))
+    assert ahead.needed(cells, 132, room=64) == [(64, 4), (128, 4), (128, 8), (128, 16), (128, 22)]
     launched = []
     right = decode_programs.attend
 
