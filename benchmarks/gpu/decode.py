@@ -119,7 +119,8 @@ def _cell(run: Run, cell: Cell, model: LoadedModel, rows: Rows, module: Any) -> 
         )
         variants.append(dynamic)
     if "batching" in cell.peers:
-        make = once("batching", lambda: Batching(module, cell.batch, cell.context, room))
+        # A module of its own, for the manager may switch its attention.
+        make = once("batching", lambda: Batching(plain(model), cell.batch, cell.context, room))
         variants.append(Variant("batching", make, lambda _: None, full))
     try:
         found = interleave(run, variants)

@@ -60,7 +60,9 @@ class Batching:
 
     def __init__(self, module: Any, rows: int, context: int, room: int) -> None:
         on_gpu = module.device.type == "cuda"
-        longest = context + room + 2
+        # Rows that are filled first decode while the others are.
+        self._filling = 2 * rows * (context // READ_AT_ONCE + 1) + 2
+        longest = context + room + self._filling
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=rows * (-(-longest // PAGE) + 1),
@@ -72,10 +74,9 @@ class Batching:
             use_cuda_graph=on_gpu,
         )
         generation = GenerationConfig(
-            max_new_tokens=room, do_sample=False, eos_token_id=-1, pad_token_id=0
+            max_new_tokens=longest - context, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
         self._rows = rows
-        self._module = module
         try:
             self._manager = module.init_continuous_batching(generation, config)
         except Exception:
@@ -97,7 +98,7 @@ class Batching:
         try:
             for row in range(self._rows):
                 self._manager.add_request([(row + at) % 100 + 1 for at in range(context)])
-            for _ in range(2 * self._rows * (context // READ_AT_ONCE + 1) + 2):
+            for _ in range(self._filling):
                 self._advance()
                 if len(self._states) == self._rows and self._made() >= self._rows:
                     break
@@ -131,8 +132,7 @@ class Batching:
             raise RuntimeError(f"{made} of {self._rows} rows were decoded in a step")
 
     def close(self) -> None:
-        """Free every row's pages, and give the model its own attention back."""
+        """Free every row's pages."""
         self._loop.reset()
         self._manager.batch_processor = None
         del self._loop, self._manager
-        self._module.set_attn_implementation("sdpa")

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from benchmarks import RESULTS
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import alone, decode
+from benchmarks.gpu import alone, decode, peers
 from benchmarks.gpu.__main__ import FIRST, PARTS, Part, carry_out, main
+from benchmarks.gpu.models import plain, token_bytes
 from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime, Report
 from benchmarks.gpu.run import DRY, Cell, Run
 from benchmarks.gpu.timing import figures, spread
@@ -95,6 +96,27 @@ def test_a_variant_that_fails_ends_for_itself_alone(monkeypatch: pytest.MonkeyPa
     assert entries["dynamic"]["reason"] == "OutOfMemoryError: no room for 34 GB"
     assert entries["a2sf"]["status"] == "measured"
     assert "times_faster_than_transformers" not in entries["a2sf"]
+
+
+def test_rows_of_continuous_batching_outlive_the_filling_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "READ_AT_ONCE", 64)
+    model = dry_run().model("8b")
+    rows = peers.Batching(plain(model), 6, context=60, room=9)
+    lengths = [state.generated_len() for state in rows._states]
+    assert min(lengths) < max(lengths)
+    for _ in range(9):
+        rows.step()
+    rows.close()
+
+
+def test_a_growing_cache_holds_a_token_more_after_each_step() -> None:
+    model = dry_run().model("8b")
+    rows = peers.Dynamic(plain(model), 3, 20)
+    assert rows.kv_bytes == 3 * 20 * token_bytes(model)
+    rows.step()
+    assert rows.kv_bytes == 3 * 21 * token_bytes(model)
 
 
 def test_cells_that_the_time_does_not_reach_are_named() -> None:
