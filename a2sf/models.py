@@ -33,7 +33,8 @@ from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, s
 from a2sf.ranks import Ranks, expected, of_own_heads
 from a2sf.schema import ModelIdentity
 
-_ATTENTION_NAME = "a2sf"
+ATTENTION_NAME = "a2sf"
+"""Of our attention function, as transformers knows it: it hands on to a `LayerAttention`."""
 
 
 class LayerAttention(Protocol):
@@ -75,7 +76,7 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def load_model(
                 directory,
                 config=config,
                 dtype=chosen,
-                attn_implementation=_ATTENTION_NAME,
+                attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,

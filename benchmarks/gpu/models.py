@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from a2sf.models import _ATTENTION_NAME, LoadedModel
+from a2sf.models import ATTENTION_NAME, LoadedModel
 from a2sf.outline import ModelShape
 from a2sf.schema import ModelIdentity
 from tests.tiny import byte_tokenizer
@@ -70,7 +70,7 @@ def build(
     torch.manual_seed(seed)
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_ATTENTION_NAME
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME
         )
     sizes = ModelShape(
         num_layers=shape.num_hidden_layers,
