@@ -43,9 +43,7 @@ class Engine:
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """Which carry out the law: torch's operations, or Triton's programs."""
         self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
-        # What ranks exchange in a step is not captured: nobody has tried it.
-        alone = model.held is None
-        graphs = config.cuda_graphs and alone and model.device.type == "cuda"
+        graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
         self._block_attention = decoding.block_attention(self.kernels)
         staging = config.staging_slots(model.shape.max_context)
