@@ -1,81 +1,21 @@
-"""Cases that the kernels are held to, and the judges: one decode step, a prompt's block, a chain.
+"""Cases that the kernel of a decode step is held to, and the judges: one step, and a chain.
 
-Runs where there is a CUDA device and, in Triton's interpreter, where there is none. Needs Triton;
-pytest only for interpreting.
+Runs where there is a CUDA device and, in Triton's interpreter, where there is none.
 """
 
 import random
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 
-from a2sf import attention, scoring
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kernels import decode, prefill
+from a2sf.kernels import decode
 from a2sf.policy import EffectivePolicy
-from a2sf.scoring import EMPTY
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from tests.interpreting import ALIGNMENT, DEVICE, SCORE_TOLERANCE
 
 # Rounding of the output, as a share of the largest value; scores are float32 whatever the model.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-SCORE_TOLERANCE = 2e-4 if CUDA else 2e-5
-"""Relative, of scores: tensor cores cut off what they add up, and a logit of 30 feels it."""
-
-ALIGNMENT = 16
-"""What sizes must be multiples of for Triton to compile one program for all of them."""
-
-
-@contextmanager
-def interpreting(*modules: ModuleType) -> Iterator[None]:
-    """Run the modules' programs on the processor, although others imported Triton to compile."""
-    if CUDA:
-        yield
-        return
-    import pytest
-    import triton.language as tl
-    from triton.runtime import JITFunction
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-
-    # The interpreter holds bfloat16 as bits, and would multiply them as integers.
-    def widened(
-        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object
-    ) -> object:
-        a, b = (
-            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-        )
-        return dot(self, a, b, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setattr(InterpreterBuilder, "create_dot", widened)
-        for module in (tl, tl.standard, *modules):
-            for name, function in list(vars(module).items()):
-                if isinstance(function, JITFunction):
-                    patch.setattr(module, name, InterpretedFunction(function.fn))
-        yield
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Let what `torch.empty` gives be NaN, so that whatever is not written shows."""
-    with warnings.catch_warnings():
-        # The reference's products on a device go through cuBLAS, which only warns.
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 @dataclass
@@ -354,60 +294,3 @@ def check_chain(case: Case, steps: int, splits: int) -> int | None:
         start += 1
     assert torch.equal(slots.position, witness.position)
     return None
-
-
-def check_mass(
-    seed: int, kind: tuple[int, int, int, torch.dtype] | None = None, *, known: bool = False
-) -> None:
-    """A block of several rows, ragged, over slots that hold older tokens, the block, or nothing.
-
-    `kind` as in `SERVED`, or one that the seed decides; `known` hands in the normalisers.
-    """
-    choose = random.Random(seed)
-    rng = torch.Generator().manual_seed(seed)
-    rows, kv_heads = choose.randint(1, 2), choose.randint(1, 2)
-    group, dim = choose.choice([1, 2, 4, 7]), choose.choice([16, 32, 32])
-    width = choose.choice([1, 15, 16, 40, 70])
-    slots = width + choose.choice([0, 3, 30])
-    dtype = choose.choice([torch.float32, torch.float16, torch.bfloat16])
-    beside = 2
-    if kind is not None:
-        group, kv_heads, dim, dtype = kind
-        width *= 4
-        slots = -(-(4 * slots) // ALIGNMENT) * ALIGNMENT
-        beside = ALIGNMENT
-    lengths = torch.tensor([choose.randint(1, width) for _ in range(rows)])
-    older = choose.randint(0, slots - width)
-    start = torch.tensor([older + choose.choice([0, 100]) for _ in range(rows)])
-
-    position = torch.full((rows, kv_heads, slots + beside), EMPTY, dtype=torch.int32)
-    for row in range(rows):
-        for head in range(kv_heads):
-            old = torch.randperm(int(start[row]), generator=rng)[:older]
-            new = int(start[row]) + torch.arange(int(lengths[row]))
-            tokens = torch.cat([old, new]).int()
-            # In order, as in an exact prompt, or in none, as after evictions.
-            where = torch.arange(slots) if seed % 2 else torch.randperm(slots, generator=rng)
-            position[row, head, where[: len(tokens)]] = tokens
-    position = position[:, :, :slots].to(DEVICE)
-    factors = torch.tensor([0.0, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64)
-    alpha = factors[torch.randint(0, 5, (1, rows, kv_heads), generator=rng)]
-    weights = scoring.query_weights(alpha, lengths, 0, width)[0].to(DEVICE)
-
-    # As a model hands them in: heads and width swapped by a view.
-    query = torch.randn(rows, width, kv_heads * group, dim, generator=rng)
-    query = query.to(dtype).to(DEVICE).transpose(1, 2)
-    keys = torch.randn(rows, kv_heads, slots, dim, generator=rng).to(dtype).to(DEVICE)
-    at = (start[:, None] + torch.arange(width)).to(DEVICE)
-    lse = None
-    if known:
-        expanded = keys.double().repeat_interleave(group, dim=1).transpose(2, 3)
-        logits = query.double() @ expanded * 0.4
-        unseen = position.repeat_interleave(group, dim=1)[:, :, None] > at[:, None, :, None]
-        lse = logits.masked_fill(unseen, -torch.inf).logsumexp(dim=-1).float()
-    want = attention.mass(query.double().contiguous(), at, keys.double(), position, weights, 0.4)
-    # What is beyond a row's length or in an empty slot is nobody's.
-    query[(weights == 0).all(dim=1)[:, None].expand(-1, kv_heads * group, -1)] = torch.nan
-    keys[position == EMPTY] = torch.nan
-    got = prefill.mass(query, at, keys, position, weights, 0.4, lse)
-    torch.testing.assert_close(got, want, rtol=SCORE_TOLERANCE, atol=1e-6)

@@ -1,7 +1,7 @@
 """What must hold before anything is timed: the kernels and the engine compute what the law says.
 
-The cases and their judges are the tests' own (`tests/kernel_cases.py`, `tests/near_ties.py`). A
-check that fails ends the run. Knows nothing of time but its deadline.
+The cases and their judges are the tests' own (`tests/kernel_cases.py`, `tests/prompt_cases.py`,
+`tests/near_ties.py`). A check that fails ends the run. Knows nothing of time but its deadline.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from a2sf.attention import attend
 from a2sf.kernels import problem
 from a2sf.models import LoadedModel
 from a2sf.requests import GenerationRequest
@@ -69,9 +68,10 @@ def run_checks(run: Run) -> None:
 def decode_steps(run: Run) -> str:
     """Decode kernel against float64: outputs, scores, positions, and who is evicted next."""
     from tests import kernel_cases
+    from tests.interpreting import poisoned
 
     _needs_kernels(run, 64)
-    with kernel_cases.poisoned():
+    with poisoned():
         for seed in range(run.sizes.cases):
             run.deadline.check()
             kernel_cases.check(*kernel_cases.served_case(seed, run.sizes.case_slots))
@@ -81,11 +81,12 @@ def decode_steps(run: Run) -> str:
 def decode_chain(run: Run) -> str:
     """A long chain of evictions beside a reference that is never corrected."""
     from tests import kernel_cases
+    from tests.interpreting import poisoned
 
     _needs_kernels(run, 128)
     group, kv_heads, dim, _ = kernel_cases.SERVED[0]
     parted = None
-    with kernel_cases.poisoned():
+    with poisoned():
         case = kernel_cases.make(
             1,
             group=group,
@@ -105,15 +106,17 @@ def decode_chain(run: Run) -> str:
 
 def prompt_masses(run: Run) -> str:
     """What a prompt's queries pay, with and without known normalisers, against float64."""
-    from tests import kernel_cases
+    from tests.interpreting import poisoned
+    from tests.kernel_cases import SERVED
+    from tests.prompt_cases import check_mass
 
     _needs_kernels(run, 64)
     count = min(MASS_CASES, run.sizes.cases)
-    with kernel_cases.poisoned():
+    with poisoned():
         for seed in range(count):
             run.deadline.check()
-            kind = kernel_cases.SERVED[seed % 2] if run.device.type == "cuda" else None
-            kernel_cases.check_mass(seed, kind, known=seed % 4 >= 2)
+            kind = SERVED[seed % 2] if run.device.type == "cuda" else None
+            check_mass(seed, kind, known=seed % 4 >= 2)
     return f"{count} random blocks"
 
 
@@ -121,26 +124,11 @@ def flash_attention(run: Run) -> str:
     """Flash attention aligned with the last slot, and its normalisers, against float64."""
     if run.device.type != "cuda":
         raise NotSupported("torch has flash attention on CUDA devices only")
-    from a2sf.kernels import prefill
+    from tests.prompt_cases import check_flash
 
-    rng = torch.Generator().manual_seed(7)
     for dtype in (torch.bfloat16, torch.float16):
         for width, slots in FLASH:
-            query = torch.randn(1, 8, width, 128, generator=rng).to(run.device, dtype)
-            keys, values = (
-                torch.randn(1, 2, slots, 128, generator=rng).to(run.device, dtype) for _ in "kv"
-            )
-            at = torch.arange(slots - width, slots, device=run.device)[None]
-            everywhere = torch.arange(slots, device=run.device).int()
-            position = everywhere.expand(1, 2, slots).contiguous()
-            output, lse = prefill.flash(query, keys, values, 0.1)
-            exact = [tensor.double() for tensor in (query, keys, values)]
-            want = attend(exact[0], at, exact[1], exact[2], position, 0.1)
-            torch.testing.assert_close(output.double(), want, rtol=0, atol=2e-2)
-            logits = exact[0] @ exact[1].repeat_interleave(4, dim=1).transpose(2, 3) * 0.1
-            hidden = position[:, :1, None, :] > at[:, None, :, None]
-            normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
-            torch.testing.assert_close(lse.double(), normaliser, rtol=1e-3, atol=1e-3)
+            check_flash(dtype, width, slots)
     return f"{2 * len(FLASH)} shapes, four query heads a KV head"
 
 

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
 from a2sf import decoding, fused, teacher
-from a2sf.attention import BlockPass, attend
+from a2sf.attention import BlockPass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
-from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
+from a2sf.kernels import decode, decode_programs, prefill_programs, settling
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy, resolve
 from a2sf.requests import Event
 from tests.driving import any_requests, engine_for, request, rows_of, run, run_at_random, tokens
-from tests.kernel_cases import CUDA, DEVICE, interpreting
+from tests.interpreting import CUDA, DEVICE, interpreting
 from tests.near_ties import TOLERANCE, Recorder, parting
 
 SIZES = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
@@ -170,24 +170,6 @@ def test_what_has_no_kernel_is_refused_by_name(
         assert decoding.choose_kernels("auto", model) == "torch"
 
 
-def test_normalisers_that_are_known_need_not_be_found_again() -> None:
-    rng = torch.Generator().manual_seed(3)
-    rows, q_heads, kv_heads, width, slots, dim = 2, 4, 2, 20, 33, 16
-    query = torch.randn(rows, q_heads, width, dim, generator=rng).to(DEVICE)
-    keys = torch.randn(rows, kv_heads, slots, dim, generator=rng).to(DEVICE)
-    position = torch.arange(slots, device=DEVICE).int().expand(rows, kv_heads, slots).contiguous()
-    at = torch.arange(slots - width, slots, device=DEVICE).expand(rows, width)
-    weights = (0.9 ** torch.arange(width - 1, -1, -1)).expand(rows, kv_heads, width).clone()
-    weights[0, 0, :7] = 0.0
-    weights = weights.to(DEVICE)
-    logits = query @ keys.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
-    hidden = position[:, :1, None, :] > at[:, None, :, None]
-    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
-    found = prefill.mass(query, at, keys, position, weights, 0.3)
-    known = prefill.mass(query, at, keys, position, weights, 0.3, lse)
-    torch.testing.assert_close(known, found, rtol=1e-4, atol=1e-6)
-
-
 def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     """A prompt of 40 tokens in two pieces, in slots just as wide; the output of the second."""
     rng = torch.Generator().manual_seed(5)
@@ -247,30 +229,6 @@ def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
             engine.submit(one)
         answers.append({name: tokens(stream) for name, stream in run(engine).items()})
     assert answers[0] == answers[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("slots", [64, 200])
-def test_flash_attention_sees_what_attention_by_position_sees(
-    dtype: torch.dtype, slots: int
-) -> None:
-    if not CUDA:
-        pytest.skip("no CUDA device on this machine")
-    rng = torch.Generator().manual_seed(7)
-    width, dim = 64, 128
-    query = torch.randn(1, 8, width, dim, generator=rng).to(DEVICE, dtype)
-    keys, values = (torch.randn(1, 2, slots, dim, generator=rng).to(DEVICE, dtype) for _ in "kv")
-    position = torch.arange(slots, device=DEVICE).int().expand(1, 2, slots).contiguous()
-    at = torch.arange(slots - width, slots, device=DEVICE)[None]
-    output, lse = prefill.flash(query, keys, values, 0.1)
-    exact = [t.double() for t in (query, keys, values)]
-    want = attend(exact[0], at, *exact[1:], position, 0.1)
-    torch.testing.assert_close(output.double(), want, rtol=0, atol=2e-2)
-    logits = exact[0] @ exact[1].repeat_interleave(4, dim=1).transpose(2, 3) * 0.1
-    hidden = position[:, :1, None, :] > at[:, None, :, None]
-    normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
-    torch.testing.assert_close(lse.double(), normaliser, rtol=1e-3, atol=1e-3)
 
 
 def test_texts_run_along_get_what_torch_gives(

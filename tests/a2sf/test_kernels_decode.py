@@ -17,15 +17,8 @@ from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import decode, decode_programs, settling
 from a2sf.scoring import EMPTY
-from tests.kernel_cases import (
-    check,
-    check_chain,
-    interpreting,
-    make,
-    poisoned,
-    random_case,
-    served_case,
-)
+from tests.interpreting import interpreting, poisoned
+from tests.kernel_cases import check, check_chain, make, random_case, served_case
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from a2sf import attention, scoring
 from a2sf.kernels import prefill, prefill_programs
-from tests.kernel_cases import CUDA, check_mass, interpreting, poisoned
+from tests.interpreting import CUDA, interpreting, poisoned
+from tests.prompt_cases import check_flash, check_mass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,3 +68,14 @@ def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) 
         # Of four tiles of queries and two of slots: at .3 and 0 only the last queries count, and at
         # 1 all do, but the later slots are out of the earlier queries' sight.
         assert len(products) == count
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [64, 200])
+def test_flash_attention_sees_what_attention_by_position_sees(
+    dtype: torch.dtype, slots: int
+) -> None:
+    if not CUDA:
+        pytest.skip("no CUDA device on this machine")
+    check_flash(dtype, 64, slots)

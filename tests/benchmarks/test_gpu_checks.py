@@ -14,6 +14,7 @@ from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime
 from benchmarks.gpu.run import Cell, Run
 from tests import kernel_cases
 from tests.benchmarks.test_gpu import dry_run
+from tests.interpreting import interpreting
 
 CUDA = torch.cuda.is_available()
 
@@ -22,7 +23,7 @@ CUDA = torch.cuda.is_available()
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small tiles, so that the interpreter has less to do.
     monkeypatch.setattr(prefill, "QUERIES", 16)
-    with kernel_cases.interpreting(settling, decode_programs, prefill_programs):
+    with interpreting(settling, decode_programs, prefill_programs):
         yield
 
 

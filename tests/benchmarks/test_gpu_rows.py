@@ -67,7 +67,7 @@ def test_layers_of_other_budgets_hold_as_many_as_theirs() -> None:
 def interpreted() -> Iterator[None]:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
     from a2sf.kernels import decode_programs, settling
-    from tests.kernel_cases import interpreting
+    from tests.interpreting import interpreting
 
     with interpreting(settling, decode_programs):
         yield
