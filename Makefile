@@ -27,7 +27,7 @@ test-slow: $(BIN)/.installed ## Run the slow tests
 image-test: $(BIN)/.installed ## Build both images and run them; as root, with buildah, mmdebstrap and runc
 	$(BIN)/python scripts/image_test.py
 
-check: $(BIN)/.installed ## Lint, check formats, types, the contract and the container files
+check: $(BIN)/.installed ## Lint, check formats, types, the contract, the container files and the manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

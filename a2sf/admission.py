@@ -4,10 +4,11 @@ Owns the checks that need the model's shape and the engine's sizes, and their me
 may be by itself is checked where the value is made. Knows nothing of rows or schedules.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from a2sf.decoding import Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve
@@ -34,7 +35,7 @@ class EngineConfig(Frozen):
     """Prompt tokens computed in one step, between two tokens of the streams that run."""
     max_waiting: Count = 64
     """Requests that may wait once every row is taken; one more is refused."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    kernels: Kernels = "auto"
     """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices.
     auto: Triton's where they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True

@@ -19,6 +19,10 @@ from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy
 
 Kernels = Literal["auto", "torch", "triton"]
+"""What may be asked for."""
+
+Carrier = Literal["torch", "triton"]
+"""What carries out the law."""
 
 
 class Decoder(Protocol):
@@ -125,7 +129,7 @@ class TorchDecoder:
         return self._model.logits(hidden[:, -1])
 
 
-def choose_kernels(asked: Kernels, model: LoadedModel) -> Literal["torch", "triton"]:
+def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
     """Return which kernels a model is served with.
 
     `auto` takes Triton's where there is a program for the device, the dtype and the head size.
@@ -141,9 +145,7 @@ def choose_kernels(asked: Kernels, model: LoadedModel) -> Literal["torch", "trit
     raise InvalidArgument("kernels", f"triton, but {problem}; or take kernels torch")
 
 
-def layer_steps(
-    chosen: Literal["torch", "triton"], slots: Slots, policy: PolicyTensors
-) -> LayerSteps:
+def layer_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> LayerSteps:
     """Return what carries the rows of a layer's `slots` on, under policies of the same layer."""
     if chosen == "triton":
         from a2sf import fused
@@ -154,7 +156,7 @@ def layer_steps(
     )
 
 
-def block_attention(chosen: Literal["torch", "triton"]) -> BlockAttention:
+def block_attention(chosen: Carrier) -> BlockAttention:
     """Return what attends in the blocks of prompts."""
     if chosen == "torch":
         return attend_and_charge
@@ -164,9 +166,7 @@ def block_attention(chosen: Literal["torch", "triton"]) -> BlockAttention:
     return prefill.attend_and_charge
 
 
-def make(
-    model: LoadedModel, slab: Slots, chosen: Literal["torch", "triton"], *, graphs: bool
-) -> Decoder:
+def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:
     """Return what decodes a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
     if chosen == "torch":
         return TorchDecoder(model, slab)

@@ -10,7 +10,6 @@ predictions are compared with.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -222,7 +221,7 @@ class _Scan:
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
     watch: Kept | None
-    kernels: Literal["torch", "triton"]
+    kernels: decoding.Carrier
 
     @classmethod
     def over(

@@ -23,7 +23,7 @@ from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
 from a2sf.kernels import decode, decode_programs, prefill_programs, settling
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import CachePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.requests import Event
 from tests.driving import any_requests, engine_for, request, rows_of, run, run_at_random, tokens
 from tests.interpreting import CUDA, DEVICE, interpreting
@@ -170,6 +170,18 @@ def test_what_has_no_kernel_is_refused_by_name(
         assert decoding.choose_kernels("auto", model) == "torch"
 
 
+def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
+    return resolve(
+        wish,
+        table=None,
+        server=CachePolicy(),
+        length=length,
+        slots=length,
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+    )
+
+
 def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     """A prompt of 40 tokens in two pieces, in slots just as wide; the output of the second."""
     rng = torch.Generator().manual_seed(5)
@@ -182,12 +194,9 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    engine = engine_for(model, kernels="torch", **SIZES)
-    engine.submit(request("0", [1] * 40, cache_policy=CachePolicy(alpha=0.9, budget=50)))
-    engine.step()
-    assert engine._prefilling is not None
-    policy = PolicyTensors.stack([engine._prefilling.policy], [90], slots.position.device)
-    policy = replace(policy.layer(0), any_scored=True)
+    wish = effective(model, CachePolicy(alpha=0.9, budget=50), 90)
+    policy = PolicyTensors.stack([wish], [90], slots.position.device).layer(0)
+    assert policy.any_scored
     for first, width in ((0, 25), (25, 15)):
         piece = BlockPass(
             slots.view(slice(None), [first + width]),
@@ -242,18 +251,8 @@ def test_texts_run_along_get_what_torch_gives(
         for length, prompt in ((14, 9), (20, 12))
     ]
     for chunk in (0, 5):
-        policies = [
-            resolve(
-                CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk),
-                table=None,
-                server=CachePolicy(preset="h2o", budget=7),
-                length=20,
-                slots=20,
-                num_layers=model.shape.num_layers,
-                num_kv_heads=model.shape.num_kv_heads,
-            )
-            for _ in examples
-        ]
+        wish = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
+        policies = [effective(model, wish, 20)] * len(examples)
         got = teacher.predict(model, examples, policies)
         with monkeypatch.context() as patch:
             patch.setattr(decoding, "choose_kernels", lambda *_: "torch")
