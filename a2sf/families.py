@@ -35,6 +35,11 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
 by the longest position in the batch, which would let one request change another's logits."""
 
+ROTATE_IN_PART = frozenset(
+    {"GlmForCausalLM", "Glm4ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM"}
+)
+"""Families whose default rotation reads `partial_rotary_factor`; the others rotate whole heads."""
+
 _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "use_cache"})
 """Arguments of attention that change nothing: queries and keys come rotated, the cache is ours."""
 

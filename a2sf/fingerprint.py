@@ -1,13 +1,16 @@
 """A model's fingerprint: what an alpha table is tied to.
 
-Owns the digest over a model's canonical settings and the start of every layer's key projection as
-stored on disk, so that it depends neither on the dtype a model is loaded in nor on how it is
-sharded. Knows nothing of transformers.
+Owns the digest over a model's settings in one spelling and the start of every layer's key
+projection as stored on disk, so that it depends neither on how a configuration spells what it
+means, nor on the dtype a model is loaded in, nor on how it is sharded. Knows nothing of
+transformers.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +25,155 @@ BYTES_A_WEIGHT = 4096
 
 _KEY_PROJECTION = re.compile(r"\.layers\.(\d+)\.self_attn\.(?:k_proj|qkv_proj)\.weight$")
 
+_ROTATION_SETTINGS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"}
+    ),
+}
+"""What each rotation reads beside the base, the rotated share of a head, and YaRN's scale."""
 
-def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[Path]) -> str:
-    """SHA-256 (hex) over `settings` as canonical JSON, then the layers' key projections in order.
+_DEFAULTS: dict[str, object] = {
+    "partial_rotary_factor": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+}
+"""What a setting is where it is absent, null, or (the two betas) 0."""
 
-    Of each layer the first 4 KiB of its k_proj weight count. A family that stores queries, keys and
-    values as one (Phi-3) has none: there it is the first 4 KiB of qkv_proj, which hold queries.
+
+def canonical_rotation(
+    rope: Mapping[str, Any], max_context: int, *, partial: bool
+) -> dict[str, Any]:
+    """Write a rotation's settings in one spelling: equal ones compute the same rotation.
+
+    Numbers are floats, a count of positions is an integer; what has its default is left out, and
+    so is what the rotation does not read, such as the `type` that older files have.
 
     Args:
-        settings: the model's shape and rope settings, as JSON values.
-        num_layers: how many layers must be found.
+        rope: the settings as transformers reads them; by kind of layer where they are nested.
+        max_context: positions the model was made for; YaRN without a factor reads it.
+        partial: whether the family's default rotation reads `partial_rotary_factor`.
+    """
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return {
+            kind: canonical_rotation(value, max_context, partial=partial)
+            for kind, value in rope.items()
+            if isinstance(value, Mapping)
+        }
+    given = {name: value for name, value in rope.items() if value is not None}
+    if "truncate" in rope:
+        given["truncate"] = bool(rope["truncate"])
+    rope_type = given.get("rope_type") or given.get("type") or "default"
+    reads = {"rope_theta", *_ROTATION_SETTINGS[rope_type]}
+    if partial or rope_type != "default":
+        reads.add("partial_rotary_factor")
+    if rope_type == "yarn":
+        given.setdefault(
+            "factor", max_context / given.get("original_max_position_embeddings", max_context)
+        )
+        scale = _yarn_scale(given)
+        if not math.isclose(scale, _magnitude(given["factor"], 1.0), rel_tol=1e-9):
+            # The last digits of a logarithm are the machine's.
+            reads.add("attention_factor")
+            given["attention_factor"] = float(f"{scale:.9g}")
+    found = {name: _canonical(name, value) for name, value in given.items() if name in reads}
+    kept = {
+        name: value
+        for name, value in found.items()
+        if value != _DEFAULTS.get(name) and not (name.startswith("beta_") and not value)
+    }
+    if rope_type == "linear" and kept.get("factor") == 1.0:
+        # Positions divided by one.
+        del kept["factor"]
+        rope_type = "default"
+    return {**kept, "rope_type": rope_type}
+
+
+def _canonical(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return int(value) if name == "original_max_position_embeddings" else float(value)
+
+
+def _yarn_scale(rope: Mapping[str, Any]) -> float:
+    """Return the factor on queries and keys (arXiv 2309.00071, section 3.4), as in transformers."""
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    if over and under:
+        return _magnitude(rope["factor"], over) / _magnitude(rope["factor"], under)
+    return _magnitude(rope["factor"], 1.0)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _earlier_spellings(
+    rope: Mapping[str, Any], canonical: Mapping[str, Any], *, partial: bool
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the spellings of one rotation that were hashed as they stood, before one was chosen.
+
+    They are the file's own, and those in which files differ: whole numbers as integers or floats,
+    with and without the older key `type`, and a whole head's share written out or not.
+    """
+    yield rope
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return
+    choices: list[list[dict[str, Any]]] = [
+        [{name: value}, {name: int(value)}]
+        if isinstance(value, float) and value.is_integer()
+        else [{name: value}]
+        for name, value in canonical.items()
+    ]
+    choices.append([{}, {"type": canonical["rope_type"]}])
+    if partial and "partial_rotary_factor" not in canonical:
+        choices.append([{}, {"partial_rotary_factor": 1.0}])
+    for parts in product(*choices):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def fingerprints(
+    sizes: Mapping[str, Any],
+    rope: Mapping[str, Any],
+    weights: Sequence[Path],
+    *,
+    num_layers: int,
+    max_context: int,
+    partial: bool,
+) -> tuple[str, ...]:
+    """A model's fingerprint, then those that the same model had while spelling counted.
+
+    Each is the SHA-256 (hex) over the settings as canonical JSON, then the layers' key projections
+    in order: of each layer the first 4 KiB of its k_proj weight. A family that stores queries, keys
+    and values as one (Phi-3) has none: there it is the first 4 KiB of qkv_proj, which hold queries.
+
+    Args:
+        sizes: the model's shape, as JSON values.
+        rope, max_context, partial: as for `canonical_rotation`.
         weights: the safetensors files.
+        num_layers: how many layers must be found.
 
     Raises:
         NotFound: a file is not whole.
         Unsupported: some layer stores neither k_proj nor qkv_proj.
     """
-    digest = hashlib.sha256(canonical_json(settings).encode())
+    starts = _starts(weights, num_layers)
+    canonical = canonical_rotation(rope, max_context, partial=partial)
+    found: dict[str, None] = {}
+    for spelling in (canonical, *_earlier_spellings(rope, canonical, partial=partial)):
+        digest = hashlib.sha256(canonical_json({**sizes, "rope": spelling}).encode())
+        digest.update(starts)
+        found[digest.hexdigest()] = None
+    return tuple(found)
+
+
+def _starts(weights: Sequence[Path], num_layers: int) -> bytes:
     found: dict[int, bytes] = {}
     for path in weights:
         try:
@@ -53,9 +188,7 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
         raise Unsupported(
             f"k_proj or qkv_proj weights found for layers {sorted(found)} of {num_layers}"
         )
-    for layer in sorted(found):
-        digest.update(found[layer])
-    return digest.hexdigest()
+    return b"".join(found[layer] for layer in sorted(found))
 
 
 def _first_bytes(stored: Any) -> bytes:

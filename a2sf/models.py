@@ -28,10 +28,10 @@ from transformers.utils import logging
 from a2sf import families, files, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
-from a2sf.fingerprint import fingerprint
+from a2sf.fingerprint import canonical_rotation, fingerprints
 from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, shape_of
 from a2sf.ranks import Ranks, expected, of_own_heads
-from a2sf.schema import ModelIdentity
+from a2sf.schema import LoadedIdentity, ModelIdentity
 
 ATTENTION_NAME = "a2sf"
 """Of our attention function, as transformers knows it: it hands on to a `LayerAttention`."""
@@ -211,30 +211,7 @@ def load_model(
     config = read_settings(id_or_path, directory)
     weights = files.weight_files(id_or_path, directory)
     shape = shape_of(config)
-    # A local model goes by its folder's name: the path to it is nobody else's business.
-    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
-    identity = ModelIdentity(
-        id=directory.resolve().name if local else id_or_path,
-        revision=revision,
-        architecture=config.architectures[0],
-        num_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_kv_heads=shape.num_kv_heads,
-        fingerprint=fingerprint(
-            {
-                "architecture": config.architectures[0],
-                "num_layers": shape.num_layers,
-                "num_attention_heads": shape.num_attention_heads,
-                "num_kv_heads": shape.num_kv_heads,
-                "head_dim": shape.head_dim,
-                "hidden_size": config.hidden_size,
-                "vocab_size": shape.vocab_size,
-                "rope": config.rope_parameters,
-            },
-            shape.num_layers,
-            weights,
-        ),
-    )
+    identity = _identity(id_or_path, revision, directory, config, weights)
     held = None
     if ranks:
         held = ranks.share(shape.num_kv_heads)
@@ -292,6 +269,43 @@ def load_model(
     except Unsupported as error:
         raise Unsupported(f"model {id_or_path!r}: {error}") from error
     return model
+
+
+def _identity(
+    id_or_path: str, revision: str | None, directory: Path, config: Any, weights: list[Path]
+) -> LoadedIdentity:
+    # A local model goes by its folder's name: the path to it is nobody else's business.
+    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+    shape, architecture = shape_of(config), config.architectures[0]
+    partial = architecture in families.ROTATE_IN_PART
+    sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
+    sizes["vocab_size"] = shape.vocab_size
+    rope = canonical_rotation(config.rope_parameters, shape.max_context, partial=partial)
+    fingerprint, *earlier = fingerprints(
+        {
+            "architecture": architecture,
+            "num_layers": shape.num_layers,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            **sizes,
+        },
+        config.rope_parameters,
+        weights,
+        num_layers=shape.num_layers,
+        max_context=shape.max_context,
+        partial=partial,
+    )
+    return LoadedIdentity(
+        id=directory.resolve().name if local else id_or_path,
+        revision=revision,
+        architecture=architecture,
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_kv_heads=shape.num_kv_heads,
+        fingerprint=fingerprint,
+        earlier=tuple(earlier),
+        settings=", ".join(f"{name} {value}" for name, value in {**sizes, **rope}.items()),
+    )
 
 
 def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:

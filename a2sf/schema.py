@@ -8,7 +8,15 @@ from here (`json_schema`) and a test holds the two equal.
 from datetime import UTC
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from a2sf.errors import (
     TableMismatch,
@@ -53,18 +61,60 @@ class ModelIdentity(Frozen):
         "every k_proj weight (of qkv_proj where those are fused) as stored."
     )
 
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """All fingerprints by which the model is known."""
+        return frozenset({self.fingerprint})
+
+    @property
+    def hashed(self) -> str:
+        """What is hashed beside the weights, as the end of a sentence; empty if nobody knows."""
+        return ""
+
     def difference(self, other: "ModelIdentity") -> str | None:
         """Say how `other` differs in what a table depends on, or None where it does not."""
         for field in ("architecture", "num_layers", "num_attention_heads", "num_kv_heads"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 return f"{field} is {mine!r} in the table and {theirs!r} in the model"
-        if self.fingerprint != other.fingerprint:
-            return (
-                f"the weights differ: fingerprint {self.fingerprint[:12]}... in the table and "
-                f"{other.fingerprint[:12]}... in the model"
-            )
-        return None
+        if self.fingerprint in other.fingerprints:
+            return None
+        if self.id == other.id and self.revision != other.revision:
+            mine, theirs = self.revision, other.revision
+            known = f"revision is {mine!r} in the table and {theirs!r} in the model"
+        else:
+            known = "the weights differ, or the sizes or rope settings that are hashed with them"
+        return (
+            f"{known}: fingerprint {self.fingerprint[:12]}... in the table and "
+            f"{other.fingerprint[:12]}... in the model{other.hashed}"
+        )
+
+
+class LoadedIdentity(ModelIdentity):
+    """The identity of a model that is at hand, which says more than a table keeps of it."""
+
+    earlier: tuple[Digest, ...] = Field(default=(), exclude=True)
+    """Fingerprints that older tables have of the same model."""
+    settings: str = Field(default="", exclude=True)
+    """What is hashed beside the weights, for people."""
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """All fingerprints by which the model is known."""
+        return frozenset({self.fingerprint, *self.earlier})
+
+    @property
+    def hashed(self) -> str:
+        """What is hashed beside the weights, as the end of a sentence."""
+        return f" (whose settings are {self.settings})"
+
+
+def _stored(model: ModelIdentity) -> ModelIdentity:
+    return ModelIdentity(**model.model_dump())
+
+
+StoredIdentity = Annotated[ModelIdentity, AfterValidator(_stored)]
+"""What a file keeps of an identity."""
 
 
 class TablePolicy(Frozen):
@@ -197,7 +247,7 @@ class AlphaTable(Frozen):
 
     schema_version: Literal[2]
     name: Name
-    model: ModelIdentity
+    model: StoredIdentity
     policy: TablePolicy
     calibration: Calibration
     evidence: Evidence

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field
 
-from a2sf.schema import Count, Digest, Estimate, Finite, Frozen, ModelIdentity, Positive, Ratio
+from a2sf.schema import Count, Digest, Estimate, Finite, Frozen, Positive, Ratio, StoredIdentity
 
 Metric = Literal["kl", "nll", "top1", "accuracy", "similarity"]
 
@@ -113,7 +113,7 @@ class Evaluation(Frozen):
     command: str = Field(description="The command line, without paths' directories.")
     machine: dict[str, str] = Field(description="Processor, device, threads, dtype, versions.")
     seconds: float
-    model: ModelIdentity
+    model: StoredIdentity
     seed: int
     confidence: float
     tasks: tuple[Task, ...]

@@ -45,6 +45,9 @@ def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
         raise InvalidArgument(
             option, f"{path} is not what evaluate --json writes: {problem}"
         ) from error
+    if table.sha256 in {policy.sha256 for policy in found.policies}:
+        # Evaluating checks a table against its model, and may know that by a newer fingerprint.
+        return found
     if found.model.fingerprint != table.model.fingerprint:
         raise InvalidArgument(
             option,
@@ -52,14 +55,12 @@ def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
             f", and table {table.name!r} was made for {table.model.id!r} "
             f"({table.model.fingerprint[:12]}...); evaluate the table with its own model",
         )
-    if table.sha256 not in {policy.sha256 for policy in found.policies}:
-        raise InvalidArgument(
-            option,
-            f"{path} did not compare table {table.name!r} (sha256 {table.sha256[:12]}...) but "
-            f"{', '.join(policy.name for policy in found.policies)}; "
-            "name the table's file among the --policies of evaluate",
-        )
-    return found
+    raise InvalidArgument(
+        option,
+        f"{path} did not compare table {table.name!r} (sha256 {table.sha256[:12]}...) but "
+        f"{', '.join(policy.name for policy in found.policies)}; "
+        "name the table's file among the --policies of evaluate",
+    )
 
 
 def render(table: AlphaTable, evaluation: Evaluation | None = None) -> str:

@@ -255,6 +255,18 @@ def test_an_evaluation_of_the_table_adds_its_curves_and_what_they_show(tmp_path:
     assert [row[2] for row in rows] == [short(row.difference, "+") for row in differences]
 
 
+def test_an_evaluation_may_know_the_model_by_a_newer_fingerprint(tmp_path: Path) -> None:
+    table = fitted_table(IDENTITY)
+    path = tmp_path / "e.json"
+    path.write_text(
+        together(
+            table, model=IDENTITY.model_copy(update={"fingerprint": "b" * 64})
+        ).model_dump_json(),
+        encoding="utf-8",
+    )
+    assert load_evaluation(path, table).model.fingerprint == "b" * 64
+
+
 OTHER = IDENTITY.model_copy(update={"id": "other", "fingerprint": "b" * 64})
 
 
@@ -264,7 +276,7 @@ OTHER = IDENTITY.model_copy(update={"id": "other", "fingerprint": "b" * 64})
         ("not JSON", "is not what evaluate --json writes: Invalid JSON"),
         ('{"format": 1}', "is not what evaluate --json writes: created_at: Field required"),
         (
-            together(fitted_table(IDENTITY), model=OTHER).model_dump_json(),
+            together(fitted_table(OTHER), model=OTHER).model_dump_json(),
             "is of model 'other' (fingerprint bbbbbbbbbbbb...), and table 'fitted' was made",
         ),
         (
