@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from a2sf import files, linear
+from a2sf import linear
 from a2sf.cache import Slots
-from a2sf.errors import NotFound
 from a2sf.outline import Outline
 
 SCORED_SLOT_BYTES = 12
@@ -43,10 +41,7 @@ class Weights:
 
 
 def weights(outline: Outline) -> Weights:
-    """Count a model's weights on the device and in the dtype of `outline`, without reading any.
-
-    Raises NotFound where a file of weights is there and not whole.
-    """
+    """Count a model's weights on the device and in the dtype of `outline`, without reading any."""
     module = outline.module
     # Both list a tensor that is held in two places once.
     parameters, buffers = list(module.parameters()), list(module.buffers())
@@ -134,18 +129,8 @@ def _packs(outline: Outline) -> bool:
 
 
 def _stored_parameters(outline: Outline) -> int | None:
-    try:
-        paths = files.weight_files(outline.directory.name, outline.directory)
-    except NotFound:
+    if outline.stored is None:
         return None
-    stored = outline.module.state_dict().keys()
-    count: int = -sum(b.numel() for name, b in outline.module.named_buffers() if name in stored)
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                # A slice knows its shape from the header; nothing is read.
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    count += prod(file.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise NotFound(f"weights {path}: not whole ({error})") from error
-    return count
+    kept = outline.module.state_dict().keys()
+    buffers = sum(b.numel() for name, b in outline.module.named_buffers() if name in kept)
+    return sum(prod(tensor.shape) for tensor in outline.stored.values()) - int(buffers)

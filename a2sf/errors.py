@@ -89,3 +89,9 @@ def first_line(error: BaseException) -> str:
     """Put a library's message into one line, for a sentence of our own around it."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(":. ")
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Put a library's message and its kind into one line of at most `most` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
+    return text if len(text) <= most else text[: most - 3] + "..."

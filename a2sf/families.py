@@ -8,6 +8,7 @@ settings as they come; knows nothing of loading or of transformers.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from a2sf.checkpoint import FLOATS
 from a2sf.errors import Unsupported
 
 SUPPORTED_ARCHITECTURES = (
@@ -35,6 +36,20 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
 by the longest position in the batch, which would let one request change another's logits."""
 
+_ONE_WINDOW = frozenset({"MistralForCausalLM", "Phi3ForCausalLM"})
+"""Families whose layers all have the window of `sliding_window`, whatever `layer_types` says."""
+
+_SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
 ROTATE_IN_PART = frozenset(
     {"GlmForCausalLM", "Glm4ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM"}
 )
@@ -47,6 +62,36 @@ _SWITCHED_OFF: dict[str, object] = {"dropout": 0.0, "output_attentions": False}
 """Arguments of attention that change nothing at this value, beside None, which never does."""
 
 
+def refuse_by_name(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise Unsupported for what need not be tried: other families, quantised weights, no sizes.
+
+    Args:
+        name: what the model was asked for by.
+        settings: config.json as it stands.
+    """
+    named = settings.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise Unsupported(
+            f"model {name!r} is a {architecture or 'model of no named architecture'}; supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    quantised = settings.get("quantization_config") or settings.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise Unsupported(
+            f"model {name!r} is quantised ({method or 'by no named method'}); supported: weights "
+            f"of {', '.join(FLOATS.values())}; use the checkpoint that is not quantised"
+        )
+    _refuse_sizes(name, {size: settings[size] for size in _SIZES if size in settings})
+    if settings.get("transformers_weights") is not None:
+        raise Unsupported(
+            f"model {name!r} names its weights in transformers_weights of config.json; supported: "
+            "model.safetensors or model.safetensors.index.json; rename the file and remove the "
+            "setting"
+        )
+
+
 def refuse_unsupported(name: str, config: Any) -> None:
     """Raise Unsupported, naming the model and the reason, unless its settings can be honoured.
 
@@ -54,31 +99,74 @@ def refuse_unsupported(name: str, config: Any) -> None:
         name: what the model was asked for by.
         config: its settings, as transformers reads them.
     """
-    architecture = (config.architectures or ["unknown"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise Unsupported(
-            f"model {name!r} is a {architecture}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+    _refuse_sizes(name, {size: getattr(config, size, None) for size in _SIZES})
+    architecture = config.architectures[0]
     if not getattr(config, "is_causal", True) or getattr(
         config, "use_bidirectional_attention", None
     ):
         raise Unsupported(f"model {name!r} attends in both directions; supported: causal models")
-    rope = config.rope_parameters or {}
+    rope = config.rope_parameters
+    if not isinstance(rope, dict):
+        raise Unsupported(f"model {name!r} has rope settings {rope!r}; accepted: an object")
     # Some families rotate by kind of layer, and their settings are one level deeper.
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
-    for rope_type in (kind.get("rope_type", "default") for kind in kinds):
+    for kind in kinds:
+        rope_type = kind.get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise Unsupported(
                 f"model {name!r} uses rope type {rope_type!r}, whose factors depend on the batch; "
                 f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
+        _refuse_numbers(name, kind)
+        part = kind.get("partial_rotary_factor", 1.0)
+        if rope_type != "default" and part != 1 and architecture not in ROTATE_IN_PART:
+            raise Unsupported(
+                f"model {name!r} rotates {part} of each head, which a {architecture} does not; "
+                "accepted: partial_rotary_factor 1"
+            )
     _refuse_partial_views(name, config)
+
+
+def _refuse_sizes(name: str, sizes: Mapping[str, Any]) -> None:
+    for size, value in sizes.items():
+        # These two may be left to be derived from others.
+        if size in ("head_dim", "num_key_value_heads") and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise Unsupported(
+                f"model {name!r} has {size} {value!r} in config.json; accepted: 1 or more"
+            )
+    heads, kv_heads = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise Unsupported(
+            f"model {name!r} has {heads} attention heads for {kv_heads} KV heads in config.json; "
+            "accepted: a multiple"
+        )
+    hidden = sizes.get("hidden_size")
+    if heads and hidden and not sizes.get("head_dim") and hidden % heads:
+        raise Unsupported(
+            f"model {name!r} has hidden_size {hidden} for {heads} attention heads and no head_dim "
+            "in config.json; accepted: a multiple"
+        )
+
+
+def _refuse_numbers(name: str, rope: Mapping[str, Any]) -> None:
+    for setting in ("rope_theta", "factor", "partial_rotary_factor"):
+        value = rope.get(setting, 1.0)
+        if setting == "factor" and value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
+            raise Unsupported(
+                f"model {name!r} has {setting} {value!r} in its rope settings; accepted: a number "
+                "above 0"
+            )
 
 
 def _refuse_partial_views(name: str, config: Any) -> None:
     window = getattr(config, "sliding_window", None)
     kinds: Sequence[str] | None = getattr(config, "layer_types", None)
-    if kinds is None:
+    if kinds is None or config.architectures[0] in _ONE_WINDOW:
         slides = window is not None and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
     for kind in dict.fromkeys(kinds):

@@ -7,17 +7,19 @@ for the list of weight files.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from a2sf import reference
-from a2sf.errors import NotFound, first_line
+from a2sf.errors import NotFound, first_line, one_line
 
 REFERENCE = "reference"
 """The name under which the packaged model is asked for."""
 
 _SETTINGS = ["*.json"]
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth"]
 _FILES = [*_SETTINGS, "*.safetensors", "*.model", "*.jinja"]
 
 
@@ -55,6 +57,35 @@ def directory(id_or_path: str, revision: str | None, *, weights: bool = True) ->
         ) from error
 
 
+def settings(name: str, directory: Path) -> dict[str, Any]:
+    """Read config.json as it stands.
+
+    Raises NotFound where it is not there or is no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise NotFound(
+            f"model {name!r}: no config.json in {directory}; accepted: a directory with "
+            "config.json and *.safetensors"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotFound(f"model {name!r}: config.json cannot be read ({one_line(error)})") from error
+    if not isinstance(found, dict):
+        raise NotFound(f"model {name!r}: config.json is not a JSON object")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether any weights lie there, of whatever format; a plan needs none."""
+    return any(path for kind in _WEIGHTS for path in directory.glob(kind))
+
+
 def weight_files(name: str, directory: Path) -> list[Path]:
     """The files that transformers would read, which need not be all that lie there.
 
@@ -69,9 +100,14 @@ def weight_files(name: str, directory: Path) -> list[Path]:
             f"listed in {index.name}; other formats are not read"
         )
     try:
-        listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise NotFound(f"model {name!r}: {index.name} cannot be read ({error})") from error
+        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        beside = bool(listed) and all(Path(file).name == file for file in listed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise NotFound(
+            f"model {name!r}: {index.name} cannot be read ({one_line(error)})"
+        ) from error
+    if not beside:
+        raise NotFound(f"model {name!r}: {index.name} lists {listed}; accepted: files beside it")
     missing = [file for file in listed if not (directory / file).is_file()]
     if missing:
         raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")

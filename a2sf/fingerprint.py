@@ -141,7 +141,7 @@ def _earlier_spellings(
 def fingerprints(
     sizes: Mapping[str, Any],
     rope: Mapping[str, Any],
-    weights: Sequence[Path],
+    starts: Mapping[int, bytes],
     *,
     num_layers: int,
     max_context: int,
@@ -149,31 +149,42 @@ def fingerprints(
 ) -> tuple[str, ...]:
     """A model's fingerprint, then those that the same model had while spelling counted.
 
-    Each is the SHA-256 (hex) over the settings as canonical JSON, then the layers' key projections
-    in order: of each layer the first 4 KiB of its k_proj weight. A family that stores queries, keys
-    and values as one (Phi-3) has none: there it is the first 4 KiB of qkv_proj, which hold queries.
+    Each is the SHA-256 (hex) over the settings as canonical JSON, then what the layers' key
+    projections start with, in order.
 
     Args:
         sizes: the model's shape, as JSON values.
         rope, max_context, partial: as for `canonical_rotation`.
-        weights: the safetensors files.
-        num_layers: how many layers must be found.
+        starts: by layer, as `key_starts` reads them.
+        num_layers: how many layers there must be.
 
-    Raises:
-        NotFound: a file is not whole.
-        Unsupported: some layer stores neither k_proj nor qkv_proj.
+    Raises Unsupported where `starts` lacks a layer.
     """
-    starts = _starts(weights, num_layers)
+    if sorted(starts) != list(range(num_layers)):
+        raise Unsupported(
+            f"k_proj or qkv_proj weights found for layers {sorted(starts)} of {num_layers}"
+        )
     canonical = canonical_rotation(rope, max_context, partial=partial)
     found: dict[str, None] = {}
     for spelling in (canonical, *_earlier_spellings(rope, canonical, partial=partial)):
         digest = hashlib.sha256(canonical_json({**sizes, "rope": spelling}).encode())
-        digest.update(starts)
+        for layer in sorted(starts):
+            digest.update(starts[layer])
         found[digest.hexdigest()] = None
     return tuple(found)
 
 
-def _starts(weights: Sequence[Path], num_layers: int) -> bytes:
+def key_starts(weights: Sequence[Path]) -> dict[int, bytes]:
+    """Read the first 4 KiB of each layer's k_proj weight, by layer, as they are stored.
+
+    A family that stores queries, keys and values as one (Phi-3) has no k_proj: there it is the
+    first 4 KiB of qkv_proj, which hold queries.
+
+    Args:
+        weights: the safetensors files.
+
+    Raises NotFound where a file is not whole.
+    """
     found: dict[int, bytes] = {}
     for path in weights:
         try:
@@ -184,11 +195,7 @@ def _starts(weights: Sequence[Path], num_layers: int) -> bytes:
                         found[int(match[1])] = _first_bytes(file.get_slice(name))
         except SafetensorError as error:
             raise NotFound(f"weights {path}: not whole ({error})") from error
-    if sorted(found) != list(range(num_layers)):
-        raise Unsupported(
-            f"k_proj or qkv_proj weights found for layers {sorted(found)} of {num_layers}"
-        )
-    return b"".join(found[layer] for layer in sorted(found))
+    return found
 
 
 def _first_bytes(stored: Any) -> bytes:

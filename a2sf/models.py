@@ -7,8 +7,7 @@ module. Knows nothing of requests or schedules, and nothing of any one family.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,17 +18,26 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
 )
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging
 
 from a2sf import families, files, linear, span
-from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
+from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
-from a2sf.fingerprint import canonical_rotation, fingerprints
-from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, shape_of
+from a2sf.fingerprint import canonical_rotation, fingerprints, key_starts
+from a2sf.outline import (
+    ModelShape,
+    check_dtype,
+    check_generation_settings,
+    choose_dtype,
+    empty_module,
+    read_headers,
+    read_settings,
+    read_tokenizer,
+    reading,
+    shape_of,
+)
 from a2sf.ranks import Ranks, expected, of_own_heads
 from a2sf.schema import LoadedIdentity, ModelIdentity
 
@@ -209,9 +217,17 @@ def load_model(
     check_dtype(dtype)
     directory = files.directory(id_or_path, revision)
     config = read_settings(id_or_path, directory)
-    weights = files.weight_files(id_or_path, directory)
+    chosen = choose_dtype(dtype, target.type, config)
     shape = shape_of(config)
-    identity = _identity(id_or_path, revision, directory, config, weights)
+    # Whatever is wrong is told before weights are read.
+    read_headers(id_or_path, directory, config, empty_module(id_or_path, config, chosen))
+    tokenizer = read_tokenizer(id_or_path, directory, config)
+    check_generation_settings(id_or_path, directory)
+    weights = files.weight_files(id_or_path, directory)
+    # A local model goes by its folder's name: the path to it is nobody else's business.
+    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+    name = directory.resolve().name if local else id_or_path
+    identity = _identity(name, revision, config, key_starts(weights))
     held = None
     if ranks:
         held = ranks.share(shape.num_kv_heads)
@@ -220,36 +236,24 @@ def load_model(
             num_attention_heads=shape.num_attention_heads // ranks.size,
             num_kv_heads=shape.num_kv_heads // ranks.size,
         )
-    chosen = choose_dtype(dtype, target.type, config)
-    try:
-        with _quietly():
-            module, loaded = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=chosen,
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **_divided(id_or_path, config) if ranks else {},
-            )
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
+    with reading(id_or_path, "weights"):
+        module, loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=chosen,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_divided(id_or_path, config) if ranks else {},
+        )
     # transformers fills what is missing with random numbers and only warns.
-    if loaded["missing_keys"]:
-        raise NotFound(
-            f"model {id_or_path!r}: weights are missing: "
-            f"{', '.join(sorted(loaded['missing_keys']))}"
-        )
-    # The class is picked by the config's model_type, which may disagree with its architectures.
-    if type(module).__name__ != config.architectures[0]:
-        raise Unsupported(
-            f"model {id_or_path!r} calls itself a {config.architectures[0]}, but its model_type "
-            f"{config.model_type!r} makes it a {type(module).__name__}"
-        )
-    if not tokenizer.is_fast:
-        raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
+    for kind in ("missing", "unexpected", "mismatched"):
+        if loaded[f"{kind}_keys"]:
+            raise NotFound(
+                f"model {id_or_path!r}: weights are {kind}: "
+                f"{', '.join(sorted(map(str, loaded[f'{kind}_keys'])))}"
+            )
     module = module.to(target).eval().requires_grad_(False)
     # A packed layer would leave out the sum over ranks that transformers hooks to it.
     if pack and not ranks:
@@ -268,14 +272,16 @@ def load_model(
         _try_out(model)
     except Unsupported as error:
         raise Unsupported(f"model {id_or_path!r}: {error}") from error
+    except RuntimeError as error:
+        raise Unsupported(
+            f"model {id_or_path!r} cannot read a token ({one_line(error)})"
+        ) from error
     return model
 
 
 def _identity(
-    id_or_path: str, revision: str | None, directory: Path, config: Any, weights: list[Path]
+    name: str, revision: str | None, config: Any, starts: Mapping[int, bytes]
 ) -> LoadedIdentity:
-    # A local model goes by its folder's name: the path to it is nobody else's business.
-    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
     shape, architecture = shape_of(config), config.architectures[0]
     partial = architecture in families.ROTATE_IN_PART
     sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
@@ -290,13 +296,13 @@ def _identity(
             **sizes,
         },
         config.rope_parameters,
-        weights,
+        starts,
         num_layers=shape.num_layers,
         max_context=shape.max_context,
         partial=partial,
     )
     return LoadedIdentity(
-        id=directory.resolve().name if local else id_or_path,
+        id=name,
         revision=revision,
         architecture=architecture,
         num_layers=shape.num_layers,
@@ -339,18 +345,6 @@ def _try_out(model: LoadedModel) -> None:
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model.hidden_states(token, token, attend)
     assert attended == list(range(shape.num_layers)), "each layer attends once, in order"
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' own progress bar: a server's log and an error stay one line."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _device(name: str) -> torch.device:

@@ -4,15 +4,20 @@ Owns reading them, and a model of whose weights nobody has read a byte. Beside `
 seam with transformers. Knows nothing of weights, devices or attention.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
-from a2sf import families, files
-from a2sf.errors import InvalidArgument, NotFound, first_line
+from a2sf import checkpoint, families, files
+from a2sf.checkpoint import Stored
+from a2sf.errors import A2SFError, InvalidArgument, NotFound, Unsupported, one_line
 
 _DTYPES = {
     "float64": torch.float64,
@@ -49,12 +54,17 @@ class Outline:
     """The transformers model on the meta device: sizes and dtypes without numbers."""
     directory: Path
     """Where its settings were found, and its weights if they are there."""
+    stored: Mapping[str, Stored] | None = None
+    """The tensors of its files by their headers; None: the files are not there."""
 
 
 def read_outline(
     id_or_path: str, *, revision: str | None = None, device_type: str = "cuda", dtype: str = "auto"
 ) -> Outline:
     """Read a model's settings as `load_model` does, and no weights, for a device that need not be.
+
+    What `load_model` would refuse of the files is refused here too. A directory of settings alone
+    is accepted: then nothing is said of weights and tokenizer.
 
     Args:
         id_or_path, revision, dtype: as for `load_model`.
@@ -67,8 +77,12 @@ def read_outline(
     directory = files.directory(id_or_path, revision, weights=False)
     config = read_settings(id_or_path, directory)
     chosen = choose_dtype(dtype, device_type, config)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+    module = empty_module(id_or_path, config, chosen)
+    stored = None
+    if files.has_weights(directory):
+        stored = read_headers(id_or_path, directory, config, module)
+        read_tokenizer(id_or_path, directory, config)
+        check_generation_settings(id_or_path, directory)
     return Outline(
         shape=shape_of(config),
         architecture=config.architectures[0],
@@ -76,6 +90,7 @@ def read_outline(
         dtype=chosen,
         module=module,
         directory=directory,
+        stored=stored,
     )
 
 
@@ -96,12 +111,114 @@ def read_settings(id_or_path: str, directory: Path) -> Any:
 
     Raises NotFound or Unsupported.
     """
-    try:
+    families.refuse_by_name(id_or_path, files.settings(id_or_path, directory))
+    if (directory / "adapter_config.json").is_file():
+        raise Unsupported(
+            f"model {id_or_path!r} comes with an adapter (adapter_config.json); supported: weights "
+            "that it is merged into"
+        )
+    with reading(id_or_path, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
     families.refuse_unsupported(id_or_path, config)
+    if config.dtype not in (None, *_DTYPES.values()):
+        raise Unsupported(
+            f"model {id_or_path!r} has dtype {config.dtype} in config.json; accepted: "
+            f"{', '.join(_DTYPES)}"
+        )
     return config
+
+
+def empty_module(id_or_path: str, config: Any, dtype: torch.dtype) -> Any:
+    """Make a model of a configuration on the meta device: sizes and dtypes without numbers.
+
+    Raises NotFound where transformers cannot make one, and Unsupported where it makes one of
+    another family than the configuration names.
+    """
+    with reading(id_or_path, "config.json"), torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    # The class is picked by the config's model_type, which may disagree with its architectures.
+    if type(module).__name__ != config.architectures[0]:
+        raise Unsupported(
+            f"model {id_or_path!r} calls itself a {config.architectures[0]}, but its model_type "
+            f"{config.model_type!r} makes it a {type(module).__name__}"
+        )
+    return module
+
+
+def read_headers(
+    id_or_path: str, directory: Path, config: Any, module: Any
+) -> Mapping[str, Stored]:
+    """Read which tensors a model's files hold; raise as `checkpoint.check` where not its own."""
+    stored = checkpoint.headers(files.weight_files(id_or_path, directory))
+    checkpoint.check(id_or_path, module, stored, lambda: _rotations(config, module))
+    return stored
+
+
+def _rotations(config: Any, module: Any) -> Sequence[Tensor]:
+    """Return the frequencies of a model's rotation, [rotated dimensions / 2], with and without
+    scaling: files from before transformers scaled them hold them unscaled."""
+    scaled: Tensor = type(module.get_decoder().rotary_emb)(config).inv_freq
+    count = scaled.shape[-1]
+    exponents = torch.arange(count, dtype=torch.float64) / count
+    return scaled, config.rope_parameters["rope_theta"] ** -exponents
+
+
+def read_tokenizer(id_or_path: str, directory: Path, config: Any) -> Any:
+    """Read a model's tokenizer, a transformers one.
+
+    Raises NotFound where it cannot be read, and Unsupported where it is not a fast one or makes
+    tokens that the model does not have.
+    """
+    with reading(id_or_path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise Unsupported(f"model {id_or_path!r}: only fast tokenizers (tokenizer.json) stream")
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise NotFound(f"model {id_or_path!r}: its tokenizer is empty; is tokenizer.json missing?")
+    # Fine-tunes add a token for padding and nothing else, and leave the embeddings as they are.
+    vocabulary.pop(tokenizer.pad_token, None)
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[last] >= config.vocab_size:
+        raise Unsupported(
+            f"model {id_or_path!r}: its tokenizer has token {last!r} of id {vocabulary[last]}, and "
+            f"vocab_size is {config.vocab_size} in config.json; accepted: ids below that; use the "
+            "model's own tokenizer"
+        )
+    return tokenizer
+
+
+def check_generation_settings(id_or_path: str, directory: Path) -> None:
+    """Raise NotFound unless generation_config.json, where it is there, can be read."""
+    if (directory / "generation_config.json").is_file():
+        with reading(id_or_path, "generation_config.json"):
+            GenerationConfig.from_pretrained(directory)
+
+
+@contextmanager
+def reading(id_or_path: str, part: str) -> Iterator[None]:
+    """Tell whatever a library makes of a broken checkpoint in one sentence, as NotFound.
+
+    Meanwhile transformers is silent: what it would warn of either fails or is checked here, and an
+    error stays one line.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    except A2SFError:
+        raise
+    # There is no telling what a library raises at a damaged file.
+    except Exception as error:
+        raise NotFound(
+            f"model {id_or_path!r}: {part} cannot be read ({one_line(error)}); correct it, or take "
+            "the checkpoint anew"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def shape_of(config: Any) -> ModelShape:

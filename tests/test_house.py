@@ -26,6 +26,7 @@ CORE = [
     "reference",
     "files",
     "fingerprint",
+    "checkpoint",
     "families",
     "linear",
     "span",
