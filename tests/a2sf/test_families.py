@@ -283,7 +283,7 @@ def test_a_fused_projection_is_fingerprinted_in_every_layer(tmp_path: Path) -> N
     assert load_model(str(tmp_path), device="cpu").identity.fingerprint != before
     del weights["model.layers.2.self_attn.qkv_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Unsupported, match=r"found for layers \[0, 1\] of 3"):
+    with pytest.raises(NotFound, match=r"missing: model\.layers\.2\.self_attn\.qkv_proj\.weight"):
         load_model(str(tmp_path))
 
 
@@ -403,11 +403,14 @@ LONGROPE = {
             {"layer_types": ["full_attention", "chunked_attention", "chunked_attention"]},
             "uses chunked_attention in layers 1-2; supported: full_attention",
         ),
-        # Phi-3 does not read layer_types: what it would do shows when a layer attends.
-        (
-            "Phi3ForCausalLM",
-            {"sliding_window": 64, "layer_types": ["full_attention"] * 3},
-            "layer 0 attends with 'sliding_window'",
+        # Phi-3 and Mistral do not read layer_types.
+        *(
+            (
+                architecture,
+                {"sliding_window": 64, "layer_types": ["full_attention"] * 3},
+                "window of 64 tokens in layers 0-2;",
+            )
+            for architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
         ),
         ("Phi3ForCausalLM", {"rope_parameters": LONGROPE}, "rope type 'longrope', whose factors"),
         (

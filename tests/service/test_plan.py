@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from a2sf import families
@@ -16,6 +17,7 @@ from service.core import load_core
 from service.options import layers_of
 from service.settings import load
 from tests.a2sf.test_families import save
+from tests.broken import added
 from tests.service.planning import planned, refused, shown
 from tests.tables import make_table
 from tests.tiny import save_tiny_llama
@@ -179,12 +181,13 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     assert "not whole" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
 
 
-def test_files_that_hold_another_number_of_parameters_are_told(tmp_path: Path) -> None:
+def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    tensors = load_file(directory / "model.safetensors")
+    added("lm_head.weight", tensors["model.embed_tokens.weight"].clone())(directory)
     told = shown("--model", directory, "--budget", 8, "--max-batch", 1)
-    assert "where the files' headers say" in told
+    stored = sum(tensor.numel() for tensor in tensors.values()) + 258 * 32
+    assert f"where the files' headers say {stored:,}" in told
 
 
 def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:

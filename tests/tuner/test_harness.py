@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from a2sf.policy import CachePolicy
 from a2sf.requests import Delta
 from a2sf.tablefile import load_table
 from a2sf.teacher import Example
+from tests.broken import BROKEN
 from tests.driving import engine_for, request, run
 from tests.tuner.conftest import write_rows
 from tuner import policies
@@ -527,3 +529,31 @@ def test_a_refusal_is_one_line(
         tuner.harness.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: ratio: wrong indeed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["quantised by gptq", "an unknown activation"])
+def test_a_broken_checkpoint_is_told_by_the_harness_too(
+    name: str, science: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_model_dir, tmp_path / "checkpoint"))
+    BROKEN[name].change(checkpoint)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tuner.harness", "--model", "a2sf"),
+            *("--tasks", "science", "--include_path", str(science)),
+            *("--model_args", f"pretrained={checkpoint},policy=h2o,ratio=0.5"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert BROKEN[name].told in last

@@ -1,6 +1,7 @@
 """The command line: what is printed, what is written, and failures in one line."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import tuner.fit
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tests.tuner.conftest import MakeSettings
+from tests.broken import BROKEN
 from tuner.__main__ import main
 from tuner.ledger import BATCH, FINISHED, INDEX
 from tuner.results import Evaluation
@@ -393,3 +395,33 @@ def test_evaluate_tells_what_the_user_can_mend(
     code, out, line = run(monkeypatch, capsys, *small_evaluation, *flags)
     assert (code, out) == (2, "")
     assert told in line
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quantised by awq",
+        "biases without attention_bias",
+        "a weight of another shape",
+        "a size that is a word",
+        "a tokenizer of an unknown kind",
+    ],
+)
+def test_a_broken_checkpoint_is_told_in_one_line(
+    name: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_model_dir: Path,
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_model_dir, tmp_path / "checkpoint"))
+    BROKEN[name].change(checkpoint)
+    said = ("--dataset", "sums", "--data-dir", small_data, "--model", checkpoint)
+    wanted = {"fit": ("--out", tmp_path / "t.json"), "evaluate": ("--ratios", ".5")}[command]
+    code, out, last = run(monkeypatch, capsys, command, *said, *wanted)
+    assert (code, out) == (2, "")
+    assert last.startswith("error: ")
+    assert BROKEN[name].told in last
