@@ -169,6 +169,11 @@ def _refuse_partial_views(name: str, config: Any) -> None:
     if kinds is None or config.architectures[0] in _ONE_WINDOW:
         slides = window is not None and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    if len(kinds) != config.num_hidden_layers:
+        raise Unsupported(
+            f"model {name!r} has {len(kinds)} layer_types for {config.num_hidden_layers} layers in "
+            "config.json; accepted: one a layer"
+        )
     for kind in dict.fromkeys(kinds):
         layers = _spans([index for index, other in enumerate(kinds) if other == kind])
         if kind == "full_attention":

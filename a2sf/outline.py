@@ -27,6 +27,10 @@ _DTYPES = {
 }
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+"""Files that hold a vocabulary."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes that caches and checks need."""
@@ -120,6 +124,9 @@ def read_settings(id_or_path: str, directory: Path) -> Any:
     with reading(id_or_path, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     families.refuse_unsupported(id_or_path, config)
+    if "quantization_config" in vars(config):
+        # It is null, which transformers 5.2 cannot load.
+        del config.quantization_config
     if config.dtype not in (None, *_DTYPES.values()):
         raise Unsupported(
             f"model {id_or_path!r} has dtype {config.dtype} in config.json; accepted: "
@@ -169,6 +176,12 @@ def read_tokenizer(id_or_path: str, directory: Path, config: Any) -> Any:
     Raises NotFound where it cannot be read, and Unsupported where it is not a fast one or makes
     tokens that the model does not have.
     """
+    # Some versions of transformers make one of nothing.
+    if not any((directory / file).is_file() for file in _TOKENIZERS):
+        raise NotFound(
+            f"model {id_or_path!r}: no tokenizer in {directory}; accepted: one of "
+            f"{', '.join(_TOKENIZERS)}"
+        )
     with reading(id_or_path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if not tokenizer.is_fast:

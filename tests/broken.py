@@ -320,7 +320,7 @@ BROKEN: dict[str, Broken] = {
         config(
             model_type="qwen2", architectures=["Qwen2ForCausalLM"], layer_types=["full_attention"]
         ),
-        "layer_types",
+        "num_hidden_layers",
     ),
     "an unknown dtype": Broken(config(dtype="float3"), "config.json cannot be read"),
     "a dtype of integers": Broken(config(dtype="int8"), "has dtype torch.int8 in config.json"),

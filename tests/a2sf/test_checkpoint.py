@@ -96,7 +96,7 @@ def test_stored_frequencies_may_be_with_or_without_scaling(scale: float, checkpo
     )
     load_model(str(checkpoint), device="cpu")
     added(INV_FREQ, frequencies(torch.float32) / 2)(checkpoint)
-    with pytest.raises(Unsupported, match="is not the rotation that config.json describes"):
+    with pytest.raises(Unsupported, match=r"is not the rotation that config\.json describes"):
         load_model(str(checkpoint), device="cpu")
 
 

@@ -1,6 +1,5 @@
 """What `plan` says of memory is what the server that it proposes allocates, byte for byte."""
 
-import json
 from pathlib import Path
 from typing import Any
 

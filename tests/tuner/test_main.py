@@ -13,8 +13,8 @@ import pytest
 import tuner.fit
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
-from tests.tuner.conftest import MakeSettings
 from tests.broken import BROKEN
+from tests.tuner.conftest import MakeSettings
 from tuner.__main__ import main
 from tuner.ledger import BATCH, FINISHED, INDEX
 from tuner.results import Evaluation
