@@ -32,6 +32,18 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 DETAILS_KEY = "grpc-status-details-bin"
 """The trailer that carries the google.rpc status."""
 
+MAX_METADATA_BYTES = 16 * 2**10
+"""Metadata of a call that server and client take, headers and trailers each, as HTTP/2 counts them:
+32 bytes for each entry besides its name and value."""
+
+METADATA_OPTIONS = (
+    # The first is a limit beyond which gRPC refuses at random, by default 8 KiB, and the second one
+    # beyond which it always does. Alike, a call is either always refused or never.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+)
+"""gRPC's settings of that limit, for a server and for a channel."""
+
 CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -50,7 +62,8 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
 """Each class by its own row; a subclass without one goes by its nearest parent."""
 
 MOST = 5
-"""Violations that are told. Trailers of more than 8 KiB are dropped with the status in them."""
+"""Violations that are told. By default a client drops trailers of more than 8 KiB, at random at
+first, and the status in them."""
 
 _CLASSES = {cls.__name__: cls for cls in CODES}
 _BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it
@@ -190,8 +203,9 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
         return RemoteError(f"{code.name}: {message}", code)
     if cls is errors.ResourceExhausted:
         if named is None:
-            # gRPC's own, of a limit that stays: the message is too large.
-            return errors.InvalidArgument("request", message)
+            # gRPC's own, of a limit that stays: metadata or message are too large.
+            part = "metadata" if "metadata size" in message else "request"
+            return errors.InvalidArgument(part, message)
         told = retry.HasField("retry_delay")
         return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
     return cls(message)
