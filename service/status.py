@@ -33,8 +33,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 """The trailer that carries the google.rpc status."""
 
 MAX_METADATA_BYTES = 16 * 2**10
-"""Metadata of a call that server and client take, headers and trailers each, as HTTP/2 counts them:
-32 bytes for each entry besides its name and value."""
+"""Metadata that server and client take from each other, as HTTP/2 counts it: 32 bytes for each
+entry besides its name and value."""
 
 METADATA_OPTIONS = (
     # The first is a limit beyond which gRPC refuses at random, by default 8 KiB, and the second one
@@ -62,8 +62,7 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
 """Each class by its own row; a subclass without one goes by its nearest parent."""
 
 MOST = 5
-"""Violations that are told. By default a client drops trailers of more than 8 KiB, at random at
-first, and the status in them."""
+"""Violations that are told. Trailers of more than 8 KiB are dropped with the status in them."""
 
 _CLASSES = {cls.__name__: cls for cls in CODES}
 _BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it

@@ -1,17 +1,14 @@
 """Metadata has one limit: what is below is always taken, and what is above never."""
 
 import asyncio
-from typing import Any
 
 import grpc
 import pytest
 
 from a2sf.errors import InvalidArgument
 from service.client import ChannelOptions, Client, SyncClient
-from service.pb import inference_pb2 as pb
-from service.status import MAX_METADATA_BYTES, to_wire
+from service.status import MAX_METADATA_BYTES
 from tests.service.bad_inputs.conftest import GOOD, Served, read
-from tests.service.client.test_channel import Model, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -49,21 +46,3 @@ async def test_our_client_tells_metadata_that_is_too_large_from_a_full_queue(
             await client.get_model()
     with SyncClient(served.address, options) as blocking, large:
         await asyncio.to_thread(blocking.get_model)
-
-
-class Wordy(Model):
-    """Fails with trailers of 12 KB."""
-
-    async def GetModel(  # noqa: N802
-        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.GetModelResponse:
-        status = to_wire(InvalidArgument("field", "problem"), "r-1")
-        await context.abort(status.code, "", (*status.trailers, ("x-large", "m" * 12_000)))
-        raise AssertionError
-
-
-async def test_our_client_always_reads_trailers_below_the_limit() -> None:
-    async with serving(Wordy("wordy")) as port, Client(f"127.0.0.1:{port}") as client:
-        for _ in range(TRIES):
-            with pytest.raises(InvalidArgument, match="field: problem"):
-                await client.get_model()
