@@ -104,7 +104,7 @@ def _written(cls: type[Written], where: str, **fields: Any) -> Written:
         try:
             part = cls(**{name: value})
         except (ValueError, OverflowError) as error:
-            problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name])}"
+            problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
             raise InvalidArgument(f"{where}{name}", problem) from error
         # What a field is too narrow for becomes infinite, without an error.
         if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
@@ -115,9 +115,9 @@ def _written(cls: type[Written], where: str, **fields: Any) -> Written:
     return message
 
 
-def _accepted(field: FieldDescriptor) -> str:
-    """What an integer's field can hold, to be put behind a problem; empty for any other."""
-    bits = {field.TYPE_UINT32: 32, field.TYPE_UINT64: 64}.get(field.type)
+def _accepted(kind: int) -> str:
+    """What an integer's field can hold, to be put behind a problem; empty for any other type."""
+    bits = {FieldDescriptor.TYPE_UINT32: 32, FieldDescriptor.TYPE_UINT64: 64}.get(kind)
     return f"; accepted: 0 to {2**bits - 1}" if bits else ""
 
 
