@@ -36,7 +36,7 @@ def add_services(servicer: Any, server: Any) -> None:
     """
     # Ray makes every handler that is added from now on by this.
     server.service_handler_factory = _told(server.service_handler_factory)
-    lenient = _Lenient(server)
+    lenient: Any = _Lenient(server)
     pb_grpc.add_InferenceServiceServicer_to_server(servicer, lenient)
     pb_grpc.add_ModelServiceServicer_to_server(servicer, lenient)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, lenient)
