@@ -49,6 +49,7 @@ bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, evaluatio
 	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.waiting
 
 bench-gpu: $(BIN)/.installed ## Check on a GPU, then measure beside peers for ten minutes; results in benchmarks/results
 	$(BIN)/python -m benchmarks.gpu

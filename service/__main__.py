@@ -12,6 +12,7 @@ from contextlib import suppress
 import structlog
 
 from a2sf.errors import A2SFError
+from a2sf.threads import wait_passively
 from service import logs, settings
 from service.runner import EngineCrashed
 
@@ -24,6 +25,7 @@ def serve(arguments: Sequence[str]) -> int:
     if loaded.print_config:
         print(loaded.as_toml(), end="")
         return 0
+    wait_passively()
     # Here, because it brings torch: help and refusals of flags need not wait for that.
     from service.process import run
 

@@ -1,71 +1,118 @@
 """Requests that cannot be read, answered as what they are.
 
-Owns one interceptor in front of our own services. By itself gRPC would answer UNKNOWN with the
-text of the parser's exception. Knows nothing of what readable requests say.
+Owns one interceptor in front of every service of a port, and its parts for handlers that are made
+elsewhere. By itself gRPC would answer UNKNOWN with the text of the parser's exception. Knows
+nothing of what readable requests say.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import structlog
 from google.protobuf.message import DecodeError
 
-from service.answering import SERVICE_OF, Backend, answering
-from service.status import InvalidRequest
+from service.status import InvalidRequest, to_wire
 
 if TYPE_CHECKING:
+    from service.metrics import Metrics
+
     # Generic in the stubs alone.
     Handler = grpc.RpcMethodHandler[Any, Any]
 
+log = structlog.get_logger(__name__)
 
-class _Unreadable:
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Unreadable:
     """Stands for a request that the parser refused."""
 
 
-class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses undecodable requests to our services as INVALID_ARGUMENT."""
+def reading(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that gives `Unreadable` where `decode` raises DecodeError."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def read(message: bytes) -> Any:
+        try:
+            return decode(message)
+        except DecodeError:
+            return Unreadable()
+
+    return read
+
+
+def reread(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
+    """Return `handler`, of single requests, with another behaviour and deserializer."""
+    make: Any = (
+        grpc.unary_stream_rpc_method_handler
+        if handler.response_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return make(behaviour, decode, handler.response_serializer)
+
+
+async def refuse(method: str, context: Context) -> None:
+    """End the call of an `Unreadable` request as INVALID_ARGUMENT; never returns."""
+    name = method.rpartition("/")[2]
+    problem = (
+        f"cannot be read: the message of {name} is cut short, is none of Protocol Buffers, or has "
+        "a string that is not UTF-8"
+    )
+    status = to_wire(InvalidRequest([("request", problem)]), "-")
+    await context.abort(status.code, status.details, status.trailers)
+
+
+class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses undecodable requests, to health and reflection too, as INVALID_ARGUMENT."""
+
+    def __init__(self, metrics: "Metrics") -> None:
+        self._metrics = metrics
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler":
-        """Put the check around the handler, where there is one and it is ours."""
+        """Put the check around the handler, where there is one."""
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method.rpartition("/")[2]
-        ours = f"/{SERVICE_OF.get(method)}/{method}" == handler_call_details.method
-        if handler is None or not ours:
+        # None for a handler that answers without reading, and for a method that there is not.
+        decode = getattr(handler, "request_deserializer", None)
+        if decode is None:
             return handler
-        streams = handler.response_streaming
-        behaviour: Any = handler.unary_stream if streams else handler.unary_unary
-        decode = handler.request_deserializer
-        assert decode is not None, "the generated code decodes"
+        method = handler_call_details.method
+        rebuilt = self._streaming if handler.request_streaming else self._single
+        made: Handler = rebuilt(method, handler, reading(decode))
+        return made
 
-        def read(message: bytes) -> Any:
-            try:
-                return decode(message)
-            except DecodeError:
-                return _Unreadable()
+    def _single(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
+        behaviour = handler.unary_stream or handler.unary_unary
 
-        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            if not isinstance(request, _Unreadable):
-                return await behaviour(request, context)
-            async with answering(method, self._backend, context):
-                raise InvalidRequest(
-                    [
-                        (
-                            "request",
-                            f"cannot be read: the message of {method} is cut short, is none of "
-                            "Protocol Buffers, or has a string that is not UTF-8",
-                        )
-                    ]
-                )
+        async def answer(request: Any, context: Context) -> Any:
+            if isinstance(request, Unreadable):
+                await self._refuse(method, context)
+            return await behaviour(request, context)
 
-        rebuild: Any = (
-            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        )
-        rebuilt: Handler = rebuild(answer, read, handler.response_serializer)
-        return rebuilt
+        return reread(handler, answer, read)
+
+    def _streaming(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
+        # Reflection alone, a generator of answers.
+        behaviour = handler.stream_stream
+        assert behaviour is not None, "no method takes a stream and gives one answer"
+
+        async def readable(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            async for request in requests:
+                if isinstance(request, Unreadable):
+                    await self._refuse(method, context)
+                yield request
+
+        async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            async for response in behaviour(readable(requests, context), context):
+                yield response
+
+        return grpc.stream_stream_rpc_method_handler(answer, read, handler.response_serializer)
+
+    async def _refuse(self, method: str, context: Context) -> None:
+        name, outcome = method.rpartition("/")[2], grpc.StatusCode.INVALID_ARGUMENT.name
+        self._metrics.answered(name, outcome, 0.0)
+        log.info("answered", request_id="-", method=name, outcome=outcome, seconds=0.0)
+        await refuse(method, context)

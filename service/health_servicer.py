@@ -37,6 +37,12 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
         """End the watches. Not sooner than the server: clients would open them again and again."""
         self._ending.set()
 
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """See grpc.health.v1; the library's servicer leaves it out."""
+        check = health_pb2.HealthCheckRequest
+        statuses = {name: await self.Check(check(service=name), context) for name in self._names}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """See grpc.health.v1."""
         watch = asyncio.create_task(super().Watch(request, context))

@@ -13,12 +13,15 @@ from grpc_reflection.v1alpha import reflection
 
 from a2sf.errors import InvalidArgument
 from service.health_servicer import HealthServicer
+from service.status import METADATA_OPTIONS
 
 GRPC_OPTIONS = (
     # By default a second server may bind the same port, and gets half of the calls.
     ("grpc.so_reuseport", 0),
-    # Clients may keep a connection alive; the key named min_recv_ping_... is silently ignored.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Clients may ping once a second where nothing is sent to them, as while a request waits: of
+    # more, the third hangs up on all calls of the connection. Twice the rate, for pings arrive
+    # unevenly. The key named min_recv_ping_... is silently ignored.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     # A client whose machine vanished holds its row until a ping goes unanswered.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -27,6 +30,7 @@ GRPC_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     # What is sent is ours, and an answer with all its logprobs is larger than the usual 4 MiB.
     ("grpc.max_send_message_length", -1),
+    *METADATA_OPTIONS,
 )
 
 

@@ -58,7 +58,7 @@ class Server:
                 credentials=server_credentials(options),
                 interceptors=[
                     *([BearerAuth(tokens, self._metrics)] if tokens is not None else []),
-                    Decoding(self._backend),
+                    Decoding(self._metrics),
                 ],
                 max_message_bytes=options.max_message_bytes,
             )

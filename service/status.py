@@ -32,6 +32,18 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 DETAILS_KEY = "grpc-status-details-bin"
 """The trailer that carries the google.rpc status."""
 
+MAX_METADATA_BYTES = 16 * 2**10
+"""Metadata that server and client take from each other, as HTTP/2 counts it: 32 bytes for each
+entry besides its name and value."""
+
+METADATA_OPTIONS = (
+    # The first is a limit beyond which gRPC refuses at random, by default 8 KiB, and the second one
+    # beyond which it always does. Alike, a call is either always refused or never.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+)
+"""gRPC's settings of that limit, for a server and for a channel."""
+
 CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -190,8 +202,9 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
         return RemoteError(f"{code.name}: {message}", code)
     if cls is errors.ResourceExhausted:
         if named is None:
-            # gRPC's own, of a limit that stays: the message is too large.
-            return errors.InvalidArgument("request", message)
+            # gRPC's own, of a limit that stays: metadata or message are too large.
+            part = "metadata" if "metadata size" in message else "request"
+            return errors.InvalidArgument(part, message)
         told = retry.HasField("retry_delay")
         return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
     return cls(message)

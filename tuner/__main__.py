@@ -17,6 +17,7 @@ from rich.console import Console
 
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from a2sf.tablefile import load_table, save_table
+from a2sf.threads import wait_passively
 from tuner.options import check_ranges, check_writable, numbers, without_paths
 
 DEFAULT_RATIO = 0.2
@@ -323,10 +324,8 @@ def show(file: Annotated[Path, typer.Argument(help="A table's file.")]) -> None:
 
 def main() -> None:
     """Run the command line; `fit` may be said or left out."""
-    # The scan is many small operations. Threads that spin while they wait for each other cost
-    # it a factor of eight on a machine that does anything else (measured, two cores); this only
-    # helps where torch is not imported yet, so nothing above imports it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Nothing above imports torch.
+    wait_passively()
     arguments = sys.argv[1:]
     if arguments[:1] not in (["--help"], *([command] for command in COMMANDS)):
         arguments = ["fit", *arguments]

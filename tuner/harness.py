@@ -5,11 +5,11 @@ command line, arguments untouched. Knows nothing of how the model answers; that 
 `tuner.harness_model`, which is loaded when the harness asks for it.
 """
 
-import os
 import sys
 from typing import NoReturn
 
 from a2sf.errors import A2SFError
+from a2sf.threads import wait_passively
 
 MODEL_NAME = "a2sf"
 """What `--model` says."""
@@ -28,8 +28,7 @@ def register() -> None:
 
 def main() -> None:
     """Run the harness's command line; what is refused is one line and exit code 2."""
-    # As in the tuner's own command line: it only helps where torch is not imported yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     try:
         from lm_eval.__main__ import cli_evaluate
 

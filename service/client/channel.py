@@ -16,6 +16,7 @@ from a2sf.errors import InvalidArgument, first_line
 from a2sf.schema import Frozen
 from service.client.targets import is_list, may_be_several, stays_here, uri
 from service.pb import inference_pb2 as pb
+from service.status import METADATA_OPTIONS
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 MODEL = pb.DESCRIPTOR.services_by_name["ModelService"].full_name
@@ -56,7 +57,7 @@ BALANCING: dict[str, Any] = {
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A server whose machine vanished is told from one that thinks for long. The server allows
-    # pings each 10 s; without the last line they end where a long prompt sends nothing.
+    # pings each second; without the last line they end where a long prompt sends nothing.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -66,6 +67,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 10_000),
     # What is larger is never tried again, by default 256 KiB; a prompt may have a MiB and more.
     ("grpc.per_rpc_retry_buffer_size", 16 * 2**20),
+    *METADATA_OPTIONS,
 )
 
 

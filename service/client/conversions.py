@@ -4,10 +4,12 @@ Owns reading answers and writing requests. The mirror of `service.conversions`, 
 that a client loads neither engine nor torch. Knows nothing of channels.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
@@ -100,10 +102,23 @@ def _written(cls: type[Written], where: str, **fields: Any) -> Written:
     message = cls()
     for name, value in fields.items():
         try:
-            message.MergeFrom(cls(**{name: value}))
-        except ValueError as error:
-            raise InvalidArgument(f"{where}{name}", str(error)) from error
+            part = cls(**{name: value})
+        except (ValueError, OverflowError) as error:
+            problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
+            raise InvalidArgument(f"{where}{name}", problem) from error
+        # What a field is too narrow for becomes infinite, without an error.
+        if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
+            raise InvalidArgument(
+                f"{where}{name}", f"{value!r} is no finite number there; accepted: finite numbers"
+            )
+        message.MergeFrom(part)
     return message
+
+
+def _accepted(kind: int) -> str:
+    """What an integer's field can hold, to be put behind a problem; empty for any other type."""
+    bits = {FieldDescriptor.TYPE_UINT32: 32, FieldDescriptor.TYPE_UINT64: 64}.get(kind)
+    return f"; accepted: 0 to {2**bits - 1}" if bits else ""
 
 
 def _policy(policy: CachePolicy) -> pb.CachePolicy:

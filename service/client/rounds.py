@@ -6,10 +6,15 @@ gRPC, a call would wait before it asks another server: a full one says when to c
 
 import time
 
+from a2sf.errors import InvalidArgument
 from service.status import NoRoom
 
 ROUNDS = 4
 """Times that a call looks for room, first included, as far apart as servers say."""
+
+MAX_TIMEOUT_S = 1e9
+"""Longest deadline, thirty years. gRPC counts nanoseconds: what has no room in 64 bits, infinity
+included, it takes for a deadline that has passed."""
 
 SERVERS_A_ROUND = 2
 """Servers that are asked in a round, where there are several. More would find room a little sooner,
@@ -20,6 +25,10 @@ class Rounds:
     """The attempts of one call, which ends `timeout_s` seconds after this was made."""
 
     def __init__(self, timeout_s: float, *, several: bool) -> None:
+        """Begin now. Raises InvalidArgument for a time that is too long, or no number."""
+        # Written so that NaN is refused too.
+        if not timeout_s <= MAX_TIMEOUT_S:
+            raise InvalidArgument("timeout_s", f"{timeout_s}; accepted: at most {MAX_TIMEOUT_S:g}")
         self._deadline = time.monotonic() + timeout_s
         self._servers = SERVERS_A_ROUND if several else 1
         self._refusals = 0

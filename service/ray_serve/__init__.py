@@ -5,3 +5,8 @@ service's own: `replica` calls the same servicers as the server does, `proxy` is
 loads, `application` builds the deployment, `python -m service.ray_serve` starts it all on one
 machine. Nothing else of the service knows of Ray.
 """
+
+from a2sf.threads import wait_passively
+
+# Ray imports a replica's module in a process of its own, which has no `main`.
+wait_passively()

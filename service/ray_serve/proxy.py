@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from a2sf.errors import A2SFError, Aborted, ResourceExhausted, Unavailable
+from service.decoding import Unreadable, reading, refuse, reread
 from service.options import ServerOptions
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.stall import writing
@@ -35,9 +36,34 @@ def add_services(servicer: Any, server: Any) -> None:
     """
     # Ray makes every handler that is added from now on by this.
     server.service_handler_factory = _told(server.service_handler_factory)
-    pb_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-    pb_grpc.add_ModelServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    lenient: Any = _Lenient(server)
+    pb_grpc.add_InferenceServiceServicer_to_server(servicer, lenient)
+    pb_grpc.add_ModelServiceServicer_to_server(servicer, lenient)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, lenient)
+
+
+class _Lenient:
+    """Stands before a server to which handlers are added: undecodable requests get to them."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, _: Any) -> None:
+        """Do nothing: generated code hands the same handlers over by name next."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """Add the handlers of a service by both ways."""
+        readers = {
+            name: reread(
+                handler,
+                handler.unary_stream or handler.unary_unary,
+                reading(handler.request_deserializer),
+            )
+            for name, handler in handlers.items()
+        }
+        generic = grpc.method_handlers_generic_handler(service, readers)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._server.add_registered_method_handlers(service, readers)
 
 
 def _told(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,9 +72,20 @@ def _told(make: Callable[..., Any]) -> Callable[..., Any]:
     def make_told(service_method: str, streaming_type: str) -> Any:
         handler = make(service_method=service_method, streaming_type=streaming_type)
         # Ray makes one of each kind for every method; of the other kinds we have none.
-        return wrappers[streaming_type](handler) if streaming_type in wrappers else handler
+        if streaming_type not in wrappers:
+            return handler
+        return _readable(service_method, wrappers[streaming_type](handler))
 
     return make_told
+
+
+def _readable(method: str, answer: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+    async def answer_or_refuse(request: Any, context: Context) -> Any:
+        if isinstance(request, Unreadable):
+            await refuse(method, context)
+        return await answer(request, context)
+
+    return answer_or_refuse
 
 
 def _unary(route: Unary) -> Unary:

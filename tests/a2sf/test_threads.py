@@ -1,5 +1,8 @@
 """torch gets the processors that it is granted, not those that it sees."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +43,26 @@ def test_the_quota_cuts_what_torch_would_take_and_a_wish_goes_before_both(
     torch.set_num_threads(4)
     assert threads.set_threads(3) == torch.get_num_threads() == 3
     assert threads.set_threads() == torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's wheel brings libgomp on Linux alone")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "'0'"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "'77'"),
+    ],
+)
+def test_threads_wait_without_spinning_unless_told_otherwise(
+    given: dict[str, str], spins: str
+) -> None:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    told = subprocess.run(
+        [sys.executable, "-c", "from a2sf.threads import *; wait_passively(); import torch"],
+        env={**kept, "OMP_DISPLAY_ENV": "verbose", **given},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stderr
+    assert f"GOMP_SPINCOUNT = {spins}" in told

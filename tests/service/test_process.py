@@ -55,6 +55,19 @@ async def test_it_starts_streams_and_ends_with_exit_code_0_on_sigterm(
     assert "Hello" not in process.log, "prompts are not logged"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's wheel brings libgomp on Linux alone")
+@pytest.mark.parametrize(("given", "spins"), [(None, "'0'"), ("ACTIVE", "'30000000000'")])
+async def test_the_engine_s_threads_wait_without_spinning_unless_told_otherwise(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch, given: str | None, spins: str
+) -> None:
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    server = start_process()
+    await server.logged(f"GOMP_SPINCOUNT = {spins}")
+
+
 async def test_sigterm_lets_a_running_stream_finish(start_process: StartProcess) -> None:
     process = start_process()
     async with (

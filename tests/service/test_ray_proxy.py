@@ -137,6 +137,28 @@ async def test_a_replicas_failure_keeps_its_details_and_brings_no_message(
     assert error.violations == violations
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/a2sf.inference.v1.InferenceService/Generate",
+        "/a2sf.inference.v1.InferenceService/StreamGenerate",
+        "/a2sf.inference.v1.ModelService/GetAlphaTable",
+        "/grpc.health.v1.Health/Check",
+    ],
+)
+async def test_a_request_that_cannot_be_read_is_told_by_the_proxy(method: str) -> None:
+    async def made(_: Any) -> AsyncIterator[Any]:
+        raise AssertionError("no replica is asked")
+        yield DELTA
+
+    async with serving(made) as address, grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as told:
+            await channel.unary_unary(method)(b"\x0a\x05cut", timeout=WAIT_S)
+    error = from_wire(told.value)
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "request"
+
+
 async def test_what_a_stream_said_before_it_failed_arrives() -> None:
     async def made(context: Any) -> AsyncIterator[Any]:
         yield DELTA

@@ -105,7 +105,18 @@ def with_number(path: str, value: float) -> pb.GenerationInput:
 
 
 def test_every_number_of_a_request_has_its_limits_here() -> None:
-    assert set(LIMITS) == set(NUMBERS)
+    asked = dict(
+        found
+        for service in pb.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+        for found in numbers(method.input_type)
+    )
+    assert set(asked) == {f"input.{path}" for path in LIMITS}
+
+
+def test_no_number_of_a_request_is_so_narrow_that_it_becomes_infinite_on_its_way() -> None:
+    """Of a `float` set to 1e40 protobuf makes infinity, without an error on either side."""
+    assert not {path for path, one in NUMBERS.items() if one.type == one.TYPE_FLOAT}
 
 
 @pytest.mark.parametrize("path", LIMITS)

@@ -1,11 +1,13 @@
 """What the client asks for is what is sent, and what is answered is what it tells."""
 
+import math
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.wrappers_pb2 import FloatValue
 
 from a2sf.errors import Aborted, Conflict, InvalidArgument, NotFound, Unauthenticated, Unsupported
 from a2sf.requests import Delta, FinishReason, Sampling
@@ -107,12 +109,28 @@ def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, prob
         ({"stop_token_ids": [-1]}, "input.stop_token_ids"),
         ({"stop": "one"}, "input.stop"),
         ({"request_id": "\ud800"}, "input.request_id"),
+        ({"time_limit_s": math.inf}, "input.time_limit_seconds"),
+        ({"time_limit_s": -math.inf}, "input.time_limit_seconds"),
+        ({"time_limit_s": math.nan}, "input.time_limit_seconds"),
+        ({"time_limit_s": 10**400}, "input.time_limit_seconds"),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused_by_its_field(options: Any, field: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         conversions.generation_input("x", 1, options)
     assert caught.value.field == field
+
+
+def test_a_number_that_its_field_cannot_hold_is_told_with_what_it_can() -> None:
+    with pytest.raises(InvalidArgument, match="-1; accepted: 0 to 4294967295"):
+        conversions.generation_input("x", -1, {})
+
+
+def test_a_number_too_large_for_a_float_does_not_become_infinite() -> None:
+    """The contract has none yet, and protobuf would not tell."""
+    assert FloatValue(value=1e40).value == math.inf
+    with pytest.raises(InvalidArgument, match=r"input\.value: 1e\+40 is no finite number"):
+        conversions._written(FloatValue, "input.", value=1e40)
 
 
 @pytest.mark.parametrize("prompt", [[], [1, 2], b"x"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,6 +22,7 @@ from service.client import (
     SyncClient,
 )
 from service.client.results import StreamEvent, StreamStarted
+from service.client.rounds import MAX_TIMEOUT_S
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.status import Cancelled, DeadlineExceeded, NoRoom, to_wire
@@ -288,6 +290,35 @@ async def test_a_request_that_cannot_be_written_is_refused_before_the_call() -> 
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(InvalidArgument, match="out of range"):
             client.stream_generate("x", max_new_tokens=-1)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, math.nan, 1e10, 10**400])
+async def test_a_deadline_that_grpc_would_take_for_a_past_one_is_refused(timeout_s: float) -> None:
+    refused = pytest.raises(InvalidArgument, match=r"timeout_s: .*accepted: at most 1e\+09")
+    async with Client("127.0.0.1:1") as client:
+        with refused:
+            await client.get_model(timeout_s=timeout_s)
+        with refused:
+            await anext(client.stream_generate("x", max_new_tokens=1, timeout_s=timeout_s))
+    with SyncClient("127.0.0.1:1") as client:
+        with refused:
+            client.get_model(timeout_s=timeout_s)
+        with refused:
+            next(client.stream_generate("x", max_new_tokens=1, timeout_s=timeout_s))
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, -math.inf, 1e-9])
+async def test_a_deadline_that_has_passed_is_told_as_that(
+    start_server: StartServer, timeout_s: float
+) -> None:
+    _, client, _ = await start_server()
+    with pytest.raises(DeadlineExceeded):
+        await client.get_model(timeout_s=timeout_s)
+
+
+async def test_the_longest_deadline_is_no_past_one(start_server: StartServer) -> None:
+    _, client, _ = await start_server()
+    assert (await client.get_model(timeout_s=MAX_TIMEOUT_S)).max_batch == 2
 
 
 def test_a_server_that_is_not_there_is_told_with_what_to_do() -> None:
