@@ -22,7 +22,7 @@ from benchmarks import RESULTS
 from benchmarks.findings_page import fill, render, standalone
 from tuner import statistics
 from tuner.evaluate import Settings, evaluate
-from tuner.pictures import curves
+from tuner.pictures import curves, metrics_of
 from tuner.results import METRICS, Evaluation, Size
 
 FIGURES = RESULTS / "findings.json"
@@ -308,7 +308,8 @@ def main(
         if len(study.ratios) > 1:
             task = study.datasets[0]
             sizes = [Size(ratio=ratio) for ratio in study.ratios]
-            picture = curves(found, task, sizes, label=study.question, salt=study.name)
+            metrics = metrics_of(found, task)
+            picture = curves(found, task, sizes, metrics, label=study.question, salt=study.name)
             FIGURES.with_name(f"{study.name}.svg").write_text(standalone(picture) + "\n")
     for line in moved:
         typer.echo(line)

@@ -14,10 +14,13 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from tuner.pictures import INK, WIDTH, inline, kind_of, log_range, paper, plain, value_of
+from tuner.pictures import INK, PAPER, WIDTH, inline, kind_of, log_range, paper, plain, value_of
 from tuner.report import half_life
 from tuner.results import Cell, Evaluation, Size
 from tuner.search import LOG_TAU_MAX, log_tau_of
+
+DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
+"""In cells, whose colours are the same on light and on dark paper."""
 
 MOST_PRINTED = 64
 """Cells of a heat map beyond which values would not be read."""
@@ -138,7 +141,7 @@ def _heat(
 ) -> None:
     shown = np.ma.masked_invalid(values)
     # A mesh stays vectors; an image would be a bitmap in the page.
-    axes.pcolormesh(shown, norm=norm, cmap=colours, edgecolors="white", linewidth=0.6)
+    axes.pcolormesh(shown, norm=norm, cmap=colours, edgecolors=PAPER, linewidth=0.6)
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -157,7 +160,7 @@ def _print(axes: Axes, row: int, column: int, text: str, behind: Any) -> None:
         ha="center",
         va="center",
         fontsize=8,
-        color=INK if light else "white",
+        color=DARK_TEXT if light else LIGHT_TEXT,
     )
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tuner import heatmaps, pictures, skeleton
 from tuner.pictures import kind_of
 from tuner.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Size
-from tuner.skeleton import Picture
+from tuner.skeleton import Panels, Picture
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
 """In the tables of figures: what is a share or a cosine needs fewer than nats do."""
@@ -26,8 +26,12 @@ def render(evaluation: Evaluation) -> str:
         evaluation=evaluation,
         sizes={task: _sizes(evaluation, task) for task in tasks},
         metrics={task: pictures.metrics_of(evaluation, task) for task in tasks},
+        conclusions=[_conclusion(evaluation, task) for task in tasks],
+        panels={
+            task: curves(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
+        },
         pictures={
-            task: _pictures(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
+            task: _maps(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
         },
         tables=[
             (policy, alpha_picture(policy.name, policy.alpha, f"table-{place}"))
@@ -65,34 +69,70 @@ def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
     }
 
 
-def curves(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
-    """Each metric over the sizes: a picture for ratios and one for slots, where there are some."""
+def _conclusion(evaluation: Evaluation, task: str) -> str:
+    """Say in one sentence which policy loses least at the smallest size, and beside which others.
+
+    Others are the policies that a reader compares with: tables, the best uniform setting, h2o,
+    window. Whether a lead is more than chance is left to the comparisons.
+    """
+    sizes = _sizes(evaluation, task)
+    if not sizes:
+        return f"{task}: only the full cache was run, so nothing was lost."
+    size = sizes[0]
+    best = _lowest(evaluation, task)[size]
+    full = next((cell for cell in evaluation.cells if cell.task == task and not cell.size), None)
+    others = [cell for cell in _telling(evaluation, task, size) if cell.policy != best.policy]
+    beside = ", ".join(f"{cell.policy} {skeleton.number(cell.kl.mean, 3)}" for cell in others)
+    words = (
+        f"{task}, {size}: {best.policy} stays closest to the full cache, with a KL of "
+        f"{skeleton.number(best.kl.mean, 3)} nats"
+    )
+    if beside:
+        words += f" ({beside})"
+    if best.accuracy is not None and full is not None and full.accuracy is not None:
+        words += (
+            f"; it answers {best.accuracy.mean:.1%} of the questions right, the full cache "
+            f"{full.accuracy.mean:.1%}"
+        )
+    return words + "."
+
+
+def curves(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
+    """A panel for each metric over the sizes: once for ratios and once for slots, if there are any.
+
+    Where there is one size of a unit, dots stand for the curves.
+    """
     sizes, drawn = _sizes(evaluation, task), []
     for unit in ("ratio", "slots"):
         alike = [size for size in sizes if getattr(size, unit) is not None]
-        if len(alike) > 1:
-            words = f"Each metric over the size of the cache ({unit}), a line for each policy"
-            svg = pictures.curves(
-                evaluation, task, alike, label=f"{task}: {words}", salt=f"{salt}-{unit}"
-            )
-        elif alike:
-            words = f"Each metric at {alike[0]}, a dot for each policy"
-            svg = pictures.intervals(
-                evaluation, task, alike[0], label=f"{task}: {words}", salt=f"{salt}-{unit}"
-            )
-        else:
+        if not alike:
             continue
+        several = len(alike) > 1
+        where = f"over the size of the cache ({unit})" if several else f"at {alike[0]}"
+        panels = []
+        for metric in pictures.metrics_of(evaluation, task):
+            label, name = f"{task}: {pictures.TITLES[metric]} {where}", f"{salt}-{unit}-{metric}"
+            if several:
+                svg = pictures.curves(evaluation, task, alike, [metric], label=label, salt=name)
+            else:
+                svg = pictures.intervals(evaluation, task, alike[0], metric, label=label, salt=name)
+            panels.append(Picture(Markup(svg)))
+        words = f"Each metric {where}, a {'line' if several else 'dot'} for each policy. "
+        if several and any(policy.name.startswith("a2sf:") for policy in evaluation.policies):
+            words += (
+                "Of the uniform settings (a2sf), those that are best at some size have names; the "
+                "others are thin and grey. "
+            )
         words += (
-            f". Bands and bars are {evaluation.confidence:.0%} intervals; dashed is the full "
+            f"Bands and bars are {evaluation.confidence:.0%} intervals; dashed is the full "
             "cache. A KL of zero lies beyond the end of its axis."
         )
-        drawn.append(Picture(Markup(svg), words))
+        drawn.append(Panels(tuple(panels), words))
     return drawn
 
 
-def _pictures(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
-    sizes = _sizes(evaluation, task)
-    drawn = curves(evaluation, task, salt)
+def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
+    sizes, drawn = _sizes(evaluation, task), []
     if len(sizes) > 1:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
         svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")

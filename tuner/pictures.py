@@ -3,7 +3,7 @@
 Owns the look that every picture shares (ink, colours, markers, paper) and the clean-up of
 matplotlib's SVG: no ids that could collide, nothing loaded from elsewhere. Knows nothing of heat
 maps, of the page around a picture, nor of how figures are measured. Figures are drawn through
-matplotlib's objects alone, on white paper, so that they print as shown.
+matplotlib's objects alone, in colours for white paper; the page's style knows their dark forms.
 """
 
 import math
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -40,21 +39,32 @@ KL_FLOOR = 1e-6
 
 PX_PER_INCH = 100
 LEAST_SCALE = 0.6
-"""A picture shrinks so far with its window; beyond, its figure scrolls."""
+"""A picture shrinks to this share of its width with the window; then its figure scrolls."""
 
 WIDTH = 11.0
-INK, GRID = "#222222", "#dddddd"
+"""Inches that a page has room for."""
+PANEL_WIDTH = WIDTH / 2
+"""Inches of one metric's panel; two stand side by side where there is room."""
 
-# Okabe and Ito's palette, told apart with every common colour blindness; a2sf has the blues.
+INK, GRID, PAPER = "#222222", "#dddddd", "#ffffff"
+"""The page's style gives these three colours their dark forms: draw nothing else in them."""
+
+# Okabe and Ito's palette, which readers with any common colour blindness can tell apart, in shades
+# that stand out from white and from black.
 COLOURS = {
-    "table": "#008060",
-    "uniform": "#0072b2",
+    "table": "#009e73",
+    "uniform": "#2b8cc4",
+    "a2sf": "#2b8cc4",
     "h2o": "#d55e00",
     "window": "#e69f00",
     "tova_per_head": "#cc79a7",
     "random": "#808080",
 }
-_OTHER = "#8c6d31"
+_OTHER = "#a5803a"
+_BACKGROUND = "#9aa5b1"
+"""For the uniform settings that are the best at no size."""
+LABEL_GAP = 11.0
+"""Points between the names at the ends of two lines, at least."""
 _MARKERS = "os^DvPX<>phd8H"
 _LINES = ("-", "--", "-.", ":")
 
@@ -66,28 +76,34 @@ def kind_of(policy: Policy) -> str:
 
 @dataclass(frozen=True)
 class _Style:
-    colour: Any
+    colour: str
     marker: str
     line: str
     width: float
     order: int
+    named: bool = True
 
 
-def _styles(policies: Sequence[Policy]) -> dict[str, _Style]:
-    """One look a policy: a2sf from light to dark with growing alpha, tables thick and on top."""
-    shown = [policy for policy in policies if kind_of(policy) != "full"]
+def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[str, _Style]:
+    """One look a policy: tables thick, the best uniform settings in colour, others behind them."""
+    shown = [policy for policy in evaluation.policies if kind_of(policy) != "full"]
     kinds: dict[str, list[str]] = defaultdict(list)
+    best = {cell.policy for s in sizes if (cell := evaluation.best_a2sf(task, s))}
     for policy in sorted(shown, key=_alpha):
-        kinds[kind_of(policy)].append(policy.name)
-    blues, found = matplotlib.colormaps["Blues"], {}
+        if kind_of(policy) != "a2sf" or policy.name in best:
+            kinds[kind_of(policy)].append(policy.name)
+    found = {}
     for place, policy in enumerate(shown):
         kind = kind_of(policy)
-        rank, last = kinds[kind].index(policy.name), max(len(kinds[kind]) - 1, 1)
+        if policy.name not in kinds[kind]:
+            found[policy.name] = _Style(_BACKGROUND, "", "-", 0.8, 2, named=False)
+            continue
+        rank = kinds[kind].index(policy.name)
         found[policy.name] = _Style(
-            blues(0.4 + 0.6 * rank / last) if kind == "a2sf" else COLOURS.get(kind, _OTHER),
+            COLOURS.get(kind, _OTHER),
             "*" if kind == "table" and rank == 0 else _MARKERS[place % len(_MARKERS)],
-            "-" if kind == "a2sf" else _LINES[rank % len(_LINES)],
-            2.6 if kind == "table" else 1.5,
+            _LINES[rank % len(_LINES)],
+            2.6 if kind == "table" else 1.6,
             4 if kind == "table" else 3,
         )
     return found
@@ -106,42 +122,50 @@ def metrics_of(evaluation: Evaluation, task: str) -> list[Metric]:
 
 
 def curves(
-    evaluation: Evaluation, task: str, sizes: Sequence[Size], *, label: str, salt: str
+    evaluation: Evaluation,
+    task: str,
+    sizes: Sequence[Size],
+    metrics: Sequence[Metric],
+    *,
+    label: str,
+    salt: str,
 ) -> str:
     """A panel a metric, a line with its interval a policy, over two or more sizes of one unit."""
     with paper(salt):
-        return _panels(evaluation, task, sizes, label, 3.0, _curve)
+        return _panels(evaluation, task, sizes, metrics, label, 3.0, _curve)
 
 
-def intervals(evaluation: Evaluation, task: str, size: Size, *, label: str, salt: str) -> str:
-    """A panel a metric, a dot with its interval a policy, at one size."""
+def intervals(
+    evaluation: Evaluation, task: str, size: Size, metric: Metric, *, label: str, salt: str
+) -> str:
+    """One metric at one size: a dot with its interval a policy."""
     with paper(salt):
-        height = 0.7 + 0.22 * len(evaluation.policies)
-        return _panels(evaluation, task, [size], label, height, _dots)
+        height = 0.9 + 0.22 * len(evaluation.policies)
+        return _panels(evaluation, task, [size], [metric], label, height, _dots)
 
 
 _Series = dict[str, list[tuple[Size, Estimate]]]
-_Panel = Callable[[Axes, Metric, _Series, dict[str, _Style]], dict[str, Any]]
+_Panel = Callable[[Axes, Metric, _Series, dict[str, _Style]], None]
 
 
 def _panels(
     evaluation: Evaluation,
     task: str,
     sizes: Sequence[Size],
+    metrics: Sequence[Metric],
     label: str,
     height: float,
     draw: _Panel,
 ) -> str:
-    metrics, styles = metrics_of(evaluation, task), _styles(evaluation.policies)
-    rows = -(-len(metrics) // 2)
+    styles = _styles(evaluation, task, sizes)
+    columns = min(2, len(metrics))
+    rows = -(-len(metrics) // columns)
     names = [name for name in styles if any(evaluation.cell(task, name, s) for s in sizes)]
     layout = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
-    figure = Figure(figsize=(WIDTH, rows * height + 0.9), layout=layout)
-    grid = figure.subplots(rows, 2, squeeze=False).flat
+    figure = Figure(figsize=(PANEL_WIDTH * columns, rows * height), layout=layout)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
     full = next((p.name for p in evaluation.policies if kind_of(p) == "full"), None)
     reference = evaluation.cell(task, full, None) if full is not None else None
-    handles: dict[str, Any] = {}
-    references = []
     for metric, axes in zip(metrics, grid, strict=False):
         series: _Series = {
             name: [
@@ -155,45 +179,26 @@ def _panels(
         direction = "lower" if metric in LOWER_IS_BETTER else "higher"
         axes.set_title(f"{TITLES[metric]} ({direction} is better)")
         axes.grid(color=GRID, linewidth=0.6)
-        handles |= draw(axes, metric, series, styles)
         value = getattr(reference, metric) if reference and metric in ("nll", "accuracy") else None
         if value is not None:
             line = axes.axhline if draw is _curve else axes.axvline
-            references.append(line(value.mean, color=INK, linestyle="--", linewidth=1.2))
+            line(value.mean, color=INK, linestyle="--", linewidth=1.2)
+        draw(axes, metric, series, styles)
     for axes in list(figure.axes)[len(metrics) :]:
         axes.set_axis_off()
-    known = [*handles.items(), *(("full cache", line) for line in references[:1])]
-    _legend(figure, [handle for _, handle in known], [name for name, _ in known])
     return inline(figure, label)
 
 
-def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    texts = [plain(name) for name in names]
-    columns = int(WIDTH / (0.7 + 0.08 * max(map(len, texts), default=1)))
-    # Names are set afterwards: a legend leaves out labels that begin with an underscore.
-    legend = figure.legend(
-        handles,
-        ["-"] * len(handles),
-        loc="outside upper center",
-        ncols=min(max(columns, 1), max(len(texts), 1)),
-        frameon=False,
-        handlelength=3,
-    )
-    for text, name in zip(legend.get_texts(), texts, strict=True):
-        text.set_text(name)
-
-
-def _curve(
-    axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]
-) -> dict[str, Any]:
-    handles = {}
+def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
     shade = min(0.15, 1 / max(len(series), 1))  # lines stay in sight where many bands overlap
+    sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     for name, points in series.items():
         style = styles[name]
         x = [value_of(size) for size, _ in points]
-        low, high = [e.low for _, e in points], [e.high for _, e in points]
-        axes.fill_between(x, low, high, color=style.colour, alpha=shade, linewidth=0)
-        (handles[name],) = axes.plot(
+        if style.named:
+            low, high = [e.low for _, e in points], [e.high for _, e in points]
+            axes.fill_between(x, low, high, color=style.colour, alpha=shade, linewidth=0)
+        axes.plot(
             x,
             [estimate.mean for _, estimate in points],
             color=style.colour,
@@ -201,15 +206,42 @@ def _curve(
             linestyle=style.line,
             linewidth=style.width,
             markersize=10 if style.marker == "*" else 6,
-            markeredgecolor="white",
+            markeredgecolor=PAPER,
             markeredgewidth=0.6,
             zorder=style.order,
         )
-    sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     _size_axis(axes, sizes)
     if metric == "kl":
         log_axis(axes, "y", _extent(series))
-    return handles
+    _name_lines(axes, series, styles)
+
+
+def _name_lines(axes: Axes, series: _Series, styles: dict[str, _Style]) -> None:
+    """Write each policy's name at the right end of its line; move names apart that would touch."""
+    low, high = axes.get_ylim()
+    scale: Callable[[float], float] = math.log if axes.get_yscale() == "log" else float
+    # The axes are about so many points high; the layout decides later.
+    points = 72 * 2.2 / (scale(high) - scale(low))
+    ends = []
+    for name, found in series.items():
+        if found and styles[name].named:
+            _, end = found[-1]
+            ends.append(
+                (scale(min(max(end.mean, low), high)), end.mean, name, value_of(found[-1][0]))
+            )
+    place = -math.inf
+    for at, mean, name, x in sorted(ends):
+        wanted = (at - scale(low)) * points
+        place = max(wanted, place + LABEL_GAP)
+        axes.annotate(
+            plain(name),
+            (x, min(max(mean, low), high)),
+            xytext=(8, place - wanted),
+            textcoords="offset points",
+            va="center",
+            color=styles[name].colour,
+            annotation_clip=False,
+        )
 
 
 def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
@@ -231,18 +263,17 @@ def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
     axes.set_xlabel(unit)
 
 
-def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> dict[str, Any]:
+def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
     for place, (name, points) in enumerate(series.items()):
         for _, value in points:
             style = styles[name]
             axes.plot([value.low, value.high], [place, place], color=style.colour, linewidth=2)
-            axes.plot([value.mean], [place], color=style.colour, marker=style.marker, zorder=4)
+            marker = style.marker or "."
+            axes.plot([value.mean], [place], color=style.colour, marker=marker, zorder=4)
     axes.set_yticks(range(len(series)), [plain(name) for name in series])
     axes.set_ylim(len(series) - 0.5, -0.5)
     if metric == "kl":
         log_axis(axes, "x", _extent(series))
-    # The names stand beside the dots: no legend is needed.
-    return {}
 
 
 def _extent(series: _Series) -> list[float]:
@@ -294,7 +325,14 @@ def paper(salt: str) -> Iterator[None]:
                 "axes.spines.top": False,
                 "axes.spines.right": False,
                 **dict.fromkeys(
-                    ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+                    (
+                        "text.color",
+                        "axes.labelcolor",
+                        "axes.edgecolor",
+                        "xtick.color",
+                        "ytick.color",
+                    ),
+                    INK,
                 ),
             }
         )
@@ -323,7 +361,9 @@ def inline(figure: Figure, label: str) -> str:
             if key != "id" or value in used:
                 parent.set(key.rpartition("}")[2], value)
     width = figure.get_figwidth() * PX_PER_INCH
-    style = f"width: {width:.0f}px; min-width: {LEAST_SCALE * width:.0f}px"
+    style = f"width: {width:.0f}px"
+    if figure.get_figwidth() > PANEL_WIDTH:
+        style += f"; min-width: {LEAST_SCALE * width:.0f}px"
     box = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib.update({"role": "img", "aria-label": label, "viewBox": box, "style": style})

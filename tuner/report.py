@@ -58,7 +58,7 @@ def show(console: Console, table: AlphaTable) -> None:
     _line(
         console,
         f"model        {model.id}{revision}: {model.architecture}, {model.num_layers} layers, "
-        f"{model.num_kv_heads} KV heads of {model.num_attention_heads}, fingerprint "
+        f"{model.num_kv_heads} KV heads for {model.num_attention_heads} query heads, fingerprint "
         f"{model.fingerprint[:12]}...",
     )
     _line(console, f"policy       {policy_line(table.policy)}")

@@ -22,9 +22,17 @@ ROUNDING = 5e-7
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element and what it shows, in words."""
+    """An SVG element and what it shows, in words; panels share the words of their group."""
 
     svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Pictures that stand side by side where there is room, and what they show together."""
+
+    pictures: tuple[Picture, ...]
     caption: str
 
 

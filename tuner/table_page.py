@@ -25,7 +25,7 @@ from tuner.report import (
     verdict_line,
 )
 from tuner.results import Comparison, Evaluation
-from tuner.skeleton import Picture
+from tuner.skeleton import Panels, Picture
 
 
 def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
@@ -126,7 +126,7 @@ def _time(table: AlphaTable) -> str:
 
 def _evaluated(
     evaluation: Evaluation, table: AlphaTable
-) -> list[tuple[str, list[Picture], list[Comparison]]]:
+) -> list[tuple[str, list[Panels], list[Comparison]]]:
     """Of each task its name, its curves, and what was found of this table's KL."""
     names = {policy.name for policy in evaluation.policies if policy.sha256 == table.sha256}
     return [

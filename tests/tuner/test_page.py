@@ -106,22 +106,36 @@ def test_a_name_stays_a_name_everywhere(name: str) -> None:
         assert "&lt;script&gt;alert('x')&lt;/script&gt;</text>" in text
 
 
+METRICS = (
+    "KL to the full cache, nats",
+    "NLL, nats",
+    "top-1 agreement with the full cache",
+    "accuracy",
+    "attention similarity",
+)
+
+
 def test_sizes_over_which_there_are_curves_have_a_heat_map_too() -> None:
     several = Page(render(evaluation())).pictures()
-    assert [label.split(" by ")[0].split(" over ")[0] for label in several] == [
-        "mathqa, 1-shot: Each metric",
+    assert several[:5] == [
+        f"mathqa, 1-shot: {metric} over the size of the cache (ratio)" for metric in METRICS
+    ]
+    assert [label.split(" by ")[0] for label in several[5:]] == [
         "mathqa, 1-shot: KL to the full cache",
         "mathqa, 1-shot: Attention similarity",
     ]
-    one = Page(render(evaluation(sizes=RATIOS[:1]))).pictures()
-    assert len(one) == 2
-    assert "Each metric at ratio 0.1, a dot for each policy" in one[0]
+    text = render(evaluation(sizes=RATIOS[:1]))
+    assert Page(text).pictures()[:5] == [
+        f"mathqa, 1-shot: {metric} at ratio 0.1" for metric in METRICS
+    ]
+    assert len(Page(text).pictures()) == 6
+    assert "Each metric at ratio 0.1, a dot for each policy" in text
 
 
 def test_ratios_and_slots_never_share_an_axis() -> None:
     labels = Page(render(evaluation(sizes=(*RATIOS[:2], SLOTS[0])))).pictures()
-    assert "(ratio), a line" in labels[0]
-    assert "at 16 slots, a dot" in labels[1]
+    assert all("(ratio)" in label for label in labels[:5])
+    assert all("at 16 slots" in label for label in labels[5:10])
 
 
 def svg_of(text: str, label: str) -> str:
@@ -130,12 +144,45 @@ def svg_of(text: str, label: str) -> str:
 
 
 def test_the_full_cache_is_a_reference_and_no_curve() -> None:
-    drawn = svg_of(render(evaluation()), "Each metric")
-    assert drawn.count("full cache</text>") == 1
-    assert ">full</text>" not in drawn
+    drawn = svg_of(render(evaluation()), "accuracy over")
     assert "accuracy (higher is better)" in drawn
-    assert "KL to the full cache, nats (lower is better)" in drawn
-    assert "accuracy (" not in svg_of(render(evaluation(accuracy=False)), "Each metric")
+    assert "stroke-dasharray" in drawn
+    assert ">full</text>" not in drawn
+    without = render(evaluation(names=("window", "a2sf:0.5"), comparisons=()))
+    assert "stroke-dasharray" not in svg_of(without, "accuracy over").replace("<defs>", "")
+    kl = svg_of(render(evaluation()), "KL to the full cache, nats over")
+    assert "KL to the full cache, nats (lower is better)" in kl
+    labels = Page(render(evaluation(accuracy=False))).pictures()
+    assert not any("accuracy" in label for label in labels)
+
+
+def test_every_line_has_its_name_but_the_settings_that_are_best_nowhere() -> None:
+    document = evaluation(names=NAMES, sizes=RATIOS, tables=[table()])
+    best = {document.best_a2sf("mathqa, 1-shot", size).policy for size in RATIOS}  # type: ignore[union-attr]
+    drawn = svg_of(render(document), "KL to the full cache, nats over")
+    named = [t for t in re.findall(r">([^<]+)</text>", drawn) if t in {*NAMES, "mathqa"}]
+    expected = {n for n in NAMES if not n.startswith("a2sf") and n != "full"} | best | {"mathqa"}
+    assert len(best) < len([n for n in NAMES if n.startswith("a2sf")])
+    assert sorted(named) == sorted(expected)
+
+
+def test_a_dark_page_recolours_all_ink_lines_and_paper_of_its_pictures() -> None:
+    text = render(evaluation(tables=[table()]))
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S):
+        used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
+        assert "#000000" not in used
+    for colour in ("#222222", "#dddddd", "#ffffff"):
+        assert f"stroke: {colour}" in text.split("</style>")[0]
+
+
+def test_the_page_begins_with_its_conclusion() -> None:
+    document = evaluation(names=("full", "h2o", "a2sf:0.5"), tables=[table()])
+    at = RATIOS[0]
+    best = min((c for c in document.cells if c.size == at), key=lambda c: c.kl.mean)
+    text = render(document)
+    assert f"{best.policy} stays closest to the full cache" in text
+    assert text.index("stays closest") < text.index("Some Processor")
+    assert "only the full cache was run" in render(evaluation(names=("full",)))
 
 
 def test_head_maps_show_the_table_the_best_a2sf_h2o_and_window_at_the_smallest_size() -> None:
@@ -226,7 +273,7 @@ def test_a_cell_without_a_policy_or_with_no_cost_leaves_the_pictures_whole() -> 
     nothing = Estimate(mean=0.0, low=0.0, high=0.0)
     cells = [cell.model_copy(update={"kl": nothing}) for cell in document.cells[:-1]]
     page = Page(render(document.model_copy(update={"cells": tuple(cells)})))
-    assert len(page.pictures()) == 3
+    assert len(page.pictures()) == 7
 
 
 def test_the_head_and_the_foot_say_where_it_comes_from() -> None:

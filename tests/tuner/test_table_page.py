@@ -248,7 +248,7 @@ def test_an_evaluation_of_the_table_adds_its_curves_and_what_they_show(tmp_path:
     found = load_evaluation(path, table)
     assert found == document
     page = Page(render(table, found))
-    assert page.pictures()[-1].startswith("mathqa, 1-shot: Each metric over the size of the cache")
+    assert page.pictures()[-1].startswith("mathqa, 1-shot: attention similarity over the size")
     rows = page.under("mathqa, 1-shot: KL of this table minus that of others, nats")[1:]
     assert [row[:2] for row in rows] == [[str(size), "h2o"] for size in RATIOS[:3]]
     differences = [c for c in document.comparisons if (c.policy, c.metric) == ("ours", "kl")]
