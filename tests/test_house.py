@@ -39,6 +39,7 @@ CORE = [
     "noise",
     "sampling",
     "text",
+    "controls",
     "chat",
     "sequence",
     "admission",
