@@ -44,7 +44,9 @@ def choose_template(tokenizer: Any, name: str | None) -> None:
         return
     named = _named(tokenizer)
     if name not in named:
-        accepted = ", ".join(named) if named else "none, for this model has no chat template"
+        accepted = (
+            ", ".join(sorted(named)) if named else "none, for this model has no chat template"
+        )
         raise InvalidArgument("--chat-template", f"{name!r}; accepted: {accepted}")
     tokenizer.chat_template = named[name]
 
@@ -205,6 +207,6 @@ def _lacking(tokenizer: Any) -> str:
     if "default" in named:
         return "this model's chat template cannot be read; give the prompt as text"
     return (
-        f"this model has chat templates {', '.join(named)} and no default; the server needs "
-        "--chat-template NAME, or give the prompt as text"
+        f"this model has chat templates {', '.join(sorted(named))} and no default; the server "
+        "needs --chat-template NAME, or give the prompt as text"
     )
