@@ -114,8 +114,20 @@ class LoadedModel:
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Turn text into token ids, with the beginning-of-sequence token if the model has one.
 
-        Without `special` none is added: a chat template has written it into the text already.
+        Special tokens that the text spells out are read as such. One that is the beginning of the
+        sequence already gets no second one. Without `special` none is added: a chat template has
+        written it into the text already.
         """
+        ids = self._encode(text, special=special)
+        begin = self.tokenizer.bos_token_id
+        if special and ids[:2] == (begin, begin):
+            # One of the two may be the text's, or both.
+            own = self._encode(text, special=False)
+            if own[:1] == (begin,) and ids[1 : 1 + len(own)] == own:
+                return ids[1:]
+        return ids
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         # Not verbose: who asks has an answer of their own for texts beyond the model's context.
         encoded = self.tokenizer(text, verbose=False, add_special_tokens=special)
         return tuple(encoded.input_ids)
@@ -265,7 +277,7 @@ def load_model(
         tokenizer=tokenizer,
         device=target,
         dtype=chosen,
-        eos_token_ids=_eos_token_ids(directory, config),
+        eos_token_ids=_eos_token_ids(directory, config, tokenizer),
         held=held,
     )
     try:
@@ -357,10 +369,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
-    ids = config.eos_token_id
+def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ends of sequence that settings, generation settings and tokenizer name."""
+    named = [config.eos_token_id, tokenizer.eos_token_id]
     if (directory / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(directory).eos_token_id or ids
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+        named.append(GenerationConfig.from_pretrained(directory).eos_token_id)
+    found: set[int] = set()
+    for ids in named:
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    # Some settings say with a negative number that there is none.
+    return frozenset(index for index in found if index >= 0)

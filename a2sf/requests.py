@@ -66,11 +66,15 @@ class GenerationRequest(Frozen):
     ends too, with `Started` and `Finished` like any other."""
     sampling: Sampling = Sampling()
     stop: Annotated[tuple[StopString, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
-    """Strings that end the completion and are left out of its text."""
+    """Strings that end the completion and are left out of its text. One that is the name of a
+    special token ends it by that token too, which is never part of the text."""
     stop_token_ids: Annotated[tuple[Count, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """Tokens that end the completion and are left out of its text."""
+    turn_end_ids: tuple[Count, ...] = ()
+    """Tokens that end the answer's turn in a conversation, and so the completion, beside the
+    model's end-of-sequence tokens."""
     ignore_eos: bool = False
-    """Write on past the model's end-of-sequence tokens."""
+    """Write on past those and the model's end-of-sequence tokens."""
     logprobs: bool = False
     """Tell each token's logprob: the log-softmax of the raw logits, before any setting above."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0

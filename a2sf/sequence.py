@@ -21,7 +21,7 @@ from a2sf.requests import (
     TokenLogprobs,
     Usage,
 )
-from a2sf.text import TextStream
+from a2sf.text import TextStream, vocabulary
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,6 +36,8 @@ class Sequence:
     text: TextStream
     ending: dict[int, FinishReason]
     """The tokens that end it, and the reason to give."""
+    named_stops: dict[int, str]
+    """The special tokens among them that stop strings name."""
     submitted_at: float
     prefill_at: float | None = None
     first_token_at: float | None = None
@@ -71,6 +73,7 @@ class Sequence:
                 model.tokenizer, request.prompt_ids, request.stop, request.min_new_tokens
             ),
             ending=ending,
+            named_stops=vocabulary(model.tokenizer).special_named(request.stop),
             submitted_at=now,
         )
 
@@ -162,7 +165,7 @@ class Sequence:
         return Finished(
             request_id=self.request.request_id,
             reason=self.reason,
-            matched_stop=self.text.matched,
+            matched_stop=self._matched_stop,
             matched_stop_token_id=self._matched_token,
             usage=Usage(
                 prompt_tokens=len(self.request.prompt_ids),
@@ -177,10 +180,18 @@ class Sequence:
         )
 
     @property
+    def _matched_stop(self) -> str | None:
+        """The stop string that ended the sequence: in its text, or as a token's name."""
+        if self.text.matched is not None or self.reason is not FinishReason.STOP:
+            return self.text.matched
+        return self.named_stops.get(self.generated[-1])
+
+    @property
     def _matched_token(self) -> int | None:
         """The stop token that ended the sequence; a stop string may end it at the same reason."""
         stopped = self.reason is FinishReason.STOP and self.text.matched is None
-        return self.generated[-1] if stopped else None
+        last = self.generated[-1] if stopped else None
+        return last if last in self.request.stop_token_ids else None
 
     def _withheld(self) -> str:
         text = self.text.flush()
@@ -194,6 +205,10 @@ def ending_tokens(request: GenerationRequest, model: LoadedModel) -> dict[int, F
     """Return the tokens that end this request, each with its reason."""
     ending = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
     if not request.ignore_eos:
-        eos = (i for i in model.eos_token_ids if i < model.shape.vocab_size)
+        ends = {*model.eos_token_ids, *request.turn_end_ids}
+        eos = (i for i in ends if i < model.shape.vocab_size)
         ending |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
-    return ending
+    # Last, for the request has asked to be told of these.
+    named = vocabulary(model.tokenizer).special_named(request.stop)
+    held = (i for i in named if i < model.shape.vocab_size)
+    return ending | dict.fromkeys(held, FinishReason.STOP)

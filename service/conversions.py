@@ -31,6 +31,7 @@ from a2sf.requests import (
 )
 from a2sf.schema import AlphaTable, ModelIdentity
 from a2sf.tablefile import canonical_json
+from a2sf.text import vocabulary
 from service.pb import inference_pb2 as pb
 from service.policies import preset_value, set_fields
 from service.status import InvalidRequest, from_validation
@@ -87,13 +88,15 @@ class Prompt:
     text: str | None
     """As given, or as the chat template made it; None where token ids were given."""
     token_ids: tuple[int, ...]
+    turn_end_ids: tuple[int, ...] = ()
+    """Tokens that end the answer to a conversation."""
 
     def decoded(self, model: LoadedModel) -> str:
         """Return the text, decoded where token ids were given: not for the event loop."""
         if self.text is not None:
             return self.text
-        text: str = model.tokenizer.decode(self.token_ids)
-        return text
+        backend = vocabulary(model.tokenizer).tokenizer
+        return backend.decode(self.token_ids, skip_special_tokens=False)
 
 
 def read_prompt(
@@ -119,9 +122,7 @@ def read_prompt(
                 raise InvalidRequest([(field, "empty; give at least one message")])
             texts = (text for m in message.chat.messages for text in (m.role, m.content))
             _check_size(texts, max_bytes, field)
-            text = _render(message.chat, model, field)
-            _check_size([text], max_bytes, field)
-            return Prompt(text, model.encode(text, special=False))
+            return _conversation(message.chat, model, max_bytes, field)
         case "token_ids" if isinstance(message, pb.GenerationInput):
             if not message.token_ids.ids:
                 raise InvalidRequest(
@@ -138,7 +139,9 @@ def _check_size(texts: Iterable[str], max_bytes: int, field: str) -> None:
         raise InvalidRequest([(field, f"{size} bytes; accepted: at most {max_bytes}")])
 
 
-def _render(conversation: pb.ChatMessages, model: LoadedModel, field: str) -> str:
+def _conversation(
+    conversation: pb.ChatMessages, model: LoadedModel, max_bytes: int, field: str
+) -> Prompt:
     messages = []
     for index, message in enumerate(conversation.messages):
         try:
@@ -146,9 +149,15 @@ def _render(conversation: pb.ChatMessages, model: LoadedModel, field: str) -> st
         except ValidationError as error:
             raise from_validation(error, f"{field}[{index}]") from None
     try:
-        return chat.render(model.tokenizer, messages)
+        read = chat.read(
+            model.tokenizer,
+            messages,
+            max_bytes=max_bytes,
+            special_in_content=conversation.special_tokens_in_content,
+        )
     except InvalidArgument as error:
         raise InvalidRequest([(field, error.problem)]) from None
+    return Prompt(read.text, read.token_ids, chat.turn_end_ids(model.tokenizer))
 
 
 def generation_request(
@@ -156,6 +165,7 @@ def generation_request(
     *,
     name: str,
     prompt_ids: tuple[int, ...],
+    turn_end_ids: tuple[int, ...] = (),
     policy: CachePolicy,
     table: AlphaTable | None,
 ) -> GenerationRequest:
@@ -172,6 +182,7 @@ def generation_request(
         return GenerationRequest(
             request_id=name,
             prompt_ids=prompt_ids,
+            turn_end_ids=turn_end_ids,
             max_new_tokens=message.max_new_tokens,
             min_new_tokens=message.min_new_tokens,
             time_limit_s=message.time_limit_seconds if time_limit else None,
@@ -192,7 +203,7 @@ class Answer:
     def __init__(self, output: pb.OutputOptions, prompt: Prompt, model: LoadedModel) -> None:
         """Write the echo already, if there is to be one: not for the event loop."""
         self._output = output
-        self._tokenizer = model.tokenizer
+        self._vocabulary = vocabulary(model.tokenizer)
         self._echo: pb.Prompt | None = None
         if output.echo:
             self._echo = pb.Prompt(text=prompt.decoded(model), token_ids=prompt.token_ids)
@@ -233,7 +244,7 @@ class Answer:
 
     def _logprob(self, token_id: int, logprob: float) -> pb.TokenLogprob:
         return pb.TokenLogprob(
-            token_id=token_id, logprob=logprob, text=self._tokenizer.decode([token_id])
+            token_id=token_id, logprob=logprob, text=self._vocabulary.token_text(token_id)
         )
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from a2sf import reference
+from a2sf import chat, reference
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, NotFound, TableInvalid
@@ -60,6 +60,7 @@ def load_core(options: ServerOptions) -> Core:
     threads = set_threads(options.threads)
     ranks = Ranks.join(options.device) if expected() > 1 else None
     model = _load_model(options, ranks)
+    chat.choose_template(model.tokenizer, options.chat_template)
     shipped = reference.path() / "tables"
     if directory is None and options.model == REFERENCE and shipped.is_dir():
         directory = shipped

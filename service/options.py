@@ -43,6 +43,9 @@ class ModelOptions(_Group):
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
     """auto, float64, float32, bfloat16 or float16."""
+    chat_template: str | None = None
+    """Which of the model's chat templates to use, by name; without it, its only one or the one
+    named default."""
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
     kernels: Literal["auto", "torch", "triton"] = "auto"

@@ -127,6 +127,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 message,
                 name=call.request_id,
                 prompt_ids=prompt.token_ids,
+                turn_end_ids=prompt.turn_end_ids,
                 policy=policy,
                 table=table,
             )

@@ -40,6 +40,7 @@ CORE = [
     "noise",
     "sampling",
     "text",
+    "controls",
     "chat",
     "sequence",
     "admission",

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from a2sf import teacher
+from a2sf import chat, teacher
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument, Unsupported
@@ -167,9 +167,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Write a conversation as the model's own template does."""
-        if not self.tokenizer.chat_template:
+        if not chat.has_template(self.tokenizer):
             raise Unsupported(
-                f"model {self.model.identity.id!r} has no chat template; leave out "
+                f"model {self.model.identity.id!r} has no chat template to use; leave out "
                 "--apply_chat_template"
             )
         text: str = self.tokenizer.apply_chat_template(
@@ -309,16 +309,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 "max_gen_toks", f"{new}; accepted: below max_length, {self.max_length}"
             )
         prompt = self.tok_encode(context) or [self.prefix_token_id]
-        # Special tokens are never part of the text, so that they stop by id.
-        special = self.tokenizer.get_added_vocab()
         try:
             return GenerationRequest(
                 request_id=name,
                 prompt_ids=self._fit(prompt, room),
                 max_new_tokens=new,
                 sampling=sampling(wanted, self.seed + int(name)),
-                stop=tuple(stop for stop in until if stop and stop not in special),
-                stop_token_ids=tuple(special[stop] for stop in until if stop in special),
+                stop=tuple(stop for stop in until if stop),
                 cache_policy=self.policies.wish,
                 table=self.policies.table,
             )

@@ -146,7 +146,8 @@ def verdict_line(table: AlphaTable) -> str:
     """The verdict in one sentence, with the interval that decides it."""
     evidence = table.evidence
     gap = evidence.paired["uniform"]
-    share = 100 * gap.mean / evidence.baselines["uniform"].mean if gap.mean else 0.0
+    uniform = evidence.baselines["uniform"].mean
+    share = 100 * gap.mean / uniform if uniform else 0.0
     interval = f"table minus uniform {_figure(gap, sign=True)} nats, {share:+.0f} %"
     named = "the best uniform alpha"
     if evidence.uniform is not None:

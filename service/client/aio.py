@@ -60,10 +60,15 @@ class Client(AsyncTransport):
         return await self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
 
     async def tokenize(
-        self, prompt: str | Chat, *, timeout_s: float = DESCRIBE_TIMEOUT_S
+        self,
+        prompt: str | Chat,
+        *,
+        special_tokens_in_content: bool = False,
+        timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> TokenizedPrompt:
         """Return the token ids that a completion of `prompt` would read."""
-        return await self.unary(calls.tokenize(prompt), timeout_s)
+        call = calls.tokenize(prompt, special_tokens_in_content)
+        return await self.unary(call, timeout_s)
 
     async def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
         """Describe what the server serves."""

@@ -75,9 +75,9 @@ def generate(
     return Call(pb_grpc.InferenceServiceStub, "Generate", request, conversions.completion)
 
 
-def tokenize(prompt: str | Chat) -> Call[TokenizedPrompt]:
+def tokenize(prompt: str | Chat, special_tokens_in_content: bool) -> Call[TokenizedPrompt]:
     """A prompt's token ids."""
-    request = conversions.tokenize_request(prompt)
+    request = conversions.tokenize_request(prompt, special_tokens_in_content)
     return Call(pb_grpc.InferenceServiceStub, "Tokenize", request, conversions.tokenized_prompt)
 
 

@@ -86,14 +86,17 @@ def generation_input(
             echo=options.get("echo", False),
         ),
     )
-    _write_prompt(prompt, message, "input.")
+    special = options.get("special_tokens_in_content", False)
+    _write_prompt(prompt, message, "input.", special=special)
     return message
 
 
-def tokenize_request(prompt: str | Chat) -> pb.TokenizeRequest:
+def tokenize_request(
+    prompt: str | Chat, special_tokens_in_content: bool = False
+) -> pb.TokenizeRequest:
     """Write a prompt to be encoded. Raises InvalidArgument for what does not fit its field."""
     message = pb.TokenizeRequest()
-    _write_prompt(prompt, message, "")
+    _write_prompt(prompt, message, "", special=special_tokens_in_content)
     return message
 
 
@@ -132,6 +135,8 @@ def _write_prompt(
     prompt: str | Sequence[int] | Chat,
     message: pb.GenerationInput | pb.TokenizeRequest,
     where: str,
+    *,
+    special: bool,
 ) -> None:
     if isinstance(prompt, (bytes, bytearray)):
         raise InvalidArgument(f"{where}prompt", "bytes; decode them, or give token ids as a list")
@@ -148,6 +153,7 @@ def _write_prompt(
             _chat_message(part, f"{where}chat.messages[{index}]")
             for index, part in enumerate(prompt)
         )
+        message.chat.special_tokens_in_content = special
     elif isinstance(message, pb.GenerationInput):
         message.token_ids.SetInParent()
         message.token_ids.MergeFrom(_written(pb.TokenIds, f"{where}token_ids.", ids=ids))

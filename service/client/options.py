@@ -28,7 +28,10 @@ class GenerationOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     """Token ids that end the completion and are left out of its text."""
     ignore_eos: bool
-    """Write on past the model's end-of-sequence token."""
+    """Write on past the model's end-of-sequence tokens, and past the end of the answer to a
+    chat."""
+    special_tokens_in_content: bool
+    """Read control tokens that chat messages spell out as such, not as text."""
     cache_policy: CachePolicy
     """What the cache may forget; by default what the server was set to."""
     request_id: str

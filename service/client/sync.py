@@ -54,10 +54,15 @@ class SyncClient(SyncTransport):
         return self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
 
     def tokenize(
-        self, prompt: str | Chat, *, timeout_s: float = DESCRIBE_TIMEOUT_S
+        self,
+        prompt: str | Chat,
+        *,
+        special_tokens_in_content: bool = False,
+        timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> TokenizedPrompt:
         """Return the token ids that a completion of `prompt` would read."""
-        return self.unary(calls.tokenize(prompt), timeout_s)
+        call = calls.tokenize(prompt, special_tokens_in_content)
+        return self.unary(call, timeout_s)
 
     def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
         """Describe what the server serves."""

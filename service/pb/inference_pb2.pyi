@@ -76,7 +76,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 2
     """A stop string or a stop token came up."""
     FINISH_REASON_END_OF_SEQUENCE: _FinishReason.ValueType  # 3
-    """The model's own end-of-sequence token came up."""
+    """An end-of-sequence token of the model came up, or the one that ends the answer to a chat."""
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 4
     """`time_limit_seconds` was over."""
 
@@ -90,7 +90,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 1
 FINISH_REASON_STOP: FinishReason.ValueType  # 2
 """A stop string or a stop token came up."""
 FINISH_REASON_END_OF_SEQUENCE: FinishReason.ValueType  # 3
-"""The model's own end-of-sequence token came up."""
+"""An end-of-sequence token of the model came up, or the one that ends the answer to a chat."""
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 4
 """`time_limit_seconds` was over."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -260,7 +260,7 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text, encoded by the model's own tokenizer. Not empty."""
+    """Text, encoded by the model's own tokenizer, as that of a completion. Not empty."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Messages, put into one text by the model's own chat template."""
@@ -290,7 +290,9 @@ class TokenizeResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text that was encoded: of chat messages, what the template made of them."""
+    """The text that was encoded: of chat messages, what the template made of them. Encoded as text,
+    it may give other ids, where a content spells out a control token.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The ids, in order; their number is the prompt's length in tokens."""
@@ -372,7 +374,9 @@ class GetModelResponse(_message.Message):
     max_prefill_tokens: _builtins.int
     """Longest prompt that is read in one block, in tokens; longer ones need `prefill_chunk`."""
     chat: _builtins.bool
-    """Whether the model has a chat template, so that prompts may be chat messages."""
+    """Whether the model has a chat template that the server uses, so that prompts may be chat
+    messages.
+    """
     max_waiting: _builtins.int
     """Requests that may wait once `max_batch` decode; one more is RESOURCE_EXHAUSTED."""
     max_prompt_bytes: _builtins.int
@@ -552,11 +556,14 @@ class GenerationInput(_message.Message):
     requests under way. Left empty, the server makes one up.
     """
     text: _builtins.str
-    """Text, encoded by the model's own tokenizer. Not empty."""
+    """Text, encoded by the model's own tokenizer, which puts the beginning-of-sequence token before
+    it if the model has one and the text does not begin with it. Control tokens that it spells
+    out are read as such: give what is not trusted as chat. Not empty.
+    """
     max_new_tokens: _builtins.int
     """Most tokens to write. Required; 1 or more."""
     ignore_eos: _builtins.bool
-    """Write on past the model's end-of-sequence token."""
+    """Write on past the model's end-of-sequence tokens, and past the end of the answer to a chat."""
     min_new_tokens: _builtins.int
     """Tokens before which nothing but the time limit ends the completion: 0 to max_new_tokens."""
     time_limit_seconds: _builtins.float
@@ -571,7 +578,7 @@ class GenerationInput(_message.Message):
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Messages, put into one text by the model's own chat template, which ends where the answer
-        begins. UNIMPLEMENTED where the model has none.
+        begins. UNIMPLEMENTED where the server has no template to use.
         """
 
     @_builtins.property
@@ -581,7 +588,8 @@ class GenerationInput(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the completion and are left out of it: at most 16, each of 1 to 256
-        characters.
+        characters. The name of a special token, such as `<|im_end|>`, ends it by that token; special
+        tokens are no part of the text, so that no longer string matches with one in it.
         """
 
     @_builtins.property
@@ -659,6 +667,12 @@ class ChatMessages(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_IN_CONTENT_FIELD_NUMBER: _builtins.int
+    special_tokens_in_content: _builtins.bool
+    """Read control tokens that a content spells out, such as `<|im_end|>`, as control tokens. Left
+    out: they are text, and only the template's own are control tokens, so that what somebody says
+    can begin no turn and end none.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """The messages, in order; 1 or more."""
@@ -667,10 +681,11 @@ class ChatMessages(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        special_tokens_in_content: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "special_tokens_in_content", b"special_tokens_in_content"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1129,7 +1144,9 @@ class TokenLogprob(_message.Message):
     logprob: _builtins.float
     """Natural logarithm of its probability; 0 or less."""
     text: _builtins.str
-    """What the token alone reads as; U+FFFD where it is only part of a character."""
+    """What the token reads as within a text, with the space before it where it brings one; U+FFFD
+    where it is only part of a character. A special token reads as its name.
+    """
     def __init__(
         self,
         *,
@@ -1160,7 +1177,7 @@ class GenerationFinished(_message.Message):
     reason: Global___FinishReason.ValueType
     """Why it ended."""
     matched_stop: _builtins.str
-    """The stop string that ended it, where one did."""
+    """The stop string that ended it, where one did: in the text, or as the name of a special token."""
     matched_stop_token_id: _builtins.int
     """The stop token id that ended it, where one of the request's did."""
     @_builtins.property

@@ -63,9 +63,24 @@ def test_a_sharded_checkpoint_has_the_fingerprint_of_the_whole_one(
     assert sharded.identity.fingerprint == tiny_model.identity.fingerprint
 
 
-def test_several_ends_of_sequence_are_read_from_the_generation_config(checkpoint: Path) -> None:
-    edit(checkpoint / "generation_config.json", eos_token_id=[3, EOS])
-    assert load_model(str(checkpoint), device="cpu").eos_token_ids == {3, EOS}
+def test_the_ends_of_sequence_are_all_that_settings_and_tokenizer_name(checkpoint: Path) -> None:
+    edit(checkpoint / "config.json", eos_token_id=7)
+    edit(checkpoint / "generation_config.json", eos_token_id=[3, 0])
+    assert load_model(str(checkpoint), device="cpu").eos_token_ids == {7, 3, 0, EOS}
+    # Neither token 0 nor a number that stands for none is overlooked.
+    edit(checkpoint / "config.json", eos_token_id=-1)
+    edit(checkpoint / "generation_config.json", eos_token_id=0)
+    edit(checkpoint / "tokenizer_config.json", eos_token=None)
+    assert load_model(str(checkpoint), device="cpu").eos_token_ids == {0}
+
+
+def test_a_bos_token_that_is_there_is_not_doubled(reference_model: LoadedModel) -> None:
+    begin = reference_model.tokenizer.bos_token
+    first = reference_model.tokenizer.bos_token_id
+    assert reference_model.encode(f"{begin}a") == reference_model.encode("a")
+    # Whoever writes two gets two, and without special tokens a text is as it is.
+    assert reference_model.encode(f"{begin}{begin}a")[:3].count(first) == 2
+    assert reference_model.encode(f"{begin}a", special=False)[:2].count(first) == 1
 
 
 def test_a_bos_token_is_added_where_the_tokenizer_does(reference_model: LoadedModel) -> None:

@@ -1,10 +1,15 @@
 """Text comes out whole: every character, no stop string, whatever the tokens."""
 
+import codecs
+from typing import Any
+
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from a2sf.text import TextStream
-from tests.tiny import EOS, byte_tokenizer
+from a2sf.text import TextStream, vocabulary
+from tests.tiny import byte_tokenizer
+from tests.tiny_tokenizers import KINDS, byte_fallback
 
 TOKENIZER = byte_tokenizer()
 
@@ -28,13 +33,6 @@ def test_the_pieces_join_to_the_text_and_never_split_a_character(text: str) -> N
     assert joined == text
     assert matched is None
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
-
-
-@given(st.lists(st.integers(0, EOS), max_size=30))
-def test_any_tokens_at_all_decode_as_they_would_at_once(ids: list[int]) -> None:
-    joined, _, _ = stream_of(ids)
-    at_once = TOKENIZER.decode(ids, skip_special_tokens=True)
-    assert joined.replace("\ufffd", "") == at_once.replace("\ufffd", "")
 
 
 @given(
@@ -79,8 +77,164 @@ def test_a_stop_string_counts_once_a_token_after_the_first_few_completes_it(
     assert (joined, matched) == (text, None)
 
 
-def test_a_prompt_that_ends_within_a_character_does_no_harm() -> None:
-    snowman = TOKENIZER("\u2603").input_ids
-    stream = TextStream(TOKENIZER, [*TOKENIZER("a").input_ids, *snowman[:2]], ())
-    out = stream.push(snowman[2]) + "".join(stream.push(t) for t in TOKENIZER("xyz").input_ids)
-    assert (out + stream.flush()).endswith("xyz")
+BYTE_FALLBACK = KINDS["byte_fallback"]
+WITH_BYTES = [kind for kind in KINDS if kind.startswith("byte_fallback")]
+WITHOUT_BYTES = [kind for kind in KINDS if kind not in WITH_BYTES]
+
+codecs.register_error("each byte", lambda e: ("\ufffd" * (e.end - e.start), e.end))  # type: ignore[attr-defined]
+
+
+def byte_ids(data: bytes | str) -> list[int]:
+    raw = data.encode() if isinstance(data, str) else data
+    return [BYTE_FALLBACK.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in raw]
+
+
+def word_ids(*names: str) -> list[int]:
+    return [BYTE_FALLBACK.convert_tokens_to_ids(name) for name in names]
+
+
+def pieces_of(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
+    stream = TextStream(tokenizer, prompt, ())
+    return [*(stream.push(token) for token in ids), stream.flush()]
+
+
+def at_once(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
+    """What the tokenizer makes of `ids` behind a prompt: what they add to the prompt's own text."""
+    before = tokenizer.backend_tokenizer.decode(prompt)
+    both: str = tokenizer.backend_tokenizer.decode([*prompt, *ids])
+    shared = (i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b)
+    return both[next(shared, min(len(before), len(both))) :]
+
+
+def by_characters(tokenizer: Any, ids: list[int]) -> str:
+    """What tokens read as behind a text, where each byte that belongs to no character is U+FFFD."""
+    text, run = "", b""
+    for token in ids:
+        name = tokenizer.convert_ids_to_tokens(token)
+        if name in ("<s>", "</s>", "<|turn|>", "<|end|>"):
+            continue
+        if name.startswith("<0x"):
+            run += bytes([int(name[1:-1], 16)])
+            continue
+        text += run.decode(errors="each byte") + name.replace("▁", " ")
+        run = b""
+    return text + run.decode(errors="each byte")
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BYTES)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_what_is_streamed_joins_to_what_the_tokenizer_makes_of_all_tokens(
+    kind: str, data: st.DataObject
+) -> None:
+    tokenizer = KINDS[kind]
+    # A few more ids than there are tokens: models have padded vocabularies.
+    ids = st.lists(st.integers(0, len(tokenizer) + 3), max_size=40)
+    prompt, new = data.draw(ids), data.draw(ids)
+    joined = "".join(pieces_of(tokenizer, prompt, new))
+    assert joined == at_once(tokenizer, prompt, new)
+
+
+@pytest.mark.parametrize("kind", WITH_BYTES)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+@example(data=None)
+def test_byte_tokens_in_any_order_leave_every_whole_character_as_it_is(
+    kind: str, data: st.DataObject | None
+) -> None:
+    tokenizer = KINDS[kind]
+    ids = [*byte_ids("你"), *byte_ids(b"\xe5"), *word_ids("▁hi")]
+    if data is not None:
+        a_byte = st.sampled_from(byte_ids("\0ahé你😀") + byte_ids(bytes(range(0x80, 256, 5))))
+        ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1) | a_byte, max_size=40))
+    joined = "".join(pieces_of(tokenizer, tokenizer("hi there").input_ids, ids))
+    assert joined == by_characters(tokenizer, ids)
+
+
+@pytest.mark.parametrize("kind", WITH_BYTES)
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*"é你😀", b"\xe5", b"\xff\x80", b"\xf0\x9f\x98", "hi", "▁", "▁there"]),
+        max_size=12,
+    )
+)
+def test_bytes_that_are_all_right_or_all_wrong_read_as_the_tokenizer_reads_them(
+    kind: str, parts: list[str | bytes]
+) -> None:
+    tokenizer = KINDS[kind]
+    ids: list[int] = []
+    for part in parts:
+        known = isinstance(part, str) and part in tokenizer.get_vocab()
+        # A word after each, for the tokenizer judges all bytes in a row together.
+        ids += word_ids(str(part)) if known else [*byte_ids(part), *word_ids("b")]
+    prompt = tokenizer("hi there").input_ids
+    assert "".join(pieces_of(tokenizer, prompt, ids)) == at_once(tokenizer, prompt, ids)
+
+
+def test_a_byte_that_begins_no_character_costs_none_of_the_text_around_it() -> None:
+    ids = [*byte_ids("你"), *byte_ids(b"\xe5"), *word_ids("▁hi")]
+    pieces = pieces_of(BYTE_FALLBACK, BYTE_FALLBACK("hi").input_ids, ids)
+    assert pieces == ["", "", "你", "", "\ufffd hi", ""]
+
+
+@pytest.mark.parametrize("prompt", ["hi 😀😀", "😀😀😀", "hi", "a"])
+def test_the_first_new_word_keeps_the_space_before_it(prompt: str) -> None:
+    ids = BYTE_FALLBACK(prompt).input_ids
+    assert "".join(pieces_of(BYTE_FALLBACK, ids, word_ids("▁hi"))) == " hi"
+
+
+def test_behind_nothing_but_control_tokens_a_text_begins_without_a_space() -> None:
+    begin = [BYTE_FALLBACK.bos_token_id]
+    assert "".join(pieces_of(BYTE_FALLBACK, begin, word_ids("▁hi", "▁there"))) == "hi there"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "cut"),
+    [(TOKENIZER, TOKENIZER("☃").input_ids), (BYTE_FALLBACK, byte_ids("☃"))],
+)
+def test_a_character_that_the_prompt_begins_comes_out_whole_where_the_answer_ends_it(
+    tokenizer: Any, cut: list[int]
+) -> None:
+    letter = tokenizer.convert_tokens_to_ids("a")
+    prompt = [letter, *cut[:2]]
+    assert pieces_of(tokenizer, prompt, [cut[2], letter]) == ["☃", "a", ""]
+    # Where it does not, the half is the prompt's own.
+    assert pieces_of(tokenizer, prompt, [letter]) == ["a", ""]
+
+
+def test_half_a_character_at_the_end_comes_out_as_such() -> None:
+    assert pieces_of(TOKENIZER, [65], TOKENIZER("☃").input_ids[:2]) == ["", "", "\ufffd"]
+    assert pieces_of(BYTE_FALLBACK, word_ids("a"), byte_ids("☃")[:2]) == ["", "", "\ufffd\ufffd"]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "words"])
+def test_a_text_that_truly_ends_in_the_replacement_character_is_sent(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    prompt, ids = tokenizer("hi").input_ids, tokenizer("\ufffd").input_ids
+    assert "".join(pieces_of(tokenizer, prompt, ids)).strip() == "\ufffd"
+    assert "".join(pieces_of(tokenizer, prompt, ids * 9)).count("\ufffd") == 9
+
+
+def test_what_is_wrong_for_long_does_not_pile_up() -> None:
+    # Each byte is settled by the next one, whatever came before.
+    wrong = TOKENIZER.convert_tokens_to_ids("ÿ")
+    assert pieces_of(TOKENIZER, [65], [wrong] * 50) == ["", *["\ufffd"] * 50]
+    assert pieces_of(BYTE_FALLBACK, [1], byte_ids(b"\xff") * 50) == [*["\ufffd"] * 50, ""]
+
+
+def test_a_token_alone_reads_as_it_does_within_a_text() -> None:
+    texts = [vocabulary(BYTE_FALLBACK).token_text(i) for i in word_ids("▁hi", "hi", "▁", "</s>")]
+    assert texts == [" hi", "hi", " ", "</s>"]
+    assert [vocabulary(BYTE_FALLBACK).token_text(i) for i in byte_ids("a☃")] == ["a", *"\ufffd" * 3]
+    word = KINDS["word_pieces"]
+    part, whole = word.convert_tokens_to_ids(["##hi", "hi"])
+    assert [vocabulary(word).token_text(i) for i in (part, whole)] == ["hi", " hi"]
+    assert vocabulary(word).token_text(len(word)) == ""
+
+
+def test_a_tokenizer_without_any_byte_tokens_but_such_names_is_taken_at_its_word() -> None:
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.decoder = KINDS["metaspace_unigram"].backend_tokenizer.decoder
+    joined = "".join(pieces_of(tokenizer, word_ids("▁hi"), byte_ids("é")))
+    assert joined == "<0xC3><0xA9>"

@@ -93,7 +93,7 @@ def test_code_that_makes_options_reads_no_environment(monkeypatch: pytest.Monkey
 
 EVERYTHING: dict[str, Any] = {
     **{"model": 'a "quoted" \\ näme', "revision": "main", "device": "cpu", "dtype": "float32"},
-    **{"kernels": "torch", "cuda_graphs": False},
+    **{"kernels": "torch", "cuda_graphs": False, "chat_template": "brief"},
     **{"threads": 2, "tables": Path("/tä bles"), "default_table": "mathqa"},
     **{"watch_tables": False, "max_batch": 3, "slots": 99, "default_budget": 44},
     **{"max_prefill_tokens": 77, "step_tokens": 9, "max_waiting": 0, "max_message_bytes": 5},

@@ -1,14 +1,12 @@
-"""What docs/clients.md tells is so: its programs run, its table of errors is whole."""
+"""What docs/clients.md tells is so: its programs run, its table of methods is whole."""
 
 import asyncio
 import re
 import sys
 from pathlib import Path
 
-from a2sf import errors
 from a2sf.tablefile import save_table
 from service.client import AdminClient, Client
-from service.status import CODES
 from tests.service.client.test_conversions import load_with_template
 from tests.service.conftest import WAIT_S, StartServer
 from tests.tables import make_table
@@ -46,15 +44,6 @@ async def test_its_programs_run(start_server: StartServer, tmp_path: Path) -> No
         assert (run.returncode, err) == (0, b""), program
         assert out
     assert (await client.list_alpha_tables()).default_table == "new"
-
-
-def test_its_table_of_errors_is_whole() -> None:
-    rows = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| `")]
-    told = {code.strip(" `"): names for code, names in rows}
-    for cls, code in CODES.items():
-        if cls.__base__ is not errors.TableError:
-            assert code.name in told
-            assert any(f"`{cls.__name__}`" in names for _, names in rows), cls
 
 
 def test_its_table_of_methods_is_whole() -> None:

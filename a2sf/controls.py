@@ -1,0 +1,156 @@
+"""Control tokens that a message's content spells out: read as text, not as what they control.
+
+Owns telling a template's own control tokens from those in contents, and encoding the two apart in
+one piece, so that merges across what divides them stay as they are. Knows nothing of templates.
+"""
+
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from a2sf.errors import InvalidArgument
+from a2sf.text import vocabulary
+
+
+class Controls:
+    """The control tokens of one tokenizer.
+
+    They are its special tokens and `further` ones, which the template uses though they are not
+    marked as special.
+    """
+
+    def __init__(self, tokenizer: Any, further: Iterable[int]) -> None:
+        known = vocabulary(tokenizer)
+        ids = known.special.keys() | set(further)
+        self._tokenizer = tokenizer
+        self._ids = {known.added[index].content: index for index in ids}
+        self._pattern = _any_of(self._ids)
+        model = known.tokenizer.model
+        unknown = (tokenizer.unk_token_id, known.tokenizer.token_to_id(_unknown(model)))
+        self._counted = set(self._ids.values()).difference(unknown)
+        """Without what stands for unknown text, which any content may hold."""
+
+    def marks(self, contents: Sequence[str]) -> dict[str, str]:
+        """Return a word for each control token that `contents` spell out; the word is in none."""
+        found = {name for content in contents for name in self._pattern.findall(content)}
+        if not found:
+            return {}
+        word = f"mark{secrets.token_hex(8)}"
+        return {name: f"{word}n{self._ids[name]}n" for name in found}
+
+    def mark(self, content: str, marks: Mapping[str, str]) -> str:
+        """Put marks in the place of control tokens."""
+        return self._pattern.sub(lambda match: marks[match[0]], content)
+
+    def unmark(self, text: str, marks: Mapping[str, str]) -> str:
+        """Put the names of control tokens in the place of marks."""
+        names = {word: name for name, word in marks.items()}
+        return _any_of(names).sub(lambda match: names[match[0]], text)
+
+    def spelled(self, marks: Mapping[str, str]) -> str:
+        """Name the control tokens that have marks, a few of them."""
+        return ", ".join(sorted(marks)[:3]) + (", ..." if len(marks) > 3 else "")
+
+    def recognised(self, text: str) -> tuple[int, ...]:
+        """Encode `text` with every control token in it read as such."""
+        encoded = self._tokenizer(text, verbose=False, add_special_tokens=False)
+        return tuple(encoded.input_ids)
+
+    def encode(self, text: str, marks: Mapping[str, str]) -> tuple[int, ...]:
+        """Encode `text`, in which marks stand for the control tokens that are to be read as text.
+
+        Raises InvalidArgument where the tokenizer makes control tokens of them in any case.
+        """
+        own = Counter(self._ids[name] for name in self._pattern.findall(text))
+        if not marks:
+            ids = self.recognised(text)
+            # More than are spelled out, where a tokenizer changes a text before it looks for them.
+            if not self._exceeding(ids, own):
+                return ids
+        ids = self._apart.encode(text, self._pattern, marks)
+        if exceeding := self._exceeding(ids, own):
+            names = {index: name for name, index in self._ids.items()}
+            raise InvalidArgument(
+                "chat",
+                f"a message spells {names[min(exceeding)]}, which the model's tokenizer cannot "
+                "read as text; leave it out, or set special_tokens_in_content",
+            )
+        return ids
+
+    def _exceeding(self, ids: Iterable[int], own: Counter[int]) -> set[int]:
+        counts = Counter(index for index in ids if index in self._counted)
+        return set(counts - own)
+
+    @cached_property
+    def _apart(self) -> "_Apart":
+        # Only for who spells control tokens: of a large vocabulary it takes a second.
+        return _Apart.of(vocabulary(self._tokenizer).tokenizer, self._ids)
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A copy of a tokenizer that knows control tokens by other names alone.
+
+    Not a switch of the tokenizer itself, which several threads use at a time.
+    """
+
+    tokenizer: Tokenizer
+    aliases: Mapping[str, str]
+    """Of each control token's name; nobody outside can know them."""
+    ids: Mapping[int, int]
+    """From those of the aliases to those of the tokens."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: Mapping[str, int]) -> "_Apart":
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        word = f"alias{secrets.token_hex(16)}"
+        aliases = {name: f"{word}n{index}n" for name, index in ids.items()}
+        # Special ones are passed over then, those that were not marked as such included.
+        copy.encode_special_tokens = True
+        copy.add_special_tokens([_like(added[i], name, special=True) for name, i in ids.items()])
+        copy.add_tokens([_like(added[i], aliases[name], special=False) for name, i in ids.items()])
+        meant = {alias: ids[name] for name, alias in aliases.items()}
+        decoder = copy.get_added_tokens_decoder().items()
+        return cls(copy, aliases, {i: meant[t.content] for i, t in decoder if t.content in meant})
+
+    def encode(
+        self, text: str, names: re.Pattern[str], marks: Mapping[str, str]
+    ) -> tuple[int, ...]:
+        """Encode `text` with the control tokens in it read as such, and marks as their names."""
+        text = names.sub(lambda match: self.aliases[match[0]], text)
+        spelled = {word: name for name, word in marks.items()}
+        if spelled:
+            text = _any_of(spelled).sub(lambda match: spelled[match[0]], text)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return tuple(self.ids.get(index, index) for index in ids)
+
+
+def _like(token: AddedToken, name: str, *, special: bool) -> AddedToken:
+    return AddedToken(
+        name,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=special,
+    )
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Match the longest of `names` at a place; nothing at all where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unknown(model: Any) -> str:
+    name: str | None = getattr(model, "unk_token", None)
+    return name or ""
