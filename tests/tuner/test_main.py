@@ -6,17 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 
 import tuner.fit
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
-from tests.tuner.conftest import MakeSettings
+from tests.tuner.conftest import MakeSettings, finished
 from tuner.__main__ import main
-from tuner.ledger import BATCH, FINISHED, INDEX
 from tuner.results import Evaluation
-from tuner.storage import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -315,17 +312,6 @@ def test_three_workers_one_of_them_killed_find_what_one_finds(
     for table in tables:
         assert table.search.trials == 40
         assert (table.policy, table.evidence) == (alone.policy, alone.evidence)
-
-
-def finished(journal: Path) -> list[tuple[str, int]]:
-    """Batch and index of the points that a journal holds as measured."""
-    storage, _ = open_storage(None, journal)
-    try:
-        study = optuna.load_study(study_name="sums", storage=storage)
-    except KeyError:
-        return []
-    trials = study.get_trials(states=FINISHED)
-    return [(trial.user_attrs[BATCH], trial.user_attrs[INDEX]) for trial in trials]
 
 
 @pytest.fixture
