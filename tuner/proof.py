@@ -124,6 +124,15 @@ def prove(
                     raise _too_short(trials, end, need)
                 break
             unseen = _Unseen(model, held_out[first:end], different)
+            if not first:
+                # What one pass takes tells whether there is time for the others.
+                begun = ledger.measure(
+                    unseen.name, unseen.points, unseen.measure, most=unseen.at_once
+                )
+                spent = math.fsum(one.seconds for one in begun)
+                need = spent * (len(different) - len(begun)) / len(begun)
+                if need > max(trials.seconds_left - spent, 0.0):
+                    raise _too_short(trials, end, spent + need)
             full += _measure(ledger, unseen, found)
             spent = math.fsum(one.seconds for measured in found for one in measured)
             bar.update(end - first)
@@ -165,17 +174,18 @@ class _Unseen:
         ]
         content = json.dumps([packing.digest(examples), self.points], sort_keys=True)
         self.name = f"proof {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        self.at_once = max(1, ROWS_PER_PASS // len(examples))
         self._policies = policies
         self._group = cache(self._costs)
 
     def measure(self, index: int, _: dict[str, Any]) -> Measured:
         """Measure a policy, and keep what its neighbours cost, with which it shares passes."""
-        size = max(1, ROWS_PER_PASS // len(self.objective.examples))
-        cost = self._group(index - index % size, size)[index % size]
+        cost = self._group(index // self.at_once)[index % self.at_once]
         return Measured(kl=cost.kl.tolist(), nll=cost.nll.tolist(), evaluations=1.0)
 
-    def _costs(self, first: int, size: int) -> list[Cost]:
-        return list(self.objective.costs(self._policies[first : first + size]))
+    def _costs(self, group: int) -> list[Cost]:
+        first = group * self.at_once
+        return list(self.objective.costs(self._policies[first : first + self.at_once]))
 
 
 def _measure(ledger: Ledger, unseen: _Unseen, found: Sequence[list[Measured]]) -> list[float]:
