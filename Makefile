@@ -1,4 +1,5 @@
 # Thin: each target calls one tool with the pinned environment, which is made when it is missing.
+# `demo` installs into it what serving needs, the other targets the rest as well.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,13 +11,27 @@ export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-$(BIN)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-demo: $(BIN)/.installed ## Stream a completion from a real server through a real client
-	PATH="$(abspath $(BIN)):$$PATH" scripts/demo.sh
+$(BIN)/pip:
+	@echo 'Making an environment in $(VENV).'
+	@$(PYTHON) -m venv $(VENV)
+
+# What is developed with brings all that serving needs.
+$(BIN)/.serve: pyproject.toml constraints.txt | $(BIN)/pip
+	@if [ -e $(BIN)/.installed ] && ! [ pyproject.toml -nt $(BIN)/.installed ] \
+	  && ! [ constraints.txt -nt $(BIN)/.installed ]; then exit 0; fi; \
+	  echo 'Installing what serving needs into $(VENV): PyTorch for the most part, some minutes.'; \
+	  $(INSTALL) '.[serve]'
+	@touch $@
+
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo 'Installing all that this project is developed with into $(VENV): some minutes.'
+	@$(INSTALL) '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.serve ## Stream a completion from a real server through a real client
+	@PATH="$(abspath $(BIN)):$$PATH" DEMO_PYTHON=$(BIN)/python scripts/demo.sh
 
 test: $(BIN)/.installed ## Run the fast tests
 	$(BIN)/python -m pytest

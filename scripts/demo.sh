@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Start the service on the packaged model with its fitted table, stream one completion, stop it.
+# DEMO_PYTHON says which Python to name for the next steps; it is the one on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +12,7 @@ cleanup() {
 }
 trap cleanup EXIT
 
+echo "demo: starting a server on the packaged model"
 python -m service --model reference --tables a2sf/reference/tables \
   --port 0 --port-file "$work/port" --log-level warning &
 server=$!
@@ -32,3 +34,6 @@ kill -TERM "$server"
 wait "$server"
 server=
 echo "demo: the server stopped cleanly"
+python=${DEMO_PYTHON:-python}
+echo "Serve it:  $python -m service --model reference --tables a2sf/reference/tables --port 50051"
+echo "Ask it:    $python -m service.client \"Once upon a time\" --table mathqa --budget 64"

@@ -1,6 +1,8 @@
 """Fixtures that every part shares: tiny random models, the packaged one, the real data."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ settings.load_profile("default")
 
 # Tiny tensors gain nothing from threads, and one thread adds up in the same order every time.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_ends_the_tests() -> Iterator[None]:
+    """Programs that run in the tests' own process handle SIGINT in their own way."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,15 @@
 import ast
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,6 +131,44 @@ def test_a_library_is_imported_by_its_owner_alone(
     }
     assert users, f"nobody imports {library}"
     assert all(user.startswith(owner) for user in users)
+
+
+# Which extras a part may use, besides those of the parts that hold it.
+EXTRAS = {
+    "a2sf": set(),
+    "a2sf/kernels": {"gpu"},
+    "service": {"serve"},
+    "service/tracing.py": {"otel"},
+    "service/ray_serve": {"ray"},
+    "tuner": {"tune"},
+    "tuner/harness.py": {"eval"},
+    "tuner/harness_model.py": {"eval"},
+}
+
+
+def declared(extra: str | None) -> set[str]:
+    """The distributions of an extra, or of the core, by their normal names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    found = [Requirement(one) for one in wanted]
+    return {canonicalize_name(one.name) for one in found} - {"a2sf-serve"}
+
+
+@pytest.mark.parametrize("part", ["a2sf", "service", "tuner"])
+def test_whatever_is_imported_is_declared_by_the_extras_of_its_part(part: str) -> None:
+    """Otherwise a part would work only where something else is installed as well."""
+    makers = packages_distributions()
+    for path in [*sources(part), *(ROOT / part).rglob("pb/**/*.py")]:
+        place = path.relative_to(ROOT)
+        extras = {e for at, names in EXTRAS.items() if place.is_relative_to(at) for e in names}
+        allowed = set.union(declared(None), *map(declared, extras))
+        for name in imports(path):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top in ("a2sf", "service", "tuner"):
+                continue
+            made_by = {canonicalize_name(maker) for maker in makers.get(top, [])}
+            assert made_by, f"{place} imports {top}, which is not installed"
+            assert made_by & allowed, f"{place} imports {top} of {made_by}, which is not declared"
 
 
 @pytest.mark.slow

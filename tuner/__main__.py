@@ -1,344 +1,40 @@
-"""The command line: `fit` (or nothing) fits a table, `evaluate` compares policies, `tables` and
-`report` show what was found.
+"""Run the command line: `python -m tuner`; `fit` may be said or left out.
 
-Owns the flags and how failures are told: one line on stderr, exit code 2 for what the user can
-mend, 69 (EX_UNAVAILABLE) for a storage that is away, 130 when interrupted. Knows nothing of how a
-table is found.
+Owns what must hold before anything else is imported: Ctrl-C, and what to install where something
+is missing. Knows nothing of the commands but their names.
 """
 
-import os
-import re
 import sys
-from pathlib import Path
-from typing import Annotated, NoReturn
 
-import typer
-from rich.console import Console
-
-from a2sf.errors import A2SFError, InvalidArgument, Unavailable
-from a2sf.tablefile import load_table, save_table
 from a2sf.threads import wait_passively
-from tuner.options import check_ranges, check_writable, numbers, without_paths
-
-DEFAULT_RATIO = 0.2
+from tuner.interrupt import telling
 
 COMMANDS = ("fit", "evaluate", "report", "tables")
 
-app = typer.Typer(
-    help="Fit tables of forgetting factors, prove them, and compare cache policies.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-tables = typer.Typer(help="Look at tables.", no_args_is_help=True)
-app.add_typer(tables, name="tables")
-
-ModelOption = Annotated[
-    str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-DataDirOption = Annotated[
-    Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
-]
-LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-
-
-@app.command()
-def fit(
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="A known name such as mathqa, a folder or file of rows or text, or a dataset "
-            "repository on the Hugging Face hub; several, with commas, to fit their mixture."
-        ),
-    ],
-    model: ModelOption = "reference",
-    revision: RevisionOption = None,
-    budget: Annotated[int | None, typer.Option(help="Slots a head keeps, in tokens.")] = None,
-    budget_ratio: Annotated[
-        float | None,
-        typer.Option(help=f"Slots as a share of the length; {DEFAULT_RATIO} without --budget."),
-    ] = None,
-    data_dir: DataDirOption = None,
-    stages: Annotated[
-        str | None,
-        typer.Option(help="How to search, in order, with commas between; see above."),
-    ] = None,
-    trials: Annotated[
-        int,
-        typer.Option(
-            help="Tables to try in all stages, runs and workers together; the best uniform "
-            "setting may take as many more."
-        ),
-    ] = 500,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Of measuring, summed over workers, after which no more is begun."),
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 32,
-    holdout: Annotated[
-        int | None,
-        typer.Option(help="Validation sequences to prove on; twice --examples by default."),
-    ] = None,
-    length: LengthOption = 512,
-    seed: Annotated[int, typer.Option(help="Decides examples and moves.")] = 0,
-    storage: Annotated[
-        str | None, typer.Option(help="Database URL; a journal file beside --out without it.")
-    ] = None,
-    study: Annotated[str | None, typer.Option(help="Name of the study; else --name.")] = None,
-    prefill_chunk: Annotated[
-        int, typer.Option(help="Tokens of one prompt block; 0 is the whole prompt.")
-    ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the table goes.")] = None,
-    name: Annotated[str | None, typer.Option(help="The table's name; else that of --out.")] = None,
-    keep_table: Annotated[
-        bool, typer.Option("--keep-table", help="Write the table even where uniform is as good.")
-    ] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Search for a table, compare it with the best uniform alpha on held-out data, write it.
-
-    Stages, each from the best so far: profile proposes alphas from one look at every head; slots
-    deals the slots of all layers anew; layers and heads choose the alpha of each layer and head;
-    protection chooses the recent window and the sinks; polish takes small steps in all of that;
-    tpe, structured and cma search all alphas, a few numbers, or the layers, as a whole. Without
-    --stages: slots, layers, heads, protection, polish. A table whose layers have unequal slots
-    needs a server whose rows are shaped for it; leave slots out for one that any server takes.
-    """
-    check_ranges(
-        {
-            "budget": (budget, 1, None),
-            "trials": (trials, 0, None),
-            "examples": (examples, 2, None),
-            "holdout": (holdout, 2, None),
-            "length": (length, 32, None),
-            "seed": (seed, 0, 2**31 - 1),
-            "prefill-chunk": (prefill_chunk, 0, None),
-        }
-    )
-    if budget is not None and budget_ratio is not None:
-        raise InvalidArgument("--budget", "give at most one of --budget and --budget-ratio")
-    ratio = DEFAULT_RATIO if budget is None and budget_ratio is None else budget_ratio
-    if ratio is not None and not 0 < ratio < 1:
-        raise InvalidArgument("--budget-ratio", f"{ratio:g}; accepted: above 0 and below 1")
-    if out is None:
-        size = f"{ratio:g}" if budget is None else f"b{budget}"
-        out = Path(f"{Path(dataset).stem or 'table'}-{size}.json")
-    name = out.stem if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InvalidArgument(
-            "--name", f"{name!r}; accepted: up to 100 letters, digits, dots, dashes, underscores"
-        )
-    check_writable(out)
-
-    if minutes is not None and not minutes > 0:
-        raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0")
-
-    # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner.fit import DEFAULT_STAGES, STAGES, Settings
-    from tuner.fit import fit as run
-    from tuner.report import summarise
-
-    chosen = DEFAULT_STAGES if stages is None else tuple(s.strip() for s in stages.split(",") if s)
-    for stage in chosen:
-        if stage not in STAGES or chosen.count(stage) > 1:
-            raise InvalidArgument(
-                "--stages", f"{stage!r}; accepted: {', '.join(STAGES)}, each at most once"
-            )
-    try:
-        outcome = run(
-            Settings(
-                dataset=dataset,
-                out=out,
-                name=name,
-                study=study or name,
-                model=model,
-                revision=revision,
-                budget=budget,
-                budget_ratio=ratio,
-                prefill_chunk=prefill_chunk,
-                data_dir=data_dir,
-                stages=chosen,
-                trials=trials,
-                minutes=minutes,
-                examples=examples,
-                holdout=holdout,
-                length=length,
-                seed=seed,
-                storage=storage,
-                device=device,
-                dtype=dtype,
-                keep_table=keep_table,
-            )
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the study is kept: run the same command to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    save_table(outcome.table, out)
-    where = "in the given storage" if storage else f"in {out.with_suffix('.journal')}"
-    kept = f"{study or name!r} {where}"
-    summarise(Console(), outcome, model=model, out=out, study_kept=kept)
-
-
-@app.command()
-def evaluate(
-    dataset: Annotated[str, typer.Option(help="As for fit; several with commas between them.")],
-    policies: Annotated[
-        str,
-        typer.Option(
-            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random or "
-            "a2sf:ALPHA, each with [:RECENT[:SINKS]], RECENT in tokens (8) or as a share of the "
-            "rest (.5); a2sf for several of them; the file or shipped name of an alpha table."
-        ),
-    ] = "full,window,h2o,tova_per_head,random,a2sf",
-    ratios: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Budgets as shares of each length, as in .1,.2,.4; else {DEFAULT_RATIO}."
-        ),
-    ] = None,
-    slots: Annotated[
-        str | None,
-        typer.Option(help="Budgets in tokens, as in 32,64; instead of or with --ratios."),
-    ] = None,
-    shots: Annotated[
-        str | None,
-        typer.Option(
-            help="Ask one question at a time after so many solved ones, as in 0 or 0,1; without "
-            "it, questions are packed into sequences of --length and answered one after another."
-        ),
-    ] = None,
-    model: ModelOption = "reference",
-    revision: RevisionOption = None,
-    data_dir: DataDirOption = None,
-    examples: Annotated[int, typer.Option(help="Sequences of each dataset.")] = 64,
-    length: LengthOption = 512,
-    split: Annotated[str, typer.Option(help="validation, or calibration.")] = "validation",
-    prefill_chunk: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of one prompt block for policies that are no table; 0 is the whole "
-            "prompt. Without it 0, and 1 (step by step, as in the A2SF paper) with --shots."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides examples and resampling.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
-    check_ranges(
-        {
-            "examples": (examples, 2, None),
-            "length": (length, 32, None),
-            "seed": (seed, 0, 2**31 - 1),
-            "prefill-chunk": (prefill_chunk, 0, None),
-        }
-    )
-    if split not in ("validation", "calibration"):
-        raise InvalidArgument("--split", f"{split!r}; accepted: validation, calibration")
-    if ratios is None and slots is None:
-        ratios = f"{DEFAULT_RATIO}"
-    shares = numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
-    tokens = numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
-    before = numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
-    for option, path in (("--json", json), ("--html", html)):
-        if path is not None:
-            check_writable(path, option)
-
-    # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner import evaluate as evaluation
-    from tuner.report import tabulate
-    from tuner.results import Size
-
-    sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
-    try:
-        found = evaluation.evaluate(
-            evaluation.Settings(
-                datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
-                policies=policies,
-                sizes=tuple(sizes),
-                shots=tuple(int(x) for x in before) or (None,),
-                examples=examples,
-                length=length,
-                split=split,
-                prefill_chunk=prefill_chunk,
-                seed=seed,
-                data_dir=data_dir,
-                model=model,
-                revision=revision,
-                device=device,
-                dtype=dtype,
-                command=without_paths(sys.argv[1:]),
-            )
-        )
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
-    tabulate(Console(), found)
-    if json is not None:
-        json.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        print(f"Wrote {json}.")
-    if html is not None:
-        from tuner.page import render
-
-        html.write_text(render(found), encoding="utf-8")
-        print(f"Wrote {html}.")
-
-
-@app.command()
-def report(
-    file: Annotated[Path, typer.Argument(help="A table's file.")],
-    html: Annotated[Path, typer.Option(help="Write the report to this file.")],
-    evaluation: Annotated[
-        Path | None,
-        typer.Option(
-            help="What evaluate --json wrote, with this table among its policies: adds curves of "
-            "quality over budgets."
-        ),
-    ] = None,
-) -> None:
-    """Write an HTML report of a table; `tables show` prints the same figures."""
-    check_writable(html, "--html")
-    table = load_table(file)
-
-    # What follows needs seconds to import, and the table is checked without it.
-    from tuner.table_page import load_evaluation, render
-
-    found = load_evaluation(evaluation, table) if evaluation is not None else None
-    html.write_text(render(table, found), encoding="utf-8")
-    print(f"Wrote {html}.")
-
-
-@tables.command("show")
-def show(file: Annotated[Path, typer.Argument(help="A table's file.")]) -> None:
-    """Print a table: policy, provenance, evidence with intervals, verdict, alphas."""
-    from tuner.report import show as print_table
-
-    print_table(Console(), load_table(file))
+GO_ON = "interrupted; what is measured is kept: run the same command to go on"
+AGAIN = "interrupted: run the same command to begin again"
 
 
 def main() -> None:
-    """Run the command line; `fit` may be said or left out."""
+    """Run it."""
     # Nothing above imports torch.
     wait_passively()
     arguments = sys.argv[1:]
     if arguments[:1] not in (["--help"], *([command] for command in COMMANDS)):
         arguments = ["fit", *arguments]
-    try:
-        app(arguments, prog_name="a2sf-tune")
-    except A2SFError as error:
-        # What may pass by itself, such as a database that is away, is worth another try.
-        _fail(str(error), os.EX_UNAVAILABLE if isinstance(error, Unavailable) else 2)
+    with telling(GO_ON if arguments[0] == "fit" else AGAIN):
+        try:
+            from tuner.cli import run
 
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+            run(arguments)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] in ("a2sf", "tuner"):
+                raise
+            print(
+                f"error: {error}; the tuner is an extra: pip install 'a2sf-serve[tune]'",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tuner.uniform import best_uniform
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
 
-EDITION = 2
+EDITION = 3
 """Raised when the search changes so that trials of an earlier one no longer compare."""
 
 OPEN = ("polish", "tpe", "structured", "cma")
@@ -65,7 +65,7 @@ class Settings:
     trials: int
     """Settings measured after the uniform stage, over all stages, runs and workers."""
     minutes: float | None
-    """Of measuring, after which no further batch is begun; None: no limit."""
+    """Of measuring, the proof included and summed over workers; None: no limit."""
     examples: int
     holdout: int | None
     """Held-out examples; None: twice `examples` and at least 16, or as many as there are."""
@@ -86,6 +86,8 @@ class Outcome:
     """Nats a token on the held-out examples, with the full cache."""
     nll: dict[str, Estimate]
     """The same under the fitted `table` and under each baseline."""
+    notes: tuple[str, ...]
+    """What `trials` or `minutes` cut short, in a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,11 @@ def fit(settings: Settings) -> Outcome:
     storage, storage_kind = open_storage(settings.storage, settings.out.with_suffix(".journal"))
     ledger = Ledger(storage, settings.study, definition)
     trials = Trials(
-        ledger, Objective(model, calibration, label="calibration"), frame, settings.minutes
+        ledger,
+        Objective(model, calibration, label="calibration"),
+        frame,
+        settings.minutes,
+        proof_rows=proof.rows(len(held_out), len(settings.stages)),
     )
     reload = partial(
         load_model,
@@ -147,10 +153,11 @@ def fit(settings: Settings) -> Outcome:
     fitted = frame.policy(list(found.bests.values())[-1].setting)
     uniform = frame.policy(frame.uniform(found.uniform))
 
-    unseen = Objective(model, held_out, label="held out")
     stages = {name: frame.policy(best.setting) for name, best in found.bests.items()}
     presets = proof.baselines(frame, found.uniform, settings.seed)
-    costs = proof.prove(unseen, {"table": fitted, "uniform": uniform, **presets}, stages)
+    candidates = {"table": fitted, "uniform": uniform, **presets}
+    proved = proof.prove(ledger, trials, model, held_out, candidates, stages)
+    costs = proved.costs
     compared = {name: costs[name] for name in ("table", "uniform", *presets)}
     split = "+".join(dict.fromkeys(dataset.validation.split for dataset in chosen))
     evidence = proof.judge(compared, found.uniform, names, split, settings.seed)
@@ -191,11 +198,12 @@ def fit(settings: Settings) -> Outcome:
     )
     return Outcome(
         table=table,
-        full_nll=statistics.estimate(unseen.full_nll, seed=settings.seed),
+        full_nll=statistics.estimate(proved.full_nll, seed=settings.seed),
         nll={
             name: statistics.estimate(cost.nll, seed=settings.seed)
             for name, cost in compared.items()
         },
+        notes=tuple(trials.notes),
     )
 
 
@@ -223,7 +231,7 @@ def climb(
         best: where to start.
         stages: names of STAGES, in order.
         most: trials of all stages together; those that end only with the trials get equal parts of
-            what is left.
+            what is left, and of the time.
         seed: of what is drawn at random, which only `tpe`, `structured` and `cma` do.
         load: loads the model once more, so that gradients flow through it; for `profile`.
     """
@@ -232,11 +240,12 @@ def climb(
     classes: list[list[int]] | None = None
     for number, name in enumerate(stages):
         sharing = sum(stage in OPEN for stage in stages[number:]) if name in OPEN else 1
-        with trials.stage(name, most // sharing):
+        with trials.stage(name, most // sharing, 1 / sharing):
             match name:
                 case "profile":
                     found = profile.run(trials, way.best, load)
-                    way.best, classes = found.best, profile.classes(found.profile, CLASSES)
+                    if found is not None:
+                        way.best, classes = found.best, profile.classes(found.profile, CLASSES)
                 case "tpe":
                     samplers.tpe(way, seed)
                 case "structured":

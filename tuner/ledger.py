@@ -179,26 +179,35 @@ class Ledger:
         points: Sequence[dict[str, Any]],
         measure: Measure,
         progress: Progress | None = None,
+        *,
+        most: int | None = None,
     ) -> list[Measured]:
-        """Return the costs of all points of a batch, in their order, once all are measured.
+        """Return the costs of the points of a batch, in their order, once they are measured.
 
         Measures those that nobody has taken, and waits for those that other workers have; takes
-        over from workers that are lost. `batch` is unique in the fit. Raises InvalidArgument if
-        the batch was begun with other points, and whatever `measure` raises.
+        over from workers that are lost. `batch` is unique in the fit. Of all the points only the
+        first `most` are measured (None: all): a later call may ask for more of the same batch, and
+        what is measured is kept. Raises InvalidArgument if the batch was begun with other points,
+        and whatever `measure` raises.
         """
         digest = _digest(points)
+        count = len(points) if most is None else min(most, len(points))
         told: set[int] = set()
         while True:
             live = self._live(batch, digest)
-            finished = {t.user_attrs[INDEX]: t for t in live if t.state in FINISHED}
+            finished = {
+                t.user_attrs[INDEX]: t
+                for t in live
+                if t.state in FINISHED and t.user_attrs[INDEX] < count
+            }
             if progress is not None:
                 for index in sorted(finished.keys() - told):
                     progress(_restored(finished[index]))
                 told |= finished.keys()
-            if len(finished) == len(points):
-                return [_restored(finished[index]) for index in range(len(points))]
+            if len(finished) == count:
+                return [_restored(finished[index]) for index in range(count)]
             taken = {trial.user_attrs[INDEX] for trial in live}
-            free = next((i for i in range(len(points)) if i not in taken), None)
+            free = next((i for i in range(count) if i not in taken), None)
             if free is None:
                 # Uneven, so that waiting workers seldom find the next free point together.
                 time.sleep(self._pace.poll * random.uniform(0.5, 1.5))

@@ -95,9 +95,8 @@ class Climb:
             for factor in FACTORS
         ]
         feasible = [setting for setting in settings if self.trials.feasible(setting)]
-        # Halving takes 1.3 trials a setting, and half of the trials are for climbing.
-        feasible = feasible[: self.trials.left * 2 // 5]
-        found = self.trials.halve("favour", feasible, self.trials.rungs(len(feasible)))
+        # Half of the trials, and of the time, are for climbing.
+        found = self.trials.halve("favour", feasible, self.trials.left // 2, share=0.5)
         if found and found[0].gain(self.best) > 0:
             self.best = found[0]
 

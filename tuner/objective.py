@@ -8,6 +8,7 @@ nothing of searching; the block law itself is `a2sf.teacher`'s.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Cost:
 
 
 class Objective:
-    """Costs of candidates on `examples`; the full cache is run once and kept.
+    """Costs of candidates on `examples`; the full cache is run once, when first needed, and kept.
 
     Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions,
     and with an anchor tokens x hidden x the size of the model's dtype.
@@ -58,19 +59,26 @@ class Objective:
     def __init__(self, model: LoadedModel, examples: Sequence[Example], *, label: str) -> None:
         self.model = model
         self.examples = examples
-        self._full: list[Tensor] = []
-        starts = range(0, len(examples), ROWS_PER_PASS)
-        for first in tqdm(starts, desc=f"full cache, {label}", unit="pass", leave=False):
-            part = examples[first : first + ROWS_PER_PASS]
-            self._full += full_cache(model, part)
-        self.full_nll = np.array(
+        self._label = label
+        self._anchor: tuple[TablePolicy, Entering] | None = None
+
+    @cached_property
+    def _full(self) -> list[Tensor]:
+        starts = range(0, len(self.examples), ROWS_PER_PASS)
+        found: list[Tensor] = []
+        for first in tqdm(starts, desc=f"full cache, {self._label}", unit="pass", leave=False):
+            found += full_cache(self.model, self.examples[first : first + ROWS_PER_PASS])
+        return found
+
+    @property
+    def full_nll(self) -> NDArray[np.float64]:
+        """[examples] nats a token with the full cache."""
+        return np.array(
             [
                 float(log_likelihoods(example, log_p).neg().mean())
-                for example, log_p in zip(examples, self._full, strict=True)
+                for example, log_p in zip(self.examples, self._full, strict=True)
             ]
         )
-        """[examples] nats a token with the full cache."""
-        self._anchor: tuple[TablePolicy, Entering] | None = None
 
     def anchor(self, policy: TablePolicy, layer: int) -> float:
         """Keep what enters `layer` under a policy, until the next anchor.

@@ -1,4 +1,5 @@
-"""Checks of options that need nothing loaded, so that a slip is told at once.
+"""What all commands share: checks of options that need nothing loaded, so that a slip is told at
+once, how a failure is told, and files that are written whole or not at all.
 
 Owns the wording of what is wrong. Knows nothing of which commands there are.
 """
@@ -6,8 +7,11 @@ Owns the wording of what is wrong. Knows nothing of which commands there are.
 import math
 import os
 import shlex
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from a2sf.errors import InvalidArgument, NotFound
 
@@ -58,3 +62,22 @@ def without_paths(arguments: Sequence[str]) -> str:
     """The command line that was given, but for the directories that paths stand in."""
     words = (Path(word).name if os.sep in word else word for word in arguments)
     return shlex.join(["python", "-m", "tuner", *words])
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Tell what is wrong in one line on standard error, and exit."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that a reader sees the old file or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

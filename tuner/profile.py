@@ -66,6 +66,9 @@ BATCH = 8
 _OTHER_PASSES = 5 + 2 * SAMPLES
 """The full cache, the base, the pass that gradients flow through, and 2 for each gradient."""
 
+WORK = float(_OTHER_PASSES + len(ALPHAS))
+"""Of a profile, in passes over all examples and layers; walks over the rows counted as whole."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -136,14 +139,19 @@ class Found:
     best: Tried
 
 
-def run(trials: Trials, best: Tried, load: Callable[[], LoadedModel]) -> Found:
-    """Measure what a profile proposes, as a stage of a search.
+def run(trials: Trials, best: Tried, load: Callable[[], LoadedModel]) -> Found | None:
+    """Measure what a profile proposes, as a stage of a search; None where it cannot be afforded.
 
     Args:
         trials: measures.
         best: the best setting so far, of which the profile is taken.
         load: loads the trials' model with `pack=False`; called only if the profile is not known.
     """
+    if not trials.affords(WORK):
+        trials.notes.append(
+            "The stage profile was left out: trials or time do not suffice for its first look."
+        )
+        return None
     point = json.dumps(best.setting.point(), sort_keys=True)
     name = f"profile {hashlib.sha256(point.encode()).hexdigest()[:16]}"
 

@@ -4,20 +4,48 @@ Owns the baselines that a table is compared with, the paired comparisons and the
 nothing of how the table was found.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.schema import Evidence, Stage, TablePolicy, UniformSetting
-from tuner import objective, statistics
-from tuner.objective import Candidate, Cost, Objective
+from a2sf.teacher import Example
+from tuner import objective, packing, statistics
+from tuner.ledger import Ledger, Measured
+from tuner.objective import ROWS_PER_PASS, Candidate, Cost, Objective
 from tuner.search import Frame
-from tuner.trials import Account, Tried
+from tuner.trials import Account, Trials, Tried
 
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
+
+LEAST = 8
+"""Held-out examples that a proof takes, where so many are wanted. With 7 or fewer, no gain however
+even could stay significant once five comparisons are paid for: 5 / 2^7 is .04."""
+
+
+def rows(held_out: int, stages: int) -> int:
+    """Examples that a proof runs at most: the full cache, table, uniform, presets and stages."""
+    return held_out * (3 + len(COMPARED_PRESETS) + stages)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the policies of a proof cost, on the held-out examples that the time sufficed for."""
+
+    costs: dict[str, Cost]
+    full_nll: NDArray[np.float64]
+    """[examples] nats a token with the full cache."""
 
 
 def baselines(frame: Frame, uniform: UniformSetting, seed: int) -> dict[str, Candidate]:
@@ -66,15 +94,110 @@ def judge(
 
 
 def prove(
-    held_out: Objective, candidates: Mapping[str, Candidate], stages: Mapping[str, TablePolicy]
-) -> dict[str, Cost]:
-    """Measure the candidates and, as `stage NAME`, what the stages came to; each policy once."""
+    ledger: Ledger,
+    trials: Trials,
+    model: LoadedModel,
+    held_out: Sequence[Example],
+    candidates: Mapping[str, Candidate],
+    stages: Mapping[str, TablePolicy],
+) -> Proof:
+    """Measure the candidates and, as `stage NAME`, what the stages came to; each policy once.
+
+    Takes as many of the held-out examples as the time that the search has left suffices for, in
+    order. Raises InvalidArgument where that is less than LEAST, or than all.
+    """
     named = {**candidates, **{f"stage {name}": policy for name, policy in stages.items()}}
     different = list(dict.fromkeys(named.values()))
-    costs = held_out.costs(different)
-    bar = tqdm(costs, total=len(different), desc="held out", unit="policy", leave=False)
-    known = dict(zip(different, bar, strict=True))
-    return {name: known[policy] for name, policy in named.items()}
+    found: list[list[Measured]] = [[] for _ in different]
+    full: list[float] = []
+    spent = 0.0
+    with tqdm(total=len(held_out), desc="held out", unit="example", leave=False) as bar:
+        while (first := len(full)) < len(held_out):
+            end = min(first + ROWS_PER_PASS if first else LEAST, len(held_out))
+            if first:
+                need = spent / first * (end - first)
+            else:
+                passes = math.ceil(end * len(different) / ROWS_PER_PASS)
+                need = (passes + 1) * trials.seconds_a_trial
+            if need > trials.seconds_left - spent:
+                if not first:
+                    raise _too_short(trials, end, need)
+                break
+            unseen = _Unseen(model, held_out[first:end], different)
+            if not first:
+                # What one pass takes tells whether there is time for the others.
+                begun = ledger.measure(
+                    unseen.name, unseen.points, unseen.measure, most=unseen.at_once
+                )
+                spent = math.fsum(one.seconds for one in begun)
+                need = spent * (len(different) - len(begun)) / len(begun)
+                if need > max(trials.seconds_left - spent, 0.0):
+                    raise _too_short(trials, end, spent + need)
+            full += _measure(ledger, unseen, found)
+            spent = math.fsum(one.seconds for measured in found for one in measured)
+            bar.update(end - first)
+    if len(full) < len(held_out):
+        trials.notes.append(
+            f"The proof is on {len(full)} of {len(held_out)} held-out examples: more --minutes "
+            "make its intervals narrower."
+        )
+    costs = {
+        policy: Cost(
+            kl=np.array([x for one in measured for x in one.kl]),
+            nll=np.array([x for one in measured for x in one.nll]),
+        )
+        for policy, measured in zip(different, found, strict=True)
+    }
+    return Proof({name: costs[policy] for name, policy in named.items()}, np.array(full))
+
+
+def _too_short(trials: Trials, examples: int, need: float) -> InvalidArgument:
+    # A third of the time is kept for the proof, less what the last trial of the search overran.
+    enough = max(3 * (need + trials.seconds_a_trial), trials.seconds_spent + need) / 60
+    return InvalidArgument(
+        "minutes",
+        f"the search has taken {trials.seconds_spent:.0f} s, and what is left does not suffice "
+        f"for a proof on {examples} held-out examples, about {need:.0f} s; what is measured is "
+        f"kept: run the same command with --minutes {math.ceil(10 * enough) / 10:g} or more",
+    )
+
+
+class _Unseen:
+    """Some held-out examples, and what the policies cost on them; runs nothing before asked."""
+
+    def __init__(
+        self, model: LoadedModel, examples: Sequence[Example], policies: Sequence[Candidate]
+    ) -> None:
+        self.objective = Objective(model, examples, label="held out")
+        self.points: list[dict[str, Any]] = [
+            {"kind": type(policy).__name__, **policy.model_dump(mode="json")} for policy in policies
+        ]
+        content = json.dumps([packing.digest(examples), self.points], sort_keys=True)
+        self.name = f"proof {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        self.at_once = max(1, ROWS_PER_PASS // len(examples))
+        self._policies = policies
+        self._group = cache(self._costs)
+
+    def measure(self, index: int, _: dict[str, Any]) -> Measured:
+        """Measure a policy, and keep what its neighbours cost, with which it shares passes."""
+        cost = self._group(index // self.at_once)[index % self.at_once]
+        return Measured(kl=cost.kl.tolist(), nll=cost.nll.tolist(), evaluations=1.0)
+
+    def _costs(self, group: int) -> list[Cost]:
+        first = group * self.at_once
+        return list(self.objective.costs(self._policies[first : first + self.at_once]))
+
+
+def _measure(ledger: Ledger, unseen: _Unseen, found: Sequence[list[Measured]]) -> list[float]:
+    """Add what each policy costs; return the likelihoods with the full cache."""
+    measured = ledger.measure(unseen.name, unseen.points, unseen.measure)
+    for known, one in zip(found, measured, strict=True):
+        known.append(one)
+    key = f"{unseen.name}/full"
+    if ledger.settled(key) is None:
+        ledger.settle(key, unseen.objective.full_nll.tolist())
+    full: list[float] = ledger.settled(key)
+    return full
 
 
 def stage(

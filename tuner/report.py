@@ -45,6 +45,8 @@ def summarise(
     )
     _line(console, "")
     _line(console, verdict_line(table))
+    for note in outcome.notes:
+        _line(console, note)
     _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
     serve = ["--model", model, "--tables", str(out.parent), "--default-table", table.name]
     _line(console, f"Wrote {out}. Serve it: python -m service {shlex.join(serve)}")

@@ -42,6 +42,16 @@ class Space:
     start: Mapping[str, float]
     """The numbers of the best setting so far, or of what is nearest to it."""
     setting: Callable[[Mapping[str, float]], Setting]
+    clipped: tuple[str, ...] = ()
+    """Numbers of the best setting that lie outside their range, and where they start instead."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a start outside its range: Optuna would use it all the same."""
+        for name, (low, high) in self.ranges.items():
+            if not low <= self.start[name] <= high:
+                raise ValueError(
+                    f"{name} starts at {self.start[name]:g}; accepted: {low:g} to {high:g}"
+                )
 
 
 class Optimiser(Protocol):
@@ -63,17 +73,20 @@ class Tpe:
 
     at_once = AT_ONCE
 
-    def __init__(self, space: Space, cost: float, seed: int) -> None:
-        """Begin with the start of the space, which is known to `cost` so much."""
+    def __init__(self, space: Space, cost: float | None, seed: int) -> None:
+        """Begin with the start of the space: known to `cost` so much, or proposed first if None."""
         self._distributions = {n: FloatDistribution(*ends) for n, ends in space.ranges.items()}
         self._study = optuna.create_study(
             sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8)
         )
-        self._study.add_trial(
-            create_trial(
-                params=dict(space.start), distributions=dict(self._distributions), value=cost
+        if cost is None:
+            self._study.enqueue_trial(dict(space.start))
+        else:
+            self._study.add_trial(
+                create_trial(
+                    params=dict(space.start), distributions=dict(self._distributions), value=cost
+                )
             )
-        )
         self._asked: list[optuna.Trial] = []
 
     def ask(self) -> Mapping[str, float]:
@@ -122,7 +135,7 @@ class Cma:
 def tpe(climb: Climb, seed: int) -> None:
     """Search the alpha of every head by TPE; all else is the best setting's."""
     space = every_head(climb.best.setting)
-    _drive(climb, "tpe", space, Tpe(space, climb.best.mean, seed))
+    _drive(climb, "tpe", space, Tpe(space, _known(space, climb.best), seed))
 
 
 def structured(climb: Climb, seed: int, classes: Sequence[Sequence[int]] | None) -> None:
@@ -131,13 +144,18 @@ def structured(climb: Climb, seed: int, classes: Sequence[Sequence[int]] | None)
     `classes` [num_layers][num_kv_heads] come from a profile; None: all heads are of one.
     """
     space = by_depth(climb.best.setting, classes)
-    _drive(climb, "structured", space, Tpe(space, climb.best.mean, seed))
+    _drive(climb, "structured", space, Tpe(space, _known(space, climb.best), seed))
 
 
 def cma(climb: Climb, seed: int) -> None:
     """Search the alpha and the slots of every layer, and the protection, by CMA-ES."""
     space = by_layer(climb.best.setting)
     _drive(climb, "cma", space, Cma(space, seed))
+
+
+def _known(space: Space, best: Tried) -> float | None:
+    """What the start of the space costs; None where it stands for another setting than the best."""
+    return best.mean if space.setting(space.start) == best.setting else None
 
 
 def every_head(best: Setting) -> Space:
@@ -155,14 +173,14 @@ def every_head(best: Setting) -> Space:
         )
         return replace(best, alpha=alpha)
 
-    return Space(dict.fromkeys(heads, (0.0, LOG_TAU_MAX)), heads, setting)
+    return _space(dict.fromkeys(heads, (0.0, LOG_TAU_MAX)), heads, setting)
 
 
 def by_layer(best: Setting) -> Space:
     """One log tau and one share for every layer, and the protection; starts from layers' means."""
     layers = range(len(best.alpha))
     taus = [float(np.mean([log_tau_of(alpha) for alpha in row])) for row in best.alpha]
-    shares = [float(np.clip(np.log2(share), *LOG2_SHARE)) for share in best.layer_share]
+    shares = [float(np.log2(share)) for share in best.layer_share]
     ranges = {f"log_tau.{layer}": (0.0, LOG_TAU_MAX) for layer in layers}
     start = {f"log_tau.{layer}": taus[layer] for layer in layers}
     ranges |= {f"log2_share.{layer}": LOG2_SHARE for layer in layers}
@@ -174,7 +192,7 @@ def by_layer(best: Setting) -> Space:
             chosen = chosen.with_layer(layer, alpha_of(numbers[f"log_tau.{layer}"]))
         return _protected(chosen, numbers)
 
-    return Space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+    return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
 
 def by_depth(best: Setting, classes: Sequence[Sequence[int]] | None) -> Space:
@@ -182,7 +200,7 @@ def by_depth(best: Setting, classes: Sequence[Sequence[int]] | None) -> Space:
     layers = len(best.alpha)
     knots = np.linspace(0, layers - 1, min(KNOTS, layers))
     taus = np.array([np.mean([log_tau_of(alpha) for alpha in row]) for row in best.alpha])
-    shares = np.clip(np.log2(best.layer_share), *LOG2_SHARE)
+    shares = np.log2(best.layer_share)
     kinds = range(1, 1 + max((kind for row in classes or () for kind in row), default=0))
     ranges: dict[str, tuple[float, float]] = {}
     start: dict[str, float] = {}
@@ -209,14 +227,27 @@ def by_depth(best: Setting, classes: Sequence[Sequence[int]] | None) -> Space:
         dealt = _dealt(best, [2**power for power in along(numbers, "log2_share")])
         return _protected(replace(dealt, alpha=alpha), numbers)
 
-    return Space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+    return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
 
 _PROTECTION = {"recent_share": (0.0, 1.0), "sinks": (0.0, 8.0)}
 
 
 def _protection_of(best: Setting) -> dict[str, float]:
-    return {"recent_share": best.recent_share, "sinks": min(float(best.sinks), 8.0)}
+    return {"recent_share": best.recent_share, "sinks": float(best.sinks)}
+
+
+def _space(
+    ranges: Mapping[str, tuple[float, float]],
+    start: Mapping[str, float],
+    setting: Callable[[Mapping[str, float]], Setting],
+) -> Space:
+    """Start where the best setting is, or at the nearest point within the ranges."""
+    within = {
+        name: min(max(value, ranges[name][0]), ranges[name][1]) for name, value in start.items()
+    }
+    clipped = [f"{n} at {within[n]:g}, not {v:g}" for n, v in start.items() if within[n] != v]
+    return Space(ranges, within, setting, tuple(clipped))
 
 
 def _protected(setting: Setting, numbers: Mapping[str, float]) -> Setting:
@@ -231,6 +262,11 @@ def _dealt(best: Setting, weights: Sequence[float]) -> Setting:
 
 def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:
     """Let an optimiser propose until the trials end, and see what each proposal cost."""
+    if space.clipped:
+        climb.trials.notes.append(
+            f"The stage {name} starts at the nearest setting within its ranges: "
+            f"{', '.join(space.clipped)}."
+        )
     number = 0
     misses = 0
     while climb.trials.left > 0 and misses < MOST_MISSES:

@@ -24,6 +24,12 @@ from tuner.ledger import Ledger, Measured
 from tuner.objective import Objective, effective
 from tuner.search import Frame, Setting
 
+PROOF_SHARE = 1 / 3
+"""Of the time that the proof is kept, at most: less where it is known to take less."""
+
+FEW = 5
+"""Settings that are measured on all examples at once: halving them would take more trials."""
+
 LOOK = 8
 """Examples between two looks at whether a setting is still worth the rest."""
 
@@ -73,27 +79,64 @@ class Trials:
     """The trials of one fit: measured once each, by whichever worker, and accounted by stage."""
 
     def __init__(
-        self, ledger: Ledger, objective: Objective, frame: Frame, minutes: float | None = None
+        self,
+        ledger: Ledger,
+        objective: Objective,
+        frame: Frame,
+        minutes: float | None = None,
+        proof_rows: int = 0,
     ) -> None:
-        """`minutes` of measuring, summed over workers, end the search; None: trials alone do."""
+        """Begin with nothing measured.
+
+        Args:
+            ledger: shares and remembers.
+            objective: measures.
+            frame: completes settings to policies.
+            minutes: of measuring, the proof included and summed over workers; None: no limit.
+            proof_rows: examples that the proof runs, one for each policy and held-out example.
+        """
         self.objective = objective
         self.frame = frame
         self.accounts: dict[str, Account] = {}
+        self.notes: list[str] = []
+        """What was cut short and why, in a sentence each."""
         self._ledger = ledger
+        self._proof_rows = proof_rows
         self._stage = ""
         self._left = 0
         self._seconds = math.inf if minutes is None else 60 * minutes
+        self._until = math.inf
         self._bar: Any = None
+
+    # All times are those that the ledger keeps, and so the same for every worker and every run:
+    # all of them stop at the same place.
+
+    @property
+    def seconds_spent(self) -> float:
+        """Seconds of measuring so far."""
+        return math.fsum(account.seconds for account in self.accounts.values())
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds of measuring that are left of all; infinite without a limit."""
+        return self._seconds - self.seconds_spent
+
+    @property
+    def seconds_a_row(self) -> float:
+        """Seconds that one example has taken through all layers; 0 while none is known."""
+        passes = math.fsum(account.evaluations for account in self.accounts.values())
+        return self.seconds_spent / (passes * len(self.objective.examples)) if passes else 0.0
+
+    @property
+    def seconds_a_trial(self) -> float:
+        """Mean seconds of a trial; 0 while none is known."""
+        count = sum(account.trials for account in self.accounts.values())
+        return self.seconds_spent / count if count else 0.0
 
     @property
     def left(self) -> int:
-        """Trials that the stage may still take; none once the time is over.
-
-        The time is that of the batches so far, as the ledger tells it, and so the same for every
-        worker and every run.
-        """
-        spent = sum(account.seconds for account in self.accounts.values())
-        return self._left if spent < self._seconds else 0
+        """Trials that the stage may still take; none once its time is over."""
+        return self._left if self.seconds_spent < self._until else 0
 
     def feasible(self, setting: Setting) -> bool:
         """Whether the setting leaves every example slots that compete."""
@@ -106,10 +149,18 @@ class Trials:
         return True
 
     @contextmanager
-    def stage(self, name: str, trials: int) -> Iterator[None]:
-        """Count what is measured as the stage's, and show how far it is of its most `trials`."""
+    def stage(self, name: str, trials: int, share: float = 1.0) -> Iterator[None]:
+        """Count what is measured as the stage's, and show how far it is of its most `trials`.
+
+        The stage may take this `share` of the time that is left to the search.
+        """
         self._stage, self._left = name, trials
         self.accounts[name] = Account()
+        if math.isfinite(self._seconds):
+            kept = PROOF_SHARE * self._seconds
+            if self.seconds_a_row:
+                kept = min(kept, self.seconds_a_row * self._proof_rows)
+            self._until = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
         with tqdm(total=trials, desc=name, unit="trial", leave=False) as self._bar:
             yield
 
@@ -132,6 +183,11 @@ class Trials:
         self.accounts[self._stage].seconds += known["seconds"]
         return known["value"]
 
+    def affords(self, evaluations: float) -> bool:
+        """Whether the stage has trials left, and time for so much work as far as is known."""
+        row = self.seconds_a_row * len(self.objective.examples)
+        return self.left > 0 and self.seconds_spent + evaluations * row <= self._until
+
     def measure(
         self,
         batch: str,
@@ -140,10 +196,11 @@ class Trials:
         best: Tried | None = None,
         from_layer: int = 0,
         examples: int | None = None,
+        most: int | None = None,
+        least: int = 0,
+        until: float | None = None,
     ) -> list[Tried]:
-        """Measure settings in order, as many as the stage has trials left for.
-
-        Those that are compared with a best end with the time, too.
+        """Measure settings in order, as many as there are trials and time left for.
 
         Args:
             batch: what to call them, for people who look into the study.
@@ -151,12 +208,17 @@ class Trials:
             best: what a setting must not be worse than, or be given up; None: measured to the end.
             from_layer: the settings agree with the best below this layer.
             examples: so many from the first on; None: all.
+            most: so many settings from the first on; None: all.
+            least: so many settings are measured even where the time is over.
+            until: seconds of measuring after which no more is begun; None: those of the stage.
         """
         count = len(self.objective.examples) if examples is None else examples
-        taken = settings[: self._left if best is None else self.left]
-        if not taken:
+        limit = min(len(settings), self._left, len(settings) if most is None else most)
+        until = self._until if until is None else until
+        if limit <= 0 or (self.seconds_spent >= until and not least):
             return []
-        points = [{**setting.point(), "examples": count} for setting in taken]
+        # All of them, whatever is measured: a run with more trials or time goes on with the batch.
+        points = [{**setting.point(), "examples": count} for setting in settings]
         # A search that is run again with more trials may come to another best, and so to other
         # batches of the same name.
         content = json.dumps([points, best and best.setting.point()], sort_keys=True)
@@ -165,12 +227,18 @@ class Trials:
         def measure(_: int, point: dict[str, Any]) -> Measured:
             return self._measured(Setting.of(point), count, best, from_layer)
 
-        found = self._ledger.measure(
-            f"{self._stage}/{batch} {digest}",
-            points,
-            measure,
-            progress=lambda _: self._bar.update(),
-        )
+        found: list[Measured] = []
+        while (chunk := self._next(found, limit, least, until)) > 0:
+            known = len(found)
+            told = iter(range(len(points)))
+
+            def progress(_: Measured, known: int = known, told: Iterator[int] = told) -> None:
+                if next(told) >= known:
+                    self._bar.update()
+
+            found = self._ledger.measure(
+                f"{self._stage}/{batch} {digest}", points, measure, progress, most=known + chunk
+            )
         account = self.accounts[self._stage]
         account.trials += len(found)
         account.evaluations += sum(one.evaluations for one in found)
@@ -178,39 +246,77 @@ class Trials:
         self._left -= len(found)
         tried = [
             Tried(setting, np.array(one.kl), whole=not one.given_up)
-            for setting, one in zip(taken, found, strict=True)
+            for setting, one in zip(settings, found, strict=False)
         ]
         shown = min((one.mean for one in (*tried, *([best] if best else []))), default=np.nan)
         self._bar.set_postfix_str(f"best {shown:.4f} nats on {count} examples")
         return tried
 
+    def _next(self, found: Sequence[Measured], limit: int, least: int, until: float) -> int:
+        """How many more of a batch to measure before looking at the time again."""
+        known, rest = len(found), limit - len(found)
+        if math.isinf(until):
+            return rest
+        taken = math.fsum(one.seconds for one in found)
+        left = until - self.seconds_spent - taken
+        if left <= 0:
+            return min(rest, max(least - known, 0))
+        # Half of what seems to fit: an error in that costs little, and there are few looks.
+        return min(rest, max(1, int(left * known / taken / 2))) if known and taken else min(rest, 1)
+
     def halve(
-        self, batch: str, settings: Sequence[Setting], rungs: Sequence[tuple[int, int]]
+        self,
+        batch: str,
+        settings: Sequence[Setting],
+        most: int,
+        share: float = 1.0,
+        *,
+        least: int = 0,
     ) -> list[Tried]:
         """Measure many settings on few examples, and ever fewer of them on more.
+
+        Where trials or time are short, the first settings are measured: the best ones to have.
 
         Args:
             batch: what to call them.
             settings: what to measure.
-            rungs: how many settings, and on the first how many examples; the last is on all.
+            most: trials of all rounds together.
+            share: of the stage's time that is left.
+            least: so many of each round are measured even where the time is over.
 
         Returns:
-            What the last rung measured, cheapest first.
+            What was measured on all examples, cheapest first.
         """
-        ranked: list[Tried] = []
-        chosen = list(settings)
-        for kept, examples in rungs:
-            tried = self.measure(f"{batch}/{examples}", chosen[:kept], examples=examples)
-            ranked = sorted(tried, key=lambda one: one.mean)
-            chosen = [one.setting for one in ranked]
-        return ranked
+        most = min(most, self._left)
+        fitting = (n for n in range(len(settings), 0, -1) if _trials(self.rungs(n)) <= most)
+        rungs = self.rungs(next(fitting, 0))
+        work = np.cumsum([kept * examples for kept, examples in rungs])
+        began, time = self.seconds_spent, share * (self._until - self.seconds_spent)
+        tried: list[Tried] = []
+        reached = 1.0
+        for number, (kept, examples) in enumerate(rungs):
+            tried = self.measure(
+                f"{batch}/{examples}",
+                [one.setting for one in tried] if number else settings,
+                examples=examples,
+                most=max(1, round(reached * kept)),
+                least=least,
+                until=began + time * float(work[number] / work[-1]),
+            )
+            tried.sort(key=lambda one: one.mean)
+            if number == 0:
+                reached = len(tried) / kept
+        return [one for one in tried if len(one.kl) == len(self.objective.examples)]
 
     def rungs(self, settings: int) -> list[tuple[int, int]]:
         """Rounds of halving for so many settings: a fifth of them, then a third of those, on all.
 
-        With few examples there are fewer rounds: each sees more examples than the one before.
+        Each is how many settings, and on the first how many examples. With few examples there are
+        fewer rounds: each sees more examples than the one before. Few settings have one round.
         """
         count = len(self.objective.examples)
+        if settings <= FEW:
+            return [(settings, count)] if settings else []
         planned = [
             (settings, max(2, count // 4)),
             (max(settings // 5, 2), max(2, count // 2)),
@@ -243,6 +349,10 @@ class Trials:
         seen = len(kl) / len(self.objective.examples)
         work += seen * self.objective.share_of_layers(policy)
         return Measured(kl=kl, nll=nll, evaluations=work, given_up=end < examples)
+
+
+def _trials(rungs: Sequence[tuple[int, int]]) -> int:
+    return sum(kept for kept, _ in rungs)
 
 
 def _worse(kl: NDArray[np.float64], best: NDArray[np.float64]) -> bool:

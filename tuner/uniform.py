@@ -1,11 +1,14 @@
 """The bar: the best setting with one alpha for all heads and equal slots in all layers.
 
-Owns the grid, its successive halving, and the refinement around the best point. Knows nothing of
-tables: it is held to be as strong as its three numbers allow, because tables are judged by it.
+Owns the grid and its order, its successive halving, and the refinement around the best point. Knows
+nothing of tables: it is held to be as strong as its three numbers allow, because tables are judged
+by it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
+
+import numpy as np
 
 from a2sf.schema import UniformSetting
 from tuner.search import LOG_TAU_MAX, alpha_of, log_tau_of
@@ -26,18 +29,52 @@ LEAST_STEP = 0.02
 """Of log tau: a factor of 1.02 in how long a token is remembered."""
 
 
-def best_uniform(trials: Trials, refinement: int) -> tuple[UniformSetting, Tried]:
-    """Find the best uniform setting on all examples.
+SHARE = 0.5
+"""Of the time for searching: the bar may take as much as the tables, and no more."""
+
+
+def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:
+    """Find the best uniform setting on all examples, with at most so many trials, at least one.
 
     The grid is halved on growing shares of the examples; then a pattern search (Hooke and Jeeves,
     1961) steps from the winner in alpha, recent share and sinks, with ever smaller steps, until
-    `refinement` trials are used or the steps have shrunk to nothing. The refinement may thus take
-    as many trials as a table gets, and stops only where more would change nothing.
+    trials or time are used or the steps have shrunk to nothing. Where trials or time are short,
+    the grid is as coarse as they allow.
     """
-    rungs = trials.rungs(len(GRID))
-    with trials.stage("uniform", sum(kept for kept, _ in rungs) + refinement):
-        best = trials.halve("grid", [trials.frame.uniform(s) for s in GRID], rungs)[0]
+    grid = coarse_to_fine(GRID)
+    most = max(most, 1)
+    with trials.stage("uniform", most, SHARE):
+        settings = [trials.frame.uniform(one) for one in grid]
+        best = trials.halve("grid", settings, most, least=1)[0]
+        taken = trials.accounts["uniform"].trials
+        whole = sum(kept for kept, _ in trials.rungs(len(grid)))
+        if taken < whole:
+            trials.notes.append(
+                f"The bar is the best of {taken} uniform trials, and the whole grid takes {whole}: "
+                "more --trials or --minutes may raise it."
+            )
         return _refined(trials, best)
+
+
+def coarse_to_fine(grid: Sequence[UniformSetting]) -> list[UniformSetting]:
+    """Order a grid so that its first settings stand for all others as well as so few can.
+
+    Each next one is what brings the whole grid nearest to those chosen: the mean distance from a
+    setting to the nearest chosen one, in first steps of the refinement, is the least that one more
+    can make it. Choosing so greedily gains at least 63 % of what the best choice of as many would
+    (Nemhauser, Wolsey and Fisher, 1978).
+    """
+    steps = np.array([(log_tau_of(one.alpha), one.recent_share, one.sinks) for one in grid])
+    steps = steps / FIRST_STEPS
+    distance = np.abs(steps[:, None] - steps[None]).sum(axis=-1)
+    nearest = np.full(len(grid), np.inf)
+    order: list[int] = []
+    while len(order) < len(grid):
+        means = np.minimum(distance, nearest).mean(axis=-1)
+        means[order] = np.inf
+        order.append(int(means.argmin()))
+        nearest = np.minimum(nearest, distance[order[-1]])
+    return [grid[index] for index in order]
 
 
 def _refined(trials: Trials, best: Tried) -> tuple[UniformSetting, Tried]:

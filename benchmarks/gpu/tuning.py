@@ -75,9 +75,9 @@ def measure(run: Run) -> None:
         share_of_steps=round(per_step * steps / evaluation_s, 3),
         share_of_blocks=round(blocks_s / evaluation_s, 3),
     )
-    trials, grid = _defaults()
-    # The uniform stage may take as many trials as the table, beside its grid.
-    every = 2 * trials + grid
+    trials = _default_trials()
+    # The uniform stage may take as many trials as the tables.
+    every = 2 * trials
     hours = (full_s + every * evaluation_s) / 3600
     run.report.add(
         f"a whole fit of {heads} KV heads at {trials} trials, ESTIMATED: evaluations of all "
@@ -104,12 +104,11 @@ def _examples(model: LoadedModel, rows: int, length: int, prompt: int) -> list[E
     ]
 
 
-def _defaults() -> tuple[int, int]:
-    """Trials that a fit takes unless told otherwise, and the settings of its uniform grid."""
+def _default_trials() -> int:
+    """Trials that a fit takes unless told otherwise."""
     try:
-        from tuner.__main__ import fit
-        from tuner.uniform import GRID
+        from tuner.cli import fit
     except ImportError as missing:
         raise NotSupported(f"the tuner's packages are not installed here: {missing}") from missing
     options: Any = signature(fit).parameters
-    return int(options["trials"].default), len(GRID)
+    return int(options["trials"].default)

@@ -9,6 +9,7 @@ import yaml
 from sqlalchemy import make_url
 
 import tuner.__main__ as tuner_main
+import tuner.cli
 import tuner.fit
 from service.options import ServerOptions
 from service.settings import load
@@ -92,7 +93,7 @@ def test_tuners_share_one_study_in_the_database_that_is_there(
 
     services = interpolated(given | {"A2SF_STUDY_PASSWORD": "secret"})["services"]
     monkeypatch.setattr("sys.argv", ["a2sf-tune", *services["tuner"]["command"]])
-    monkeypatch.setattr(tuner_main, "check_writable", lambda out: None)
+    monkeypatch.setattr(tuner.cli, "check_writable", lambda out: None)
     monkeypatch.setattr(tuner.fit, "fit", take)
     with pytest.raises(Taken) as taken:
         tuner_main.main()

@@ -14,7 +14,7 @@ from typer.main import get_command
 from service import health
 from service.settings import load
 from tests.docker.test_docker import ROOT, arguments, stages, variables
-from tuner.__main__ import app
+from tuner.cli import app
 
 PAGE = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
 

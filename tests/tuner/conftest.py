@@ -5,15 +5,27 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+import optuna
 import pytest
 
 import tuner.uniform
+from tests.tuner.planted import Clock
 from tuner.fit import Settings
+from tuner.ledger import BATCH, FINISHED, INDEX
+from tuner.storage import open_storage
 
 
 @pytest.fixture(autouse=True)
 def _no_data_directory_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A2SF_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the ledger times measuring by."""
+    clock = Clock()
+    monkeypatch.setattr("tuner.ledger.time.perf_counter", lambda: clock.now)
+    return clock
 
 
 @pytest.fixture
@@ -86,3 +98,14 @@ def settings(
         return Settings(**{**values, **overrides})
 
     return make
+
+
+def finished(journal: Path) -> list[tuple[str, int]]:
+    """Batch and index of the points that a journal holds as measured."""
+    storage, _ = open_storage(None, journal)
+    try:
+        study = optuna.load_study(study_name="sums", storage=storage)
+    except KeyError:
+        return []
+    trials = study.get_trials(states=FINISHED)
+    return [(trial.user_attrs[BATCH], trial.user_attrs[INDEX]) for trial in trials]

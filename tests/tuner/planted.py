@@ -61,11 +61,31 @@ class Planted:
         return 1.0
 
 
-def trials_of(planted: Planted, storage: Any = None, minutes: float | None = None) -> Trials:
+class Clock:
+    """Time that passes when told to; as a fixture `clock`, what measuring is timed by."""
+
+    now = 0.0
+
+
+class Timed(Planted):
+    """One whose every example takes so many seconds of a clock."""
+
+    def __init__(self, clock: Clock, row: float, target: Setting | None = None) -> None:
+        super().__init__(target or table((0.9, 0.8), (0.5, 0.0), (1.0, 0.99)), examples=32)
+        self._clock, self._row = clock, row
+
+    def cost(self, policy: TablePolicy, examples: range) -> Cost:
+        self._clock.now += self._row * len(examples)
+        return super().cost(policy, examples)
+
+
+def trials_of(
+    planted: Planted, storage: Any = None, minutes: float | None = None, proof_rows: int = 10**9
+) -> Trials:
     """The trials of a fit whose objective is planted."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ledger = Ledger(storage or InMemoryStorage(), "x", {})
-    return Trials(ledger, cast(Objective, planted), FRAME, minutes)
+    return Trials(ledger, cast(Objective, planted), FRAME, minutes, proof_rows)
 
 
 def table(*rows: Sequence[float], share: Sequence[float] = (1.0, 1.0, 1.0)) -> Setting:

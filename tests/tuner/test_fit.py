@@ -1,5 +1,8 @@
 """The whole fit with a tiny model, and the verdict."""
 
+import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ from a2sf.models import LoadedModel
 from a2sf.schema import Evidence, UniformSetting
 from a2sf.tablefile import load_table, save_table
 from a2sf.teacher import Example
-from tests.tuner.conftest import MakeSettings, sums, write_rows
+from tests.tuner.conftest import MakeSettings, finished, sums, write_rows
+from tests.tuner.planted import Clock
+from tuner import objective
 from tuner.fit import Found, fit, search
 from tuner.proof import judge
 from tuner.report import is_uniform
@@ -53,10 +58,69 @@ def test_a_fit_run_again_finds_its_trials_and_says_the_same(
 ) -> None:
     first = fit(settings()).table
     monkeypatch.setattr(
-        tuner.objective.Objective, "cost", lambda *_: pytest.fail("a finished study was measured")
+        tuner.objective.teacher, "predict", lambda *_, **__: pytest.fail("something was measured")
     )
     again = fit(settings()).table
     assert (again.policy, again.evidence) == (first.policy, first.evidence)
+
+
+def test_a_journal_cut_in_its_last_line_costs_that_record_alone(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = fit(settings()).table
+    journal = tmp_path / "sums.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    # The records by which a trial is finished; after one of them the fit is as if killed.
+    ends = [at for at, line in enumerate(lines) if json.loads(line).get("state") in (1, 2)]
+    cut = ends[3]
+    whole = b"".join([*lines[:cut], lines[cut][: len(lines[cut]) // 2]])
+    assert whole.count(b'"pid":%d' % os.getpid()) >= 4
+    # The process that wrote it is gone.
+    journal.write_bytes(whole.replace(b'"pid":%d' % os.getpid(), b'"pid":1'))
+    kept = finished(journal)
+    assert len(kept) == 3
+    again = fit(settings()).table
+    measured = finished(journal)
+    assert measured[:3] == kept
+    assert len(set(measured)) == len(measured) == len(ends)
+    assert (again.policy, again.evidence) == (first.policy, first.evidence)
+
+
+def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    honest = tuner.objective.Objective._pass
+
+    def second(self: Any, rows: Any) -> Any:
+        clock.now += 0.1 * len(rows)
+        return honest(self, rows)
+
+    monkeypatch.setattr(tuner.objective.Objective, "_pass", second)
+    outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
+    assert 8 <= outcome.table.evidence.examples < 60
+    assert clock.now < 30 + 1
+    assert any("The proof is on" in note for note in outcome.notes)
+    assert any("The bar is the best of" in note or "proof" in note for note in outcome.notes)
+
+
+def test_time_that_does_not_suffice_for_the_proof_is_told_with_how_to_go_on(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    honest = tuner.objective.Objective._pass
+
+    def second(self: Any, rows: Any) -> Any:
+        clock.now += 1.0 * len(rows)
+        return honest(self, rows)
+
+    monkeypatch.setattr(tuner.objective.Objective, "_pass", second)
+    with pytest.raises(InvalidArgument, match=r"^minutes: .*same command with --minutes") as told:
+        fit(settings(trials=50, minutes=0.1))
+    enough = float(re.search(r"--minutes ([\d.]+) or more", str(told.value))[1])  # type: ignore[index]
+    before = clock.now
+    outcome = fit(settings(trials=50, minutes=enough))
+    assert outcome.table.evidence.examples == 4
+    # And the pass that was under way.
+    assert clock.now - before < 60 * enough + objective.ROWS_PER_PASS
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -145,8 +209,9 @@ def test_a_mixture_has_as_many_examples_of_each_dataset_and_is_named_after_all(
     assert (table.calibration.examples, table.evidence.examples) == (4, 4)
     alone = []
     for name in ("low", "high"):
+        before = len(seen)
         fit(replace(mixed, dataset=name, examples=2, out=two_datasets / f"{name}.json"))
-        alone.append(seen[-1])
+        alone.append(seen[before])
     first, second = alone
     assert seen[0] == [first[0], second[0], first[1], second[1]]
 

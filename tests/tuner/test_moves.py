@@ -1,14 +1,17 @@
 """The climb: a planted table is found, noise is not, and replays and orders are what they claim."""
 
+from itertools import takewhile
 from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
-from tests.tuner.planted import FRAME, Planted, table, trials_of
+from tests.tuner.planted import FRAME, Clock, Planted, Timed, table, trials_of
 from tuner.moves import Climb, stepped
 from tuner.search import LOG_TAU_MAX, Setting, alpha_of
+from tuner.trials import Trials
+from tuner.uniform import best_uniform
 
 START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 BY_LAYER = table((0.0, 0.0), (0.9, 0.9), (0.995, 0.995))
@@ -114,6 +117,47 @@ def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
     gone_on = climb(planted, *stages, most=150, storage=storage).best.setting
     assert gone_on == climb(whole, *stages, most=150).best.setting
     assert len(planted.calls) < len(whole.calls) or fewer == 1
+
+
+def timed_fit(clock: Clock, storage: Any, minutes: float) -> tuple[Trials, Timed, Climb]:
+    """The bar and all coordinate stages, where an example takes a tenth of a second."""
+    planted = Timed(clock, 0.1, BY_HEAD)
+    trials = trials_of(planted, storage, minutes)
+    _, best = best_uniform(trials, 500)
+    found = Climb(trials, best)
+    most = 500
+    for stage in ("slots", "layers", "heads", "protection", "polish"):
+        with trials.stage(stage, most):
+            getattr(found, stage)()
+            most = trials.left
+    return trials, planted, found
+
+
+@pytest.mark.parametrize("minutes", [0.5, 2])
+def test_the_time_ends_every_stage_and_a_third_is_left_for_the_proof(
+    clock: Clock, minutes: float
+) -> None:
+    trials, _, _ = timed_fit(clock, None, minutes)
+    # No more than the trial that was under way, and what a rung of the grid takes at the least.
+    assert trials.seconds_spent < 40 * minutes + 2 * 3.2
+    assert trials.seconds_left > 20 * minutes - 2 * 3.2
+    assert trials.accounts["slots"].trials > 0
+
+
+def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clock) -> None:
+    storage = InMemoryStorage()
+    first, measured, found = timed_fit(clock, storage, 0.5)
+    again, nothing, same = timed_fit(clock, storage, 0.5)
+    assert nothing.calls == []
+    assert same.best.setting == found.best.setting
+    assert again.seconds_spent == pytest.approx(first.seconds_spent)
+    more, further, _ = timed_fit(clock, storage, 1.5)
+    assert more.seconds_spent > first.seconds_spent
+    grid = list(takewhile(lambda call: len(call[1]) == 8, measured.calls))
+    rest = list(takewhile(lambda call: len(call[1]) == 8, further.calls))
+    assert grid
+    assert rest
+    assert not set(grid) & set(rest)
 
 
 def test_trials_end_a_stage_in_the_middle() -> None:

@@ -11,6 +11,7 @@ from tests.tuner.planted import FRAME, Planted, table, trials_of
 from tuner import samplers
 from tuner.moves import Climb
 from tuner.samplers import Space, by_depth, by_layer, every_head
+from tuner.search import Setting
 
 START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 UNLIKE = table((0.0, 0.5), (0.95, 0.99), (1.0, 0.3), share=(0.5, 2.0, 0.5))
@@ -34,6 +35,31 @@ def test_the_start_of_a_space_stands_for_the_best_setting(space: Space, best: ob
     assert space.setting(space.start) == best
 
 
+def test_a_start_outside_its_range_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^log_tau\.0 starts at 9; accepted: 0 to 7"):
+        Space({"log_tau.0": (0.0, 7.0)}, {"log_tau.0": 9.0}, lambda _: START)
+
+
+FAR = replace(LAYERS, layer_share=(0.05, 2.9, 0.05), sinks=11)
+
+
+@pytest.mark.parametrize("name", ["structured", "cma"])
+def test_a_best_setting_outside_the_ranges_is_started_from_next_to_it_and_told(name: str) -> None:
+    planted = Planted(FAR)
+    climb = run(name, planted, most=6, start=FAR)
+    (note,) = climb.trials.notes
+    assert note.startswith(f"The stage {name} starts at the nearest setting within its ranges: ")
+    assert "sinks at 8, not 11" in note
+    assert "at -3, not -4.32193" in note
+    if name == "structured":
+        # Measured itself: what the best setting costs is not what its neighbour does.
+        first = planted.calls[1][0]
+        assert first.sinks == 8
+        assert (
+            first.layer_share == by_depth(FAR, None).setting(by_depth(FAR, None).start).layer_share
+        )
+
+
 def test_heads_of_one_class_move_together_and_layers_lie_between_the_knots() -> None:
     space = by_depth(START, [[0, 1], [2, 0], [1, 1]])
     moved = space.setting({**space.start, "class.1": 1.0})
@@ -44,11 +70,13 @@ def test_heads_of_one_class_move_together_and_layers_lie_between_the_knots() -> 
     assert ends.alpha[2] == START.alpha[2]
 
 
-def run(name: str, planted: Planted, most: int = 60, storage: Any = None) -> Climb:
+def run(
+    name: str, planted: Planted, most: int = 60, storage: Any = None, start: Setting = START
+) -> Climb:
     trials = trials_of(planted, storage)
     with trials.stage("start", 1):
-        (start,) = trials.measure("start", [START])
-    climb = Climb(trials, start)
+        (known,) = trials.measure("start", [start])
+    climb = Climb(trials, known)
     with trials.stage(name, most):
         if name == "structured":
             samplers.structured(climb, 0, [[0, 1], [2, 0], [1, 1]])
