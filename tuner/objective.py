@@ -6,6 +6,7 @@ true token beside it. Values stay apart by example, because paired statistics ne
 nothing of searching; the block law itself is `a2sf.teacher`'s.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from a2sf import teacher
+from a2sf.errors import NonFinite
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
@@ -70,6 +72,8 @@ class Objective:
             ]
         )
         """[examples] nats a token with the full cache."""
+        for example, nll in zip(examples, self.full_nll, strict=True):
+            check_finite(example, "full cache's negative log-likelihood", float(nll))
         self._anchor: tuple[TablePolicy, Entering] | None = None
 
     def anchor(self, policy: TablePolicy, layer: int) -> float:
@@ -163,11 +167,31 @@ def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
 
 
 def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
-    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position."""
+    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position.
+
+    Raises NonFinite where either is not a finite number.
+    """
     log_q = log_softmax(found.logits, dim=-1)
     terms = kl_div(log_q, full, reduction="none", log_target=True)
     kl = float(terms.double().sum(dim=-1).mean())
-    return kl, float(log_likelihoods(example, log_q).neg().mean())
+    if math.isnan(kl):
+        # What the model rules out in both costs nothing, and is NaN as -inf minus -inf.
+        terms = terms.masked_fill((full == -math.inf) & (log_q == -math.inf), 0.0)
+        kl = float(terms.double().sum(dim=-1).mean())
+    nll = float(log_likelihoods(example, log_q).neg().mean())
+    check_finite(example, "KL to the full cache", kl)
+    check_finite(example, "negative log-likelihood", nll)
+    return kl, nll
+
+
+def check_finite(example: Example, name: str, value: float) -> None:
+    """Raise NonFinite, naming the figure, unless a figure of an example is a finite number."""
+    if not math.isfinite(value):
+        raise NonFinite(
+            f"the {name} of an example of {len(example.token_ids)} tokens is {value}: the model "
+            "gave NaN or infinity; where activations overflow in float16, give dtype bfloat16 or "
+            "float32"
+        )
 
 
 def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """An error that belongs to one request ends that request, and no other notices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,10 +246,9 @@ def alone(tiny_model_64: LoadedModel) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trial]:
+def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Trial:
     made = Trial(tiny_model_64, monkeypatch)
     decode = Engine._decode
-    made.patched_decoding = False
 
     def noted(engine: Engine, events: Any) -> None:
         made.patched_decoding = True
@@ -257,7 +256,7 @@ def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterat
         made.patched_decoding = False
 
     monkeypatch.setattr(Engine, "_decode", noted)
-    yield made
+    return made
 
 
 def check_neighbours(
