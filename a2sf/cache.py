@@ -155,7 +155,7 @@ class Slots:
     ) -> Self:
         """Allocate slots that hold nothing, `slots` [layers] of a row and head in each layer.
 
-        Zeros, so that no stale NaN is ever read.
+        Zeros, so that no NaN is ever read that nobody wrote.
         """
 
         def vectors() -> tuple[Tensor, ...]:
@@ -191,8 +191,23 @@ class Slots:
         return sum(t.nbytes for t in (*self.keys, *self.values, self.position, self.score))
 
     def clear(self) -> None:
-        """Forget every token."""
+        """Forget every token and every score. Keys and values stay where they are."""
         self.position.fill_(EMPTY)
+        self.score.zero_()
+
+    def blank(self, rows: slice, slots: slice) -> None:
+        """Put zeros where keys and values were, in these slots of every layer.
+
+        An empty slot takes part in attention with the weight 0, and 0 x NaN is NaN.
+        """
+        for tensor in (*self.keys, *self.values):
+            tensor[rows, :, slots].zero_()
+
+    def scrub(self, row: int) -> None:
+        """Make a row as it was when it was allocated, whatever it holds."""
+        self.blank(slice(row, row + 1), slice(None))
+        self.position[:, row].fill_(EMPTY)
+        self.score[:, row].zero_()
 
     def free(self, count: int) -> Tensor:
         """Find each head's first `count` empty slots: [layers, rows, H_kv, count] int64.

@@ -3,11 +3,20 @@
 Owns the slab of decode rows, the staging row of the prompt being prefilled, and the sequences in
 them. One `step` is the whole story. Not thread-safe: one thread owns an engine. Knows nothing of
 transport; what the law computes does not depend on how it schedules.
+
+An error of one request ends that request with `Failed`, and no other. Only what computes for all
+rows at once may end the engine: the decoder's step, and a prompt's forward pass where several
+processes share the model. NaN and infinity count as errors of the request whose logits they are in,
+and never reach another one. A row of the slab is scrubbed when its request fails: as long as logits
+are finite, so are all values in the row, because each was weighed in them. That does not hold for
+the staging row, where a prompt may have evicted what was not finite before its last token. So there
+a prompt's view never includes a slot that the prompt has neither written nor blanked.
 """
 
 import math
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +25,32 @@ from a2sf import admission, decoding, sampling
 from a2sf.admission import EngineConfig
 from a2sf.attention import BlockPass, DecodePass, end_prompt
 from a2sf.cache import SLOT_OVERHEAD_BYTES, PolicyTensors, Slots
-from a2sf.errors import InvalidArgument, ResourceExhausted
+from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
 from a2sf.models import LayerAttention, LoadedModel
-from a2sf.requests import CacheStatistics, Event, GenerationRequest, TokenLogprobs
+from a2sf.requests import (
+    CacheStatistics,
+    Event,
+    Failed,
+    GenerationRequest,
+    StepEvent,
+    TokenLogprobs,
+)
 from a2sf.sequence import Sequence
+
+Result = TypeVar("Result")
+
+_NOT_FINITE = (
+    "non-finite logits: the model gave NaN or infinity; where activations overflow in float16, "
+    "bfloat16 or float32 helps"
+)
+
+
+class _BatchWide(Exception):
+    """What was raised where no single request can be blamed for it."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class Engine:
@@ -54,11 +85,17 @@ class Engine:
         """The sequence of each slab row in use, in row order."""
         self._draws: sampling.Batch | None = None
         """The draws of the active rows; None when rows have changed since then."""
+        self._known = 0
+        """Slots of the staging row that the prompt has written or blanked."""
+        self._largest = torch.zeros((), device=model.device)
+        """Largest magnitude in the final hidden states of the prompt so far; NaN wins."""
+        self._failures: list[Failed] = []
+        """What the next step, or the one under way, has to tell of requests that failed."""
 
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
-        return bool(self._waiting or self._prefilling or self._active)
+        return bool(self._waiting or self._prefilling or self._active or self._failures)
 
     @property
     def running(self) -> int:
@@ -94,7 +131,8 @@ class Engine:
         ResourceExhausted when the queue is full.
         """
         policy = admission.check(request, self.model, self.config)
-        if any(s.request.request_id == request.request_id for s in self._sequences()):
+        names = [s.request.request_id for s in self._sequences()]
+        if request.request_id in (*names, *(failed.request_id for failed in self._failures)):
             raise InvalidArgument("request_id", f"{request.request_id!r} is already in use")
         free = self.config.max_batch - self.running
         if len(self._waiting) >= free + self.config.max_waiting:
@@ -105,18 +143,18 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its row at once; unknown ids are ignored. No event follows."""
-        self._waiting = [s for s in self._waiting if s.request.request_id != request_id]
-        if self._prefilling and self._prefilling.request.request_id == request_id:
-            self._prefilling = None
-        for row, sequence in enumerate(self._active):
+        self._failures = [one for one in self._failures if one.request_id != request_id]
+        for sequence in self._sequences():
             if sequence.request.request_id == request_id:
-                self._free(row)
+                self._forget(sequence)
                 break
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StepEvent]:
         """Admit one request, decode one token of every row, prefill a piece of a prompt.
 
-        Before that, requests whose time limit is over end with what they have.
+        Before that, requests whose time limit is over end with what they have. What is raised on
+        behalf of one request becomes its `Failed`, and its row is free after the step. What is
+        raised by the forward pass of all rows is raised here; the engine is of no use afterwards.
         """
         events: list[Event] = []
         self._end_overdue(events)
@@ -126,7 +164,8 @@ class Engine:
             self._decode(events)
         if self._prefilling is not None:
             self._prefill(self._prefilling, events)
-        return events
+        failures, self._failures = self._failures, []
+        return [*events, *failures]
 
     def _allocate(self, rows: int, slots: tuple[int, ...]) -> Slots:
         shape = self.model.shape
@@ -149,30 +188,91 @@ class Engine:
         # The first of those with the highest priority.
         sequence = self._prefilling = max(self._waiting, key=lambda s: s.request.priority)
         self._waiting.remove(sequence)
-        sequence.prefill_at = self._clock()
-        self._staging.clear()
-        events.append(sequence.started())
+        try:
+            sequence.prefill_at = self._clock()
+            self._staging.clear()
+            self._known = 0
+            self._largest.zero_()
+            events.append(sequence.started())
+        except BaseException as error:
+            self._fail(sequence, error)
+            self._forget(sequence)
 
     def _end_overdue(self, events: list[Event]) -> None:
         now = self._clock()
-        for sequence in [s for s in self._sequences() if s.overdue(now)]:
-            if sequence in self._waiting:
-                events.append(sequence.started())
-            withheld = sequence.time_out()
-            if withheld is not None:
-                events.append(withheld)
-            events.append(sequence.finished(self._statistics(sequence), now))
-            self.cancel(sequence.request.request_id)
+        for sequence in self._sequences():
+            # Its row may have been lost to another one's end.
+            if sequence.failure is not None:
+                continue
+            last: list[Event] = []
+            try:
+                if not sequence.overdue(now):
+                    continue
+                if sequence in self._waiting:
+                    last.append(sequence.started())
+                withheld = sequence.time_out()
+                if withheld is not None:
+                    last.append(withheld)
+                last.append(sequence.finished(self._statistics(sequence), now))
+                events += last
+            except BaseException as error:
+                self._fail(sequence, error)
+            self._forget(sequence)
 
     def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
         """Run the next piece of a prompt; after its last one, give it a row and a first token."""
+        try:
+            slots, policy, inputs = self._lay_out(sequence)
+            logits = self._read(sequence, *inputs)
+        except _BatchWide as error:
+            raise error.cause from None
+        except BaseException as error:
+            self._fail(sequence, error)
+            self._forget(sequence)
+            return
+        if logits is None:
+            return
+        row = len(self._active)
+        try:
+            self._join(row, sequence, slots, policy)
+        except BaseException as error:
+            self._fail(sequence, error)
+            self._forget(sequence)
+            # Part of it may be there already.
+            self._slab.scrub(row)
+            return
+        self._prefilling = None
+        self._active.append(sequence)
+        self._draws = None
+        self._emit(row, logits, events)
+
+    def _join(self, row: int, sequence: Sequence, slots: Slots, policy: PolicyTensors) -> None:
+        """Trim a prompt that has been read, and copy it to a row. Raises NonFinite."""
+        if not math.isfinite(self._largest):
+            raise NonFinite(_NOT_FINITE)
+        stored = self._integers(sequence.stored)[:, None]
+        length = self._integers([len(sequence.request.prompt_ids)])
+        end_prompt(slots, stored, length, policy)
+        sequence.running = True
+        self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
+
+    def _lay_out(
+        self, sequence: Sequence
+    ) -> tuple[Slots, PolicyTensors, tuple[Tensor, Tensor, LayerAttention]]:
+        """Return where the next piece goes, under which policy, and what the model needs for it."""
         prompt = sequence.request.prompt_ids
         first = sequence.prefilled
         start, length = sequence.block
         piece = min(start + length - first, self.config.step_tokens)
         policy = self._policies([sequence])
         # Slots fill in order until the first eviction, so none of those beyond is needed yet.
-        needed = min(sequence.policy.staging_slots(len(prompt)), first + piece)
+        most = sequence.policy.staging_slots(len(prompt))
+        needed = min(most, first + piece)
+        if sequence.in_order:
+            self._known = needed
+        elif self._known < most:
+            self._staging.blank(slice(None), slice(self._known, most))
+            self._known = most
         slots = self._staging.view(slice(None), (needed,) * self.model.shape.num_layers)
         forward: LayerAttention
         # Blocks of one token are decode steps, which choose their slots in less time.
@@ -192,57 +292,107 @@ class Engine:
             )
         ids = self._integers([prompt[first : first + piece]])
         positions = torch.arange(first, first + piece, device=self.model.device)[None]
-        hidden = self.model.hidden_states(ids, positions, forward)
-        sequence.prefilled += piece
-        if sequence.prefilled < len(prompt):
-            return
-        stored = self._integers(sequence.stored)[:, None]
-        end_prompt(slots, stored, self._integers([len(prompt)]), policy)
-        row = len(self._active)
-        self._prefilling = None
-        self._active.append(sequence)
-        self._draws = None
-        sequence.running = True
-        self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
-        draws = sampling.Batch([sequence.row], self.model.device)
-        self._emit(row, draws, self.model.logits(hidden[:, -1]), events)
+        return slots, policy, (ids, positions, forward)
+
+    def _read(
+        self, sequence: Sequence, ids: Tensor, positions: Tensor, forward: LayerAttention
+    ) -> Tensor | None:
+        """Run a piece through the model; after the last one, return the logits [1, vocab]."""
+        try:
+            hidden = self.model.hidden_states(ids, positions, forward)
+            sequence.prefilled += ids.shape[1]
+            last = sequence.prefilled == len(sequence.request.prompt_ids)
+            logits = self.model.logits(hidden[:, -1]) if last else None
+        except Exception as error:
+            if self.model.held is not None:
+                # The other processes are still in the middle of this pass.
+                raise _BatchWide(error) from error
+            raise
+        # All positions, for what was not finite in one may be evicted before the last one.
+        torch.maximum(self._largest, hidden.abs().amax().float(), out=self._largest)
+        return logits
 
     def _decode(self, events: list[Event]) -> None:
-        if self._draws is None:
-            self._draws = sampling.Batch([s.row for s in self._active], self.model.device)
         logits = self._decoder.step(
             [s.generated[-1] for s in self._active], [s.seen for s in self._active]
         )
-        self._emit(0, self._draws, logits, events)
+        self._emit(0, logits, events)
 
-    def _emit(self, first: int, draws: sampling.Batch, logits: Tensor, events: list[Event]) -> None:
+    def _emit(self, first: int, logits: Tensor, events: list[Event]) -> None:
         """Draw a token for each row of `logits` [rows, vocab], the row `first` and those after it.
 
-        Reports the tokens, and frees the rows of sequences that end with theirs.
+        Reports the tokens, and frees the rows of sequences that end with theirs or fail.
         """
         rows = range(first, first + len(logits))
-        tokens = draws.draw(logits)
-        logprobs = self._logprobs(first, logits, tokens)
+        sequences = self._active[first:]
+        tokens = self._rowwise(sequences, lambda part: self._draw(sequences[part], logits[part]))
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token is None and sequence.failure is None:
+                self._fail(sequence, NonFinite(_NOT_FINITE))
+        logprobs = self._logprobs(sequences, logits, tokens)
         now = self._clock()
-        for row, token in zip(rows, tokens, strict=True):
-            sequence = self._active[row]
-            events.append(sequence.accept(token, logprobs.get(row), now))
-            if sequence.reason is not None:
-                events.append(sequence.finished(self._statistics(sequence), now))
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token is None or sequence.failure is not None:
+                continue
+            try:
+                events.append(sequence.accept(token, logprobs.get(sequence), now))
+                if sequence.reason is not None:
+                    events.append(sequence.finished(self._statistics(sequence), now))
+            except BaseException as error:
+                self._fail(sequence, error)
         # From the back, so that the row that moves into a freed one is never itself to be freed.
         for row in reversed(rows):
-            if self._active[row].reason is not None:
+            if self._active[row].reason is not None or self._active[row].failure is not None:
                 self._free(row)
 
-    def _logprobs(self, first: int, logits: Tensor, tokens: list[int]) -> dict[int, TokenLogprobs]:
-        requests = [s.request for s in self._active[first : first + len(tokens)]]
-        asking = [i for i, request in enumerate(requests) if request.logprobs]
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[int | None]:
+        if len(sequences) < len(self._active):
+            return sampling.Batch([s.row for s in sequences], self.model.device).draw(logits)
+        if self._draws is None:
+            self._draws = sampling.Batch([s.row for s in sequences], self.model.device)
+        return self._draws.draw(logits)
+
+    def _logprobs(
+        self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]
+    ) -> dict[Sequence, TokenLogprobs]:
+        asking = [
+            (sequence, index, token)
+            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+            if token is not None and sequence.request.logprobs
+        ]
         if not asking:
             return {}
-        found = sampling.logprobs(
-            logits[asking], [tokens[i] for i in asking], [requests[i].top_logprobs for i in asking]
-        )
-        return {first + i: one for i, one in zip(asking, found, strict=True)}
+
+        def find(part: slice) -> list[TokenLogprobs]:
+            some, at, drawn = zip(*asking[part], strict=True)
+            return sampling.logprobs(
+                logits[list(at)], drawn, [one.request.top_logprobs for one in some]
+            )
+
+        asked = [sequence for sequence, _, _ in asking]
+        found = zip(asked, self._rowwise(asked, find), strict=True)
+        return {sequence: one for sequence, one in found if one is not None}
+
+    def _rowwise(
+        self, sequences: list[Sequence], work: Callable[[slice], list[Result]]
+    ) -> list[Result | None]:
+        """Do for all sequences at once what each could do alone, and let those at fault fail.
+
+        `work` returns a result for each sequence of a slice, the same whatever the slice. Only
+        where it raises is it called for each sequence alone. A sequence that fails gets None.
+        """
+        try:
+            return [*work(slice(0, len(sequences)))]
+        except BaseException as error:
+            raise_if_fatal(error)
+        results: list[Result | None] = []
+        for index, sequence in enumerate(sequences):
+            try:
+                results += work(slice(index, index + 1))
+            except BaseException as error:
+                self._fail(sequence, error)
+                results.append(None)
+        return results
 
     def _statistics(self, sequence: Sequence) -> CacheStatistics:
         shape = self.model.shape
@@ -265,13 +415,39 @@ class Engine:
         """Bytes of one token's key and value in one head."""
         return 2 * self.model.shape.head_dim * self.model.dtype.itemsize
 
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        """Note that an error has ended a sequence; whatever that holds is still to be freed."""
+        raise_if_fatal(error)
+        sequence.failure = error
+        self._failures.append(Failed(request_id=sequence.request.request_id, error=error))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Take back the place of a sequence, wherever it is."""
+        if sequence is self._prefilling:
+            self._prefilling = None
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._free(self._active.index(sequence))
+
     def _free(self, row: int) -> None:
-        last = len(self._active) - 1
-        if row != last:
-            self._active[row] = self._active[last]
-            self._decoder.move(row, last, self._active[row].stored)
-        self._active.pop()
+        """Let the last row move into `row`."""
         self._draws = None
+        if self._active[row].failure is not None:
+            self._slab.scrub(row)
+        while (last := len(self._active) - 1) != row:
+            moving = self._active[last]
+            try:
+                self._decoder.move(row, last, moving.stored)
+            except BaseException as error:
+                # It cannot stay where it is, because rows have no gaps: the one before it moves.
+                self._fail(moving, error)
+                self._active.pop()
+                self._slab.scrub(last)
+            else:
+                self._active[row] = moving
+                break
+        self._active.pop()
 
     def _policies(self, sequences: list[Sequence]) -> PolicyTensors:
         return PolicyTensors.stack(

@@ -7,6 +7,7 @@ code in one table, the command lines print the message as one line and exit 2.
     ├── InvalidArgument      a value the caller chose is not accepted; names field and range
     ├── NotFound             a model, dataset or table that is not where one looked
     ├── Unsupported          something real that this program refuses by name
+    │   └── NonFinite        a model gave NaN or infinity where a number was needed
     ├── TableError           an alpha table that cannot be used
     │   ├── TableCorrupt     not whole: not JSON, cut short, or its digest does not match
     │   ├── TableInvalid     whole, but a field is missing, unknown or out of range
@@ -43,6 +44,13 @@ class NotFound(A2SFError, LookupError):
 
 class Unsupported(A2SFError):
     """Something real that this program refuses by name, rather than doing it wrongly."""
+
+
+class NonFinite(Unsupported):
+    """A model gave NaN or infinity where a number was needed.
+
+    Most often its activations overflow in float16, or one of its weights is not finite.
+    """
 
 
 class TableError(A2SFError):
@@ -83,6 +91,16 @@ class Conflict(A2SFError):
 
 class Aborted(A2SFError):
     """The server ended a request before its time: an operator said so, or nobody read it."""
+
+
+def raise_if_fatal(error: BaseException) -> None:
+    """Raise `error` again if it asks a thread or the process to end.
+
+    Every other error belongs to the work at hand. That includes a panic in a library written in
+    Rust, such as tokenizers, which Python sees as a BaseException and not as an Exception.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
 
 
 def first_line(error: BaseException) -> str:

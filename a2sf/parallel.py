@@ -17,7 +17,7 @@ from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
 from a2sf.ranks import RankLost, Ranks
-from a2sf.requests import Delta, Event, Finished, GenerationRequest
+from a2sf.requests import Delta, Failed, Finished, GenerationRequest, StepEvent
 from a2sf.schema import Frozen
 
 
@@ -40,7 +40,7 @@ class _Step(Frozen):
     """Accepted by the first rank since the step before, in order."""
     now: float
     drawn: str
-    """The digest of what the first rank drew in the step before."""
+    """The digest of what the first rank drew in the step before, and of what failed there."""
 
 
 _END = b""
@@ -100,13 +100,12 @@ class LeadingEngine(Engine):
         super().cancel(request_id)
         self._commands.append(_Cancel(request_id=request_id))
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StepEvent]:
         """As `Engine.step`, on all ranks. Raises RankLost where one has ended."""
         told = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
         self._ranks.tell(told.model_dump_json().encode())
         with self._ranks.together():
             events = super().step()
-        # What the step itself cancelled, every rank has cancelled.
         self._commands.clear()
         self._drawn = _digest(events)
         return [_whole(event, self._ranks.size) for event in events]
@@ -129,7 +128,8 @@ class Follower:
     def run(self) -> None:
         """Follow until the first rank closes.
 
-        Raises RankLost where it ends without, and where it draws other tokens than this one.
+        Raises RankLost where it ends without, and where it draws other tokens than this one or
+        other requests fail there.
         """
         drawn = _digest([])
         while (message := self._ranks.hear()) != _END:
@@ -168,7 +168,7 @@ class _AgreedClock:
         return self._clock() if agreed is None else agreed
 
 
-def _whole(event: Event, ranks: int) -> Event:
+def _whole(event: StepEvent, ranks: int) -> StepEvent:
     """Tell a row's bytes on all ranks, which hold as much each."""
     if not isinstance(event, Finished):
         return event
@@ -177,7 +177,8 @@ def _whole(event: Event, ranks: int) -> Event:
     return event.model_copy(update={"cache": cache.model_copy(update=held)})
 
 
-def _digest(events: list[Event]) -> str:
-    """Tell what was drawn in few bytes, the same on every rank."""
+def _digest(events: list[StepEvent]) -> str:
+    """Tell what was drawn, and what failed, in few bytes, the same on every rank."""
     drawn = [(event.request_id, event.token_ids) for event in events if isinstance(event, Delta)]
-    return hashlib.sha256(repr(drawn).encode()).hexdigest()
+    failed = [event.request_id for event in events if isinstance(event, Failed)]
+    return hashlib.sha256(repr((drawn, failed)).encode()).hexdigest()

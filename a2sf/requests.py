@@ -7,7 +7,7 @@ tensors or of transport; the service converts these to and from messages.
 import enum
 from typing import Annotated
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 
 from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.schema import AlphaTable, Count, Frozen, Positive
@@ -99,7 +99,7 @@ class GenerationRequest(Frozen):
 
 
 class FinishReason(enum.Enum):
-    """Why a stream ended in the ordinary way. Failures are errors, never a reason."""
+    """Why a stream ended in the ordinary way. A failure is `Failed`, never a reason."""
 
     LENGTH = "length"
     STOP = "stop"
@@ -192,4 +192,15 @@ class Finished(Frozen):
     timings: Timings
 
 
+class Failed(Frozen):
+    """The last event of a stream that failed, and no other stream did. It may be the only one."""
+
+    request_id: str
+    error: InstanceOf[BaseException]
+    """What was raised, with its traceback. Its text may hold anything, so show it to no client."""
+
+
 Event = Started | Delta | Finished
+
+StepEvent = Event | Failed
+"""What a step of the engine has to tell."""

@@ -5,6 +5,7 @@ own logits, settings and noise alone, never on its neighbours: every operation h
 vocabulary. Knows nothing of caches or schedules.
 """
 
+import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def choose_seed(sampling: Sampling) -> int:
 
 @dataclass(eq=False, kw_only=True)
 class Row:
-    """What one request's draws depend on besides its logits; `Batch.draw` brings it up to date."""
+    """What one request's draws depend on besides its logits; `note` brings it up to date."""
 
     sampling: Sampling
     seed: int
@@ -71,6 +72,13 @@ class Row:
             barred_draws=barred_draws,
         )
 
+    def note(self, token: int) -> None:
+        """Take into account that `token` was drawn."""
+        if self.seen is not None:
+            self.seen[token] = True
+        self.barred_draws = max(self.barred_draws - 1, 0)
+        self.draws += 1
+
 
 class Batch:
     """Several rows that draw together, their settings side by side as tensors.
@@ -103,29 +111,33 @@ class Batch:
         self._scaled = torch.empty(0, dtype=torch.float32, device=device)
         self._probabilities = torch.empty(0, dtype=torch.float32, device=device)
 
-    def draw(self, logits: Tensor) -> list[int]:
+    def draw(self, logits: Tensor) -> list[int | None]:
         """Choose a token for every row from `logits` [rows, vocab] of any float type.
+
+        None for a row whose logits hold NaN or plus infinity, or nothing above minus infinity: no
+        token can be drawn from them. Changes nothing, so that it may be called again; `Row.note`
+        takes a draw into account.
 
         Draws by the exponential race: the least of `e_i / p_i`, with e_i exponential, falls on i
         with probability p_i. It takes one number of noise a token of the vocabulary, whatever the
         filters.
         """
         # In float32 at least: finding the largest of 16-bit numbers takes four times as long.
-        scores = self._allowed(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        scores, banned = self._allowed(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        # What is won by tells whether all was finite: NaN wins over everything.
         if not self._racing:
-            tokens = scores.argmax(dim=-1)
+            best, tokens = scores.max(dim=-1)
         elif len(self._racing) == len(self._rows):
-            tokens = self._race(scores)
+            best, tokens = self._race(scores)
         else:
-            tokens = scores.argmax(dim=-1)
-            tokens[self._random] = self._race(scores)
+            best, tokens = scores.max(dim=-1)
+            raced, tokens[self._random] = self._race(scores)
+            best[self._random] = raced.to(best.dtype)
+        if banned is not None:
+            best = best + banned
+        won: list[float] = best.tolist()
         chosen: list[int] = tokens.tolist()
-        for row, token in zip(self._rows, chosen, strict=True):
-            if row.seen is not None:
-                row.seen[token] = True
-            row.barred_draws = max(row.barred_draws - 1, 0)
-            row.draws += 1
-        return chosen
+        return [token if math.isfinite(by) else None for token, by in zip(chosen, won, strict=True)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return what `draw` would draw from: [n, vocab] float32 for the n rows not greedy.
@@ -133,34 +145,55 @@ class Batch:
         `logits` is [rows, vocab]. Filters apply in turn, each to what the one before left:
         repetition_penalty, bans, temperature, top_k, top_p, min_p.
         """
-        return self._distribution(self._allowed(logits)).clone()
+        scores, _ = self._allowed(logits)
+        probabilities, _ = self._distribution(scores)
+        return probabilities.clone()
 
-    def _allowed(self, logits: Tensor) -> Tensor:
+    def _allowed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Penalise and ban. Also `_spoiled` of what is banned, [rows], or None if nothing is."""
         barred = [i for i, row in enumerate(self._rows) if row.barred_draws and row.barred]
         if self._penalty is None and not barred:
-            return logits
+            return logits, None
         # A copy: the caller's logits stay raw, for logprobs.
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self._penalty is not None:
             rows, penalty = self._penalty.rows, self._penalty.value
             seen = torch.stack([row.seen for row in self._rows if row.seen is not None])
             scores[rows] = penalize_repetition(scores[rows], penalty, seen)
+        if not barred:
+            return scores, None
+        banned = scores.new_zeros(len(scores))
         for i in barred:
-            scores[i, list(self._rows[i].barred)] = -torch.inf
-        return scores
+            ids = list(self._rows[i].barred)
+            banned[i] = _spoiled(scores[i, ids])
+            scores[i, ids] = -torch.inf
+        return scores, banned
 
-    def _race(self, scores: Tensor) -> Tensor:
-        ratios = self._distribution(scores)
+    def _race(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rows that are not greedy win by, and their tokens: both [n]."""
+        ratios, filtered = self._distribution(scores)
         streams = [(row.seed, row.draws) for row in self._racing]
         ratios /= noise.exponential(streams, ratios.shape[1], ratios.device)
-        return ratios.argmax(dim=-1)
+        best, tokens = ratios.max(dim=-1)
+        return best if filtered is None else best + filtered, tokens
 
-    def _distribution(self, scores: Tensor) -> Tensor:
+    def _distribution(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Probabilities [n, vocab], and `_spoiled` of what went in, [n], if filters may hide it.
+
+        Without filters there is no need: softmax makes NaN of a whole row with NaN or infinity.
+        """
         scaled = self._scaled
         torch.div(scores[self._random].float(), self._temperature, out=scaled)
+        spoiled = _spoiled(scaled) if self._filters else None
         for keep, setting in self._filters:
             scaled[setting.rows] = keep(scaled[setting.rows], setting.value)
-        return torch.softmax(scaled, dim=-1, out=self._probabilities)
+        return torch.softmax(scaled, dim=-1, out=self._probabilities), spoiled
+
+
+def _spoiled(scores: Tensor) -> Tensor:
+    """NaN where `scores` [..., n] hold NaN or plus infinity, else 0: [...]."""
+    most = scores.amax(dim=-1).clamp(min=0.0)
+    return most - most
 
 
 @dataclass(frozen=True)
@@ -237,7 +270,8 @@ def _keep(scaled: Tensor, kept: Tensor) -> Tensor:
 
 def _descending(probabilities: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Sort [rows, vocab] stably; what is not above `least` [rows, 1] may be left out."""
-    width = int((probabilities > least).sum(dim=-1).max())
+    # At least one: of a row of NaN nothing is above anything.
+    width = max(int((probabilities > least).sum(dim=-1).max()), 1)
     if 4 * width > probabilities.shape[-1]:
         return probabilities.sort(dim=-1, descending=True, stable=True)
     # Finding a few costs a fraction of sorting them all. The second sort is stable, so ids rise.

@@ -47,7 +47,9 @@ class Sequence:
     """Whether the prompt is done and the row decodes."""
     generated: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
-    """Why it ended; None while it goes on."""
+    """Why it ended in the ordinary way; None while it goes on."""
+    failure: BaseException | None = None
+    """What it failed of; None while it goes on."""
 
     @classmethod
     def queued(
@@ -131,6 +133,7 @@ class Sequence:
         """Take the token that was drawn; afterwards `reason` tells whether it was the last."""
         if self.first_token_at is None:
             self.first_token_at = now
+        self.row.note(token)
         self.generated.append(token)
         self.reason = self.ending.get(token)
         text = ""

@@ -20,7 +20,7 @@ from a2sf import decoding
 from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kept import Kept, Similarity
-from a2sf.models import LoadedModel
+from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
 
 _Projected = tuple[Tensor, Tensor, Tensor]
@@ -92,7 +92,7 @@ def predict(
     for rows, scan in _passes(model, examples, policies, batch, similarity):
         part = [examples[i] for i in rows]
         start = entering.stacked(rows) if entering else None
-        hidden = model.hidden_states(*inputs(model, part), scan, start)
+        hidden = model.hidden_states(*inputs(model, part), without_padding(part, scan), start)
         results.update(zip(rows, _predictions(model, part, hidden, scan), strict=True))
     return [results[i] for i in range(len(examples))]
 
@@ -114,7 +114,8 @@ def enter(
     for rows, scan in _passes(model, examples, policies, batch, similarity=False):
         part = [examples[i] for i in rows]
         start = entering.stacked(rows) if entering else None
-        hidden = model.layer_input(*inputs(model, part), scan, layer, start)
+        attention = without_padding(part, scan)
+        hidden = model.layer_input(*inputs(model, part), attention, layer, start)
         results.update((i, hidden[at, : len(examples[i].token_ids)]) for at, i in enumerate(rows))
     return Entering(layer, tuple(results[i] for i in range(len(examples))))
 
@@ -174,10 +175,34 @@ def _passes(
 
 
 def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids of examples, padded at the right, and positions: both [rows, width]."""
-    ids = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True)
-    positions = torch.arange(ids.shape[1]).expand(len(examples), -1)
+    """Token ids of examples, padded at the right, and positions: both [rows, width].
+
+    A row is padded with its own last token: any other might be one of which the model makes NaN.
+    """
+    width = max(len(e.token_ids) for e in examples)
+    rows = [(*e.token_ids, *e.token_ids[-1:] * (width - len(e.token_ids))) for e in examples]
+    ids = torch.tensor(rows)
+    positions = torch.arange(width).expand(len(examples), -1)
     return ids.to(model.device), positions.to(model.device)
+
+
+def without_padding(examples: Sequence[Example], attention: LayerAttention) -> LayerAttention:
+    """Let `attention` see zeros where the padding of examples is, in queries, keys and values.
+
+    What a model makes of padding need not be finite, and a masked token still takes part with the
+    weight 0: 0 x NaN is NaN.
+    """
+    lengths = [len(e.token_ids) for e in examples]
+    if len(set(lengths)) == 1:
+        return attention
+
+    def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /) -> Tensor:
+        ends = torch.tensor(lengths, device=query.device)[:, None]
+        padding = (torch.arange(query.shape[2], device=query.device) >= ends)[:, None, :, None]
+        q, k, v = (t.masked_fill(padding, 0.0) for t in (query, keys, values))
+        return attention(layer, q, k, v, scale)
+
+    return attend
 
 
 def _predictions(

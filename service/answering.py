@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
-from a2sf.errors import NotFound, Unavailable
+from a2sf.errors import NotFound, Unavailable, raise_if_fatal
 from service.core import Core
 from service.gate import Gate
 from service.metrics import Completion, Metrics
@@ -195,7 +195,8 @@ async def answering(
             passed = remaining is not None and remaining <= 0
             call.outcome = "DEADLINE_EXCEEDED" if passed else "CANCELLED"
             raise
-        except Exception as error:
+        except BaseException as error:
+            raise_if_fatal(error)
             status = to_wire(error, call.request_id)
             call.outcome = status.code.name
             # The status of a client that has stopped reading waits behind what it has not read:

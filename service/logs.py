@@ -31,6 +31,10 @@ _logfmt = structlog.processors.LogfmtRenderer(
 )
 
 
+class LoggedFailure(Exception):
+    """A failure of ours that the log has already, with its cause and the request's id."""
+
+
 class _Output(logging.StreamHandler[Any]):
     """The root logger's handler that `configure` put there."""
 

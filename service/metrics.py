@@ -143,6 +143,11 @@ class Metrics:
             registry=registry,
         )
         self.finished = {reason: finished.labels(reason.value) for reason in FinishReason}
+        self.failed = Counter(
+            "a2sf_completions_failed_total",
+            "Completions that the engine failed at, each alone; the log has the cause.",
+            registry=registry,
+        )
         self._reloads = Counter(
             "a2sf_alpha_table_reloads_total",
             "Times that the directory of alpha tables was read again, by outcome.",
@@ -201,6 +206,10 @@ class Completion:
         self._metrics = metrics
         self._last = metrics.clock()
         self._step = metrics.time_to_first_token
+
+    def failed(self) -> None:
+        """Count that the engine has failed at it."""
+        self._metrics.failed.inc()
 
     def event(self, event: Event) -> None:
         """Count one event of the stream; a token takes 1.3 microseconds."""

@@ -2,8 +2,9 @@
 
 Owns the thread, its inbox, and one channel of events for each request. The engine is built, used
 and dropped in this thread alone; the loop is never blocked by it. A channel holds so many events
-and no more: a reader that stops reading loses its stream, not the server its memory. Should the
-thread die, every stream fails at once and `crashed` tells the server, so that nobody waits for an
+and no more: a reader that stops reading loses its stream, not the server its memory. A request at
+which the engine fails is logged here, once, and its reader gets RequestFailed. Should the thread
+die, every stream fails at once and `crashed` tells the server, so that nobody waits for an
 answer that cannot come. Knows nothing of gRPC.
 """
 
@@ -17,8 +18,16 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from a2sf.errors import A2SFError, Aborted, InvalidArgument, Unavailable
-from a2sf.requests import Event, Finished, GenerationRequest
+from a2sf.errors import (
+    A2SFError,
+    Aborted,
+    InvalidArgument,
+    Unavailable,
+    first_line,
+    raise_if_fatal,
+)
+from a2sf.requests import Event, Failed, Finished, GenerationRequest, StepEvent
+from service.logs import LoggedFailure
 
 log = structlog.get_logger(__name__)
 
@@ -54,7 +63,7 @@ class EngineLike(Protocol):
     def cancel(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StepEvent]:
         """Do one round of work."""
 
 
@@ -67,6 +76,10 @@ class EngineHolder(Protocol):
 
 
 Holder = TypeVar("Holder", bound=EngineHolder)
+
+
+class RequestFailed(LoggedFailure):
+    """The engine failed at one request and goes on with the others. Its cause is `__cause__`."""
 
 
 class EngineCrashed(Exception):
@@ -197,8 +210,9 @@ class EngineRunner:
         """Submit `request` and yield its events, the last one `Finished`.
 
         Close the generator (`contextlib.aclosing`) to leave early: that frees the row. Raises what
-        `submit` raises, Aborted when it is told to or too much is unread, Unavailable once the
-        runner stops, EngineCrashed if the thread dies.
+        `submit` raises of the users' tree, RequestFailed where the engine fails at this request,
+        Aborted when it is told to or too much is unread, Unavailable once the runner stops,
+        EngineCrashed if the thread dies.
         """
         if self._ended is not None:
             raise self._ended()
@@ -285,20 +299,26 @@ class EngineRunner:
         try:
             engine.submit(command.request)
         # Whatever a request makes of validation is that request's failure, not the server's.
-        except Exception as error:
-            if not isinstance(error, A2SFError):
-                log.exception("submit failed", request_id=command.request.request_id)
-            self._post(self._refuse, command.channel, error)
+        except BaseException as error:
+            raise_if_fatal(error)
+            told = (
+                error
+                if isinstance(error, A2SFError)
+                else _logged(command.request.request_id, error)
+            )
+            self._post(self._refuse, command.channel, told)
         else:
             channels[command.request.request_id] = command.channel
 
-    def _dispatch(self, events: list[Event], channels: dict[str, _Channel]) -> None:
-        batch: list[tuple[_Channel, Event]] = []
+    def _dispatch(self, events: list[StepEvent], channels: dict[str, _Channel]) -> None:
+        batch: list[tuple[_Channel, Event | RequestFailed]] = []
         for event in events:
+            # Also of a request that nobody reads any more.
+            told = _logged(event.request_id, event.error) if isinstance(event, Failed) else event
             channel = channels.get(event.request_id)
             if channel is not None:
-                batch.append((channel, event))
-                if isinstance(event, Finished):
+                batch.append((channel, told))
+                if isinstance(event, Finished | Failed):
                     del channels[event.request_id]
         # One wake-up of the loop for the whole batch, not one for each token.
         if batch:
@@ -308,10 +328,13 @@ class EngineRunner:
         if channel.open:
             channel.fail(error)
 
-    def _deliver(self, batch: list[tuple[_Channel, Event]]) -> None:
+    def _deliver(self, batch: list[tuple[_Channel, Event | RequestFailed]]) -> None:
         for channel, event in batch:
             # What the engine said before it heard that the stream has ended is for nobody.
             if not channel.open:
+                continue
+            if isinstance(event, RequestFailed):
+                channel.fail(event)
                 continue
             if channel.unread < self._max_unread:
                 channel.put(event)
@@ -340,6 +363,14 @@ class EngineRunner:
         except RuntimeError:
             # The loop is closed: the process is ending and nobody listens any more.
             log.debug("event loop closed before the engine's thread ended")
+
+
+def _logged(request_id: str, error: BaseException) -> RequestFailed:
+    """Log what the engine failed of at one request; return what its reader gets."""
+    log.error("request failed", request_id=request_id, reason=first_line(error), exc_info=error)
+    failed = RequestFailed("the engine failed at this request")
+    failed.__cause__ = error
+    return failed
 
 
 def _settle(future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None) -> None:

@@ -23,6 +23,7 @@ from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
+from service.runner import RequestFailed
 from service.stall import writing
 
 log = structlog.get_logger(__name__)
@@ -100,6 +101,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                         elif isinstance(event, Delta) and self._backend.options.log_prompts:
                             written.append(event.text)
                         yield event
+        except RequestFailed:
+            call.completion.failed()
+            raise
         finally:
             # Also of a completion that was left or failed: what there was of it.
             if written:

@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from pydantic import ValidationError
 
 from a2sf import errors
+from service.logs import LoggedFailure
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,7 @@ METADATA_OPTIONS = (
 CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.NonFinite: grpc.StatusCode.UNIMPLEMENTED,
     errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.TableCorrupt: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TableInvalid: grpc.StatusCode.FAILED_PRECONDITION,
@@ -130,11 +132,12 @@ class WireStatus:
     trailers: tuple[tuple[str, str | bytes], ...]
 
 
-def to_wire(error: Exception, request_id: str) -> WireStatus:
+def to_wire(error: BaseException, request_id: str) -> WireStatus:
     """Put `error` into a status with details; log the cause where the client must not see it."""
     reason = next((cls for cls in type(error).__mro__ if cls in CODES), None)
     if reason is None:
-        log.error("internal error", request_id=request_id, exc_info=error)
+        if not isinstance(error, LoggedFailure):
+            log.error("internal error", request_id=request_id, exc_info=error)
         code, message = grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}"
         name = "Internal"
     else:

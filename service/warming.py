@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 import structlog
 
-from a2sf.errors import Unavailable
+from a2sf.errors import NonFinite, Unavailable
 from a2sf.policy import CachePolicy
 from a2sf.requests import GenerationRequest
 from service import tracing
@@ -20,7 +20,7 @@ from service.core import Core
 from service.gate import Gate
 from service.metrics import Metrics
 from service.options import ServerOptions
-from service.runner import EngineRunner
+from service.runner import EngineRunner, RequestFailed
 from service.watch import watch
 
 log = structlog.get_logger(__name__)
@@ -44,7 +44,7 @@ async def warm(backend: Backend, load: Callable[[], Core]) -> "asyncio.Task[None
     """Load, make one tiny completion, and open the gate.
 
     Returns the task that watches the tables, where they are watched, to be given to `end`. Raises
-    what loading raises.
+    what loading raises, and NonFinite where the tiny completion has no finite logits.
     """
     runner, options = backend.runner, backend.options
     backend.core = core = await runner.start(load)
@@ -56,9 +56,14 @@ async def warm(backend: Backend, load: Callable[[], Core]) -> "asyncio.Task[None
         ignore_eos=True,
         cache_policy=CachePolicy(preset="full"),
     )
-    async with aclosing(runner.stream(request)) as events:
-        async for _ in events:
-            pass
+    try:
+        async with aclosing(runner.stream(request)) as events:
+            async for _ in events:
+                pass
+    except RequestFailed as error:
+        if isinstance(error.__cause__, NonFinite):
+            raise error.__cause__ from None
+        raise
     backend.metrics.serving(
         model=core.model.identity.id,
         device=core.model.device.type,

@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy
-from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started
+from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started, StepEvent
 from a2sf.scoring import EMPTY
 from tests.tables import make_table
 
@@ -28,8 +28,8 @@ def request(name: str, prompt: Iterable[int], **fields: Any) -> GenerationReques
     return GenerationRequest(request_id=name, prompt_ids=tuple(prompt), **settings)
 
 
-def run(engine: Engine, limit: int = 10_000) -> dict[str, list[Event]]:
-    streams: dict[str, list[Event]] = {}
+def run(engine: Engine, limit: int = 10_000) -> dict[str, list[StepEvent]]:
+    streams: dict[str, list[StepEvent]] = {}
     for _ in range(limit):
         if not engine.has_work:
             return streams
@@ -38,11 +38,11 @@ def run(engine: Engine, limit: int = 10_000) -> dict[str, list[Event]]:
     raise AssertionError("the engine never ran out of work")
 
 
-def tokens(stream: list[Event]) -> list[int]:
+def tokens(stream: Sequence[StepEvent]) -> list[int]:
     return [t for event in stream if isinstance(event, Delta) for t in event.token_ids]
 
 
-def finished(stream: list[Event]) -> Finished:
+def finished(stream: Sequence[StepEvent]) -> Finished:
     assert isinstance(stream[0], Started)
     assert isinstance(stream[-1], Finished)
     assert sum(isinstance(event, Started | Finished) for event in stream) == 2

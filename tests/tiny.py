@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -78,3 +79,19 @@ def save_tiny(
 def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a random GQA Llama and its tokenizer to `directory`."""
     return save_tiny(LlamaConfig, directory, seed=seed, **{"head_dim": 8, **overrides})
+
+
+def save_poisoned_llama(
+    directory: Path, token: int, *, value: float = torch.nan, seed: int = 0, **overrides: Any
+) -> Path:
+    """Write `save_tiny_llama` with an embedding of `value` for one token, which it never prefers.
+
+    Every request that reads the token gets NaN from there on; no other request does.
+    """
+    save_tiny_llama(directory, seed=seed, tie_word_embeddings=False, **overrides)
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][token] = value
+    weights["lm_head.weight"][token] = 0.0
+    save_file(weights, path, metadata={"format": "pt"})
+    return directory

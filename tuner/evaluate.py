@@ -23,6 +23,7 @@ from a2sf.teacher import Example, Prediction
 from tuner import datasets, machine, packing, policies, statistics
 from tuner.objective import (
     ROWS_PER_PASS,
+    check_finite,
     divergence,
     effective,
     full_cache,
@@ -275,6 +276,8 @@ def _pass(
                 strict=True,
             )
         ]
+        for (_, _, example), score in zip(asked, scores, strict=True):
+            check_finite(example, "log-likelihood of a choice", score)
         at = iter(scores)
         for cell, index in rows:
             values = [next(at) for _ in batch[index].alternatives]

@@ -5,6 +5,7 @@ Owns the way from the harness's requests to `a2sf.teacher` (likelihoods) and `a2
 """
 
 import logging
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -24,10 +25,10 @@ from tqdm import tqdm
 from a2sf import chat, teacher
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
-from a2sf.errors import InvalidArgument, Unsupported
+from a2sf.errors import InvalidArgument, NonFinite, Unsupported, first_line
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
-from a2sf.requests import Delta, Finished, GenerationRequest
+from a2sf.requests import Delta, Failed, Finished, GenerationRequest
 from a2sf.schema import first_problem
 from a2sf.teacher import Example
 from tuner.harness_arguments import Arguments, SequencePolicies, sampling
@@ -66,6 +67,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         max_length: tokens of the longest sequence, at most (and unless given) the model's context.
             What is longer loses its beginning.
         seed: of the policy `random` and of sampling; 0 unless given.
+
+    A request that fails ends alone: the others are answered first, and their answers go to the
+    harness's cache if there is one. Then the first failure is raised, because the harness has no
+    way to leave an answer out. Where the model gives NaN or infinity, that is NonFinite.
 
     Raises InvalidArgument for an argument that is unknown or not accepted, and whatever
     `load_model` and `policies.parse` raise.
@@ -225,6 +230,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             ),
         )
         texts = [""] * len(made)
+        failures: dict[int, BaseException] = {}
         pending = deque(made)
         with tqdm(total=len(made), desc="generations", disable=disable_tqdm) as bar:
             while pending or engine.has_work:
@@ -233,10 +239,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 for event in engine.step():
                     if isinstance(event, Delta):
                         texts[int(event.request_id)] += event.text
-                    elif isinstance(event, Finished):
+                    elif isinstance(event, Finished | Failed):
                         bar.update()
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
+                        if isinstance(event, Failed):
+                            failures[int(event.request_id)] = event.error
+        for index, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            if index not in failures:
+                self.cache_hook.add_partial("generate_until", request.args, text)
+        _raise_first(failures, len(made))
         return texts
 
     def _loglikelihood_tokens(
@@ -252,6 +262,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         # Each is resolved before any runs, so that what cannot be is told at once.
         resolved = {example: self.policies.at(len(example.token_ids) + 1) for example in asked}
         answers: dict[int, tuple[float, bool]] = {}
+        failures: dict[int, BaseException] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             for part in self._passes(asked):
                 rules = None if self.policies.full else [resolved[example] for example in part]
@@ -261,9 +272,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     for index in asked[example]:
                         pair, _, continuation = requests[index]
                         answers[index] = _answer(log_p, continuation)
-                        if pair is not None:
+                        if not math.isfinite(answers[index][0]):
+                            failures[index] = NonFinite(
+                                "the model gave NaN or infinity; where activations overflow in "
+                                "float16, give dtype=bfloat16 or dtype=float32"
+                            )
+                        elif pair is not None:
                             self.cache_hook.add_partial("loglikelihood", pair, answers[index])
                     bar.update(len(asked[example]))
+        _raise_first(failures, len(requests))
         return [answers[index] for index in range(len(requests))]
 
     def _example(self, context: Sequence[int], continuation: Sequence[int]) -> Example:
@@ -339,3 +356,14 @@ def _answer(log_p: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     targets = torch.tensor(continuation, device=log_p.device)
     own = log_p.gather(1, targets[:, None]).double()
     return float(own.sum()), bool((log_p.argmax(dim=-1) == targets).all())
+
+
+def _raise_first(failures: Mapping[int, BaseException], asked: int) -> None:
+    """Raise the failure of the request with the lowest number, if any failed."""
+    if not failures:
+        return
+    first = min(failures)
+    error = failures[first]
+    message = f"{len(failures)} of {asked} requests failed, the first as number {first + 1}: "
+    message += first_line(error)
+    raise (NonFinite if isinstance(error, NonFinite) else RuntimeError)(message) from error

@@ -59,10 +59,11 @@ def walked(
     model: LoadedModel, examples: Sequence[Example], policies: Sequence[EffectivePolicy]
 ) -> list[Seen]:
     """Run along examples under policies of one prefill_chunk; say what each layer saw and did."""
-    attention = _Walked(model, examples, policies)
+    walking = _Walked(model, examples, policies)
+    attention = teacher.without_padding(examples, walking)
     # Not that gradients are asked for here, but tensors of inference mode could not take part.
     model.hidden_states(*teacher.inputs(model, examples), attention, differentiable=True)
-    return attention.seen
+    return walking.seen
 
 
 def masked(
@@ -73,13 +74,14 @@ def masked(
     Returns each example's logits [counted, vocab], and each layer's attention output
     [rows, H_q, width, D]; `model` must have been loaded with `pack=False`.
     """
-    attention = _Masked(seen)
+    masking = _Masked(seen)
+    attention = teacher.without_padding(examples, masking)
     hidden = model.hidden_states(*teacher.inputs(model, examples), attention, differentiable=True)
     logits = [
         model.logits(hidden[row, list(example.counted)], differentiable=True)
         for row, example in enumerate(examples)
     ]
-    return logits, attention.outputs
+    return logits, masking.outputs
 
 
 def gradients(model: LoadedModel, examples: Sequence[Example], seen: Sequence[Seen]) -> Gradients:

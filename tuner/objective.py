@@ -6,6 +6,7 @@ true token beside it. Values stay apart by example, because paired statistics ne
 nothing of searching; the block law itself is `a2sf.teacher`'s.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from a2sf import teacher
+from a2sf.errors import NonFinite
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
@@ -68,17 +70,14 @@ class Objective:
         found: list[Tensor] = []
         for first in tqdm(starts, desc=f"full cache, {self._label}", unit="pass", leave=False):
             found += full_cache(self.model, self.examples[first : first + ROWS_PER_PASS])
+        for example, log_p in zip(self.examples, found, strict=True):
+            check_finite(example, "full cache's negative log-likelihood", _nll(example, log_p))
         return found
 
     @property
     def full_nll(self) -> NDArray[np.float64]:
         """[examples] nats a token with the full cache."""
-        return np.array(
-            [
-                float(log_likelihoods(example, log_p).neg().mean())
-                for example, log_p in zip(self.examples, self._full, strict=True)
-            ]
-        )
+        return np.array([_nll(*pair) for pair in zip(self.examples, self._full, strict=True)])
 
     def anchor(self, policy: TablePolicy, layer: int) -> float:
         """Keep what enters `layer` under a policy, until the next anchor.
@@ -171,17 +170,42 @@ def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
 
 
 def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
-    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position."""
+    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position.
+
+    Raises NonFinite where either is not a finite number.
+    """
     log_q = log_softmax(found.logits, dim=-1)
     terms = kl_div(log_q, full, reduction="none", log_target=True)
     kl = float(terms.double().sum(dim=-1).mean())
-    return kl, float(log_likelihoods(example, log_q).neg().mean())
+    if math.isnan(kl):
+        # What the model rules out in both costs nothing, and is NaN as -inf minus -inf.
+        terms = terms.masked_fill((full == -math.inf) & (log_q == -math.inf), 0.0)
+        kl = float(terms.double().sum(dim=-1).mean())
+    nll = _nll(example, log_q)
+    check_finite(example, "KL to the full cache", kl)
+    check_finite(example, "negative log-likelihood", nll)
+    return kl, nll
+
+
+def check_finite(example: Example, name: str, value: float) -> None:
+    """Raise NonFinite, naming the figure, unless a figure of an example is a finite number."""
+    if not math.isfinite(value):
+        raise NonFinite(
+            f"the {name} of an example of {len(example.token_ids)} tokens is {value}: the model "
+            "gave NaN or infinity; where activations overflow in float16, give dtype bfloat16 or "
+            "float32"
+        )
 
 
 def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:
     """Log-probability of each true next token, [counted] float64."""
     targets = [example.token_ids[position + 1] for position in example.counted]
     return log_probabilities[range(len(targets)), targets].double()
+
+
+def _nll(example: Example, log_probabilities: Tensor) -> float:
+    """Nats a token that the example's counted tokens cost."""
+    return float(log_likelihoods(example, log_probabilities).neg().mean())
 
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:

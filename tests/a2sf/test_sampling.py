@@ -57,8 +57,18 @@ def probabilities(logits: Tensor, wish: Sampling) -> Tensor:
     return sampling.Batch([row(wish, vocab_size=len(logits))], CPU).probabilities(logits[None])[0]
 
 
-def draw(logits: Tensor, one: sampling.Row) -> int:
-    return sampling.Batch([one], CPU).draw(logits[None])[0]
+def draw_and_note(
+    batch: sampling.Batch, rows: list[sampling.Row], logits: Tensor
+) -> list[int | None]:
+    drawn = batch.draw(logits)
+    for one, token in zip(rows, drawn, strict=True):
+        if token is not None:
+            one.note(token)
+    return drawn
+
+
+def draw(logits: Tensor, one: sampling.Row) -> int | None:
+    return draw_and_note(sampling.Batch([one], CPU), [one], logits[None])[0]
 
 
 def transformers_scores(
@@ -218,12 +228,11 @@ def test_a_seed_means_the_same_tokens_as_a_row_drawn_on_its_own(
         for top_p in (0.4, 0.9, 1.0)
         for min_p in (0.0, 0.05)
     ]
-    batch = sampling.Batch(
-        [row(wish, seed=i, vocab_size=vocab) for i, wish in enumerate(made)], CPU
-    )
+    rows = [row(wish, seed=i, vocab_size=vocab) for i, wish in enumerate(made)]
+    batch = sampling.Batch(rows, CPU)
     for step in range(6):
         logits = random_logits(len(made), vocab, seed=step).to(dtype)
-        assert batch.draw(logits) == [
+        assert draw_and_note(batch, rows, logits) == [
             one_row_written_out(logits[i], wish, i, step) for i, wish in enumerate(made)
         ]
 
@@ -246,8 +255,9 @@ def test_a_row_draws_among_any_others_what_it_draws_alone(
         return row(wish, prompt, seed=index, vocab_size=vocab, barred=barred, barred_draws=2)
 
     steps = [random_logits(len(cases), vocab, seed=seed + i).to(dtype) for i in range(5)]
-    batch = sampling.Batch([start(i) for i in range(len(cases))], CPU)
-    together = [batch.draw(logits) for logits in steps]
+    rows = [start(i) for i in range(len(cases))]
+    batch = sampling.Batch(rows, CPU)
+    together = [draw_and_note(batch, rows, logits) for logits in steps]
     for index in range(len(cases)):
         alone = start(index)
         tokens = [draw(logits[index], alone) for logits in steps]
@@ -268,7 +278,7 @@ def test_draws_are_as_frequent_as_the_distribution_says(wish: Sampling) -> None:
     count = 4000
     want = probabilities(logits, wish)
     one = row(wish, seed=1, vocab_size=6)
-    in_time = torch.tensor([draw(logits, one) for _ in range(count)])
+    in_time = torch.tensor([draw(logits, one) or 0 for _ in range(count)])
     rows = [row(wish, seed=seed, vocab_size=6) for seed in range(count)]
     across = torch.tensor(sampling.Batch(rows, CPU).draw(logits.expand(count, -1)))
     for drawn in (in_time, across):
@@ -282,7 +292,7 @@ def test_draws_are_as_frequent_as_the_distribution_says(wish: Sampling) -> None:
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     logits = torch.zeros(50)
 
-    def draws(seed: int) -> list[int]:
+    def draws(seed: int) -> list[int | None]:
         one = row(Sampling(), seed=seed, vocab_size=50)
         return [draw(logits, one) for _ in range(20)]
 
@@ -304,7 +314,7 @@ def test_a_drawn_token_is_penalized_from_then_on() -> None:
     batch = sampling.Batch([one], CPU)
     logits = torch.tensor([[2.0, 3.0, 2.5, 4.0]])
     # 3 was in the prompt and counts half; so does each token once drawn, and only once.
-    assert [batch.draw(logits)[0] for _ in range(5)] == [1, 2, 0, 3, 3]
+    assert [draw_and_note(batch, [one], logits)[0] for _ in range(5)] == [1, 2, 0, 3, 3]
     assert logits.tolist() == [[2.0, 3.0, 2.5, 4.0]]
 
 
@@ -343,3 +353,59 @@ def test_logprobs_are_of_the_raw_logits_and_equals_come_by_their_ids(
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_a_given_seed_is_kept(seed: int) -> None:
     assert sampling.choose_seed(Sampling(seed=seed)) == seed
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {},
+    {"repetition_penalty": 1.5},
+    {"top_k": 4},
+    {"top_p": 0.5},
+    {"min_p": 0.3},
+    {"top_k": 4, "top_p": 0.5, "min_p": 0.3},
+]
+
+NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf])
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("places", [[7], list(range(VOCAB))], ids=["one", "all"])
+@pytest.mark.parametrize("barred", [(), (7, 9)], ids=["free", "barred"])
+@pytest.mark.parametrize("wish", FILTERS, ids=str)
+def test_no_token_is_drawn_from_logits_that_are_not_finite(
+    wish: dict[str, Any], barred: tuple[int, ...], places: list[int], value: float
+) -> None:
+    """Not even where a filter or a ban takes away just what is not finite."""
+    logits = random_logits(1)
+    logits[0, places] = value
+    one = row(Sampling(**wish), barred=barred, barred_draws=1)
+    assert sampling.Batch([one], CPU).draw(logits) == [None]
+
+
+@NOT_FINITE
+def test_a_row_that_is_not_finite_changes_no_other_row_s_draw(value: float) -> None:
+    wishes = [Sampling(**wish) for wish in FILTERS]
+    logits = random_logits(2 * len(wishes), seed=3)
+    spoiled = logits.clone()
+    spoiled[1::2] = value
+    rows = [row(wish, seed=i) for i, wish in enumerate(wishes) for _ in range(2)]
+    want = sampling.Batch(rows, CPU).draw(logits)
+    got = sampling.Batch(rows, CPU).draw(spoiled)
+    assert got[::2] == want[::2]
+    assert got[1::2] == [None] * len(wishes)
+
+
+@pytest.mark.parametrize("wish", FILTERS, ids=str)
+def test_entries_at_minus_infinity_are_as_good_as_absent(wish: dict[str, Any]) -> None:
+    logits = random_logits(1)
+    logits[0, 5:] = -torch.inf
+    one = row(Sampling(**wish), barred=(3, 8), barred_draws=1)
+    (token,) = sampling.Batch([one], CPU).draw(logits)
+    assert token in {0, 1, 2, 4}
+
+
+def test_where_nothing_can_be_drawn_nothing_is() -> None:
+    logits = torch.full((2, VOCAB), -torch.inf)
+    rows = [row(Sampling(temperature=temperature)) for temperature in (0.0, 1.0)]
+    assert sampling.Batch(rows, CPU).draw(logits) == [None, None]
