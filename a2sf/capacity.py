@@ -134,6 +134,8 @@ def _packs(outline: Outline) -> bool:
 
 
 def _stored_parameters(outline: Outline) -> int | None:
+    if outline.gguf is not None:
+        return outline.gguf.parameters
     try:
         paths = files.weight_files(outline.directory.name, outline.directory)
     except NotFound:

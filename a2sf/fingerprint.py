@@ -38,7 +38,6 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
         NotFound: a file is not whole.
         Unsupported: some layer stores neither k_proj nor qkv_proj.
     """
-    digest = hashlib.sha256(canonical_json(settings).encode())
     found: dict[int, bytes] = {}
     for path in weights:
         try:
@@ -49,13 +48,22 @@ def fingerprint(settings: Mapping[str, Any], num_layers: int, weights: Sequence[
                         found[int(match[1])] = _first_bytes(file.get_slice(name))
         except SafetensorError as error:
             raise NotFound(f"weights {path}: not whole ({error})") from error
-    if sorted(found) != list(range(num_layers)):
+    return digest(settings, num_layers, found)
+
+
+def digest(settings: Mapping[str, Any], num_layers: int, starts: Mapping[int, bytes]) -> str:
+    """SHA-256 (hex) over `settings`, then what each layer's key projection starts with, in order.
+
+    Raises Unsupported where `starts` lacks a layer.
+    """
+    if sorted(starts) != list(range(num_layers)):
         raise Unsupported(
-            f"k_proj or qkv_proj weights found for layers {sorted(found)} of {num_layers}"
+            f"k_proj or qkv_proj weights found for layers {sorted(starts)} of {num_layers}"
         )
-    for layer in sorted(found):
-        digest.update(found[layer])
-    return digest.hexdigest()
+    summed = hashlib.sha256(canonical_json(settings).encode())
+    for layer in sorted(starts):
+        summed.update(starts[layer])
+    return summed.hexdigest()
 
 
 def _first_bytes(stored: Any) -> bytes:

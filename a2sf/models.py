@@ -25,10 +25,10 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from a2sf import families, files, linear, span
+from a2sf import families, files, gguf_file, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, first_line
 from a2sf.files import REFERENCE
-from a2sf.fingerprint import fingerprint
+from a2sf.fingerprint import BYTES_A_WEIGHT, digest, fingerprint
 from a2sf.outline import ModelShape, check_dtype, choose_dtype, read_settings, shape_of
 from a2sf.ranks import Ranks, expected, of_own_heads
 from a2sf.schema import ModelIdentity
@@ -182,10 +182,10 @@ def load_model(
     pack: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load a model with its tokenizer, from safetensors only and without remote code.
+    """Load a model with its tokenizer, from safetensors or GGUF and without remote code.
 
     Args:
-        id_or_path: "reference" for the packaged model, a directory, or a hub id.
+        id_or_path: "reference" for the packaged model, a directory, a GGUF file, or a hub id.
         revision: branch, tag or commit, for a hub id.
         device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
@@ -207,33 +207,44 @@ def load_model(
         )
     target = ranks.device if ranks else _device(device)
     check_dtype(dtype)
-    directory = files.directory(id_or_path, revision)
-    config = read_settings(id_or_path, directory)
-    weights = files.weight_files(id_or_path, directory)
+    gguf = gguf_file.open_model(id_or_path)
+    if gguf is not None and ranks:
+        raise Unsupported(
+            f"model {id_or_path!r} is a GGUF file, which is not divided among processes; supported "
+            "there: *.safetensors"
+        )
+    directory = gguf.header.path.parent if gguf else files.directory(id_or_path, revision)
+    config = read_settings(id_or_path, directory, gguf)
     shape = shape_of(config)
-    # A local model goes by its folder's name: the path to it is nobody else's business.
-    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+    settings = {
+        "architecture": config.architectures[0],
+        "num_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": config.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "rope": config.rope_parameters,
+    }
+    if gguf:
+        name = gguf.id
+        # Mixed quantisations differ in other tensors than these.
+        stored = {**settings, "stored": gguf.header.type_counts()}
+        mark = digest(stored, shape.num_layers, gguf.key_starts(BYTES_A_WEIGHT))
+    else:
+        # A local model goes by its folder's name: the path to it is nobody else's business.
+        local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+        name = directory.resolve().name if local else id_or_path
+        weights = files.weight_files(id_or_path, directory)
+        mark = fingerprint(settings, shape.num_layers, weights)
     identity = ModelIdentity(
-        id=directory.resolve().name if local else id_or_path,
+        id=name,
         revision=revision,
         architecture=config.architectures[0],
         num_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_kv_heads=shape.num_kv_heads,
-        fingerprint=fingerprint(
-            {
-                "architecture": config.architectures[0],
-                "num_layers": shape.num_layers,
-                "num_attention_heads": shape.num_attention_heads,
-                "num_kv_heads": shape.num_kv_heads,
-                "head_dim": shape.head_dim,
-                "hidden_size": config.hidden_size,
-                "vocab_size": shape.vocab_size,
-                "rope": config.rope_parameters,
-            },
-            shape.num_layers,
-            weights,
-        ),
+        fingerprint=mark,
     )
     held = None
     if ranks:
@@ -246,17 +257,23 @@ def load_model(
     chosen = choose_dtype(dtype, target.type, config)
     try:
         with _quietly():
-            module, loaded = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=chosen,
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **_divided(id_or_path, config) if ranks else {},
-            )
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            if gguf:
+                vocabulary = gguf.vocabulary()
+                tokenizer, ends = vocabulary.tokenizer(), vocabulary.end_ids()
+                module, loaded = gguf.load(chosen, attn_implementation=ATTENTION_NAME)
+            else:
+                module, loaded = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    config=config,
+                    dtype=chosen,
+                    attn_implementation=ATTENTION_NAME,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **_divided(id_or_path, config) if ranks else {},
+                )
+                tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+                ends = _eos_token_ids(directory, config)
     except (OSError, ValueError) as error:
         raise NotFound(f"model {id_or_path!r}: {first_line(error)}") from error
     # transformers fills what is missing with random numbers and only warns.
@@ -284,7 +301,7 @@ def load_model(
         tokenizer=tokenizer,
         device=target,
         dtype=chosen,
-        eos_token_ids=_eos_token_ids(directory, config),
+        eos_token_ids=ends,
         held=held,
     )
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from a2sf import families, files
+from a2sf import families, files, gguf_file
 from a2sf.errors import InvalidArgument, NotFound, first_line
 
 _DTYPES = {
@@ -49,6 +49,8 @@ class Outline:
     """The transformers model on the meta device: sizes and dtypes without numbers."""
     directory: Path
     """Where its settings were found, and its weights if they are there."""
+    gguf: gguf_file.GgufModel | None = None
+    """The GGUF file that the model is, where it is one."""
 
 
 def read_outline(
@@ -64,8 +66,12 @@ def read_outline(
         NotFound, Unsupported, InvalidArgument: as `load_model` does.
     """
     check_dtype(dtype)
-    directory = files.directory(id_or_path, revision, weights=False)
-    config = read_settings(id_or_path, directory)
+    gguf = gguf_file.open_model(id_or_path)
+    if gguf is None:
+        directory = files.directory(id_or_path, revision, weights=False)
+    else:
+        directory = gguf.header.path.parent
+    config = read_settings(id_or_path, directory, gguf)
     chosen = choose_dtype(dtype, device_type, config)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
@@ -76,6 +82,7 @@ def read_outline(
         dtype=chosen,
         module=module,
         directory=directory,
+        gguf=gguf,
     )
 
 
@@ -91,11 +98,17 @@ def choose_dtype(name: str, device_type: str, config: Any) -> torch.dtype:
     return stored if name == "auto" else _DTYPES[name]
 
 
-def read_settings(id_or_path: str, directory: Path) -> Any:
+def read_settings(
+    id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None
+) -> Any:
     """Read a model's settings, a transformers configuration, and refuse what cannot be served.
 
+    Where the model is a GGUF file, its settings are those of `gguf`.
     Raises NotFound or Unsupported.
     """
+    if gguf is not None:
+        families.refuse_unsupported(id_or_path, gguf.config)
+        return gguf.config
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ CORE = [
     "files",
     "fingerprint",
     "families",
+    "gguf_file",
     "linear",
     "span",
     "threads",
@@ -53,6 +54,7 @@ ALONE = {
     "grpc_health": "service",
     "grpc_reflection": "service",
     "grpc_status": "service",
+    "gguf": "a2sf/gguf_file/",
     "google": "service",
     "lm_eval": "tuner/harness",
     "opentelemetry": "service/tracing.py",
@@ -62,7 +64,7 @@ ALONE = {
     "ray": "service/ray_serve/",
     "structlog": "service",
     "triton": "a2sf/kernels/",
-    "transformers": ("a2sf/models.py", "a2sf/outline.py"),
+    "transformers": ("a2sf/models.py", "a2sf/outline.py", "a2sf/gguf_file/"),
 }
 
 
