@@ -129,8 +129,7 @@ def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
 
 def _packs(outline: Outline) -> bool:
     """Whether `linear.pack` would lay linear layers out anew."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return outline.device_type == "cpu" and outline.dtype in linear.PACKED_DTYPES and available
+    return outline.device_type == "cpu" and linear.packs(outline.dtype)
 
 
 def _stored_parameters(outline: Outline) -> int | None:

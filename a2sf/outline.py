@@ -75,6 +75,8 @@ def read_outline(
     chosen = choose_dtype(dtype, device_type, config)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+    if gguf is not None:
+        gguf.places(module)
     return Outline(
         shape=shape_of(config),
         architecture=config.architectures[0],

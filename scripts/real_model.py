@@ -15,11 +15,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import GenerationConfig
-
-from a2sf.models import load_model
-
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / "build" / "real" / "smollm2"
 
@@ -85,6 +80,11 @@ def _fetch(scratch: Path, target: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
+    # Seconds of imports, of which one who finds the checkpoint made needs none.
+    from transformers import GenerationConfig
+
+    from a2sf.models import load_model
+
     model = load_model(str(gguf), device="cpu", dtype="bfloat16", pack=False)
     ends = sorted(model.eos_token_ids)
     model.module.generation_config = GenerationConfig(
@@ -92,7 +92,6 @@ def _convert(gguf: Path, directory: Path) -> None:
         eos_token_id=ends,
         pad_token_id=model.tokenizer.pad_token_id,
     )
-    assert model.dtype == torch.bfloat16
     model.module.save_pretrained(directory)
     model.tokenizer.save_pretrained(directory)
 

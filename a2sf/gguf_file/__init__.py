@@ -115,26 +115,31 @@ class GgufModel:
     def load(self, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
         """Make the transformers model in `dtype`; return it, and what transformers says of it.
 
-        `options` are those of `from_pretrained`. Raises Unsupported as `state_dict` does.
+        `options` are those of `from_pretrained`. Raises as `places` does, before weights are read.
         """
-        made = getattr(transformers, self.config.architectures[0]).from_pretrained(
+        from a2sf.gguf_file.weights import state_dict
+
+        made = getattr(transformers, self.config.architectures[0])
+        with torch.device("meta"):
+            where = self.places(made(self.config))
+        module, told = made.from_pretrained(
             None,
             config=self.config,
-            state_dict=self.state_dict(dtype),
+            state_dict=state_dict(self.header, self.config, where, dtype),
             dtype=dtype,
             output_loading_info=True,
             **options,
         )
-        return made[0], made[1]
+        return module, told
 
-    def state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Unpack all weights to `dtype`, under transformers' names.
+    def places(self, module: Any) -> dict[str, str]:
+        """Return where each of the file's tensors belongs in `module`, which may be without numbers.
 
-        Raises Unsupported for a tensor that the model does not have a place for.
+        Raises Unsupported where one has no place, and NotFound where one is missing.
         """
-        from a2sf.gguf_file.weights import state_dict
+        from a2sf.gguf_file.weights import places
 
-        return state_dict(self._name, self.header, self.config, dtype)
+        return places(self._name, self.header, module)
 
     def vocabulary(self) -> Any:
         """Read the tokens. Raises NotFound or Unsupported."""

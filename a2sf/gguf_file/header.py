@@ -112,8 +112,8 @@ class Header:
         for _ in range(settings):
             key = self._string()
             self.settings[key] = self._value(self._scalar("I"))
-        if self.settings.get("split.count", 1) > 1:
-            self._refuse_part(self.settings["split.count"])
+        if (parts := self.settings.get("split.count", 1)) not in (0, 1):
+            self._refuse_part(parts)
         self.tensors = self._tensor_table(tensors)
 
     def strings(self, key: str) -> list[str] | None:
@@ -152,12 +152,11 @@ class Header:
             kind = self._type(name, self._scalar("I"))
             elements, width = GGML_QUANT_SIZES[kind]
             if not shape or shape[-1] % elements:
-                raise Unsupported(
-                    f"model {self._name!r}: tensor {name} has rows of {shape[-1:]} elements, which "
-                    f"are no whole blocks of {kind.name}"
-                )
+                raise self._not_whole()
             entries.append((name, shape, kind, self._scalar("Q"), prod(shape) // elements * width))
         alignment = self.settings.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self._not_whole()
         start = -(-self._at // alignment) * alignment
         table = {
             name: StoredTensor(shape, kind, start + offset, nbytes)

@@ -52,27 +52,29 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """Those whose logits are tested equal to the transformers model that a file was written from."""
 
-_UNDERSTOOD = frozenset(
+_SIZES = frozenset(
     {
         "attention.head_count",
         "attention.head_count_kv",
         "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
         "attention.value_length",
         "block_count",
         "context_length",
         "embedding_length",
         "feed_forward_length",
         "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.factor",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "rope.scaling.type",
-        "vocab_size",
     }
 )
+_UNDERSTOOD = _SIZES | {
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+}
 
 
 def architecture_of(name: str, header: Header) -> Architecture:
@@ -107,13 +109,15 @@ def configuration(name: str, header: Header) -> Any:
         if key not in _UNDERSTOOD:
             raise Unsupported(
                 f"model {name!r}: the file sets {prefix}{key} to {value!r}, which is not carried "
-                f"out here"
+                "out here"
             )
         if isinstance(value, list):
             raise Unsupported(
                 f"model {name!r}: the file sets {prefix}{key} for each layer; supported: layers "
                 "that are all alike"
             )
+        if key in _SIZES and (not isinstance(value, int) or value < 1):
+            raise Unsupported(f"model {name!r}: the file sets {prefix}{key} to {value!r}")
     missing = {"block_count", "embedding_length", "attention.head_count"} - stated.keys()
     if missing or "token_embd.weight" not in header.tensors:
         what = ", ".join(f"{prefix}{key}" for key in sorted(missing)) or "token_embd.weight"

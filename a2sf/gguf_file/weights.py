@@ -3,45 +3,66 @@
 Owns names and layout. Knows nothing of settings.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-from a2sf.errors import Unsupported
+from a2sf.errors import NotFound, Unsupported
 from a2sf.gguf_file.header import Header
-from a2sf.gguf_file.settings import ROPE_FACTORS, architecture_of
+from a2sf.gguf_file.settings import ARCHITECTURES, ROPE_FACTORS
 
 
-def state_dict(
-    name: str, header: Header, config: Any, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Unpack all weights to `dtype`, one tensor at a time.
+def places(name: str, header: Header, module: Any) -> dict[str, str]:
+    """Return where each of the file's tensors belongs in `module`, which may be without numbers.
 
-    Raises Unsupported for a tensor that has no name in transformers.
+    Raises:
+        Unsupported: a tensor has no place there.
+        NotFound: a place has no tensor, or one of another shape.
     """
-    architecture = architecture_of(name, header)
+    config, wanted = module.config, module.state_dict()
     names = _names(header.settings["general.architecture"], config.num_hidden_layers)
-    weights = {}
-    for stored in header.tensors:
+    found = {}
+    for stored, tensor in header.tensors.items():
         if stored == ROPE_FACTORS:
             continue
         base, _, suffix = stored.rpartition(".")
-        if base not in names or suffix not in ("weight", "bias"):
+        place = f"{names.get(base)}.{suffix}"
+        if place not in wanted:
             raise Unsupported(
                 f"model {name!r}: the file holds a tensor {stored}, which has no place in a "
                 f"{config.architectures[0]}"
             )
+        if tensor.shape != tuple(wanted[place].shape):
+            raise NotFound(
+                f"model {name!r}: tensor {stored} has shape {list(tensor.shape)}, and the file's "
+                f"settings make it {list(wanted[place].shape)}"
+            )
+        found[stored] = place
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := sorted(wanted.keys() - set(found.values()) - tied):
+        raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")
+    return found
+
+
+def state_dict(
+    header: Header, config: Any, where: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Unpack all weights to `dtype`, one tensor at a time, to the names that `places` gave them."""
+    architecture = ARCHITECTURES[header.settings["general.architecture"]]
+    weights = {}
+    for stored, place in where.items():
         values = header.read(stored)
         # What is stored as float32 is a read-only view of the file.
         tensor = torch.from_numpy(values if values.flags.writeable else np.array(values))
         if architecture.interleaved:
-            if base.endswith("attn_q"):
+            if ".attn_q." in stored:
                 tensor = _halves(tensor, config.num_attention_heads)
-            elif base.endswith("attn_k"):
+            elif ".attn_k." in stored:
                 tensor = _halves(tensor, config.num_key_value_heads)
-        weights[f"{names[base]}.{suffix}"] = tensor.to(dtype)
+        weights[place] = tensor.to(dtype)
     return weights
 
 
