@@ -100,9 +100,7 @@ def choose_dtype(name: str, device_type: str, config: Any) -> torch.dtype:
     return stored if name == "auto" else _DTYPES[name]
 
 
-def read_settings(
-    id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None
-) -> Any:
+def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None) -> Any:
     """Read a model's settings, a transformers configuration, and refuse what cannot be served.
 
     Where the model is a GGUF file, its settings are those of `gguf`.

@@ -124,7 +124,9 @@ def test_a_conversation_reads_as_the_models_own_template_writes_it(
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     ids = real_loaded.encode(text, special=False)
-    start, end = (real_loaded.tokenizer.convert_tokens_to_ids(f"<|im_{e}|>") for e in ("start", "end"))
+    start, end = (
+        real_loaded.tokenizer.convert_tokens_to_ids(f"<|im_{e}|>") for e in ("start", "end")
+    )
     assert (start, end) == (1, 2)
     assert (ids.count(start), ids.count(end)) == (3, 2)
     assert end in real_loaded.eos_token_ids

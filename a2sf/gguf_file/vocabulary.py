@@ -201,17 +201,13 @@ class Vocabulary:
             raise NotFound(f"model {self._name!r}: the file holds a vocabulary and no merges")
         # A token may begin with a blank, so that the one that parts two tokens is a later one.
         pairs = [(merge[: (cut := merge.index(" ", 1))], merge[cut + 1 :]) for merge in merges]
-        inner = Tokenizer(
-            models.BPE(vocab=self.ids, merges=pairs, ignore_merges=rule.whole_words)
-        )
+        inner = Tokenizer(models.BPE(vocab=self.ids, merges=pairs, ignore_merges=rule.whole_words))
         steps: list[Any] = []
         if rule.digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         if rule.split is not None:
             steps.append(pre_tokenizers.Split(Regex(rule.split), behavior="isolated"))
-        steps.append(
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.split is None)
-        )
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.split is None))
         inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
         if rule.composes:
             inner.normalizer = normalizers.NFC()

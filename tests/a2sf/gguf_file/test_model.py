@@ -235,7 +235,9 @@ def test_the_fingerprint_tells_weights_quantisations_and_mixtures_apart(tmp_path
     ]
     marks = {load(path).identity.fingerprint for path in paths}
     assert len(marks) == 4
-    whole = save_gguf(checkpoint, tmp_path / "whole.gguf", kind=q8, tensors={n: None for n in mixed})
+    whole = save_gguf(
+        checkpoint, tmp_path / "whole.gguf", kind=q8, tensors={n: None for n in mixed}
+    )
     blocks = gguf.quantize(np.ones((32, 64), np.float32), GGMLQuantizationType.Q4_0)
     mixture = with_raw_tensor(
         whole, tmp_path / "mix.gguf", "blk.1.attn_v.weight", blocks, GGMLQuantizationType.Q4_0
@@ -254,7 +256,9 @@ def test_the_ends_of_an_answer_are_those_of_the_file(tmp_path: Path) -> None:
         checkpoint,
         tmp_path / "named.gguf",
         tokenizer__ggml__tokens=tokens,
-        tokenizer__ggml__token_type=[3 if "|" in token or token == "<bos>" else 1 for token in tokens],
+        tokenizer__ggml__token_type=[
+            3 if "|" in token or token == "<bos>" else 1 for token in tokens
+        ],
         tokenizer__ggml__eos_token_id=7,
     )
     assert load(named).eos_token_ids == {EOS, 7}
