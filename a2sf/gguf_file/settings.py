@@ -235,5 +235,5 @@ def _llama3(name: str, factors: Any, theta: float, head_dim: int) -> dict[str, A
                 "original_max_position_embeddings": original,
             }
     raise Unsupported(
-        f"model {name!r} scales its rotation by {ROPE_FACTORS}, which are not the factors of llama 3"
+        f"model {name!r} scales its rotation by {ROPE_FACTORS}, which are not llama 3's factors"
     )

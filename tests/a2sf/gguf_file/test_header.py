@@ -1,4 +1,4 @@
-"""The header of a GGUF file is read as the gguf library reads it, and what is not whole is named."""
+"""A GGUF file's header is read as the gguf library reads it, and what is not whole is named."""
 
 import struct
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_old_versions_and_big_endian_files_are_refused_by_name(path: Path, tmp_p
     old = bytearray(path.read_bytes())
     old[4:8] = struct.pack("<I", 1)
     (tmp_path / "old.gguf").write_bytes(old)
-    with pytest.raises(Unsupported, match="GGUF version 1; supported: little-endian .* 2 or 3"):
+    with pytest.raises(Unsupported, match=r"GGUF version 1; supported: little-endian .* 2 or 3"):
         Header("m", tmp_path / "old.gguf")
     writer = GGUFWriter(tmp_path / "big.gguf", "llama", endianess=GGUFEndian.BIG)
     writer.write_header_to_file()
