@@ -10,6 +10,7 @@ only the `gguf` library is used here; the tests compare with it.
 """
 
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ class GgufModel:
         from gguf import LlamaFileType
 
         stem = self.header.path.stem
-        known = {kind.value: kind.name for kind in LlamaFileType}
+        known: dict[Any, str] = {kind.value: kind.name for kind in LlamaFileType}
         kind = known.get(self.header.settings.get("general.file_type"), "")
         short = kind.removeprefix("MOSTLY_").removeprefix("ALL_")
         return stem if short.lower() in stem.lower() else f"{stem}.{short}"
@@ -96,8 +97,6 @@ class GgufModel:
     @property
     def parameters(self) -> int:
         """How many numbers the weights are, by the header."""
-        from math import prod
-
         from a2sf.gguf_file.settings import ROPE_FACTORS
 
         stored = self.header.tensors.items()

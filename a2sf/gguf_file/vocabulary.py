@@ -107,7 +107,7 @@ def rule_of(name: str, header: Header) -> Rule | None:
             f"model {name!r} has a vocabulary of kind {kind!r}; supported in a GGUF file: gpt2 "
             "(byte-level) and llama (sentencepiece)"
         )
-    if pre not in RULES:
+    if not isinstance(pre, str) or pre not in RULES:
         raise Unsupported(
             f"model {name!r} cuts text by rule {pre!r} (tokenizer.ggml.pre); supported: "
             f"{', '.join(RULES)}"
@@ -146,7 +146,7 @@ class Vocabulary:
 
     def special(self, role: str) -> str | None:
         """The token of a role, such as "bos" or "eos"; None where the file names none."""
-        index = self._said(f"{role}_token_id")
+        index: int | None = self._said(f"{role}_token_id")
         if index is None:
             return None
         if not 0 <= index < len(self.tokens):
