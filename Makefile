@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow image-test check format bench bench-gpu findings refit tables proto contract clean
+.PHONY: help demo real-model test test-slow image-test check format bench bench-gpu findings refit tables proto contract clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,6 +32,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 
 demo: $(BIN)/.serve ## Stream a completion from a real server through a real client
 	@PATH="$(abspath $(BIN)):$$PATH" DEMO_PYTHON=$(BIN)/python scripts/demo.sh
+
+real-model: $(BIN)/.installed ## Fetch a small model that people use (93 MB) to build/real/smollm2
+	$(BIN)/python -m scripts.real_model
 
 test: $(BIN)/.installed ## Run the fast tests
 	$(BIN)/python -m pytest

@@ -124,11 +124,12 @@ def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
 
 def _packs(outline: Outline) -> bool:
     """Whether `linear.pack` would lay linear layers out anew."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return outline.device_type == "cpu" and outline.dtype in linear.PACKED_DTYPES and available
+    return outline.device_type == "cpu" and linear.packs(outline.dtype)
 
 
 def _stored_parameters(outline: Outline) -> int | None:
+    if outline.gguf is not None:
+        return outline.gguf.parameters
     if outline.stored is None:
         return None
     kept = outline.module.state_dict().keys()

@@ -38,7 +38,7 @@ def directory(id_or_path: str, revision: str | None, *, weights: bool = True) ->
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_or_path):
         raise NotFound(
             f"model {id_or_path!r}: no such directory; accepted: {REFERENCE}, a directory with "
-            "config.json and *.safetensors, or a Hugging Face hub id such as org/name"
+            "config.json and *.safetensors, a GGUF file, or a Hugging Face hub id such as org/name"
         )
     try:
         return Path(

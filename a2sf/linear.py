@@ -62,18 +62,27 @@ def computed_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Whether layers of `dtype` can be packed on this machine's processor.
+
+    oneDNN lays bfloat16 out only for processors with instructions for it (AVX-512 and newer).
+    """
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if dtype == torch.bfloat16:
+        return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return available and dtype in PACKED_DTYPES
+
+
 def pack(module: torch.nn.Module) -> None:
     """Replace, in place, every linear layer inside `module` by a packed one.
 
-    Only on processors where torch has oneDNN, and only for `PACKED_DTYPES`; elsewhere `module`
-    stays as it is. A weight shared with an embedding stays there too, so it is held twice.
+    Only on processors, and only where `packs` says so; elsewhere `module` stays as it is. A weight
+    shared with an embedding stays there too, so it is held twice.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             # Subclasses may do more than multiply.
             if type(child) is not torch.nn.Linear:
                 continue
-            if child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
+            if child.weight.device.type == "cpu" and packs(child.weight.dtype):
                 setattr(parent, name, PackedLinear.of(child))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +23,10 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from a2sf import families, files, linear, span
+from a2sf import families, files, gguf_file, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
-from a2sf.fingerprint import canonical_rotation, fingerprints, key_starts
+from a2sf.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
 from a2sf.outline import (
     ModelShape,
     check_dtype,
@@ -202,10 +203,10 @@ def load_model(
     pack: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load a model with its tokenizer, from safetensors only and without remote code.
+    """Load a model with its tokenizer, from safetensors or GGUF and without remote code.
 
     Args:
-        id_or_path: "reference" for the packaged model, a directory, or a hub id.
+        id_or_path: "reference" for the packaged model, a directory, a GGUF file, or a hub id.
         revision: branch, tag or commit, for a hub id.
         device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
@@ -227,19 +228,33 @@ def load_model(
         )
     target = ranks.device if ranks else _device(device)
     check_dtype(dtype)
-    directory = files.directory(id_or_path, revision)
-    config = read_settings(id_or_path, directory)
+    gguf = gguf_file.open_model(id_or_path)
+    if gguf is not None and ranks:
+        raise Unsupported(
+            f"model {id_or_path!r} is a GGUF file, which is not divided among processes; supported "
+            "there: *.safetensors"
+        )
+    directory = gguf.header.path.parent if gguf else files.directory(id_or_path, revision)
+    config = read_settings(id_or_path, directory, gguf)
     chosen = choose_dtype(dtype, target.type, config)
     shape = shape_of(config)
-    # Whatever is wrong is told before weights are read.
-    read_headers(id_or_path, directory, config, empty_module(id_or_path, config, chosen))
-    tokenizer = read_tokenizer(id_or_path, directory, config)
-    check_generation_settings(id_or_path, directory)
-    weights = files.weight_files(id_or_path, directory)
-    # A local model goes by its folder's name: the path to it is nobody else's business.
-    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
-    name = directory.resolve().name if local else id_or_path
-    identity = _identity(name, revision, config, key_starts(weights))
+    # What is wrong with the files is said before weights are read.
+    if gguf:
+        vocabulary = gguf.vocabulary()
+        tokenizer, ends = vocabulary.tokenizer(), vocabulary.end_ids()
+        # Mixed quantisations differ in other tensors than the key projections.
+        starts, stored = gguf.key_starts(BYTES_A_WEIGHT), {"stored": gguf.header.type_counts()}
+        identity = _identity(gguf.id, revision, config, starts, stored)
+    else:
+        read_headers(id_or_path, directory, config, empty_module(id_or_path, config, chosen))
+        tokenizer = read_tokenizer(id_or_path, directory, config)
+        check_generation_settings(id_or_path, directory)
+        ends = _eos_token_ids(directory, config, tokenizer)
+        # A local model goes by its folder's name: the path to it is nobody else's business.
+        local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+        name = directory.resolve().name if local else id_or_path
+        starts = key_starts(files.weight_files(id_or_path, directory))
+        identity = _identity(name, revision, config, starts)
     held = None
     if ranks:
         held = ranks.share(shape.num_kv_heads)
@@ -249,16 +264,19 @@ def load_model(
             num_kv_heads=shape.num_kv_heads // ranks.size,
         )
     with reading(id_or_path, "weights"):
-        module, loaded = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=chosen,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_divided(id_or_path, config) if ranks else {},
-        )
+        if gguf:
+            module, loaded = gguf.load(chosen, attn_implementation=ATTENTION_NAME)
+        else:
+            module, loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=chosen,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_divided(id_or_path, config) if ranks else {},
+            )
     # transformers fills what is missing with random numbers and only warns.
     for kind in ("missing", "unexpected", "mismatched"):
         if loaded[f"{kind}_keys"]:
@@ -277,7 +295,7 @@ def load_model(
         tokenizer=tokenizer,
         device=target,
         dtype=chosen,
-        eos_token_ids=_eos_token_ids(directory, config, tokenizer),
+        eos_token_ids=ends,
         held=held,
     )
     try:
@@ -292,8 +310,13 @@ def load_model(
 
 
 def _identity(
-    name: str, revision: str | None, config: Any, starts: Mapping[int, bytes]
+    name: str,
+    revision: str | None,
+    config: Any,
+    starts: Mapping[int, bytes],
+    stored: Mapping[str, Any] = MappingProxyType({}),
 ) -> LoadedIdentity:
+    """Return a model's identity; `stored` is hashed beside the settings, where there is any."""
     shape, architecture = shape_of(config), config.architectures[0]
     partial = architecture in families.ROTATE_IN_PART
     sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
@@ -306,6 +329,7 @@ def _identity(
             "num_attention_heads": shape.num_attention_heads,
             "num_kv_heads": shape.num_kv_heads,
             **sizes,
+            **stored,
         },
         config.rope_parameters,
         starts,

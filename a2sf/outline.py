@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from a2sf import checkpoint, families, files
+from a2sf import checkpoint, families, files, gguf_file
 from a2sf.checkpoint import Stored
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, Unsupported, one_line
 
@@ -59,7 +59,9 @@ class Outline:
     directory: Path
     """Where its settings were found, and its weights if they are there."""
     stored: Mapping[str, Stored] | None = None
-    """The tensors of its files by their headers; None: the files are not there."""
+    """The tensors of its safetensors files by their headers; None: it has no such files."""
+    gguf: gguf_file.GgufModel | None = None
+    """The GGUF file that the model is, where it is one."""
 
 
 def read_outline(
@@ -78,12 +80,19 @@ def read_outline(
         NotFound, Unsupported, InvalidArgument: as `load_model` does.
     """
     check_dtype(dtype)
-    directory = files.directory(id_or_path, revision, weights=False)
-    config = read_settings(id_or_path, directory)
+    gguf = gguf_file.open_model(id_or_path)
+    if gguf is None:
+        directory = files.directory(id_or_path, revision, weights=False)
+    else:
+        directory = gguf.header.path.parent
+    config = read_settings(id_or_path, directory, gguf)
     chosen = choose_dtype(dtype, device_type, config)
     module = empty_module(id_or_path, config, chosen)
     stored = None
-    if files.has_weights(directory):
+    if gguf is not None:
+        gguf.places(module)
+        gguf.vocabulary()
+    elif files.has_weights(directory):
         stored = read_headers(id_or_path, directory, config, module)
         read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
@@ -95,6 +104,7 @@ def read_outline(
         module=module,
         directory=directory,
         stored=stored,
+        gguf=gguf,
     )
 
 
@@ -110,11 +120,15 @@ def choose_dtype(name: str, device_type: str, config: Any) -> torch.dtype:
     return stored if name == "auto" else _DTYPES[name]
 
 
-def read_settings(id_or_path: str, directory: Path) -> Any:
+def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None) -> Any:
     """Read a model's settings, a transformers configuration, and refuse what cannot be served.
 
+    Where the model is a GGUF file, its settings are those of `gguf`.
     Raises NotFound or Unsupported.
     """
+    if gguf is not None:
+        families.refuse_unsupported(id_or_path, gguf.config)
+        return gguf.config
     families.refuse_by_name(id_or_path, files.settings(id_or_path, directory))
     if (directory / "adapter_config.json").is_file():
         raise Unsupported(

@@ -36,7 +36,7 @@ class ModelOptions(_Group):
     """Model"""
 
     model: str = REFERENCE
-    """`reference`, a directory, or a Hugging Face hub id."""
+    """`reference`, a directory, a GGUF file, or a Hugging Face hub id."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
     device: str = "auto"

@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from a2sf.models import LoadedModel, load_model
+from scripts.real_model import CannotFetch, gguf_file, real_model
 from tests.tiny import save_tiny_llama
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
@@ -49,6 +50,27 @@ def tiny_model_64(tiny_model_dir: Path) -> LoadedModel:
 def reference_model() -> LoadedModel:
     """The packaged model in float32 on the processor."""
     return load_model("reference", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """A small model that people use, made by `make real-model`; skips where it cannot be had."""
+    try:
+        return real_model()
+    except CannotFetch as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def real_gguf(real_model_dir: Path) -> Path:
+    """The GGUF file that it was made from."""
+    return gguf_file(real_model_dir)
+
+
+@pytest.fixture(scope="session")
+def real_loaded(real_model_dir: Path) -> LoadedModel:
+    """It, in float32 on the processor: 650 MB."""
+    return load_model(str(real_model_dir), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ CORE = [
     "fingerprint",
     "checkpoint",
     "families",
+    "gguf_file",
     "linear",
     "span",
     "threads",
@@ -59,6 +60,7 @@ ALONE = {
     "grpc_health": "service",
     "grpc_reflection": "service",
     "grpc_status": "service",
+    "gguf": "a2sf/gguf_file/",
     "google": "service",
     "lm_eval": "tuner/harness",
     "opentelemetry": "service/tracing.py",
@@ -68,7 +70,7 @@ ALONE = {
     "ray": "service/ray_serve/",
     "structlog": "service",
     "triton": "a2sf/kernels/",
-    "transformers": ("a2sf/models.py", "a2sf/outline.py"),
+    "transformers": ("a2sf/models.py", "a2sf/outline.py", "a2sf/gguf_file/"),
 }
 
 

@@ -31,7 +31,7 @@ tables = typer.Typer(help="Look at tables.", no_args_is_help=True)
 app.add_typer(tables, name="tables")
 
 ModelOption = Annotated[
-    str, typer.Option(help="`reference`, a directory, or a Hugging Face hub id.")
+    str, typer.Option(help="`reference`, a directory, a GGUF file, or a Hugging Face hub id.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DataDirOption = Annotated[

@@ -52,7 +52,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     `max_length`. Generation runs through the engine that serves.
 
     Model arguments:
-        pretrained: `reference` for the packaged model, a directory, or a hub id.
+        pretrained: `reference` for the packaged model, a directory, a GGUF file, or a hub id.
         revision: branch, tag or commit, for a hub id.
         policy: one policy as `a2sf-tune evaluate --policies` spells it; `full` unless given.
         ratio: share of a sequence's tokens that each head keeps, above 0 and up to 1. A sequence

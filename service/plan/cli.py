@@ -42,7 +42,10 @@ def plan(
     *,
     model: Annotated[
         str,
-        _model(help="`reference`, a directory (config.json is enough), or a Hugging Face hub id."),
+        _model(
+            help="`reference`, a directory (config.json is enough), a GGUF file, or a Hugging Face "
+            "hub id."
+        ),
     ] = REFERENCE,
     revision: Annotated[str | None, _model(help="Branch, tag or commit, for a hub id.")] = None,
     device: Annotated[

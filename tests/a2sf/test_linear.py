@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Embedding, Linear, Module, Sequential
 
-from a2sf.linear import PACKED_DTYPES, PackedLinear, computed_rows, pack
+from a2sf.linear import PACKED_DTYPES, PackedLinear, computed_rows, pack, packs
 from a2sf.models import LoadedModel
 
 needs_onednn = pytest.mark.skipif(
@@ -13,7 +13,7 @@ needs_onednn = pytest.mark.skipif(
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in PACKED_DTYPES if packs(dtype)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 96), (1, 96), (3, 7, 96), (300, 96)])
 def test_a_packed_layer_maps_as_the_layer_does(
@@ -28,6 +28,22 @@ def test_a_packed_layer_maps_as_the_layer_does(
         )
         got = PackedLinear.of(layer)(values)
     assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_any_dtype_is_packed_where_the_processor_can_and_computes(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    layer = Linear(96, 33, dtype=dtype)
+    module = Sequential(layer)
+    values = torch.randn(3, 96, dtype=dtype)
+    want = torch.nn.functional.linear(values.double(), layer.weight.double(), layer.bias.double())
+    pack(module)
+    assert isinstance(module[0], PackedLinear) == packs(dtype)
+    got = module(values).detach()
     torch.testing.assert_close(got.double(), want, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
 
 

@@ -84,7 +84,10 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
 def simulate_and_compare(
     model: LoadedModel, directory: Any, prompt: list[int], steps: int, **policy: Any
 ) -> int:
-    """Compare with the masking simulation; return how many tokens were decided clearly."""
+    """Compare with the masking simulation; return how many tokens were decided clearly.
+
+    `directory` is the model's, or the simulation that was made of it.
+    """
     table = make_table(model.identity, **policy)
     engine = engine_for(model)
     wish = CachePolicy(table=table.name)
@@ -95,7 +98,8 @@ def simulate_and_compare(
     assert len(set(budgets)) == len(set(table.policy.layer_share))
     cache = finished(stream).cache
     assert (cache.evicted_tokens > 0) == (min(budgets) < len(prompt) + steps)
-    simulated = MaskedLlama(directory).decode(
+    witness = directory if isinstance(directory, MaskedLlama) else MaskedLlama(directory)
+    simulated = witness.decode(
         prompt,
         steps,
         alpha=[list(row) for row in table.policy.alpha],

@@ -1,0 +1,147 @@
+"""GGUF files as models: one file with settings, vocabulary and weights, often quantised.
+
+Owns finding such a file and what the seam with transformers needs of it: a configuration, weights
+by the names that transformers has for them, a tokenizer, and what a fingerprint is made of. Weights
+are unpacked to a plain dtype, one tensor at a time. Knows nothing of attention or of devices.
+
+transformers reads GGUF files too (`gguf_file=`). It leaves out what it does not know (a scaled
+rotation, biases, the rule that cuts text) without a word, and reads the header three times, so that
+only the `gguf` library is used here; the tests compare with it.
+"""
+
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from a2sf.errors import NotFound, Unsupported
+from a2sf.files import REFERENCE
+
+if TYPE_CHECKING:
+    from a2sf.gguf_file.header import Header
+
+SUFFIX = ".gguf"
+
+_KEY_PROJECTION = "blk.{}.attn_k.weight"
+
+
+def open_model(id_or_path: str) -> "GgufModel | None":
+    """Read the header of the GGUF file that a model is; None where it is something else.
+
+    Raises:
+        NotFound: there is no such file, more than one in a directory, or it is not whole.
+        Unsupported: it is of a kind that this program would run wrongly.
+    """
+    path = _find(id_or_path)
+    return None if path is None else GgufModel(id_or_path, path)
+
+
+def _find(id_or_path: str) -> Path | None:
+    path = Path(id_or_path).expanduser()
+    if id_or_path == REFERENCE:
+        return None
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return None
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+        if len(files) > 1:
+            raise NotFound(
+                f"model {id_or_path!r}: {len(files)} GGUF files are in this directory; give one by "
+                f"its path, such as {files[0].name}"
+            )
+        return files[0] if files else None
+    if path.suffix.lower() != SUFFIX:
+        return None
+    if not path.is_file():
+        raise NotFound(f"model {id_or_path!r}: no such file")
+    return path
+
+
+class GgufModel:
+    """A model in a GGUF file, of whose weights nobody has read a byte."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Read the header of the file at `path`; `name` is what the model was asked for by.
+
+        Raises NotFound or Unsupported, with the reason.
+        """
+        if find_spec("gguf") is None:
+            raise Unsupported(
+                f"model {name!r}: GGUF files are read with the gguf library; install "
+                "a2sf-serve[gguf]"
+            )
+        from a2sf.gguf_file import header
+        from a2sf.gguf_file.settings import configuration
+        from a2sf.gguf_file.vocabulary import rule_of
+
+        self._name = name
+        self.header: Header = header.Header(name, path)
+        self.config: Any = configuration(name, self.header)
+        """The transformers configuration."""
+        rule_of(name, self.header)
+
+    @property
+    def id(self) -> str:
+        """What the model goes by: the file's name, with the quantisation if that lacks it."""
+        from gguf import LlamaFileType
+
+        stem = self.header.path.stem
+        known: dict[Any, str] = {kind.value: kind.name for kind in LlamaFileType}
+        kind = known.get(self.header.settings.get("general.file_type"), "")
+        short = kind.removeprefix("MOSTLY_").removeprefix("ALL_")
+        return stem if short.lower() in stem.lower() else f"{stem}.{short}"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are, by the header."""
+        from a2sf.gguf_file.settings import ROPE_FACTORS
+
+        stored = self.header.tensors.items()
+        return sum(prod(tensor.shape) for name, tensor in stored if name != ROPE_FACTORS)
+
+    def key_starts(self, count: int) -> dict[int, bytes]:
+        """The first `count` bytes of every layer's key projection, as stored."""
+        names = {n: _KEY_PROJECTION.format(n) for n in range(self.config.num_hidden_layers)}
+        return {
+            layer: self.header.first_bytes(name, count)
+            for layer, name in names.items()
+            if name in self.header.tensors
+        }
+
+    def load(self, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+        """Make the transformers model in `dtype`; return it, and what transformers says of it.
+
+        `options` are those of `from_pretrained`. Raises as `places` does, before weights are read.
+        """
+        from a2sf.gguf_file.weights import state_dict
+
+        made = getattr(transformers, self.config.architectures[0])
+        with torch.device("meta"):
+            where = self.places(made(self.config))
+        module, told = made.from_pretrained(
+            None,
+            config=self.config,
+            state_dict=state_dict(self.header, self.config, where, dtype),
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
+        return module, told
+
+    def places(self, module: Any) -> dict[str, str]:
+        """Return where each of the file's tensors belongs in `module`, on any device.
+
+        Raises Unsupported where one has no place, and NotFound where one is missing.
+        """
+        from a2sf.gguf_file.weights import places
+
+        return places(self._name, self.header, module)
+
+    def vocabulary(self) -> Any:
+        """Read the tokens. Raises NotFound or Unsupported."""
+        from a2sf.gguf_file.vocabulary import Vocabulary
+
+        return Vocabulary(self._name, self.header)

@@ -1,0 +1,216 @@
+"""A GGUF file's vocabulary cuts text as the model that it was trained with, or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+
+from a2sf import chat
+from a2sf.errors import NotFound, Unsupported
+from a2sf.gguf_file.header import Header
+from a2sf.gguf_file.vocabulary import RULES, Vocabulary
+from a2sf.models import LoadedModel, load_model
+from a2sf.outline import read_outline
+from a2sf.requests import ChatMessage
+from tests.gguf_files import BYTE, CONTROL, NORMAL, TOKENS, save_checkpoint, save_gguf
+from tests.tiny import BOS, EOS
+
+TEXT = "I'LL see\n\n12 1234  x"
+
+# By hand, from the regular expressions that llama.cpp and the models' own tokenizer.json have.
+PIECES = {
+    "gpt-2": "I|'|LL| see|\n|\n|12| 1234| | x",
+    "smollm": "I|'|LL| see|\n\n|1|2| |1|2|3|4| | x",
+    "llama-bpe": "I|'LL| see|\n\n|12| |123|4| | x",
+    "llama3": "I|'LL| see|\n\n|12| |123|4| | x",
+    "llama-v3": "I|'LL| see|\n\n|12| |123|4| | x",
+    "qwen2": "I|'LL| see|\n\n|1|2| |1|2|3|4| | x",
+    "tekken": "I|'LL| see|\n\n|1|2| |1|2|3|4| | x",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def vocabulary(checkpoint: Path, path: Path, **settings: Any) -> Vocabulary:
+    said = {f"tokenizer__ggml__{key}": value for key, value in settings.items()}
+    return Vocabulary("m", Header("m", save_gguf(checkpoint, path / "m.gguf", **said)))
+
+
+def load(path: Path) -> LoadedModel:
+    return load_model(str(path), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_text_is_cut_by_the_rule_that_the_file_names(
+    rule: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    tokenizer = vocabulary(checkpoint, tmp_path, pre=rule).tokenizer()
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
+    assert [TEXT[start:end] for _, (start, end) in cut] == PIECES[rule].split("|")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].split])
+def test_the_rules_are_those_of_another_library(rule: str) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    assert RULES[rule].split == GGUF_PRE_TOKENIZER_SPLITS[rule]
+
+
+def test_digits_after_line_ends_make_other_tokens_by_each_rule(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def tokens(rule: str) -> list[str]:
+        ids = vocabulary(checkpoint, tmp_path, pre=rule).tokenizer()("\n\n12 12").input_ids
+        return [TOKENS[index] for index in ids]
+
+    assert tokens("gpt-2") == ["Ċ", "Ċ", "12", "Ġ", "12"]
+    assert tokens("smollm") == ["ĊĊ", "1", "2", "Ġ", "1", "2"]
+    assert tokens("llama-bpe") == ["ĊĊ", "12", "Ġ", "12"]
+
+
+def test_a_token_that_no_merge_makes_is_found_where_the_rule_takes_whole_words(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tokens = ["whole" if token == "ĠĠ" else token for token in TOKENS]
+    types = [CONTROL if token in ("<bos>", "<eos>") else NORMAL for token in tokens]
+    changed = {"tokens": tokens, "token_type": types, "merges": ["1 2"]}
+    whole = vocabulary(checkpoint, tmp_path, pre="llama-bpe", **changed).tokenizer()
+    assert whole("whole").input_ids == [TOKENS.index("ĠĠ")]
+    spelled = vocabulary(checkpoint, tmp_path, pre="qwen2", **changed).tokenizer()
+    assert len(spelled("whole").input_ids) == 5
+
+
+def test_characters_are_composed_where_the_models_were_trained_so(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for rule, same in [("qwen2", True), ("gpt-2", False)]:
+        tokenizer = vocabulary(checkpoint, tmp_path, pre=rule).tokenizer()
+        assert (tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids) is same
+
+
+def test_control_tokens_and_those_that_users_defined_stay_whole(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tokenizer = vocabulary(checkpoint, tmp_path).tokenizer()
+    think = TOKENS.index("<think>")
+    ids = tokenizer("a<think>b<eos>").input_ids
+    assert ids == [TOKENS.index("a"), think, TOKENS.index("b"), EOS]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+    assert tokenizer.decode(tokenizer("naïve 日本 \n\n 12").input_ids) == "naïve 日本 \n\n 12"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "adds"),
+    [
+        ("gpt-2", None, False),
+        ("gpt-2", True, True),
+        ("gpt-2", False, False),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_the_beginning_of_a_sequence_is_added_as_the_file_says(
+    rule: str, said: bool | None, adds: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = save_gguf(
+        checkpoint,
+        tmp_path / "m.gguf",
+        tokenizer__ggml__pre=rule,
+        tokenizer__ggml__add_bos_token=said,
+    )
+    model = load(path)
+    assert model.encode("the") == ((BOS,) if adds else ()) + (TOKENS.index("the"),)
+    assert model.encode("the", special=False) == (TOKENS.index("the"),)
+    assert model.tokenizer.bos_token == "<bos>"
+
+
+def test_the_chat_template_is_the_files(checkpoint: Path, tmp_path: Path) -> None:
+    talk = [ChatMessage(role="user", content="Hi")]
+    model = load(save_gguf(checkpoint, tmp_path / "m.gguf"))
+    assert chat.render(model.tokenizer, talk) == "<bos>user: Hi<eos>"
+    without = save_gguf(checkpoint, tmp_path / "without.gguf", tokenizer__chat_template=None)
+    with pytest.raises(Unsupported, match="no chat template"):
+        chat.render(load(without).tokenizer, talk)
+
+
+SPM_TOKENS = [
+    *("<unk>", "<s>", "</s>"),
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *("▁", "a", "b", "c", "ab", "bc", "▁a", "▁abc", "abc", "▁▁"),
+]
+SPM = {
+    "model": "llama",
+    "pre": "default",
+    "tokens": SPM_TOKENS,
+    "token_type": [2, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 10],
+    # Of "abc" the half "bc" is better than "ab", and what is made of "▁" and "a" comes last.
+    "scores": [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -3.0, -1.0, -5.0, -8.0, -4.0, -2.0],
+    "merges": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "unknown_token_id": 0,
+    "add_bos_token": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix", "pieces"),
+    [
+        ("abc", None, ["<s>", "▁abc"]),
+        ("abc", False, ["<s>", "abc"]),
+        (" abc", None, ["<s>", "▁▁", "abc"]),
+        ("ab c", None, ["<s>", "▁", "ab", "▁", "c"]),
+        ("é", None, ["<s>", "▁", "<0xC3>", "<0xA9>"]),
+        ("c</s>c", None, ["<s>", "▁", "c", "</s>", "▁", "c"]),
+    ],
+)
+def test_a_sentencepiece_vocabulary_merges_the_best_token_first(
+    text: str, prefix: bool | None, pieces: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    read = vocabulary(checkpoint, tmp_path, **SPM, add_space_prefix=prefix)
+    tokenizer = read.tokenizer()
+    assert [SPM_TOKENS[index] for index in tokenizer(text).input_ids] == pieces
+    if "</s>" not in text:
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pre": "falcon"}, r"rule 'falcon' \(tokenizer\.ggml\.pre\); supported: gpt-2, smollm"),
+        ({"pre": None}, "rule None"),
+        ({"pre": "default"}, "rule 'default'"),
+        ({"model": "t5"}, "vocabulary of kind 't5'; supported"),
+        ({"add_eos_token": True}, "ends every prompt with its end-of-sequence token"),
+        ({"tokens": None, "token_type": None}, "holds no vocabulary"),
+        ({"merges": None}, "no merges"),
+        ({"tokens": [*TOKENS, "a"], "token_type": None}, "a token twice"),
+        ({"tokens": [*TOKENS, *map(str, range(99, 199))], "token_type": None}, "embeds fewer"),
+        ({"bos_token_id": 999}, "bos_token_id is 999"),
+        ({"bos_token_id": None, "add_bos_token": True}, "names none"),
+        ({**SPM, "scores": None}, "does not score"),
+    ],
+)
+def test_a_vocabulary_that_is_not_read_is_refused_by_name(
+    settings: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    said = {f"tokenizer__ggml__{key}": value for key, value in settings.items()}
+    path = save_gguf(checkpoint, tmp_path / "m.gguf", **said)
+    with pytest.raises((NotFound, Unsupported), match=says) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    if "supported" in says:
+        with pytest.raises(Unsupported, match=says):
+            read_outline(str(path))
+
+
+def test_the_libraries_read_the_same_strings(checkpoint: Path, tmp_path: Path) -> None:
+    path = save_gguf(checkpoint, tmp_path / "m.gguf")
+    header = Header("m", path)
+    reader = GGUFReader(path)
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        assert header.strings(key) == reader.fields[key].contents()
