@@ -152,7 +152,7 @@ def test_the_checkpoint_is_the_file_in_bfloat16(real_gguf: Path, real_model_dir:
     assert stored.encode(text) == direct.encode(text)
 
 
-def test_a_checkpoint_that_stands_is_left_alone_and_another_is_made_again(
+def test_a_checkpoint_that_stands_is_left_alone(
     real_model_dir: Path,
 ) -> None:
     weights = real_model_dir / "model.safetensors"
