@@ -138,6 +138,7 @@ def test_a_library_is_imported_by_its_owner_alone(
 # Which extras a part may use, besides those of the parts that hold it.
 EXTRAS = {
     "a2sf": set(),
+    "a2sf/gguf_file": {"gguf"},
     "a2sf/kernels": {"gpu"},
     "service": {"serve"},
     "service/tracing.py": {"otel"},

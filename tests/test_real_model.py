@@ -37,8 +37,8 @@ QUESTIONS = [
 
 
 def questions(model: LoadedModel) -> list[list[int]]:
-    texts = [chat.render(model.tokenizer, [ChatMessage(role="user", content=q)]) for q in QUESTIONS]
-    return [list(model.encode(text, special=False)) for text in texts]
+    talks = [[ChatMessage(role="user", content=question)] for question in QUESTIONS]
+    return [list(chat.read(model.tokenizer, talk, max_bytes=10_000).token_ids) for talk in talks]
 
 
 def test_with_room_it_completes_as_transformers_does_token_by_token(
@@ -115,10 +115,12 @@ def test_digits_are_tokens_of_their_own_before_line_ends_are(real_loaded: Loaded
 def test_a_conversation_reads_as_the_models_own_template_writes_it(
     real_loaded: LoadedModel,
 ) -> None:
-    text = chat.render(real_loaded.tokenizer, [ChatMessage(role="user", content="Hi")])
+    talk = chat.read(
+        real_loaded.tokenizer, [ChatMessage(role="user", content="Hi")], max_bytes=10_000
+    )
+    text, ids = talk.text, talk.token_ids
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    ids = real_loaded.encode(text, special=False)
     start, end = (
         real_loaded.tokenizer.convert_tokens_to_ids(f"<|im_{e}|>") for e in ("start", "end")
     )
