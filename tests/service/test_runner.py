@@ -48,7 +48,9 @@ async def test_an_id_under_way_is_refused() -> None:
     await runner.stop(WAIT_S)
 
 
-@pytest.mark.parametrize(("tokens", "error"), [(UNLUCKY, RequestFailed), (REFUSED, InvalidArgument)])
+@pytest.mark.parametrize(
+    ("tokens", "error"), [(UNLUCKY, RequestFailed), (REFUSED, InvalidArgument)]
+)
 async def test_a_refused_request_fails_alone(tokens: int, error: type[Exception]) -> None:
     runner = EngineRunner()
     await runner.start(ScriptedEngine)
