@@ -15,7 +15,7 @@ a prompt's view never includes a slot that the prompt has neither written nor bl
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -374,7 +374,7 @@ class Engine:
         return {sequence: one for sequence, one in found if one is not None}
 
     def _rowwise(
-        self, sequences: list[Sequence], work: Callable[[slice], list[Result]]
+        self, sequences: list[Sequence], work: Callable[[slice], Iterable[Result]]
     ) -> list[Result | None]:
         """Do for all sequences at once what each could do alone, and let those at fault fail.
 

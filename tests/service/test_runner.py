@@ -9,7 +9,7 @@ import pytest
 
 from a2sf.errors import Aborted, InvalidArgument, Unavailable
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
-from service.runner import EngineCrashed, EngineRunner, Load
+from service.runner import EngineCrashed, EngineRunner, Load, RequestFailed
 from tests.service.conftest import WAIT_S, until
 from tests.service.scripted import (
     REFUSED,
@@ -48,7 +48,9 @@ async def test_an_id_under_way_is_refused() -> None:
     await runner.stop(WAIT_S)
 
 
-@pytest.mark.parametrize(("tokens", "error"), [(UNLUCKY, RuntimeError), (REFUSED, InvalidArgument)])
+@pytest.mark.parametrize(
+    ("tokens", "error"), [(UNLUCKY, RequestFailed), (REFUSED, InvalidArgument)]
+)
 async def test_a_refused_request_fails_alone(tokens: int, error: type[Exception]) -> None:
     runner = EngineRunner()
     await runner.start(ScriptedEngine)

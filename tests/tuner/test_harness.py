@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tuner.harness
 from a2sf import reference, teacher
-from a2sf.errors import A2SFError, InvalidArgument, Unsupported
+from a2sf.errors import A2SFError, InvalidArgument, NonFinite, Unsupported
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta
@@ -28,6 +28,7 @@ from a2sf.tablefile import load_table
 from a2sf.teacher import Example
 from tests.broken import BROKEN
 from tests.driving import engine_for, request, run
+from tests.tiny import byte_tokenizer, save_poisoned_llama
 from tests.tuner.conftest import write_rows
 from tuner import policies
 from tuner.generated import recall_episode
@@ -557,3 +558,35 @@ def test_a_broken_checkpoint_is_told_by_the_harness_too(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert BROKEN[name].told in last
+
+
+class Cache:
+    """What the harness's own cache is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def add_partial(self, kind: str, arguments: Any, answer: Any) -> None:
+        self.told.append((arguments[0], answer))
+
+
+def test_requests_that_are_not_finite_are_an_error_after_all_others_are_answered(
+    tmp_path: Path,
+) -> None:
+    # The token of the byte z.
+    (poison,) = byte_tokenizer().encode("z", add_special_tokens=False)
+    save_poisoned_llama(tmp_path, poison)
+    model = harness_model(pretrained=str(tmp_path), batch_size=2, max_length=64)
+    prompts = ["good", "a z", "as good"]
+
+    def ask_likelihoods() -> object:
+        return likelihoods(model, [(prompt, " x") for prompt in prompts])
+
+    def ask_texts() -> object:
+        return generate(model, prompts, until=[], max_gen_toks=4)
+
+    for ask in (ask_likelihoods, ask_texts):
+        cache = model.cache_hook = Cache()
+        with pytest.raises(NonFinite, match="1 of 3 requests failed, the first as number 2: "):
+            ask()
+        assert [name for name, _ in sorted(cache.told)] == ["as good", "good"]
