@@ -96,7 +96,12 @@ def make(
         lengths.append(some if seen is None else seen)
     policy = PolicyTensors.stack(policies, [10**6] * rows, DEVICE)
     # As a rank numbers heads that is not the first.
-    policy = replace(policy, any_scored=scored, first_heads=policy.first_heads + 5)
+    policy = replace(
+        policy,
+        scored=policy.scored & scored,
+        any_scored=scored,
+        first_heads=policy.first_heads + 5,
+    )
 
     widths = policy.budget.amax(dim=1).tolist()
     beside = ALIGNMENT if aligned else 3
