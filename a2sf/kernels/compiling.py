@@ -60,15 +60,19 @@ def compiled(function: Callable[[Any], None], signature: Any) -> int:
     Takes seconds the first time on a machine, and a fraction of one later. The program lives as
     long as the process.
     """
-    for folder in (None, _own_folder()):
-        if folder is not None:
-            numba.config.CACHE_DIR = str(folder)
-        try:
-            return _kept(numba.cfunc(signature, cache=True)(function))
-        except RuntimeError as error:
-            if "no locator available" not in str(error):
-                raise
-    return _kept(numba.cfunc(signature)(function))
+    try:
+        return _kept(numba.cfunc(signature, cache=True)(function))
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+    folder = _own_folder()
+    if folder is None:
+        return _kept(numba.cfunc(signature)(function))
+    usual, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        return _kept(numba.cfunc(signature, cache=True)(function))
+    finally:
+        numba.config.CACHE_DIR = usual
 
 
 _programs: list[Any] = []
