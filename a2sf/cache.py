@@ -218,7 +218,7 @@ class Slots:
             [layers, rows, H_kv] int64.
         """
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
-        return scoring.lowest(self.score, self.position, allowed)
+        return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
 
     def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
         """Evict each head's `excess` lowest tokens.
