@@ -193,7 +193,8 @@ def walk_texts(
         at = start + ahead
         # Rows that have ended run on, and what was said of their last token stays.
         index = at.clamp(max=output.shape[2] - 1)
-        found = step(*(t[rows, :, index, None] for t in projected), at)[:, :, 0]
+        query, keys, values = (t[rows, :, index, None] for t in projected)
+        found = step(query, keys, values, at)[:, :, 0]
         going = (at < end)[:, None, None]
         output[rows, :, index] = torch.where(going, found, output[rows, :, index])
         if watch:

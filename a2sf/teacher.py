@@ -68,6 +68,11 @@ class Entering:
         return self.layer, pad_sequence([self.hidden[row] for row in rows], batch_first=True)
 
 
+def prepare(model: LoadedModel) -> None:
+    """Compile what carries this model's texts, so that no later figure or progress bar holds it."""
+    decoding.choose_kernels("auto", model)
+
+
 def predict(
     model: LoadedModel,
     examples: Sequence[Example],

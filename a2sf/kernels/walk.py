@@ -17,7 +17,7 @@ from torch import Tensor
 
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import compiling, walk_programs
-from a2sf.kernels.walk_programs import CALL, HEAD
+from a2sf.kernels.walk_programs import BROUGHT, CALL, HEAD
 
 _PROGRAMS = {
     torch.float32: walk_programs.walk_float32,
@@ -27,7 +27,9 @@ _PROGRAMS = {
 _WORTH_A_THREAD = 1 << 16
 """Numbers of keys for which one more thread is woken: reading them takes about as long as that."""
 
-_LINE = 16
+_LINE_BYTES = 64
+
+_LINE = _LINE_BYTES // 4
 """float32 numbers of a cache line: the scratch of two threads shares none."""
 
 
@@ -53,12 +55,14 @@ class Walker:
             policy: the rows' policies in the same layers.
         """
         self._slots = slots
-        self._program = program(slots.keys[0].dtype)
+        self._dtype = slots.keys[0].dtype
+        self._program = program(self._dtype)
         self._heads = _heads(slots, policy)
         layers, rows, kv_heads = self._heads.shape
         self._begun, self._working = np.zeros((2, 1), np.int64)
         self._order = np.zeros((layers, rows * kv_heads), np.int64)
-        self._scratch = np.zeros(0, np.float32)
+        self._given: set[tuple[int, int]] = set()
+        """The threads, and the query heads a KV head, that the scratch is enough for."""
         self._kept = torch.zeros(0)
         self._calls = np.zeros(layers, CALL)
         for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
@@ -70,7 +74,9 @@ class Walker:
             call["order"] = self._order[layer].ctypes.data
             call["begun"], call["working"] = self._begun.ctypes.data, self._working.ctypes.data
             call["pairs"], call["kv_heads"], call["dim"] = rows * kv_heads, kv_heads, keys.shape[3]
-        self._work = np.zeros(layers, np.int64)
+        numbers = self._calls.view(np.int64).reshape(layers, -1)
+        self._brought, self._scale = numbers[:, :BROUGHT], self._calls["scale"]
+        self._addresses = [self._calls[layer:].ctypes.data for layer in range(layers)]
         self._share_work()
 
     def begin(self, start: Tensor) -> Self:
@@ -113,8 +119,8 @@ class Walker:
             where no token went through.
         """
         rows, q_heads, width, dim = query.shape
-        make = torch.empty if width == 1 else torch.zeros
-        output = make(rows, width, q_heads, dim, dtype=query.dtype).transpose(1, 2)
+        make = query.new_empty if width == 1 else query.new_zeros
+        output = make(rows, width, q_heads, dim).transpose(1, 2)
         self.into(output, layer, query, keys, values, scale)
         return output
 
@@ -128,43 +134,50 @@ class Walker:
         scale: float,
     ) -> None:
         """As a call, writing to the places of the tokens in `output` [rows, H_q, width, D]."""
-        call = self._calls[layer]
+        for tensor in (query, keys, values, output):
+            assert tensor.dtype == self._dtype
+            assert tensor.stride(3) == 1
+        threads = min(torch.get_num_threads(), self._most_threads[layer])
         group = query.shape[1] // keys.shape[1]
-        for name, tensor in (
-            ("query", query),
-            ("keys", keys),
-            ("values", values),
-            ("output", output),
-        ):
-            assert tensor.dtype == self._slots.keys[layer].dtype
-            row, head, token, one = tensor.stride()
-            assert one == 1
-            call[name] = tensor.data_ptr()
-            call[f"{name}_row"], call[f"{name}_head"], call[f"{name}_token"] = row, head, token
-        call["group"], call["scale"] = group, scale
-        more = int(self._work[layer]) // _WORTH_A_THREAD
-        threads = min(torch.get_num_threads(), int(call["pairs"]), 1 + more)
-        self._give_scratch(call, threads)
+        if (threads, group) not in self._given:
+            self._give_scratch(threads, group)
+        # In the order of CALL.
+        self._brought[layer] = (
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            output.data_ptr(),
+            *query.stride()[:3],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            *output.stride()[:3],
+        )
+        self._scale[layer] = scale
         self._begun[0] = self._working[0] = 0
-        compiling.run(self._program, self._calls.ctypes.data + layer * CALL.itemsize, threads)
+        compiling.run(self._program, self._addresses[layer], threads)
 
     def _share_work(self) -> None:
         """Order the heads of each layer by what their tokens take, the most first."""
         layers = len(self._heads)
         work = (self._heads["budget"] * self._heads["tokens"]).reshape(layers, -1)
         self._order[:] = np.argsort(-work, axis=1, kind="stable")
-        self._work[:] = work.sum(axis=1) * self._calls["dim"]
+        more = work.sum(axis=1) * self._calls["dim"] // _WORTH_A_THREAD
+        self._most_threads = np.minimum(1 + more, self._calls["pairs"]).tolist()
 
-    def _give_scratch(self, call: np.void, threads: int) -> None:
+    def _give_scratch(self, threads: int, group: int) -> None:
         """Let each thread have room for a token's logits, queries, output and normalisers."""
-        widest = max(self._slots.widths)
-        room = -(-widest // _LINE) * _LINE
-        group = int(call["group"])
-        size = -(-group * (room + 2 * int(call["dim"]) + 1) // _LINE) * _LINE
-        if len(self._scratch) < threads * size + _LINE:
-            self._scratch = np.empty(threads * size + _LINE, np.float32)
-        first = -(-self._scratch.ctypes.data // 64) * 64
-        call["scratch"], call["scratch_size"], call["room"] = first, size, room
+        room = _whole_lines(max(self._slots.widths))
+        size = _whole_lines(group * (room + 2 * int(self._calls["dim"][0]) + 1))
+        self._scratch = np.empty(threads * size + _LINE, np.float32)
+        calls = self._calls
+        calls["scratch"] = -(-self._scratch.ctypes.data // _LINE_BYTES) * _LINE_BYTES
+        calls["scratch_size"], calls["room"], calls["group"] = size, room, group
+        self._given = {(fewer, group) for fewer in range(1, threads + 1)}
+
+
+def _whole_lines(numbers: int) -> int:
+    """So many float32 numbers, or a few more: those of whole cache lines."""
+    return -(-numbers // _LINE) * _LINE
 
 
 def _heads(slots: Slots, policy: PolicyTensors) -> np.ndarray:

@@ -82,9 +82,12 @@ CALL = np.dtype(
             "dim",
         )
     ]
-    + [("scale", np.float32)]
+    + [("scale", np.float64)]
 )
 """What a launch is given."""
+
+BROUGHT = 16
+"""The first numbers of a CALL: what changes from one to the next."""
 
 SIGNATURE = types.void(types.voidptr)
 
@@ -364,7 +367,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         for g in range(group):
             q = g * call.query_head + place * call.query_token
             for d in range(dim):
-                scaled[g * dim + d] = _wide(query[q + d]) * call.scale
+                scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
         _logits(scaled, group, dim, stored_keys, held, paid, room)
         for g in range(group):
             shares[g] = float32(1.0) / _exponentials(paid, paid_bits, g * room, held)
