@@ -38,6 +38,8 @@ class PolicyTensors:
     """[rows] int64, tokens."""
     random_seed: Tensor
     """[rows] int64; -1 where scores are accumulated."""
+    scored: Tensor
+    """[rows] bool: whether a row's evictions hang on its attention."""
     any_random: bool
     """Whether any row has a random_seed; known without asking the device."""
     any_scored: bool
@@ -59,6 +61,9 @@ class PolicyTensors:
         held = [p.held_alpha for p in policies]
         alpha = torch.tensor(held, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
+        scored = [
+            p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)
+        ]
         return cls(
             first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),
@@ -68,10 +73,9 @@ class PolicyTensors:
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]
             ),
+            scored=torch.tensor(scored, device=device),
             any_random=any(p.random_seed is not None for p in policies),
-            any_scored=any(
-                p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)
-            ),
+            any_scored=any(scored),
         )
 
     @classmethod
@@ -88,6 +92,7 @@ class PolicyTensors:
             recent=integers(layers, rows, value=0),
             sinks=integers(rows, value=0),
             random_seed=integers(rows, value=-1),
+            scored=torch.zeros(rows, dtype=torch.bool, device=device),
             any_random=False,
             any_scored=False,
         )
@@ -96,7 +101,7 @@ class PolicyTensors:
         """Make `row` follow the policy of `source_row`, but for what is known of all rows."""
         for name in ("alpha", "budget", "recent"):
             getattr(self, name)[:, row] = getattr(source, name)[:, source_row]
-        for name in ("sinks", "random_seed"):
+        for name in ("sinks", "random_seed", "scored"):
             getattr(self, name)[row] = getattr(source, name)[source_row]
         self.first_heads.copy_(source.first_heads)
 
@@ -114,6 +119,7 @@ class PolicyTensors:
             recent=self.recent[:, rows],
             sinks=self.sinks[rows],
             random_seed=self.random_seed[rows],
+            scored=self.scored[rows],
         )
 
     def layer(self, index: int) -> Self:
@@ -227,7 +233,7 @@ class Slots:
             [layers, rows, H_kv] int64.
         """
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
-        return scoring.lowest(self.score, self.position, allowed)
+        return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
 
     def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
         """Evict each head's `excess` lowest tokens.

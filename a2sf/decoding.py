@@ -1,11 +1,13 @@
-"""The rows that decode together: one token of each through the model.
+"""What carries out the law where tokens come one after the other.
 
-Owns the choice between torch's operations, on any device, and the Triton kernels with CUDA graphs
-(`fused`), for rows that go through a model token by token and for those that go through one layer
-at a time. Knows nothing of requests or of when a row begins and ends.
+Owns the choice between torch's operations, on any device, numba's programs for processors
+(`kernels.walk`) and the Triton kernels with CUDA graphs (`fused`): for the rows that decode
+together, one token of each through the model, and for texts that are given, all tokens through one
+layer at a time. Knows nothing of requests or of when a row begins and ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -15,14 +17,18 @@ from a2sf import kernels
 from a2sf.attention import BlockAttention, DecodePass, attend_and_charge
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel
+from a2sf.kept import Kept
+from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
 
-Kernels = Literal["auto", "torch", "triton"]
+Kernels = Literal["auto", "torch", "triton", "numba"]
 """What may be asked for."""
 
-Carrier = Literal["torch", "triton"]
+Carrier = Literal["torch", "triton", "numba"]
 """What carries out the law."""
+
+Steps = Callable[[Tensor], LayerAttention]
+"""Given where each row's next token stands, [rows] int64, what carries these through the layers."""
 
 
 class Decoder(Protocol):
@@ -65,36 +71,17 @@ class Decoder(Protocol):
         ...
 
 
-class LayerSteps(Protocol):
-    """Carries rows through one layer, a token of each at a time."""
+class SteppedDecoder:
+    """Decodes by torch's operations, or on a processor by numba's programs."""
 
-    def __call__(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, start: Tensor, /
-    ) -> Tensor:
-        """Place, attend and accumulate.
-
-        Args:
-            query: [rows, H_q, 1, D], rotated.
-            keys, values: [rows, H_kv, 1, D], likewise.
-            scale: factor on the logits.
-            start: [rows] int64, the position of each row's token: one more than in the call before.
-
-        Returns:
-            The attention output, [rows, H_q, 1, D].
-        """
-        ...
-
-
-class TorchDecoder:
-    """Decodes by torch's operations, on any device and in any dtype."""
-
-    def __init__(self, model: LoadedModel, slab: Slots) -> None:
+    def __init__(self, model: LoadedModel, slab: Slots, chosen: Carrier) -> None:
         self._model = model
         self._slab = slab
+        self._chosen = chosen
         self._rows: dict[int, tuple[EffectivePolicy, int]] = {}
         """The policy of each row and the length that its sequence may reach."""
-        self._batch: tuple[Slots, PolicyTensors] | None = None
-        """The rows' slots and policies; None when rows have changed since then."""
+        self._batch: tuple[int, Steps] | None = None
+        """How many rows decode, and their steps; None when rows have changed since then."""
 
     def join(
         self,
@@ -117,50 +104,123 @@ class TorchDecoder:
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """As `Decoder.step`."""
         rows = len(token_ids)
-        if self._batch is None or len(self._batch[1].sinks) != rows:
+        if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
-            # No wider than the rows need: every operation goes over all of a view's slots.
+            # No wider than the rows need: torch's operations go over all of a view's slots.
             budgets = zip(*(policy.layer_budgets for policy in policies), strict=True)
             slots = self._slab.view(slice(0, rows), [max(mine) for mine in budgets])
-            self._batch = (slots, PolicyTensors.stack(policies, lengths, self._model.device))
+            stacked = PolicyTensors.stack(policies, lengths, self._model.device)
+            self._batch = rows, make_steps(self._chosen, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
-        forward = DecodePass(*self._batch, start)
+        forward = self._batch[1](start)
         hidden = self._model.hidden_states(ids[:, None], start[:, None], forward)
         return self._model.logits(hidden[:, -1])
 
 
 def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
-    """Return which kernels a model is served with.
+    """Return which kernels a model is served with, ready to run.
 
-    `auto` takes Triton's where there is a program for the device, the dtype and the head size.
-    Raises InvalidArgument where `triton` is asked for and there is none.
+    `auto` takes Triton's or numba's where there is a program for the device, the dtype and the head
+    size. The first program of a dtype on a machine takes seconds to compile.
+    Raises InvalidArgument where `triton` or `numba` is asked for and there is none.
     """
     if asked == "torch":
         return "torch"
-    problem = kernels.problem(model.device, model.dtype, model.shape.head_dim)
-    if problem is None:
-        return "triton"
+    problems: dict[Carrier, str | None] = {
+        "triton": kernels.problem(model.device, model.dtype, model.shape.head_dim),
+        "numba": kernels.processor_problem(model.device, model.dtype),
+    }
+    for carrier, problem in problems.items():
+        if asked in ("auto", carrier) and problem is None:
+            if carrier == "numba":
+                from a2sf.kernels import walk
+
+                walk.program(model.dtype)
+            return carrier
     if asked == "auto":
         return "torch"
-    raise InvalidArgument("kernels", f"triton, but {problem}; or take kernels torch")
+    raise InvalidArgument("kernels", f"{asked}, but {problems[asked]}; or take kernels torch")
 
 
-def layer_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> LayerSteps:
-    """Return what carries the rows of a layer's `slots` on, under policies of the same layer."""
+def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
+    """Return what carries the rows of `slots` on through their layers, a token of each at a time.
+
+    Triton's programs have a decoder of their own (`make`); beside it, torch's operations take
+    their place.
+    """
+    if chosen == "numba":
+        from a2sf.kernels import walk
+
+        return walk.Walker(slots, policy).begin
+    return partial(DecodePass, slots, policy)
+
+
+def walk_texts(
+    chosen: Carrier,
+    slots: Slots,
+    policy: PolicyTensors,
+    projected: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    *,
+    start: Tensor,
+    end: Tensor,
+    output: Tensor,
+    watch: Kept | None,
+) -> None:
+    """Carry given tokens through one layer, one after the other.
+
+    Args:
+        chosen: what carries out the law.
+        slots, policy: the rows, and their policies in the layer.
+        projected: queries [rows, H_q, width, D], keys and values [rows, H_kv, width, D] of whole
+            texts.
+        scale: factor on the logits.
+        start, end: [rows] int64: the first token of each text that goes through, and the first
+            behind them that does not.
+        output: [rows, H_q, width, D], to which the attention output of these tokens is written.
+        watch: told what each query was given, or None.
+    """
+    if chosen == "numba":
+        from a2sf.kernels import walk
+
+        walker = walk.Walker(slots, policy)
+        walker.begin_texts(start, end, watch.table if watch else None)
+        walker.into(output, 0, *projected, scale)
+        return
+    step = _layer_step(chosen, slots, policy, scale)
+    rows = torch.arange(len(start), device=start.device)
+    for ahead in range(int((end - start).max())):
+        at = start + ahead
+        # Rows that have ended run on, and what was said of their last token stays.
+        index = at.clamp(max=output.shape[2] - 1)
+        query, keys, values = (t[rows, :, index, None] for t in projected)
+        found = step(query, keys, values, at)[:, :, 0]
+        going = (at < end)[:, None, None]
+        output[rows, :, index] = torch.where(going, found, output[rows, :, index])
+        if watch:
+            watch.step(at, slots)
+
+
+def _layer_step(
+    chosen: Carrier, slots: Slots, policy: PolicyTensors, scale: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return what carries a token of each row through a layer, given where they stand."""
     if chosen == "triton":
         from a2sf import fused
 
-        return fused.FusedLayerSteps(slots, policy)
-    return lambda query, keys, values, scale, start: DecodePass(slots, policy, start)(
+        steps = fused.FusedLayerSteps(slots, policy)
+        return lambda query, keys, values, start: steps(query, keys, values, scale, start)
+    return lambda query, keys, values, start: DecodePass(slots, policy, start)(
         0, query, keys, values, scale
     )
 
 
 def block_attention(chosen: Carrier) -> BlockAttention:
     """Return what attends in the blocks of prompts."""
-    if chosen == "torch":
+    if chosen != "triton":
         return attend_and_charge
-    # Here and below, because they bring Triton, which not every machine has.
+    # Here and elsewhere, because it brings Triton, which not every machine has, or numba, which
+    # takes a moment to load.
     from a2sf.kernels import prefill
 
     return prefill.attend_and_charge
@@ -168,8 +228,8 @@ def block_attention(chosen: Carrier) -> BlockAttention:
 
 def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:
     """Return what decodes a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
-    if chosen == "torch":
-        return TorchDecoder(model, slab)
+    if chosen != "triton":
+        return SteppedDecoder(model, slab, chosen)
     from a2sf import fused
 
     return fused.FusedDecoder(model, slab, graphs=graphs)

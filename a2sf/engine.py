@@ -23,7 +23,7 @@ from torch import Tensor
 
 from a2sf import admission, decoding, sampling
 from a2sf.admission import EngineConfig
-from a2sf.attention import BlockPass, DecodePass, end_prompt
+from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import SLOT_OVERHEAD_BYTES, PolicyTensors, Slots
 from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
 from a2sf.models import LayerAttention, LoadedModel
@@ -72,7 +72,7 @@ class Engine:
         self._clock = clock
         layers = model.shape.num_layers
         self.kernels = decoding.choose_kernels(config.kernels, model)
-        """Which carry out the law: torch's operations, or Triton's programs."""
+        """Which carry out the law: torch's operations, or Triton's or numba's programs."""
         self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
@@ -277,7 +277,8 @@ class Engine:
         forward: LayerAttention
         # Blocks of one token are decode steps, which choose their slots in less time.
         if sequence.policy.prefill_chunk == 1:
-            forward = DecodePass(slots, policy, self._integers([first]))
+            steps = decoding.make_steps(self.kernels, slots, policy)
+            forward = steps(self._integers([first]))
         else:
             forward = BlockPass(
                 slots,

@@ -189,7 +189,7 @@ class FusedDecoder:
 
 
 class FusedLayerSteps:
-    """Carries rows through one layer, as `decoding.LayerSteps`."""
+    """Carries rows through one layer, a token of each at a time."""
 
     def __init__(self, slots: Slots, policy: PolicyTensors) -> None:
         """Take the rows of one layer, and their policies in it."""
@@ -201,7 +201,17 @@ class FusedLayerSteps:
     def __call__(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, start: Tensor, /
     ) -> Tensor:
-        """As `decoding.LayerSteps`."""
+        """Place, attend and accumulate.
+
+        Args:
+            query: [rows, H_q, 1, D], rotated.
+            keys, values: [rows, H_kv, 1, D], likewise.
+            scale: factor on the logits.
+            start: [rows] int64, the position of each row's token: one more than in the call before.
+
+        Returns:
+            The attention output, [rows, H_q, 1, D].
+        """
         if self._planned is None:
             plan = plan_slots(self._slots, self._policy, start)
             self._planned = plan, Workspace.empty(self._slots, query.shape[1])

@@ -25,6 +25,14 @@ class Kept:
         shape = (rows, kv_heads, width + 1, width + 1)
         self._kept = torch.zeros(shape, dtype=torch.bool, device=keys.device)
 
+    @property
+    def table(self) -> Tensor:
+        """Where it is noted: [rows, H_kv, width + 1, width + 1] bool, contiguous.
+
+        Place [.., i, position] is true where query i was given the token of that position.
+        """
+        return self._kept
+
     def block(self, first: int, tokens: int, slots: Slots) -> None:
         """Note what the queries at first .. first + tokens - 1 of every row were given."""
         self._kept[:, :, first : first + tokens] = self._stored(slots)[:, :, None]

@@ -88,17 +88,6 @@ def eviction_key(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(allowed, (bits << 32) | position, torch.iinfo(torch.int64).max)
 
 
-def lowest(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
-    """Find the slot whose `eviction_key` is the smallest, in half the time of making the keys.
-
-    Arguments as for `eviction_key`. Returns [layers, rows, H_kv] int64; any slot where none is
-    allowed.
-    """
-    score = torch.where(allowed, score, torch.inf)
-    ties = score == score.amin(dim=-1, keepdim=True)
-    return torch.where(ties, position, EMPTY).argmin(dim=-1)
-
-
 def first_heads(layers: Tensor, head: int = 0) -> Tensor:
     """Number a head of each layer, counted over the whole model, for `random_scores`.
 

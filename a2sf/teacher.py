@@ -68,6 +68,11 @@ class Entering:
         return self.layer, pad_sequence([self.hidden[row] for row in rows], batch_first=True)
 
 
+def prepare(model: LoadedModel) -> None:
+    """Compile what carries this model's texts, so that no later figure or progress bar holds it."""
+    decoding.choose_kernels("auto", model)
+
+
 def predict(
     model: LoadedModel,
     examples: Sequence[Example],
@@ -237,8 +242,8 @@ class _Scan:
     policy: PolicyTensors
     prompt: Tensor
     """[rows] int64: tokens that go by blocks; none where blocks are of one token, as steps are."""
-    steps: int
-    """Decode steps of the longest continuation; shorter rows run on over their padding."""
+    lengths: Tensor
+    """[rows] int64: tokens of the whole texts."""
     chunk: int
     """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
     block_slots: tuple[int, ...]
@@ -270,7 +275,7 @@ class _Scan:
         return cls(
             policy=PolicyTensors.stack(policies, lengths, model.device),
             prompt=torch.tensor(prompts, device=model.device),
-            steps=steps,
+            lengths=torch.tensor(lengths, device=model.device),
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
@@ -283,15 +288,26 @@ class _Scan:
     ) -> Tensor:
         policy = self.policy.layer(layer)
         rows, heads, width, dim = query.shape
-        output = query.new_zeros(rows, heads, width + 1, dim)
+        # As the model takes it up again, a token's heads side by side.
+        output = query.new_zeros(rows, width, heads, dim).transpose(1, 2)
         if self.watch:
             self.watch.begin(keys)
         projected = (query, keys, values)
         slots = self._prompts(layer, policy, projected, scale, output)
-        self._continuations(slots, policy, projected, scale, output)
+        decoding.walk_texts(
+            self.kernels,
+            slots,
+            policy,
+            projected,
+            scale,
+            start=self.prompt,
+            end=self.lengths,
+            output=output,
+            watch=self.watch,
+        )
         if self.watch:
             self.watch.end(query, keys, scale)
-        return output[:, :, :-1]
+        return output
 
     def _prompts(
         self,
@@ -301,7 +317,7 @@ class _Scan:
         scale: float,
         output: Tensor,
     ) -> Slots:
-        """Run the prompts' blocks into `output` [rows, H_q, width + 1, D].
+        """Run the prompts' blocks into `output` [rows, H_q, width, D].
 
         Returns what each row then holds.
         """
@@ -330,28 +346,6 @@ class _Scan:
         for row, count in enumerate(used[0].tolist()):
             slots.copy_row(row, staging, row, [count])
         return slots
-
-    def _continuations(
-        self,
-        slots: Slots,
-        policy: PolicyTensors,
-        projected: _Projected,
-        scale: float,
-        output: Tensor,
-    ) -> None:
-        """Run what follows the prompts, a token at a time, into `output`."""
-        width = output.shape[2] - 1
-        # [steps, rows], so that each step's are contiguous.
-        positions = self.prompt + torch.arange(self.steps, device=self.prompt.device)[:, None]
-        rows = torch.arange(len(self.prompt), device=self.prompt.device)
-        advance = decoding.layer_steps(self.kernels, slots, policy)
-        for at in positions:
-            index = at.clamp(max=width - 1)
-            q, k, v = (t[rows, :, index, None] for t in projected)
-            # One place more takes what rows that have ended say of their padding.
-            output[rows, :, at.clamp(max=width)] = advance(q, k, v, scale, at)[:, :, 0]
-            if self.watch:
-                self.watch.step(at, slots)
 
     @staticmethod
     def _empty(like: Tensor, slots: int) -> Slots:

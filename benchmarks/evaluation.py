@@ -1,10 +1,10 @@
 """Time a policy along given texts against plain teacher forcing.
 
-Owns one measurement: seconds that the reference model takes for a batch of texts, with the full
-cache in one forward pass, and with every token evicted for. Variants are interleaved, round after
+Owns one measurement: seconds that a model takes for a batch of texts, with the full cache in one
+forward pass, and with every token evicted for. Variants are interleaved, round after
 round, and compared within the run.
 
-    python -m benchmarks.evaluation [--length 512] [--batch 32] [--out FILE]
+    python -m benchmarks.evaluation [--model DIR] [--length 512] [--batch 32] [--out FILE]
 """
 
 import os
@@ -25,9 +25,12 @@ from tuner.objective import effective
 
 
 def main(
-    length: Annotated[
-        int, typer.Option(help="Tokens of every text; half of them are prompt.")
-    ] = 512,
+    model_id: Annotated[
+        str, typer.Option("--model", help="reference, a directory or a hub id.")
+    ] = "reference",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    length: Annotated[int, typer.Option(help="Tokens of every text.")] = 512,
+    prompt: Annotated[int | None, typer.Option(help="Of these the prompt; None: half.")] = None,
     batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
@@ -39,10 +42,12 @@ def main(
     """Time policies along given texts, side by side, and write the figures."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = load_model("reference", device=device)
+    model = load_model(model_id, device=device, dtype=dtype)
+    teacher.prepare(model)
     ids = torch.randint(2, model.shape.vocab_size, (batch, length)).tolist()
-    counted = tuple(range(length // 2, length - 1))
-    examples = [Example(tuple(row), length // 2, counted) for row in ids]
+    prompt = prompt or length // 2
+    counted = tuple(range(prompt, length - 1))
+    examples = [Example(tuple(row), prompt, counted) for row in ids]
     wish = CachePolicy(alpha=0.9, budget_ratio=ratio, recent_share=0.5)
     step_by_step = effective(wish.model_copy(update={"prefill_chunk": 1}), model, length)
     exact = effective(wish, model, length)
@@ -77,6 +82,7 @@ def main(
         model,
         model=model.identity.id,
         length=length,
+        prompt=prompt,
         batch=batch,
         budget_ratio=ratio,
         rounds=rounds,

@@ -48,7 +48,7 @@ class ModelOptions(_Group):
     named default."""
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    kernels: Literal["auto", "torch", "triton", "numba"] = "auto"
     """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's
     where they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True

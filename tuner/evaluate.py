@@ -96,6 +96,7 @@ def evaluate(settings: Settings) -> Evaluation:
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
+    teacher.prepare(model)
     wanted = policies.parse(settings.policies, model)
     plans = [
         _plan(model, source, shots, wanted, settings)

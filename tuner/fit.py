@@ -13,7 +13,7 @@ from pathlib import Path
 
 import optuna
 
-from a2sf import __version__
+from a2sf import __version__, teacher
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
 from a2sf.schema import AlphaTable, Calibration, Estimate, Search, UniformSetting
@@ -107,6 +107,7 @@ def fit(settings: Settings) -> Outcome:
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
+    teacher.prepare(model)
     calibration, held_out = _examples(model, chosen, settings)
     frame = Frame(
         num_layers=model.shape.num_layers,

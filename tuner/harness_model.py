@@ -84,6 +84,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.model = load_model(
             given.pretrained, revision=given.revision, device=given.device, dtype=given.dtype
         )
+        teacher.prepare(self.model)
         self.tokenizer = self.model.tokenizer
         self._device = self.model.device
         context = self.model.shape.max_context

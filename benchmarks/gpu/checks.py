@@ -80,14 +80,14 @@ def decode_steps(run: Run) -> str:
 
 def decode_chain(run: Run) -> str:
     """A long chain of evictions beside a reference that is never corrected."""
-    from tests import kernel_cases
+    from tests import kernel_cases, row_cases
     from tests.interpreting import poisoned
 
     _needs_kernels(run, 128)
     group, kv_heads, dim, _ = kernel_cases.SERVED[0]
     parted = None
     with poisoned():
-        case = kernel_cases.make(
+        case = row_cases.make(
             1,
             group=group,
             dim=dim,

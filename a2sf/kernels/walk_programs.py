@@ -1,0 +1,431 @@
+"""The law for processors, compiled by numba: a row and KV head at a time, token after token.
+
+Owns what happens to one head's slots when tokens come: the victim, the new key and value, attention
+over the slots in use, and the scores. `walk` launches it. Knows nothing of tensors beyond addresses
+and strides.
+
+Everything compiled stands in this one file: numba notices a change in the file of the function that
+it has stored, and not in the files of the functions that this one calls.
+"""
+
+# numba types its own.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, float32, from_dtype, int32, njit, types, uint16, uint32
+from numba.extending import intrinsic, overload
+
+HEAD = np.dtype(
+    [
+        ("vectors", np.int64),  # the head's first slot in the layer's keys and values, in numbers
+        ("marks", np.int64),  # the same in its positions and scores
+        ("budget", np.int64),  # slots
+        ("recent", np.int64),  # tokens
+        ("sinks", np.int64),  # tokens
+        ("random_seed", np.int64),  # -1 where scores do not come from a hash
+        ("number", np.int64),  # of the head, counted over the whole model
+        ("start", np.int64),  # the position of the first token
+        ("first", np.int64),  # where that stands in the queries, keys and values
+        ("tokens", np.int64),  # how many
+        ("alpha", np.float32),
+        ("scored", np.int32),  # whether the scores depend on attention
+    ]
+)
+"""One row and KV head of a layer."""
+
+CALL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # Addresses of what the tokens bring and get.
+            "query",
+            "keys",
+            "values",
+            "output",
+            # Their strides, in numbers.
+            "query_row",
+            "query_head",
+            "query_token",
+            "keys_row",
+            "keys_head",
+            "keys_token",
+            "values_row",
+            "values_head",
+            "values_token",
+            "output_row",
+            "output_head",
+            "output_token",
+            # Addresses of the layer's slots.
+            "stored_keys",
+            "stored_values",
+            "score",
+            "position",
+            # Of [pairs] HEAD, of [pairs] int64 (the heads in the order of work), of one int64 each
+            # that counts the heads and the workers that have begun.
+            "heads",
+            "order",
+            "begun",
+            "working",
+            # Of bytes [pairs, kept_side, kept_side] for which tokens each query saw, or 0.
+            "kept",
+            "kept_side",
+            # Of a float32 scratch for each worker, and how many numbers that is.
+            "scratch",
+            "scratch_size",
+            "room",  # slots that the scratch has room for
+            "pairs",
+            "kv_heads",
+            "group",
+            "dim",
+        )
+    ]
+    + [("scale", np.float64)]
+)
+"""What a launch is given."""
+
+BROUGHT = 16
+"""The first numbers of a CALL: what changes from one to the next."""
+
+SIGNATURE = types.void(types.voidptr)
+
+_CALL = from_dtype(CALL)
+
+# These neither assume that there is no NaN nor that there is no infinity.
+_SUMS = {"reassoc", "contract"}
+
+_NEVER = np.int32(2**31 - 1)
+
+
+def _bits(source: Any, target: Any, llvm: Any) -> Any:
+    @intrinsic
+    def cast(context, value):
+        def generate(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], llvm)
+
+        return target(source), generate
+
+    return cast
+
+
+_to_float = _bits(types.uint32, types.float32, ir.FloatType())
+_to_bits = _bits(types.float32, types.int32, ir.IntType(32))
+
+
+def _pointer(element: Any) -> Any:
+    # Not arrays: numba looks at every index whether it counts from the end, which keeps LLVM from
+    # making vector instructions of a loop.
+    @intrinsic
+    def at(context, address):
+        pointer = element if element == types.voidptr else types.CPointer(element)
+
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return at
+
+
+_floats = _pointer(types.float32)
+_halves = _pointer(types.uint16)
+_integers = _pointer(types.int32)
+_longs = _pointer(types.int64)
+_bytes = _pointer(types.uint8)
+_anything = _pointer(types.voidptr)
+
+
+@intrinsic
+def _next(context, counter):
+    """Count one further, whoever else does so at the same time; returns the count before."""
+
+    def generate(context, builder, signature, arguments):
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+def _wide(number):
+    """A stored number as float32; bfloat16 is stored as its bits."""
+
+
+@overload(_wide, inline="always")
+def _wide_of(number):
+    if number == types.float32:
+        return lambda number: number
+    return lambda number: _to_float(uint32(number) << uint32(16))
+
+
+def _put(numbers, index, value):
+    """Store a float32; in bfloat16 rounded to the nearest, halves to even."""
+
+
+@overload(_put, inline="always")
+def _put_of(numbers, index, value):
+    if numbers.dtype == types.float32:
+
+        def put(numbers, index, value):
+            numbers[index] = value
+
+    else:
+
+        def put(numbers, index, value):
+            bits = uint32(_to_bits(value))
+            rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+            # What is not a number could be rounded up to one.
+            numbers[index] = uint16(rounded) if value == value else uint16(0x7FC0)
+
+    return put
+
+
+@njit
+def _mix(value):
+    """As `scoring._mix`; numba would widen what is not cast."""
+    value = uint32((value ^ (value >> uint32(16))) * uint32(0x7FEB352D))
+    value = uint32((value ^ (value >> uint32(15))) * uint32(0x846CA68B))
+    return uint32(value ^ (value >> uint32(16)))
+
+
+@njit
+def random_score(seed, head, position):
+    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    mixed = _mix(uint32(uint32(seed) ^ _mix(uint32(head + 1))))
+    mixed = _mix(uint32(mixed ^ uint32(position)))
+    return float32(mixed >> uint32(8)) / float32(16777216.0)
+
+
+@njit
+def exponential(x):
+    """e^x in float32 for x <= 0, NaN for NaN: 2^n e^r with |r| <= ln(2) / 2, as Cephes' expf does.
+
+    A loop over it becomes vector instructions, which a call to the C library would not.
+    """
+    lowest = float32(-87.0)
+    clamped = x if x > lowest else lowest
+    n = int32(clamped * float32(1.44269504) - float32(0.5))
+    whole = float32(n)
+    # ln(2) in two parts, the first of which times n is exact.
+    r = (x - whole * float32(0.693359375)) + whole * float32(2.12194440e-4)
+    p = float32(1.9875691500e-4)
+    p = p * r + float32(1.3981999507e-3)
+    p = p * r + float32(8.3334519073e-3)
+    p = p * r + float32(4.1665795894e-2)
+    p = p * r + float32(1.6666665459e-1)
+    p = p * r + float32(5.0000001201e-1)
+    e = (p * (r * r) + r + float32(1.0)) * _to_float(uint32(n + int32(127)) << uint32(23))
+    return float32(0.0) if x < lowest else e
+
+
+@njit
+def _ordered(bits):
+    """Of a float's bits, an integer in the same order; its own inverse."""
+    return int32(bits ^ ((bits >> int32(31)) & _NEVER))
+
+
+@njit
+def _victim(score_bits, position, held, low, high):
+    """The slot with the lowest (score, position) among positions low <= position < high.
+
+    Scores are not negative, so that their bits are in their order.
+    """
+    least = _NEVER
+    for s in range(held):
+        p = position[s]
+        bits = score_bits[s] if (p >= low) & (p < high) else _NEVER
+        least = bits if bits < least else least
+    oldest = _NEVER
+    for s in range(held):
+        p = position[s]
+        mine = p if (score_bits[s] == least) & (p >= low) & (p < high) else _NEVER
+        oldest = mine if mine < oldest else oldest
+    for s in range(held):
+        if position[s] == oldest:
+            return s
+    return 0
+
+
+@njit(fastmath=_SUMS)
+def _logits(query, group, dim, keys, held, logits, room):
+    """Write query [group, dim] times keys [held, dim] to logits [group, room]."""
+    whole = held & ~3
+    for s in range(0, whole, 4):
+        k0 = s * dim
+        k1, k2, k3 = k0 + dim, k0 + 2 * dim, k0 + 3 * dim
+        for g in range(group):
+            q = g * dim
+            t0 = t1 = t2 = t3 = float32(0.0)
+            for d in range(dim):
+                x = query[q + d]
+                t0 += x * _wide(keys[k0 + d])
+                t1 += x * _wide(keys[k1 + d])
+                t2 += x * _wide(keys[k2 + d])
+                t3 += x * _wide(keys[k3 + d])
+            at = g * room + s
+            logits[at] = t0
+            logits[at + 1] = t1
+            logits[at + 2] = t2
+            logits[at + 3] = t3
+    for s in range(whole, held):
+        for g in range(group):
+            total = float32(0.0)
+            for d in range(dim):
+                total += query[g * dim + d] * _wide(keys[s * dim + d])
+            logits[g * room + s] = total
+
+
+@njit(fastmath=_SUMS)
+def _exponentials(logits, bits, first, held):
+    """Replace logits by e^(logit - highest); returns their sum."""
+    top = int32(-(2**31))
+    for s in range(first, first + held):
+        mine = _ordered(bits[s])
+        top = mine if mine > top else top
+    highest = _to_float(uint32(_ordered(top)))
+    total = float32(0.0)
+    for s in range(first, first + held):
+        e = exponential(logits[s] - highest)
+        logits[s] = e
+        total += e
+    return total
+
+
+@njit(fastmath=_SUMS)
+def _weighted(paid, group, room, dim, values, held, total):
+    """Write paid [group, room] times values [held, dim] to total [group, dim]."""
+    for i in range(group * dim):
+        total[i] = float32(0.0)
+    whole = held & ~7
+    for s in range(0, whole, 8):
+        for g in range(group):
+            at = g * room + s
+            p0, p1, p2, p3 = paid[at], paid[at + 1], paid[at + 2], paid[at + 3]
+            p4, p5, p6, p7 = paid[at + 4], paid[at + 5], paid[at + 6], paid[at + 7]
+            to = g * dim
+            for d in range(dim):
+                v = s * dim + d
+                total[to + d] += (
+                    p0 * _wide(values[v])
+                    + p1 * _wide(values[v + dim])
+                    + p2 * _wide(values[v + 2 * dim])
+                    + p3 * _wide(values[v + 3 * dim])
+                    + p4 * _wide(values[v + 4 * dim])
+                    + p5 * _wide(values[v + 5 * dim])
+                    + p6 * _wide(values[v + 6 * dim])
+                    + p7 * _wide(values[v + 7 * dim])
+                )
+    for s in range(whole, held):
+        for g in range(group):
+            p = paid[g * room + s]
+            for d in range(dim):
+                total[g * dim + d] += p * _wide(values[s * dim + d])
+
+
+@njit
+def _accumulate(score, held, paid, group, room, shares, alpha):
+    """Let scores decay, and add what the group pays; `shares` [group] normalise `paid`.
+
+    Rounds as the reference does: after the decay, and after the sum of the group.
+    """
+    for s in range(held):
+        paid[s] = paid[s] * shares[0]
+    for g in range(1, group):
+        share, at = shares[g], g * room
+        for s in range(held):
+            paid[s] += paid[at + s] * share
+    for s in range(held):
+        score[s] = score[s] * alpha + paid[s]
+
+
+@njit
+def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_values, scratch):
+    """Carry the tokens of one row and KV head through a layer.
+
+    Vectors are float32, or bfloat16 as bits; `scratch` is an address.
+    """
+    dim, group, room = call.dim, call.group, call.room
+    score = _floats(call.score + 4 * head.marks)
+    score_bits = _integers(call.score + 4 * head.marks)
+    position = _integers(call.position + 4 * head.marks)
+    paid, paid_bits = _floats(scratch), _integers(scratch)
+    scaled = _floats(scratch + 4 * group * room)
+    total = _floats(scratch + 4 * group * (room + dim))
+    shares = _floats(scratch + 4 * group * (room + 2 * dim))
+    for t in range(head.tokens):
+        at, place = head.start + t, head.first + t
+        held = min(at + 1, head.budget)
+        slot = at
+        if at >= head.budget:
+            slot = _victim(score_bits, position, held, int32(head.sinks), int32(at - head.recent))
+        to = slot * dim
+        for d in range(dim):
+            stored_keys[to + d] = keys[place * call.keys_token + d]
+        for d in range(dim):
+            stored_values[to + d] = values[place * call.values_token + d]
+        for g in range(group):
+            q = g * call.query_head + place * call.query_token
+            for d in range(dim):
+                scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
+        _logits(scaled, group, dim, stored_keys, held, paid, room)
+        for g in range(group):
+            shares[g] = float32(1.0) / _exponentials(paid, paid_bits, g * room, held)
+        _weighted(paid, group, room, dim, stored_values, held, total)
+        for g in range(group):
+            o = g * call.output_head + place * call.output_token
+            for d in range(dim):
+                _put(output, o + d, total[g * dim + d] * shares[g])
+        position[slot] = int32(at)
+        score[slot] = float32(0.0)
+        if head.random_seed >= 0:
+            score[slot] = random_score(head.random_seed, head.number, at)
+        if head.scored:
+            _accumulate(score, held, paid, group, room, shares, head.alpha)
+        if call.kept:
+            seen = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
+            for s in range(call.kept_side):
+                seen[s] = 0
+            for s in range(held):
+                seen[position[s]] = 1
+
+
+@njit
+def _work(data, numbers, size):
+    """Take heads, one after the other, until none is left; `numbers` makes pointers of addresses.
+
+    What it is that OpenMP runs in every thread; `size` is a number's, in bytes.
+    """
+    call = carray(data, 1, CALL)[0]
+    heads = carray(_anything(call.heads), call.pairs, HEAD)
+    order, begun = _longs(call.order), _longs(call.begun)
+    scratch = call.scratch + 4 * call.scratch_size * _next(_longs(call.working))
+    turn = _next(begun)
+    while turn < call.pairs:
+        pair = order[turn]
+        row, kv_head = pair // call.kv_heads, pair % call.kv_heads
+        first_query = kv_head * call.group
+        head = heads[pair]
+        _tokens(
+            call,
+            head,
+            pair,
+            numbers(call.query + size * (row * call.query_row + first_query * call.query_head)),
+            numbers(call.keys + size * (row * call.keys_row + kv_head * call.keys_head)),
+            numbers(call.values + size * (row * call.values_row + kv_head * call.values_head)),
+            numbers(call.output + size * (row * call.output_row + first_query * call.output_head)),
+            numbers(call.stored_keys + size * head.vectors),
+            numbers(call.stored_values + size * head.vectors),
+            scratch,
+        )
+        turn = _next(begun)
+
+
+def walk_float32(data):
+    """Carry tokens through a layer of float32; `data` is the address of a CALL."""
+    _work(data, _floats, 4)
+
+
+def walk_bfloat16(data):
+    """Carry tokens through a layer of bfloat16; `data` is the address of a CALL."""
+    _work(data, _halves, 2)

@@ -1,0 +1,130 @@
+"""Decoding by numba's programs: rows join, move and end, and get what torch's operations give."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from a2sf import decoding, teacher
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel, load_model
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.requests import Event
+from tests.driving import any_requests, engine_for, run_at_random, tokens
+from tests.near_ties import TOLERANCE, Recorder, parting
+
+SIZES = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
+
+
+def check(model: LoadedModel, count: int, seed: int, *, most: int) -> int:
+    """Requests that come and go at random get what torch's operations give each alone.
+
+    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
+    """
+    made = any_requests(model, count, seed=seed, longest=45, most=most)
+    together = Recorder(engine_for(model, kernels="numba", **SIZES))
+    assert together.engine.kernels == "numba"
+    streams = run_at_random(
+        together.engine, made, random.Random(seed), cancel=["0"], step=together.step
+    )
+    evicted = 0
+    for one in made:
+        alone = Recorder(engine_for(model, kernels="torch", **SIZES))
+        alone.engine.submit(one)
+        own: list[Event] = []
+        while alone.engine.has_work:
+            own += alone.step()
+        name = one.request_id
+        parted = parting(alone.steps[name], together.steps.get(name, []))
+        if parted is not None:
+            assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
+            continue
+        said, whole = tokens(streams[name]), tokens(own)
+        assert said == whole[: len(said)]
+        assert said == whole or name == "0"
+        evicted += len(one.prompt_ids) + len(whole) > 20
+    return evicted
+
+
+def test_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel) -> None:
+    assert check(tiny_model, 6, seed=1, most=12) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_many_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel, seed: int) -> None:
+    assert check(tiny_model, 24, seed=seed, most=14) > 8
+
+
+def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
+    tiny_model: LoadedModel, tiny_model_64: LoadedModel
+) -> None:
+    assert decoding.choose_kernels("auto", tiny_model) == "numba"
+    assert decoding.choose_kernels("auto", tiny_model_64) == "torch"
+    assert decoding.choose_kernels("torch", tiny_model) == "torch"
+    with pytest.raises(InvalidArgument, match="numba, but the model is in float64; accepted: "):
+        decoding.choose_kernels("numba", tiny_model_64)
+    elsewhere = replace(tiny_model, device=torch.device("meta"))
+    with pytest.raises(InvalidArgument, match="the device is meta; accepted: cpu"):
+        decoding.choose_kernels("numba", elsewhere)
+
+
+def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
+    return resolve(
+        wish,
+        table=None,
+        server=CachePolicy(),
+        length=length,
+        slots=length,
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+    )
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 5])
+def test_texts_run_along_get_what_torch_gives(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    rng = random.Random(2)
+    examples = [
+        teacher.Example(
+            tuple(rng.randrange(256) for _ in range(length)), prompt, tuple(range(3, length - 1))
+        )
+        for length, prompt in ((14, 9), (40, 12), (30, 30), (25, 1))
+    ]
+    wishes = (
+        {"alpha": 0.9, "budget": 7, "recent": 2},
+        {"preset": "window", "budget": 8},
+        {"preset": "random", "budget": 9, "random_seed": 5},
+        {"alpha": 0.0, "budget": 40},
+    )
+    policies = [
+        effective(tiny_model, CachePolicy(**wish, prefill_chunk=chunk), 40) for wish in wishes
+    ]
+    got = teacher.predict(tiny_model, examples, policies, similarity=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "choose_kernels", lambda *_: "torch")
+        want = teacher.predict(tiny_model, examples, policies, similarity=True)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
+    differ = [not torch.equal(a.logits, b.logits) for a, b in zip(got, want, strict=True)]
+    assert any(differ), "other programs round otherwise"
+
+
+def test_texts_in_bfloat16_get_what_they_get_in_float32_up_to_its_rounding(
+    tiny_model_dir, tiny_model: LoadedModel
+) -> None:
+    # Weights that bfloat16 holds exactly, so that only what is computed is rounded.
+    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
+    assert decoding.choose_kernels("auto", half) == "numba"
+    rng = random.Random(3)
+    example = teacher.Example(tuple(rng.randrange(256) for _ in range(60)), 20, tuple(range(59)))
+    # Nothing is evicted, for whom rounding makes go is another question.
+    wish = effective(tiny_model, CachePolicy(preset="full"), 60)
+    (walked,) = teacher.predict(half, [example], [wish])
+    (whole,) = teacher.predict(half, [example], None)
+    spread = float(whole.logits.std())
+    assert float((walked.logits - whole.logits).abs().max()) < 0.2 * spread
