@@ -10,7 +10,7 @@ import a2sf.engine
 from a2sf import sampling
 from a2sf.attention import BlockPass, DecodePass
 from a2sf.cache import Slots
-from a2sf.decoding import TorchDecoder
+from a2sf.decoding import SteppedDecoder
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
 from a2sf.parallel import Follower, LeadingEngine
@@ -177,14 +177,14 @@ def of_join(trial: Trial, *, after: bool) -> None:
     def concerns(decoder: Any, row: int, source: Any, *_: Any) -> bool:
         return source is not trial.engine._slab and trial.engine._prefilling is trial.sequence
 
-    trial.break_(TorchDecoder, "join", concerns, after=after)
+    trial.break_(SteppedDecoder, "join", concerns, after=after)
 
 
 def of_move(trial: Trial, *, after: bool) -> None:
     def concerns(decoder: Any, row: int, source: int, counts: Any) -> bool:
         return trial.engine._active[source] is trial.sequence
 
-    trial.break_(TorchDecoder, "move", concerns, after=after)
+    trial.break_(SteppedDecoder, "move", concerns, after=after)
 
 
 CALLS: dict[str, Break] = {
@@ -377,7 +377,7 @@ def test_what_computes_for_all_rows_ends_the_engine(trial: Trial) -> None:
 
     trial.engine.submit(NEIGHBOURS[0])
     trial.engine.step()
-    trial.patch.setattr(TorchDecoder, "step", broken)
+    trial.patch.setattr(SteppedDecoder, "step", broken)
     with pytest.raises(RuntimeError, match="the device is gone"):
         trial.run()
 
