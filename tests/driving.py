@@ -11,7 +11,7 @@ from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy
-from a2sf.requests import Delta, Event, Finished, GenerationRequest, Sampling, Started, StepEvent
+from a2sf.requests import Delta, Finished, GenerationRequest, Sampling, Started, StepEvent
 from a2sf.scoring import EMPTY
 from tests.tables import make_table
 
@@ -168,7 +168,7 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
 STATES = ("waiting", "prefilling", "running")
 
 
-def state(stream: list[Event]) -> str:
+def state(stream: Sequence[StepEvent]) -> str:
     """Where a submitted request is that has not ended, by what its stream has said so far."""
     if not stream:
         return "waiting"
@@ -181,8 +181,8 @@ def run_at_random(
     rng: random.Random,
     *,
     cancel: Iterable[str] = (),
-    step: Callable[[], list[Event]] | None = None,
-) -> dict[str, list[Event]]:
+    step: Callable[[], list[StepEvent]] | None = None,
+) -> dict[str, list[StepEvent]]:
     """Submit and cancel at random between steps until all is done; return each stream.
 
     Args:
@@ -193,7 +193,7 @@ def run_at_random(
         step: stands in for the engine's.
     """
     left = list(made)[::-1]
-    streams: dict[str, list[Event]] = {one.request_id: [] for one in left}
+    streams: dict[str, list[StepEvent]] = {one.request_id: [] for one in left}
     doomed = {name: rng.choice(STATES) for name in sorted(cancel)}
     while left or engine.has_work:
         # A queue now and then, but not of all.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from a2sf import sampling
 from a2sf.engine import Engine
-from a2sf.requests import Delta, Event
+from a2sf.requests import Delta, StepEvent
 from a2sf.scoring import EMPTY
 from tests.driving import rows_of
 
@@ -42,6 +42,7 @@ class Draw:
     def again(self, logits: Tensor) -> int:
         """What the same settings, noise and history draw from other logits [vocab]."""
         (token,) = sampling.Batch([_copy(self.row)], logits.device).draw(logits[None])
+        assert token is not None, "the logits are finite"
         return token
 
 
@@ -80,19 +81,19 @@ class Recorder:
         self.steps: dict[str, list[Step]] = {}
         """Of each request, from its admission on: one entry for each step of the engine."""
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StepEvent]:
         noted: dict[str, Step] = {}
         draws: list[Draw] = []
         draw_really = sampling.Batch.draw
 
-        def draw(batch: sampling.Batch, logits: Tensor) -> list[int]:
+        def draw(batch: sampling.Batch, logits: Tensor) -> list[int | None]:
             # Rows that end with this draw are gone after the step.
             noted.update(self._held())
             rows = [_copy(row) for row in batch._rows]
             tokens = draw_really(batch, logits)
-            draws.extend(
-                Draw(*of) for of in zip(tokens, logits.detach().clone(), rows, strict=True)
-            )
+            for token, drawn_from, row in zip(tokens, logits.detach().clone(), rows, strict=True):
+                assert token is not None, "the logits are finite"
+                draws.append(Draw(token, drawn_from, row))
             return tokens
 
         with patch.object(sampling.Batch, "draw", draw):
