@@ -296,6 +296,7 @@ class InTorch:
             recent=torch.tensor([[head.recent]]),
             sinks=torch.tensor([head.sinks]),
             random_seed=torch.tensor([head.seed]),
+            scored=torch.tensor([any_scored]),
             any_random=head.seed >= 0,
             any_scored=any_scored,
         )
