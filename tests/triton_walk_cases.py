@@ -16,9 +16,10 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import triton_walk
 from a2sf.kernels.triton_walk import HeadSlots
 from a2sf.scoring import EMPTY
-from tests import kernel_cases
+from tests import row_cases
 from tests.interpreting import DEVICE, SCORE_TOLERANCE
-from tests.kernel_cases import NEAR_TIE, SERVED, TOLERANCE
+from tests.kernel_cases import NEAR_TIE, SERVED
+from tests.row_cases import TOLERANCE
 from tests.written_out import Head, Stored
 
 
@@ -59,12 +60,12 @@ class Case:
 
 
 def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> Case:
-    """Draw rows as `kernel_cases.make` does, and up to `most` tokens of each; no row may have none.
+    """Draw rows as `row_cases.make` does, and up to `most` tokens of each; no row may have none.
 
     `dealt` deals every head slots, sinks and a window of its own, packed into one slab with gaps
     between the heads. All that no token belongs to is NaN.
     """
-    drawn = kernel_cases.make(seed, layers=1, **kind)  # type: ignore[arg-type]
+    drawn = row_cases.make(seed, layers=1, **kind)  # type: ignore[arg-type]
     choose = random.Random(seed + 1)
     counts = [choose.choice([0, 1, most // 2, most]) for _ in drawn.start]
     counts[choose.randrange(len(counts))] = most
@@ -131,7 +132,7 @@ def served_case(seed: int, most: int = 300) -> Case:
     )
 
 
-def _dealt(drawn: kernel_cases.Case, choose: random.Random) -> tuple[HeadSlots, PolicyTensors]:
+def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, PolicyTensors]:
     rows, kv_heads, _, dim = drawn.slots.keys[0].shape
     table: dict[str, list[list[int]]] = {
         name: [[0] * kv_heads for _ in range(rows)]

@@ -19,7 +19,11 @@ from torch import Tensor
 from a2sf import kernels
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import triton_walk_programs
-from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, NUM_WARPS, SETTLE_BLOCK, tile_slots
+from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, SETTLE_BLOCK, tile_slots
+
+NUM_WARPS = 8
+"""That share a program's work: twice a decode step's, for there are only as many programs as heads.
+With four, some shapes do not fit into their registers."""
 
 
 @dataclass(frozen=True)

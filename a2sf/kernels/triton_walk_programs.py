@@ -92,16 +92,10 @@ def walk(
     positions = position + tl.load(marks + pair)
     logits += pair * GROUP * room
     lse += pair * GROUP
-    slots = tl.load(width + pair)
-    most = tl.load(budget + pair)
-    window = tl.load(recent + pair)
-    first_open = tl.load(sinks + pair)
-    factor = tl.load(alpha + pair).to(tl.float32)
-    seed = tl.load(random_seed + row)
-    number = tl.load(first_head) + head
-    counted = tl.where(seed >= 0, 0.0, 1.0)
-    begin = tl.load(start + row)
-    tokens = (tl.load(end + row) - begin).to(tl.int32)
+    slots = tl.load(width + pair).to(tl.int32)
+    most = tl.load(budget + pair).to(tl.int32)
+    begin = tl.load(start + row).to(tl.int32)
+    stop = tl.load(end + row).to(tl.int32)
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
@@ -113,15 +107,22 @@ def walk(
     new_keys += row * new_keys_row + head * new_keys_head
     new_values += row * new_values_row + head * new_values_head
 
-    held = tl.minimum(tl.minimum(begin, most), slots).to(tl.int32)
-    victim = lowest(scores, positions, held, first_open, begin - window, SETTLE_BLOCK)
+    held = tl.minimum(tl.minimum(begin, most), slots)
+    victim = lowest(
+        scores,
+        positions,
+        held,
+        tl.load(sinks + pair),
+        begin - tl.load(recent + pair),
+        SETTLE_BLOCK,
+    )
     slot = next_slot(victim, begin, most, slots)
-    for t in tl.range(0, tokens):
-        at = begin + t
-        held = tl.minimum(tl.minimum(at + 1, most), slots).to(tl.int32)
-        q = tl.load(queries + at * query_token, mask=both, other=0.0)
-        new_key = tl.load(new_keys + at * new_keys_token + d, mask=dims, other=0.0)
-        new_value = tl.load(new_values + at * new_values_token + d, mask=dims, other=0.0)
+    for at in tl.range(begin, stop):
+        token = at.to(tl.int64)
+        held = tl.minimum(tl.minimum(at + 1, most), slots)
+        q = tl.load(queries + token * query_token, mask=both, other=0.0)
+        new_key = tl.load(new_keys + token * new_keys_token + d, mask=dims, other=0.0)
+        new_value = tl.load(new_values + token * new_values_token + d, mask=dims, other=0.0)
         got, normaliser = attend_slots(
             q,
             new_key,
@@ -144,23 +145,25 @@ def walk(
             # The next token reads them again.
             "",
         )
-        tl.store(outputs + at * output_token, got, mask=both)
+        tl.store(outputs + token * output_token, got, mask=both)
         tl.store(lse + g, normaliser, mask=heads)
         # Other threads read back the logits now, and the new key and value with the next token.
         tl.debug_barrier()
+        # Loaded again for each token, so that they take no registers from attention.
+        seed = tl.load(random_seed + row)
         victim = settle(
             logits,
             lse,
             scores,
             positions,
             slot,
-            at,
+            token,
             held,
-            factor,
-            fresh_score(seed, number, at),
-            counted,
-            first_open,
-            at + 1 - window,
+            tl.load(alpha + pair).to(tl.float32),
+            fresh_score(seed, tl.load(first_head) + head, token),
+            tl.where(seed >= 0, 0.0, 1.0),
+            tl.load(sinks + pair),
+            token + 1 - tl.load(recent + pair),
             room,
             GROUP,
             SETTLE_BLOCK,

@@ -60,7 +60,7 @@ def compile_all(architecture: int) -> None:
     import torch
     import triton
 
-    from a2sf.kernels import decode, decode_programs, prefill, prefill_programs
+    from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, triton_walk
     from a2sf.kernels import triton_walk_programs as walking
 
     models = [
@@ -89,13 +89,13 @@ def compile_all(architecture: int) -> None:
             "WATCHED": group == 4,
         }
         decoding = (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]
-        for program, stages in (
-            *((program, decode.NUM_STAGES) for program in decoding),
-            (prefill_programs.normalise, prefill.NUM_STAGES),
-            (prefill_programs.charge, prefill.NUM_STAGES),
-            (walking.walk, decode.NUM_STAGES),
+        for program, stages, warps in (
+            *((program, decode.NUM_STAGES, decode.NUM_WARPS) for program in decoding),
+            (prefill_programs.normalise, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (prefill_programs.charge, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (walking.walk, triton_walk.NUM_STAGES, triton_walk.NUM_WARPS),
         ):
-            compiled = compile_one(program, str(dtype), constants, architecture, stages)
+            compiled = compile_one(program, str(dtype), constants, architecture, stages, warps)
             name = f"sm_{architecture} {program.fn.__name__} {dtype} {dim} {group} {splits}"
             if program is walking.walk:
                 # It reads what it has written, which caches for what never changes would not show.
@@ -104,13 +104,11 @@ def compile_all(architecture: int) -> None:
 
 
 def compile_one(
-    program: object, dtype: str, constants: dict, architecture: int, stages: int
+    program: object, dtype: str, constants: dict, architecture: int, stages: int, warps: int
 ) -> object:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from a2sf.kernels import decode
 
     model = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[dtype]
     names = program.arg_names
@@ -137,7 +135,7 @@ def compile_one(
             aligned,
         ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": decode.NUM_WARPS, "num_stages": stages, "enable_fp_fusion": False},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False},
     )
 
 
