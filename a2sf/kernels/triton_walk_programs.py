@@ -95,7 +95,7 @@ def walk(
     slots = tl.load(width + pair).to(tl.int32)
     most = tl.load(budget + pair).to(tl.int32)
     begin = tl.load(start + row).to(tl.int32)
-    stop = tl.load(end + row).to(tl.int32)
+    tokens = tl.load(end + row).to(tl.int32) - begin
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
@@ -117,7 +117,9 @@ def walk(
         SETTLE_BLOCK,
     )
     slot = next_slot(victim, begin, most, slots)
-    for at in tl.range(begin, stop):
+    for t in tl.range(0, tokens):
+        at = begin + t
+        # 64 bits: a text's elements are more than 32 bits count.
         token = at.to(tl.int64)
         held = tl.minimum(tl.minimum(at + 1, most), slots)
         q = tl.load(queries + token * query_token, mask=both, other=0.0)
