@@ -61,7 +61,9 @@ class PolicyTensors:
         held = [p.held_alpha for p in policies]
         alpha = torch.tensor(held, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
-        scored = [p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)]
+        scored = [
+            p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)
+        ]
         return cls(
             first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),

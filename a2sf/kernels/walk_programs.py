@@ -410,14 +410,10 @@ def _work(data, numbers, size):
             call,
             head,
             pair,
-            numbers(
-                call.query + size * (row * call.query_row + first_query * call.query_head)
-            ),
+            numbers(call.query + size * (row * call.query_row + first_query * call.query_head)),
             numbers(call.keys + size * (row * call.keys_row + kv_head * call.keys_head)),
             numbers(call.values + size * (row * call.values_row + kv_head * call.values_head)),
-            numbers(
-                call.output + size * (row * call.output_row + first_query * call.output_head)
-            ),
+            numbers(call.output + size * (row * call.output_row + first_query * call.output_head)),
             numbers(call.stored_keys + size * head.vectors),
             numbers(call.stored_values + size * head.vectors),
             scratch,
