@@ -1,9 +1,9 @@
 """What carries out the law where tokens come one after the other.
 
 Owns the choice between torch's operations, on any device, numba's programs for processors
-(`kernels.walk`) and the Triton kernels with CUDA graphs (`fused`): for the rows that decode
-together, one token of each through the model, and for texts that are given, all tokens through one
-layer at a time. Knows nothing of requests or of when a row begins and ends.
+(`kernels.walk`) and the Triton kernels: for the rows that decode together, one token of each
+through the model, on GPUs in CUDA graphs (`fused`), and for texts that are given, all tokens
+through one layer at a time. Knows nothing of requests or of when a row begins and ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -187,32 +187,31 @@ def walk_texts(
         walker.begin_texts(start, end, watch.table if watch else None)
         walker.into(output, 0, *projected, scale)
         return
-    step = _layer_step(chosen, slots, policy, scale)
+    if chosen == "triton":
+        from a2sf.kernels import triton_walk
+
+        triton_walk.walk(
+            *projected,
+            slots=triton_walk.HeadSlots.of(slots, 0),
+            policy=policy,
+            start=start,
+            end=end,
+            scale=scale,
+            output=output,
+            seen=watch.table if watch else None,
+        )
+        return
     rows = torch.arange(len(start), device=start.device)
     for ahead in range(int((end - start).max())):
         at = start + ahead
         # Rows that have ended run on, and what was said of their last token stays.
         index = at.clamp(max=output.shape[2] - 1)
         query, keys, values = (t[rows, :, index, None] for t in projected)
-        found = step(query, keys, values, at)[:, :, 0]
+        found = DecodePass(slots, policy, at)(0, query, keys, values, scale)[:, :, 0]
         going = (at < end)[:, None, None]
         output[rows, :, index] = torch.where(going, found, output[rows, :, index])
         if watch:
             watch.step(at, slots)
-
-
-def _layer_step(
-    chosen: Carrier, slots: Slots, policy: PolicyTensors, scale: float
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return what carries a token of each row through a layer, given where they stand."""
-    if chosen == "triton":
-        from a2sf import fused
-
-        steps = fused.FusedLayerSteps(slots, policy)
-        return lambda query, keys, values, start: steps(query, keys, values, scale, start)
-    return lambda query, keys, values, start: DecodePass(slots, policy, start)(
-        0, query, keys, values, scale
-    )
 
 
 def block_attention(chosen: Carrier) -> BlockAttention:

@@ -2,9 +2,8 @@
 
 Owns what a captured step reads and writes at fixed addresses (tokens, policies, plans, scratch) and
 the graphs, one for each of a few batch sizes. A batch in between runs as the next larger one; the
-rows that merely pad it hold one token each, which nobody reads. Also the steps of a single layer,
-which are not captured. Knows nothing of requests or of when a row begins and ends. Needs Triton,
-which the extra `gpu` brings.
+rows that merely pad it hold one token each, which nobody reads. Knows nothing of requests or of
+when a row begins and ends. Needs Triton, which the extra `gpu` brings.
 """
 
 from collections.abc import Sequence
@@ -186,45 +185,3 @@ class FusedDecoder:
                 rung.graphs[scored] = (graph, logits)
         # What the steps left in the rows is not to be mistaken for tokens.
         self._slab.clear()
-
-
-class FusedLayerSteps:
-    """Carries rows through one layer, a token of each at a time."""
-
-    def __init__(self, slots: Slots, policy: PolicyTensors) -> None:
-        """Take the rows of one layer, and their policies in it."""
-        self._slots = slots
-        self._policy = policy
-        self._planned: tuple[Tensor, Workspace] | None = None
-        """The slots that the next tokens take, and scratch; None before the first."""
-
-    def __call__(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, start: Tensor, /
-    ) -> Tensor:
-        """Place, attend and accumulate.
-
-        Args:
-            query: [rows, H_q, 1, D], rotated.
-            keys, values: [rows, H_kv, 1, D], likewise.
-            scale: factor on the logits.
-            start: [rows] int64, the position of each row's token: one more than in the call before.
-
-        Returns:
-            The attention output, [rows, H_q, 1, D].
-        """
-        if self._planned is None:
-            plan = plan_slots(self._slots, self._policy, start)
-            self._planned = plan, Workspace.empty(self._slots, query.shape[1])
-        plan, workspace = self._planned
-        return decode_attention(
-            query,
-            keys,
-            values,
-            slots=self._slots,
-            layer=0,
-            policy=self._policy,
-            start=start,
-            plan=plan,
-            scale=scale,
-            workspace=workspace,
-        )

@@ -17,13 +17,89 @@ where registers would have to hold 16 (a tensor core's least) for every slot of 
 import triton
 import triton.language as tl
 
-from a2sf.kernels.settling import settle, slots_in_use
+from a2sf.kernels.settling import settle_step, slots_in_use
 
 # A layer's part of the rows' tables begins at any alignment, and a prompt's rows have any width:
 # by itself Triton would compile a program for each kind that occurs, in the middle of serving.
 _TABLES = ("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "first_head")
 _ANYWHERE = (*_TABLES, "score", "position")
 _ANY_VALUE = ("width",)
+
+
+@triton.jit
+def attend_slots(
+    q,
+    new_key,
+    new_value,
+    keys,
+    values,
+    logits,
+    slot,
+    begin,
+    end,
+    stop,
+    scale,
+    room,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Attend to slots begin .. end - 1, once the new token is in its slot.
+
+    The token is this call's to write, and to attend to, where its slot is one of begin .. stop - 1.
+    `q` [GROUP_PAD, DIM_PAD], `new_key` and `new_value` [DIM_PAD] are zero where padded; `keys`,
+    `values` and `logits` [GROUP, room] point to the head's own. Returns the output, normalised
+    within these slots, and [GROUP_PAD] in base 2 what by; -inf where they hold nothing.
+    """
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, DIM_PAD)
+    heads = g < GROUP
+    dims = d < DIM
+    # The new token is where the running softmax starts from, out of registers. Its slot is left out
+    # of the loads below: what was there, and when the stores land, is no matter.
+    mine = (slot >= begin) & (slot < stop)
+    new = slot.to(tl.int64) * DIM + d
+    # Not `dims & mine`: the interpreter makes integers of a scalar truth value.
+    placed = d < tl.where(mine, DIM, 0)
+    tl.store(keys + new, new_key, mask=placed)
+    tl.store(values + new, new_value, mask=placed)
+    logit = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scale
+    if SCORED:
+        tl.store(logits + g * room + slot, logit, mask=g < tl.where(mine, GROUP, 0))
+    highest = tl.where(mine, logit, float("-inf"))
+    total = tl.zeros([GROUP_PAD], tl.float32) + tl.where(mine, 1.0, 0.0)
+    got = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    got += tl.where(mine, new_value.to(tl.float32), 0.0)[None, :]
+
+    for first in tl.range(begin, end, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        live = (n < end) & (n != slot)
+        there = n[:, None].to(tl.int64) * DIM + d[None, :]
+        loaded = live[:, None] & dims[None, :]
+        k = tl.load(keys + there, mask=loaded, other=0.0, eviction_policy=EVICTION)
+        tile = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        tile = tl.where(live[None, :], tile, float("-inf"))
+        if SCORED:
+            tl.store(
+                logits + g[:, None] * room + n[None, :],
+                tile,
+                mask=heads[:, None] & live[None, :],
+            )
+        # Never -inf: a tile has a live slot, or these slots the new token.
+        higher = tl.maximum(highest, tl.max(tile, axis=1))
+        shrink = tl.exp2(highest - higher)
+        paid = tl.exp2(tile - higher[:, None])
+        total = total * shrink + tl.sum(paid, axis=1)
+        v = tl.load(values + there, mask=loaded, other=0.0, eviction_policy=EVICTION)
+        got = tl.dot(paid.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
+        highest = higher
+
+    divisor = tl.where(total > 0.0, total, 1.0)
+    return got / divisor[:, None], highest + tl.log2(divisor)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
@@ -103,55 +179,36 @@ def attend(
         new_values + row * new_values_row + head * new_values_head + d, mask=dims, other=0.0
     )
 
-    # The new token is where the running softmax of its split starts from, out of registers. Its
-    # slot is left out of the loads below: what was there, and when the stores land, is no matter.
-    mine = (slot >= begin) & (slot < begin + chunk)
     slab = row * slots_row + head * slots_head
-    new = slab + slot.to(tl.int64) * DIM + d
-    # Not `dims & mine`: the interpreter makes integers of a scalar truth value.
-    placed = d < tl.where(mine, DIM, 0)
-    tl.store(keys + new, new_key, mask=placed)
-    tl.store(values + new, new_value, mask=placed)
-    logit = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scale
-    if SCORED:
-        tl.store(logits + query_heads * room + slot, logit, mask=g < tl.where(mine, GROUP, 0))
-    highest = tl.where(mine, logit, float("-inf"))
-    total = tl.zeros([GROUP_PAD], tl.float32) + tl.where(mine, 1.0, 0.0)
-    got = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    got += tl.where(mine, new_value.to(tl.float32), 0.0)[None, :]
-
-    for first in tl.range(begin, end, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        live = (n < end) & (n != slot)
-        there = slab + n[:, None].to(tl.int64) * DIM + d[None, :]
-        loaded = live[:, None] & dims[None, :]
+    got, normaliser = attend_slots(
+        q,
+        new_key,
+        new_value,
+        keys + slab,
+        values + slab,
+        logits + pair * GROUP * room,
+        slot,
+        begin,
+        end,
+        begin + chunk,
+        scale,
+        room,
+        GROUP,
+        GROUP_PAD,
+        DIM,
+        DIM_PAD,
+        BLOCK,
+        SCORED,
         # Read once a step: they should not push the logits out of L2.
-        k = tl.load(keys + there, mask=loaded, other=0.0, eviction_policy="evict_first")
-        tile = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        tile = tl.where(live[None, :], tile, float("-inf"))
-        if SCORED:
-            tl.store(
-                logits + query_heads[:, None] * room + n[None, :],
-                tile,
-                mask=heads[:, None] & live[None, :],
-            )
-        # Never -inf: a tile has a live slot, or this split the new token.
-        higher = tl.maximum(highest, tl.max(tile, axis=1))
-        shrink = tl.exp2(highest - higher)
-        paid = tl.exp2(tile - higher[:, None])
-        total = total * shrink + tl.sum(paid, axis=1)
-        v = tl.load(values + there, mask=loaded, other=0.0, eviction_policy="evict_first")
-        got = tl.dot(paid.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
-        highest = higher
-
-    divisor = tl.where(total > 0.0, total, 1.0)
+        "evict_first",
+    )
     at = query_heads * SPLITS + split
-    tl.store(output + at[:, None] * DIM + d[None, :], got / divisor[:, None], mask=both)
-    tl.store(lse + at, highest + tl.log2(divisor), mask=heads)
+    tl.store(output + at[:, None] * DIM + d[None, :], got, mask=both)
+    tl.store(lse + at, normaliser, mask=heads)
     if SPLITS == 1:
         # Other threads of this program read the logits back.
         tl.debug_barrier()
-        settle(
+        settle_step(
             logits,
             lse,
             score,
@@ -229,7 +286,7 @@ def close(
         tl.store(lse + query_head, joined)
     # Other threads of this program read the joined normalisers back.
     tl.debug_barrier()
-    settle(
+    settle_step(
         logits,
         lse,
         score,

@@ -1,4 +1,4 @@
-"""The scores of one decode step in one layer, and who is evicted next, on the device.
+"""The scores of one token's step in one layer, and who is evicted next, on the device.
 
 Owns what `scoring` does for the tokens of a row and KV head once the softmax is known. Knows
 nothing of keys, values or queries.
@@ -35,7 +35,107 @@ def slots_in_use(start, budget, row, width):
 
 
 @triton.jit
+def next_slot(victim, at, budget, width):
+    """The slot that the token at position `at` takes; never one beyond the head's."""
+    following = tl.minimum(at, width - 1).to(tl.int32)
+    return tl.where(at >= budget, victim, following)
+
+
+@triton.jit
+def fresh_score(seed, head, at):
+    """The score that a token starts from; `head` is counted over the whole model."""
+    return tl.where(seed >= 0, _random_score(seed, head, at), 0.0)
+
+
+@triton.jit
+def _lower(best, place, score, where, allowed, n):
+    """Keep, element by element, the lower in the order of `scoring.eviction_key`."""
+    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
+    key = tl.where(allowed, (bits << 32) | where, 0x7FFFFFFFFFFFFFFF)
+    lower = key < best
+    return tl.where(lower, key, best), tl.where(lower, n, place)
+
+
+@triton.jit
+def _slot_of(best, place):
+    """The slot of the least key."""
+    # No two tokens share a position, so that only where nothing is open the least is not alone.
+    least = tl.min(best, axis=0)
+    return tl.min(tl.where(best == least, place, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
+    """The slot of the lowest (score, position) with first_open <= position < end_open.
+
+    `scores` and `positions` point to a head's own slots, of which the first `held` hold tokens. Any
+    of them where none is open.
+    """
+    best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, held, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        live = n < held
+        now = tl.load(scores + n, mask=live, other=0.0)
+        where = tl.load(positions + n, mask=live, other=0).to(tl.int64)
+        open_ = live & (where >= first_open) & (where < end_open)
+        best, place = _lower(best, place, now, where, open_, n)
+    return _slot_of(best, place)
+
+
+@triton.jit
 def settle(
+    logits,
+    lse,
+    scores,
+    positions,
+    slot,
+    at,
+    held,
+    factor,
+    fresh,
+    counted,
+    first_open,
+    end_open,
+    room,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
+):
+    """Place the token at position `at` in `slot`, update a head's scores, return the next victim.
+
+    Tensors are the head's own: `logits` [GROUP, room] and `lse` [GROUP], both in base 2, `scores`
+    and `positions` [held or more]. Scores become `factor` times themselves, that of the new token
+    `fresh`; `counted` (0 or 1) times what the queries pay is added.
+    """
+    best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, held, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        live = n < held
+        is_new = n == slot
+        now = tl.load(scores + n, mask=live, other=0.0)
+        if SCORED:
+            mass = tl.zeros([BLOCK], tl.float32)
+            for g in tl.static_range(GROUP):
+                logit = tl.load(logits + g * room + n, mask=live, other=float("-inf"))
+                mass += tl.exp2(logit - tl.load(lse + g))
+            now = tl.where(is_new, fresh, now * factor) + mass * counted
+            tl.store(scores + n, now, mask=live)
+        else:
+            now = tl.where(is_new, fresh, now)
+        where = tl.where(is_new, at, tl.load(positions + n, mask=live, other=0).to(tl.int64))
+        open_ = live & (where >= first_open) & (where < end_open)
+        best, place = _lower(best, place, now, where, open_, n)
+
+    tl.store(positions + slot, at.to(tl.int32))
+    if not SCORED:
+        tl.store(scores + slot, fresh)
+    return _slot_of(best, place)
+
+
+@triton.jit
+def settle_step(
     logits,
     lse,
     score,
@@ -58,57 +158,31 @@ def settle(
     BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """Place the new token, update the scores of a row and KV head, choose the next slot.
+    """End a decode step of a row and KV head: `settle` by the rows' tables, and the next plan.
 
     Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2.
     """
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     at = tl.load(start + row)
-    held = slots_in_use(start, budget, row, width)
-    slot = tl.load(plan + pair)
-    factor = tl.load(alpha + pair).to(tl.float32)
-    first_open = tl.load(sinks + row)
-    end_open = at + 1 - tl.load(recent + row)
     seed = tl.load(random_seed + row)
-    hashed = _random_score(seed, tl.load(first_head) + head, at)
-    fresh = tl.where(seed >= 0, hashed, 0.0)
-    counted = tl.where(seed >= 0, 0.0, 1.0)
-    scores = score + row * score_row + head * score_head
-    positions = position + row * score_row + head * score_head
-
-    never = 0x7FFFFFFFFFFFFFFF
-    best = tl.full([BLOCK], never, tl.int64)
-    place = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, held, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        live = n < held
-        is_new = n == slot
-        now = tl.load(scores + n, mask=live, other=0.0)
-        if SCORED:
-            mass = tl.zeros([BLOCK], tl.float32)
-            for g in tl.static_range(GROUP):
-                query_head = pair * GROUP + g
-                logit = tl.load(logits + query_head * room + n, mask=live, other=float("-inf"))
-                mass += tl.exp2(logit - tl.load(lse + query_head))
-            now = tl.where(is_new, fresh, now * factor) + mass * counted
-            tl.store(scores + n, now, mask=live)
-        else:
-            now = tl.where(is_new, fresh, now)
-        where = tl.where(is_new, at, tl.load(positions + n, mask=live, other=0).to(tl.int64))
-        open_ = live & (where >= first_open) & (where < end_open)
-        # The order of `scoring.eviction_key`.
-        bits = now.to(tl.int32, bitcast=True).to(tl.int64)
-        key = tl.where(open_, (bits << 32) | where, never)
-        lower = key < best
-        best = tl.where(lower, key, best)
-        place = tl.where(lower, n, place)
-
-    tl.store(positions + slot, at.to(tl.int32))
-    if not SCORED:
-        tl.store(scores + slot, fresh)
-    # No two tokens share a position, so that only where nothing is open the least is not alone.
-    least = tl.min(best, axis=0)
-    victim = tl.min(tl.where(best == least, place, width), axis=0)
-    following = tl.minimum(at + 1, width - 1)
-    tl.store(plan + pair, tl.where(at + 1 >= tl.load(budget + row), victim, following))
+    marks = row * score_row + head * score_head
+    victim = settle(
+        logits + pair * GROUP * room,
+        lse + pair * GROUP,
+        score + marks,
+        position + marks,
+        tl.load(plan + pair).to(tl.int32),
+        at,
+        slots_in_use(start, budget, row, width),
+        tl.load(alpha + pair).to(tl.float32),
+        fresh_score(seed, tl.load(first_head) + head, at),
+        tl.where(seed >= 0, 0.0, 1.0),
+        tl.load(sinks + row),
+        at + 1 - tl.load(recent + row),
+        room,
+        GROUP,
+        BLOCK,
+        SCORED,
+    )
+    tl.store(plan + pair, next_slot(victim, at + 1, tl.load(budget + row), width).to(tl.int64))

@@ -107,6 +107,12 @@ def _server(run: Run) -> None:
     server.measure(run)
 
 
+def _walk(run: Run) -> None:
+    from benchmarks.gpu import walk
+
+    walk.measure(run)
+
+
 def _tuner(run: Run) -> None:
     from benchmarks.gpu import tuning
 
@@ -126,6 +132,7 @@ PARTS = (
     Part("prefill", 40, _prefill("whole")),
     Part("long-prompt", 50, _end_to_end("long_prompt")),
     Part("long-answer", 15, _end_to_end("long_answer")),
+    Part("walk", 10, _walk),
     Part("tuner", 30, _tuner),
     Part("compiled", 60, _compiled),
     Part("kvpress", 30, _kvpress),

@@ -1,7 +1,8 @@
 """What must hold before anything is timed: the kernels and the engine compute what the law says.
 
 The cases and their judges are the tests' own (`tests/kernel_cases.py`, `tests/prompt_cases.py`,
-`tests/near_ties.py`). A check that fails ends the run. Knows nothing of time but its deadline.
+`tests/triton_walk_cases.py`, `tests/near_ties.py`). A check that fails ends the run. Knows nothing
+of time but its deadline.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.driving import any_requests, engine_for
 from tests.near_ties import Recorder, Step, parting
 
 MASS_CASES = 40
+WALK_CASES = 16
 FLASH = ((64, 64), (64, 200), (512, 2048))
 """Queries and slots."""
 
@@ -42,6 +44,7 @@ def run_checks(run: Run) -> None:
     checks: tuple[Callable[[Run], str], ...] = (
         decode_steps,
         decode_chain,
+        walks,
         prompt_masses,
         flash_attention,
         engine_kernels,
@@ -102,6 +105,23 @@ def decode_chain(run: Run) -> str:
         parted = kernel_cases.check_chain(case, run.sizes.chain, 1)
     steps = run.sizes.chain if parted is None else parted
     return f"{steps} steps" + ("" if parted is None else ", then a near-tie was taken otherwise")
+
+
+def walks(run: Run) -> str:
+    """Given texts through a layer in one launch, against float64, token by token."""
+    from tests import triton_walk_cases
+    from tests.interpreting import poisoned
+
+    _needs_kernels(run, 64)
+    count = min(WALK_CASES, run.sizes.cases)
+    parted = 0
+    with poisoned():
+        for seed in range(count):
+            run.deadline.check()
+            parted += triton_walk_cases.check(
+                triton_walk_cases.served_case(seed, run.sizes.case_slots)
+            )
+    return f"{count} random cases, in which {parted} heads parted at a near-tie"
 
 
 def prompt_masses(run: Run) -> str:

@@ -35,6 +35,7 @@ TITLES = {
     "compiled": "Beside transformers' static cache, compiled",
     "kvpress": "Beside kvpress",
     "server": "The service",
+    "walk": "Given texts through one layer",
     "tuner": "The tuner",
 }
 

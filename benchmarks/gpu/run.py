@@ -34,6 +34,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Given texts that go through a layer, none of it read before."""
+
+    rows: int
+    tokens: int
+    """Of each."""
+    budget: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How large and how often; the defaults are the real ones."""
 
@@ -93,6 +103,8 @@ class Sizes:
     sequences: int = 32
     """Calibration sequences of the tuner."""
     sequence_tokens: int = 2048
+    texts: tuple[Texts, ...] = (Texts(8, 512, 104), Texts(32, 2048, 1024))
+    """Which go through a layer in one launch, and by one a token."""
     continuation: tuple[int, int] = (16, 48)
     """Decode steps at whose end a policy's forward pass is timed."""
 
@@ -131,6 +143,7 @@ DRY = Sizes(
     stream_tokens=6,
     sequences=2,
     sequence_tokens=48,
+    texts=(Texts(2, 12, 5),),
     continuation=(2, 6),
 )
 

@@ -21,7 +21,14 @@ from a2sf.attention import BlockPass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.engine import Engine
 from a2sf.errors import InvalidArgument
-from a2sf.kernels import decode, decode_programs, prefill_programs, settling
+from a2sf.kernels import (
+    decode,
+    decode_programs,
+    prefill_programs,
+    settling,
+    triton_walk,
+    triton_walk_programs,
+)
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.requests import Event
@@ -34,7 +41,7 @@ SIZES = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs, prefill_programs):
+    with interpreting(settling, decode_programs, prefill_programs, triton_walk_programs):
         yield
 
 
@@ -250,13 +257,29 @@ def test_texts_run_along_get_what_torch_gives(
         )
         for length, prompt in ((14, 9), (20, 12))
     ]
-    for chunk in (0, 5):
+    walks = []
+    walk = triton_walk.walk
+
+    def counted(*tokens: Tensor, **arguments: Any) -> None:
+        walks.append(arguments["end"] - arguments["start"])
+        walk(*tokens, **arguments)
+
+    monkeypatch.setattr(triton_walk, "walk", counted)
+    for chunk in (0, 5, 1):
         wish = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
         policies = [effective(model, wish, 20)] * len(examples)
-        got = teacher.predict(model, examples, policies)
+        walks.clear()
+        got = teacher.predict(model, examples, policies, similarity=True)
+        # One launch a layer, however many tokens follow the prompts.
+        assert [one.tolist() for one in walks] == [
+            [14, 20] if chunk == 1 else [5, 8]
+        ] * model.shape.num_layers
         with monkeypatch.context() as patch:
             patch.setattr(decoding, "choose_kernels", lambda *_: "torch")
-            want = teacher.predict(model, examples, policies)
+            want = teacher.predict(model, examples, policies, similarity=True)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
             assert not torch.equal(one.logits, other.logits), "other programs round otherwise"
+            assert one.similarity is not None
+            torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
+            assert one.similarity.min() < 0.999

@@ -4,7 +4,6 @@ The interpreter takes what a compiler refuses: shapes that are no powers of two,
 GPU lacks. Whether they are fast, and whether their memory operations are in order, this cannot say.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -21,8 +20,10 @@ SHARED_BYTES = 99 * 1024
 """What a program may take of a multiprocessor's shared memory on the smallest GPUs of the kind."""
 
 POINTERS = {
-    "*i64": "plan start budget recent sinks random_seed first_head query_position first_counted",
+    "*i64": "plan start budget recent sinks random_seed first_head query_position first_counted"
+    " order vectors marks width end",
     "*i32": "position",
+    "*u8": "seen",
     "*fp64": "alpha",
     "*fp32": "score logits lse split_lse split_output weights normalisers paid",
 }
@@ -31,17 +32,22 @@ MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_every_kind_of_program_compiles_without_spilling(tmp_path: Path) -> None:
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kind_of_program_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
     # A process of its own, for in this one Triton may be interpreting.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, __file__, str(architecture)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=380,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(ARCHITECTURES) * (10 + 2 * 7)
+    assert len(lines) == 10 + 3 * 7
     for line in lines:
         shared, stack = map(int, line.split()[-2:])
         assert shared <= SHARED_BYTES, line
@@ -49,12 +55,13 @@ def test_every_kind_of_program_compiles_without_spilling(tmp_path: Path) -> None
         assert stack == 0 or "torch.float32" in line, line
 
 
-def compile_all() -> None:
+def compile_all(architecture: int) -> None:
     """Print a line for each program: what it is, and its bytes of shared memory and of stack."""
     import torch
     import triton
 
-    from a2sf.kernels import decode, decode_programs, prefill, prefill_programs
+    from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, triton_walk
+    from a2sf.kernels import triton_walk_programs as walking
 
     models = [
         (torch.bfloat16, 128, 4, 1, True),
@@ -65,8 +72,7 @@ def compile_all() -> None:
         (torch.float32, 256, 1, 1, True),
         (torch.float32, 32, 4, 2, True),
     ]
-    for architecture, model in itertools.product(ARCHITECTURES, models):
-        dtype, dim, group, splits, scored = model
+    for dtype, dim, group, splits, scored in models:
         constants = {
             "KV_HEADS": 8,
             "GROUP": group,
@@ -80,26 +86,29 @@ def compile_all() -> None:
             "SCORED": scored,
             "QUERIES": prefill.QUERIES,
             "SLOTS": prefill.tile_slots(dim),
+            "WATCHED": group == 4,
         }
         decoding = (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]
-        for program, stages in (
-            *((program, decode.NUM_STAGES) for program in decoding),
-            (prefill_programs.normalise, prefill.NUM_STAGES),
-            (prefill_programs.charge, prefill.NUM_STAGES),
+        for program, stages, warps in (
+            *((program, decode.NUM_STAGES, decode.NUM_WARPS) for program in decoding),
+            (prefill_programs.normalise, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (prefill_programs.charge, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (walking.walk, triton_walk.NUM_STAGES, triton_walk.NUM_WARPS),
         ):
-            compiled = compile_one(program, str(dtype), constants, architecture, stages)
+            compiled = compile_one(program, str(dtype), constants, architecture, stages, warps)
             name = f"sm_{architecture} {program.fn.__name__} {dtype} {dim} {group} {splits}"
+            if program is walking.walk:
+                # It reads what it has written, which caches for what never changes would not show.
+                assert ".nc" not in compiled.asm["ptx"], name
             print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
 
 
 def compile_one(
-    program: object, dtype: str, constants: dict, architecture: int, stages: int
+    program: object, dtype: str, constants: dict, architecture: int, stages: int, warps: int
 ) -> object:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from a2sf.kernels import decode
 
     model = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32"}[dtype]
     names = program.arg_names
@@ -107,6 +116,9 @@ def compile_one(
     for index, name in enumerate(names):
         if name in constants:
             types[name] = "constexpr"
+        elif name == "width" and "order" not in names:
+            # Of a layer; a walk has one for each head.
+            types[name] = "i32"
         elif name in MODELS:
             split = name == "output" and "split_output" not in names and constants["SPLITS"] > 1
             types[name] = "*fp32" if split else model
@@ -123,7 +135,7 @@ def compile_one(
             aligned,
         ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": decode.NUM_WARPS, "num_stages": stages, "enable_fp_fusion": False},
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False},
     )
 
 
@@ -145,4 +157,4 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_all(int(sys.argv[1]))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks import RESULTS
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import alone, decode, peers
+from benchmarks.gpu import alone, decode, peers, walk
 from benchmarks.gpu.__main__ import FIRST, PARTS, Part, carry_out, main
 from benchmarks.gpu.models import plain, token_bytes
 from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime, Report
@@ -65,6 +65,15 @@ def test_every_line_of_a_part_runs_without_a_gpu(part: Part) -> None:
 @pytest.mark.parametrize("part", [p for p in PARTS if p.name in PROCESSES], ids=lambda p: p.name)
 def test_parts_with_processes_of_their_own_run_without_a_gpu(part: Part) -> None:
     through(part)
+
+
+def test_texts_get_the_same_in_one_launch_as_by_one_a_token() -> None:
+    one, many = walk.both(dry_run().model("8b"), DRY.texts[0])
+    found = one()
+    assert found.abs().amax(dim=-1).min() > 0
+    torch.testing.assert_close(found, many())
+    # From slots that hold another walk's tokens as from empty ones.
+    torch.testing.assert_close(found, one())
 
 
 def test_a_cell_tells_ratios_prices_and_shares_of_the_roofline() -> None:

@@ -7,12 +7,21 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.kernels import decode, decode_programs, prefill, prefill_programs, settling
-from benchmarks.gpu import ahead, checks
+from a2sf import decoding
+from a2sf.kernels import (
+    decode,
+    decode_programs,
+    prefill,
+    prefill_programs,
+    settling,
+    triton_walk,
+    triton_walk_programs,
+)
+from benchmarks.gpu import ahead, checks, walk
 from benchmarks.gpu.models import DRY_SHAPES
 from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime
-from benchmarks.gpu.run import Cell, Run
-from tests import kernel_cases
+from benchmarks.gpu.run import DRY, Cell, Run
+from tests import kernel_cases, triton_walk_cases
 from tests.benchmarks.test_gpu import dry_run
 from tests.interpreting import interpreting
 
@@ -23,13 +32,20 @@ CUDA = torch.cuda.is_available()
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small tiles, so that the interpreter has less to do.
     monkeypatch.setattr(prefill, "QUERIES", 16)
-    with interpreting(settling, decode_programs, prefill_programs):
+    with interpreting(settling, decode_programs, prefill_programs, triton_walk_programs):
         yield
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    "check", [checks.decode_steps, checks.decode_chain, checks.prompt_masses, checks.engine_kernels]
+    "check",
+    [
+        checks.decode_steps,
+        checks.decode_chain,
+        checks.walks,
+        checks.prompt_masses,
+        checks.engine_kernels,
+    ],
 )
 def test_a_check_passes_by_the_interpreter(check: object) -> None:
     assert callable(check)
@@ -49,6 +65,27 @@ def test_a_kernel_that_computes_something_else_is_caught(monkeypatch: pytest.Mon
         checks.decode_steps(run)
     with pytest.raises(AssertionError, match="not close"):
         checks.decode_chain(run)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_walk_that_computes_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = triton_walk.walk
+
+    def off(*tokens: torch.Tensor, output: torch.Tensor, **arguments: object) -> None:
+        right(*tokens, output=output, **arguments)
+        output *= 1.05
+
+    monkeypatch.setattr(triton_walk_cases.triton_walk, "walk", off)
+    with pytest.raises(AssertionError, match="not close"):
+        checks.walks(dry_run())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_texts_get_the_same_from_the_walk_as_from_the_decode_kernel() -> None:
+    model = dry_run().model("8b")
+    assert decoding.choose_kernels("auto", model) == "triton"
+    one, many = walk.both(model, DRY.texts[0])
+    torch.testing.assert_close(one(), many())
 
 
 @pytest.mark.skipif(CUDA, reason="what a machine without a GPU is told")
@@ -85,6 +122,7 @@ def names(run: Run) -> dict[str, str]:
 CHECKS = (
     "decode_steps",
     "decode_chain",
+    "walks",
     "prompt_masses",
     "flash_attention",
     "engine_kernels",
@@ -113,7 +151,7 @@ def test_all_checks_are_carried_out_whichever_fails(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(checks, "decode_steps", fails)
     run = dry_run()
-    with pytest.raises(CheckFailed, match="1 of 6 checks failed: decode_steps"):
+    with pytest.raises(CheckFailed, match="1 of 7 checks failed: decode_steps"):
         checks.run_checks(run)
     assert run.report.document["checks"] == "failed"
     assert names(run) == dict.fromkeys(CHECKS, "passed") | {"decode_steps": "failed"}

@@ -1,0 +1,188 @@
+"""The Triton program that carries many tokens through one layer, one after the other.
+
+Owns the loop over the tokens of a row and KV head. What happens to each is the decode step's own:
+`decode_programs.attend_slots`, then `settling.settle`. Knows nothing of tensors' shapes beyond the
+strides and tables that it is given; `triton_walk` launches it.
+
+A program reads what its own threads wrote a token before: keys, values, scores and positions. Two
+barriers a token put those in order, and no other program touches the head.
+"""
+
+# Triton types its own; what it takes as constants at compile time is capitalised.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+from a2sf.kernels.decode_programs import attend_slots
+from a2sf.kernels.settling import fresh_score, lowest, next_slot, settle
+
+# Tables begin at any alignment, and texts have any length: one program serves all.
+_ANYWHERE = (
+    *("order", "vectors", "marks", "width", "start", "end", "alpha", "budget", "recent", "sinks"),
+    *("random_seed", "first_head", "score", "position", "seen"),
+)
+_ANY_VALUE = ("room", "side")
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+def walk(
+    query,
+    new_keys,
+    new_values,
+    output,
+    keys,
+    values,
+    score,
+    position,
+    logits,
+    lse,
+    seen,
+    order,
+    vectors,
+    marks,
+    width,
+    start,
+    end,
+    alpha,
+    budget,
+    recent,
+    sinks,
+    random_seed,
+    first_head,
+    scale,
+    room,
+    side,
+    query_row,
+    query_head,
+    query_token,
+    new_keys_row,
+    new_keys_head,
+    new_keys_token,
+    new_values_row,
+    new_values_head,
+    new_values_token,
+    output_row,
+    output_head,
+    output_token,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SETTLE_BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
+    WATCHED: tl.constexpr,
+):
+    """Carry the tokens start .. end - 1 of a row through the slots of one KV head.
+
+    Tables are of each row and KV head, [pairs], but for `start`, `end` and `random_seed` of each
+    row. `order` says which pair a program takes. `scale` is in base 2. If `WATCHED`, `seen`
+    [pairs, side, side] uint8 is 1 where the query of a position was given the token of another.
+    """
+    pair = tl.load(order + tl.program_id(0))
+    row = pair // KV_HEADS
+    head = pair % KV_HEADS
+    slab = tl.load(vectors + pair) * DIM
+    keys += slab
+    values += slab
+    scores = score + tl.load(marks + pair)
+    positions = position + tl.load(marks + pair)
+    logits += pair * GROUP * room
+    lse += pair * GROUP
+    slots = tl.load(width + pair).to(tl.int32)
+    most = tl.load(budget + pair).to(tl.int32)
+    begin = tl.load(start + row).to(tl.int32)
+    tokens = tl.load(end + row).to(tl.int32) - begin
+
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, DIM_PAD)
+    heads = g < GROUP
+    dims = d < DIM
+    both = heads[:, None] & dims[None, :]
+    queries = query + row * query_row + (head * GROUP + g)[:, None] * query_head + d[None, :]
+    outputs = output + row * output_row + (head * GROUP + g)[:, None] * output_head + d[None, :]
+    new_keys += row * new_keys_row + head * new_keys_head
+    new_values += row * new_values_row + head * new_values_head
+
+    held = tl.minimum(tl.minimum(begin, most), slots)
+    victim = lowest(
+        scores,
+        positions,
+        held,
+        tl.load(sinks + pair),
+        begin - tl.load(recent + pair),
+        SETTLE_BLOCK,
+    )
+    slot = next_slot(victim, begin, most, slots)
+    for t in tl.range(0, tokens):
+        at = begin + t
+        # 64 bits: a text's elements are more than 32 bits count.
+        token = at.to(tl.int64)
+        held = tl.minimum(tl.minimum(at + 1, most), slots)
+        q = tl.load(queries + token * query_token, mask=both, other=0.0)
+        new_key = tl.load(new_keys + token * new_keys_token + d, mask=dims, other=0.0)
+        new_value = tl.load(new_values + token * new_values_token + d, mask=dims, other=0.0)
+        got, normaliser = attend_slots(
+            q,
+            new_key,
+            new_value,
+            keys,
+            values,
+            logits,
+            slot,
+            0,
+            held,
+            room,
+            scale,
+            room,
+            GROUP,
+            GROUP_PAD,
+            DIM,
+            DIM_PAD,
+            BLOCK,
+            SCORED,
+            # The next token reads them again.
+            "",
+        )
+        tl.store(outputs + token * output_token, got, mask=both)
+        tl.store(lse + g, normaliser, mask=heads)
+        # Other threads read back the logits now, and the new key and value with the next token.
+        tl.debug_barrier()
+        # Loaded again for each token, so that they take no registers from attention.
+        seed = tl.load(random_seed + row)
+        victim = settle(
+            logits,
+            lse,
+            scores,
+            positions,
+            slot,
+            token,
+            held,
+            tl.load(alpha + pair).to(tl.float32),
+            fresh_score(seed, tl.load(first_head) + head, token),
+            tl.where(seed >= 0, 0.0, 1.0),
+            tl.load(sinks + pair),
+            token + 1 - tl.load(recent + pair),
+            room,
+            GROUP,
+            SETTLE_BLOCK,
+            SCORED,
+        )
+        slot = next_slot(victim, at + 1, most, slots)
+        # Other threads read back the new position, and write over the logits.
+        tl.debug_barrier()
+        if WATCHED:
+            given = seen + (pair * side + at) * side
+            for i in tl.range(0, side, SETTLE_BLOCK):
+                n = i + tl.arange(0, SETTLE_BLOCK)
+                tl.store(given + n, tl.zeros([SETTLE_BLOCK], tl.uint8), mask=n < side)
+            # Other threads note over those zeros.
+            tl.debug_barrier()
+            for i in tl.range(0, held, SETTLE_BLOCK):
+                n = i + tl.arange(0, SETTLE_BLOCK)
+                live = n < held
+                where = tl.load(positions + n, mask=live, other=0)
+                tl.store(given + where, tl.full([SETTLE_BLOCK], 1, tl.uint8), mask=live)

@@ -1,0 +1,132 @@
+"""Given texts through one layer: in one launch, and by one of the decode kernel for each token.
+
+Both start from empty slots and do the same work, for a whole text of each row. Knows nothing of
+prompts, or of the model around the layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from a2sf import decoding
+from a2sf.cache import PolicyTensors, Slots
+from a2sf.decoding import Carrier
+from a2sf.models import LoadedModel
+from benchmarks.gpu.filling import policies
+from benchmarks.gpu.run import Run, Texts
+from benchmarks.gpu.timing import device_ms, spread
+
+
+def measure(run: Run) -> None:
+    """Time both, size by size; the layer is one of the model of 8 billion weights."""
+    model = run.model("8b")
+    for texts in run.sizes.texts:
+        name = f"{texts.rows} texts of {texts.tokens} tokens, budget {texts.budget}"
+        with run.report.entry(name):
+            run.deadline.check()
+            one, many = both(model, texts)
+            found = {
+                variant: spread(device_ms(action, run.device, run.sizes.rounds))
+                for variant, action in (("one_launch", one), ("a_launch_a_token", many))
+            }
+            fast, slow = (found[variant]["median"] for variant in found)
+            run.report.add(
+                name,
+                rows=texts.rows,
+                tokens=texts.tokens,
+                budget=texts.budget,
+                kernels=decoding.choose_kernels("auto", model),
+                times_faster_in_one_launch=round(slow / fast, 3),
+                one_launch_ms=found["one_launch"],
+                a_launch_a_token_ms=found["a_launch_a_token"],
+                one_launch_us_a_token=round(1e3 * fast / texts.tokens, 3),
+                one_launch_s_all_layers=round(fast * model.shape.num_layers / 1e3, 4),
+            )
+        run.free()
+
+
+def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return what walks random texts in one launch, and what does by one a token.
+
+    Each gives the attention output [rows, H_q, tokens, D].
+    """
+    shape, device = model.shape, model.device
+    chosen = decoding.choose_kernels("auto", model)
+    rng = torch.Generator(device).manual_seed(0)
+
+    def vectors(heads: int) -> Tensor:
+        size = (texts.rows, texts.tokens, heads, shape.head_dim)
+        drawn = torch.randn(size, dtype=model.dtype, device=device, generator=rng)
+        return drawn.transpose(1, 2)
+
+    projected = (
+        vectors(shape.num_attention_heads),
+        vectors(shape.num_kv_heads),
+        vectors(shape.num_kv_heads),
+    )
+    table = policies(model, texts.budget, texts.tokens)["table"]
+    lengths = [texts.tokens] * texts.rows
+    policy = PolicyTensors.stack([table] * texts.rows, lengths, device).layer(0)
+    slots = Slots.empty(
+        rows=texts.rows,
+        num_kv_heads=shape.num_kv_heads,
+        slots=[min(texts.budget, texts.tokens)],
+        head_dim=shape.head_dim,
+        dtype=model.dtype,
+        device=device,
+    )
+    scale = shape.head_dim**-0.5
+    # [tokens, rows], so that each token's are contiguous.
+    at = torch.arange(texts.tokens + 1, device=device)[:, None].repeat(1, texts.rows)
+
+    def in_one() -> Tensor:
+        output = torch.zeros_like(projected[0])
+        decoding.walk_texts(
+            chosen,
+            slots,
+            policy,
+            projected,
+            scale,
+            start=at[0],
+            end=at[-1],
+            output=output,
+            watch=None,
+        )
+        return output
+
+    def by_token() -> Tensor:
+        output = torch.zeros_like(projected[0])
+        step = _steps(chosen, slots, policy, shape.num_attention_heads, scale)
+        for token, start in enumerate(at[:-1]):
+            one = slice(token, token + 1)
+            query, keys, values = (t[:, :, one] for t in projected)
+            output[:, :, one] = step(query, keys, values, start)
+        return output
+
+    return in_one, by_token
+
+
+def _steps(
+    chosen: Carrier, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return what carries a token of each row through the layer, given where they stand."""
+    if chosen != "triton":
+        steps = decoding.make_steps(chosen, slots, policy)
+        return lambda query, keys, values, start: steps(start)(0, query, keys, values, scale)
+    from a2sf.kernels.decode import Workspace, decode_attention, plan_slots
+
+    plan = plan_slots(slots, policy, torch.zeros_like(policy.sinks))
+    workspace = Workspace.empty(slots, query_heads)
+    return lambda query, keys, values, start: decode_attention(
+        query,
+        keys,
+        values,
+        slots=slots,
+        layer=0,
+        policy=policy,
+        start=start,
+        plan=plan,
+        scale=scale,
+        workspace=workspace,
+    )

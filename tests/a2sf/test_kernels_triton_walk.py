@@ -1,0 +1,191 @@
+"""A walk in one launch equals the law: what each query was given and got, and the scores after it.
+
+Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
+
+from a2sf.kernels import decode, decode_programs, settling, triton_walk, triton_walk_programs
+from a2sf.kernels.triton_walk import HeadSlots
+from a2sf.scoring import EMPTY
+from tests.interpreting import DEVICE, interpreting, poisoned
+from tests.triton_walk_cases import Case, check, make, random_case, served_case
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    with interpreting(settling, decode_programs, triton_walk_programs):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_poisoned() -> Iterator[None]:
+    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
+    with poisoned():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that heads of tens of slots take several."""
+    monkeypatch.setattr(decode, "TILE_BYTES", 1)
+    monkeypatch.setattr(triton_walk, "SETTLE_BLOCK", 32)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_walk_equals_the_law_written_out(seed: int) -> None:
+    check(random_case(seed), written=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(16, 120))
+def test_any_walk_equals_the_law_written_out(seed: int) -> None:
+    check(random_case(seed), written=True)
+
+
+def test_a_walk_of_what_is_served_equals_the_law() -> None:
+    check(served_case(0, most=16))
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_a_long_walk_evicts_as_the_law_does(dealt: bool) -> None:
+    case = make(7, most=40, dealt=dealt, rows=2, slots=(9, 20), seen=3)
+    assert check(case, written=True) == 0
+    assert int((case.end - case.start).max()) == 40
+
+
+def test_a_walk_by_another_law_is_noticed() -> None:
+    case = make(7, rows=2, slots=(9, 20), methods=("a2sf",), seen=20)
+    walk = case.walk
+
+    def other(*, watched: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        right = case.policy
+        case.policy = replace(right, alpha=right.alpha * 0.7)
+        found = walk(watched=watched)
+        case.policy = right
+        return found
+
+    case.walk = other  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+def test_watching_changes_nothing() -> None:
+    twins = [make(11, most=6, dealt=True, rows=2, slots=(5, 20)) for _ in range(2)]
+    (output, seen), (same, none) = (
+        case.walk(watched=watched) for case, watched in zip(twins, (True, False), strict=True)
+    )
+    assert seen is not None
+    assert none is None
+    torch.testing.assert_close(output, same, rtol=0, atol=0, equal_nan=True)
+    for name in ("keys", "values", "position", "score"):
+        one, other = (getattr(case.slots, name) for case in twins)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_slots_of_nobody_stay_untouched() -> None:
+    case = make(13, dealt=True, rows=3, slots=(2, 12), seen=30)
+    owned = torch.zeros_like(case.slots.score, dtype=torch.bool)
+    held = torch.zeros(len(case.slots.keys), dtype=torch.bool, device=DEVICE)
+    for row, head in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+        width = int(case.slots.width[row, head])
+        marks, vectors = int(case.slots.marks[row, head]), int(case.slots.vectors[row, head])
+        owned[marks : marks + width] = True
+        held[vectors : vectors + width] = True
+    case.walk(watched=False)
+    assert (case.slots.position[~owned] == EMPTY).all()
+    assert case.slots.score[~owned].isnan().all()
+    assert case.slots.keys[~held].isnan().all()
+    assert case.slots.values[~held].isnan().all()
+    assert not case.slots.score[owned].isnan().any()
+
+
+def test_a_row_without_tokens_stays_as_it_is() -> None:
+    case = make(5, rows=3, slots=(4, 12), seen=20)
+    case.end = torch.stack([case.start[0], case.start[1] + 3, case.start[2] - 2])
+    before = case.slots.position.clone(), case.slots.score.clone()
+    output, _ = case.walk(watched=False)
+    for row in (0, 2):
+        assert output[row].isnan().all()
+        assert torch.equal(case.slots.position[row], before[0][row])
+        torch.testing.assert_close(
+            case.slots.score[row], before[1][row], rtol=0, atol=0, equal_nan=True
+        )
+    assert not torch.equal(case.slots.position[1], before[0][1])
+
+
+def test_among_equal_scores_the_oldest_goes_first() -> None:
+    case = make(3, rows=1, kv_heads=1, slots=(20, 20), methods=("a2sf",), seen=20, most=4)
+    slots, policy = case.slots, case.policy
+    policy.alpha.fill_(1.0)
+    policy.sinks.fill_(2)
+    policy.recent.fill_(10)
+    slots.score.fill_(0.25)
+    # Equal keys are paid alike, in sums that are exact.
+    for keys in (slots.keys, case.keys):
+        keys.fill_(1.0)
+    case.query.fill_(0.5)
+    _, seen = case.walk(watched=True)
+    assert seen is not None
+    given = [set(seen[0, 0, at].nonzero().flatten().tolist()) for at in range(20, 24)]
+    everyone = set(range(20))
+    assert [everyone - one for one in given] == [{2}, {2, 3}, {2, 3, 4}, {2, 3, 4, 5}]
+
+
+def test_a_head_needs_no_more_slots_than_its_tokens() -> None:
+    # A budget of 100, and memory for the ten tokens that come.
+    case = make(5, rows=2, kv_heads=2, slots=(20, 20), methods=("a2sf",), seen=0, most=10)
+    case.policy.budget.fill_(100)
+    case.policy.recent.fill_(0)
+    narrow = replace(case.slots, width=torch.full_like(case.slots.width, 10), widest=10)
+    case.slots = narrow
+    check(case)
+
+
+class Launched:
+    """A program whose launches are written down."""
+
+    def __init__(self, program: object) -> None:
+        self.program = program
+        self.order: list[list[int]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> object:
+        def launch(*arguments: torch.Tensor, **constants: object) -> None:
+            self.order.append(arguments[11].tolist())
+            self.program[grid](*arguments, **constants)  # type: ignore[index]
+
+        return launch
+
+
+def test_a_layer_is_one_launch_and_the_longest_heads_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = Launched(triton_walk_programs.walk)
+    monkeypatch.setattr(triton_walk_programs, "walk", launched)
+    case: Case = make(2, dealt=True, rows=3, slots=(2, 30), seen=40, most=6)
+    case.end = case.start + torch.tensor([6, 2, 6], device=DEVICE)
+    case.walk(watched=False)
+    (order,) = launched.order
+    budgets = case.policy.budget.flatten().tolist()
+    work = [budgets[pair] * (6, 2, 6)[pair // 2] for pair in order]
+    assert sorted(order) == list(range(6))
+    assert work == sorted(work, reverse=True)
+    assert len(set(work)) > 2
+
+
+def test_heads_of_a_rectangle_lie_where_its_view_says() -> None:
+    case = make(1, rows=2, kv_heads=2, slots=(7, 7), seen=9)
+    slots: HeadSlots = case.slots
+    for row, head in ((0, 1), (1, 0), (1, 1)):
+        first = int(slots.vectors[row, head]) * slots.keys.shape[3]
+        flat = slots.keys.as_strided((1,), (1,), slots.keys.storage_offset() + first)
+        assert torch.equal(flat[0], slots.keys[row, head, 0, 0])
+        mark = slots.score.storage_offset() + int(slots.marks[row, head])
+        assert torch.equal(slots.score.as_strided((1,), (1,), mark)[0], slots.score[row, head, 0])
