@@ -226,6 +226,15 @@ def _ordered(bits):
 
 
 @njit
+def _unless(barred, value):
+    """A value that is not negative, or where it is barred the largest there is.
+
+    Without a branch, or the loops below would not become vector instructions.
+    """
+    return int32(value | (int32(-int32(barred)) & _NEVER))
+
+
+@njit
 def _victim(score_bits, position, held, low, high):
     """The slot with the lowest (score, position) among positions low <= position < high.
 
@@ -234,13 +243,11 @@ def _victim(score_bits, position, held, low, high):
     least = _NEVER
     for s in range(held):
         p = position[s]
-        bits = score_bits[s] if (p >= low) & (p < high) else _NEVER
-        least = bits if bits < least else least
+        least = min(least, _unless((p < low) | (p >= high), score_bits[s]))
     oldest = _NEVER
     for s in range(held):
         p = position[s]
-        mine = p if (score_bits[s] == least) & (p >= low) & (p < high) else _NEVER
-        oldest = mine if mine < oldest else oldest
+        oldest = min(oldest, _unless((score_bits[s] != least) | (p < low) | (p >= high), p))
     for s in range(held):
         if position[s] == oldest:
             return s
