@@ -273,9 +273,7 @@ class WrittenOut:
 
     def step(self, at: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As `Witness.step`."""
-        (found,) = self.head.block(  # type: ignore[no-untyped-call]
-            at, [query.tolist()], [key.tolist()], [value.tolist()], scale
-        )
+        (found,) = self.head.block(at, [query.tolist()], [key.tolist()], [value.tolist()], scale)
         return torch.tensor(found, dtype=torch.float64)
 
 

@@ -5,9 +5,16 @@ with `a2sf`, so that both cannot be wrong in the same way. Numbers are Python fl
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 CUTOFF = 1e-6
+
+Vector = Sequence[float]
+Group = Sequence[Vector]
+"""A vector for each query head that shares the KV head."""
+Outputs = list[list[float]]
+"""The same of what attention gives one token."""
 
 
 @dataclass
@@ -28,7 +35,9 @@ class Head:
     budget: int
     recent: int
     sinks: int
-    random_score: object = None  # position -> fixed score, for the random baseline
+    random_score: Callable[[int], float] | None = (
+        None  # position -> fixed score, for the random baseline
+    )
     tokens: list[Stored] = field(default_factory=list)
 
     def trim(self, start: int, keep: int) -> None:
@@ -37,7 +46,14 @@ class Head:
             lowest = min(candidates, key=lambda t: (t.score, t.position))
             self.tokens.remove(lowest)
 
-    def block(self, start, queries, keys, values, scale):
+    def block(
+        self,
+        start: int,
+        queries: Sequence[Group],
+        keys: Sequence[Vector],
+        values: Sequence[Vector],
+        scale: float,
+    ) -> list[Outputs]:
         """Run one block. `queries[j]` is the group's list of query vectors of token start + j.
 
         Returns, for each token, the group's list of output vectors.
@@ -48,7 +64,7 @@ class Head:
             self.tokens.append(Stored(start + j, list(key), list(value), fixed))
         count = len(keys)
         gained = [0.0] * len(self.tokens)
-        outputs = []
+        outputs: list[Outputs] = []
         for j, group in enumerate(queries):
             weight = 1.0 if count - 1 - j == 0 else self.alpha ** (count - 1 - j)
             outputs.append([])
@@ -77,11 +93,18 @@ class Head:
                 token.score = self.alpha**count * token.score + gain
         return outputs
 
-    def prompt(self, queries, keys, values, scale, chunk):
+    def prompt(
+        self,
+        queries: Sequence[Group],
+        keys: Sequence[Vector],
+        values: Sequence[Vector],
+        scale: float,
+        chunk: int,
+    ) -> list[Outputs]:
         """Run a whole prompt, cut at multiples of `chunk` (0: one block), and the last trim."""
         length = len(keys)
         chunk = chunk or length
-        outputs = []
+        outputs: list[Outputs] = []
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
             outputs += self.block(
