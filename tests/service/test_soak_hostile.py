@@ -1,8 +1,9 @@
 """A server of whose requests a tenth are hostile: each call ends alone, as it is documented.
 
-A real server process, whose model makes infinity of one token and whose chat template refuses what
-it is given. In float64, where a completion does not depend on what else is in its batch, the text
-of every other request must be that of its solo run, to the last character.
+A real server process, whose model makes infinity of one token, whose tokens are bytes that seldom
+make text, and whose chat template refuses what it is given. In float64, where a completion does not
+depend on what else is in its batch, the text of every other request must be that of its solo run,
+to the last character.
 """
 
 import asyncio
@@ -16,17 +17,19 @@ from typing import Any
 
 import grpc
 import pytest
-from transformers import AutoTokenizer
 
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from tests.service.conftest import StartProcess
 from tests.service.test_soak import BEARER, CLIENTS, POLICIES, TIMEOUT_S, TOKEN
 from tests.tiny import save_poisoned_llama
+from tests.tiny_tokenizers import byte_fallback
 
 SECONDS = float(os.environ.get("A2SF_HOSTILE_SOAK_S", "60"))
 SPECS = 24
-POISON = 250
+TOKENIZER = byte_fallback()
+"""Most of its tokens are bytes, which seldom make text in the order in which they come."""
+POISON = TOKENIZER.convert_tokens_to_ids("<0xFF>")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS * 2 + 300)]
 
@@ -35,8 +38,8 @@ TEMPLATE = "{{ raise_exception('roles must alternate') }}"
 # What may become of each kind's requests, beside being told that there is no room.
 DOCUMENTED = {
     "healthy": {"whole"},
-    # Decoded, with replacement characters, or our failure; never another's.
-    "breaks text": {"whole", "INTERNAL"},
+    # Decoded, with replacement characters.
+    "breaks text": {"whole"},
     "poisons": {"INTERNAL"},
     "poisons and leaves": {"CANCELLED", "INTERNAL"},
     "breaks the template": {"INVALID_ARGUMENT", "UNIMPLEMENTED"},
@@ -77,7 +80,8 @@ def hostile(kind: str, rng: random.Random) -> pb.GenerationInput:
         return spec(rng.randrange(SPECS))
     if kind == "breaks text":
         # Pieces of characters: bytes that only go on, that only begin, and that are none.
-        return of_ids(rng, [rng.randrange(128, POISON) for _ in range(rng.randint(1, 60))])
+        piece = TOKENIZER.convert_tokens_to_ids("<0x80>")
+        return of_ids(rng, [rng.randrange(piece, POISON) for _ in range(rng.randint(1, 60))])
     ids = [rng.randrange(97, 123) for _ in range(rng.randint(1, 90))]
     ids[rng.randrange(len(ids))] = POISON
     return of_ids(rng, ids)
@@ -143,9 +147,13 @@ async def test_a_tenth_of_hostile_requests_disturbs_no_other(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     model = save_poisoned_llama(
-        tmp_path / "model", POISON, value=float("inf"), max_position_embeddings=10**5
+        tmp_path / "model",
+        POISON,
+        value=float("inf"),
+        vocab_size=len(TOKENIZER),
+        max_position_embeddings=10**5,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = byte_fallback()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     token_file = tmp_path / "tokens"
