@@ -253,7 +253,9 @@ def keep_top_p(scaled: Tensor, top_p: Tensor) -> Tensor:
     descending, order = _descending(probabilities, least.float())
     before = descending.cumsum(dim=-1) - descending
     kept = torch.zeros_like(scaled, dtype=torch.bool)
-    return _keep(scaled, kept.scatter_(-1, order, before < top_p.float()))
+    # A top_p that is 0 in float32 would keep nothing, where the likeliest token always stays.
+    top_p = top_p.float().clamp(min=torch.finfo(torch.float32).tiny)
+    return _keep(scaled, kept.scatter_(-1, order, before < top_p))
 
 
 def keep_min_p(scaled: Tensor, min_p: Tensor) -> Tensor:

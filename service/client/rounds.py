@@ -6,8 +6,10 @@ gRPC, a call would wait before it asks another server: a full one says when to c
 
 import time
 
+import grpc
+
 from a2sf.errors import InvalidArgument
-from service.status import NoRoom
+from service.status import DeadlineExceeded, NoRoom
 
 ROUNDS = 4
 """Times that a call looks for room, first included, as far apart as servers say."""
@@ -25,10 +27,18 @@ class Rounds:
     """The attempts of one call, which ends `timeout_s` seconds after this was made."""
 
     def __init__(self, timeout_s: float, *, several: bool) -> None:
-        """Begin now. Raises InvalidArgument for a time that is too long, or no number."""
+        """Begin now.
+
+        Raises InvalidArgument for a time that is too long, or no number, and DeadlineExceeded where
+        no time is left: gRPC lets such a call through if the server is quick.
+        """
         # Written so that NaN is refused too.
         if not timeout_s <= MAX_TIMEOUT_S:
             raise InvalidArgument("timeout_s", f"{timeout_s}; accepted: at most {MAX_TIMEOUT_S:g}")
+        if timeout_s <= 0:
+            raise DeadlineExceeded(
+                f"DEADLINE_EXCEEDED: timeout_s is {timeout_s}", grpc.StatusCode.DEADLINE_EXCEEDED
+            )
         self._deadline = time.monotonic() + timeout_s
         self._servers = SERVERS_A_ROUND if several else 1
         self._refusals = 0

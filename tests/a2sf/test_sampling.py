@@ -149,7 +149,14 @@ def test_a_token_that_just_reaches_top_p_is_the_last_to_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "wish", [Sampling(top_k=10**12), Sampling(top_p=1e-9), Sampling(min_p=1.0), Sampling(top_k=1)]
+    "wish",
+    [
+        Sampling(top_k=10**12),
+        Sampling(top_p=1e-9),
+        Sampling(top_p=5e-324),
+        Sampling(min_p=1.0),
+        Sampling(top_k=1),
+    ],
 )
 def test_a_filter_at_its_extreme_leaves_everything_or_the_top(wish: Sampling) -> None:
     logits = random_logits(1)[0]

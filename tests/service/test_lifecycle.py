@@ -80,7 +80,7 @@ async def test_the_model_is_described(start_server: StartServer) -> None:
     server, client, _ = await start_server()
     described = await client.get_model()
     core = server.core
-    assert described.model == core.model.identity
+    assert described.model.model_dump() == core.model.identity.model_dump()
     assert described.max_context == core.model.shape.max_context
     assert (described.slots, described.max_batch) == (64, 2)
     assert described.kv_slab_bytes == core.engine.kv_slab_bytes > 0

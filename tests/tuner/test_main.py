@@ -96,7 +96,8 @@ def test_tables_show_prints_what_the_file_says(
     # Not a terminal: digits without colours.
     assert "\x1b" not in out
     rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]
-    shown = [[float(cell) for cell in row[1:]] for row in rows]
+    # Slots in multiples of the budget, where they differ, end in an x.
+    shown = [[float(cell) for cell in row[1:] if not cell.endswith("x")] for row in rows]
     assert shown == [[pytest.approx(a, rel=1e-3) for a in row] for row in table.policy.alpha]
 
 

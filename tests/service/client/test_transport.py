@@ -307,7 +307,7 @@ async def test_a_deadline_that_grpc_would_take_for_a_past_one_is_refused(timeout
             next(client.stream_generate("x", max_new_tokens=1, timeout_s=timeout_s))
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, -math.inf, 1e-9])
+@pytest.mark.parametrize("timeout_s", [0, -1, -math.inf])
 async def test_a_deadline_that_has_passed_is_told_as_that(
     start_server: StartServer, timeout_s: float
 ) -> None:
