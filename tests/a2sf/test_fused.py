@@ -247,6 +247,7 @@ def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_texts_run_along_get_what_torch_gives(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

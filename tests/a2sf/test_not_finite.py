@@ -206,6 +206,7 @@ def test_a_completion_that_turns_not_finite_fails_alone_and_leaves_a_clean_row(
     check_turning(*turning, "torch", range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_so_it_does_in_the_triton_kernels(turning: tuple[LoadedModel, int]) -> None:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
