@@ -203,7 +203,11 @@ async def answering(
             # gRPC keeps it for as long as the connection stands, and this call need not.
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S):
-                    await context.abort(status.code, status.details, status.trailers)
+                    try:
+                        await context.abort(status.code, status.details, status.trailers)
+                    except grpc.aio.InternalError:
+                        # The connection broke while the status was sent: nobody is left to tell.
+                        raise asyncio.CancelledError from None
         finally:
             seconds = time.monotonic() - arrived
             span.status(call.outcome)

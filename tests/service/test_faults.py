@@ -8,8 +8,9 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from a2sf.errors import NonFinite
+from a2sf.errors import NonFinite, NotFound
 from a2sf.text import TextStream
+from service.answering import answering
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.server import Server
@@ -155,3 +156,23 @@ async def test_a_panic_while_a_prompt_is_read_is_that_call_s_failure(
         with pytest.raises(RemoteError, match="INTERNAL: internal error; request id"):
             await client.generate("hello", max_new_tokens=3)
     assert (await client.generate("hello", max_new_tokens=3)).finished
+
+
+class BrokenConnection:
+    """The context of a call whose client is gone before it is told how its call ended."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def abort(self, *_: object) -> None:
+        raise grpc.aio.InternalError("Failed to execute a batch")
+
+
+async def test_a_client_that_is_gone_before_its_status_ends_the_call_quietly(
+    start_server: StartServer,
+) -> None:
+    server, _, _ = await start_server()
+    with capture_logs() as told, pytest.raises(asyncio.CancelledError):
+        async with answering("GetModel", server._backend, BrokenConnection()):  # type: ignore[arg-type]
+            raise NotFound("no such thing")
+    assert [(one["event"], one["outcome"]) for one in told] == [("answered", "NOT_FOUND")]
