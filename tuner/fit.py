@@ -181,7 +181,7 @@ def fit(settings: Settings) -> Outcome:
             trials=sum(found.accounts[name].trials for name in settings.stages),
             study=settings.study,
             storage=storage_kind,
-            wall_seconds=round(sum(a.seconds for a in found.accounts.values()), 1),
+            wall_seconds=round(sum(a.seconds for a in found.accounts.values()), 3),
             stages=tuple(
                 proof.stage(
                     name,

@@ -216,7 +216,7 @@ def stage(
         name=name,
         trials=account.trials,
         evaluations=round(account.evaluations, 2),
-        seconds=round(account.seconds, 1),
+        seconds=round(account.seconds, 3),
         calibration=best.mean,
         held_out=statistics.estimate(kl, seed=seed),
         paired=statistics.difference(kl, uniform, seed=seed),
