@@ -10,7 +10,7 @@ from torch import Tensor
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, resolve
 from a2sf.requests import Delta, Finished, GenerationRequest, Sampling, Started, StepEvent
 from a2sf.scoring import EMPTY
 from tests.tables import make_table
@@ -26,6 +26,19 @@ def request(name: str, prompt: Iterable[int], **fields: Any) -> GenerationReques
         **fields,
     }
     return GenerationRequest(request_id=name, prompt_ids=tuple(prompt), **settings)
+
+
+def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
+    """The policy in plain numbers of a sequence of `length` tokens, with slots for all of them."""
+    return resolve(
+        wish,
+        table=None,
+        server=CachePolicy(),
+        length=length,
+        slots=length,
+        num_layers=model.shape.num_layers,
+        num_kv_heads=model.shape.num_kv_heads,
+    )
 
 
 def run(engine: Engine, limit: int = 10_000) -> dict[str, list[StepEvent]]:

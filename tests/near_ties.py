@@ -6,18 +6,21 @@ follows a first parting differs for good reason; the parting itself must be a ne
 """
 
 import dataclasses
+import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from a2sf import sampling
+from a2sf.decoding import Kernels
 from a2sf.engine import Engine
+from a2sf.models import LoadedModel
 from a2sf.requests import Delta, StepEvent
 from a2sf.scoring import EMPTY
-from tests.driving import rows_of
+from tests.driving import any_requests, engine_for, rows_of, run_at_random, tokens
 
 TOLERANCE = {
     torch.float64: 0.0,
@@ -185,3 +188,39 @@ def _draw_gap(one: Draw, other: Draw) -> float:
 def _copy(row: sampling.Row) -> sampling.Row:
     seen = None if row.seen is None else row.seen.clone()
     return dataclasses.replace(row, seen=seen)
+
+
+SIZES: dict[str, Any] = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
+"""Of the engines that are compared."""
+
+
+def check_against_torch(
+    model: LoadedModel, kernels: Kernels, count: int, seed: int, *, most: int
+) -> int:
+    """Requests that come and go at random get what torch's operations give each alone.
+
+    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
+    """
+    made = any_requests(model, count, seed=seed, longest=45, most=most)
+    together = Recorder(engine_for(model, kernels=kernels, **SIZES))
+    assert together.engine.kernels == kernels
+    streams = run_at_random(
+        together.engine, made, random.Random(seed), cancel=["0"], step=together.step
+    )
+    evicted = 0
+    for one in made:
+        alone = Recorder(engine_for(model, kernels="torch", **SIZES))
+        alone.engine.submit(one)
+        own: list[StepEvent] = []
+        while alone.engine.has_work:
+            own += alone.step()
+        name = one.request_id
+        parted = parting(alone.steps[name], together.steps.get(name, []))
+        if parted is not None:
+            assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
+            continue
+        said, whole = tokens(streams[name]), tokens(own)
+        assert said == whole[: len(said)]
+        assert said == whole or name == "0"
+        evicted += len(one.prompt_ids) + len(whole) > 20
+    return evicted

@@ -9,53 +9,20 @@ import torch
 from a2sf import decoding, teacher
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
-from a2sf.requests import Event
-from tests.driving import any_requests, engine_for, run_at_random, tokens
-from tests.near_ties import TOLERANCE, Recorder, parting
-
-SIZES = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
-
-
-def check(model: LoadedModel, count: int, seed: int, *, most: int) -> int:
-    """Requests that come and go at random get what torch's operations give each alone.
-
-    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
-    """
-    made = any_requests(model, count, seed=seed, longest=45, most=most)
-    together = Recorder(engine_for(model, kernels="numba", **SIZES))
-    assert together.engine.kernels == "numba"
-    streams = run_at_random(
-        together.engine, made, random.Random(seed), cancel=["0"], step=together.step
-    )
-    evicted = 0
-    for one in made:
-        alone = Recorder(engine_for(model, kernels="torch", **SIZES))
-        alone.engine.submit(one)
-        own: list[Event] = []
-        while alone.engine.has_work:
-            own += alone.step()
-        name = one.request_id
-        parted = parting(alone.steps[name], together.steps.get(name, []))
-        if parted is not None:
-            assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
-            continue
-        said, whole = tokens(streams[name]), tokens(own)
-        assert said == whole[: len(said)]
-        assert said == whole or name == "0"
-        evicted += len(one.prompt_ids) + len(whole) > 20
-    return evicted
+from a2sf.policy import CachePolicy
+from tests.driving import effective
+from tests.near_ties import check_against_torch
 
 
 def test_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel) -> None:
-    assert check(tiny_model, 6, seed=1, most=12) > 1
+    assert check_against_torch(tiny_model, "numba", 6, seed=1, most=12) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_many_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel, seed: int) -> None:
-    assert check(tiny_model, 24, seed=seed, most=14) > 8
+    assert check_against_torch(tiny_model, "numba", 24, seed=seed, most=14) > 8
 
 
 def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
@@ -69,18 +36,6 @@ def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
     elsewhere = replace(tiny_model, device=torch.device("meta"))
     with pytest.raises(InvalidArgument, match="the device is meta; accepted: cpu"):
         decoding.choose_kernels("numba", elsewhere)
-
-
-def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
-    return resolve(
-        wish,
-        table=None,
-        server=CachePolicy(),
-        length=length,
-        slots=length,
-        num_layers=model.shape.num_layers,
-        num_kv_heads=model.shape.num_kv_heads,
-    )
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 5])

@@ -30,13 +30,10 @@ from a2sf.kernels import (
     triton_walk_programs,
 )
 from a2sf.models import LoadedModel, load_model
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
-from a2sf.requests import Event
-from tests.driving import any_requests, engine_for, request, rows_of, run, run_at_random, tokens
+from a2sf.policy import CachePolicy
+from tests.driving import any_requests, effective, engine_for, request, rows_of, run, tokens
 from tests.interpreting import CUDA, DEVICE, interpreting
-from tests.near_ties import TOLERANCE, Recorder, parting
-
-SIZES = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
+from tests.near_ties import SIZES, check_against_torch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,36 +48,6 @@ def model(tiny_model_dir: Any) -> LoadedModel:
     return load_model(str(tiny_model_dir), device=DEVICE.type, dtype="float32")
 
 
-def check(model: LoadedModel, count: int, seed: int, *, most: int) -> int:
-    """Requests that come and go at random get what torch's operations give each alone.
-
-    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
-    """
-    made = any_requests(model, count, seed=seed, longest=45, most=most)
-    together = Recorder(engine_for(model, kernels="triton", **SIZES))
-    assert together.engine.kernels == "triton"
-    streams = run_at_random(
-        together.engine, made, random.Random(seed), cancel=["0"], step=together.step
-    )
-    evicted = 0
-    for one in made:
-        alone = Recorder(engine_for(model, kernels="torch", **SIZES))
-        alone.engine.submit(one)
-        own: list[Event] = []
-        while alone.engine.has_work:
-            own += alone.step()
-        name = one.request_id
-        parted = parting(alone.steps[name], together.steps.get(name, []))
-        if parted is not None:
-            assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
-            continue
-        said, whole = tokens(streams[name]), tokens(own)
-        assert said == whole[: len(said)]
-        assert said == whole or name == "0"
-        evicted += len(one.prompt_ids) + len(whole) > 20
-    return evicted
-
-
 @pytest.mark.parametrize("multiprocessors", [1, 40])
 def test_requests_get_what_torch_gives_each_alone(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, multiprocessors: int
@@ -88,14 +55,14 @@ def test_requests_get_what_torch_gives_each_alone(
     # So that rows are split among programs, or not.
     monkeypatch.setattr(decode, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
-    assert check(model, 4, seed=1, most=12) > 1
+    assert check_against_torch(model, "triton", 4, seed=1, most=12) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_many_requests_get_what_torch_gives_each_alone(model: LoadedModel, seed: int) -> None:
-    assert check(model, 24, seed=seed, most=14) > 8
+    assert check_against_torch(model, "triton", 24, seed=seed, most=14) > 8
 
 
 def test_rows_that_pad_a_batch_are_nobodys(model: LoadedModel) -> None:
@@ -175,18 +142,6 @@ def test_what_has_no_kernel_is_refused_by_name(
         with pytest.raises(InvalidArgument, match="is a processor; accepted: cuda"):
             decoding.choose_kernels("triton", model)
         assert decoding.choose_kernels("auto", model) == "numba"
-
-
-def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
-    return resolve(
-        wish,
-        table=None,
-        server=CachePolicy(),
-        length=length,
-        slots=length,
-        num_layers=model.shape.num_layers,
-        num_kv_heads=model.shape.num_kv_heads,
-    )
 
 
 def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
