@@ -302,6 +302,26 @@ async def weigh(process: ServerProcess, until: float) -> list[int]:
     return sizes
 
 
+def check_ends(ends: Counter[tuple[str, str]], documented: dict[str, set[str]]) -> None:
+    """Every call ended in a way that its kind may end in, and there was one of every kind."""
+    told = "\n".join(f"{kind}: {end} {count}" for (kind, end), count in sorted(ends.items()))
+    print(told)
+    allowed = {(kind, end) for kind, all_ in documented.items() for end in all_}
+    allowed |= {(kind, "RESOURCE_EXHAUSTED") for kind in documented}
+    assert set(ends) <= allowed, told
+    assert {kind for kind, _ in ends} == set(documented), told
+
+
+async def until_idle(admin: Any) -> None:
+    """Return once the server holds nothing of any request."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            load = await admin.GetLoad(pb.GetLoadRequest(), timeout=TIMEOUT_S, metadata=BEARER)
+            if not (load.running or load.waiting or load.admitted or load.kv_bytes_used):
+                break
+            await asyncio.sleep(0.1)
+
+
 async def test_many_clients_of_every_kind_leave_nothing_behind(
     start_process: StartProcess, long_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -339,14 +359,8 @@ async def test_many_clients_of_every_kind_leave_nothing_behind(
             group.create_task(world.client(number))
     health, sizes = sorted(probing.result()), weighing.result()
 
-    ends = world.tally.ends
-    told = "\n".join(f"{kind}: {end} {count}" for (kind, end), count in sorted(ends.items()))
-    print(told)
     assert not world.tally.wrong, world.tally.wrong[:3]
-    allowed = {(kind, end) for kind, all_ in DOCUMENTED.items() for end in all_}
-    allowed |= {(kind, "RESOURCE_EXHAUSTED") for kind in DOCUMENTED}
-    assert set(ends) <= allowed, told
-    assert {kind for kind, _ in ends} == set(DOCUMENTED)
+    check_ends(world.tally.ends, DOCUMENTED)
 
     print(f"health: {len(health)}, p99 {1e3 * health[int(0.99 * len(health))]:.1f} ms")
     assert health[int(0.99 * len(health))] < 1.0
@@ -356,12 +370,7 @@ async def test_many_clients_of_every_kind_leave_nothing_behind(
     print(f"memory: {early / 2**20:.1f} MiB in the second quarter, {late / 2**20:.1f} in the last")
     assert late - early < 32 * 2**20
 
-    async with asyncio.timeout(TIMEOUT_S):
-        while True:
-            load = await admin.GetLoad(pb.GetLoadRequest(), timeout=TIMEOUT_S, metadata=BEARER)
-            if not (load.running or load.waiting or load.admitted or load.kv_bytes_used):
-                break
-            await asyncio.sleep(0.1)
+    await until_idle(admin)
     for channel in (*channels, operators):
         await channel.close(None)
     assert "Traceback" not in process.log
