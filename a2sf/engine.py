@@ -1,16 +1,14 @@
 """Requests in, tokens out: the loop that admits, prefills, decodes and emits.
 
-Owns the slab of decode rows, the staging row of the prompt being prefilled, and the sequences in
-them. One `step` is the whole story. Not thread-safe: one thread owns an engine. Knows nothing of
-transport; what the law computes does not depend on how it schedules.
+Owns the slab of decode rows, the staging row where a prompt is read, and the sequences in them. One
+`step` is the whole story. Not thread-safe: one thread owns an engine. Knows nothing of transport;
+what the law computes does not depend on how it schedules.
 
 An error of one request ends that request with `Failed`, and no other. Only what computes for all
 rows at once may end the engine: the decoder's step, and a prompt's forward pass where several
 processes share the model. NaN and infinity count as errors of the request whose logits they are in,
 and never reach another one. A row of the slab is scrubbed when its request fails: as long as logits
-are finite, so are all values in the row, because each was weighed in them. That does not hold for
-the staging row, where a prompt may have evicted what was not finite before its last token. So there
-a prompt's view never includes a slot that the prompt has neither written nor blanked.
+are finite, so are all values in the row, because each was weighed in them.
 """
 
 import math
@@ -18,15 +16,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from a2sf import admission, decoding, sampling
 from a2sf.admission import EngineConfig
-from a2sf.attention import BlockPass, end_prompt
-from a2sf.cache import SLOT_OVERHEAD_BYTES, PolicyTensors, Slots
+from a2sf.cache import SLOT_OVERHEAD_BYTES, Slots
 from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
-from a2sf.models import LayerAttention, LoadedModel
+from a2sf.models import LoadedModel
 from a2sf.requests import (
     CacheStatistics,
     Event,
@@ -36,21 +32,9 @@ from a2sf.requests import (
     TokenLogprobs,
 )
 from a2sf.sequence import Sequence
+from a2sf.staging import NOT_FINITE, BatchWide, Staging
 
 Result = TypeVar("Result")
-
-_NOT_FINITE = (
-    "non-finite logits: the model gave NaN or infinity; where activations overflow in float16, "
-    "bfloat16 or float32 helps"
-)
-
-
-class _BatchWide(Exception):
-    """What was raised where no single request can be blamed for it."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__()
-        self.cause = cause
 
 
 class Engine:
@@ -76,19 +60,15 @@ class Engine:
         self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
-        self._block_attention = decoding.block_attention(self.kernels)
         staging = config.staging_slots(model.shape.max_context)
-        self._staging = self._allocate(1, (staging,) * layers)
+        row = self._allocate(1, (staging,) * layers)
+        self._staging = Staging(model, self.kernels, row, config.step_tokens)
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
         self._draws: sampling.Batch | None = None
         """The draws of the active rows; None when rows have changed since then."""
-        self._known = 0
-        """Slots of the staging row that the prompt has written or blanked."""
-        self._largest = torch.zeros((), device=model.device)
-        """Largest magnitude in the final hidden states of the prompt so far; NaN wins."""
         self._failures: list[Failed] = []
         """What the next step, or the one under way, has to tell of requests that failed."""
 
@@ -115,7 +95,7 @@ class Engine:
     @property
     def kv_staging_bytes(self) -> int:
         """Bytes of the prefill staging row, read off the tensors; constant."""
-        return self._staging.nbytes
+        return self._staging.row.nbytes
 
     @property
     def kv_bytes_used(self) -> int:
@@ -191,8 +171,6 @@ class Engine:
         try:
             sequence.prefill_at = self._clock()
             self._staging.clear()
-            self._known = 0
-            self._largest.zero_()
             events.append(sequence.started())
         except BaseException as error:
             self._fail(sequence, error)
@@ -222,9 +200,8 @@ class Engine:
     def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
         """Run the next piece of a prompt; after its last one, give it a row and a first token."""
         try:
-            slots, policy, inputs = self._lay_out(sequence)
-            logits = self._read(sequence, *inputs)
-        except _BatchWide as error:
+            logits = self._staging.read(sequence)
+        except BatchWide as error:
             raise error.cause from None
         except BaseException as error:
             self._fail(sequence, error)
@@ -234,7 +211,9 @@ class Engine:
             return
         row = len(self._active)
         try:
-            self._join(row, sequence, slots, policy)
+            slots = self._staging.finish(sequence)
+            sequence.running = True
+            self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)
@@ -245,73 +224,6 @@ class Engine:
         self._active.append(sequence)
         self._draws = None
         self._emit(row, logits, events)
-
-    def _join(self, row: int, sequence: Sequence, slots: Slots, policy: PolicyTensors) -> None:
-        """Trim a prompt that has been read, and copy it to a row. Raises NonFinite."""
-        if not math.isfinite(self._largest):
-            raise NonFinite(_NOT_FINITE)
-        stored = self._integers(sequence.stored)[:, None]
-        length = self._integers([len(sequence.request.prompt_ids)])
-        end_prompt(slots, stored, length, policy)
-        sequence.running = True
-        self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
-
-    def _lay_out(
-        self, sequence: Sequence
-    ) -> tuple[Slots, PolicyTensors, tuple[Tensor, Tensor, LayerAttention]]:
-        """Return where the next piece goes, under which policy, and what the model needs for it."""
-        prompt = sequence.request.prompt_ids
-        first = sequence.prefilled
-        start, length = sequence.block
-        piece = min(start + length - first, self.config.step_tokens)
-        policy = self._policies([sequence])
-        # Slots fill in order until the first eviction, so none of those beyond is needed yet.
-        most = sequence.policy.staging_slots(len(prompt))
-        needed = min(most, first + piece)
-        if sequence.in_order:
-            self._known = needed
-        elif self._known < most:
-            self._staging.blank(slice(None), slice(self._known, most))
-            self._known = most
-        slots = self._staging.view(slice(None), (needed,) * self.model.shape.num_layers)
-        forward: LayerAttention
-        # Blocks of one token are decode steps, which choose their slots in less time.
-        if sequence.policy.prefill_chunk == 1:
-            steps = decoding.make_steps(self.kernels, slots, policy)
-            forward = steps(self._integers([first]))
-        else:
-            forward = BlockPass(
-                slots,
-                policy,
-                start=self._integers([start]),
-                lengths=self._integers([length]),
-                used=self._integers(sequence.stored)[:, None],
-                width=piece,
-                first=first - start,
-                in_order=sequence.in_order,
-                attention=self._block_attention,
-            )
-        ids = self._integers([prompt[first : first + piece]])
-        positions = torch.arange(first, first + piece, device=self.model.device)[None]
-        return slots, policy, (ids, positions, forward)
-
-    def _read(
-        self, sequence: Sequence, ids: Tensor, positions: Tensor, forward: LayerAttention
-    ) -> Tensor | None:
-        """Run a piece through the model; after the last one, return the logits [1, vocab]."""
-        try:
-            hidden = self.model.hidden_states(ids, positions, forward)
-            sequence.prefilled += ids.shape[1]
-            last = sequence.prefilled == len(sequence.request.prompt_ids)
-            logits = self.model.logits(hidden[:, -1]) if last else None
-        except Exception as error:
-            if self.model.held is not None:
-                # The other processes are still in the middle of this pass.
-                raise _BatchWide(error) from error
-            raise
-        # All positions, for what was not finite in one may be evicted before the last one.
-        torch.maximum(self._largest, hidden.abs().amax().float(), out=self._largest)
-        return logits
 
     def _decode(self, events: list[Event]) -> None:
         logits = self._decoder.step(
@@ -329,7 +241,7 @@ class Engine:
         tokens = self._rowwise(sequences, lambda part: self._draw(sequences[part], logits[part]))
         for sequence, token in zip(sequences, tokens, strict=True):
             if token is None and sequence.failure is None:
-                self._fail(sequence, NonFinite(_NOT_FINITE))
+                self._fail(sequence, NonFinite(NOT_FINITE))
         logprobs = self._logprobs(sequences, logits, tokens)
         now = self._clock()
         for sequence, token in zip(sequences, tokens, strict=True):
@@ -449,11 +361,3 @@ class Engine:
                 self._active[row] = moving
                 break
         self._active.pop()
-
-    def _policies(self, sequences: list[Sequence]) -> PolicyTensors:
-        return PolicyTensors.stack(
-            [s.policy for s in sequences], [s.longest for s in sequences], self.model.device
-        )
-
-    def _integers(self, values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)

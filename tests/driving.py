@@ -163,7 +163,7 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
     """
     held = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
     if engine._prefilling is not None:
-        held.append((engine._prefilling, engine._staging, 0))
+        held.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
     for sequence, slots, row in held:
         position, order = slots.position[:, row].sort(dim=-1)
@@ -172,7 +172,7 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
         assert bool((counts == counts[:, :1]).all()), "heads of a layer fill in lockstep"
         own = sequence.policy.layer_budgets
         most = counts.amax(dim=1).tolist()
-        assert slots is engine._staging or all(n <= b for n, b in zip(most, own, strict=True))
+        assert slots is engine._staging.row or all(n <= b for n, b in zip(most, own, strict=True))
         score = slots.score[:, row].gather(-1, order)
         kept[sequence.request.request_id] = (position[..., :count], score[..., :count])
     return kept

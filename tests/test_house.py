@@ -49,6 +49,7 @@ CORE = [
     "chat",
     "sequence",
     "admission",
+    "staging",
     "capacity",
     "engine",
     "parallel",

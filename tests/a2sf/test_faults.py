@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-import a2sf.engine
+import a2sf.staging
 from a2sf import sampling
 from a2sf.attention import BlockPass, DecodePass
-from a2sf.cache import Slots
+from a2sf.cache import PolicyTensors, Slots
 from a2sf.decoding import SteppedDecoder
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
@@ -18,6 +18,7 @@ from a2sf.policy import CachePolicy
 from a2sf.ranks import RankLost
 from a2sf.requests import Failed, Finished, GenerationRequest, Sampling, StepEvent
 from a2sf.sequence import Sequence
+from a2sf.staging import Staging
 from a2sf.text import TextStream
 from tests.a2sf.test_parallel import SMALL, Wire
 from tests.driving import engine_for, prompts, request, run, tokens
@@ -166,11 +167,11 @@ def while_prefilling(owner: Any, name: str, *, after: bool = False) -> Break:
     return install
 
 
-def of_engine(name: str, *, after: bool = False) -> Break:
-    def concerns(engine: Engine, of: Any, *_: Any) -> bool:
-        return (of[0] if isinstance(of, list) else of).request.request_id == "victim"
+def of_one(owner: type, name: str, *, after: bool = False) -> Break:
+    def concerns(_: Any, sequence: Sequence, *__: Any) -> bool:
+        return sequence.request.request_id == "victim"
 
-    return lambda trial: trial.break_(Engine, name, concerns, after=after)
+    return lambda trial: trial.break_(owner, name, concerns, after=after)
 
 
 def of_join(trial: Trial, *, after: bool) -> None:
@@ -207,16 +208,17 @@ CALLS: dict[str, Break] = {
     "logprobs": lambda trial: trial.break_(
         sampling, "logprobs", lambda logits, drawn, top: TOP in top
     ),
-    "Engine._policies": of_engine("_policies"),
-    "Engine._lay_out": of_engine("_lay_out"),
-    "Engine._read": of_engine("_read"),
-    "Engine._read, afterwards": of_engine("_read", after=True),
-    "Engine._statistics": of_engine("_statistics"),
+    "PolicyTensors.stack": while_prefilling(PolicyTensors, "stack"),
+    "Staging._lay_out": of_one(Staging, "_lay_out"),
+    "Staging._run": of_one(Staging, "_run"),
+    "Staging._run, afterwards": of_one(Staging, "_run", after=True),
+    "Staging.finish": of_one(Staging, "finish"),
+    "Engine._statistics": of_one(Engine, "_statistics"),
     "staging, cleared": while_prefilling(Slots, "clear"),
     "staging, blanked": while_prefilling(Slots, "blank"),
     "BlockPass.__init__": while_prefilling(BlockPass, "__init__"),
     "BlockPass.__call__": while_prefilling(BlockPass, "__call__"),
-    "end_prompt": while_prefilling(a2sf.engine, "end_prompt"),
+    "end_prompt": while_prefilling(a2sf.staging, "end_prompt"),
     "Slots.copy_row": while_prefilling(Slots, "copy_row"),
     "Decoder.join": lambda trial: of_join(trial, after=False),
     "Decoder.join, afterwards": lambda trial: of_join(trial, after=True),

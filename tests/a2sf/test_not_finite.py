@@ -145,7 +145,7 @@ def test_a_prompt_left_in_the_middle_spoils_no_later_request(
     engine.step()
     # Two of the five pieces are read.
     assert engine._prefilling is not None
-    assert not engine._staging.values[1].isfinite().all()
+    assert not engine._staging.row.values[1].isfinite().all()
     end(engine, clock)
     assert not any(isinstance(e, Failed) for e in run(engine).get("poisoned", []))
     clock[0] = 0.0
