@@ -36,8 +36,9 @@ class EngineConfig(Frozen):
     max_waiting: Count = 64
     """Requests that may wait once every row is taken; one more is refused."""
     kernels: Kernels = "auto"
-    """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices.
-    auto: Triton's where they serve the device, the dtype and the head size."""
+    """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices,
+    numba's on processors. auto: Triton's or numba's, where they serve the device, the dtype and the
+    head size."""
     cuda_graphs: bool = True
     """Whether Triton's programs run in graphs, captured at the start; not where several processes
     share the model."""

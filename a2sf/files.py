@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from a2sf import reference
 from a2sf.errors import NotFound, first_line, one_line
+from a2sf.tablefile import refuse_constant
 
 REFERENCE = "reference"
 """The name under which the packaged model is asked for."""
@@ -69,16 +70,12 @@ def settings(name: str, directory: Path) -> dict[str, Any]:
             "config.json and *.safetensors"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise NotFound(f"model {name!r}: config.json cannot be read ({one_line(error)})") from error
     if not isinstance(found, dict):
         raise NotFound(f"model {name!r}: config.json is not a JSON object")
     return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def has_weights(directory: Path) -> bool:

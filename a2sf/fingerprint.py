@@ -9,16 +9,17 @@ transformers.
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from a2sf.errors import NotFound, Unsupported
+from a2sf.checkpoint import Stored
+from a2sf.errors import Unsupported
 from a2sf.tablefile import canonical_json
 
 BYTES_A_WEIGHT = 4096
@@ -174,27 +175,20 @@ def fingerprints(
     return tuple(found)
 
 
-def key_starts(weights: Sequence[Path]) -> dict[int, bytes]:
+def key_starts(stored: Mapping[str, Stored]) -> dict[int, bytes]:
     """Read the first 4 KiB of each layer's k_proj weight, by layer, as they are stored.
 
     A family that stores queries, keys and values as one (Phi-3) has no k_proj: there it is the
-    first 4 KiB of qkv_proj, which hold queries.
-
-    Args:
-        weights: the safetensors files.
-
-    Raises NotFound where a file is not whole.
+    first 4 KiB of qkv_proj, which hold queries. `stored` are the tensors of the safetensors files.
     """
+    places: dict[Path, dict[int, str]] = {}
+    for name, tensor in stored.items():
+        if match := _KEY_PROJECTION.search(name):
+            places.setdefault(tensor.path, {})[int(match[1])] = name
     found: dict[int, bytes] = {}
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    match = _KEY_PROJECTION.search(name)
-                    if match:
-                        found[int(match[1])] = _first_bytes(file.get_slice(name))
-        except SafetensorError as error:
-            raise NotFound(f"weights {path}: not whole ({error})") from error
+    for path, names in places.items():
+        with safe_open(path, framework="pt") as file:
+            found |= {layer: _first_bytes(file.get_slice(name)) for layer, name in names.items()}
     return found
 
 

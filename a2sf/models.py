@@ -246,14 +246,14 @@ def load_model(
         starts, stored = gguf.key_starts(BYTES_A_WEIGHT), {"stored": gguf.header.type_counts()}
         identity = _identity(gguf.id, revision, config, starts, stored)
     else:
-        read_headers(id_or_path, directory, config, empty_module(id_or_path, config, chosen))
+        empty = empty_module(id_or_path, config, chosen)
+        starts = key_starts(read_headers(id_or_path, directory, config, empty))
         tokenizer = read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
         ends = _eos_token_ids(directory, config, tokenizer)
         # A local model goes by its folder's name: the path to it is nobody else's business.
         local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
         name = directory.resolve().name if local else id_or_path
-        starts = key_starts(files.weight_files(id_or_path, directory))
         identity = _identity(name, revision, config, starts)
     held = None
     if ranks:

@@ -57,14 +57,18 @@ def save_table(table: AlphaTable, path: Path) -> None:
     """Write `table` to `path` so that a reader sees the old file or the new one, never a part."""
     document = table.model_dump(mode="json")
     assert canonical_digest(document) == table.sha256, "tables are built with seal()"
+    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a table is read by servers run as others.
+        # mkstemp makes files for the owner alone; others read them, such as servers.
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -134,7 +138,7 @@ def parse_table(data: bytes) -> AlphaTable:
     Raises TableCorrupt, TableTooNew or TableInvalid, with what is wrong.
     """
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise TableCorrupt(f"not whole JSON, perhaps cut short: {first_line(error)}") from error
     if not isinstance(document, dict):
@@ -181,5 +185,6 @@ def load_table(path: Path, identity: ModelIdentity | None = None) -> AlphaTable:
     return table
 
 
-def _refuse_constant(name: str) -> float:
+def refuse_constant(name: str) -> float:
+    """Refuse NaN and the infinities, which Python's JSON reader takes; its `parse_constant`."""
     raise ValueError(f"{name} is not JSON")

@@ -49,8 +49,8 @@ class ModelOptions(_Group):
     threads: Positive | None = None
     """Threads of a processor's computations; without it, as many as the process may use."""
     kernels: Literal["auto", "torch", "triton", "numba"] = "auto"
-    """What carries out eviction: torch's operations, or Triton's programs; auto takes Triton's
-    where they serve the device, the dtype and the head size."""
+    """What carries out eviction: torch's operations, Triton's programs on a GPU, or numba's on a
+    processor; auto takes the programs where they serve the device, the dtype and the head size."""
     cuda_graphs: bool = True
     """Run Triton's programs in CUDA graphs, which are captured at the start; not where several
     processes share the model."""

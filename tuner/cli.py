@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
-from a2sf.tablefile import load_table, save_table
-from tuner.options import check_ranges, check_writable, fail, numbers, without_paths, write_whole
+from a2sf.tablefile import load_table, save_table, write_whole
+from tuner.options import check_ranges, check_writable, fail, numbers, without_paths
 
 DEFAULT_RATIO = 0.2
 

@@ -1,5 +1,5 @@
 """What all commands share: checks of options that need nothing loaded, so that a slip is told at
-once, how a failure is told, and files that are written whole or not at all.
+once, and how a failure is told.
 
 Owns the wording of what is wrong. Knows nothing of which commands there are.
 """
@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -68,16 +67,3 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Tell what is wrong in one line on standard error, and exit."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text so that a reader sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
