@@ -84,8 +84,8 @@ class _Decoder:
     before the wrong byte stay here.
 
     Decoders look at neighbours, so that a token is decoded behind those before it, and what those
-    alone read as is taken off (as text-generation-inference and vLLM do). Their stream decoder in
-    the tokenizers library fails on bytes that are no text.
+    alone read as is taken off (as text-generation-inference and vLLM do). The tokenizers library's
+    own stream decoder raises an error on bytes that are no text.
     """
 
     def __init__(self, known: Vocabulary, prompt_ids: Sequence[int]) -> None:
