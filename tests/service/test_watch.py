@@ -30,16 +30,19 @@ class Watched:
         self.directory = directory
         self.catalog = TableCatalog(directory, IDENTITY)
         self.reloads: list[Reloaded] = []
+        # What is seen here is never ahead of `reloads`, as the catalog is while a reload returns.
+        self.seen = self.catalog.now
 
     def put(self, name: str, budget: int = 24) -> None:
         save_table(make_table(IDENTITY, name=name, budget=budget), self.directory / f"{name}.json")
 
     def serves(self, **budgets: int) -> bool:
-        tables = self.catalog.now.tables
+        tables = self.seen.tables
         return {name: table.policy.budget for name, table in tables.items()} == budgets
 
     async def reload(self) -> Reloaded:
         self.reloads.append(await asyncio.to_thread(self.catalog.reload))
+        self.seen = self.catalog.now
         return self.reloads[-1]
 
     async def noticed(self) -> None:
@@ -90,7 +93,7 @@ async def test_what_changes_in_the_directory_is_served(directory: Path) -> None:
         watched.put("a", 25)
         await until(lambda: watched.serves(a=25))
         (directory / "a.json").write_text("{")
-        await until(lambda: "a" in watched.catalog.now.refused)
+        await until(lambda: "a" in watched.seen.refused)
         assert watched.serves(a=25)
         (directory / "a.json").unlink()
         await until(watched.serves)
