@@ -36,11 +36,16 @@ demo: $(BIN)/.serve ## Stream a completion from a real server through a real cli
 real-model: $(BIN)/.installed ## Fetch a small model that people use (93 MB) to build/real/smollm2
 	$(BIN)/python -m scripts.real_model
 
-test: $(BIN)/.installed ## Run the fast tests
-	$(BIN)/python -m pytest
+# A worker for each core (WORKERS=1 for one alone), each with one compute thread, as the servers that
+# its tests start. A file stays with one worker, so what the file starts or loads is so once.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-slow: $(BIN)/.installed ## Run the slow tests
-	$(BIN)/python -m pytest -m slow
+test: $(BIN)/.installed ## Run the fast tests on all cores
+	$(PYTEST)
+
+test-slow: $(BIN)/.installed ## Run the slow tests on all cores
+	$(PYTEST) -m slow
 
 image-test: $(BIN)/.installed ## Build both images and run them; as root, with buildah, mmdebstrap and runc
 	$(BIN)/python scripts/image_test.py

@@ -8,7 +8,8 @@ import math
 import os
 from pathlib import Path
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""Where the kernel tells a container its processor quota."""
 
 
 def set_threads(count: int | None = None) -> int:
@@ -21,7 +22,7 @@ def set_threads(count: int | None = None) -> int:
     import torch
 
     found = torch.get_num_threads()
-    chosen = count or min(found, granted(_CGROUP_LIMIT) or found)
+    chosen = count or min(found, granted(CGROUP_LIMIT) or found)
     torch.set_num_threads(chosen)
     return chosen
 

@@ -5,12 +5,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from a2sf.models import LoadedModel, load_model
-from scripts.real_model import CannotFetch, gguf_file, real_model
+from a2sf.threads import CGROUP_LIMIT, granted
+from scripts.real_model import DIRECTORY, CannotFetch, gguf_file, real_model
 from tests.tiny import save_tiny_llama
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
@@ -18,6 +21,18 @@ settings.load_profile("default")
 
 # Tiny tensors gain nothing from threads, and one thread adds up in the same order every time.
 torch.set_num_threads(1)
+
+
+WORKER_BYTES = 3 * 2**30
+"""What a worker takes at the most, with the servers and the models that its tests start."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each granted core, as far as memory goes."""
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().available // WORKER_BYTES
+    return max(1, min(cores, granted(CGROUP_LIMIT) or cores, memory))
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +70,11 @@ def reference_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def real_model_dir() -> Path:
     """A small model that people use, made by `make real-model`; skips where it cannot be had."""
+    DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return real_model()
+        # Workers that miss it at the same time fetch it once.
+        with FileLock(DIRECTORY.parent / "making.lock"):
+            return real_model()
     except CannotFetch as error:
         pytest.skip(str(error))
 

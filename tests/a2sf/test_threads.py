@@ -39,7 +39,7 @@ def test_the_quota_cuts_what_torch_would_take_and_a_wish_goes_before_both(
 ) -> None:
     limit = tmp_path / "cpu.max"
     limit.write_text("100000 100000")
-    monkeypatch.setattr(threads, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(threads, "CGROUP_LIMIT", limit)
     torch.set_num_threads(4)
     assert threads.set_threads(3) == torch.get_num_threads() == 3
     assert threads.set_threads() == torch.get_num_threads() == 1
