@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from a2sf.decoding import Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, Heads, deal, resolve
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
 from a2sf.sequence import ending_tokens
@@ -23,10 +23,10 @@ class EngineConfig(Frozen):
     """Sizes that fix the engine's memory before it starts."""
 
     slots: Positive = 1024
-    """Slots of a row, the mean over layers: the largest budget a request may have."""
-    layer_share: tuple[Weight, ...] | None = None
-    """One weight a layer, by which the slots of a row are dealt among layers; None: equal. Keys and
-    values take the same bytes either way; policies of other shares then have less room."""
+    """Slots of a row, the mean over heads: the largest budget a request may have."""
+    head_share: tuple[tuple[Weight, ...], ...] | None = None
+    """One weight a layer and KV head, by which the slots of a row are dealt among heads; None:
+    equal. A row takes the same bytes either way; policies of other shares then have less room."""
     max_batch: Positive = 8
     """Rows: requests that decode together."""
     max_prefill_tokens: Positive | None = None
@@ -52,18 +52,24 @@ class EngineConfig(Frozen):
             raise ValueError(f"the default budget of {budget} exceeds the {self.slots} slots")
         return self
 
-    def layer_slots(self, num_layers: int) -> tuple[int, ...]:
-        """Slots of a row in each layer.
+    def head_slots(self, num_layers: int, num_kv_heads: int) -> Heads:
+        """Slots of a row in each layer and KV head, [num_layers][num_kv_heads].
 
-        Raises InvalidArgument where layer_share is of a model with another number of layers.
+        Raises InvalidArgument where head_share is of a model with other layers or heads.
         """
-        if self.layer_share is None:
-            return (self.slots,) * num_layers
-        if len(self.layer_share) != num_layers:
+        if self.head_share is None:
+            return ((self.slots,) * num_kv_heads,) * num_layers
+        if len(self.head_share) != num_layers:
             raise InvalidArgument(
-                "layer_share", f"{len(self.layer_share)} weights; the model has {num_layers} layers"
+                "head_share", f"{len(self.head_share)} lists; the model has {num_layers} layers"
             )
-        return deal(self.slots, self.layer_share, self.slots * num_layers)
+        for layer, row in enumerate(self.head_share):
+            if len(row) != num_kv_heads:
+                raise InvalidArgument(
+                    "head_share",
+                    f"{len(row)} weights in layer {layer}; the model has {num_kv_heads} KV heads",
+                )
+        return deal(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
 
     def staging_slots(self, max_context: int) -> int:
         """Slots of the staging row for a model of this context."""
@@ -94,7 +100,7 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         table=request.table,
         server=config.default_policy,
         length=prompt + request.max_new_tokens,
-        slots=config.layer_slots(model.shape.num_layers),
+        slots=config.head_slots(model.shape.num_layers, model.identity.num_kv_heads),
         num_layers=model.shape.num_layers,
         num_kv_heads=model.identity.num_kv_heads,
     )

@@ -191,7 +191,7 @@ class BlockPass:
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each block's first token.
             lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
-            used: [layers, rows] int64, tokens stored before this pass.
+            used: [layers, rows, H_kv] int64, tokens stored before this pass.
             width: tokens of this pass; beyond a row's length they are padding.
             first: how many of the block's tokens earlier pieces have passed.
             in_order: whether nothing was evicted yet nor is now, and rows are just as wide as the
@@ -203,12 +203,12 @@ class BlockPass:
         self._attention = attention
         if first == 0:
             excess = (used - (policy.budget - 1)).clamp(min=0)
-            excess = torch.where(lengths > 0, excess, 0)
+            excess = torch.where(lengths[:, None] > 0, excess, 0)
             slots.evict(excess, start, policy)
             slots.score.mul_(scoring.decay(policy.alpha, lengths))
             used = used - excess
-        self.used_after = used + (lengths - first).clamp(0, width)
-        """[layers, rows] int64: tokens stored after this pass."""
+        self.used_after = used + (lengths - first).clamp(0, width)[:, None]
+        """[layers, rows, H_kv] int64: tokens stored after this pass."""
         offsets = first + torch.arange(width, device=start.device)
         self._position = start[:, None] + offsets
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
@@ -265,12 +265,12 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
 
     Args:
         slots: the rows.
-        used: [layers, rows] int64, tokens stored.
+        used: [layers, rows, H_kv] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in the same layers.
 
     Returns:
-        [layers, rows] int64: tokens stored afterwards.
+        [layers, rows, H_kv] int64: tokens stored afterwards.
     """
     excess = (used - policy.budget).clamp(min=0)
     slots.evict(excess, length, policy)
@@ -280,8 +280,8 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
 class DecodePass:
     """Carries one token a row through the layers of a cache: it takes the victim's slot.
 
-    Equal to a `BlockPass` of width 1. Where a row's budget is b it keeps to its first b slots of
-    the layer, which fill in order.
+    Equal to a `BlockPass` of width 1. A head whose budget is b keeps to its first b slots, which
+    fill in order.
     """
 
     def __init__(self, slots: Slots, policy: PolicyTensors, start: Tensor) -> None:
@@ -292,13 +292,13 @@ class DecodePass:
                 ever fill.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each row's new token; a row that has seen fewer
-                tokens than a layer's budget holds them all there.
+                tokens than a head's budget holds them all there.
         """
         self._slots = slots
-        used = torch.minimum(start, policy.budget)
+        used = torch.minimum(start[:, None], policy.budget)
         full = used == policy.budget
         victim = slots.victim(start, policy)
-        self._placed = torch.where(full[..., None], victim, used[..., None])[..., None]
+        self._placed = torch.where(full, victim, used)[..., None]
         self._scored = policy.any_scored
         if policy.any_scored:
             slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
@@ -306,7 +306,7 @@ class DecodePass:
         self._accumulating = policy.accumulating if policy.any_random else None
         held = torch.minimum(used + 1, policy.budget)
         places = torch.arange(slots.position.shape[-1], device=start.device)
-        self._empty = (places >= held[..., None])[:, :, None, None]
+        self._empty = (places >= held[..., None])[..., None, :]
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from a2sf import scoring
-from a2sf.policy import EffectivePolicy
+from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 
 SLOT_OVERHEAD_BYTES = 8
@@ -31,9 +31,9 @@ class PolicyTensors:
     alpha: Tensor
     """[layers, rows, H_kv] float64; double, so that powers of it agree wherever they are taken."""
     budget: Tensor
-    """[layers, rows] int64, slots."""
+    """[layers, rows, H_kv] int64, slots."""
     recent: Tensor
-    """[layers, rows] int64, tokens."""
+    """[layers, rows, H_kv] int64, tokens."""
     sinks: Tensor
     """[rows] int64, tokens."""
     random_seed: Tensor
@@ -55,8 +55,11 @@ class PolicyTensors:
         them evicts nothing, so nobody asks for its scores. All policies are for the same heads.
         """
 
-        def integers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
+        def integers(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
+
+        def of_heads(values: Sequence[Heads]) -> Tensor:
+            return torch.tensor(values, device=device).transpose(0, 1).contiguous()
 
         held = [p.held_alpha for p in policies]
         alpha = torch.tensor(held, dtype=torch.float64, device=device)
@@ -67,8 +70,8 @@ class PolicyTensors:
         return cls(
             first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),
-            budget=integers([p.layer_budgets for p in policies]).T.contiguous(),
-            recent=integers([p.layer_recents for p in policies]).T.contiguous(),
+            budget=of_heads([p.held_budgets for p in policies]),
+            recent=of_heads([p.held_recents for p in policies]),
             sinks=integers([p.sinks for p in policies]),
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]
@@ -88,8 +91,8 @@ class PolicyTensors:
         return cls(
             first_heads=scoring.first_heads(torch.arange(layers, device=device)),
             alpha=torch.ones(layers, rows, num_kv_heads, dtype=torch.float64, device=device),
-            budget=integers(layers, rows, value=1),
-            recent=integers(layers, rows, value=0),
+            budget=integers(layers, rows, num_kv_heads, value=1),
+            recent=integers(layers, rows, num_kv_heads, value=0),
             sinks=integers(rows, value=0),
             random_seed=integers(rows, value=-1),
             scored=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -136,7 +139,7 @@ class PolicyTensors:
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots of some rows in some layers. All heads of a row fill in lockstep."""
+    """Slots of some rows in some layers."""
 
     keys: tuple[Tensor, ...]
     """Of each layer [rows, H_kv, slots of the layer, D] in the model's dtype."""
@@ -153,22 +156,23 @@ class Slots:
         cls,
         *,
         rows: int,
-        num_kv_heads: int,
-        slots: Sequence[int],
+        slots: Heads,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """Allocate slots that hold nothing, `slots` [layers] of a row and head in each layer.
+        """Allocate slots that hold nothing, `slots` [layers][H_kv] of a row in each head.
 
         Zeros, so that no NaN is ever read that nobody wrote.
         """
 
+        num_kv_heads, widths = len(slots[0]), [max(layer) for layer in slots]
+
         def vectors() -> tuple[Tensor, ...]:
-            shapes = [(rows, num_kv_heads, width, head_dim) for width in slots]
+            shapes = [(rows, num_kv_heads, width, head_dim) for width in widths]
             return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
 
-        shape = (len(slots), rows, num_kv_heads, max(slots))
+        shape = (len(slots), rows, num_kv_heads, max(widths))
         return cls(
             keys=vectors(),
             values=vectors(),
@@ -239,8 +243,8 @@ class Slots:
         """Evict each head's `excess` lowest tokens.
 
         Args:
-            excess: [layers, rows] int64, how many to evict; a row must hold that many evictable
-                tokens in that layer.
+            excess: [layers, rows, H_kv] int64, how many to evict; the head must hold that many
+                evictable tokens.
             start: [rows] int64, the position of the next token.
             policy: the rows' policies in these layers.
         """
@@ -250,7 +254,7 @@ class Slots:
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         key = scoring.eviction_key(self.score, self.position, allowed)
         lowest = key.topk(most, dim=-1, largest=False).indices
-        gone = torch.arange(most, device=excess.device) < excess[..., None, None]
+        gone = torch.arange(most, device=excess.device) < excess[..., None]
         kept = self.position.gather(-1, lowest)
         self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
 
@@ -286,21 +290,24 @@ class Slots:
         self.keys[layer].index_put_((row, head, slot), keys)
         self.values[layer].index_put_((row, head, slot), values)
 
-    def copy_row(self, row: int, source: Self, source_row: int, counts: Sequence[int]) -> None:
-        """Make `row` hold, in its first slots, the tokens that `source_row` holds.
+    def copy_row(
+        self, row: int, source: Self, source_row: int, counts: Sequence[Sequence[int]]
+    ) -> None:
+        """Make `row` hold, in each head's first slots, the tokens that `source_row` holds.
 
-        `counts` [layers] says how many those are.
+        `counts` [layers][H_kv] says how many those are.
         """
-        most = max(counts)
+        widths = [max(layer) for layer in counts]
+        most = max(widths)
         self.position[:, row].fill_(EMPTY)
         order = (source.position[:, source_row] == EMPTY).to(torch.int8)
-        # Layers that hold fewer than the most copy empty slots after their tokens.
+        # Heads that hold fewer than the most copy empty slots after their tokens.
         order = order.argsort(dim=-1, stable=True)[..., :most]
         for name in ("position", "score"):
             found = getattr(source, name)[:, source_row].gather(-1, order)
             getattr(self, name)[:, row, :, :most] = found
         # Layer by layer, so that what is gathered on the way stays small.
-        for layer, count in enumerate(counts):
+        for layer, count in enumerate(widths):
             slot = order[layer, :, :count, None]
             for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
                 wide = slot.expand(-1, -1, theirs[layer].shape[-1])

@@ -5,7 +5,6 @@ so that they cannot differ from what an engine allocates; the weights' off a mod
 nothing of time, of prices, or of how a server is started.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +13,7 @@ import torch
 from a2sf import linear
 from a2sf.cache import Slots
 from a2sf.outline import Outline
+from a2sf.policy import Heads
 
 SCORED_SLOT_BYTES = 12
 """Bytes that a step moves of a slot beside its key and value: the position and the score are read,
@@ -63,11 +63,10 @@ def weights(outline: Outline) -> Weights:
     )
 
 
-def slots_nbytes(outline: Outline, rows: int, slots: Sequence[int]) -> int:
-    """Bytes of `rows` rows with `slots` [layers] in each layer: keys, values, positions, scores."""
+def slots_nbytes(outline: Outline, rows: int, slots: Heads) -> int:
+    """Bytes of `rows` rows with `slots` [layers][H_kv]: keys, values, positions and scores."""
     return Slots.empty(
         rows=rows,
-        num_kv_heads=outline.shape.num_kv_heads,
         slots=slots,
         head_dim=outline.shape.head_dim,
         dtype=outline.dtype,
@@ -76,16 +75,13 @@ def slots_nbytes(outline: Outline, rows: int, slots: Sequence[int]) -> int:
 
 
 def vectors_nbytes(outline: Outline, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens, summed over layers."""
-    shape = outline.shape
-    return tokens * shape.num_kv_heads * 2 * shape.head_dim * outline.dtype.itemsize
+    """Bytes of the keys and values of `tokens` tokens, summed over layers and KV heads."""
+    return tokens * 2 * outline.shape.head_dim * outline.dtype.itemsize
 
 
 def held_nbytes(outline: Outline, tokens: int) -> int:
-    """Bytes that a decode step must move of a row that holds `tokens` scored ones, over layers."""
-    return vectors_nbytes(outline, tokens) + (
-        tokens * outline.shape.num_kv_heads * SCORED_SLOT_BYTES
-    )
+    """Bytes that a decode step must move of a row that holds `tokens` scored ones, over heads."""
+    return vectors_nbytes(outline, tokens) + tokens * SCORED_SLOT_BYTES
 
 
 def logits_nbytes(outline: Outline, rows: int) -> int:
@@ -94,22 +90,20 @@ def logits_nbytes(outline: Outline, rows: int) -> int:
 
 
 def attention_operations(outline: Outline, tokens: int) -> int:
-    """Multiplications and additions of one query a head over `tokens`, summed over layers.
+    """Multiplications and additions of a query over `tokens`, summed over layers and KV heads.
 
-    Each token costs every query head a product with its key and one with its value, head_dim
-    multiplications and as many additions each.
+    Each token costs every query head of its group a product with its key and one with its value,
+    head_dim multiplications and as many additions each.
     """
-    return 4 * outline.shape.head_dim * outline.shape.num_attention_heads * tokens
+    return 4 * outline.shape.head_dim * _group(outline) * tokens
 
 
 def scoring_operations(outline: Outline, tokens: int) -> tuple[int, int]:
-    """Multiplications and additions that scoring adds to a step over `tokens`, summed over layers.
+    """Multiplications and additions that scoring adds to a step over `tokens`, summed over heads.
 
-    Every KV head multiplies a token's score by alpha once, and adds what each of its query heads
-    pays.
+    A KV head multiplies a token's score by alpha once, and adds what each of its query heads pays.
     """
-    shape = outline.shape
-    return shape.num_kv_heads * tokens, shape.num_attention_heads * tokens
+    return tokens, _group(outline) * tokens
 
 
 def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
@@ -118,8 +112,14 @@ def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
     Causal attention: a query sees half of the prompt, on average.
     """
     layers = 2 * (weights.step_parameters - weights.head_parameters) * tokens
-    seen = outline.shape.num_layers * tokens * (tokens + 1) // 2
+    heads = outline.shape.num_layers * outline.shape.num_kv_heads
+    seen = heads * tokens * (tokens + 1) // 2
     return layers + attention_operations(outline, seen) + 2 * weights.head_parameters
+
+
+def _group(outline: Outline) -> int:
+    """Query heads that share a KV head."""
+    return outline.shape.num_attention_heads // outline.shape.num_kv_heads
 
 
 def _packs(outline: Outline) -> bool:

@@ -19,7 +19,7 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument
 from a2sf.kept import Kept
 from a2sf.models import LayerAttention, LoadedModel
-from a2sf.policy import EffectivePolicy
+from a2sf.policy import EffectivePolicy, Heads
 
 Kernels = Literal["auto", "torch", "triton", "numba"]
 """What may be asked for."""
@@ -39,7 +39,7 @@ class Decoder(Protocol):
         row: int,
         source: Slots,
         source_row: int,
-        counts: Sequence[int],
+        counts: Heads,
         policy: EffectivePolicy,
         longest: int,
     ) -> None:
@@ -48,14 +48,14 @@ class Decoder(Protocol):
         Args:
             row: of the slab.
             source, source_row: where the tokens are.
-            counts: [layers] tokens held there.
+            counts: [layers][H_kv] tokens held there.
             policy: the row's own.
             longest: tokens that its sequence may reach.
         """
         ...
 
-    def move(self, row: int, source: int, counts: Sequence[int]) -> None:
-        """Let `row` be what the row `source` was; `counts` [layers] tokens are held there."""
+    def move(self, row: int, source: int, counts: Heads) -> None:
+        """Let `row` be what the row `source` was; `counts` [layers][H_kv] tokens are held there."""
         ...
 
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -88,7 +88,7 @@ class SteppedDecoder:
         row: int,
         source: Slots,
         source_row: int,
-        counts: Sequence[int],
+        counts: Heads,
         policy: EffectivePolicy,
         longest: int,
     ) -> None:
@@ -97,7 +97,7 @@ class SteppedDecoder:
         self._rows[row] = (policy, longest)
         self._batch = None
 
-    def move(self, row: int, source: int, counts: Sequence[int]) -> None:
+    def move(self, row: int, source: int, counts: Heads) -> None:
         """As `Decoder.move`."""
         self.join(row, self._slab, source, counts, *self._rows[source])
 
@@ -107,8 +107,8 @@ class SteppedDecoder:
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
             # No wider than the rows need: torch's operations go over all of a view's slots.
-            budgets = zip(*(policy.layer_budgets for policy in policies), strict=True)
-            slots = self._slab.view(slice(0, rows), [max(mine) for mine in budgets])
+            budgets = zip(*(policy.held_budgets for policy in policies), strict=True)
+            slots = self._slab.view(slice(0, rows), [max(map(max, mine)) for mine in budgets])
             stacked = PolicyTensors.stack(policies, lengths, self._model.device)
             self._batch = rows, make_steps(self._chosen, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)

@@ -23,6 +23,7 @@ from a2sf.admission import EngineConfig
 from a2sf.cache import SLOT_OVERHEAD_BYTES, Slots
 from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
 from a2sf.models import LoadedModel
+from a2sf.policy import Heads, held_of
 from a2sf.requests import (
     CacheStatistics,
     Event,
@@ -54,14 +55,15 @@ class Engine:
         self.model = model
         self.config = config
         self._clock = clock
-        layers = model.shape.num_layers
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """Which carry out the law: torch's operations, or Triton's or numba's programs."""
-        self._slab = self._allocate(config.max_batch, config.layer_slots(layers))
+        slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
+        self._slab = self._allocate(config.max_batch, held_of(slots, model.held))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
-        row = self._allocate(1, (staging,) * layers)
+        equal = ((staging,) * model.shape.num_kv_heads,) * model.shape.num_layers
+        row = self._allocate(1, equal)
         self._staging = Staging(model, self.kernels, row, config.step_tokens)
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
@@ -99,7 +101,10 @@ class Engine:
 
     @property
     def kv_bytes_used(self) -> int:
-        """Bytes of the slots that hold tokens, of running requests and of the one being read."""
+        """Bytes of the slots that hold tokens, of running requests and of the one being read.
+
+        Where several processes share the model, of all of them together.
+        """
         # A copy in one go: another thread may ask while this one changes the list.
         running = [*tuple(self._active), self._prefilling]
         return sum(self._bytes_of(sequence) for sequence in running if sequence is not None)
@@ -147,11 +152,10 @@ class Engine:
         failures, self._failures = self._failures, []
         return [*events, *failures]
 
-    def _allocate(self, rows: int, slots: tuple[int, ...]) -> Slots:
+    def _allocate(self, rows: int, slots: Heads) -> Slots:
         shape = self.model.shape
         return Slots.empty(
             rows=rows,
-            num_kv_heads=shape.num_kv_heads,
             slots=slots,
             head_dim=shape.head_dim,
             dtype=self.model.dtype,
@@ -213,7 +217,7 @@ class Engine:
         try:
             slots = self._staging.finish(sequence)
             sequence.running = True
-            self._decoder.join(row, slots, 0, sequence.stored, sequence.policy, sequence.longest)
+            self._decoder.join(row, slots, 0, sequence.held, sequence.policy, sequence.longest)
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)
@@ -308,20 +312,20 @@ class Engine:
         return results
 
     def _statistics(self, sequence: Sequence) -> CacheStatistics:
-        shape = self.model.shape
-        kept_tokens = math.floor(sum(sequence.stored) / shape.num_layers + 0.5)
+        identity = self.model.identity
+        heads = identity.num_layers * identity.num_kv_heads
+        kept_tokens = math.floor(sum(map(sum, sequence.stored)) / heads + 0.5)
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
             evicted_tokens=sequence.seen - kept_tokens,
             kv_bytes=self._bytes_of(sequence),
-            kv_bytes_full=sequence.seen
-            * (shape.num_layers * shape.num_kv_heads * self._token_bytes),
+            kv_bytes_full=sequence.seen * heads * self._token_bytes,
         )
 
     def _bytes_of(self, sequence: Sequence) -> int:
-        slot = self.model.shape.num_kv_heads * (self._token_bytes + SLOT_OVERHEAD_BYTES)
-        return sum(sequence.stored) * slot
+        """Bytes of the slots that hold its tokens, in all processes together."""
+        return sum(map(sum, sequence.stored)) * (self._token_bytes + SLOT_OVERHEAD_BYTES)
 
     @property
     def _token_bytes(self) -> int:
@@ -351,7 +355,7 @@ class Engine:
         while (last := len(self._active) - 1) != row:
             moving = self._active[last]
             try:
-                self._decoder.move(row, last, moving.stored)
+                self._decoder.move(row, last, moving.held)
             except BaseException as error:
                 # It cannot stay where it is, because rows have no gaps: the one before it moves.
                 self._fail(moving, error)

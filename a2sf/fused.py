@@ -16,7 +16,7 @@ from torch import Tensor
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels.decode import Workspace, decode_attention, plan_slots
 from a2sf.models import LoadedModel
-from a2sf.policy import EffectivePolicy
+from a2sf.policy import EffectivePolicy, Heads
 
 WARM_UPS = 2
 """Steps run before a capture: they compile the programs, and let the libraries called make their
@@ -101,7 +101,7 @@ class FusedDecoder:
         row: int,
         source: Slots,
         source_row: int,
-        counts: Sequence[int],
+        counts: Heads,
         policy: EffectivePolicy,
         longest: int,
     ) -> None:
@@ -112,7 +112,7 @@ class FusedDecoder:
         self._scored[row] = one.any_scored
         self._unplanned.add(row)
 
-    def move(self, row: int, source: int, counts: Sequence[int]) -> None:
+    def move(self, row: int, source: int, counts: Heads) -> None:
         """As `decoding.Decoder.move`."""
         self._slab.copy_row(row, self._slab, source, counts)
         self._policy.copy_row(row, self._policy, source)

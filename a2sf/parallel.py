@@ -17,7 +17,7 @@ from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
 from a2sf.ranks import RankLost, Ranks
-from a2sf.requests import Delta, Failed, Finished, GenerationRequest, StepEvent
+from a2sf.requests import Delta, Failed, GenerationRequest, StepEvent
 from a2sf.schema import Frozen
 
 
@@ -80,11 +80,6 @@ class LeadingEngine(Engine):
         """As in `Engine`."""
         return super().kv_staging_bytes * self._ranks.size
 
-    @property
-    def kv_bytes_used(self) -> int:
-        """As in `Engine`."""
-        return super().kv_bytes_used * self._ranks.size
-
     def submit(self, request: GenerationRequest) -> None:
         """As `Engine.submit`."""
         # A seed that each rank chose for itself would be another one on each.
@@ -108,7 +103,7 @@ class LeadingEngine(Engine):
             events = super().step()
         self._commands.clear()
         self._drawn = _digest(events)
-        return [_whole(event, self._ranks.size) for event in events]
+        return events
 
     def close(self) -> None:
         """Let the other ranks' engines end. This one is of no use afterwards."""
@@ -166,15 +161,6 @@ class _AgreedClock:
     def __call__(self) -> float:
         agreed, self._next = self._next, None
         return self._clock() if agreed is None else agreed
-
-
-def _whole(event: StepEvent, ranks: int) -> StepEvent:
-    """Tell a row's bytes on all ranks, which hold as much each."""
-    if not isinstance(event, Finished):
-        return event
-    cache = event.cache
-    held = {"kv_bytes": cache.kv_bytes * ranks, "kv_bytes_full": cache.kv_bytes_full * ranks}
-    return event.model_copy(update={"cache": cache.model_copy(update=held)})
 
 
 def _digest(events: list[StepEvent]) -> str:

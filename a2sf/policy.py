@@ -1,7 +1,7 @@
 """What a request may forget, from the wish to the numbers.
 
 Owns `CachePolicy` (what a caller, a table or the server asks for, every field optional), the
-presets, how slots are dealt among layers, and `resolve`, which turns the three into one
+presets, how slots are dealt among heads, and `resolve`, which turns the three into one
 `EffectivePolicy` of plain integers. Past `resolve` no budget is a ratio and no window a share.
 Knows nothing of tensors or of transport.
 """
@@ -9,13 +9,18 @@ Knows nothing of tensors or of transport.
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import pairwise
-from typing import Annotated, Literal, Self
+from itertools import chain, islice, pairwise
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from a2sf.errors import InvalidArgument
 from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Positive, Ratio, Share, TablePolicy
+
+T = TypeVar("T")
+
+Heads = tuple[tuple[int, ...], ...]
+"""A number of each head, [num_layers][num_kv_heads]."""
 
 DEFAULT_SINKS = 4
 DEFAULT_PREFILL_CHUNK = 0
@@ -86,10 +91,14 @@ class EffectivePolicy(Frozen):
 
     method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
     alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
-    budget: Positive = Field(description="What was asked for: the mean of layer_budgets, slots.")
-    layer_budgets: tuple[Positive, ...] = Field(description="[num_layers] slots.")
-    recent: Count = Field(description="What a layer of `budget` slots would protect, tokens.")
-    layer_recents: tuple[Count, ...] = Field(description="[num_layers] tokens.")
+    budget: Positive = Field(description="What was asked for: the mean of head_budgets, slots.")
+    head_budgets: tuple[tuple[Positive, ...], ...] = Field(
+        description="[num_layers][num_kv_heads] slots."
+    )
+    recent: Count = Field(description="What a head of `budget` slots would protect, tokens.")
+    head_recents: tuple[tuple[Count, ...], ...] = Field(
+        description="[num_layers][num_kv_heads] tokens."
+    )
     sinks: Count
     prefill_chunk: Count
     table_name: str | None = None
@@ -111,7 +120,17 @@ class EffectivePolicy(Frozen):
     @property
     def held_alpha(self) -> tuple[tuple[float, ...], ...]:
         """`alpha` of the heads that this process holds: [num_layers][heads]."""
-        return self.alpha if self.held is None else tuple(a[slice(*self.held)] for a in self.alpha)
+        return held_of(self.alpha, self.held)
+
+    @property
+    def held_budgets(self) -> tuple[tuple[int, ...], ...]:
+        """`head_budgets` of the heads that this process holds: [num_layers][heads] slots."""
+        return held_of(self.head_budgets, self.held)
+
+    @property
+    def held_recents(self) -> tuple[tuple[int, ...], ...]:
+        """`head_recents` of the heads that this process holds: [num_layers][heads] tokens."""
+        return held_of(self.head_recents, self.held)
 
     @property
     def scored(self) -> bool:
@@ -119,54 +138,64 @@ class EffectivePolicy(Frozen):
         return self.method not in ("full", "window", "random")
 
     def staging_slots(self, prompt_tokens: int) -> int:
-        """Slots of each layer that a prompt of this length needs while it is prefilled."""
+        """Slots of each head that a prompt of this length needs while it is prefilled."""
         if self.prefill_chunk == 0:
             return prompt_tokens
-        return min(prompt_tokens, max(self.layer_budgets) - 1 + self.prefill_chunk)
+        return min(prompt_tokens, max(map(max, self.held_budgets)) - 1 + self.prefill_chunk)
 
 
-def deal(budget: int, shares: Sequence[float], most: int) -> tuple[int, ...]:
-    """Deal layers x `budget` slots among the layers in proportion to their shares.
+def held_of(
+    rows: Sequence[tuple[T, ...]], held: tuple[int, int] | None
+) -> tuple[tuple[T, ...], ...]:
+    """Return of each layer's row [num_kv_heads] the heads from held[0] up to held[1]; None: all."""
+    return tuple(rows) if held is None else tuple(row[slice(*held)] for row in rows)
 
-    No layer gets more than `most`; what is beyond goes to the others, in proportion to theirs.
-    Where `budget` is `most` or more, every layer gets `budget`. Whole numbers come from rounding
-    the running total (halves up), so that the sum is exact and equal shares get equal slots.
+
+def deal(budget: int, shares: Sequence[Sequence[float]], most: int) -> tuple[tuple[int, ...], ...]:
+    """Deal layers x heads x `budget` slots among all heads in proportion to their shares.
+
+    No head gets more than `most`; what is beyond goes to the others, in proportion to theirs.
+    Where `budget` is `most` or more, every head gets `budget`. Whole numbers come from rounding
+    the running total over layers and heads in order (halves up), so that the sum is exact and equal
+    shares get equal slots.
 
     Args:
-        budget: slots of a layer, on average.
-        shares: [layers] positive weights; only their proportions matter.
-        most: slots beyond which a layer has no use for more, such as the sequence's length.
+        budget: slots of a head, the mean over all heads.
+        shares: [layers][heads] positive weights; only their proportions matter.
+        most: slots beyond which a head has no use for more, such as the sequence's length.
 
     Returns:
-        [layers] slots, `layers * budget` together; 0 for a layer of too small a share.
+        [layers][heads] slots, `layers * heads * budget` together; 0 for a head of too small a
+        share.
     """
     if budget >= most:
-        return (budget,) * len(shares)
-    # Whole numbers throughout: in floats a rounded total could give a layer more than `most`.
-    ratios = [share.as_integer_ratio() for share in shares]
+        return tuple((budget,) * len(layer) for layer in shares)
+    # Whole numbers throughout: in floats a rounded total could give a head more than `most`.
+    ratios = [share.as_integer_ratio() for layer in shares for share in layer]
     unit = max(denominator for _, denominator in ratios)
     weights = [numerator * (unit // denominator) for numerator, denominator in ratios]
-    slots, weight = budget * len(shares), sum(weights)
+    slots, weight = budget * len(weights), sum(weights)
     filled = set()
-    for layer in sorted(range(len(shares)), key=weights.__getitem__, reverse=True):
-        if weights[layer] * slots < most * weight:
+    for head in sorted(range(len(weights)), key=weights.__getitem__, reverse=True):
+        if weights[head] * slots < most * weight:
             break
-        filled.add(layer)
-        slots, weight = slots - most, weight - weights[layer]
-    capped, open_weight, dealt = 0, 0, [0]
-    for layer, share in enumerate(weights):
-        if layer in filled:
+        filled.add(head)
+        slots, weight = slots - most, weight - weights[head]
+    capped, open_weight, total = 0, 0, [0]
+    for head, share in enumerate(weights):
+        if head in filled:
             capped += most
         else:
             open_weight += share
-        dealt.append(capped + (2 * slots * open_weight + weight) // (2 * weight))
-    return tuple(end - begin for begin, end in pairwise(dealt))
+        total.append(capped + (2 * slots * open_weight + weight) // (2 * weight))
+    dealt = (end - begin for begin, end in pairwise(total))
+    return tuple(tuple(islice(dealt, len(layer))) for layer in shares)
 
 
-def slots_for(budget: int, shares: Sequence[float]) -> int:
-    """Return how many slots a layer, on average, make sure of `budget` slots in every layer."""
-    least = len(shares) * Fraction(min(shares))
-    return math.ceil(budget * sum(map(Fraction, shares), Fraction()) / least)
+def slots_for(budget: int, shares: Sequence[Sequence[float]]) -> int:
+    """Return how many slots a head, on average, make sure of `budget` slots in every head."""
+    weights = [Fraction(share) for layer in shares for share in layer]
+    return math.ceil(budget * sum(weights, Fraction()) / (len(weights) * min(weights)))
 
 
 def resolve(
@@ -175,7 +204,7 @@ def resolve(
     table: AlphaTable | TablePolicy | None,
     server: CachePolicy,
     length: int,
-    slots: Sequence[int] | int,
+    slots: Sequence[Sequence[int]] | int,
     num_layers: int,
     num_kv_heads: int,
 ) -> EffectivePolicy:
@@ -183,9 +212,9 @@ def resolve(
 
     `table` is the one that the request (or else the server) names, already looked up, or the bare
     policy of one that is still being fitted, which nobody can name. `length` is prompt + max_new in
-    tokens; `slots` the most that a row of the slab has in each layer, one number where it has the
-    same in all. Raises InvalidArgument naming the field, its value and what is accepted; nothing is
-    clamped.
+    tokens; `slots` [num_layers][num_kv_heads] what a row of the slab has of each head, one number
+    where it has the same of all. Raises InvalidArgument naming the field, its value and what is
+    accepted; nothing is clamped.
     """
     method = request if request.names_method else server
     preset = method.preset
@@ -198,7 +227,8 @@ def resolve(
     sinks = _first((s.sinks for s in sources), 0 if preset == "full" else DEFAULT_SINKS)
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
     budget = length if preset == "full" else _budget(sources, length)
-    budgets = deal(budget, fitted.layer_share, length) if fitted else (budget,) * num_layers
+    equal = ((1.0,) * num_kv_heads,) * num_layers
+    budgets = deal(budget, fitted.head_share if fitted else equal, length)
 
     def recent(slots: int) -> int:
         if preset == "window":
@@ -207,7 +237,7 @@ def resolve(
             return max((slots - sinks) // 2, 0)
         return 0 if preset == "full" else _recent(sources, slots - sinks - 1)
 
-    recents = tuple(recent(mine) for mine in budgets)
+    recents = tuple(tuple(recent(mine) for mine in layer) for layer in budgets)
     _check_slab(budgets, slots, budget, length, preset)
     _check_room(budgets, recents, sinks, budget)
     if fitted is not None:
@@ -222,9 +252,9 @@ def resolve(
         method=preset or ("table" if table else "a2sf"),
         alpha=alpha,
         budget=budget,
-        layer_budgets=budgets,
+        head_budgets=budgets,
         recent=recent(budget),
-        layer_recents=recents,
+        head_recents=recents,
         sinks=sinks,
         prefill_chunk=prefill_chunk,
         table_name=sealed.name if sealed else None,
@@ -234,54 +264,48 @@ def resolve(
 
 
 def _check_slab(
-    budgets: tuple[int, ...],
-    slots: Sequence[int] | int,
+    budgets: Heads,
+    slots: Sequence[Sequence[int]] | int,
     budget: int,
     length: int,
     preset: Preset | None,
 ) -> None:
-    """Refuse a policy of which some layer needs more slots than the slab has there."""
-    there = (slots,) * len(budgets) if isinstance(slots, int) else tuple(slots)
-    layer = max(range(len(budgets)), key=lambda i: budgets[i] - there[i])
-    needs, has = budgets[layer], there[layer]
+    """Refuse a policy of which some head needs more slots than a row has of it."""
+    there = tuple((slots,) * len(layer) for layer in budgets) if isinstance(slots, int) else slots
+    flat, equal = len(set(chain(*there))) == 1, len(set(chain(*budgets))) == 1
+    heads = [(layer, head) for layer, row in enumerate(budgets) for head in range(len(row))]
+    layer, head = max(heads, key=lambda at: budgets[at[0]][at[1]] - there[at[0]][at[1]])
+    needs, has = budgets[layer][head], there[layer][head]
     if needs <= has:
         return
-    equal, flat = len(set(budgets)) == 1, len(set(there)) == 1
     if preset == "full":
         asked = f"prompt + max_new is {length} tokens and preset full keeps them all"
     elif equal:
-        asked = f"budget is {budget} tokens" + ("" if flat else " in every layer")
+        asked = f"budget is {budget} tokens" + ("" if flat else " in every head")
     else:
         asked = (
-            f"budget is {budget} tokens a layer on average, prompt + max_new {length}, and "
-            f"layer_share gives layer {layer} {needs} slots"
+            f"budget is {budget} tokens a head on average, of which head_share gives layer {layer} "
+            f"head {head} {needs} slots"
         )
     if flat:
-        room = f"at most {has} slots" if equal else f"at most {has} slots in every layer"
-    elif equal:
-        room = (
-            f"at most {min(there)} slots where layers get the same, for rows are shaped by "
-            f"layer_share and layer {there.index(min(there))} has no more"
-        )
+        room = f"accepted: at most {has} slots" + ("" if equal else " in every head")
     else:
-        room = f"at most {has} slots in that layer, for rows are shaped by layer_share"
-    raise InvalidArgument(
-        "cache_policy.budget",
-        f"{asked}; accepted: {room}; ask for a smaller budget, or serve with a larger --slots",
-    )
+        room = f"layer {layer} head {head} has {has} slots (rows follow head_share)"
+    raise InvalidArgument("cache_policy.budget", f"{asked}; {room}; lower budget or raise --slots")
 
 
-def _check_room(
-    budgets: tuple[int, ...], recents: tuple[int, ...], sinks: int, budget: int
-) -> None:
-    """Refuse a policy of which some layer protects so much that nothing can be evicted."""
-    layer = min(range(len(budgets)), key=lambda i: budgets[i] - recents[i])
-    mine, recent = budgets[layer], recents[layer]
+def _check_room(budgets: Heads, recents: Heads, sinks: int, budget: int) -> None:
+    """Refuse a policy of which some head protects so much that nothing can be evicted."""
+    heads = [(layer, head) for layer, row in enumerate(budgets) for head in range(len(row))]
+    layer, head = min(heads, key=lambda at: budgets[at[0]][at[1]] - recents[at[0]][at[1]])
+    mine, recent = budgets[layer][head], recents[layer][head]
     if mine >= sinks + recent + 1:
         return
     asked = f"budget is {budget} tokens"
-    if len(set(budgets)) > 1:
-        asked += f" a layer on average, of which layer_share gives layer {layer} {mine}"
+    if len(set(chain(*budgets))) > 1:
+        asked += (
+            f" a head on average, of which head_share gives layer {layer} head {head} {mine} slots"
+        )
     raise InvalidArgument(
         "cache_policy.budget",
         f"{asked}, and sinks {sinks} + recent {recent} + 1 for the newest need "

@@ -22,7 +22,7 @@ from a2sf.errors import (
     TableMismatch,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A table's name: safe as a file's name, so it can never leave the tables' directory."""
@@ -123,13 +123,14 @@ class TablePolicy(Frozen):
     alpha: tuple[tuple[Alpha, ...], ...] = Field(
         min_length=1, description="num_layers lists of num_kv_heads forgetting factors."
     )
-    layer_share: tuple[Weight, ...] = Field(
+    head_share: tuple[tuple[Weight, ...], ...] = Field(
         min_length=1,
-        description="num_layers weights by which the slots of all layers are dealt among them: "
-        "equal weights give every layer the budget, others more to some at the cost of the rest.",
+        description="num_layers lists of num_kv_heads weights by which the slots of all heads are "
+        "dealt among them: equal weights give every head the budget, others give more to some at "
+        "the cost of the rest. Only their proportions matter; fitted weights have mean 1.",
     )
     budget: Annotated[Tokens, Field(ge=1)] | None = Field(
-        default=None, description="Slots a head keeps, in tokens; with layer_share, on average."
+        default=None, description="Slots of a head in tokens, the mean over all heads."
     )
     budget_ratio: Ratio | None = Field(
         default=None, description="The same as a share of prompt + max_new tokens."
@@ -138,7 +139,7 @@ class TablePolicy(Frozen):
         default=None, description="Tokens before the newest that are never evicted."
     )
     recent_share: Share | None = Field(
-        default=None, description="The same as a share of a layer's slots - sinks - 1, floored."
+        default=None, description="The same as a share of a head's slots - sinks - 1, floored."
     )
     sinks: Tokens = Field(description="First tokens of the sequence that are never evicted.")
     prefill_chunk: Tokens = Field(
@@ -239,13 +240,13 @@ class Search(Frozen):
 
 
 class AlphaTable(Frozen):
-    """One forgetting factor per layer and key-value head, with where it came from and its proof.
+    """A forgetting factor and a share of the slots for each layer and KV head, with their proof.
 
     Instances are whole and valid: build them with `seal`, which fills in the digest, or with
     `load_table`, which checks it.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: Name
     model: StoredIdentity
     policy: TablePolicy
@@ -263,15 +264,13 @@ class AlphaTable(Frozen):
         except OverflowError:
             raise ValueError("created_at is outside the years 1 to 9999 of UTC") from None
         layers, heads = self.model.num_layers, self.model.num_kv_heads
-        if len(self.policy.alpha) != layers:
-            raise ValueError(f"policy.alpha has {len(self.policy.alpha)} layers, model {layers}")
-        for layer, row in enumerate(self.policy.alpha):
-            if len(row) != heads:
-                raise ValueError(f"policy.alpha[{layer}] has {len(row)} heads, model {heads}")
-        if len(self.policy.layer_share) != layers:
-            raise ValueError(
-                f"policy.layer_share has {len(self.policy.layer_share)} layers, model {layers}"
-            )
+        for name in ("alpha", "head_share"):
+            rows = getattr(self.policy, name)
+            if len(rows) != layers:
+                raise ValueError(f"policy.{name} has {len(rows)} layers, model {layers}")
+            for layer, row in enumerate(rows):
+                if len(row) != heads:
+                    raise ValueError(f"policy.{name}[{layer}] has {len(row)} heads, model {heads}")
         return self
 
     def check_model(self, identity: ModelIdentity) -> None:

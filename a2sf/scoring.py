@@ -58,14 +58,14 @@ def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) ->
         position: [layers, rows, H_kv, slots] int32, `EMPTY` where there is no token.
         start: [rows] integer, the position of the next token to be placed.
         sinks: [rows] integer, the first positions, never evicted.
-        recent: [layers, rows] integer, the last positions before `start`, never evicted.
+        recent: [layers, rows, H_kv] integer, the last positions before `start`, never evicted.
 
     Returns:
         [layers, rows, H_kv, slots] bool.
     """
     # In the positions' own dtype: comparing across dtypes would first convert them all.
     first = sinks.to(position.dtype)[:, None, None]
-    end = (start - recent).to(position.dtype)[..., None, None]
+    end = (start[:, None] - recent).to(position.dtype)[..., None]
     return (position >= first) & (position < end)
 
 

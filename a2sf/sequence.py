@@ -9,7 +9,7 @@ from typing import Self
 
 from a2sf import sampling
 from a2sf.models import LoadedModel
-from a2sf.policy import EffectivePolicy
+from a2sf.policy import EffectivePolicy, Heads, held_of
 from a2sf.requests import (
     CacheStatistics,
     Delta,
@@ -86,14 +86,25 @@ class Sequence:
         return self.prefilled + max(len(self.generated) - 1, 0)
 
     @property
-    def stored(self) -> tuple[int, ...]:
-        """[layers] tokens that each head holds: the law leaves no choice in their number."""
-        budgets = self.policy.layer_budgets
+    def stored(self) -> Heads:
+        """[layers][H_kv] tokens that each head holds: the law leaves no choice in their number.
+
+        Of all heads, those that other processes hold among them.
+        """
+        seen = self.seen
         if self.running:
-            return tuple(min(self.seen, budget) for budget in budgets)
+            return tuple(tuple(min(seen, b) for b in layer) for layer in self.policy.head_budgets)
         # Where the block began that the last token belongs to.
         start = max(self.prefilled - 1, 0) // self._chunk * self._chunk
-        return tuple(min(start, budget - 1) + self.prefilled - start for budget in budgets)
+        since = self.prefilled - start
+        return tuple(
+            tuple(min(start, b - 1) + since for b in layer) for layer in self.policy.head_budgets
+        )
+
+    @property
+    def held(self) -> Heads:
+        """As `stored`, of the heads that this process holds."""
+        return held_of(self.stored, self.policy.held)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -104,7 +115,7 @@ class Sequence:
     @property
     def in_order(self) -> bool:
         """Whether nothing has been evicted of the prompt, nor will be before its next block."""
-        return self.block[0] < min(self.policy.layer_budgets)
+        return self.block[0] < min(map(min, self.policy.held_budgets))
 
     @property
     def longest(self) -> int:

@@ -91,7 +91,7 @@ class Staging:
         assert self._piece is not None, "nothing was read"
         if not math.isfinite(self._largest):
             raise NonFinite(NOT_FINITE)
-        stored = self._integers(sequence.stored)[:, None]
+        stored = self._integers(sequence.held)[:, None]
         length = self._integers([len(sequence.request.prompt_ids)])
         end_prompt(self._piece.slots, stored, length, self._piece.policy)
         return self._piece.slots
@@ -123,7 +123,7 @@ class Staging:
                 policy,
                 start=self._integers([start]),
                 lengths=self._integers([length]),
-                used=self._integers(sequence.stored)[:, None],
+                used=self._integers(sequence.held)[:, None],
                 width=width,
                 first=first - start,
                 in_order=sequence.in_order,

@@ -98,7 +98,24 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 had equal slots in the heads of a layer."""
+    policy = document.get("policy")
+    # What is missing or no object is left for the fields' own checks to name.
+    if not isinstance(policy, dict) or "layer_share" not in policy:
+        return document
+    shares, alpha = policy["layer_share"], policy.get("alpha")
+    rest = {name: value for name, value in policy.items() if name != "layer_share"}
+    if not isinstance(shares, list) or not isinstance(alpha, list) or len(shares) != len(alpha):
+        return document | {"policy": rest | {"head_share": shares}}
+    heads = [
+        [share] * (len(row) if isinstance(row, list) else 1)
+        for share, row in zip(shares, alpha, strict=True)
+    ]
+    return document | {"policy": rest | {"head_share": heads}}
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """From version n to n + 1: the step takes a document of version n and returns one of n + 1.
 
 `schema_version` and `sha256` are not a step's concern; `upgrade` sets them.

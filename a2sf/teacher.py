@@ -266,7 +266,8 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        budgets = [max(mine) for mine in zip(*(p.layer_budgets for p in policies), strict=True)]
+        layers = zip(*(p.held_budgets for p in policies), strict=True)
+        budgets = [max(map(max, mine)) for mine in layers]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
@@ -323,7 +324,7 @@ class _Scan:
         """
         keys = projected[1]
         staging = self._empty(keys, self.block_slots[layer])
-        used = torch.zeros_like(self.prompt)[None]
+        used = torch.zeros_like(policy.budget)
         for first in range(0, int(self.prompt.max()), self.chunk):
             tile = slice(first, first + self.chunk)
             block = BlockPass(
@@ -343,8 +344,8 @@ class _Scan:
                 self.watch.block(first, self.chunk, staging)
         used = end_prompt(staging, used, self.prompt, policy)
         slots = self._empty(keys, self.decode_slots[layer])
-        for row, count in enumerate(used[0].tolist()):
-            slots.copy_row(row, staging, row, [count])
+        for row, counts in enumerate(used[0].tolist()):
+            slots.copy_row(row, staging, row, [counts])
         return slots
 
     @staticmethod
@@ -352,8 +353,7 @@ class _Scan:
         rows, kv_heads, _, dim = like.shape
         return Slots.empty(
             rows=rows,
-            num_kv_heads=kv_heads,
-            slots=[slots],
+            slots=((slots,) * kv_heads,),
             head_dim=dim,
             dtype=like.dtype,
             device=like.device,

@@ -5,6 +5,7 @@ alpha table wherever it means the same, so most of this is a copy. Raises
 InvalidRequest with dotted proto names. Knows nothing of channels, handlers or threads.
 """
 
+import math
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from a2sf import chat
 from a2sf.errors import InvalidArgument, TableError
 from a2sf.models import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads
 from a2sf.requests import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -286,12 +287,13 @@ def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaT
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
     """Write one table, typed and as the canonical JSON of its file."""
-    policy = table.policy.model_dump(exclude={"alpha"}, exclude_none=True)
+    policy = table.policy.model_dump(exclude={"alpha", "head_share"}, exclude_none=True)
     return pb.GetAlphaTableResponse(
         table=pb.AlphaTable(
             summary=_summary(table),
             model=identity_message(table.model),
             layers=[pb.LayerAlphas(alphas=row) for row in table.policy.alpha],
+            layer_share=[math.fsum(row) / len(row) for row in table.policy.head_share],
             **policy,
         ),
         canonical_json=canonical_json(table.model_dump(mode="json")),
@@ -310,12 +312,17 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
     )
 
 
+def layer_means(heads: Heads) -> list[int]:
+    """Return the mean of each layer's heads, rounded to the nearest, halves up."""
+    return [(2 * sum(row) + len(row)) // (2 * len(row)) for row in heads]
+
+
 def _effective_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
     message = pb.EffectiveCachePolicy(
         budget=policy.budget,
-        layer_budgets=policy.layer_budgets,
+        layer_budgets=layer_means(policy.head_budgets),
         recent=policy.recent,
-        layer_recents=policy.layer_recents,
+        layer_recents=layer_means(policy.head_recents),
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed,

@@ -6,9 +6,9 @@ life.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import structlog
 
@@ -19,11 +19,11 @@ from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
-from a2sf.policy import CachePolicy, resolve, slots_for
+from a2sf.policy import CachePolicy, Heads, resolve, slots_for
 from a2sf.ranks import Ranks, expected, leave
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
-from service.options import ServerOptions, layers_of
+from service.options import ServerOptions, Shares, heads_of
 from service.tables import TableCatalog
 
 log = structlog.get_logger(__name__)
@@ -68,7 +68,7 @@ def load_core(options: ServerOptions) -> Core:
     if options.default_table is not None:
         shape = row_shape(options, tables.now.lookup(options.default_table))
         config = options.engine_config(shape)
-    rows = config.layer_slots(model.shape.num_layers)
+    rows = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
     tables.settle(
         options.default_table, partial(check_default, options, rows, model.shape.max_context)
     )
@@ -120,18 +120,20 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
     )
 
 
-def row_shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | None:
+def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
     """Return the shares by which the default table shapes rows, or None where they are equal.
 
     Raises InvalidArgument where what the server gives without being asked would not always fit. A
     budget that is a ratio is as large as each request makes it.
     """
-    shares, fitted = table.policy.layer_share, table.policy.budget
+    shares, fitted = table.policy.head_share, table.policy.budget
     wanted = max(options.budget(shares), fitted or 0)
-    layers = layers_of(options.slots, shares)
-    narrowest = min(layers)
+    slots = heads_of(options.slots, shares)
+    narrowest, layer, head = min(
+        (has, layer, head) for layer, row in enumerate(slots) for head, has in enumerate(row)
+    )
     if wanted <= narrowest:
-        return None if len(set(layers)) == 1 else shares
+        return None if len(set(chain(*slots))) == 1 else shares
     budget = (
         f"{table.name} was fitted for a budget of {fitted} tokens"
         if wanted == fitted
@@ -140,9 +142,9 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | 
     room = f"there are {options.slots} slots"
     if narrowest < options.slots:
         room = (
-            f"of {options.slots} slots, dealt by this table's layer_share, layer "
-            f"{layers.index(narrowest)} gets {narrowest}, while a request without unequal layers "
-            "or shorter than its budget needs the whole budget in every layer"
+            f"of {options.slots} slots, dealt by this table's head_share, layer {layer} head "
+            f"{head} gets {narrowest}, while a request whose heads get the same, or one shorter "
+            "than its budget, needs the whole budget in every head"
         )
     enough = (fitted or 0) <= narrowest
     less = f", or --default-budget {narrowest} or less" if enough else ""
@@ -152,9 +154,7 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> tuple[float, ...] | 
     )
 
 
-def check_default(
-    options: ServerOptions, rows: Sequence[int], max_context: int, table: AlphaTable
-) -> None:
+def check_default(options: ServerOptions, rows: Heads, max_context: int, table: AlphaTable) -> None:
     """Check that a request that names nothing would fit, whatever its length, with this default.
 
     A budget that is a ratio is as large as each request makes it: then rows must be dealt as the
@@ -162,7 +162,7 @@ def check_default(
 
     Args:
         options: what the server was started with.
-        rows: [num_layers] slots of a row, dealt when the server was started.
+        rows: [num_layers][num_kv_heads] slots of a row, dealt when the server was started.
         max_context: the longest request, tokens.
         table: for the model that is served.
 
@@ -170,25 +170,30 @@ def check_default(
     """
     policy, start = table.policy, f"start the server with --default-table {table.name}"
     cannot = f"alpha table {table.name!r} cannot be the default"
-    alike = layers_of(options.slots, policy.layer_share) == tuple(rows)
+    alike = heads_of(options.slots, policy.head_share) == rows
     if policy.budget is None:
         if not alike:
             raise TableInvalid(
-                f"{cannot}: its budget is a ratio, dealt by its layer_share, and rows are not "
+                f"{cannot}: its budget is a ratio, dealt by its head_share, and rows are not "
                 f"dealt so ({_dealt(rows)}); {start}"
             )
         return
-    peaks = (policy.budget,) * len(rows) if alike else _peaks(policy.budget, policy.layer_share)
-    layer = max(range(len(rows)), key=lambda layer: peaks[layer] - rows[layer])
-    if peaks[layer] > rows[layer]:
-        least = slots_for(policy.budget, policy.layer_share)
+    budget = policy.budget
+    peaks = [[budget] * len(row) for row in rows] if alike else _peaks(budget, policy.head_share)
+    _, layer, head = max(
+        (peak - has, -layer, -head)
+        for layer, (mine, row) in enumerate(zip(peaks, rows, strict=True))
+        for head, (peak, has) in enumerate(zip(mine, row, strict=True))
+    )
+    peak, has = peaks[-layer][-head], rows[-layer][-head]
+    if peak > has:
         raise TableInvalid(
-            f"{cannot}: its budget of {policy.budget} tokens, dealt by its layer_share, takes up "
-            f"to {peaks[layer]} slots of layer {layer}, which has {rows[layer]}; {start} and "
-            f"--slots {least} or more"
+            f"{cannot}: its budget of {budget} tokens, dealt by its head_share, takes up to {peak} "
+            f"slots of layer {-layer} head {-head}, which has {has}; {start} and "
+            f"--slots {slots_for(budget, policy.head_share)} or more"
         )
     try:
-        # Layers of small shares get the least where the sequence is the longest.
+        # Heads of small shares get the least where the sequence is the longest.
         resolve(
             CachePolicy(),
             table=table,
@@ -202,20 +207,30 @@ def check_default(
         raise TableInvalid(f"{cannot}: {error.problem}") from error
 
 
-def _peaks(budget: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Return the most slots that each layer takes of `budget`, over sequences of all lengths.
+def _peaks(budget: int, shares: Shares) -> list[list[int]]:
+    """Return the most slots that each head takes of `budget`, over sequences of all lengths.
 
-    No layer takes more than the sequence's length, and what it leaves goes to the others: so each
+    No head takes more than the sequence's length, and what it leaves goes to the others: so each
     takes the most at the length where it stops being filled, with all of larger shares filled too.
     """
-    total = budget * len(shares)
-    return tuple(math.ceil(total * w / sum(min(w, other) for other in shares)) for w in shares)
+    weights = list(chain(*shares))
+    total = budget * len(weights)
+
+    def peak(weight: float) -> int:
+        return math.ceil(total * weight / sum(min(weight, other) for other in weights))
+
+    return [[peak(weight) for weight in row] for row in shares]
 
 
-def _dealt(rows: Sequence[int]) -> str:
-    return ",".join(map(str, rows)) if len(set(rows)) > 1 else f"{rows[0]} slots in every layer"
+def _dealt(rows: Heads) -> str:
+    """A row's slots: those of a layer between commas, one number where its heads have the same."""
+    if len(set(chain(*rows))) == 1:
+        return f"{rows[0][0]} slots in every head"
+    layers = ("/".join(map(str, row if len(set(row)) > 1 else row[:1])) for row in rows)
+    return ",".join(layers)
 
 
-def _written(rows: Sequence[int], options: ServerOptions) -> str:
-    """How slots are spread over a row's layers, for the log."""
-    return "flat" if len(set(rows)) == 1 else f"{options.default_table}:{_dealt(rows)}"
+def _written(rows: Heads, options: ServerOptions) -> str:
+    """How slots are spread over a row's heads, for the log."""
+    equal = len(set(chain(*rows))) == 1
+    return "flat" if equal else f"{options.default_table}:{_dealt(rows)}"

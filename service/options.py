@@ -6,6 +6,7 @@ of where values come from (`service.settings`) or of handlers.
 """
 
 import ipaddress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -13,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from a2sf.errors import InvalidArgument
 from a2sf.files import REFERENCE
-from a2sf.policy import DEFAULT_SINKS, CachePolicy, deal, slots_for
+from a2sf.policy import DEFAULT_SINKS, CachePolicy, Heads, deal, slots_for
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
 from service.runner import MAX_UNREAD
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from a2sf.admission import EngineConfig
 
 DEFAULT_BUDGET = 256
+
+Shares = tuple[tuple[float, ...], ...]
+"""A weight of each layer and KV head, by which slots are dealt."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -237,14 +241,14 @@ class ServerOptions(
             )
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def budget(self, layer_share: tuple[float, ...] | None) -> int:
-        """What a request gets without asking, where rows have these shares (None: equal layers)."""
+    def budget(self, head_share: Shares | None) -> int:
+        """What a request gets without asking, where rows have these shares (None: equal heads)."""
         if self.default_budget is not None:
             return self.default_budget
-        return min(DEFAULT_BUDGET, *layers_of(self.slots, layer_share or (1.0,)))
+        return min(DEFAULT_BUDGET, *chain(*heads_of(self.slots, head_share or ((1.0,),))))
 
-    def engine_config(self, layer_share: tuple[float, ...] | None) -> "EngineConfig":
-        """The engine's sizes, with rows of equal layers or (not None) of these shares.
+    def engine_config(self, head_share: Shares | None) -> "EngineConfig":
+        """The engine's sizes, with rows of equal heads or (not None) of these shares.
 
         Raises InvalidArgument where sizes contradict each other.
         """
@@ -252,12 +256,12 @@ class ServerOptions(
         from a2sf.admission import EngineConfig
 
         least = DEFAULT_SINKS + 1
-        budget = self.budget(layer_share)
+        budget = self.budget(head_share)
         if self.default_budget is None and budget < least:
             raise InvalidArgument(
                 "--slots",
-                f"{self.slots}, of which the narrowest layer gets {budget}; accepted: "
-                f"{slots_for(least, layer_share or (1.0,))} or more",
+                f"{self.slots}, of which the narrowest head gets {budget}; accepted: "
+                f"{slots_for(least, head_share or ((1.0,),))} or more",
             )
         if not least <= budget <= self.slots:
             raise InvalidArgument(
@@ -267,7 +271,7 @@ class ServerOptions(
         try:
             return EngineConfig(
                 slots=self.slots,
-                layer_share=layer_share,
+                head_share=head_share,
                 max_batch=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
@@ -280,9 +284,9 @@ class ServerOptions(
             raise InvalidArgument("options", first_problem(error)) from error
 
 
-def layers_of(slots: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """Return the slots of each layer of a row of `slots`, dealt by `shares`."""
-    return deal(slots, shares, slots * len(shares))
+def heads_of(slots: int, shares: Shares) -> Heads:
+    """Return the slots of each layer and head of a row of `slots`, dealt by `shares`."""
+    return deal(slots, shares, slots * sum(map(len, shares)))
 
 
 def is_loopback(host: str) -> bool:

@@ -198,7 +198,9 @@ def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
         dtype=core.model.dtype_name,
         device=core.model.device.type,
         slots=config.slots,
-        layer_slots=config.layer_slots(shape.num_layers),
+        layer_slots=conversions.layer_means(
+            config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
+        ),
         max_prefill_tokens=config.staging_slots(shape.max_context),
         chat=chat.has_template(core.model.tokenizer),
         max_batch=config.max_batch,

@@ -5,6 +5,7 @@ import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from a2sf.admission import EngineConfig
@@ -131,8 +132,8 @@ def any_requests(
             tuple(rng.choice([0.0, 0.5, 0.99, 1.0]) for _ in range(model.shape.num_kv_heads))
             for _ in range(model.shape.num_layers)
         ]
-        shares = tuple(rng.choice([1.0, 1.3, 2.0]) for _ in alpha)
-        table = make_table(model.identity, alpha=tuple(alpha), layer_share=shares)
+        shares = tuple(tuple(rng.choice([1.0, 1.3, 2.0]) for _ in row) for row in alpha)
+        table = make_table(model.identity, alpha=tuple(alpha), head_share=shares)
         made.append(
             request(
                 str(index),
@@ -158,7 +159,7 @@ def any_requests(
 def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
     """What the requests in the engine keep: positions and scores, [layers, H_kv, tokens] each.
 
-    Copies in order of position, of the rows that decode and the one being prefilled; layers that
+    Copies in order of position, of the rows that decode and the one being prefilled; heads that
     keep fewer tokens end in empty ones. The one place in the tests that looks inside the engine.
     """
     held = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
@@ -169,10 +170,8 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
         position, order = slots.position[:, row].sort(dim=-1)
         counts = (position != EMPTY).sum(dim=-1)
         count = int(counts.max())
-        assert bool((counts == counts[:, :1]).all()), "heads of a layer fill in lockstep"
-        own = sequence.policy.layer_budgets
-        most = counts.amax(dim=1).tolist()
-        assert slots is engine._staging.row or all(n <= b for n, b in zip(most, own, strict=True))
+        own = torch.tensor(sequence.policy.held_budgets, device=counts.device)
+        assert slots is engine._staging.row or bool((counts <= own).all())
         score = slots.score[:, row].gather(-1, order)
         kept[sequence.request.request_id] = (position[..., :count], score[..., :count])
     return kept

@@ -42,7 +42,7 @@ def check(case: Case, steps: int, splits: int) -> None:
             torch.testing.assert_close(
                 output.double(), want, rtol=0, atol=TOLERANCE[dtype] * float(want.abs().max())
             )
-        held = torch.minimum(start + 1, policy.budget)[:, :, None, None]
+        held = torch.minimum(start[:, None] + 1, policy.budget)[..., None]
         used = (torch.arange(slots.score.shape[3], device=DEVICE) < held).expand_as(slots.score)
         assert torch.equal(slots.position, witness.position)
         torch.testing.assert_close(
@@ -62,7 +62,7 @@ def check(case: Case, steps: int, splits: int) -> None:
         start += 1
         # From scores equal to the last bit the same slots must follow.
         following = decode.plan_slots(slots, policy, start)
-        evicting = (start >= policy.budget)[..., None].expand_as(plan)
+        evicting = start[:, None] >= policy.budget
         room = torch.tensor([k.shape[2] for k in slots.keys], device=DEVICE)[:, None, None]
         relevant = evicting | (following < room)
         assert torch.equal(plan[relevant], following[relevant])

@@ -47,14 +47,14 @@ class MaskedLlama:
         steps: int,
         *,
         alpha: list[list[float]],
-        budgets: list[int],
-        recents: list[int],
+        budgets: list[list[int]],
+        recents: list[list[int]],
         sinks: int,
         chunk: int,
     ) -> list[tuple[int, float]]:
         """Return each greedy token with its gap to the runner-up, relative to the top logit.
 
-        `budgets` and `recents` are of each layer, in tokens.
+        `alpha`, `budgets` and `recents` are of each layer and KV head, the latter in tokens.
         """
         total = len(prompt) + steps
         shape = (self.layers, self.kv_heads, total)
@@ -68,7 +68,8 @@ class MaskedLlama:
             logits = self._block(prompt[start : start + chunk], start, **law)
         for layer in range(self.layers):
             for head in range(self.kv_heads):
-                self._evict(layer, head, len(prompt), budgets[layer], recents[layer], sinks)
+                keep, recent = budgets[layer][head], recents[layer][head]
+                self._evict(layer, head, len(prompt), keep, recent, sinks)
         answer = []
         for step in range(steps):
             top = logits.topk(2).values
@@ -92,8 +93,8 @@ class MaskedLlama:
         start: int,
         *,
         alpha: list[list[float]],
-        budgets: list[int],
-        recents: list[int],
+        budgets: list[list[int]],
+        recents: list[list[int]],
         sinks: int,
     ) -> Tensor:
         count, end = len(tokens), start + len(tokens)
@@ -112,7 +113,8 @@ class MaskedLlama:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             attended = torch.zeros(count, self.heads, self.dim)
             for head in range(self.kv_heads):
-                self._evict(layer, head, start, budgets[layer] - 1, recents[layer], sinks)
+                keep, recent = budgets[layer][head] - 1, recents[layer][head]
+                self._evict(layer, head, start, keep, recent, sinks)
                 self.keys[layer, head, start:end] = k[head]
                 self.values[layer, head, start:end] = v[head]
                 self.alive[layer, head, start:end] = True

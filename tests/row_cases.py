@@ -56,9 +56,9 @@ def make(
     seen: int | None = None,
     aligned: bool = False,
 ) -> Case:
-    """Draw rows that have seen fewer tokens than a layer's budget there, as many, or more.
+    """Draw rows that have seen fewer tokens than a head's budget, as many, or more.
 
-    Layers differ in width. Slots in use hold random tokens in random order, all others NaN.
+    Heads differ in their budgets. Slots in use hold random tokens in random order, all others NaN.
     `aligned` makes widths multiples of `ALIGNMENT`, beyond what the rows' budgets need.
     """
     choose = random.Random(seed)
@@ -67,11 +67,16 @@ def make(
     for _ in range(rows):
         method = choose.choice(methods)
         sinks = choose.choice([0, 0, 1, 4])
-        budgets = [choose.randint(*slots) for _ in range(layers)]
-        sinks = min(sinks, min(budgets) - 1)
-        recents = [choose.choice([0, b - sinks - 1, (b - sinks) // 3]) for b in budgets]
-        if method == "window":
-            recents = [b - sinks - 1 for b in budgets]
+        budgets = tuple(
+            tuple(choose.randint(*slots) for _ in range(kv_heads)) for _ in range(layers)
+        )
+        least, most = min(map(min, budgets)), max(map(max, budgets))
+        sinks = min(sinks, least - 1)
+        share = 1.0 if method == "window" else None
+
+        def recent(room: int, share: float | None = share) -> int:
+            return int(room * (choose.choice([0.0, 1.0, 0.33]) if share is None else share))
+
         factors = [0.0, 0.5, 0.99, 1.0] if method in ("a2sf", "table") else [1.0]
         policies.append(
             EffectivePolicy(
@@ -79,18 +84,16 @@ def make(
                 alpha=tuple(
                     tuple(choose.choice(factors) for _ in range(kv_heads)) for _ in range(layers)
                 ),
-                budget=max(budgets),
-                layer_budgets=tuple(budgets),
+                budget=most,
+                head_budgets=budgets,
                 recent=0,
-                layer_recents=tuple(
-                    min(r, b - sinks - 1) for r, b in zip(recents, budgets, strict=True)
-                ),
+                head_recents=tuple(tuple(recent(b - sinks - 1) for b in row) for row in budgets),
                 sinks=sinks,
                 prefill_chunk=0,
                 random_seed=choose.randrange(2**31) if method == "random" else None,
             )
         )
-        some = choose.choice([0, 1, min(budgets) - 1, min(budgets), max(budgets), 500])
+        some = choose.choice([0, 1, least - 1, least, most, 500])
         lengths.append(some if seen is None else seen)
     policy = PolicyTensors.stack(policies, [10**6] * rows, DEVICE)
     # As a rank numbers heads that is not the first.
@@ -101,15 +104,14 @@ def make(
         first_heads=policy.first_heads + 5,
     )
 
-    widths = policy.budget.amax(dim=1).tolist()
+    widths = policy.budget.amax(dim=(1, 2)).tolist()
     beside = ALIGNMENT if aligned else 3
     if aligned:
         widths = [-(-width // ALIGNMENT) * ALIGNMENT for width in widths]
     # A view of a larger slab, as the engine's batches are.
     slab = Slots.empty(
         rows=rows + 1,
-        num_kv_heads=kv_heads,
-        slots=[w + beside for w in widths],
+        slots=tuple((w + beside,) * kv_heads for w in widths),
         head_dim=dim,
         dtype=dtype,
         device=DEVICE,
@@ -118,8 +120,8 @@ def make(
         tensor.fill_(torch.nan)
     for layer in range(layers):
         for row, length in enumerate(lengths):
-            held = min(length, policies[row].layer_budgets[layer])
-            for head in range(kv_heads):
+            for head, budget in enumerate(policies[row].head_budgets[layer]):
+                held = min(length, budget)
                 kept = torch.randperm(max(length, 1), generator=rng)[:held]
                 slab.position[layer, row, head, :held] = kept.int()
                 # Few distinct scores, so that many tie.

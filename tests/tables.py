@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,10 +44,15 @@ def random_alpha(identity: ModelIdentity, seed: int = 0) -> tuple[tuple[float, .
 def table_fields(
     identity: ModelIdentity, *, name: str = "made-up", **policy: Any
 ) -> dict[str, Any]:
-    """All fields but version and digest, with `policy` over the defaults of its kind."""
+    """All fields but version and digest, with `policy` over the defaults of its kind.
+
+    `layer_share` [layers] stands for a `head_share` that is equal within each layer.
+    """
+    if "layer_share" in policy:
+        policy["head_share"] = by_layer(identity, policy.pop("layer_share"))
     settings: dict[str, Any] = {
         "alpha": random_alpha(identity),
-        "layer_share": (1.0,) * identity.num_layers,
+        "head_share": ((1.0,) * identity.num_kv_heads,) * identity.num_layers,
         "budget": 24,
         "recent": 4,
         "sinks": 2,
@@ -90,6 +96,11 @@ def table_fields(
         "created_at": datetime(2026, 1, 1, tzinfo=UTC),
         "tool_version": "0",
     }
+
+
+def by_layer(identity: ModelIdentity, shares: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Shares of layers as shares of heads."""
+    return tuple((share,) * identity.num_kv_heads for share in shares)
 
 
 def make_table(identity: ModelIdentity, *, name: str = "made-up", **policy: Any) -> AlphaTable:
@@ -191,9 +202,17 @@ def gap(mean: float) -> Estimate:
     return Estimate(mean=mean, low=min(first, second), high=max(first, second))
 
 
+def version_2(identity: ModelIdentity) -> dict[str, Any]:
+    """The document of a table from before version 3, whose shares were of layers."""
+    old = {**make_table(identity).model_dump(mode="json"), "schema_version": 2}
+    del old["policy"]["head_share"]
+    old["policy"]["layer_share"] = [1.0 + 0.5 * layer for layer in range(identity.num_layers)]
+    return {**old, "sha256": canonical_digest(old)}
+
+
 def version_1(identity: ModelIdentity) -> dict[str, Any]:
     """The document of a table from before version 2, without what that brought."""
-    old = {**make_table(identity).model_dump(mode="json"), "schema_version": 1}
+    old = {**version_2(identity), "schema_version": 1}
     del old["policy"]["layer_share"]
     del old["evidence"]["p_holm"], old["evidence"]["uniform"], old["search"]["stages"]
     return {**old, "sha256": canonical_digest(old)}

@@ -97,7 +97,7 @@ def test_without_room_it_matches_the_masking_simulation(
         list(prompt),
         steps=6,
         alpha=((alpha,) * shape.num_kv_heads,) * shape.num_layers,
-        layer_share=(1.0,) * shape.num_layers,
+        head_share=((1.0,) * shape.num_kv_heads,) * shape.num_layers,
         budget=14,
         recent=4,
         sinks=2,

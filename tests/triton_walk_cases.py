@@ -62,8 +62,8 @@ class Case:
 def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> Case:
     """Draw rows as `row_cases.make` does, and up to `most` tokens of each; no row may have none.
 
-    `dealt` deals every head slots, sinks and a window of its own, packed into one slab with gaps
-    between the heads. All that no token belongs to is NaN.
+    `dealt` deals every head slots and a window of its own, packed into one slab with gaps between
+    the heads. All that no token belongs to is NaN.
     """
     drawn = row_cases.make(seed, layers=1, **kind)  # type: ignore[arg-type]
     choose = random.Random(seed + 1)
@@ -136,19 +136,18 @@ def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, Pol
     rows, kv_heads, _, dim = drawn.slots.keys[0].shape
     table: dict[str, list[list[int]]] = {
         name: [[0] * kv_heads for _ in range(rows)]
-        for name in ("budget", "recent", "sinks", "vectors", "marks")
+        for name in ("budget", "recent", "vectors", "marks")
     }
     places = []
     vectors, marks = choose.randint(0, 3), choose.randint(0, 3)
     for row in range(rows):
         for head in range(kv_heads):
-            budget = choose.randint(1, int(drawn.policy.budget[0, row]))
-            sinks = choose.randint(0, min(budget - 1, 4))
+            sinks = int(drawn.policy.sinks[row])
+            budget = choose.randint(sinks + 1, int(drawn.policy.budget[0, row, head]))
             recent = choose.randint(0, budget - 1 - sinks)
             for name, value in (
                 ("budget", budget),
                 ("recent", recent),
-                ("sinks", sinks),
                 ("vectors", vectors),
                 ("marks", marks),
             ):
@@ -178,7 +177,6 @@ def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, Pol
         drawn.policy,
         budget=tables["budget"][None],
         recent=tables["recent"][None],
-        sinks=tables["sinks"],
     )
     return slots, policy
 
@@ -209,18 +207,14 @@ class Of:
             found = tensor.as_strided(shape, strides, tensor.storage_offset() + first)
             return found.cpu().clone()
 
-        def of(table: Tensor) -> int:
-            table = table.reshape(len(case.start), -1)
-            return int(table[row, head if table.shape[1] > 1 else 0])
-
         return cls(
             keys=mine(slots.keys, vectors * dim, width, dim).double(),
             values=mine(slots.values, vectors * dim, width, dim).double(),
             position=mine(slots.position, marks, width),
             score=mine(slots.score, marks, width),
-            budget=of(policy.budget),
-            recent=of(policy.recent),
-            sinks=of(policy.sinks),
+            budget=int(policy.budget[0, row, head]),
+            recent=int(policy.recent[0, row, head]),
+            sinks=int(policy.sinks[row]),
             alpha=float(policy.alpha[0, row, head]),
             seed=int(policy.random_seed[row]),
             number=int(policy.first_heads[0]) + head,
@@ -293,8 +287,8 @@ class InTorch:
         self.policy = PolicyTensors(
             first_heads=torch.tensor([head.number]),
             alpha=torch.tensor([[[head.alpha]]], dtype=torch.float64),
-            budget=torch.tensor([[head.budget]]),
-            recent=torch.tensor([[head.recent]]),
+            budget=torch.tensor([[[head.budget]]]),
+            recent=torch.tensor([[[head.recent]]]),
             sinks=torch.tensor([head.sinks]),
             random_seed=torch.tensor([head.seed]),
             scored=torch.tensor([any_scored]),

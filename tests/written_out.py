@@ -29,7 +29,7 @@ class Stored:
 
 @dataclass
 class Head:
-    """One KV head of one layer of one sequence, with the budget and window of that layer."""
+    """One KV head of one layer of one sequence, with a budget and window of its own."""
 
     alpha: float
     budget: int

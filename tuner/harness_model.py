@@ -221,7 +221,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         engine = Engine(
             self.model,
             EngineConfig(
-                slots=max(max(policy.layer_budgets) for policy in resolved),
+                slots=max(max(map(max, policy.head_budgets)) for policy in resolved),
                 max_batch=rows,
                 max_prefill_tokens=max(
                     policy.staging_slots(len(one.prompt_ids))

@@ -178,8 +178,8 @@ def is_uniform(policy: TablePolicy) -> bool:
 
 def slots(policy: TablePolicy) -> tuple[float, ...]:
     """Each layer's slots in multiples of the budget, 1 on average; empty where they are equal."""
-    share = policy.layer_share
-    if len(set(share)) == 1:
+    share = [math.fsum(row) / len(row) for row in policy.head_share]
+    if len({weight for row in policy.head_share for weight in row}) == 1:
         return ()
     mean = math.fsum(share) / len(share)
     return tuple(weight / mean for weight in share)

@@ -97,8 +97,12 @@ class Frame:
 
     def policy(self, setting: Setting) -> TablePolicy:
         """Complete a setting to a policy."""
+        heads = range(self.num_kv_heads)
         return TablePolicy(
-            **vars(setting),
+            alpha=setting.alpha,
+            head_share=tuple(tuple(share for _ in heads) for share in setting.layer_share),
+            recent_share=setting.recent_share,
+            sinks=setting.sinks,
             budget=self.budget,
             budget_ratio=self.budget_ratio,
             prefill_chunk=self.prefill_chunk,

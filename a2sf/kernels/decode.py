@@ -132,8 +132,7 @@ def plan_slots(slots: Slots, policy: PolicyTensors, start: Tensor) -> Tensor:
         [layers, rows, H_kv] int64.
     """
     victim = slots.victim(start, policy)
-    full = (start >= policy.budget)[..., None]
-    return torch.where(full, victim, start[:, None])
+    return torch.where(start[:, None] >= policy.budget, victim, start[:, None])
 
 
 def decode_attention(
@@ -159,8 +158,8 @@ def decode_attention(
     Args:
         query: [rows, H_q, 1, D] in the cache's dtype, rotated; its last dimension contiguous.
         keys, values: [rows, H_kv, 1, D], likewise.
-        slots: the rows, as for `DecodePass`: in each layer the first min(start, budget) slots of a
-            row hold its tokens. Slots of a row and head lie one after the other.
+        slots: the rows, as for `DecodePass`: the first min(start, budget) slots of each head hold
+            its tokens. Slots of a row and head lie one after the other.
         layer: the layer, counted from the first of the slots'.
         policy: the rows' policies in the same layers. `any_scored` decides which program runs, so
             that a captured graph serves one value of it.

@@ -156,7 +156,7 @@ def attend(
     split = tl.program_id(1)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
-    held = slots_in_use(start, budget, row, width)
+    held = slots_in_use(start, budget, row, pair, width)
     slot = tl.load(plan + pair).to(tl.int32)
     begin = split * chunk
     end = tl.minimum(begin + chunk, held)

@@ -28,9 +28,9 @@ def _random_score(seed, head, position):
 
 
 @triton.jit
-def slots_in_use(start, budget, row, width):
-    """Slots in use once the new token is placed; never beyond the layer's, whatever is asked."""
-    held = tl.minimum(tl.load(start + row) + 1, tl.load(budget + row))
+def slots_in_use(start, budget, row, pair, width):
+    """Slots in use once the new token is placed; never beyond the head's, whatever is asked."""
+    held = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
     return tl.minimum(held, width).to(tl.int32)
 
 
@@ -174,15 +174,15 @@ def settle_step(
         position + marks,
         tl.load(plan + pair).to(tl.int32),
         at,
-        slots_in_use(start, budget, row, width),
+        slots_in_use(start, budget, row, pair, width),
         tl.load(alpha + pair).to(tl.float32),
         fresh_score(seed, tl.load(first_head) + head, at),
         tl.where(seed >= 0, 0.0, 1.0),
         tl.load(sinks + row),
-        at + 1 - tl.load(recent + row),
+        at + 1 - tl.load(recent + pair),
         room,
         GROUP,
         BLOCK,
         SCORED,
     )
-    tl.store(plan + pair, next_slot(victim, at + 1, tl.load(budget + row), width).to(tl.int64))
+    tl.store(plan + pair, next_slot(victim, at + 1, tl.load(budget + pair), width).to(tl.int64))

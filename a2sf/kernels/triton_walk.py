@@ -97,8 +97,7 @@ def walk(
         keys, values: [rows, H_kv, width, D], likewise.
         slots: the rows; the first min(start, budget) slots of each head hold its tokens, and it has
             as many as min(end, budget).
-        policy: the rows' policies in this one layer. Where heads of a row differ, `budget` and
-            `recent` are [1, rows, H_kv], and `sinks` [rows, H_kv].
+        policy: the rows' policies in this one layer.
         start: [rows] int64, the first token of each row that goes through: its place in `query`,
             `keys` and `values`, and its position.
         end: [rows] int64, the first token behind them that does not; from `start` down it leaves a
@@ -119,10 +118,7 @@ def walk(
     assert len(policy.alpha) == 1
     assert seen is None or (seen.is_contiguous() and seen.dtype == torch.bool)
 
-    def of_heads(table: Tensor) -> Tensor:
-        return table.reshape(rows, -1).expand(rows, kv_heads).contiguous()
-
-    budget = of_heads(policy.budget)
+    budget = policy.budget[0].contiguous()
     # Slots that each head reads, all its tokens together, or nearly.
     work = torch.minimum(budget, end[:, None]) * (end - start).clamp(min=0)[:, None]
     device = query.device
@@ -148,10 +144,10 @@ def walk(
             slots.width,
             start,
             end,
-            of_heads(policy.alpha),
+            policy.alpha[0].contiguous(),
             budget,
-            of_heads(policy.recent),
-            of_heads(policy.sinks),
+            policy.recent[0].contiguous(),
+            policy.sinks[:, None].expand(rows, kv_heads).contiguous(),
             policy.random_seed,
             policy.first_heads,
             scale * math.log2(math.e),

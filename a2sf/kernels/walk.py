@@ -194,8 +194,8 @@ def _heads(slots: Slots, policy: PolicyTensors) -> np.ndarray:
         heads["vectors"][layer] = row * keys.stride(0) + head * keys.stride(1)
     widths = np.array(slots.widths)[:, None]
     # A row that will never fill its budget has no more slots than it needs.
-    heads["budget"] = np.minimum(policy.budget.numpy(), widths)[..., None]
-    heads["recent"] = policy.recent.numpy()[..., None]
+    heads["budget"] = np.minimum(policy.budget.numpy(), widths[..., None])
+    heads["recent"] = policy.recent.numpy()
     heads["sinks"] = policy.sinks.numpy()[:, None]
     heads["random_seed"] = policy.random_seed.numpy()[:, None]
     heads["scored"] = policy.scored.numpy()[:, None]

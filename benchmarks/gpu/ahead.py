@@ -86,8 +86,7 @@ def compile_for(shape: LlamaShape, splits: int, device: torch.device, dtype: tor
     heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     slots = Slots.empty(
         rows=1,
-        num_kv_heads=kv_heads,
-        slots=[splits * tile_slots(dim, dtype)],
+        slots=((splits * tile_slots(dim, dtype),) * kv_heads,),
         head_dim=dim,
         dtype=dtype,
         device=device,

@@ -14,9 +14,8 @@ from torch import Tensor
 from a2sf import decoding
 from a2sf.cache import Slots
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, Heads, resolve
 from a2sf.schema import TablePolicy
-from a2sf.scoring import EMPTY
 
 SINKS = 4
 PROTECTED_SHARE = 8
@@ -35,7 +34,7 @@ def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, Effecti
     recent = budget // PROTECTED_SHARE
     table = TablePolicy(
         alpha=tuple(tuple(TABLE_ALPHAS[i] for i in row) for row in drawn),
-        layer_share=(1.0,) * shape.num_layers,
+        head_share=((1.0,) * shape.num_kv_heads,) * shape.num_layers,
         budget=budget,
         recent=recent,
         sinks=SINKS,
@@ -64,31 +63,35 @@ def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, Effecti
 def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int = 0) -> Slots:
     """One row that has seen so many tokens: each head keeps the protected and random others.
 
-    The tokens of a layer are those of highest rank, so that narrow layers keep some of what wide
-    ones do; every head's are its own.
+    The tokens of a head are those of highest rank, so that narrow heads keep some of what wide
+    ones do.
     """
     shape, device = model.shape, model.device
-    counts = [min(seen, budget) for budget in policy.layer_budgets]
+    counts = counts_of(policy, seen)
     rng = torch.Generator(device).manual_seed(seed)
     slots = Slots.empty(
         rows=1,
-        num_kv_heads=shape.num_kv_heads,
         slots=counts,
         head_dim=shape.head_dim,
         dtype=model.dtype,
         device=device,
     )
     at = torch.arange(seen, device=device)
-    for layer, (count, recent) in enumerate(zip(counts, policy.layer_recents, strict=True)):
-        rank = torch.rand(shape.num_kv_heads, seen, generator=rng, device=device)
-        rank[:, (at < policy.sinks) | (at >= seen - recent)] = 2.0
-        kept = rank.topk(count, dim=-1).indices
-        slots.position[layer, 0, :, :count] = kept.int()
-        slots.score[layer, 0, :, :count].uniform_(generator=rng)
+    for layer, (row, recents) in enumerate(zip(counts, policy.head_recents, strict=True)):
+        for head, (count, recent) in enumerate(zip(row, recents, strict=True)):
+            rank = torch.rand(seen, generator=rng, device=device)
+            rank[(at < policy.sinks) | (at >= seen - recent)] = 2.0
+            kept = rank.topk(count).indices
+            slots.position[layer, 0, head, :count] = kept.int()
+            slots.score[layer, 0, head, :count].uniform_(generator=rng)
         for vectors in (slots.keys, slots.values):
             vectors[layer].normal_(generator=rng)
-    assert not bool((slots.position[..., : min(counts)] == EMPTY).any())
     return slots
+
+
+def counts_of(policy: EffectivePolicy, seen: int) -> Heads:
+    """Tokens that each head holds once a row has seen so many."""
+    return tuple(tuple(min(seen, budget) for budget in row) for row in policy.head_budgets)
 
 
 class Rows:
@@ -103,8 +106,7 @@ class Rows:
         self.rows = rows
         self.slab = Slots.empty(
             rows=rows,
-            num_kv_heads=shape.num_kv_heads,
-            slots=(slots,) * shape.num_layers,
+            slots=((slots,) * shape.num_kv_heads,) * shape.num_layers,
             head_dim=shape.head_dim,
             dtype=model.dtype,
             device=model.device,
@@ -120,10 +122,10 @@ class Rows:
 
     def fill(self, policy: EffectivePolicy, seen: int) -> None:
         """Let every row hold a copy of what a row holds that has seen so many tokens."""
-        key = (policy.layer_budgets, policy.layer_recents, policy.sinks, seen)
+        key = (policy.head_budgets, policy.head_recents, policy.sinks, seen)
         if key not in self._sources:
             self._sources = {key: source_row(self.model, policy, seen)}
-        counts = [min(seen, budget) for budget in policy.layer_budgets]
+        counts = counts_of(policy, seen)
         for row in range(self.rows):
             # Whatever a turn writes, the sequence goes on beyond its budget.
             self.decoder.join(row, self._sources[key], 0, counts, policy, seen + 10**6)
@@ -151,5 +153,5 @@ def kv_step_bytes(model: LoadedModel, policy: EffectivePolicy, seen: Sequence[in
     a slot and query head that stay in the L2 cache.
     """
     slot = 2 * model.shape.head_dim * model.dtype.itemsize + (12 if policy.scored else 8)
-    slots = sum(min(at + 1, budget) for at in seen for budget in policy.layer_budgets)
-    return slots * model.shape.num_kv_heads * slot
+    slots = sum(min(at + 1, b) for at in seen for row in policy.head_budgets for b in row)
+    return slots * slot

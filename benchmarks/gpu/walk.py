@@ -70,8 +70,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
     policy = PolicyTensors.stack([table] * texts.rows, lengths, device).layer(0)
     slots = Slots.empty(
         rows=texts.rows,
-        num_kv_heads=shape.num_kv_heads,
-        slots=[min(texts.budget, texts.tokens)],
+        slots=((min(texts.budget, texts.tokens),) * shape.num_kv_heads,),
         head_dim=shape.head_dim,
         dtype=model.dtype,
         device=device,

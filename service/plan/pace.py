@@ -112,7 +112,7 @@ def check_lengths(sizing: Sizing, load: Load) -> None:
 
 def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
     """The planned server with every row at its budget; None: no times are asked for."""
-    tokens = sum(sizing.held)
+    tokens = sizing.held
     operations = capacity.attention_operations(sizing.outline, tokens) + sum(
         capacity.scoring_operations(sizing.outline, tokens)
     )

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from a2sf import capacity
@@ -49,7 +50,7 @@ def for_people(plan: Plan) -> str:
 def for_programs(plan: Plan) -> str:
     """Write the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
     sizing = plan.sizing
-    tokens = sum(sizing.held)
+    tokens = sizing.held
     multiplications, additions = capacity.scoring_operations(sizing.outline, tokens)
     shape = sizing.outline.shape
     return json.dumps(
@@ -73,7 +74,7 @@ def for_programs(plan: Plan) -> str:
             },
             "this_cache": {
                 "budget": sizing.budget,
-                "layer_slots": sizing.layer_slots,
+                "head_slots": sizing.head_slots,
                 "sequence_bytes": sizing.row,
                 "rows": sizing.rows,
                 "staging_slots": sizing.staging_slots,
@@ -127,7 +128,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _sides(plan: Plan) -> Iterator[str]:
     sizing = plan.sizing
-    vectors = capacity.vectors_nbytes(sizing.outline, sum(sizing.layer_slots))
+    vectors = capacity.vectors_nbytes(sizing.outline, sum(chain(*sizing.head_slots)))
     full = sizing.full_sequence
     yield _row("Sequences", "this cache", "full cache")
     yield _row("  tokens of a sequence kept", f"{sizing.budget:,}", f"{sizing.context:,}")
@@ -139,7 +140,7 @@ def _sides(plan: Plan) -> Iterator[str]:
 
 
 def _scoring(plan: Plan) -> Iterator[str]:
-    outline, tokens = plan.sizing.outline, sum(plan.sizing.held)
+    outline, tokens = plan.sizing.outline, plan.sizing.held
     multiplications, additions = capacity.scoring_operations(outline, tokens)
     attention = capacity.attention_operations(outline, tokens)
     full = capacity.attention_operations(outline, plan.sizing.full_tokens)
@@ -204,9 +205,10 @@ def _counted(weights: Weights) -> str:
 
 
 def _slots(sizing: Sizing) -> str:
-    if len(set(sizing.layer_slots)) == 1:
-        return f"{sizing.layer_slots[0]:,} slots"
-    return f"{','.join(map(str, sizing.layer_slots))} slots"
+    if len(set(chain(*sizing.head_slots))) == 1:
+        return f"{sizing.head_slots[0][0]:,} slots"
+    layers = (row if len(set(row)) > 1 else row[:1] for row in sizing.head_slots)
+    return f"{','.join('/'.join(map(str, row)) for row in layers)} slots"
 
 
 def _dtype(sizing: Sizing) -> str:

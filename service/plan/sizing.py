@@ -5,6 +5,7 @@ memory leaves room for. Knows nothing of time or of how a plan is shown.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from a2sf.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.files import REFERENCE
 from a2sf.outline import Outline, read_outline
-from a2sf.policy import DEFAULT_SINKS, deal
+from a2sf.policy import DEFAULT_SINKS, Heads, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.core import check_default, row_shape
-from service.options import ServerOptions, layers_of
+from service.options import ServerOptions, Shares, heads_of
 from service.plan import units
 
 DEVICES = ("cuda", "cpu")
@@ -34,7 +35,7 @@ class Wish:
     tables: Path | None
     default_table: str | None
     budget: int
-    """Tokens each head keeps of a sequence, the mean over layers."""
+    """Tokens each head keeps of a sequence, the mean over heads."""
     slots: int | None
     """None: as many as the budget."""
     max_batch: int | None
@@ -58,10 +59,10 @@ class Sizing:
     """What the server would be started with, by the settings' names."""
     budget: int
     context: int
-    layer_slots: tuple[int, ...]
-    """Slots of a row in each layer."""
-    held: tuple[int, ...]
-    """Tokens that a sequence of `context` keeps in each layer."""
+    head_slots: Heads
+    """Slots of a row in each layer and KV head."""
+    held: int
+    """Tokens that a sequence of `context` keeps, summed over layers and KV heads."""
     staging_slots: int
     row: int
     """One row of the slab: one sequence, whatever its length."""
@@ -77,8 +78,9 @@ class Sizing:
 
     @property
     def full_tokens(self) -> int:
-        """Tokens of a full cache's sequence, summed over layers."""
-        return self.outline.shape.num_layers * self.context
+        """Tokens of a full cache's sequence, summed over layers and KV heads."""
+        shape = self.outline.shape
+        return shape.num_layers * shape.num_kv_heads * self.context
 
     @property
     def slab(self) -> int:
@@ -115,31 +117,32 @@ def size(wish: Wish) -> Sizing:
         wish.model, revision=wish.revision, device_type=wish.device, dtype=wish.dtype
     )
     options = _options(wish)
-    shares: tuple[float, ...] | None = None
+    shape = outline.shape
+    shares: Shares | None = None
     if wish.default_table is not None:
         table = _table(wish, outline)
-        if len(set(layers_of(options["slots"], table.policy.layer_share))) == 1:
+        if len(set(chain(*heads_of(options["slots"], table.policy.head_share)))) == 1:
             options["default_budget"] = wish.budget
         server = ServerOptions(**options)
         shares = row_shape(server, table)
-        layers = server.engine_config(shares).layer_slots(outline.shape.num_layers)
-        check_default(server, layers, outline.shape.max_context, table)
+        slots = server.engine_config(shares).head_slots(shape.num_layers, shape.num_kv_heads)
+        check_default(server, slots, shape.max_context, table)
     else:
         options["default_budget"] = wish.budget
     config = ServerOptions(**options).engine_config(shares)
-    num_layers = outline.shape.num_layers
-    layer_slots = config.layer_slots(num_layers)
-    staging_slots = config.staging_slots(outline.shape.max_context)
-    context = wish.context or outline.shape.max_context
-    if context > outline.shape.max_context:
+    head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
+    staging_slots = config.staging_slots(shape.max_context)
+    context = wish.context or shape.max_context
+    if context > shape.max_context:
         raise InvalidArgument(
-            "--context",
-            f"{context}; the model's is {outline.shape.max_context}; accepted: that or less",
+            "--context", f"{context}; the model's is {shape.max_context}; accepted: that or less"
         )
     weights = capacity.weights(outline)
-    row = capacity.slots_nbytes(outline, 1, layer_slots)
-    staging = capacity.slots_nbytes(outline, 1, (staging_slots,) * num_layers)
-    full_sequence = capacity.vectors_nbytes(outline, num_layers * context)
+    heads = shape.num_layers * shape.num_kv_heads
+    row = capacity.slots_nbytes(outline, 1, head_slots)
+    equal = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
+    staging = capacity.slots_nbytes(outline, 1, heads_of(staging_slots, equal))
+    full_sequence = capacity.vectors_nbytes(outline, heads * context)
     if wish.memory is None:
         assert wish.max_batch is not None
         reserve, rows, full_rows = 0, wish.max_batch, wish.max_batch
@@ -149,15 +152,15 @@ def size(wish: Wish) -> Sizing:
         rows = _rows(wish, room - staging, row)
         most = max(room // full_sequence, 0)
         full_rows = most if wish.max_batch is None else min(most, wish.max_batch)
-    shared = shares or (1.0,) * num_layers
+    budgets = deal(wish.budget, shares or equal, context)
     return Sizing(
         outline=outline,
         weights=weights,
         options={**options, "max_batch": rows},
         budget=wish.budget,
         context=context,
-        layer_slots=layer_slots,
-        held=tuple(min(kept, context) for kept in deal(wish.budget, shared, context)),
+        head_slots=head_slots,
+        held=sum(min(budget, context) for budget in chain(*budgets)),
         staging_slots=staging_slots,
         row=row,
         staging=staging,

@@ -82,11 +82,12 @@ def test_a_request_that_cannot_be_served_is_refused_by_field(
     assert not engine.has_work
 
 
-def test_a_shaped_slab_refuses_what_a_layer_has_no_slots_for(tiny_model: LoadedModel) -> None:
+def test_a_shaped_slab_refuses_what_a_head_has_no_slots_for(tiny_model: LoadedModel) -> None:
+    shares = ((6.0, 2.0), (1.0, 1.0), (1.0, 1.0))
     engine = engine_for(
-        tiny_model, slots=60, layer_share=(4.0, 1.0, 1.0), default_policy=CachePolicy(alpha=1.0)
+        tiny_model, slots=60, head_share=shares, default_policy=CachePolicy(alpha=1.0)
     )
-    table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
+    table = make_table(tiny_model.identity, head_share=shares)
     mine = {"table": table, "prompt_ids": (1,) * 200}
     fits = [
         ({}, CachePolicy(preset="h2o", budget=30)),
@@ -97,25 +98,27 @@ def test_a_shaped_slab_refuses_what_a_layer_has_no_slots_for(tiny_model: LoadedM
         engine.submit(request("r", (1, 2, 3), cache_policy=wish).model_copy(update=fields))
         run(engine)
     refused = [
-        ({}, fits[0][1], "31 tokens in every layer; accepted: at most 30 slots.*layer 1 has no"),
-        (mine, fits[1][1], "61 tokens.*layer 0 122 slots; accepted: at most 120 slots in that"),
-        # A short request keeps everything, in the narrow layers too.
-        (fits[2][0], fits[2][1], "31 tokens in every layer; accepted: at most 30 slots"),
+        ({}, fits[0][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
+        (mine, fits[1][1], "61 tokens.* gives layer 0 head 0 183 slots; layer 0 head 0 has 180"),
+        # A short request keeps everything, in the narrow heads too.
+        (fits[2][0], fits[2][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
     ]
     for fields, wish, says in refused:
         more = wish.model_copy(update={"budget": (wish.budget or 0) + 1})
         one = request("r", (1, 2, 3), cache_policy=more).model_copy(update=fields)
         with pytest.raises(InvalidArgument, match=says) as caught:
             engine.submit(one)
-        assert "rows are shaped by layer_share" in caught.value.problem
         assert caught.value.field == "cache_policy.budget"
-        assert "smaller budget" in caught.value.problem
-        assert "larger --slots" in caught.value.problem
+        assert "(rows follow head_share); lower budget or raise --slots" in caught.value.problem
 
 
-def test_a_slab_shaped_for_another_number_of_layers_is_refused(tiny_model: LoadedModel) -> None:
-    with pytest.raises(InvalidArgument, match="2 weights; the model has 3 layers"):
-        engine_for(tiny_model, layer_share=(1.0, 2.0))
+def test_a_slab_shaped_for_another_number_of_layers_or_heads_is_refused(
+    tiny_model: LoadedModel,
+) -> None:
+    with pytest.raises(InvalidArgument, match="2 lists; the model has 3 layers"):
+        engine_for(tiny_model, head_share=((1.0, 1.0), (2.0, 1.0)))
+    with pytest.raises(InvalidArgument, match="1 weights in layer 2; the model has 2 KV heads"):
+        engine_for(tiny_model, head_share=((1.0, 1.0), (2.0, 1.0), (1.0,)))
 
 
 def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: LoadedModel) -> None:

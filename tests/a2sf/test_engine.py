@@ -36,8 +36,9 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
 def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: LoadedModel) -> None:
     made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
     streams = []
-    # Every layer of the shaped one has at least the 90 slots that these need.
-    for shape in ({}, {"layer_share": (3.0, 1.0, 1.2), "slots": 160}):
+    # Every head of the shaped one has at least the 90 slots that these need.
+    shares = ((3.0, 1.0), (1.2, 1.0), (1.0, 2.0))
+    for shape in ({}, {"head_share": shares, "slots": 160}):
         engine = engine_for(tiny_model_64, **shape)
         for one in made:
             engine.submit(one)

@@ -150,8 +150,7 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     kv_heads, dim = 2, 16
     slots = Slots.empty(
         rows=1,
-        num_kv_heads=kv_heads,
-        slots=[40],
+        slots=((40,) * kv_heads,),
         head_dim=dim,
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -165,7 +164,7 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
             policy,
             start=torch.tensor([0]),
             lengths=torch.tensor([40]),
-            used=torch.tensor([[first]]),
+            used=torch.full_like(policy.budget, first),
             width=width,
             first=first,
             in_order=in_order,

@@ -79,8 +79,7 @@ def test_the_preset_is_h2o(
     def empty(count: int) -> Slots:
         return Slots.empty(
             rows=1,
-            num_kv_heads=kv_heads,
-            slots=[count],
+            slots=((count,) * kv_heads,),
             head_dim=dim,
             dtype=torch.float64,
             device=torch.device("cpu"),
@@ -90,10 +89,12 @@ def test_the_preset_is_h2o(
     scale = dim**-0.5
     zero, n = torch.tensor([0]), torch.tensor([prompt])
     staging, slots = empty(prompt), empty(budget)
-    block = BlockPass(staging, rows, start=zero, lengths=n, used=zero[None], width=prompt)
+    block = BlockPass(
+        staging, rows, start=zero, lengths=n, used=torch.zeros_like(rows.budget), width=prompt
+    )
     outputs = [block(0, *(x[:, :, :prompt] for x in (tq, tk, tv)), scale)]
     used = end_prompt(staging, block.used_after, n, rows)
-    slots.copy_row(0, staging, 0, [int(used)])
+    slots.copy_row(0, staging, 0, used[:, 0].tolist())
     stored = [slots.position[0].clone()]
     for now in range(prompt, length):
         one = (x[:, :, now : now + 1] for x in (tq, tk, tv))

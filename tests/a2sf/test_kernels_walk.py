@@ -54,7 +54,7 @@ def check_state(slots: Slots, witness: Slots, policy: PolicyTensors, seen: torch
     Scores count where evictions hang on them, or come from a hash.
     """
     assert torch.equal(slots.position, witness.position)
-    held = torch.minimum(seen, policy.budget)[:, :, None, None]
+    held = torch.minimum(seen[:, None], policy.budget)[..., None]
     used = (torch.arange(slots.score.shape[3]) < held).expand_as(slots.score)
     matters = policy.scored | (policy.random_seed >= 0)
     judged = used & matters[:, None, None]
@@ -186,15 +186,13 @@ def one_head(
         method="a2sf",
         alpha=((alpha,),),
         budget=budget,
-        layer_budgets=(budget,),
+        head_budgets=((budget,),),
         recent=0,
-        layer_recents=(0,),
+        head_recents=((0,),),
         sinks=sinks,
         prefill_chunk=1,
     )
-    slots = Slots.empty(
-        rows=1, num_kv_heads=1, slots=[budget], head_dim=dim, dtype=dtype, device=CPU
-    )
+    slots = Slots.empty(rows=1, slots=((budget,),), head_dim=dim, dtype=dtype, device=CPU)
     return slots, PolicyTensors.stack([rule], [10**6], CPU)
 
 

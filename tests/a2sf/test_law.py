@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from a2sf import attention, decoding, scoring
 from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.decoding import Carrier
-from a2sf.policy import EffectivePolicy
+from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 from tests.written_out import Head
 
@@ -54,7 +55,7 @@ def test_a_tie_goes_to_the_oldest() -> None:
     position = torch.tensor([[[[7, 3, 5, EMPTY]]]], dtype=torch.int32)
     score = torch.tensor([[[[0.25, 0.25, 0.5, 0.0]]]])
     none = torch.tensor([0])
-    allowed = scoring.evictable(position, torch.tensor([8]), none, none[None])
+    allowed = scoring.evictable(position, torch.tensor([8]), none, none[None, None])
     key = scoring.eviction_key(score, position, allowed)
     assert key.argsort(dim=-1)[0, 0, 0].tolist()[:3] == [1, 0, 2]
     assert not allowed[0, 0, 0, 3]
@@ -75,6 +76,11 @@ def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
         assert histogram.max() < 500
 
 
+def of_heads(kv_heads: int, number: st.SearchStrategy[int]) -> st.SearchStrategy[Heads]:
+    """A number of each head in each of two layers."""
+    return st.tuples(*[st.tuples(*[number] * kv_heads)] * 2)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
     rows = draw(st.integers(1, 3))
@@ -82,14 +88,18 @@ def cases(draw: st.DrawFn) -> dict:
     policies = []
     for _ in range(rows):
         sinks = draw(st.integers(0, 3))
-        # Of each of two layers; the sequence has 22 tokens at most.
-        recents = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
-        spare = draw(st.tuples(st.integers(0, 20), st.integers(0, 20)))
+        # Of each head in each of two layers; the sequence has 22 tokens at most.
+        recents = draw(of_heads(kv_heads, st.integers(0, 4)))
+        spare = draw(of_heads(kv_heads, st.integers(0, 20)))
+        budgets = tuple(
+            tuple(sinks + recent + 1 + more for recent, more in zip(*layer, strict=True))
+            for layer in zip(recents, spare, strict=True)
+        )
         policies.append(
             {
                 "sinks": sinks,
                 "recents": recents,
-                "budgets": [sinks + r + 1 + more for r, more in zip(recents, spare, strict=True)],
+                "budgets": budgets,
                 "alpha": [
                     draw(st.sampled_from([0.0, 0.5, 0.83, 0.99, 1.0])) for _ in range(kv_heads)
                 ],
@@ -151,8 +161,8 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
         )
         state = Head(
             alpha=policy["alpha"][head] if layer else 0.5,
-            budget=policy["budgets"][layer],
-            recent=policy["recents"][layer],
+            budget=policy["budgets"][layer][head],
+            recent=policy["recents"][layer][head],
             sinks=policy["sinks"],
             random_score=hashes and hashes.__getitem__,
         )
@@ -173,11 +183,11 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
             alpha=((0.5,) * kv_heads, tuple(p["alpha"]))
             if p["random_seed"] is None
             else ((1.0,) * kv_heads,) * 2,
-            # What the law is carried out with is the layers' own, whatever the mean.
-            budget=max(p["budgets"]),
-            layer_budgets=tuple(p["budgets"]),
+            # What the law is carried out with is the heads' own, whatever the mean.
+            budget=1,
+            head_budgets=p["budgets"],
             recent=0,
-            layer_recents=p["recents"],
+            head_recents=p["recents"],
             sinks=p["sinks"],
             prefill_chunk=case["chunk"],
             random_seed=p["random_seed"],
@@ -190,19 +200,19 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
     chunk = case["chunk"] or longest
     budgets = stacked.budget.amax(dim=1).tolist()
 
-    def empty(slots: list[int]) -> Slots:
+    def empty(slots: Sequence[Sequence[int]]) -> Slots:
         return Slots.empty(
             rows=rows,
-            num_kv_heads=kv_heads,
-            slots=slots,
+            slots=tuple(map(tuple, slots)),
             head_dim=dim,
             dtype=dtype,
             device=CPU,
         )
 
-    staging, slots = empty([max(budgets) + 2 * chunk] * 2), empty(budgets)
+    room = max(map(max, budgets)) + 2 * chunk
+    staging, slots = empty([[room] * kv_heads] * 2), empty(budgets)
     output = torch.zeros_like(query)
-    used = torch.zeros(2, rows, dtype=torch.int64)
+    used = torch.zeros(2, rows, kv_heads, dtype=torch.int64)
     for start in range(0, longest, chunk):
         end = min(start + chunk, longest)
         for first in range(start, end, case["piece"]):
@@ -221,7 +231,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
                 output[layer, :, :, tile] = block(layer, *qkv, scale)
             used = block.used_after
     used = end_prompt(staging, used, prompt, stacked)
-    for row, counts in enumerate(used.T.tolist()):
+    for row, counts in enumerate(used.transpose(0, 1).tolist()):
         slots.copy_row(row, staging, row, counts)
     begin = decoding.make_steps(carrier, slots, stacked)
     for ahead in range(steps):
@@ -289,9 +299,9 @@ def test_only_the_queries_that_count_are_scored(
     fields = policy | {"alpha": ((policy["alpha"],) * 2,)}
     wish = EffectivePolicy(
         budget=50,
-        layer_budgets=(50,),
+        head_budgets=((50, 50),),
         recent=0,
-        layer_recents=(0,),
+        head_recents=((0, 0),),
         sinks=0,
         prefill_chunk=0,
         **fields,
@@ -299,8 +309,7 @@ def test_only_the_queries_that_count_are_scored(
     stacked = PolicyTensors.stack([wish], [length], CPU)
     slots = Slots.empty(
         rows=1,
-        num_kv_heads=2,
-        slots=[300],
+        slots=((300, 300),),
         head_dim=4,
         dtype=torch.float64,
         device=CPU,
@@ -310,7 +319,7 @@ def test_only_the_queries_that_count_are_scored(
     monkeypatch.setattr(
         attention, "mass", lambda q, *rest: widths.append(q.shape[2]) or mass(q, *rest)
     )
-    used = torch.tensor([[0]])
+    used = torch.tensor([[[0, 0]]])
     for first in range(0, 300, piece):
         width = min(piece, 300 - first)
         step = BlockPass(

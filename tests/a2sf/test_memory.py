@@ -59,27 +59,31 @@ def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_t
     check()
 
 
-@pytest.mark.parametrize("shares", [(2.5, 1.0, 1.0), (0.3, 1.0, 7.7), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        ((2.5, 2.5), (1.0, 1.0), (1.0, 1.0)),
+        ((0.6, 0.3), (1.0, 2.0), (7.7, 0.4)),
+        ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),
+    ],
+)
 @pytest.mark.parametrize(("rows", "slots"), [(1, 31), (3, 50)])
 def test_a_shaped_slab_holds_as_many_bytes_of_keys_and_values_as_a_flat_one(
-    tiny_model: LoadedModel, rows: int, slots: int, shares: tuple[float, ...]
+    tiny_model: LoadedModel, rows: int, slots: int, shares: tuple[tuple[float, ...], ...]
 ) -> None:
     shape = tiny_model.shape
     sizes = {"slots": slots, "max_batch": rows, "default_policy": CachePolicy(alpha=1.0)}
     flat = engine_for(tiny_model, **sizes)
-    shaped = engine_for(tiny_model, **sizes, layer_share=shares)
-    layers = shaped.config.layer_slots(shape.num_layers)
+    shaped = engine_for(tiny_model, **sizes, head_share=shares)
+    heads = shaped.config.head_slots(shape.num_layers, shape.num_kv_heads)
     vector_bytes = 2 * shape.head_dim * tiny_model.dtype.itemsize
-    slab_bytes = rows * shape.num_kv_heads * (sum(layers) * vector_bytes + 3 * max(layers) * 8)
+    widest = [max(row) for row in heads]
+    slab_bytes = rows * shape.num_kv_heads * (sum(widest) * vector_bytes + 3 * max(widest) * 8)
     assert shaped.kv_slab_bytes == slab_bytes
     assert shaped.kv_staging_bytes == flat.kv_staging_bytes
 
-    def vectors(engine: Engine) -> int:
-        return sum(t.nbytes for t in (*engine._slab.keys, *engine._slab.values))
-
-    assert vectors(shaped) == vectors(flat) == rows * shape.num_kv_heads * 3 * slots * vector_bytes
-    assert (max(layers) > slots) == (len(set(shares)) > 1)
-    table = make_table(tiny_model.identity, layer_share=shares, recent=0, sinks=0)
+    assert sum(map(sum, heads)) == 3 * shape.num_kv_heads * slots
+    table = make_table(tiny_model.identity, head_share=shares, recent=0, sinks=0)
     wish = CachePolicy(table=table.name, budget=slots)
     shaped.submit(request("r", range(200), table=table, cache_policy=wish))
     cache = finished(run(shaped)["r"]).cache

@@ -41,9 +41,12 @@ def poisoned(policy: CachePolicy, at: int, name: str = "poisoned") -> Generation
     return request(name, text, cache_policy=policy, max_new_tokens=6, logprobs=True)
 
 
+SHARES = ((0.5, 1.2), (1.0, 0.8), (1.5, 1.0))
+
+
 def healthy(model: LoadedModel) -> list[GenerationRequest]:
-    """Requests that read slots of others: wide rows, blocks after evictions, unequal layers."""
-    unequal = make_table(model.identity, layer_share=(0.5, 1.0, 1.5), sinks=1, recent=1)
+    """Requests that read slots of others: wide rows, blocks after evictions, unequal heads."""
+    unequal = make_table(model.identity, head_share=SHARES, sinks=1, recent=1)
     wishes = [
         CachePolicy(preset="full"),
         CachePolicy(alpha=0.9, budget=12, recent=2, prefill_chunk=5),

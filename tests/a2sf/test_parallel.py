@@ -45,7 +45,10 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
             tuple(0.2 + 0.7 * ((layer + head) % 2) for head in range(model.shape.num_kv_heads))
             for layer in range(model.shape.num_layers)
         ),
-        layer_share=tuple(1.0 + 0.3 * layer for layer in range(model.shape.num_layers)),
+        head_share=tuple(
+            tuple(1.0 + 0.3 * layer + 0.5 * (head % 3) for head in range(model.shape.num_kv_heads))
+            for layer in range(model.shape.num_layers)
+        ),
     )
     wishes = [
         CachePolicy(table="made-up", budget=16, recent=2, sinks=1),

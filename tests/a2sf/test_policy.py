@@ -132,20 +132,30 @@ def test_a_ratio_of_too_little_is_refused() -> None:
         settle(CachePolicy(alpha=0.5, budget_ratio=0.001))
 
 
-SHARES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40)
+SHARES = st.integers(1, 4).flatmap(
+    lambda heads: st.lists(
+        st.lists(st.floats(1e-3, 1e3), min_size=heads, max_size=heads), min_size=1, max_size=10
+    )
+)
+
+
+def flat(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [number for row in rows for number in row]
 
 
 @given(st.integers(1, 5000), SHARES, st.integers(1, 5000))
-def test_all_slots_are_dealt_and_no_layer_gets_more_than_it_can_use(
-    budget: int, shares: list[float], length: int
+def test_all_slots_are_dealt_and_no_head_gets_more_than_it_can_use(
+    budget: int, shares: list[list[float]], length: int
 ) -> None:
-    dealt = deal(budget, shares, length)
+    by_layer = deal(budget, shares, length)
+    assert [len(row) for row in by_layer] == [len(row) for row in shares]
+    assert deal(budget, [[8 * share for share in row] for row in shares], length) == by_layer
+    shares, dealt = flat(shares), flat(by_layer)
     assert sum(dealt) == budget * len(shares)
     if budget >= length:
-        assert dealt == (budget,) * len(shares)
+        assert set(dealt) == {budget}
     else:
         assert all(0 <= slots <= length for slots in dealt)
-    assert deal(budget, [8 * share for share in shares], length) == dealt
     # Rounding may take or give one.
     for one, mine in zip(shares, dealt, strict=True):
         for other, theirs in zip(shares, dealt, strict=True):
@@ -154,15 +164,16 @@ def test_all_slots_are_dealt_and_no_layer_gets_more_than_it_can_use(
 
 @given(st.integers(1, 5000), st.floats(1e-300, 1e300), st.integers(1, 100), st.integers(1, 5000))
 def test_equal_shares_get_equal_slots(budget: int, share: float, layers: int, length: int) -> None:
-    assert deal(budget, [share] * layers, length) == (budget,) * layers
+    assert deal(budget, [[share] * 3] * layers, length) == ((budget,) * 3,) * layers
 
 
 @given(st.integers(1, 500), SHARES, st.integers(1, 5000))
 def test_slots_are_proportional_to_shares_below_the_cap(
-    budget: int, shares: list[float], length: int
+    budget: int, shares: list[list[float]], length: int
 ) -> None:
     assume(budget < length)
-    dealt = deal(budget, shares, length)
+    dealt = flat(deal(budget, shares, length))
+    shares = flat(shares)
     # Written out: hand the excess on until nobody has any.
     target = [0.0] * len(shares)
     while True:
@@ -177,55 +188,64 @@ def test_slots_are_proportional_to_shares_below_the_cap(
         assert abs(slots - want) < 1 + 1e-3
 
 
-def test_what_a_layer_cannot_use_goes_to_the_others_by_their_shares() -> None:
-    assert deal(100, (2.0, 1.0, 1.0), 1000) == (150, 75, 75)
-    assert deal(100, (7.0, 1.0, 2.0), 150) == (150, 50, 100)
-    assert deal(100, (7.0, 1.0, 2.0), 120) == (120, 60, 120)
-    assert deal(100, (7.0, 1.0, 2.0), 100) == (100, 100, 100)
+def test_what_a_head_cannot_use_goes_to_the_others_by_their_shares() -> None:
+    assert deal(100, ((2.0, 1.0, 1.0),), 1000) == ((150, 75, 75),)
+    assert deal(100, ((7.0,), (1.0,), (2.0,)), 150) == ((150,), (50,), (100,))
+    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 120) == ((120, 56), (112, 112))
+    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 100) == ((100, 100), (100, 100))
     # Of 20 slots the running totals are 2.2, 4.4, 6.7 and 20.
-    assert deal(5, (1.0, 1.0, 1.0, 6.0), 15) == (2, 2, 3, 13)
+    assert deal(5, ((1.0, 1.0), (1.0, 6.0)), 15) == ((2, 2), (3, 13))
 
 
 @given(st.integers(1, 500), SHARES)
-def test_slots_for_a_budget_give_every_layer_that_much_and_hardly_more(
-    budget: int, shares: list[float]
+def test_slots_for_a_budget_give_every_head_that_much_and_hardly_more(
+    budget: int, shares: list[list[float]]
 ) -> None:
     slots, most = slots_for(budget, shares), 10**9
-    assert min(deal(slots, shares, most)) >= budget
-    assert min(deal(slots - 1, shares, most)) <= budget
+    assert min(flat(deal(slots, shares, most))) >= budget
+    assert min(flat(deal(slots - 1, shares, most))) <= budget
 
 
-def shaped(shares: Sequence[float], **policy: Any) -> dict[str, Any]:
-    """Arguments for a model of as many layers as shares, and its table."""
-    identity = IDENTITY.model_copy(update={"num_layers": len(shares)})
-    return {
-        "table": make_table(identity, layer_share=tuple(shares), **policy),
-        "num_layers": len(shares),
-    }
+def shaped(*shares: tuple[float, ...], **policy: Any) -> dict[str, Any]:
+    """Arguments for a model of as many layers and heads as shares, and its table."""
+    sizes = {"num_layers": len(shares), "num_kv_heads": len(shares[0])}
+    identity = IDENTITY.model_copy(update=sizes)
+    return {"table": make_table(identity, head_share=shares, **policy), **sizes}
 
 
-def test_a_table_s_shares_deal_the_slots_and_each_layer_protects_its_share() -> None:
-    table = shaped((2.0, 1.0, 1.0), budget=30, recent=None, recent_share=0.5, sinks=4)
+def test_a_table_s_shares_deal_the_slots_and_each_head_protects_its_share() -> None:
+    table = shaped((2.0, 1.0), (0.8, 0.2), budget=30, recent=None, recent_share=0.5, sinks=1)
     policy = settle(CachePolicy(table="made-up"), **table)
-    assert policy.layer_budgets == (45, 23, 22)
-    assert policy.layer_recents == (20, 9, 8)
-    assert (policy.budget, policy.recent) == (30, 12)
+    assert policy.head_budgets == ((60, 30), (24, 6))
+    assert policy.head_recents == ((29, 14), (11, 2))
+    assert (policy.budget, policy.recent) == (30, 14)
 
     policy = settle(CachePolicy(table="made-up", budget=60, recent=7), **table)
-    assert policy.layer_budgets == (90, 45, 45)
-    assert policy.layer_recents == (7, 7, 7)
+    # What the widest cannot use of a sequence of 100 goes to the others.
+    assert policy.head_budgets == ((100, 70), (56, 14))
+    assert policy.head_recents == ((7, 7), (7, 7))
 
     policy = settle(CachePolicy(table="made-up", budget=100), **table)
-    assert policy.layer_budgets == (100, 100, 100)
+    assert policy.head_budgets == ((100, 100), (100, 100))
 
     for wish in (CachePolicy(preset="h2o"), CachePolicy(alpha=0.5, recent_share=0.3)):
         policy = settle(wish, num_layers=3)
-        assert policy.layer_budgets == (64, 64, 64)
-        assert policy.layer_recents == (policy.recent,) * 3
+        assert policy.head_budgets == ((64, 64),) * 3
+        assert policy.head_recents == ((policy.recent,) * 2,) * 3
+
+
+def test_a_process_holds_the_slots_of_its_own_heads() -> None:
+    table = shaped((4.0, 3.0, 2.0, 1.0), (1.0, 1.0, 1.0, 3.0), budget=40, recent=3, sinks=0)
+    policy = settle(CachePolicy(table="made-up"), slots=200, **table)
+    first, second = (policy.model_copy(update={"held": held}) for held in ((0, 2), (2, 4)))
+    assert policy.held_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
+    assert (first.held_budgets, second.held_budgets) == (((80, 60), (20, 20)), ((40, 20), (20, 60)))
+    assert second.held_recents == ((3, 3), (3, 3))
+    assert second.held_alpha == tuple(row[2:] for row in policy.alpha)
 
 
 def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() -> None:
-    table = shaped((3.0, 1.0), budget_ratio=0.3, budget=None)["table"]
+    table = shaped((3.0, 1.0), (1.0, 2.0), budget_ratio=0.3, budget=None)["table"]
     sealed = settle(CachePolicy(table=table.name), table=table)
     bare = settle(CachePolicy(), table=table.policy, server=CachePolicy())
     assert bare.table_name is None
@@ -233,35 +253,51 @@ def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() ->
 
 
 @pytest.mark.parametrize(
-    ("wish", "says"),
+    ("wish", "slots", "says"),
     [
         (
             {"table": "made-up", "budget": 16, "recent": 3, "sinks": 2},
-            r"16 tokens .*layer_share gives layer 1 4, and sinks 2 \+ recent 3 \+ 1 .* need 6",
+            128,
+            "budget is 16 tokens a head on average, of which head_share gives layer 1 head 0 3 "
+            "slots, "
+            "and sinks 2 + recent 3 + 1 for the newest need 6; raise budget, or lower sinks or "
+            "recent",
         ),
         (
             {"table": "made-up", "budget": 70},
-            r"70 tokens .*prompt \+ max_new 200, and layer_share gives layer 0 168 slots; "
-            "accepted: at most 128 slots in every layer; .*smaller budget, .*larger --slots",
+            128,
+            "budget is 70 tokens a head on average, of which head_share gives layer 0 head 1 158 "
+            "slots; accepted: at most 128 slots in every head; lower budget or raise --slots",
+        ),
+        (
+            {"table": "made-up", "budget": 42},
+            ((24, 96), (20, 42)),
+            "budget is 42 tokens a head on average, of which head_share gives layer 1 head 1 43 "
+            "slots; layer 1 head 1 has 42 slots (rows follow head_share); lower budget or raise "
+            "--slots",
+        ),
+        (
+            {"preset": "h2o", "budget": 51},
+            ((200, 200), (50, 60)),
+            "budget is 51 tokens in every head; layer 1 head 0 has 50 slots (rows follow "
+            "head_share); lower budget or raise --slots",
+        ),
+        (
+            {"preset": "full"},
+            ((200, 199), (50, 60)),
+            "prompt + max_new is 200 tokens and preset full keeps them all; layer 1 head 0 has "
+            "50 slots (rows follow head_share); lower budget or raise --slots",
         ),
     ],
 )
-def test_a_layer_that_gets_too_few_slots_or_too_many_is_named(
-    wish: dict[str, Any], says: str
+def test_a_head_that_gets_too_few_slots_or_too_many_is_named(
+    wish: dict[str, Any], slots: Any, says: str
 ) -> None:
-    with pytest.raises(InvalidArgument, match=says):
-        settle(CachePolicy(**wish), **shaped((12.0, 1.0, 2.0)), length=200)
-
-
-@pytest.mark.parametrize(
-    ("budget", "says"),
-    [
-        (51, "51 tokens in every layer; accepted: at most 50 slots where layers get the same.*"),
-        (110, r"layer 0 220 slots; accepted: at most 200 slots in that layer.*"),
-    ],
-)
-def test_a_layer_that_is_narrower_than_a_request_needs_is_named(budget: int, says: str) -> None:
-    wish = CachePolicy(preset="h2o", budget=51) if budget == 51 else CachePolicy(table="made-up")
-    arguments = shaped((2.0, 0.5, 0.5), budget=budget) if wish.table else {"num_layers": 3}
-    with pytest.raises(InvalidArgument, match=says + "layer_share.*smaller budget, .*--slots"):
-        settle(wish, **arguments, length=400, slots=(200, 50, 50))
+    arguments = shaped((2.0, 9.6), (1.0, 4.4), sinks=0, recent=0)
+    if "table" not in wish:
+        del arguments["table"]
+    else:
+        wish = {"sinks": 0, "recent": 0, **wish}
+    with pytest.raises(InvalidArgument) as caught:
+        settle(CachePolicy(**wish), **arguments, length=200, slots=slots)
+    assert caught.value.problem == says

@@ -13,7 +13,7 @@ import pytest
 from a2sf import schema, tablefile
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
 from a2sf.tablefile import canonical_digest, load_table, parse_table, save_table, seal
-from tests.tables import IDENTITY, brought_up, make_table, table_fields, version_1
+from tests.tables import IDENTITY, brought_up, make_table, table_fields, version_1, version_2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,8 +90,8 @@ def test_a_file_changed_by_hand_is_refused() -> None:
 
 
 def test_a_newer_file_is_refused_by_version() -> None:
-    newer = {**document(), "schema_version": 3, "unheard_of": 1}
-    with pytest.raises(TableTooNew, match="schema_version is 3, and this program reads up to 2"):
+    newer = {**document(), "schema_version": 4, "unheard_of": 1}
+    with pytest.raises(TableTooNew, match="schema_version is 4, and this program reads up to 3"):
         parse_table(as_file(newer))
     with pytest.raises(TableTooNew):
         parse_table(json.dumps(newer).encode())
@@ -112,8 +112,11 @@ def set_in(changed: dict[str, Any], path: str, value: Any) -> None:
         ("policy.alpha", [[0.5, "0.5"], [0.5, 0.5]], "valid number"),
         ("policy.alpha", [[0.5, 0.5]], "1 layers, model 2"),
         ("policy.alpha", [[0.5, 0.5], [0.5]], "1 heads, model 2"),
-        ("policy.layer_share", [1.0], "1 layers, model 2"),
-        ("policy.layer_share", [2.0, 0.0], "greater than 0"),
+        ("policy.head_share", [[1.0, 1.0]], "policy.head_share has 1 layers, model 2"),
+        ("policy.head_share", [[1.0], [1.0, 1.0]], r"policy.head_share\[0\] has 1 heads, model 2"),
+        ("policy.head_share", [[2.0, 0.0], [1.0, 1.0]], "head_share.0.1: .*greater than 0"),
+        ("policy.head_share", [2.0, 1.0], "head_share.0: .*valid array"),
+        ("policy.layer_share", [1.0, 1.0], "layer_share: Extra inputs"),
         ("policy.budget", 0, "greater than or equal to 1"),
         ("policy.budget_ratio", 0.5, "exactly one of budget and budget_ratio"),
         ("policy.recent", None, "exactly one of recent and recent_share"),
@@ -198,7 +201,7 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
 
 def test_a_file_of_version_1_means_what_it_meant() -> None:
     table = brought_up(IDENTITY)
-    assert (table.schema_version, table.policy.layer_share) == (2, (1.0, 1.0))
+    assert (table.schema_version, table.policy.head_share) == (3, ((1.0, 1.0), (1.0, 1.0)))
     assert (table.evidence.p_holm, table.evidence.uniform, table.search.stages) == ({}, None, ())
     same = seal(
         **{
@@ -208,6 +211,37 @@ def test_a_file_of_version_1_means_what_it_meant() -> None:
         }
     )
     assert same == table
+
+
+def test_each_head_of_a_file_of_version_2_gets_its_layer_s_share() -> None:
+    table = parse_table(json.dumps(version_2(IDENTITY)).encode())
+    assert (table.schema_version, table.policy.head_share) == (3, ((1.0, 1.0), (1.5, 1.5)))
+    upgraded = json.loads(tablefile.canonical_json(table.model_dump(mode="json")))
+    assert table.sha256 == canonical_digest(upgraded) != version_2(IDENTITY)["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer_share": [1.0]}, "head_share"),
+        ({"layer_share": 3}, "head_share"),
+        ({"layer_share": [1.0, "2"]}, "head_share.1.0: .*valid number"),
+        ({"layer_share": [1.0, -2.0]}, "head_share.1.0: .*greater than 0"),
+        ({"alpha": 3}, "alpha"),
+    ],
+)
+def test_a_broken_policy_of_version_2_is_told_by_field(change: dict[str, Any], says: str) -> None:
+    changed = version_2(IDENTITY)
+    changed["policy"] |= change
+    with pytest.raises(TableInvalid, match=says):
+        parse_table(as_file(changed))
+
+
+def test_a_file_of_version_2_without_shares_is_refused() -> None:
+    changed = version_2(IDENTITY)
+    del changed["policy"]["layer_share"]
+    with pytest.raises(TableInvalid, match=r"policy\.head_share: Field required"):
+        parse_table(as_file(changed))
 
 
 @pytest.mark.parametrize("part", ["policy", "evidence", "search"])

@@ -51,7 +51,8 @@ def written_out(
         group = query.shape[1] // keys.shape[1]
         means = []
         for kv_head in range(keys.shape[1]):
-            budget, recent = policy.layer_budgets[layer], policy.layer_recents[layer]
+            budget = policy.head_budgets[layer][kv_head]
+            recent = policy.head_recents[layer][kv_head]
             head = Head(policy.alpha[layer][kv_head], budget, recent, policy.sinks)
             mine = query[0, kv_head * group : (kv_head + 1) * group]
             k, v = keys[0, kv_head].tolist(), values[0, kv_head].tolist()

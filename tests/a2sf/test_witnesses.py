@@ -37,7 +37,7 @@ def test_with_room_for_all_tokens_it_equals_transformers(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     engine = engine_for(tiny_model)
     texts = prompts(5)
-    table = make_table(tiny_model.identity, layer_share=(7.0, 0.1, 1.0)) if policy.table else None
+    table = make_table(tiny_model.identity, head_share=SHARES) if policy.table else None
     for index, prompt in enumerate(texts):
         engine.submit(request(str(index), prompt, cache_policy=policy, table=table))
     streams = run(engine)
@@ -81,6 +81,10 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
             torch.testing.assert_close(mine.logits, want, rtol=1e-4, atol=1e-4)
 
 
+SHARES = ((0.8, 1.7), (1.0, 0.7), (2.5, 1.0))
+"""Of the tiny models' layers and heads."""
+
+
 def simulate_and_compare(
     model: LoadedModel, directory: Any, prompt: list[int], steps: int, **policy: Any
 ) -> int:
@@ -94,17 +98,16 @@ def simulate_and_compare(
     engine.submit(request("r", prompt, max_new_tokens=steps, cache_policy=wish, table=table))
     stream = run(engine)["r"]
     assert isinstance(stream[0], Started)
-    budgets = stream[0].policy.layer_budgets
-    assert len(set(budgets)) == len(set(table.policy.layer_share))
+    budgets = stream[0].policy.head_budgets
     cache = finished(stream).cache
-    assert (cache.evicted_tokens > 0) == (min(budgets) < len(prompt) + steps)
+    assert (cache.evicted_tokens > 0) == (min(map(min, budgets)) < len(prompt) + steps)
     witness = directory if isinstance(directory, MaskedLlama) else MaskedLlama(directory)
     simulated = witness.decode(
         prompt,
         steps,
         alpha=[list(row) for row in table.policy.alpha],
-        budgets=list(budgets),
-        recents=list(stream[0].policy.layer_recents),
+        budgets=[list(row) for row in budgets],
+        recents=[list(row) for row in stream[0].policy.head_recents],
         sinks=table.policy.sinks,
         chunk=table.policy.prefill_chunk,
     )
@@ -116,9 +119,20 @@ def simulate_and_compare(
 
 
 @pytest.mark.parametrize("prefill_chunk", [0, 1, 8])
-@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (3.0, 1.0, 2.0), (0.6, 2.0, 1.0)])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),
+        ((3.0, 3.0), (1.0, 1.0), (2.0, 2.0)),
+        ((2.6, 0.7), (1.0, 1.2), (0.8, 1.9)),
+    ],
+    ids=["equal", "by layer", "by head"],
+)
 def test_a_completion_longer_than_the_budget_matches_a_masking_simulation(
-    tiny_model: LoadedModel, tiny_model_dir: Any, prefill_chunk: int, shares: tuple[float, ...]
+    tiny_model: LoadedModel,
+    tiny_model_dir: Any,
+    prefill_chunk: int,
+    shares: tuple[tuple[float, ...], ...],
 ) -> None:
     clear = 0
     for index, prompt in enumerate(prompts(3, low=20, high=40, seed=prefill_chunk)):
@@ -131,7 +145,7 @@ def test_a_completion_longer_than_the_budget_matches_a_masking_simulation(
                 tuple(random.Random(index).choices([0.0, 0.5, 0.9, 0.99, 1.0], k=2))
                 for _ in range(3)
             ),
-            layer_share=shares,
+            head_share=shares,
             budget=16,
             recent=3,
             prefill_chunk=prefill_chunk,
@@ -149,7 +163,7 @@ def test_the_reference_model_matches_a_masking_simulation(reference_model: Loade
 
 
 def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: LoadedModel) -> None:
-    table = make_table(tiny_model_64.identity, prefill_chunk=5, layer_share=(1.0, 2.5, 0.7))
+    table = make_table(tiny_model_64.identity, prefill_chunk=5, head_share=SHARES)
     for index, wish in enumerate(
         [
             CachePolicy(table=table.name),
@@ -187,7 +201,7 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
     tiny_model_64: LoadedModel, prefill_chunk: int
 ) -> None:
     rng = random.Random(prefill_chunk)
-    table = make_table(tiny_model_64.identity, layer_share=(0.8, 1.0, 2.5))
+    table = make_table(tiny_model_64.identity, head_share=SHARES)
     examples, policies = [], []
     for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
         prompt = rng.randint(1, len(text))

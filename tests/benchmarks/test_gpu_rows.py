@@ -52,14 +52,13 @@ def test_heads_keep_tokens_of_their_own_and_rows_memory_of_their_own() -> None:
     assert rows.slab.keys[0][1].any()
 
 
-def test_layers_of_other_budgets_hold_as_many_as_theirs() -> None:
+def test_heads_of_other_budgets_hold_as_many_as_theirs() -> None:
     policy = POLICIES["a2sf"].model_copy(
-        update={"layer_budgets": (10, 22), "layer_recents": (2, 3)}
+        update={"head_budgets": ((10, 15), (22, 8)), "head_recents": ((2, 4), (3, 1))}
     )
     slots = source_row(MODEL, policy, 90)
-    assert slots.widths == (10, 22)
-    assert (slots.position[0, 0] != EMPTY).sum(dim=-1).tolist() == [10, 10]
-    assert (slots.position[1, 0] != EMPTY).sum(dim=-1).tolist() == [22, 22]
+    assert (slots.position[0, 0] != EMPTY).sum(dim=-1).tolist() == [10, 15]
+    assert (slots.position[1, 0] != EMPTY).sum(dim=-1).tolist() == [22, 8]
     assert torch.isfinite(slots.score).all()
 
 

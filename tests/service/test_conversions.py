@@ -103,9 +103,9 @@ def test_the_budget_and_window_of_each_layer_reach_the_client(
         method="table",
         alpha=((0.5, 1.0),) * len(layers),
         budget=7,
-        layer_budgets=tuple(budget for budget, _ in layers),
+        head_budgets=tuple((budget, budget) for budget, _ in layers),
         recent=3,
-        layer_recents=tuple(recent for _, recent in layers),
+        head_recents=tuple((recent, recent) for _, recent in layers),
         sinks=1,
         prefill_chunk=0,
         table_name="made-up",
@@ -117,6 +117,5 @@ def test_the_budget_and_window_of_each_layer_reach_the_client(
     sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
     read = client_conversions.stream_event(sent, "r")
     assert isinstance(read, StreamStarted)
-    assert read.layer_budgets == policy.layer_budgets
-    assert read.layer_recents == policy.layer_recents
+    assert list(zip(read.layer_budgets, read.layer_recents, strict=True)) == layers
     assert (read.budget, read.recent) == (7, 3)

@@ -92,9 +92,9 @@ def started(prompt_tokens: int = 7) -> Started:
         method="h2o",
         alpha=((1.0,),),
         budget=8,
-        layer_budgets=(8,),
+        head_budgets=((8,),),
         recent=2,
-        layer_recents=(2,),
+        head_recents=((2,),),
         sinks=4,
         prefill_chunk=0,
     )

@@ -13,7 +13,7 @@ from a2sf.models import LoadedModel, load_model
 from a2sf.outline import read_outline
 from a2sf.tablefile import save_table
 from service.core import load_core
-from service.options import layers_of
+from service.options import heads_of
 from service.settings import load
 from tests.a2sf.test_families import save
 from tests.broken import added
@@ -67,23 +67,30 @@ def test_the_server_allocates_what_was_planned(
     )
 
 
-@pytest.mark.parametrize("shares", [(2.5, 1.0, 1.0), (0.3, 1.0, 7.7), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        ((2.5, 2.5), (1.0, 1.0), (1.0, 1.0)),
+        ((0.3, 0.5), (1.0, 3.0), (7.7, 0.9)),
+        ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),
+    ],
+)
 def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
-    shares: tuple[float, ...],
+    shares: tuple[tuple[float, ...], ...],
     tiny_model: LoadedModel,
     tiny_model_dir: Path,
     tmp_path: Path,
 ) -> None:
     table = make_table(
-        tiny_model.identity, layer_share=shares, budget=None, budget_ratio=0.2, sinks=0, recent=0
+        tiny_model.identity, head_share=shares, budget=None, budget_ratio=0.2, sinks=0, recent=0
     )
     save_table(table, tmp_path / "table.json")
     (tmp_path / "other.json").write_text("no table")
     said = ("--tables", tmp_path, "--default-table", table.name, "--budget", 64)
     told = planned("--model", tiny_model_dir, "--device", "cpu", "--gpu-memory", "10MB", *said)
-    slots = told["this_cache"]["layer_slots"]
-    assert sum(slots) == 3 * 64
-    assert tuple(slots) == layers_of(64, shares)
+    slots = told["this_cache"]["head_slots"]
+    assert sum(map(sum, slots)) == 3 * 2 * 64
+    assert tuple(map(tuple, slots)) == heads_of(64, shares)
     assert_allocates_what_was_planned(told)
 
 
@@ -109,9 +116,10 @@ def test_the_packaged_model_with_an_unequal_table() -> None:
         100,
     )
     told = planned("--device", "cpu", "--gpu-memory", "1GiB", *said)
-    slots = told["this_cache"]["layer_slots"]
-    assert max(slots) > 2 * 100
-    by_the_formula = 4 * (sum(slots) * 2 * 32 * 4 + len(slots) * max(slots) * 8)
+    slots = told["this_cache"]["head_slots"]
+    widest = max(map(max, slots))
+    assert widest > 2 * 100
+    by_the_formula = 4 * (sum(map(max, slots)) * 2 * 32 * 4 + len(slots) * widest * 8)
     assert told["this_cache"]["sequence_bytes"] == by_the_formula
     assert_allocates_what_was_planned(told)
 

@@ -18,11 +18,11 @@ from a2sf.errors import (
     TableError,
     TableInvalid,
 )
-from a2sf.policy import CachePolicy, resolve
+from a2sf.policy import CachePolicy, Heads, resolve
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import MAX_FILE_BYTES, save_table
 from service.core import check_default
-from service.options import ServerOptions, layers_of
+from service.options import ServerOptions, Shares, heads_of
 from service.tables import TableCatalog
 from tests.tables import IDENTITY, make_table
 
@@ -257,26 +257,32 @@ def test_what_changes_a_table_makes_the_reading_outdated(tmp_path: Path) -> None
 
 # Which tables may follow the default in the rows that are there.
 
+weight = st.sampled_from((0.5, 1.0, 1.5, 2.0, 4.0))
 shares = st.one_of(
-    st.just((1.0, 1.0, 1.0)),
-    st.tuples(*[st.sampled_from((0.5, 1.0, 1.5, 2.0, 4.0))] * 3),
+    st.just(((1.0, 1.0),) * 3),
+    st.tuples(*[weight.map(lambda share: (share, share))] * 3),
+    st.tuples(*[st.tuples(weight, weight)] * 3),
 )
+
+
+def by_layer(*layers: float) -> tuple[tuple[float, ...], ...]:
+    return tuple((share, share) for share in layers)
 
 
 @given(dealt=shares, wanted=shares, slots=st.integers(12, 40), budget=st.integers(5, 40))
 # Too long for the narrowest layer while nothing is evicted, and for a middle one at some lengths.
-@example(dealt=(4.0, 1.0, 1.0), wanted=(2.0, 1.0, 1.0), slots=20, budget=11)
-@example(dealt=(2.0, 1.0, 1.0), wanted=(4.0, 2.0, 1.0), slots=39, budget=28)
+@example(dealt=by_layer(4.0, 1.0, 1.0), wanted=by_layer(2.0, 1.0, 1.0), slots=20, budget=11)
+@example(dealt=by_layer(2.0, 1.0, 1.0), wanted=by_layer(4.0, 2.0, 1.0), slots=39, budget=28)
 @settings(max_examples=150)
 def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
-    dealt: tuple[float, ...], wanted: tuple[float, ...], slots: int, budget: int
+    dealt: Shares, wanted: Shares, slots: int, budget: int
 ) -> None:
     identity = IDENTITY.model_copy(update={"num_layers": 3})
-    table = make_table(identity, layer_share=wanted, budget=budget, sinks=0, recent=0)
-    options, rows = ServerOptions(slots=slots), layers_of(slots, dealt)
+    table = make_table(identity, head_share=wanted, budget=budget, sinks=0, recent=0)
+    options, rows = ServerOptions(slots=slots), heads_of(slots, dealt)
     longest = 3 * budget + 2
 
-    def fits(rows: tuple[int, ...]) -> bool:
+    def fits(rows: Heads) -> bool:
         try:
             for length in range(1, longest + 1):
                 resolve(
@@ -296,7 +302,7 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
         check_default(options, rows, longest, table)
     except TableInvalid:
         # Whole numbers are dealt by rounding: what a slot less would not hold may be refused.
-        assert not fits(tuple(slots - 1 for slots in rows))
+        assert not fits(tuple(tuple(slots - 1 for slots in row) for row in rows))
     else:
         assert fits(rows)
 
@@ -305,7 +311,7 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
     ("dealt", "settings", "reason"),
     [
         ((1.0, 1.0), {"budget_ratio": 0.2}, None),
-        ((1.0, 1.0), {"budget_ratio": 0.2, "layer_share": (3.0, 1.0)}, "40 slots in every layer"),
+        ((1.0, 1.0), {"budget_ratio": 0.2, "layer_share": (3.0, 1.0)}, "40 slots in every head"),
         ((3.0, 1.0), {"budget_ratio": 0.2, "layer_share": (3.0, 1.0)}, None),
         ((3.0, 1.0), {"budget_ratio": 0.2}, r"not dealt so \(60,20\)"),
         ((1.0, 1.0), {"budget": 20, "layer_share": (3.0, 1.0)}, None),
@@ -314,17 +320,17 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
             {"budget": 28, "layer_share": (3.0, 1.0)},
             "up to 42 slots.* 40; .*--slots 56",
         ),
-        ((3.0, 1.0), {"budget": 21}, "up to 21 slots of layer 1, which has 20"),
+        ((3.0, 1.0), {"budget": 21}, "up to 21 slots of layer 1 head 0, which has 20"),
         (
             (3.0, 1.0),
             {"budget": 24, "layer_share": (2.0, 1.0)},
-            "up to 24 slots of layer 1, which has 20; .*--slots 36",
+            "up to 24 slots of layer 1 head 0, which has 20; .*--slots 36",
         ),
         ((1.0, 1.0), {"budget": 20, "sinks": 15, "recent": 5}, "need 21; raise budget"),
         (
             (1.0, 1.0),
             {"budget": 20, "layer_share": (9.0, 1.0), "sinks": 2, "recent": 3},
-            "gives layer 1 4, .* need 6; raise budget",
+            "gives layer 1 head 0 4 slots, .* need 6; raise budget",
         ),
     ],
 )
@@ -334,7 +340,7 @@ def test_what_may_be_the_default_depends_on_how_rows_are_dealt(
     budget = {"budget": None} if "budget_ratio" in settings else {}
     table = make_table(IDENTITY, **{"sinks": 0, "recent": 0, **budget, **settings})
     options = ServerOptions(slots=40)
-    rows = layers_of(40, dealt)
+    rows = heads_of(40, by_layer(*dealt))
     if reason is None:
         check_default(options, rows, 1000, table)
         return
