@@ -5,6 +5,7 @@ code in one table, the command lines print the message as one line and exit 2.
 
     A2SFError
     ├── InvalidArgument      a value the caller chose is not accepted; names field and range
+    │   └── InvalidRequest   several are not
     ├── NotFound             a model, dataset or table that is not where one looked
     ├── Unsupported          something real that this program refuses by name
     │   └── NonFinite        a model gave NaN or infinity where a number was needed
@@ -20,6 +21,8 @@ code in one table, the command lines print the message as one line and exit 2.
     └── Aborted              ended by the server before its time: told to, or nobody read it
 """
 
+from collections.abc import Iterable
+
 
 class A2SFError(Exception):
     """Root of the tree. Its message is one sentence or two, fit to be shown to the user."""
@@ -33,9 +36,28 @@ class InvalidArgument(A2SFError, ValueError):
     """
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
+        super().__init__(_sentence(field, problem))
         self.field = field
         self.problem = problem
+        self.violations: tuple[tuple[str, str], ...] = ((field, problem),)
+        """All that is not accepted, as (field, problem) pairs."""
+
+
+class InvalidRequest(InvalidArgument):
+    """Several values are not accepted: `violations` are the (field, problem) pairs of all.
+
+    `field` and `problem` are those of the first. "" is the field of what is wrong with the whole.
+    """
+
+    def __init__(self, violations: Iterable[tuple[str, str]]) -> None:
+        found = tuple(violations)
+        super().__init__(*found[0])
+        self.args = ("; ".join(_sentence(*one) for one in found),)
+        self.violations = found
+
+
+def _sentence(field: str, problem: str) -> str:
+    return f"{field}: {problem}" if field else problem
 
 
 class NotFound(A2SFError, LookupError):

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from a2sf.errors import InvalidArgument
-from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Positive, Ratio, Share, TablePolicy
+from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Given, Positive, Ratio, Share, TablePolicy
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ PRESETS: tuple[Preset, ...] = ("full", "window", "h2o", "tova_per_head", "random
 _OWN_RECENT = ("full", "window", "h2o")
 
 
-class CachePolicy(Frozen):
+class CachePolicy(Given):
     """What a caller asks of the cache. Fields left out come from the table, then the server.
 
     At most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent` and

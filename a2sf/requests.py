@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 
 from a2sf.policy import CachePolicy, EffectivePolicy
-from a2sf.schema import AlphaTable, Count, Frozen, Positive
+from a2sf.schema import AlphaTable, Count, Frozen, Given, Positive
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
@@ -18,7 +18,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TOP_LOGPROBS = 20
 
 
-class Sampling(Frozen):
+class Sampling(Given):
     """How the next token is drawn. Filters apply in the order of the fields here."""
 
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0, allow_inf_nan=False)] = 1.0
@@ -39,7 +39,7 @@ class Sampling(Frozen):
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class ChatMessage(Frozen):
+class ChatMessage(Given):
     """One message of a conversation."""
 
     role: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]

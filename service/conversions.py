@@ -11,12 +11,13 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from a2sf import chat
-from a2sf.errors import InvalidArgument, TableError
+from a2sf.errors import InvalidArgument, InvalidRequest, TableError
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads
 from a2sf.requests import (
@@ -30,12 +31,12 @@ from a2sf.requests import (
     Sampling,
     Started,
 )
-from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.schema import AlphaTable, ModelIdentity, problems
 from a2sf.tablefile import canonical_json
 from a2sf.text import vocabulary
 from service.pb import inference_pb2 as pb
 from service.policies import preset_value, set_fields
-from service.status import InvalidRequest, from_validation
+from service.status import Violations, fields_of
 from service.tables import TableStore
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -47,10 +48,7 @@ def proto_fields() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        found = from_validation(error)
-        raise InvalidRequest(
-            (_proto_field(f), problem) for f, problem in found.violations
-        ) from None
+        raise InvalidRequest((_proto_field(f), told) for f, told in problems(error)) from None
     except InvalidRequest:
         raise
     except InvalidArgument as error:
@@ -71,10 +69,15 @@ def _proto_field(field: str) -> str:
     return f"input.{field}"
 
 
+def new_request_id() -> str:
+    """Make up the id of a request that has none, or none that can be used."""
+    return uuid.uuid4().hex
+
+
 def request_id(message: pb.GenerationInput) -> str:
     """Return the request's own id, or a new one. Raises InvalidRequest for one unfit for logs."""
     if not message.request_id:
-        return uuid.uuid4().hex
+        return new_request_id()
     if not _REQUEST_ID.fullmatch(message.request_id):
         raise InvalidRequest(
             [("input.request_id", "accepted: 1 to 128 characters of A-Z a-z 0-9 . _ : -")]
@@ -145,10 +148,8 @@ def _conversation(
 ) -> Prompt:
     messages = []
     for index, message in enumerate(conversation.messages):
-        try:
+        with fields_of(f"{field}[{index}]"):
             messages.append(ChatMessage(role=message.role, content=message.content))
-        except ValidationError as error:
-            raise from_validation(error, f"{field}[{index}]") from None
     try:
         read = chat.read(
             model.tokenizer,
@@ -168,34 +169,45 @@ def generation_request(
     prompt_ids: tuple[int, ...],
     turn_end_ids: tuple[int, ...] = (),
     policy: CachePolicy,
-    table: AlphaTable | None,
 ) -> GenerationRequest:
-    """Put a request together from its message and what was already read or looked up of it.
+    """Put a request together from its message and what was already read of it, without its table.
 
-    A million token ids take their time: not for the event loop.
+    A million token ids take their time: not for the event loop. Raises InvalidRequest with all that
+    is wrong.
     """
+    found = Violations()
+    sampling = Sampling()
+    lists: dict[str, Any] = {}
     for field, most in (("stop", MAX_STOP_STRINGS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
         # Here, because pydantic would first look at every one of a million.
-        if (count := len(getattr(message, field))) > most:
-            raise InvalidRequest([(f"input.{field}", f"{count} of them; accepted: at most {most}")])
-    time_limit = message.HasField("time_limit_seconds")
-    with proto_fields():
-        return GenerationRequest(
+        values = getattr(message, field)
+        with found.of_part():
+            if len(values) > most:
+                raise InvalidArgument(
+                    f"input.{field}", f"{len(values)} of them; accepted: at most {most}"
+                )
+            lists[field] = tuple(values)
+    with found.of_part(), fields_of("input.sampling"):
+        sampling = Sampling(**set_fields(message.sampling))
+    with found.of_part(), proto_fields():
+        request = GenerationRequest(
             request_id=name,
             prompt_ids=prompt_ids,
             turn_end_ids=turn_end_ids,
             max_new_tokens=message.max_new_tokens,
             min_new_tokens=message.min_new_tokens,
-            time_limit_s=message.time_limit_seconds if time_limit else None,
-            sampling=Sampling(**set_fields(message.sampling)),
-            stop=tuple(message.stop),
-            stop_token_ids=tuple(message.stop_token_ids),
+            time_limit_s=(
+                message.time_limit_seconds if message.HasField("time_limit_seconds") else None
+            ),
+            sampling=sampling,
             ignore_eos=message.ignore_eos,
             logprobs=message.output.logprobs,
             top_logprobs=message.output.top_logprobs,
             cache_policy=policy,
-            table=table,
+            **lists,
         )
+    found.check()
+    return request
 
 
 class Answer:

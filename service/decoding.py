@@ -12,7 +12,8 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from service.status import InvalidRequest, to_wire
+from a2sf.errors import InvalidRequest
+from service.status import to_wire
 
 if TYPE_CHECKING:
     from service.metrics import Metrics

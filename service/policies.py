@@ -7,11 +7,11 @@ core and in the alpha table, so this is a copy. Knows nothing of the rest of a r
 from typing import Any
 
 from google.protobuf.message import Message
-from pydantic import ValidationError
 
+from a2sf.errors import InvalidRequest
 from a2sf.policy import CachePolicy
 from service.pb import inference_pb2 as pb
-from service.status import InvalidRequest, from_validation
+from service.status import fields_of
 
 _PREFIX = "CACHE_PRESET_"
 
@@ -25,11 +25,10 @@ def policy_from_message(
     """
     values = set_fields(message)
     if "preset" in values:
-        values["preset"] = preset_name(values["preset"], f"{where}.preset")
-    try:
+        # A number that is none is refused as the value that it is, beside what else is wrong.
+        values["preset"] = _preset_names().get(values["preset"], values["preset"])
+    with fields_of(where):
         return CachePolicy(**values)
-    except ValidationError as error:
-        raise from_validation(error, where) from None
 
 
 def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
@@ -40,14 +39,16 @@ def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
     return pb.CachePolicy(**values)
 
 
-def preset_name(value: int, where: str = "preset") -> str:
+def preset_name(value: int) -> str:
     """Return the core's name of a preset. Raises InvalidRequest for a value that is none."""
-    names: dict[int, str] = {
-        v: k.removeprefix(_PREFIX).lower() for k, v in pb.CachePreset.items() if v
-    }
+    names = _preset_names()
     if value not in names:
-        raise InvalidRequest([(where, f"{value}; accepted: {', '.join(names.values())}")])
+        raise InvalidRequest([("preset", f"{value}; accepted: {', '.join(names.values())}")])
     return names[value]
+
+
+def _preset_names() -> dict[int, str]:
+    return {v: k.removeprefix(_PREFIX).lower() for k, v in pb.CachePreset.items() if v}
 
 
 def preset_value(name: str) -> pb.CachePreset.ValueType:

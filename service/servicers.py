@@ -15,6 +15,7 @@ from structlog.contextvars import bind_contextvars
 
 from a2sf import __version__, chat
 from a2sf.errors import InvalidArgument
+from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
 from service.answering import Backend, Call, Door, answering
@@ -25,6 +26,7 @@ from service.pb import inference_pb2_grpc as pb_grpc
 from service.policies import policy_from_message, policy_to_message
 from service.runner import RequestFailed
 from service.stall import writing
+from service.status import Violations
 
 log = structlog.get_logger(__name__)
 
@@ -112,29 +114,38 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def _read(
         self, message: pb.GenerationInput, call: Call
     ) -> tuple[GenerationRequest, conversions.Answer]:
-        call.request_id = conversions.request_id(message)
+        found, policy = Violations(), CachePolicy()
+        call.request_id = conversions.new_request_id()
+        with found.of_part():
+            call.request_id = conversions.request_id(message)
         # For whatever else is logged on the way; each call has a context of its own.
         bind_contextvars(request_id=call.request_id)
         core = self._backend.core
         # Of one state of the tables, whatever is reloaded meanwhile.
         store = core.tables.now
-        policy = policy_from_message(message.cache_policy, "input.cache_policy")
+        with found.of_part():
+            policy = policy_from_message(message.cache_policy, "input.cache_policy")
         if not policy.names_method and store.default is not None:
             policy = policy.model_copy(update={"table": store.default})
-        table = store.lookup(policy.table) if policy.table is not None else None
 
         def prepare() -> tuple[GenerationRequest, conversions.Answer]:
-            prompt = self._prompt(message)
+            # Stands in where there is no prompt that can be read, so that the rest is judged too.
+            prompt = conversions.Prompt(None, (0,))
+            with found.of_part():
+                prompt = self._prompt(message)
+            with found.of_part():
+                request = conversions.generation_request(
+                    message,
+                    name=call.request_id,
+                    prompt_ids=prompt.token_ids,
+                    turn_end_ids=prompt.turn_end_ids,
+                    policy=policy,
+                )
+            found.check()
             if self._backend.options.log_prompts:
                 log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
-            request = conversions.generation_request(
-                message,
-                name=call.request_id,
-                prompt_ids=prompt.token_ids,
-                turn_end_ids=prompt.turn_end_ids,
-                policy=policy,
-                table=table,
-            )
+            if policy.table is not None:
+                request = request.model_copy(update={"table": store.lookup(policy.table)})
             return request, conversions.Answer(message.output, prompt, core.model)
 
         return await self._backend.prepare(prepare)

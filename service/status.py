@@ -5,7 +5,8 @@ not of the project's tree becomes an opaque INTERNAL: its text may hold anything
 log, beside the request id that the client is given. Knows nothing of handlers or channels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from pydantic import ValidationError
 
 from a2sf import errors
+from a2sf.errors import InvalidRequest
 from service.logs import LoggedFailure
 
 log = structlog.get_logger(__name__)
@@ -63,19 +64,32 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
 }
 """Each class by its own row; a subclass without one goes by its nearest parent."""
 
-MOST = 5
-"""Violations that are told. Trailers of more than 8 KiB are dropped with the status in them."""
+VIOLATIONS_BYTES = 2100
+"""Room for the violations that are told, a hundred bytes each or so. Clients of other makes drop
+trailers of more than 8 KiB, and the status in them."""
 
 _CLASSES = {cls.__name__: cls for cls in CODES}
 _BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it
 
 
-class InvalidRequest(errors.InvalidArgument):
-    """Several values of one request are not accepted; `violations` are (field, problem) pairs."""
+class Violations:
+    """Gathers what is wrong with the parts of one request, so that all of it is told at once."""
 
-    def __init__(self, violations: Iterable[tuple[str, str]]) -> None:
-        self.violations = tuple(violations)
-        super().__init__(*self.violations[0])
+    def __init__(self) -> None:
+        self._found: list[tuple[str, str]] = []
+
+    @contextmanager
+    def of_part(self) -> Iterator[None]:
+        """Keep what a refusal within the block says, and go on after the block."""
+        try:
+            yield
+        except errors.InvalidArgument as error:
+            self._found.extend(error.violations)
+
+    def check(self) -> None:
+        """Raise InvalidRequest if anything was wrong."""
+        if self._found:
+            raise InvalidRequest(self._found)
 
 
 class NoRoom(errors.ResourceExhausted):
@@ -105,22 +119,17 @@ class Cancelled(RemoteError):
     """The call was cancelled: the channel was closed under it, or someone between gave it up."""
 
 
-def from_validation(error: ValidationError, prefix: str = "") -> InvalidRequest:
-    """Turn pydantic's report on a part of a request into violations by dotted proto names.
+@contextmanager
+def fields_of(where: str) -> Iterator[None]:
+    """Within, what refuses its own fields refuses those of `where`, such as `input.sampling`."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest((_within(where, f), told) for f, told in error.violations) from None
 
-    `prefix` is where the part sits in the request, such as `input.sampling`.
-    """
-    violations = []
-    for problem in error.errors(include_url=False):
-        where = prefix
-        for part in problem["loc"]:
-            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-        message = problem["msg"].removeprefix("Value error, ")
-        # A whole part as the value is no help, and text may be a prompt.
-        shown = isinstance(problem["input"], (int, float)) and problem["loc"]
-        got = f" (got {problem['input']!r})" if shown else ""
-        violations.append((where, f"{message}{got}"))
-    return InvalidRequest(violations)
+
+def _within(where: str, field: str) -> str:
+    return f"{where}.{field}" if where and field else where or field
 
 
 @dataclass(frozen=True)
@@ -152,12 +161,7 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
     )
     trailers: list[tuple[str, str | bytes]] = []
     if isinstance(error, errors.InvalidArgument):
-        pairs = getattr(error, "violations", ((error.field, error.problem),))
-        violation = error_details_pb2.BadRequest.FieldViolation
-        told = [violation(field=_cut(f, 128), description=_cut(d, 384)) for f, d in pairs[:MOST]]
-        if len(pairs) > MOST:
-            told[-1] = violation(field="", description=f"and {len(pairs) - MOST + 1} more")
-        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=told)))
+        status.details.append(_packed(_bad_request(error.violations)))
     elif isinstance(error, errors.TableError):
         failure = error_details_pb2.PreconditionFailure
         unmet = failure.Violation(type=name, subject="alpha table", description=_cut(message, 384))
@@ -169,6 +173,20 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
         trailers.append((PUSHBACK_KEY, str(RETRY_AFTER_MS)))
     rich = rpc_status.to_status(status)
     return WireStatus(code, message, (*rich.trailing_metadata, *trailers))
+
+
+def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.BadRequest:
+    told, room = error_details_pb2.BadRequest(), VIOLATIONS_BYTES
+    for index, (field, problem) in enumerate(violations):
+        one = error_details_pb2.BadRequest.FieldViolation(
+            field=_cut(field, 128), description=_cut(problem, 384)
+        )
+        room -= one.ByteSize()
+        if room < 0:
+            told.field_violations.add(description=f"and {len(violations) - index} more")
+            break
+        told.field_violations.append(one)
+    return told
 
 
 def code_of(error: errors.A2SFError) -> grpc.StatusCode:

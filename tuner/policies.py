@@ -7,6 +7,7 @@ with what it protects. Knows nothing of examples or of costs.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound
@@ -133,7 +134,7 @@ def _read(written: str, model: LoadedModel) -> list[Named]:
 
 
 def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
-    fields: dict[str, float | int | str] = {}
+    fields: dict[str, Any] = {}
     if name in PRESETS:
         fields["preset"] = name
     if name != "full":
@@ -146,7 +147,7 @@ def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
             fields["recent_share"] = _number(written, float)
         else:
             fields["recent"] = _number(written, int)
-    return CachePolicy.model_validate(fields)
+    return CachePolicy(**fields)
 
 
 def _number(written: str, kind: type[int] | type[float]) -> float:

@@ -13,7 +13,7 @@ import grpc
 from pydantic import ConfigDict, Field
 
 from a2sf.errors import InvalidArgument, first_line
-from a2sf.schema import Frozen
+from a2sf.schema import Given
 from service.client.targets import is_list, may_be_several, stays_here, uri
 from service.pb import inference_pb2 as pb
 from service.status import METADATA_OPTIONS
@@ -71,7 +71,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-class Tls(Frozen):
+class Tls(Given):
     """How a channel is encrypted. All files are PEM."""
 
     root_ca: Path | None = None
@@ -119,7 +119,7 @@ def _why(error: OSError, accepted: str) -> str:
     return error.strerror or first_line(error)
 
 
-class ChannelOptions(Frozen):
+class ChannelOptions(Given):
     """How a server is reached besides its address."""
 
     model_config = ConfigDict(hide_input_in_errors=True)

@@ -12,11 +12,11 @@ from typing import Annotated, Any, TypeVar
 
 import grpc
 import typer
-from pydantic import BaseModel, ValidationError
 
 from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
+from a2sf.schema import Given
 from service.client.calls import DEFAULT_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
 from service.client.display import ForPeople, JsonLines
@@ -24,9 +24,9 @@ from service.client.interrupt import INTERRUPTED, Interrupt
 from service.client.options import GenerationOptions
 from service.client.session import Session
 from service.client.sync import SyncClient
-from service.status import InvalidRequest, NoRoom, code_of, from_validation
+from service.status import NoRoom, Violations, code_of, fields_of
 
-Checked = TypeVar("Checked", bound=BaseModel)
+Checked = TypeVar("Checked", bound=Given)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -187,13 +187,19 @@ def complete(
     }
     try:
         with interrupt.raised():
+            found, sampling, cache_policy = Violations(), Sampling(), CachePolicy()
+            with found.of_part():
+                sampling = _checked(Sampling, "input.sampling", drawn)
+            with found.of_part():
+                cache_policy = _checked(CachePolicy, "input.cache_policy", policy)
+            found.check()
             options = GenerationOptions(
                 min_new_tokens=min_new_tokens,
-                sampling=_checked(Sampling, "input.sampling", drawn),
+                sampling=sampling,
                 stop=stop or (),
                 stop_token_ids=stop_token_id or (),
                 ignore_eos=ignore_eos,
-                cache_policy=_checked(CachePolicy, "input.cache_policy", policy),
+                cache_policy=cache_policy,
                 request_id=request_id,
                 # For the live figures, and who reads JSON has a use for them.
                 token_ids=True,
@@ -242,10 +248,8 @@ def _refused_here(error: A2SFError) -> bool:
 
 def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
     """Make a value of the flags that were given. Raises InvalidArgument that names them."""
-    try:
-        return cls.model_validate({k: v for k, v in values.items() if v is not None})
-    except ValidationError as error:
-        raise from_validation(error, name) from None
+    with fields_of(name):
+        return cls(**{k: v for k, v in values.items() if v is not None})
 
 
 def _first_token(path: Path) -> str:
@@ -278,6 +282,4 @@ def _report_json(error: A2SFError) -> None:
 
 def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
     """The fields that are not accepted, with why; none where the error is not about fields."""
-    if isinstance(error, InvalidRequest):
-        return error.violations
-    return ((error.field, error.problem),) if isinstance(error, InvalidArgument) else ()
+    return error.violations if isinstance(error, InvalidArgument) else ()

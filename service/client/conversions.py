@@ -5,13 +5,12 @@ that a client loads neither engine nor torch. Knows nothing of channels.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument
 from a2sf.policy import CachePolicy
@@ -45,7 +44,7 @@ from service.client.results import (
 )
 from service.pb import inference_pb2 as pb
 from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
-from service.status import RemoteError, from_validation
+from service.status import RemoteError, Violations, fields_of
 
 Written = TypeVar("Written", bound=Message)
 
@@ -61,33 +60,38 @@ def generation_input(
             f"no such option: {', '.join(sorted(unknown))}; accepted: "
             f"{', '.join(sorted(GenerationOptions.__annotations__))}"
         )
-    if isinstance(options.get("stop"), str):
-        # A string is a sequence too, of strings that nobody meant.
-        raise InvalidArgument("input.stop", "one string; give a list of strings")
+    found, message = Violations(), pb.GenerationInput()
     sampling = options.get("sampling", Sampling())
-    message = _written(
-        pb.GenerationInput,
-        "input.",
-        request_id=options.get("request_id", ""),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=options.get("min_new_tokens", 0),
-        time_limit_seconds=options.get("time_limit_s"),
-        sampling=_written(pb.Sampling, "input.sampling.", **sampling.model_dump(exclude_none=True)),
-        stop=options.get("stop", ()),
-        stop_token_ids=options.get("stop_token_ids", ()),
-        ignore_eos=options.get("ignore_eos", False),
-        cache_policy=_policy(options.get("cache_policy", CachePolicy())),
-        output=_written(
-            pb.OutputOptions,
-            "input.output.",
-            token_ids=options.get("token_ids", False),
-            logprobs=options.get("logprobs", False),
-            top_logprobs=options.get("top_logprobs", 0),
-            echo=options.get("echo", False),
-        ),
-    )
-    special = options.get("special_tokens_in_content", False)
-    _write_prompt(prompt, message, "input.", special=special)
+    output = {name: options.get(name) for name in pb.OutputOptions.DESCRIPTOR.fields_by_name}
+    with found.of_part():
+        if isinstance(options.get("stop"), str):
+            # A string is a sequence too, of strings that nobody meant.
+            raise InvalidArgument("input.stop", "one string; give a list of strings")
+        message.stop.extend(_written(pb.GenerationInput, "input.", stop=options.get("stop")).stop)
+    with found.of_part():
+        drawn = sampling.model_dump(exclude_none=True)
+        message.sampling.CopyFrom(_written(pb.Sampling, "input.sampling.", **drawn))
+    with found.of_part():
+        message.cache_policy.CopyFrom(_policy(options.get("cache_policy", CachePolicy())))
+    with found.of_part():
+        message.output.CopyFrom(_written(pb.OutputOptions, "input.output.", **output))
+    with found.of_part():
+        message.MergeFrom(
+            _written(
+                pb.GenerationInput,
+                "input.",
+                request_id=options.get("request_id"),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=options.get("min_new_tokens"),
+                time_limit_seconds=options.get("time_limit_s"),
+                stop_token_ids=options.get("stop_token_ids"),
+                ignore_eos=options.get("ignore_eos"),
+            )
+        )
+    with found.of_part():
+        special = options.get("special_tokens_in_content", False)
+        _write_prompt(prompt, message, "input.", special=special)
+    found.check()
     return message
 
 
@@ -102,20 +106,27 @@ def tokenize_request(
 
 def _written(cls: type[Written], where: str, **fields: Any) -> Written:
     # Field by field, because protobuf does not tell which one a value does not fit.
-    message = cls()
+    message, found = cls(), Violations()
     for name, value in fields.items():
-        try:
-            part = cls(**{name: value})
-        except (ValueError, OverflowError) as error:
-            problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
-            raise InvalidArgument(f"{where}{name}", problem) from error
-        # What a field is too narrow for becomes infinite, without an error.
-        if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
-            raise InvalidArgument(
-                f"{where}{name}", f"{value!r} is no finite number there; accepted: finite numbers"
-            )
-        message.MergeFrom(part)
+        with found.of_part():
+            message.MergeFrom(_field(cls, where, name, value))
+    found.check()
     return message
+
+
+def _field(cls: type[Written], where: str, name: str, value: Any) -> Written:
+    """Write one field; None leaves it out."""
+    try:
+        part = cls(**{name: value})
+    except (ValueError, OverflowError) as error:
+        problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
+        raise InvalidArgument(f"{where}{name}", problem) from error
+    # What a field is too narrow for becomes infinite, without an error.
+    if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
+        raise InvalidArgument(
+            f"{where}{name}", f"{value!r} is no finite number there; accepted: finite numbers"
+        )
+    return part
 
 
 def _accepted(kind: int) -> str:
@@ -162,10 +173,12 @@ def _write_prompt(
 
 
 def _chat_message(part: object, where: str) -> pb.ChatMessage:
-    try:
-        one = ChatMessage.model_validate(part)
-    except ValidationError as error:
-        raise from_validation(error, where) from None
+    if isinstance(part, Mapping):
+        with fields_of(where):
+            part = ChatMessage(**part)
+    if not isinstance(part, ChatMessage):
+        raise InvalidArgument(where, "accepted: a ChatMessage, or a mapping of role and content")
+    one = part
     return _written(pb.ChatMessage, f"{where}.", role=one.role, content=one.content)
 
 

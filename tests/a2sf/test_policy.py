@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, InvalidRequest
 from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve, slots_for
 from tests.tables import IDENTITY, make_table
 
@@ -102,12 +101,14 @@ def test_only_random_carries_a_seed() -> None:
         ({"preset": "h2o", "recent": 5}, "sets its own recent window"),
         ({"preset": "full", "budget": 5}, "keeps every token"),
         ({"preset": "h2o", "random_seed": 5}, "random only"),
-        ({"preset": "nonsense"}, "'full', 'window', 'h2o'"),
+        ({"preset": "h20"}, r"^preset: 'h20'; accepted: full, .*; did you mean h2o\?$"),
+        ({"preset": "nonsense"}, "'nonsense'; accepted: full, window, h2o, tova_per_head, random$"),
+        ({"budgit": 3}, r"^budgit: no such field; accepted: preset, .*; did you mean budget\?$"),
         ({"sinks": -1}, "greater than or equal to 0"),
     ],
 )
 def test_a_wish_that_contradicts_itself_is_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(InvalidRequest, match=says):
         CachePolicy(**fields)
 
 

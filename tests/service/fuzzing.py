@@ -87,8 +87,8 @@ def _admitted(message: pb.GenerationInput) -> pb.GenerationStarted:
     table = here.store.lookup(wish.table) if wish.table is not None else None
     prompt = conversions.read_prompt(message, here.model, MAX_PROMPT_BYTES)
     request = conversions.generation_request(
-        message, name=name, prompt_ids=prompt.token_ids, policy=wish, table=table
-    )
+        message, name=name, prompt_ids=prompt.token_ids, policy=wish
+    ).model_copy(update={"table": table})
     with conversions.proto_fields():
         policy = admission.check(request, here.model, here.config)
     seed = request.sampling.seed or 0

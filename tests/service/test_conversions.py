@@ -2,8 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
+from a2sf.errors import InvalidRequest
 from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling, Started
@@ -46,7 +46,7 @@ def policies(draw: st.DrawFn) -> CachePolicy:
     }
     try:
         return CachePolicy(**fields)
-    except ValidationError:
+    except InvalidRequest:
         return CachePolicy(budget_ratio=0.5, recent_share=fields.get("alpha", 0.0))
 
 
@@ -74,7 +74,7 @@ def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> No
     sent = pb.GenerationInput.FromString(message.SerializeToString())
     assert tuple(sent.token_ids.ids) == (1, 2)
     request = conversions.generation_request(
-        sent, name="r", prompt_ids=(1, 2), policy=CachePolicy(), table=None
+        sent, name="r", prompt_ids=(1, 2), policy=CachePolicy()
     )
     assert request.sampling == sampling
     assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)

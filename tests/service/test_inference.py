@@ -10,7 +10,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from a2sf.errors import InvalidArgument, NotFound, ResourceExhausted
+from a2sf.errors import InvalidArgument, InvalidRequest, NotFound, ResourceExhausted
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Finished, FinishReason, Sampling
 from service import conversions
@@ -19,7 +19,7 @@ from service.client.results import StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.server import Server
-from service.status import InvalidRequest, RemoteError, from_wire
+from service.status import RemoteError, from_wire
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
 
 GREEDY = Sampling(temperature=0.0)

@@ -9,13 +9,13 @@ from unittest.mock import Mock
 import grpc
 import pytest
 
-from a2sf.errors import A2SFError, Aborted, NotFound, ResourceExhausted, Unavailable
+from a2sf.errors import A2SFError, Aborted, InvalidRequest, NotFound, ResourceExhausted, Unavailable
 from service.client import Client
 from service.client.channel import PLAIN_TEXT, open_aio
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.ray_serve import proxy
-from service.status import InvalidRequest, NoRoom, RemoteError, from_wire, to_wire
+from service.status import NoRoom, RemoteError, from_wire, to_wire
 from tests.service.conftest import WAIT_S, until
 
 ray_server = pytest.importorskip("ray.serve._private.grpc_util").gRPCGenericServer

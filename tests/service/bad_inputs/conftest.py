@@ -57,8 +57,13 @@ class Told:
     details: str
     reason: str | None
     """None where gRPC itself answers, before any code of ours."""
-    field: str | None
-    """Of the first violation."""
+    fields: tuple[str, ...]
+    """Of the violations."""
+
+    @property
+    def field(self) -> str | None:
+        """Of the first one."""
+        return self.fields[0] if self.fields else None
 
 
 def read(error: grpc.aio.AioRpcError) -> Told:
@@ -70,8 +75,8 @@ def read(error: grpc.aio.AioRpcError) -> Told:
         for kind in (info, bad):
             if detail.Is(kind.DESCRIPTOR):
                 detail.Unpack(kind)
-    first = bad.field_violations[0].field if bad.field_violations else None
-    return Told(error.code(), error.details() or "", info.reason or None, first)
+    fields = tuple(violation.field for violation in bad.field_violations)
+    return Told(error.code(), error.details() or "", info.reason or None, fields)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,39 @@ async def test_a_bad_request_is_told_what_is_wrong(served: Served, name: str) ->
     assert "Error" not in told.details, "no exception of Python's, nor its class"
 
 
+async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) -> None:
+    request = generation(
+        request_id="a b",
+        text="",
+        stop=[""],
+        sampling={"temperature": -1.0, "top_p": 2.0},
+        cache_policy={"alpha": 3.0, "prefill_chunk": 1, "random_seed": 2**31},
+        output={"top_logprobs": 21},
+    )
+    told = read(await served.refusal(request))
+    assert (told.code, told.reason) == (C.INVALID_ARGUMENT, "InvalidArgument")
+    assert sorted(told.fields) == [
+        "input.cache_policy.alpha",
+        "input.cache_policy.random_seed",
+        "input.output.top_logprobs",
+        "input.request_id",
+        "input.sampling.temperature",
+        "input.sampling.top_p",
+        "input.stop[0]",
+        "input.text",
+    ]
+
+
+async def test_too_many_stops_are_told_beside_a_preset_that_there_is_not(served: Served) -> None:
+    request = generation(stop=["s"] * 17, stop_token_ids=[1] * 129, cache_policy={"preset": 77})
+    told = read(await served.refusal(request))
+    assert sorted(told.fields) == [
+        "input.cache_policy.preset",
+        "input.stop",
+        "input.stop_token_ids",
+    ]
+
+
 ODD: dict[str, bytes] = {
     "fields of a later version": GOOD + tagged(1, tagged(999, b"new")) + tagged(15, 7),
     "a number that has wrapped": tagged(1, tagged(2, b"x") + tagged(4, 2**32 + 4)),

@@ -132,19 +132,19 @@ async def test_an_error_in_json_is_one_object_with_code_and_fields(
     start_server: StartServer,
 ) -> None:
     _, _, address = await start_server()
-    for flags, exits, code, field in [
-        (["--budget", "65"], 1, "INVALID_ARGUMENT", "input.cache_policy.budget"),
-        (["--alpha", "2"], 2, "INVALID_ARGUMENT", "input.cache_policy.alpha"),
-        (["--table", "t"], 1, "NOT_FOUND", None),
-        (["--timeout", "0.2", "--max-new-tokens", "900000"], 1, "DEADLINE_EXCEEDED", None),
+    drawn_and_kept = ["input.sampling.temperature", "input.cache_policy.alpha"]
+    for flags, exits, code, fields in [
+        (["--budget", "65"], 1, "INVALID_ARGUMENT", ["input.cache_policy.budget"]),
+        (["--alpha", "2", "--temperature", "-1"], 2, "INVALID_ARGUMENT", drawn_and_kept),
+        (["--table", "t"], 1, "NOT_FOUND", []),
+        (["--timeout", "0.2", "--max-new-tokens", "900000"], 1, "DEADLINE_EXCEEDED", []),
     ]:
         given = ["x", "--target", address, "--json", "--ignore-eos", *flags]
         exit_code, _, err = await run(*given)
         told = json.loads(err)["error"]
         assert (exit_code, told["code"]) == (exits, code)
         assert told["message"]
-        fields = [violation["field"] for violation in told.get("field_violations", ())]
-        assert fields == ([field] if field else [])
+        assert [v["field"] for v in told.get("field_violations", ())] == fields
 
 
 async def test_a_busy_server_is_told_in_json_with_when_to_come_back(

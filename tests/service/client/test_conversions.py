@@ -1,6 +1,7 @@
 """What the client asks for is what is sent, and what is answered is what it tells."""
 
 import math
+from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,15 +10,24 @@ from typing import Any
 import pytest
 from google.protobuf.wrappers_pb2 import FloatValue
 
-from a2sf.errors import Aborted, Conflict, InvalidArgument, NotFound, Unauthenticated, Unsupported
+from a2sf.errors import (
+    Aborted,
+    Conflict,
+    InvalidArgument,
+    InvalidRequest,
+    NotFound,
+    Unauthenticated,
+    Unsupported,
+)
+from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, FinishReason, Sampling
-from service.client import AdminClient, ChannelOptions, ChatMessage, conversions
+from service.client import AdminClient, ChannelOptions, ChatMessage, Tls, conversions
 from service.client.results import Activated, Load, Prompt, Reloaded, StreamStarted
 from service.client.results import Delta as TokenDelta
 from service.core import Core, load_core
 from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
-from service.status import InvalidRequest, RemoteError
+from service.status import RemoteError
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer
 
 GREEDY: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "ignore_eos": True}
@@ -89,8 +99,8 @@ def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
             "input.chat.messages[1].role",
             "pattern",
         ),
-        ([{"role": "user", "content": "x", "name": "y"}], "input.chat.messages[0].name", "permit"),
-        (["text"], "input.chat.messages[0]", "dictionary or instance of ChatMessage"),
+        ([{"role": "user", "content": "x", "name": "y"}], "input.chat.messages[0].name", "no such"),
+        (["text"], "input.chat.messages[0]", "accepted: a ChatMessage, or a mapping"),
         ([2**32], "input.token_ids.ids", "out of range"),
         ("\ud800", "input.text", "surrogate"),
     ],
@@ -99,6 +109,36 @@ def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, prob
     with pytest.raises(InvalidArgument, match=problem) as caught:
         conversions.generation_input(prompt, 1, {})
     assert caught.value.field == field
+
+
+def test_all_that_does_not_fit_its_field_is_told_at_once() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        conversions.generation_input(
+            b"bytes", 2**32, {"stop": "one", "top_logprobs": -1, "stop_token_ids": [-1]}
+        )
+    assert sorted(field for field, _ in caught.value.violations) == [
+        "input.max_new_tokens",
+        "input.output.top_logprobs",
+        "input.prompt",
+        "input.stop",
+        "input.stop_token_ids",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: CachePolicy(preset="h20", budget=0), "did you mean h2o.*; budget: .*(got 0)"),
+        (lambda: Sampling(temprature=1.0), "temprature: no such field; .*did you mean temperature"),
+        (lambda: ChatMessage(role="a b", content="x"), "^role: "),
+        (lambda: ChannelOptions(token=5), "^token: "),
+        (lambda: Tls(root_ca="here"), "^root_ca: "),
+    ],
+    ids=["policy", "sampling", "message", "channel", "tls"],
+)
+def test_what_callers_make_is_refused_by_our_own_error(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        make()
 
 
 @pytest.mark.parametrize(
