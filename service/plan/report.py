@@ -17,6 +17,9 @@ from service.plan.sizing import Sizing
 from service.plan.units import binary
 from service.settings import NAMES, flag
 
+WIDTH, LABEL = 100, 12
+"""Characters of a line at the most, and those of a label before many numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -42,8 +45,15 @@ class Plan:
 
 def for_people(plan: Plan) -> str:
     """Write the plan as text, lines of at most a hundred characters unless a name is long."""
-    sections = (_head(plan), _memory(plan), _sides(plan), _scoring(plan), _times(plan))
-    told = "\n\n".join("\n".join(lines) for lines in sections)
+    sections = (
+        _head(plan),
+        _memory(plan),
+        _heads(plan),
+        _sides(plan),
+        _scoring(plan),
+        _times(plan),
+    )
+    told = "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
     return f"{told}\n\nStart it with\n  {shlex.join(plan.command)}"
 
 
@@ -126,6 +136,21 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield _bytes("left over", sizing.free, f"of {sizing.memory:,}")
 
 
+def _heads(plan: Plan) -> Iterator[str]:
+    """The slots of each head, where they differ; many heads of a layer go on in the next line."""
+    slots = plan.sizing.head_slots
+    if len(set(chain(*slots))) == 1:
+        return
+    width = max(len(f"{most:,}") for most in chain(*slots)) + 2
+    many = (WIDTH - LABEL) // width
+    yield "Slots of a row, a line for each layer, a number for each KV head"
+    for layer, row in enumerate(slots):
+        for first in range(0, len(row), many):
+            label = "" if first else f"  layer {layer}"
+            cells = "".join(f"{one:>{width},}" for one in row[first : first + many])
+            yield f"{label:<{LABEL}}{cells}"
+
+
 def _sides(plan: Plan) -> Iterator[str]:
     sizing = plan.sizing
     vectors = capacity.vectors_nbytes(sizing.outline, sum(chain(*sizing.head_slots)))
@@ -205,10 +230,10 @@ def _counted(weights: Weights) -> str:
 
 
 def _slots(sizing: Sizing) -> str:
-    if len(set(chain(*sizing.head_slots))) == 1:
-        return f"{sizing.head_slots[0][0]:,} slots"
-    layers = (row if len(set(row)) > 1 else row[:1] for row in sizing.head_slots)
-    return f"{','.join('/'.join(map(str, row)) for row in layers)} slots"
+    slots = list(chain(*sizing.head_slots))
+    if len(set(slots)) == 1:
+        return f"{slots[0]:,} slots"
+    return f"{min(slots):,} to {max(slots):,} slots"
 
 
 def _dtype(sizing: Sizing) -> str:

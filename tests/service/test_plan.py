@@ -94,6 +94,42 @@ def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
     assert_allocates_what_was_planned(told)
 
 
+def test_people_read_the_slots_of_each_head_where_they_differ(
+    tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shares = ((0.3, 0.5), (1.0, 3.0), (7.7, 0.9))
+    table = make_table(tiny_model.identity, head_share=shares, budget=None, budget_ratio=0.2)
+    save_table(table, tmp_path / "table.json")
+    said = ("--tables", tmp_path, "--default-table", table.name, "--budget", 640)
+    told = shown("--model", tiny_model_dir, "--device", "cpu", "--max-batch", 2, *said)
+    _, _, table_of_slots = told.partition("a line for each layer, a number for each KV head\n")
+    lines = [line.split() for line in table_of_slots.splitlines()[:3]]
+    slots = heads_of(640, shares)
+    assert lines == [
+        ["layer", f"{layer}", *(f"{one:,}" for one in row)] for layer, row in enumerate(slots)
+    ]
+    assert f"2 rows of {min(map(min, slots))} to {max(map(max, slots)):,} slots\n" in told
+    assert "Slots of a row" not in shown("--device", "cpu", "--max-batch", 2, "--budget", 640)
+
+
+def test_the_slots_of_many_heads_go_on_in_the_next_line(tmp_path: Path) -> None:
+    model = save_tiny_llama(
+        tmp_path / "model", hidden_size=240, num_attention_heads=30, num_key_value_heads=30
+    )
+    identity = load_model(str(model), device="cpu", dtype="float32").identity
+    shares = ((4.0,) * 29 + (0.25,), (1.0,) * 30, (1.0,) * 30)
+    save_table(make_table(identity, head_share=shares, sinks=0, recent=0), tmp_path / "t.json")
+    said = ("--tables", tmp_path, "--default-table", "made-up", "--budget", 1000, "--slots", 8000)
+    told = shown("--model", model, "--device", "cpu", "--max-batch", 1, *said).splitlines()
+    first = next(number for number, line in enumerate(told) if line.startswith("Slots of a row"))
+    lines = [line.split() for line in told[first + 1 : first + 10]]
+    assert [line[:2] == ["layer", str(number // 3)] for number, line in enumerate(lines)] == [
+        number % 3 == 0 for number in range(9)
+    ]
+    assert [len(line) for line in lines[:3]] == [2 + 11, 11, 8]
+    assert max(map(len, told[first : first + 10])) <= 100
+
+
 def test_a_table_that_the_server_would_not_begin_with_is_refused(
     tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
