@@ -170,12 +170,20 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     """
     policy, start = table.policy, f"start the server with --default-table {table.name}"
     cannot = f"alpha table {table.name!r} cannot be the default"
-    alike = heads_of(options.slots, policy.head_share) == rows
+    wanted = heads_of(options.slots, policy.head_share)
+    alike = wanted == rows
     if policy.budget is None:
         if not alike:
+            layer, head = next(
+                (layer, head)
+                for layer, (mine, row) in enumerate(zip(wanted, rows, strict=True))
+                for head, (want, has) in enumerate(zip(mine, row, strict=True))
+                if want != has
+            )
             raise TableInvalid(
                 f"{cannot}: its budget is a ratio, dealt by its head_share, and rows are not "
-                f"dealt so ({_dealt(rows)}); {start}"
+                f"dealt so: layer {layer} head {head} has {rows[layer][head]} slots, where this "
+                f"table deals it {wanted[layer][head]}; {start}"
             )
         return
     budget = policy.budget
@@ -222,15 +230,8 @@ def _peaks(budget: int, shares: Shares) -> list[list[int]]:
     return [[peak(weight) for weight in row] for row in shares]
 
 
-def _dealt(rows: Heads) -> str:
-    """A row's slots: those of a layer between commas, one number where its heads have the same."""
-    if len(set(chain(*rows))) == 1:
-        return f"{rows[0][0]} slots in every head"
-    layers = ("/".join(map(str, row if len(set(row)) > 1 else row[:1])) for row in rows)
-    return ",".join(layers)
-
-
 def _written(rows: Heads, options: ServerOptions) -> str:
-    """How slots are spread over a row's heads, for the log."""
-    equal = len(set(chain(*rows))) == 1
-    return "flat" if equal else f"{options.default_table}:{_dealt(rows)}"
+    """How slots are spread over a row's heads, for the log: the fewest and the most."""
+    slots = list(chain(*rows))
+    equal = len(set(slots)) == 1
+    return "flat" if equal else f"{options.default_table}:{min(slots)}-{max(slots)}"

@@ -124,7 +124,7 @@ async def test_the_activated_table_is_that_of_requests_that_name_no_method(
         ("missing", NotFound, "served: one, two, wide"),
         ("../one", NotFound, "served: one, two, wide"),
         ("bad", TableCorrupt, "alpha table bad.json: not whole JSON"),
-        ("wide", TableInvalid, "up to 80 slots of layer 0, which has 64"),
+        ("wide", TableInvalid, "up to 80 slots of layer 0 head 0, which has 64"),
     ],
 )
 async def test_a_table_that_cannot_be_the_default_is_not_activated(
