@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from a2sf import chat
 from a2sf.errors import InvalidArgument, InvalidRequest, TableError
 from a2sf.models import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads, deal
 from a2sf.requests import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -299,13 +299,18 @@ def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaT
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
     """Write one table, typed and as the canonical JSON of its file."""
+    dealt, budget = table.policy.head_share, table.policy.budget
     policy = table.policy.model_dump(exclude={"alpha", "head_share"}, exclude_none=True)
+    # Of a sequence so long that no head has a use for more slots than it is dealt.
+    slots = () if budget is None else deal(budget, dealt, budget * sum(map(len, dealt)) + 1)
     return pb.GetAlphaTableResponse(
         table=pb.AlphaTable(
             summary=_summary(table),
             model=identity_message(table.model),
             layers=[pb.LayerAlphas(alphas=row) for row in table.policy.alpha],
-            layer_share=[math.fsum(row) / len(row) for row in table.policy.head_share],
+            layer_share=[math.fsum(row) / len(row) for row in dealt],
+            head_share=[pb.HeadShares(shares=row) for row in dealt],
+            head_budgets=head_messages(slots),
             **policy,
         ),
         canonical_json=canonical_json(table.model_dump(mode="json")),
@@ -324,6 +329,11 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
     )
 
 
+def head_messages(heads: Heads) -> list[pb.HeadTokens]:
+    """Write a number of each layer and KV head."""
+    return [pb.HeadTokens(tokens=row) for row in heads]
+
+
 def layer_means(heads: Heads) -> list[int]:
     """Return the mean of each layer's heads, rounded to the nearest, halves up."""
     return [(2 * sum(row) + len(row)) // (2 * len(row)) for row in heads]
@@ -335,6 +345,8 @@ def _effective_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
         layer_budgets=layer_means(policy.head_budgets),
         recent=policy.recent,
         layer_recents=layer_means(policy.head_recents),
+        head_budgets=head_messages(policy.head_budgets),
+        head_recents=head_messages(policy.head_recents),
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed,

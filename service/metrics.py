@@ -133,7 +133,7 @@ class Metrics:
         )
         self.evicted_tokens = Counter(
             "a2sf_evicted_tokens_total",
-            "Tokens that finished completions had forgotten, the mean over layers.",
+            "Tokens that finished completions had forgotten, the mean over heads.",
             registry=registry,
         )
         finished = Counter(

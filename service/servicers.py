@@ -198,6 +198,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
 def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
     """Write what is being served."""
     shape, config = core.model.shape, core.config
+    slots = config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
     policy, default = config.default_policy, core.tables.now.default
     if default is not None:
         policy = policy.model_copy(update={"preset": None, "table": default})
@@ -209,9 +210,8 @@ def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
         dtype=core.model.dtype_name,
         device=core.model.device.type,
         slots=config.slots,
-        layer_slots=conversions.layer_means(
-            config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
-        ),
+        layer_slots=conversions.layer_means(slots),
+        head_slots=conversions.head_messages(slots),
         max_prefill_tokens=config.staging_slots(shape.max_context),
         chat=chat.has_template(core.model.tokenizer),
         max_batch=config.max_batch,

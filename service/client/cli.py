@@ -124,7 +124,7 @@ def complete(
     alpha: Annotated[float | None, _memory(help="Forget by this one factor, 0 to 1.")] = None,
     preset: Annotated[Preset | None, _memory(help="Forget by a known method.")] = None,
     budget: Annotated[
-        int | None, _memory(help="Tokens each head keeps, the mean over layers.")
+        int | None, _memory(help="Tokens each head keeps, the mean over heads.")
     ] = None,
     budget_ratio: Annotated[
         float | None, _memory(help="The same, as a share of prompt + new tokens.")

@@ -13,7 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from a2sf.errors import InvalidArgument
-from a2sf.policy import CachePolicy
+from a2sf.policy import CachePolicy, Heads
 from a2sf.requests import (
     CacheStatistics,
     ChatMessage,
@@ -232,7 +232,7 @@ def model_description(message: pb.GetModelResponse) -> ModelDescription:
         kv_slab_bytes=message.kv_slab_bytes,
         default_cache_policy=policy_from_message(message.default_cache_policy),
         server_version=message.server_version,
-        layer_slots=tuple(message.layer_slots),
+        head_slots=_heads(message.head_slots, message.layer_slots, message.model.num_kv_heads),
         max_prefill_tokens=message.max_prefill_tokens,
         chat=message.chat,
         max_waiting=message.max_waiting,
@@ -323,14 +323,24 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
         table_name=policy.table.name if kind == "table" else None,
         table_sha256=policy.table.sha256 if kind == "table" else None,
         budget=policy.budget,
-        layer_budgets=tuple(policy.layer_budgets),
+        head_budgets=_heads(policy.head_budgets, policy.layer_budgets),
         recent=policy.recent,
-        layer_recents=tuple(policy.layer_recents),
+        head_recents=_heads(policy.head_recents, policy.layer_recents),
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed if policy.HasField("random_seed") else None,
         prompt=_prompt(message.prompt) if message.HasField("prompt") else None,
     )
+
+
+def _heads(heads: Iterable[pb.HeadTokens], layers: Iterable[int], num_kv_heads: int = 1) -> Heads:
+    """Read a number of each layer and KV head.
+
+    A server from before slots were dealt to heads tells `layers` alone, and all heads of a layer
+    have the same; where it does not tell how many they are, one stands for all.
+    """
+    told = tuple(tuple(layer.tokens) for layer in heads)
+    return told or tuple((tokens,) * num_kv_heads for tokens in layers)
 
 
 def _prompt(message: pb.Prompt) -> Prompt:

@@ -7,6 +7,7 @@ and gone at the end. Knows nothing of calls.
 
 import sys
 import time
+from itertools import chain
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -192,7 +193,8 @@ class _LiveFigures:
             return f"reading {started.prompt_tokens} tokens, {elapsed:.0f} s"
         # The newest token is not stored yet.
         seen = started.prompt_tokens + tokens - 1
-        gone = [max(0, seen - budget) for budget in started.layer_budgets or (started.budget,)]
+        budgets = list(chain(*started.head_budgets)) or [started.budget]
+        gone = [max(0, seen - budget) for budget in budgets]
         rate = f"{(tokens - 1) / elapsed:.1f} tokens/s, " if tokens > 1 else ""
         return f"{tokens} tokens, {rate}evicted {round(sum(gone) / len(gone))} of {seen}"
 

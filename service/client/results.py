@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from a2sf import requests
-from a2sf.policy import CachePolicy
+from a2sf.policy import CachePolicy, Heads
 from a2sf.requests import Finished
 from a2sf.schema import Frozen, ModelIdentity
 
@@ -38,13 +38,13 @@ class StreamStarted(Frozen):
     table_name: str | None
     table_sha256: str | None
     budget: int
-    """Tokens that each head keeps, the mean over layers."""
-    layer_budgets: tuple[int, ...]
-    """[layers] tokens that each head keeps."""
+    """Tokens that each head keeps, the mean over layers and heads."""
+    head_budgets: Heads
+    """[layers][KV heads] tokens that each keeps."""
     recent: int
-    """Tokens before the newest that a layer of `budget` would never forget."""
-    layer_recents: tuple[int, ...]
-    """[layers] tokens before the newest that are never forgotten."""
+    """Tokens before the newest that a head of `budget` would never forget."""
+    head_recents: Heads
+    """[layers][KV heads] tokens before the newest that each never forgets."""
     sinks: int
     """First tokens that are never forgotten."""
     prefill_chunk: int
@@ -103,14 +103,15 @@ class ModelDescription(Frozen):
     dtype: str
     device: str
     slots: int
-    """The largest budget, in tokens: the mean over layers, where the default table shapes rows."""
+    """The largest budget, in tokens: the mean over heads, where the default table shapes rows."""
     max_batch: int
     """Requests that decode together at most."""
     kv_slab_bytes: int
     default_cache_policy: CachePolicy
     server_version: str
-    layer_slots: tuple[int, ...]
-    """[layers] slots of a row; all are `slots` but where the default table deals unequally."""
+    head_slots: Heads
+    """[layers][KV heads] slots of a row; all are `slots` but where the default table deals
+    unequally."""
     max_prefill_tokens: int
     """Longest prompt that is read in one block; longer ones need `prefill_chunk`."""
     chat: bool

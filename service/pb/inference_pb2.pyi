@@ -350,6 +350,7 @@ class GetModelResponse(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     MAX_WAITING_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_SLOTS_FIELD_NUMBER: _builtins.int
     max_context: _builtins.int
     """Most tokens of prompt and completion together."""
     vocab_size: _builtins.int
@@ -362,8 +363,8 @@ class GetModelResponse(_message.Message):
     """Kind of device that computes, such as `cuda`."""
     slots: _builtins.int
     """The largest budget that a request may have, in tokens: the slots of a row for each head, the
-    mean over layers. Where the default table deals unequally among layers, rows are shaped as it
-    deals, and what needs more than a layer has is refused with the number that is there.
+    mean over layers and heads. Where the default table deals unequally among heads, rows are shaped
+    as it deals, and what needs more than a head has is refused with the number that is there.
     """
     max_batch: _builtins.int
     """Requests that decode together at most."""
@@ -391,8 +392,14 @@ class GetModelResponse(_message.Message):
 
     @_builtins.property
     def layer_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Slots of a row in each layer, one number for each; all are `slots` but where the default table
-        deals unequally.
+        """Slots of a row for each head, the mean over the heads of a layer, rounded: one number for each
+        layer, in tokens. `head_slots` has each head's own.
+        """
+
+    @_builtins.property
+    def head_slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadTokens]:
+        """Slots of a row for each key-value head, one entry for each layer; all are `slots` but where the
+        default table deals unequally.
         """
 
     def __init__(
@@ -414,10 +421,11 @@ class GetModelResponse(_message.Message):
         chat: _builtins.bool = ...,
         max_waiting: _builtins.int = ...,
         max_prompt_bytes: _builtins.int = ...,
+        head_slots: _abc.Iterable[Global___HeadTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_cache_policy", b"default_cache_policy", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "default_cache_policy", b"default_cache_policy", "device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "kv_slab_bytes", b"kv_slab_bytes", "layer_slots", b"layer_slots", "max_batch", b"max_batch", "max_context", b"max_context", "max_prefill_tokens", b"max_prefill_tokens", "max_prompt_bytes", b"max_prompt_bytes", "max_waiting", b"max_waiting", "model", b"model", "server_version", b"server_version", "slots", b"slots", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "default_cache_policy", b"default_cache_policy", "device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "head_slots", b"head_slots", "kv_slab_bytes", b"kv_slab_bytes", "layer_slots", b"layer_slots", "max_batch", b"max_batch", "max_context", b"max_context", "max_prefill_tokens", b"max_prefill_tokens", "max_prompt_bytes", b"max_prompt_bytes", "max_waiting", b"max_waiting", "model", b"model", "server_version", b"server_version", "slots", b"slots", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -845,7 +853,7 @@ class CachePolicy(_message.Message):
     recent: _builtins.int
     """So many tokens."""
     recent_share: _builtins.float
-    """This share of a layer's tokens - sinks - 1, rounded down: 0 to 1."""
+    """This share of a head's tokens - sinks - 1, rounded down: 0 to 1."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten, in tokens."""
     prefill_chunk: _builtins.int
@@ -983,14 +991,16 @@ class EffectiveCachePolicy(_message.Message):
     RANDOM_SEED_FIELD_NUMBER: _builtins.int
     LAYER_BUDGETS_FIELD_NUMBER: _builtins.int
     LAYER_RECENTS_FIELD_NUMBER: _builtins.int
+    HEAD_BUDGETS_FIELD_NUMBER: _builtins.int
+    HEAD_RECENTS_FIELD_NUMBER: _builtins.int
     alpha: _builtins.float
     """By this forgetting factor everywhere: 0 to 1."""
     preset: Global___CachePreset.ValueType
     """By a method known from elsewhere."""
     budget: _builtins.int
-    """Tokens that each head keeps, the mean over layers: what was asked for."""
+    """Tokens that each head keeps, the mean over layers and heads: what was asked for."""
     recent: _builtins.int
-    """Tokens before the newest that a layer of `budget` would never forget."""
+    """Tokens before the newest that a head of `budget` would never forget."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten."""
     prefill_chunk: _builtins.int
@@ -1003,13 +1013,25 @@ class EffectiveCachePolicy(_message.Message):
 
     @_builtins.property
     def layer_budgets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that each head of a layer keeps, one number for each layer; all are `budget` but where
-        an alpha table deals unequally.
+        """Tokens that each head of a layer keeps, the mean over its heads, rounded: one number for each
+        layer. `head_budgets` has each head's own.
         """
 
     @_builtins.property
     def layer_recents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens before the newest that are never forgotten, one number for each layer."""
+        """Tokens before the newest that are never forgotten, the mean over a layer's heads, rounded: one
+        number for each layer. `head_recents` has each head's own.
+        """
+
+    @_builtins.property
+    def head_budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadTokens]:
+        """Tokens that each key-value head keeps, one entry for each layer; all are `budget` but where an
+        alpha table deals unequally.
+        """
+
+    @_builtins.property
+    def head_recents(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadTokens]:
+        """Tokens before the newest that each key-value head never forgets, one entry for each layer."""
 
     def __init__(
         self,
@@ -1024,10 +1046,12 @@ class EffectiveCachePolicy(_message.Message):
         random_seed: _builtins.int | None = ...,
         layer_budgets: _abc.Iterable[_builtins.int] | None = ...,
         layer_recents: _abc.Iterable[_builtins.int] | None = ...,
+        head_budgets: _abc.Iterable[Global___HeadTokens] | None = ...,
+        head_recents: _abc.Iterable[Global___HeadTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "method", b"method", "preset", b"preset", "random_seed", b"random_seed", "table", b"table"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "layer_budgets", b"layer_budgets", "layer_recents", b"layer_recents", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "head_budgets", b"head_budgets", "head_recents", b"head_recents", "layer_budgets", b"layer_budgets", "layer_recents", b"layer_recents", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__random_seed: _TypeAlias = _typing.Literal["random_seed"]  # noqa: Y015
     _WhichOneofArgType__random_seed: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed"]  # noqa: Y015
@@ -1039,6 +1063,30 @@ class EffectiveCachePolicy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 
 Global___EffectiveCachePolicy: _TypeAlias = EffectiveCachePolicy  # noqa: Y015
+
+@_typing.final
+class HeadTokens(_message.Message):
+    """A number of tokens for each key-value head of one layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One number for each key-value head, in tokens."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadTokens: _TypeAlias = HeadTokens  # noqa: Y015
 
 @_typing.final
 class AlphaTableReference(_message.Message):
@@ -1255,9 +1303,11 @@ class CacheStatistics(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FULL_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
-    """Slots for each head, the mean over layers, in tokens."""
+    """Slots for each head, the mean over layers and heads, in tokens."""
     kept_tokens: _builtins.int
-    """Tokens that each head stored at the end, the mean over layers, rounded to whole tokens."""
+    """Tokens that each head stored at the end, the mean over layers and heads, rounded to whole
+    tokens.
+    """
     evicted_tokens: _builtins.int
     """Tokens that it forgot on the way: all that it has seen but `kept_tokens`."""
     kv_bytes: _builtins.int
@@ -1669,6 +1719,8 @@ class AlphaTable(_message.Message):
     SINKS_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     LAYER_SHARE_FIELD_NUMBER: _builtins.int
+    HEAD_SHARE_FIELD_NUMBER: _builtins.int
+    HEAD_BUDGETS_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """So many tokens."""
     budget_ratio: _builtins.float
@@ -1676,7 +1728,7 @@ class AlphaTable(_message.Message):
     recent: _builtins.int
     """So many tokens."""
     recent_share: _builtins.float
-    """This share of a layer's tokens - sinks - 1, rounded down."""
+    """This share of a head's tokens - sinks - 1, rounded down."""
     sinks: _builtins.int
     """First tokens of the sequence that are never forgotten, in tokens."""
     prefill_chunk: _builtins.int
@@ -1695,8 +1747,19 @@ class AlphaTable(_message.Message):
 
     @_builtins.property
     def layer_share(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Weights by which the tokens that all layers keep are dealt among them, one for each layer; only
-        their proportions matter.
+        """The mean of `head_share` over the heads of a layer, one number for each layer."""
+
+    @_builtins.property
+    def head_share(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadShares]:
+        """Weights by which the tokens that all heads keep are dealt among them, one entry for each layer;
+        only their proportions matter. No head keeps more than the sequence has; the others get the
+        rest.
+        """
+
+    @_builtins.property
+    def head_budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadTokens]:
+        """Tokens that each key-value head keeps of a long sequence: `budget` dealt by `head_share`, one
+        entry for each layer. None where the table has a `budget_ratio`.
         """
 
     def __init__(
@@ -1712,10 +1775,12 @@ class AlphaTable(_message.Message):
         sinks: _builtins.int = ...,
         prefill_chunk: _builtins.int = ...,
         layer_share: _abc.Iterable[_builtins.float] | None = ...,
+        head_share: _abc.Iterable[Global___HeadShares] | None = ...,
+        head_budgets: _abc.Iterable[Global___HeadTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "model", b"model", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "layer_share", b"layer_share", "layers", b"layers", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "head_budgets", b"head_budgets", "head_share", b"head_share", "layer_share", b"layer_share", "layers", b"layers", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_budget_choice: _TypeAlias = _typing.Literal["budget", "budget_ratio"]  # noqa: Y015
     _WhichOneofArgType_budget_choice: _TypeAlias = _typing.Literal["budget_choice", b"budget_choice"]  # noqa: Y015
@@ -1727,6 +1792,30 @@ class AlphaTable(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_recent_choice) -> _WhichOneofReturnType_recent_choice | None: ...
 
 Global___AlphaTable: _TypeAlias = AlphaTable  # noqa: Y015
+
+@_typing.final
+class HeadShares(_message.Message):
+    """The weights of one layer's heads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One for each key-value head: above 0."""
+
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadShares: _TypeAlias = HeadShares  # noqa: Y015
 
 @_typing.final
 class LayerAlphas(_message.Message):

@@ -81,13 +81,14 @@ def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> No
 
 
 def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
-    shares = (0.5, 3.0, 1.0)
-    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, layer_share=shares)
+    shares = ((0.25, 0.75), (5.0, 1.0), (1.0, 1.0))
+    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, head_share=shares)
     message = conversions.table_message(table)
     assert parse_table(message.canonical_json.encode()) == table
     typed = message.table
     assert tuple(tuple(layer.alphas) for layer in typed.layers) == table.policy.alpha
-    assert tuple(typed.layer_share) == shares
+    assert tuple(tuple(layer.shares) for layer in typed.head_share) == shares
+    assert tuple(typed.layer_share) == (0.5, 3.0, 1.0)
     assert typed.WhichOneof("budget_choice") == "budget_ratio"
     assert (typed.budget_ratio, typed.recent, typed.sinks) == (0.25, 4, 2)
     assert typed.summary.sha256 == table.sha256
@@ -95,17 +96,24 @@ def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedMod
     assert typed.model.fingerprint == table.model.fingerprint
 
 
-@given(st.lists(st.tuples(st.integers(1, 2**31 - 1), count), min_size=1, max_size=5))
-def test_the_budget_and_window_of_each_layer_reach_the_client(
-    tiny_model: LoadedModel, layers: list[tuple[int, int]]
+heads = st.lists(
+    st.lists(st.tuples(st.integers(1, 2**31 - 1), count), min_size=2, max_size=2),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(heads)
+def test_the_budget_and_window_of_each_head_reach_the_client(
+    tiny_model: LoadedModel, layers: list[list[tuple[int, int]]]
 ) -> None:
     policy = EffectivePolicy(
         method="table",
         alpha=((0.5, 1.0),) * len(layers),
         budget=7,
-        head_budgets=tuple((budget, budget) for budget, _ in layers),
+        head_budgets=tuple(tuple(budget for budget, _ in layer) for layer in layers),
         recent=3,
-        head_recents=tuple((recent, recent) for _, recent in layers),
+        head_recents=tuple(tuple(recent for _, recent in layer) for layer in layers),
         sinks=1,
         prefill_chunk=0,
         table_name="made-up",
@@ -117,5 +125,16 @@ def test_the_budget_and_window_of_each_layer_reach_the_client(
     sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
     read = client_conversions.stream_event(sent, "r")
     assert isinstance(read, StreamStarted)
-    assert list(zip(read.layer_budgets, read.layer_recents, strict=True)) == layers
+    assert (read.head_budgets, read.head_recents) == (policy.head_budgets, policy.head_recents)
     assert (read.budget, read.recent) == (7, 3)
+
+
+def test_a_server_that_tells_layers_alone_is_understood(tiny_model: LoadedModel) -> None:
+    identity = conversions.identity_message(tiny_model.identity)
+    told = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
+    told.default_cache_policy.preset = pb.CACHE_PRESET_H2O
+    assert client_conversions.model_description(told).head_slots == (
+        (40, 40),
+        (8, 8),
+        (8, 8),
+    )

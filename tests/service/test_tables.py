@@ -1,9 +1,12 @@
 """Alpha tables: good ones served by name, bad ones refused with the reason, none outside."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from structlog.testing import capture_logs
 
@@ -17,13 +20,19 @@ from a2sf.errors import (
 )
 from a2sf.models import load_model
 from a2sf.policy import CachePolicy
+from a2sf.requests import Sampling
 from a2sf.schema import ModelIdentity
 from a2sf.tablefile import save_table
+from service.client.results import Completion
 from service.core import load_core
 from service.options import ServerOptions
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
 from service.tables import TableCatalog
 from tests.service.conftest import StartServer
 from tests.tables import make_table
+
+GREEDY: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +192,18 @@ async def test_a_default_table_of_unequal_heads_shapes_the_rows(
         )
         await start_server(slots=60)
     loaded = [line for line in lines if line["event"] == "loaded"]
-    assert [line["shape"] for line in loaded] == ["ratio:180/60,30,30", "flat"]
+    assert [line["shape"] for line in loaded] == ["ratio:30-180", "flat"]
     assert [line["slots"] for line in loaded] == [60, 60]
 
     answer = await client.generate([7] * 280, max_new_tokens=20, ignore_eos=True)
-    assert answer.started.layer_budgets == (120, 30, 30)
+    assert answer.started.head_budgets == ((180, 60), (30, 30), (30, 30))
+    assert answer.started.head_recents == ((0, 0),) * 3
     cache = answer.finished.cache
     assert (cache.budget, cache.kept_tokens, cache.evicted_tokens) == (60, 60, 239)
     other = CachePolicy(preset="h2o", budget=30)
     answer = await client.generate("x", max_new_tokens=2, cache_policy=other)
-    assert answer.started.layer_budgets == (30, 30, 30)
+    assert answer.started.head_budgets == ((30, 30),) * 3
+    assert answer.started.head_recents == ((13, 13),) * 3
     with pytest.raises(
         InvalidArgument, match="31 tokens in every head; layer 1 head 0 has 30"
     ) as told:
@@ -215,8 +226,62 @@ async def test_the_least_slots_that_a_start_asks_for_serve_requests_of_every_len
     _, client, _ = await start_server(**options, slots=60)
     for prompt in (1, 27, 28, 29, 40, 60, 90, 118, 119, 200):
         answer = await client.generate([7] * prompt, max_new_tokens=2, ignore_eos=True)
-        # A mean of each layer is told, in whole slots.
-        assert sum(answer.started.layer_budgets) in (90, 91)
+        assert sum(map(sum, answer.started.head_budgets)) == 30 * 6
+
+
+async def test_a_request_with_another_deal_is_served_where_each_head_s_slots_fit(
+    start_server: StartServer, shaped: Path, identity: ModelIdentity
+) -> None:
+    shares = ((2.0, 6.0), (1.0, 1.0), (1.0, 1.0))
+    swapped = make_table(identity, name="swapped", head_share=shares, recent=0, sinks=0, budget=20)
+    save_table(swapped, shaped / "swapped.json")
+    _, client, _ = await start_server(
+        tables=shaped, default_table="ratio", slots=60, default_budget=30
+    )
+
+    async def answer(**policy: int) -> Completion:
+        wish = CachePolicy(table="swapped", **policy)
+        return await client.generate([7] * 280, max_new_tokens=20, cache_policy=wish, **GREEDY)
+
+    # The second head of the first layer has 60 slots, and gets three times the mean.
+    alone, beside = await answer(), await asyncio.gather(answer(), answer(budget=10))
+    assert alone.started.head_budgets == ((20, 60), (10, 10), (10, 10))
+    assert [other.started.budget for other in beside] == [20, 10]
+    assert beside[0].text == alone.text
+    assert alone.finished.cache.kept_tokens == 20
+    with pytest.raises(
+        InvalidArgument,
+        match=r"^input\.cache_policy\.budget: budget is 21 tokens a head on average, of which "
+        "head_share gives layer 0 head 1 63 slots; layer 0 head 1 has 60 slots",
+    ):
+        await answer(budget=21)
+
+
+async def test_what_is_served_tells_the_slots_of_each_head(
+    start_server: StartServer, shaped: Path
+) -> None:
+    _, client, address = await start_server(
+        tables=shaped, default_table="ratio", slots=60, default_budget=30
+    )
+    assert (await client.get_model()).head_slots == ((180, 60), (30, 30), (30, 30))
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.ModelServiceStub(channel)
+        model = await stub.GetModel(pb.GetModelRequest())
+        tables = {
+            name: (await stub.GetAlphaTable(pb.GetAlphaTableRequest(name=name))).table
+            for name in ("fixed", "ratio")
+        }
+    # For clients from before slots were dealt to heads.
+    assert list(model.layer_slots) == [120, 30, 30]
+    for table in tables.values():
+        assert tuple(tuple(layer.shares) for layer in table.head_share) == SHARES
+        assert list(table.layer_share) == [4.0, 1.0, 1.0]
+    assert [list(layer.tokens) for layer in tables["fixed"].head_budgets] == [
+        [90, 30],
+        [15, 15],
+        [15, 15],
+    ]
+    assert not tables["ratio"].head_budgets
 
 
 def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path) -> None:

@@ -280,7 +280,8 @@ async def test_a_conversation_is_answered_where_the_model_has_a_template(
 async def test_the_room_is_described(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_waiting=7)
     described = await client.get_model()
-    assert described.layer_slots == (64,) * server.core.model.shape.num_layers
+    shape = server.core.model.shape
+    assert described.head_slots == ((64,) * shape.num_kv_heads,) * shape.num_layers
     assert described.max_waiting == 7
     assert described.max_prefill_tokens > 0
     assert described.max_prompt_bytes > 0
