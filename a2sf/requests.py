@@ -118,9 +118,9 @@ class CacheStatistics(Frozen):
     """What the row held when it ended, and in how many bytes of the cache's tensors."""
 
     budget: Positive
-    """Slots of the row for each head, the mean over layers."""
+    """Slots of the row for each head, the mean over layers and heads."""
     kept_tokens: Count
-    """Tokens that each head stored at the end, the mean over layers, rounded."""
+    """Tokens that each head stored at the end, the mean over layers and heads, rounded."""
     evicted_tokens: Count
     """Tokens that it dropped on the way: all but those that are kept."""
     kv_bytes: Count

@@ -68,7 +68,7 @@ class TableOptions(_Group):
     where that is served."""
     default_table: str | None = None
     """Table of requests that name no method; without it, preset h2o. Where it deals slots
-    unequally among layers, so do all rows."""
+    unequally among heads, so do all rows."""
     watch_tables: bool = True
     """Read the tables' directory again when it changes."""
 
@@ -79,12 +79,12 @@ class CapacityOptions(_Group):
     max_batch: Positive = 8
     """Requests that decode together."""
     slots: Positive = 1024
-    """Slots of a row, the mean over layers: the largest budget of a request, in tokens. Where the
-    default table deals them unequally, requests with the same in every layer get at most those of
+    """Slots of a row, the mean over heads: the largest budget of a request, in tokens. Where the
+    default table deals them unequally, requests with the same in every head get at most those of
     the narrowest."""
     default_budget: Positive | None = None
     """Budget of requests that name none, in tokens; without it 256, or the slots of the narrowest
-    layer where those are fewer."""
+    head where those are fewer."""
     max_prefill_tokens: Positive | None = None
     """Longest prompt block, in tokens; without it, the model's context, at most 8192."""
     step_tokens: Positive = 512

@@ -63,8 +63,8 @@ def plan(
         int,
         _cache(
             metavar="N",
-            help="Tokens each head keeps of a sequence, the mean over layers. It becomes --slots, "
-            "and --default-budget where layers are equal.",
+            help="Tokens each head keeps of a sequence, the mean over heads. It becomes --slots, "
+            "and --default-budget where heads are equal.",
         ),
     ],
     slots: Annotated[
