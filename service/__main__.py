@@ -32,7 +32,16 @@ def serve(arguments: Sequence[str]) -> int:
     logs.configure(loaded.options.log_format, loaded.options.log_level)
     for variable in loaded.misspelt:
         log.warning("environment variable is no setting", variable=variable)
-    return asyncio.run(run(loaded.options, announce=_announce))
+    if loaded.options.log_format == "text":
+        return asyncio.run(run(loaded.options, announce=_print))
+    try:
+        return asyncio.run(run(loaded.options, announce=_log))
+    except A2SFError as error:
+        log.critical("cannot serve", reason=str(error))
+        return 2
+    except EngineCrashed as error:
+        log.critical("the engine died", reason=str(error))
+        return 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,10 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _announce(line: str) -> None:
+def _print(event: str, line: str, **fields: str) -> None:
     # Whoever read the lines may have left; the server goes on.
     with suppress(BrokenPipeError):
         print(line, flush=True)
+
+
+def _log(event: str, line: str, **fields: str) -> None:
+    # A collector that gets stdout and stderr in one stream reads JSON in every line.
+    log.info(event, **fields)
 
 
 def _fail(message: str, code: int) -> int:

@@ -8,6 +8,7 @@ request id and figures, never with text. Knows nothing of what a call asks.
 import asyncio
 import enum
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ class Call:
     span: CallSpan
     completion: Completion
     """Measures the tokens; of use to calls that make some."""
-    request_id: str = "-"
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Made up, but for completions that bring their own."""
     outcome: str = "INTERNAL"
     """The status code's name; OK once the handler is through."""
     figures: dict[str, Any] = field(default_factory=dict)

@@ -7,7 +7,6 @@ InvalidRequest with dotted proto names. Knows nothing of channels, handlers or t
 
 import math
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,15 +68,10 @@ def _proto_field(field: str) -> str:
     return f"input.{field}"
 
 
-def new_request_id() -> str:
-    """Make up the id of a request that has none, or none that can be used."""
-    return uuid.uuid4().hex
-
-
-def request_id(message: pb.GenerationInput) -> str:
-    """Return the request's own id, or a new one. Raises InvalidRequest for one unfit for logs."""
+def request_id(message: pb.GenerationInput, made_up: str) -> str:
+    """Return the request's own id, or `made_up`. Raises InvalidRequest for one unfit for logs."""
     if not message.request_id:
-        return new_request_id()
+        return made_up
     if not _REQUEST_ID.fullmatch(message.request_id):
         raise InvalidRequest(
             [("input.request_id", "accepted: 1 to 128 characters of A-Z a-z 0-9 . _ : -")]

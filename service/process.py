@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -28,13 +28,20 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT)
 _PARTED = "the processes of the model have parted"
 
 
-async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
+class Announce(Protocol):
+    """Tells the user where the server is in its life."""
+
+    def __call__(self, event: str, line: str, **fields: str) -> None:
+        """Tell `line`, or for programs `event` with its fields."""
+
+
+async def run(options: ServerOptions, announce: Announce) -> int:
     """Serve until told to stop; return the process's exit code, not 0 if the engine died.
 
     Where several processes share the model, the first one serves and the others follow it.
 
-    `announce` is given lines for the user. Raises what starting raises. The first SIGTERM or
-    SIGINT drains, the second ends the process at once.
+    Raises what starting raises. The first SIGTERM or SIGINT drains, the second ends the process at
+    once.
     """
     if not leads():
         return _follow(options)
@@ -44,11 +51,12 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
         try:
             port = await server.bind()
             address = options.model_copy(update={"port": port}).address
-            announce(f"listening on {address}, loading {options.model}")
-            if server.admin_address is not None:
-                announce(f"admin on {server.admin_address}")
-            if server.metrics_url is not None:
-                announce(f"metrics on {server.metrics_url}")
+            named = {"model": options.model, "address": address}
+            announce("listening", f"listening on {address}, loading {options.model}", **named)
+            if (admin := server.admin_address) is not None:
+                announce("admin", f"admin on {admin}", address=admin)
+            if (url := server.metrics_url) is not None:
+                announce("metrics", f"metrics on {url}", url=url)
             told: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
             warming: asyncio.Future[Any] = asyncio.ensure_future(server.warm())
             try:
@@ -56,13 +64,13 @@ async def run(options: ServerOptions, announce: Callable[[str], None]) -> int:
                     warming.result()
                     write_port(port)
                     served = True
-                    announce(f"serving {options.model} on {address}")
+                    announce("serving", f"serving {options.model} on {address}", **named)
                     await _either(told, server.crashed)
             finally:
                 told.cancel()
                 warming.cancel()
             if not server.crashed.done():
-                announce("stopping")
+                announce("stopping", "stopping")
                 await server.drain(options.grace_s, options.settle_s)
         finally:
             await server.stop()

@@ -115,9 +115,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self, message: pb.GenerationInput, call: Call
     ) -> tuple[GenerationRequest, conversions.Answer]:
         found, policy = Violations(), CachePolicy()
-        call.request_id = conversions.new_request_id()
         with found.of_part():
-            call.request_id = conversions.request_id(message)
+            call.request_id = conversions.request_id(message, call.request_id)
         # For whatever else is logged on the way; each call has a context of its own.
         bind_contextvars(request_id=call.request_id)
         core = self._backend.core

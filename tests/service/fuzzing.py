@@ -82,7 +82,7 @@ def request_target(data: bytes) -> bool:
 
 def _admitted(message: pb.GenerationInput) -> pb.GenerationStarted:
     here = world()
-    name = conversions.request_id(message)
+    name = conversions.request_id(message, "made-up")
     wish = policy_from_message(message.cache_policy, "input.cache_policy")
     table = here.store.lookup(wish.table) if wish.table is not None else None
     prompt = conversions.read_prompt(message, here.model, MAX_PROMPT_BYTES)

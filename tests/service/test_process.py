@@ -1,6 +1,7 @@
 """The server as its users run it: a process with flags, signals, a port file and an exit code."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -168,7 +169,7 @@ async def test_the_ports_beside_are_announced_and_the_server_settles_before_it_r
     tokens.write_text("admin-token-0123456789\n")
     process = start_process(
         *("--admin-port", "0", "--admin-token-file", str(tokens), "--metrics-port", "0"),
-        *("--settle", "3", "--log-format", "json"),
+        *("--settle", "3"),
     )
     async with await serving(process) as client:
         assert re.search(r"^admin on 127\.0\.0\.1:\d+$", process.log, re.MULTILINE)
@@ -182,7 +183,52 @@ async def test_the_ports_beside_are_announced_and_the_server_settles_before_it_r
         await process.logged("stopping")
         await client.generate("x", max_new_tokens=2)
         assert await process.ended() == 0, process.log
-    assert '"event": "answered"' in process.log
+
+
+async def test_with_json_logs_every_line_is_json_from_start_to_end(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    token = "admin-token-0123456789"
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"{token}\n")
+    process = start_process(
+        *("--admin-port", "0", "--admin-token-file", str(tokens), "--metrics-port", "0"),
+        *("--log-format", "json"),
+    )
+    address = await process.address()
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    told = {line["event"]: line for line in lines}
+    assert told["listening"]["address"] == told["serving"]["address"] == address
+    assert told["serving"]["model"] == told["listening"]["model"]
+    with urllib.request.urlopen(told["metrics"]["url"], timeout=WAIT_S) as answer:
+        assert answer.status == 200
+    async with (
+        AdminClient(told["admin"]["address"], ChannelOptions(token=token)) as operator,
+        Client(address) as client,
+    ):
+        await operator.get_load()
+        await operator.get_load()
+        await client.generate("x", max_new_tokens=2, request_id="mine")
+    process.process.send_signal(signal.SIGTERM)
+    assert await process.ended() == 0, process.log
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    assert lines[-1]["event"] in ("stopping", "answered")
+    assert "stopping" in {line["event"] for line in lines}
+    # Each call can be found, those of operators too.
+    ids = [line["request_id"] for line in lines if line["event"] == "answered"]
+    assert "mine" in ids
+    assert len(set(ids)) == len(ids) == 3
+    assert min(map(len, ids)) > 1
+
+
+async def test_with_json_logs_a_start_that_fails_is_a_line_of_json(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    process = start_process("--log-format", "json", "--default-table", "absent")
+    assert await process.ended() == 2
+    last = [json.loads(line) for line in process.log.splitlines()][-1]
+    assert (last["event"], last["level"]) == ("cannot serve", "critical")
+    assert "absent" in last["reason"]
 
 
 async def test_sigterm_while_loading_ends_it(start_process: StartProcess) -> None:
