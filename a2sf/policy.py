@@ -106,6 +106,11 @@ class EffectivePolicy(Frozen):
     random_seed: Count | None = Field(
         default=None, description="Set for method random only: scores are a hash of it."
     )
+    pooled_floor: Share | None = Field(
+        default=None,
+        description="Set where the slots of a layer are dealt anew at the end of the prompt, by "
+        "its own scores: each head is sure of this share of its budget. Teacher forcing only.",
+    )
     held: tuple[Count, Positive] | None = Field(
         default=None,
         description="The KV heads of each layer that this process holds, from the first up to the "
@@ -151,18 +156,21 @@ def held_of(
     return tuple(rows) if held is None else tuple(row[slice(*held)] for row in rows)
 
 
-def deal(budget: int, shares: Sequence[Sequence[float]], most: int) -> tuple[tuple[int, ...], ...]:
+def deal(
+    budget: int, shares: Sequence[Sequence[float]], most: int, least: int = 0
+) -> tuple[tuple[int, ...], ...]:
     """Deal layers x heads x `budget` slots among all heads in proportion to their shares.
 
-    No head gets more than `most`; what is beyond goes to the others, in proportion to theirs.
-    Where `budget` is `most` or more, every head gets `budget`. Whole numbers come from rounding
-    the running total over layers and heads in order (halves up), so that the sum is exact and equal
-    shares get equal slots.
+    No head gets more than `most`, nor less than `least` where the budget is at least that; the
+    others divide what is left in proportion to their shares. Where `budget` is `most` or more,
+    every head gets `budget`. Whole numbers come from rounding the running total over layers and
+    heads in order (halves up), so that the sum is exact and equal shares get equal slots.
 
     Args:
         budget: slots of a head, the mean over all heads.
         shares: [layers][heads] positive weights; only their proportions matter.
         most: slots beyond which a head has no use for more, such as the sequence's length.
+        least: slots without which a head could not take part.
 
     Returns:
         [layers][heads] slots, `layers * heads * budget` together; 0 for a head of too small a
@@ -170,26 +178,34 @@ def deal(budget: int, shares: Sequence[Sequence[float]], most: int) -> tuple[tup
     """
     if budget >= most:
         return tuple((budget,) * len(layer) for layer in shares)
+    least = min(least, budget)
     # Whole numbers throughout: in floats a rounded total could give a head more than `most`.
     ratios = [share.as_integer_ratio() for layer in shares for share in layer]
     unit = max(denominator for _, denominator in ratios)
     weights = [numerator * (unit // denominator) for numerator, denominator in ratios]
     slots, weight = budget * len(weights), sum(weights)
-    filled = set()
-    for head in sorted(range(len(weights)), key=weights.__getitem__, reverse=True):
-        if weights[head] * slots < most * weight:
+    settled: dict[int, int] = {}
+    while True:
+        open_heads = [head for head in range(len(weights)) if head not in settled]
+        over = {h: x for h in open_heads if (x := weights[h] * slots - most * weight) >= 0}
+        under = {h: x for h in open_heads if (x := least * weight - weights[h] * slots) > 0}
+        if not over and not under:
             break
-        filled.add(head)
-        slots, weight = slots - most, weight - weights[head]
-    capped, open_weight, total = 0, 0, [0]
+        # What the larger side gives back only takes the other side's heads further in.
+        full = sum(over.values()) >= sum(under.values())
+        for head in over if full else under:
+            settled[head] = most if full else least
+            slots, weight = slots - settled[head], weight - weights[head]
+    fixed, open_weight, total = 0, 0, [0]
     for head, share in enumerate(weights):
-        if head in filled:
-            capped += most
+        if head in settled:
+            fixed += settled[head]
         else:
             open_weight += share
-        total.append(capped + (2 * slots * open_weight + weight) // (2 * weight))
-    dealt = (end - begin for begin, end in pairwise(total))
-    return tuple(tuple(islice(dealt, len(layer))) for layer in shares)
+        dealt = (2 * slots * open_weight + weight) // (2 * weight) if weight else 0
+        total.append(fixed + dealt)
+    heads = (end - begin for begin, end in pairwise(total))
+    return tuple(tuple(islice(heads, len(layer))) for layer in shares)
 
 
 def slots_for(budget: int, shares: Sequence[Sequence[float]]) -> int:
@@ -228,7 +244,10 @@ def resolve(
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
     budget = length if preset == "full" else _budget(sources, length)
     equal = ((1.0,) * num_kv_heads,) * num_layers
-    budgets = deal(budget, fitted.head_share if fitted else equal, length)
+    # What a short sequence leaves of a small share must still hold the newest token and what is
+    # protected.
+    least = sinks + 1 + _recent(sources, 0)
+    budgets = deal(budget, fitted.head_share if fitted else equal, length, least)
 
     def recent(slots: int) -> int:
         if preset == "window":
@@ -239,7 +258,7 @@ def resolve(
 
     recents = tuple(tuple(recent(mine) for mine in layer) for layer in budgets)
     _check_slab(budgets, slots, budget, length, preset)
-    _check_room(budgets, recents, sinks, budget)
+    _check_room(budget, recent(budget), sinks)
     if fitted is not None:
         alpha = fitted.alpha
     else:
@@ -294,23 +313,17 @@ def _check_slab(
     raise InvalidArgument("cache_policy.budget", f"{asked}; {room}; lower budget or raise --slots")
 
 
-def _check_room(budgets: Heads, recents: Heads, sinks: int, budget: int) -> None:
-    """Refuse a policy of which some head protects so much that nothing can be evicted."""
-    heads = [(layer, head) for layer, row in enumerate(budgets) for head in range(len(row))]
-    layer, head = min(heads, key=lambda at: budgets[at[0]][at[1]] - recents[at[0]][at[1]])
-    mine, recent = budgets[layer][head], recents[layer][head]
-    if mine >= sinks + recent + 1:
-        return
-    asked = f"budget is {budget} tokens"
-    if len(set(chain(*budgets))) > 1:
-        asked += (
-            f" a head on average, of which head_share gives layer {layer} head {head} {mine} slots"
+def _check_room(budget: int, recent: int, sinks: int) -> None:
+    """Refuse a policy that protects so much that nothing can be evicted.
+
+    Asked of a head of `budget` slots: no head gets fewer than it needs where that one has them.
+    """
+    if budget < sinks + recent + 1:
+        raise InvalidArgument(
+            "cache_policy.budget",
+            f"budget is {budget} tokens, and sinks {sinks} + recent {recent} + 1 for the newest "
+            f"need {sinks + recent + 1}; raise budget, or lower sinks or recent",
         )
-    raise InvalidArgument(
-        "cache_policy.budget",
-        f"{asked}, and sinks {sinks} + recent {recent} + 1 for the newest need "
-        f"{sinks + recent + 1}; raise budget, or lower sinks or recent",
-    )
 
 
 def _first(values: Iterable[int | None], default: int) -> int:

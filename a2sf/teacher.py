@@ -8,7 +8,7 @@ predictions are compared with.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -22,6 +22,7 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.kept import Kept, Similarity
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
+from a2sf.pooled import pooled_budgets
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 """A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
@@ -252,6 +253,8 @@ class _Scan:
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
     watch: Kept | None
     kernels: decoding.Carrier
+    pooled: tuple[float | None, ...]
+    """[rows] the floor, where slots are dealt anew at the end of the prompt."""
 
     @classmethod
     def over(
@@ -267,7 +270,14 @@ class _Scan:
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
         layers = zip(*(p.held_budgets for p in policies), strict=True)
-        budgets = [max(map(max, mine)) for mine in layers]
+        # Where a layer's heads have one pool, one of them may get nearly all of it.
+        budgets = [
+            max(
+                max(own) if policy.pooled_floor is None else sum(own)
+                for own, policy in zip(mine, policies, strict=True)
+            )
+            for mine in layers
+        ]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
@@ -282,6 +292,7 @@ class _Scan:
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
+            pooled=tuple(policy.pooled_floor for policy in policies),
         )
 
     def __call__(
@@ -294,7 +305,7 @@ class _Scan:
         if self.watch:
             self.watch.begin(keys)
         projected = (query, keys, values)
-        slots = self._prompts(layer, policy, projected, scale, output)
+        slots, policy = self._prompts(layer, policy, projected, scale, output)
         decoding.walk_texts(
             self.kernels,
             slots,
@@ -317,10 +328,10 @@ class _Scan:
         projected: _Projected,
         scale: float,
         output: Tensor,
-    ) -> Slots:
+    ) -> tuple[Slots, PolicyTensors]:
         """Run the prompts' blocks into `output` [rows, H_q, width, D].
 
-        Returns what each row then holds.
+        Returns what each row then holds, and the policies that it decodes under.
         """
         keys = projected[1]
         staging = self._empty(keys, self.block_slots[layer])
@@ -342,11 +353,14 @@ class _Scan:
             used = block.used_after
             if self.watch:
                 self.watch.block(first, self.chunk, staging)
+        if any(floor is not None for floor in self.pooled):
+            budgets = pooled_budgets(staging, self.prompt, policy, self.pooled)
+            policy = replace(policy, budget=budgets)
         used = end_prompt(staging, used, self.prompt, policy)
         slots = self._empty(keys, self.decode_slots[layer])
         for row, counts in enumerate(used[0].tolist()):
             slots.copy_row(row, staging, row, [counts])
-        return slots
+        return slots, policy
 
     @staticmethod
     def _empty(like: Tensor, slots: int) -> Slots:

@@ -27,6 +27,7 @@ CORE = [
     "attention",
     "kernels",
     "kept",
+    "pooled",
     "reference",
     "files",
     "checkpoint",

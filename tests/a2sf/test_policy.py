@@ -189,6 +189,40 @@ def test_slots_are_proportional_to_shares_below_the_cap(
         assert abs(slots - want) < 1 + 1e-3
 
 
+@given(st.integers(1, 500), SHARES, st.integers(1, 5000), st.integers(1, 100))
+def test_no_head_gets_less_than_it_needs_to_take_part_where_the_budget_suffices(
+    budget: int, shares: list[list[float]], length: int, least: int
+) -> None:
+    dealt = flat(deal(budget, shares, length, least))
+    assert sum(dealt) == budget * len(dealt)
+    assert min(dealt) >= min(budget, least)
+    assert max(dealt) <= max(budget, length)
+    free = [(s, n) for s, n in zip(flat(shares), dealt, strict=True) if least < n < length]
+    # The others divide the rest in proportion; rounding may take or give one.
+    for one, mine in free:
+        for other, theirs in free:
+            assert abs(mine * other - theirs * one) <= 1.001 * (one + other)
+
+
+def test_a_short_sequence_leaves_every_head_of_a_table_room_for_what_it_protects() -> None:
+    """A fifth of 40 tokens is 8 slots, of which the smallest share alone would leave one."""
+    table = shaped((0.2, 1.4), (0.4, 2.0), budget=None, budget_ratio=0.2, recent=1, sinks=4)
+    policy = settle(CachePolicy(table="made-up"), length=40, slots=200, **table)
+    dealt = flat(policy.head_budgets)
+    assert sum(dealt) == 4 * 8
+    assert min(dealt) == 6
+    # A request that protects less leaves the shares as they are fitted.
+    less = settle(CachePolicy(table="made-up", recent=0, sinks=0), length=40, slots=200, **table)
+    assert flat(less.head_budgets) == [2, 11, 3, 16]
+
+
+def test_what_the_least_shares_are_lifted_by_the_others_give() -> None:
+    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 100, 5) == ((5, 7), (5, 23))
+    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 20, 5) == ((5, 10), (5, 20))
+    # Where the budget itself does not suffice, nobody is lifted beyond it.
+    assert deal(3, ((1.0, 2.0),), 100, 5) == ((3, 3),)
+
+
 def test_what_a_head_cannot_use_goes_to_the_others_by_their_shares() -> None:
     assert deal(100, ((2.0, 1.0, 1.0),), 1000) == ((150, 75, 75),)
     assert deal(100, ((7.0,), (1.0,), (2.0,)), 150) == ((150,), (50,), (100,))
@@ -257,12 +291,10 @@ def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() ->
     ("wish", "slots", "says"),
     [
         (
-            {"table": "made-up", "budget": 16, "recent": 3, "sinks": 2},
+            {"table": "made-up", "budget": 5, "recent": 3, "sinks": 2},
             128,
-            "budget is 16 tokens a head on average, of which head_share gives layer 1 head 0 3 "
-            "slots, "
-            "and sinks 2 + recent 3 + 1 for the newest need 6; raise budget, or lower sinks or "
-            "recent",
+            "budget is 5 tokens, and sinks 2 + recent 3 + 1 for the newest need 6; raise budget, "
+            "or lower sinks or recent",
         ),
         (
             {"table": "made-up", "budget": 70},

@@ -1,0 +1,123 @@
+"""AdaKV's rule: the highest scores of all heads win a layer's slots, and the sum stays."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2sf import teacher
+from a2sf.cache import PolicyTensors, Slots
+from a2sf.models import LoadedModel
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.pooled import pooled_budgets
+from a2sf.teacher import Example
+
+
+def settled(heads: int, layers: int = 1, length: int = 200, **wish: object) -> EffectivePolicy:
+    return resolve(
+        CachePolicy.model_validate({"alpha": 0.9, "recent": 2, "sinks": 1, **wish}),
+        table=None,
+        server=CachePolicy(),
+        length=length,
+        slots=length,
+        num_layers=layers,
+        num_kv_heads=heads,
+    )
+
+
+def prompts(scores: np.ndarray) -> Slots:
+    """Whole prompts [rows, heads, tokens], in order, with such scores."""
+    rows, heads, tokens = scores.shape
+    slots = Slots.empty(
+        rows=rows,
+        slots=((tokens,) * heads,),
+        head_dim=1,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    slots.position[0] = torch.arange(tokens, dtype=torch.int32)
+    slots.score[0] = torch.tensor(scores, dtype=torch.float32)
+    return slots
+
+
+def dealt(scores: np.ndarray, policy: EffectivePolicy, *floors: float | None) -> list[list[int]]:
+    rows, _, tokens = scores.shape
+    tensors = PolicyTensors.stack([policy] * rows, [200] * rows, torch.device("cpu"))
+    length = torch.full((rows,), tokens)
+    return pooled_budgets(prompts(scores), length, tensors, floors)[0].tolist()
+
+
+def written_out(scores: np.ndarray, policy: EffectivePolicy, floor: float) -> list[int]:
+    """The rule for one row, [heads, tokens], by sorting all tokens of all heads."""
+    heads, tokens = scores.shape
+    free = policy.budget - policy.sinks - policy.recent - 1
+    candidates = [
+        (-np.float32(scores[head, at]), head, at)
+        for head in range(heads)
+        for at in range(policy.sinks, tokens - policy.recent)
+    ]
+    if len(candidates) <= free * heads:
+        return [policy.budget] * heads
+    winners = [head for _, head, _ in sorted(candidates)[: free * heads]]
+    total, before, found = 0.0, 0, []
+    for head in range(heads):
+        total += (1 - floor) * winners.count(head) + floor * free
+        upto = int(np.floor(total + 0.5)) if head < heads - 1 else free * heads
+        found.append(policy.sinks + policy.recent + 1 + upto - before)
+        before = upto
+    return found
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(5, 30), st.floats(0, 1))
+def test_it_is_the_rule_written_out(seed: int, heads: int, budget: int, floor: float) -> None:
+    # No two scores alike: the sum of slots would be the same, but not who has them.
+    scores = np.random.default_rng(seed).permutation(heads * 40).reshape(1, heads, 40) / 7
+    policy = settled(heads, budget=budget)
+    (found,) = dealt(scores, policy, floor)
+    assert found == written_out(scores[0], policy, floor)
+    assert sum(found) == heads * budget
+    assert min(found) >= policy.sinks + policy.recent + 1
+
+
+def test_a_head_whose_tokens_all_score_higher_gets_the_pool_but_for_the_floor() -> None:
+    scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None]
+    # 20 slots of which 4 are each head's own; of 32 the loser is sure of a fifth of 16.
+    assert dealt(scores, settled(2, budget=20), 0.2) == [[33, 7]]
+    assert dealt(scores, settled(2, budget=20), 0.0) == [[36, 4]]
+
+
+def test_rows_without_the_rule_and_short_prompts_keep_what_they_have() -> None:
+    scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None].repeat(2, axis=0)
+    assert dealt(scores, settled(2, budget=20), None, 0.2) == [[20, 20], [33, 7]]
+    assert dealt(scores[:1, :, :15], settled(2, budget=20), 0.2) == [[20, 20]]
+
+
+@pytest.fixture
+def example() -> Example:
+    tokens = tuple(torch.randint(5, 200, (60,), generator=torch.manual_seed(0)).tolist())
+    return Example(token_ids=tokens, prompt_tokens=40, counted=tuple(range(40, 59)))
+
+
+def test_texts_are_forced_under_it_and_their_rows_stay_strangers(
+    tiny_model: LoadedModel, example: Example
+) -> None:
+    heads, layers = tiny_model.shape.num_kv_heads, tiny_model.shape.num_layers
+    plain = settled(heads, layers, length=60, budget=14)
+    pooled = plain.model_copy(update={"pooled_floor": 0.2})
+    equal = plain.model_copy(update={"pooled_floor": 1.0})
+    short = replace(example, prompt_tokens=8)
+    alone = [
+        teacher.predict(tiny_model, [one], [policy])[0].logits
+        for one, policy in ((example, plain), (example, pooled), (short, pooled))
+    ]
+    together = teacher.predict(
+        tiny_model, [example, example, short], [plain, pooled, pooled], batch=8
+    )
+    for mine, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine.logits, theirs, atol=1e-4, rtol=1e-4)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    (sure,) = teacher.predict(tiny_model, [example], [equal])
+    torch.testing.assert_close(sure.logits, alone[0], atol=1e-4, rtol=1e-4)
