@@ -218,6 +218,12 @@ class Evidence(Frozen):
         description="p-value of each paired difference (sign flips, two-sided), corrected by Holm "
         "over all of them; empty in tables from before they were kept."
     )
+    lost_nll: Estimate | None = Field(
+        default=None,
+        description="By how many nats a token the true next token costs more under the fitted "
+        "table than with the full cache, on the same examples; null in tables from before it was "
+        "kept.",
+    )
     uniform: UniformSetting | None = Field(
         description="The best uniform setting, which is the baseline `uniform`; null in tables "
         "from before it was kept."
