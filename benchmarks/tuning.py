@@ -33,13 +33,14 @@ PLANS: dict[str, tuple[str, ...]] = {
     "tpe": ("tpe",),
     "alphas": ("layers", "heads", "protection", "polish"),
     "slots": ("slots",),
+    "climb": ("slots", "layers", "heads", "protection", "polish"),
     "default": DEFAULT_STAGES,
-    "profile": ("profile",),
+    "sensitivity": ("sensitivity", "alphas"),
     "structured": ("structured",),
     "cma": ("cma",),
 }
 """What is compared: Optuna's TPE over all heads; the climb in alphas alone, in slots alone, and in
-both, as the tuner does by itself; and the others, each alone."""
+both; what the tuner does by itself, and its first look alone; and the others, each alone."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Owns the flags and how failures are told: one line on stderr, exit code 2 for wh
 mend, 69 (EX_UNAVAILABLE) for a storage that is away. Knows nothing of how a table is found.
 """
 
+import math
 import os
 import re
 import sys
@@ -71,13 +72,14 @@ def fit(
         ),
     ] = 500,
     minutes: Annotated[
-        float | None,
+        float,
         typer.Option(
             help="Of measuring, the proof included and summed over workers; loading comes on top. "
-            "Up to a third is kept for the proof, which takes fewer held-out examples if need be."
+            "Up to a third is kept for the proof, which takes fewer held-out examples if need be. "
+            "0: no limit."
         ),
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 32,
+    ] = 30,
+    examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 16,
     holdout: Annotated[
         int | None,
         typer.Option(help="Validation sequences to prove on; twice --examples by default."),
@@ -101,12 +103,14 @@ def fit(
 ) -> None:
     """Search for a table, compare it with the best uniform alpha on held-out data, write it.
 
-    Stages, each from the best so far: profile proposes alphas from one look at every head; slots
-    deals the slots of all layers anew; layers and heads choose the alpha of each layer and head;
-    protection chooses the recent window and the sinks; polish takes small steps in all of that;
-    tpe, structured and cma search all alphas, a few numbers, or the layers, as a whole. Without
-    --stages: slots, layers, heads, protection, polish. A table whose layers have unequal slots
-    needs a server whose rows are shaped for it; leave slots out for one that any server takes.
+    Stages, each from the best so far: sensitivity deals the slots of all heads by what each head
+    alone would lose with fewer; alphas chooses each head's alpha by the same figures; protection
+    chooses the recent window and the sinks; polish takes small steps in all of that. Others, for
+    comparison: slots deals the slots of layers by trying; layers and heads try alphas; tpe,
+    structured and cma search all alphas, a few numbers, or the layers, as a whole. Without
+    --stages: sensitivity, alphas, protection, polish. A table whose heads have unequal slots needs
+    a server whose rows are shaped for it; leave sensitivity and slots out for one that
+    any server takes.
     """
     check_ranges(
         {
@@ -134,8 +138,8 @@ def fit(
         )
     check_writable(out)
 
-    if minutes is not None and not minutes > 0:
-        raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0")
+    if not 0 <= minutes < math.inf:
+        raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0, or 0 for no limit")
 
     # What follows needs seconds to import, and the flags above are checked without it.
     from tuner.fit import DEFAULT_STAGES, STAGES, Settings
@@ -162,7 +166,7 @@ def fit(
             data_dir=data_dir,
             stages=chosen,
             trials=trials,
-            minutes=minutes,
+            minutes=minutes or None,
             examples=examples,
             holdout=holdout,
             length=length,
@@ -185,9 +189,10 @@ def evaluate(
     policies: Annotated[
         str,
         typer.Option(
-            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random or "
-            "a2sf:ALPHA, each with [:RECENT[:SINKS]], RECENT in tokens (8) or as a share of the "
-            "rest (.5); a2sf for several of them; the file or shipped name of an alpha table."
+            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random, "
+            "a2sf:ALPHA, pyramid[:ALPHA] or adakv[:ALPHA], each with [:RECENT[:SINKS]], RECENT in "
+            "tokens (8) or as a share of the rest (.5); a2sf for several of them; the file or "
+            "shipped name of an alpha table."
         ),
     ] = "full,window,h2o,tova_per_head,random,a2sf",
     ratios: Annotated[

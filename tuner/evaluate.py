@@ -335,7 +335,7 @@ def _compare(plan: _Plan, size: Size, seed: int) -> Iterator[Comparison]:
         for ours in sized
         for theirs in sized
         if (ours.table and not theirs.table)
-        or (ours.wish.alpha is not None and theirs.wish.preset is not None)
+        or (ours.wish.alpha is not None and ours.rival is None and theirs.wish.preset is not None)
     ]
     for metric in ("kl", "accuracy") if plan.task.accuracy else ("kl",):
         figures = [

@@ -19,7 +19,7 @@ from a2sf.models import LoadedModel, load_model
 from a2sf.schema import AlphaTable, Calibration, Estimate, Search, UniformSetting
 from a2sf.tablefile import seal
 from a2sf.teacher import Example
-from tuner import datasets, objective, packing, profile, proof, samplers, statistics
+from tuner import datasets, objective, packing, proof, samplers, sensitivity, statistics
 from tuner.ledger import Ledger
 from tuner.moves import Climb
 from tuner.objective import Objective
@@ -31,19 +31,16 @@ from tuner.uniform import best_uniform
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
 
-EDITION = 3
+EDITION = 4
 """Raised when the search changes so that trials of an earlier one no longer compare."""
 
 OPEN = ("polish", "tpe", "structured", "cma")
 """Stages that go on as long as there are trials; the others end by themselves."""
 
-STAGES = ("profile", "slots", "layers", "heads", "protection", *OPEN)
+STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
 """The stages that may follow the uniform one, by the name that users give."""
 
-DEFAULT_STAGES = ("slots", "layers", "heads", "protection", "polish")
-
-CLASSES = 3
-"""Kinds of heads that a structured search tells apart, where a profile has been taken."""
+DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def fit(settings: Settings) -> Outcome:
     costs = proved.costs
     compared = {name: costs[name] for name in ("table", "uniform", *presets)}
     split = "+".join(dict.fromkeys(dataset.validation.split for dataset in chosen))
-    evidence = proof.judge(compared, found.uniform, names, split, settings.seed)
+    evidence = proof.judge(compared, proved.full_nll, found.uniform, names, split, settings.seed)
     wins = evidence.verdict == "better" or settings.keep_table
     table = seal(
         name=settings.name,
@@ -234,23 +231,25 @@ def climb(
         most: trials of all stages together; those that end only with the trials get equal parts of
             what is left, and of the time.
         seed: of what is drawn at random, which only `tpe`, `structured` and `cma` do.
-        load: loads the model once more, so that gradients flow through it; for `profile`.
+        load: loads the model once more, so that gradients flow through it; for `sensitivity` and
+            `alphas`, which share one look at the model.
     """
     bests = {}
     way = Climb(trials, best)
-    classes: list[list[int]] | None = None
+    profile: sensitivity.Profile | None = None
     for number, name in enumerate(stages):
         sharing = sum(stage in OPEN for stage in stages[number:]) if name in OPEN else 1
         with trials.stage(name, most // sharing, 1 / sharing):
             match name:
-                case "profile":
-                    found = profile.run(trials, way.best, load)
-                    if found is not None:
-                        way.best, classes = found.best, profile.classes(found.profile, CLASSES)
+                case "sensitivity" | "alphas":
+                    profile = profile or sensitivity.look(trials, way.best.setting, load)
+                    if profile is not None:
+                        stage = sensitivity.deal if name == "sensitivity" else sensitivity.alphas
+                        way.best = stage(trials, way.best, profile)
                 case "tpe":
                     samplers.tpe(way, seed)
                 case "structured":
-                    samplers.structured(way, seed, classes)
+                    samplers.structured(way, seed)
                 case "cma":
                     samplers.cma(way, seed)
                 case _:

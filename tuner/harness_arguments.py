@@ -91,6 +91,12 @@ class SequencePolicies:
         size = Size(ratio=given.ratio, slots=given.slots) if sizes else None
         self.table: AlphaTable | None = named.table
         """The table that `wish` names."""
+        if named.rival is not None:
+            raise InvalidArgument(
+                "policy",
+                f"{given.policy!r} deals slots as no server does; compare with it by "
+                "python -m tuner evaluate",
+            )
         if named.table is None:
             wish = named.at(size, prefill_chunk=given.prefill_chunk or 0, seed=given.seed)
             assert isinstance(wish, CachePolicy)

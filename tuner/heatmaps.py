@@ -14,7 +14,17 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from tuner.pictures import INK, PAPER, WIDTH, inline, kind_of, log_range, paper, plain, value_of
+from tuner.pictures import (
+    PANEL_WIDTH,
+    PAPER,
+    WIDTH,
+    inline,
+    kind_of,
+    log_range,
+    paper,
+    plain,
+    value_of,
+)
 from tuner.report import half_life
 from tuner.results import Cell, Evaluation, Size
 from tuner.search import LOG_TAU_MAX, log_tau_of
@@ -78,24 +88,13 @@ def head_maps(cells: Sequence[Cell], *, label: str, salt: str) -> str:
         return inline(figure, label)
 
 
-def alpha_map(
-    alpha: Sequence[Sequence[float]], slots: Sequence[float] = (), *, label: str, salt: str
-) -> str:
-    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below.
-
-    `slots`, in multiples of the budget by layer, stand beside as bars where they are given.
-    """
+def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
+    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below."""
     values = np.array(alpha)
     layers, heads = values.shape
     printed = layers * heads <= MOST_PRINTED
     with paper(salt):
-        row = 0.4 if printed else 0.16
-        cell = 0.62 if printed else min(0.4, 6.4 / heads)
-        wide = max(cell * heads, 2), *([1.6] if slots else [])
-        size = (min(WIDTH, 1.8 + sum(wide)), 0.8 + max(row * layers, 1.4))
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(1, len(wide), sharey=True, squeeze=False, width_ratios=wide).flat
-        axes = grid[0]
+        figure, axes = _map_of_heads(layers, heads, 0.62 if printed else 0.4, printed)
         norm = Normalize(0, LOG_TAU_MAX)
         scaled = np.array([[log_tau_of(value) for value in row] for row in alpha])
         _heat(axes, scaled, norm, _map("cividis"), None)
@@ -104,32 +103,35 @@ def alpha_map(
                 text = f"{value:.4g}\n{half_life(float(value))}"
                 _print(axes, layer, head, text, _map("cividis")(norm(scaled[layer, head])))
         _head_axes(axes, layers, heads)
-        if slots:
-            _slot_bars(grid[1], slots)
-        bar = _colour_bar(figure, list(grid), norm, _map("cividis"), "alpha")
+        axes.set_title("alpha and half-life")
+        bar = _colour_bar(figure, [axes], norm, _map("cividis"), "half-life, tokens")
         marks = (0, 0.5, 0.9, 0.99, 1)
-        bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[f"{m:g}" for m in marks])
+        bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[half_life(m) for m in marks])
         return inline(figure, label)
 
 
-def _slot_bars(axes: Axes, slots: Sequence[float]) -> None:
-    """A bar a layer on the layer axis of the map beside it, its length in figures on the right."""
-    places = np.arange(len(slots)) + 0.5
-    axes.barh(places, slots, height=0.7, color="#9ecae1")
-    axes.axvline(1, color=INK, linestyle="--", linewidth=0.8)
-    for place, multiple in zip(places, slots, strict=True):
-        axes.text(
-            1,
-            place,
-            f"{multiple:.2f}x",
-            transform=axes.get_yaxis_transform(),
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_xlim(0, 1.5 * max(slots))
-    axes.set_xlabel("slots x budget")
-    axes.tick_params(axis="y", length=0)
+def slot_map(slots: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
+    """The slots of each layer and KV head in multiples of the budget, on a log scale around 1."""
+    values = np.array(slots)
+    layers, heads = values.shape
+    printed = layers * heads <= MOST_PRINTED
+    furthest = max(2.0, float(np.exp(np.abs(np.log(values)).max())))
+    norm = LogNorm(1 / furthest, furthest)
+    with paper(salt):
+        figure, axes = _map_of_heads(layers, heads, 0.62 if printed else 0.4, printed)
+        _heat(axes, values, norm, _map("BrBG"), (lambda v: f"{v:.2f}x") if printed else None)
+        _head_axes(axes, layers, heads)
+        axes.set_title("slots")
+        _colour_bar(figure, [axes], norm, _map("BrBG"), "multiples of the budget")
+        return inline(figure, label)
+
+
+def _map_of_heads(layers: int, heads: int, cell: float, printed: bool) -> tuple[Figure, Axes]:
+    """A figure whose cells can be read, no wider than one of two that stand side by side."""
+    width = min(PANEL_WIDTH, 1.8 + max(cell * heads, 2))
+    height = 0.8 + max((0.4 if printed else 0.16) * layers, 1.4)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _heat(

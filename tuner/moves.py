@@ -89,7 +89,7 @@ class Climb:
             for share in FAVOURED_SHARES
         ]
         settings = [
-            start.with_slots(block, factor)
+            start.with_layer_slots(block, factor)
             for start in dict.fromkeys([self.best.setting, *starts])
             for block in blocks
             for factor in FACTORS
@@ -129,26 +129,39 @@ class Climb:
     def polish(self) -> None:
         """Take ever smaller steps in everything, until a round of the smallest finds nothing.
 
-        Equal slots stay equal: whether layers may differ is for `slots` to say.
+        Each round begins with steps that change all heads at once, of which there are few. Equal
+        slots stay equal: whether heads may differ is for earlier stages to say.
         """
         number = 0
         before = None
         while number < len(STEPS) or self.best is not before:
             before = self.best
             step = STEPS[min(number, len(STEPS) - 1)]
-            if len(set(self.best.setting.layer_share)) > 1:
+            self._try(f"{number}/all", [*self._all_by(step), *self._protection_by(step)])
+            rows = self.best.setting.head_share
+            if len({share for row in rows for share in row}) > 1:
                 self._try(f"{number}/slots", self._more_slots(step))
             for layer in self._layers:
                 self._try(f"{number}/layer {layer}", self._heads_by(layer, step), layer)
-            self._try(f"{number}/protection", self._protection_by(step))
             number += 1
             if self.trials.left == 0:
                 return
 
+    def _all_by(self, step: float) -> list[Move]:
+        """All heads forget sooner or later, and their slots differ less or more."""
+        return [
+            Move(part, change)
+            for sign in (-step, step)
+            for part, change in (
+                ("log tau", partial(_all_stepped, step=sign)),
+                ("power", partial(Setting.with_shares_to, power=2.0 ** (sign / 2))),
+            )
+        ]
+
     def _more_slots(self, step: float) -> list[Move]:
         """`2^step` times the slots for a layer, or so much fewer."""
         return [
-            Move(layer, partial(Setting.with_slots, layers=(layer,), factor=2.0**power))
+            Move(layer, partial(Setting.with_layer_slots, layers=(layer,), factor=2.0**power))
             for layer in self._layers
             for power in (step, -step)
             if len(self._layers) > 1
@@ -206,6 +219,12 @@ class Climb:
                 break
             count *= 2
         return settings
+
+
+def _all_stepped(setting: Setting, step: float) -> Setting:
+    return replace(
+        setting, alpha=tuple(tuple(stepped(a, step) for a in row) for row in setting.alpha)
+    )
 
 
 def stepped(alpha: float, step: float) -> float:

@@ -23,6 +23,7 @@ from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
 from a2sf.teacher import Entering, Example, Prediction
+from tuner.rivals import AdaKV, Pyramid
 
 DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
@@ -32,8 +33,8 @@ ROWS_PER_PASS = 32
 """Examples run along together. Most of a pass is fixed cost until about here (measured on two
 cores with the packaged model), so several candidates share a pass where each needs few."""
 
-Candidate = TablePolicy | CachePolicy
-"""What can be compared: a table with its budget and protection, or a preset."""
+Candidate = TablePolicy | CachePolicy | Pyramid | AdaKV
+"""What can be compared: a table with its budget and protection, a preset, or a rival's rule."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,11 @@ def _nll(example: Example, log_probabilities: Tensor) -> float:
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
     """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses."""
+    if isinstance(candidate, Pyramid):
+        equal = effective(candidate.equal, model, length)
+        return effective(candidate.table(equal, length), model, length)
+    if isinstance(candidate, AdaKV):
+        return candidate.pooled(effective(candidate.equal, model, length))
     table = candidate if isinstance(candidate, TablePolicy) else None
     return resolve(
         CachePolicy() if isinstance(candidate, TablePolicy) else candidate,

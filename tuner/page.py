@@ -160,16 +160,12 @@ def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
     return chosen or list(kinds.values())[:1]
 
 
-def alpha_picture(
-    name: str, alpha: Sequence[Sequence[float]], salt: str, slots: Sequence[float] = ()
-) -> Picture:
-    """A table's alphas, and each layer's slots in multiples of the budget where they differ."""
+def alpha_picture(name: str, alpha: Sequence[Sequence[float]], salt: str) -> Picture:
+    """A table's alphas and half-lives."""
     words = (
         "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
         "room, the half-life of a score in tokens stands below alpha. 0: only the last query "
         "counts; 1: nothing fades"
     )
-    if slots:
-        words += ". Bars: the slots of each layer in multiples of the budget"
-    svg = heatmaps.alpha_map(alpha, slots, label=f"{name}: {words}", salt=salt)
+    svg = heatmaps.alpha_map(alpha, label=f"{name}: {words}", salt=salt)
     return Picture(Markup(svg), f"{words}.")

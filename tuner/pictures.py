@@ -59,6 +59,10 @@ COLOURS = {
     "window": "#e69f00",
     "tova_per_head": "#cc79a7",
     "random": "#808080",
+    "pyramid": "#8a63c9",
+    "pyramid a2sf": "#8a63c9",
+    "adakv": "#7a8b2e",
+    "adakv a2sf": "#7a8b2e",
 }
 _OTHER = "#a5803a"
 _BACKGROUND = "#9aa5b1"

@@ -1,7 +1,7 @@
 """How a policy is written on a command line, and what it becomes at each size.
 
-Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf` and alpha tables, each
-with what it protects. Knows nothing of examples or of costs.
+Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf`, `pyramid`,
+`adakv` and alpha tables, each with what it protects. Knows nothing of examples or of costs.
 """
 
 import re
@@ -17,19 +17,20 @@ from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tuner.objective import Candidate
 from tuner.results import Size
+from tuner.rivals import AdaKV, Pyramid
 
 DEFAULT_RECENT = ".5"
-"""What `a2sf` and `random` protect unless told otherwise: as much as `h2o`, so that what is
-compared is the score."""
+"""What `a2sf`, `pyramid`, `adakv` and `random` protect unless told otherwise: as much as `h2o`, so
+that what is compared is the score."""
 
 SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", ".99", "1") for r in ("0", ".5"))
 """What a bare `a2sf` stands for: forgetting after 1, 2, 10, 50 and 100 tokens and never, without
 and with a protected window, since neither says much without the other."""
 
 SPELLING = (
-    "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random or a2sf:ALPHA, each with "
-    "[:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a point, a share of the rest "
-    "(.5); a2sf, for several of them; or the file or shipped name of an alpha table"
+    "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random, a2sf:ALPHA, pyramid[:ALPHA] or "
+    "adakv[:ALPHA], each with [:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a point, a share of the "
+    "rest (.5); a2sf, for several of them; or the file or shipped name of an alpha table"
 )
 
 _PARTS = {  # the parts that may follow a name
@@ -39,7 +40,15 @@ _PARTS = {  # the parts that may follow a name
     "tova_per_head": ("recent", "sinks"),
     "random": ("recent", "sinks"),
     "a2sf": ("alpha", "recent", "sinks"),
+    "pyramid": ("alpha", "recent", "sinks"),
+    "adakv": ("alpha", "recent", "sinks"),
 }
+
+_RIVALS: dict[str, tuple[type[Pyramid] | type[AdaKV], str]] = {
+    "pyramid": (Pyramid, "slots by layer as PyramidKV deals them"),
+    "adakv": (AdaKV, "slots by head as AdaKV deals them at the end of each prompt"),
+}
+"""Rules that deal the slots otherwise: what stands for them, and in words."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Named:
     name: str
     wish: CachePolicy
     table: AlphaTable | None = field(default=None, compare=False)
+    rival: str | None = None
+    """The rule of `rivals` by which slots are dealt; None: equal, or as the table says."""
 
     @property
     def has_size(self) -> bool:
@@ -65,6 +76,8 @@ class Named:
         what = (
             f"uniform alpha {wish.alpha:g}" if wish.alpha is not None else f"preset {wish.preset}"
         )
+        if self.rival is not None:
+            what = f"{_RIVALS[self.rival][1]}, {what}"
         recent = (
             f"recent {wish.recent_share:g} of the rest"
             if wish.recent_share is not None
@@ -92,7 +105,8 @@ class Named:
         update = {**budget, "prefill_chunk": prefill_chunk}
         if self.wish.preset == "random":
             update["random_seed"] = seed
-        return self.wish.model_copy(update=update)
+        wish = self.wish.model_copy(update=update)
+        return wish if self.rival is None else _RIVALS[self.rival][0](equal=wish)
 
 
 def parse(written: str, model: LoadedModel) -> list[Named]:
@@ -120,7 +134,8 @@ def _read(written: str, model: LoadedModel) -> list[Named]:
             return [policy for one in SEVERAL for policy in _read(one, model)]
         if len(values) > len(_PARTS[name]):
             raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
-        return [Named(written, _wish(name, dict(zip(_PARTS[name], values, strict=False))))]
+        wish = _wish(name, dict(zip(_PARTS[name], values, strict=False)))
+        return [Named(written, wish, rival=name if name in _RIVALS else None)]
     path = Path(written)
     shipped = reference.path() / "tables" / f"{written}.json"
     if not path.is_file() and not written.endswith(".json"):
@@ -139,8 +154,8 @@ def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
         fields["preset"] = name
     if name != "full":
         fields["sinks"] = _number(parts["sinks"], int) if "sinks" in parts else DEFAULT_SINKS
-    if name == "a2sf":
-        fields["alpha"] = _number(parts["alpha"], float)
+    if "alpha" in _PARTS[name]:
+        fields["alpha"] = _number(parts.get("alpha", "1"), float)
     if "recent" in _PARTS[name]:
         written = parts.get("recent", "0" if name == "tova_per_head" else DEFAULT_RECENT)
         if "." in written:

@@ -15,11 +15,18 @@ from rich.style import Style
 from rich.text import Text
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
+from tuner import statistics
 from tuner.results import SIGNIFICANT, Comparison, Evaluation, Metric
-from tuner.search import LOG_TAU_MAX, log_tau_of
+from tuner.search import LOG_TAU_MAX, Shares, log_tau_of
 
 if TYPE_CHECKING:
     from tuner.fit import Outcome
+
+MUCH = 0.5
+"""Nats of KL a token beyond which a cache changes what a model says: no table mends that."""
+
+FEW = 16
+"""Held-out examples below which bootstrap intervals are rough."""
 
 HEADINGS: dict[Metric, str] = {
     "kl": "KL to full, nats",
@@ -44,7 +51,7 @@ def summarise(
         "NLL, nats a token: " + ", ".join(f"{name} {_figure(value)}" for name, value in nll),
     )
     _line(console, "")
-    _line(console, verdict_line(table))
+    _verdict(console, table)
     for note in outcome.notes:
         _line(console, note)
     _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
@@ -78,7 +85,7 @@ def show(console: Console, table: AlphaTable) -> None:
     _line(console, "")
     _figures(console, table)
     _stages(console, table)
-    _line(console, verdict_line(table))
+    _verdict(console, table)
     _line(console, "")
     heat_map(console, table.policy)
 
@@ -171,18 +178,56 @@ def setting_words(setting: UniformSetting) -> str:
     return f"{_short(setting.alpha)}, recent {recent}, sinks {setting.sinks}"
 
 
+def advice_line(table: AlphaTable) -> str:
+    """Whether to use the table, in one sentence: what it gains, and what the cache still loses."""
+    evidence = table.evidence
+    lost = f"it loses {evidence.table.mean:.3g} nats of KL a token against the full cache"
+    nll = evidence.lost_nll
+    if nll is not None:
+        # Rounded before it is shown, so that no zero is negative.
+        more = round(100 * math.expm1(min(nll.mean, 100.0)), 1) + 0.0
+        lost += (
+            f", and the true next token costs {_figure(nll, sign=True)} nats more "
+            f"(perplexity {more:+.3g} %)"
+        )
+    if evidence.table.mean > MUCH:
+        return f"The budget is too small to serve well: {lost}; fit one with a larger budget."
+    if evidence.verdict == "better":
+        return f"Use this table: {lost}."
+    return f"One uniform setting does as well: {lost}, and tuning each head gains nothing sure."
+
+
+def caution_line(table: AlphaTable) -> str | None:
+    """Say where the held-out examples are too few for what the verdict claims or denies."""
+    evidence = table.evidence
+    compared = max(len(evidence.p_holm), 1)
+    enough = statistics.enough_examples(compared)
+    if evidence.examples < enough:
+        return (
+            f"Too few examples: {evidence.examples} held-out examples cannot show a difference "
+            f"once {compared} comparisons are paid for; prove it with --holdout {FEW} or more, "
+            f"and {enough} at the least."
+        )
+    if evidence.examples < FEW:
+        return (
+            f"Few examples: {evidence.examples} held-out examples give rough intervals; prove it "
+            f"with --holdout {FEW} or more before relying on it."
+        )
+    return None
+
+
 def is_uniform(policy: TablePolicy) -> bool:
-    """Whether all layers and heads share one alpha, and all layers have the same slots."""
+    """Whether all heads share one alpha and have the same slots."""
     return len({alpha for row in policy.alpha for alpha in row}) == 1 and not slots(policy)
 
 
-def slots(policy: TablePolicy) -> tuple[float, ...]:
-    """Each layer's slots in multiples of the budget, 1 on average; empty where they are equal."""
-    share = [math.fsum(row) / len(row) for row in policy.head_share]
-    if len({weight for row in policy.head_share for weight in row}) == 1:
+def slots(policy: TablePolicy) -> Shares:
+    """Each head's slots in multiples of the budget, 1 on average; empty where they are equal."""
+    weights = [weight for row in policy.head_share for weight in row]
+    if len(set(weights)) == 1:
         return ()
-    mean = math.fsum(share) / len(share)
-    return tuple(weight / mean for weight in share)
+    mean = math.fsum(weights) / len(weights)
+    return tuple(tuple(weight / mean for weight in row) for row in policy.head_share)
 
 
 def duration(seconds: float) -> str:
@@ -194,20 +239,23 @@ def duration(seconds: float) -> str:
 
 
 def heat_map(console: Console, policy: TablePolicy) -> None:
-    """Print alpha and half-life in tokens by layer and head; coloured on a terminal."""
-    _line(console, "alpha by layer and KV head, with the half-life of a score in tokens below it")
+    """Print alpha, half-life and slots by layer and head; coloured on a terminal."""
+    multiples = slots(policy)
+    below = "the half-life of a score in tokens below it"
+    if multiples:
+        below = f"{below}, and then the head's slots in multiples of the budget"
+    _line(console, f"alpha by layer and KV head, with {below}")
     heads = len(policy.alpha[0])
-    multiples = [f"{f'{multiple:.2f}x':>16}" for multiple in slots(policy)]
-    first = "layer " + (f"{'slots x budget':>16}" if multiples else "")
-    _line(console, first + "".join(f"{f'head {head}':>9}" for head in range(heads)))
+    _line(console, "layer " + "".join(f"{f'head {head}':>9}" for head in range(heads)))
     for layer, row in enumerate(policy.alpha):
-        multiple = multiples[layer] if multiples else ""
-        upper, lower = Text(f"{layer:>5} {multiple}"), Text(" " * len(first))
-        for alpha in row:
-            upper.append(f"{alpha:>8.4g} ", _style(alpha))
-            lower.append(f"{half_life(alpha):>8} ", _style(alpha))
-        console.print(upper, soft_wrap=True)
-        console.print(lower, soft_wrap=True)
+        lines = [[f"{alpha:.4g}" for alpha in row], [half_life(alpha) for alpha in row]]
+        if multiples:
+            lines.append([f"{multiple:.2f}x" for multiple in multiples[layer]])
+        for number, line in enumerate(lines):
+            text = Text(f"{'' if number else layer:>5} ")
+            for alpha, shown in zip(row, line, strict=True):
+                text.append(f"{shown:>8} ", _style(alpha))
+            console.print(text, soft_wrap=True)
 
 
 def half_life(alpha: float) -> str:
@@ -215,6 +263,12 @@ def half_life(alpha: float) -> str:
     if alpha in (0.0, 1.0):
         return "0" if alpha == 0.0 else "inf"
     return f"{-math.log(2) / math.log(alpha):.3g}"
+
+
+def _verdict(console: Console, table: AlphaTable) -> None:
+    for line in (verdict_line(table), advice_line(table), caution_line(table)):
+        if line is not None:
+            _line(console, line)
 
 
 def _figures(console: Console, table: AlphaTable) -> None:

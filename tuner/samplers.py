@@ -18,7 +18,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
 from tuner.moves import Climb
-from tuner.search import LOG_TAU_MAX, Setting, alpha_of, log_tau_of
+from tuner.search import LOG_TAU_MAX, Setting, alpha_of, log_tau_of, shares
 from tuner.trials import Tried
 
 AT_ONCE = 4
@@ -138,12 +138,9 @@ def tpe(climb: Climb, seed: int) -> None:
     _drive(climb, "tpe", space, Tpe(space, _known(space, climb.best), seed))
 
 
-def structured(climb: Climb, seed: int, classes: Sequence[Sequence[int]] | None) -> None:
-    """Search few numbers by TPE: log tau and slots by depth, by class of head, and the protection.
-
-    `classes` [num_layers][num_kv_heads] come from a profile; None: all heads are of one.
-    """
-    space = by_depth(climb.best.setting, classes)
+def structured(climb: Climb, seed: int) -> None:
+    """Search few numbers by TPE: log tau and slots by depth, and the protection."""
+    space = by_depth(climb.best.setting)
     _drive(climb, "structured", space, Tpe(space, _known(space, climb.best), seed))
 
 
@@ -180,11 +177,11 @@ def by_layer(best: Setting) -> Space:
     """One log tau and one share for every layer, and the protection; starts from layers' means."""
     layers = range(len(best.alpha))
     taus = [float(np.mean([log_tau_of(alpha) for alpha in row])) for row in best.alpha]
-    shares = [float(np.log2(share)) for share in best.layer_share]
+    logs = [float(np.log2(np.mean(row))) for row in best.head_share]
     ranges = {f"log_tau.{layer}": (0.0, LOG_TAU_MAX) for layer in layers}
     start = {f"log_tau.{layer}": taus[layer] for layer in layers}
     ranges |= {f"log2_share.{layer}": LOG2_SHARE for layer in layers}
-    start |= {f"log2_share.{layer}": shares[layer] for layer in layers}
+    start |= {f"log2_share.{layer}": logs[layer] for layer in layers}
 
     def setting(numbers: Mapping[str, float]) -> Setting:
         chosen = _dealt(best, [2 ** numbers[f"log2_share.{layer}"] for layer in layers])
@@ -195,37 +192,28 @@ def by_layer(best: Setting) -> Space:
     return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
 
-def by_depth(best: Setting, classes: Sequence[Sequence[int]] | None) -> Space:
-    """Log tau and share at a few depths, an offset for each further class, and the protection."""
+def by_depth(best: Setting) -> Space:
+    """Log tau and share at a few depths, and the protection."""
     layers = len(best.alpha)
     knots = np.linspace(0, layers - 1, min(KNOTS, layers))
     taus = np.array([np.mean([log_tau_of(alpha) for alpha in row]) for row in best.alpha])
-    shares = np.log2(best.layer_share)
-    kinds = range(1, 1 + max((kind for row in classes or () for kind in row), default=0))
+    logs = np.log2(np.mean(best.head_share, axis=1))
     ranges: dict[str, tuple[float, float]] = {}
     start: dict[str, float] = {}
     for number, knot in enumerate(knots):
         ranges |= {f"log_tau@{number}": (0.0, LOG_TAU_MAX), f"log2_share@{number}": LOG2_SHARE}
         start[f"log_tau@{number}"] = float(np.interp(knot, range(layers), taus))
-        start[f"log2_share@{number}"] = float(np.interp(knot, range(layers), shares))
-    ranges |= {f"class.{kind}": (-LOG_TAU_MAX / 2, LOG_TAU_MAX / 2) for kind in kinds}
-    start |= {f"class.{kind}": 0.0 for kind in kinds}
+        start[f"log2_share@{number}"] = float(np.interp(knot, range(layers), logs))
 
     def along(numbers: Mapping[str, float], name: str) -> list[float]:
         values = [numbers[f"{name}@{number}"] for number in range(len(knots))]
         return [float(value) for value in np.interp(range(layers), knots, values)]
 
     def setting(numbers: Mapping[str, float]) -> Setting:
-        offsets = [0.0, *(numbers[f"class.{kind}"] for kind in kinds)]
-        alpha = tuple(
-            tuple(
-                alpha_of(log_tau + offsets[classes[layer][head] if classes else 0])
-                for head in range(len(best.alpha[layer]))
-            )
-            for layer, log_tau in enumerate(along(numbers, "log_tau"))
-        )
-        dealt = _dealt(best, [2**power for power in along(numbers, "log2_share")])
-        return _protected(replace(dealt, alpha=alpha), numbers)
+        chosen = _dealt(best, [2**power for power in along(numbers, "log2_share")])
+        for layer, log_tau in enumerate(along(numbers, "log_tau")):
+            chosen = chosen.with_layer(layer, alpha_of(log_tau))
+        return _protected(chosen, numbers)
 
     return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
@@ -256,8 +244,10 @@ def _protected(setting: Setting, numbers: Mapping[str, float]) -> Setting:
 
 
 def _dealt(best: Setting, weights: Sequence[float]) -> Setting:
-    mean = sum(weights) / len(weights)
-    return replace(best, layer_share=tuple(round(weight / mean, 4) for weight in weights))
+    """Deal by layer; within a layer in the proportions that the heads have."""
+    means = np.mean(best.head_share, axis=1, keepdims=True)
+    dealt = np.asarray(best.head_share) / means * np.asarray(weights)[:, None]
+    return replace(best, head_share=shares(dealt.tolist()))
 
 
 def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:

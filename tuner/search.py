@@ -6,8 +6,9 @@ chosen, measured or stored.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Self
 
 from a2sf.schema import TablePolicy, UniformSetting
@@ -17,6 +18,9 @@ LOG_TAU_MAX = math.log(2000)
 
 Alphas = tuple[tuple[float, ...], ...]
 """[num_layers][num_kv_heads]"""
+
+Shares = tuple[tuple[float, ...], ...]
+"""[num_layers][num_kv_heads], of mean 1"""
 
 
 def alpha_of(log_tau: float) -> float:
@@ -32,13 +36,22 @@ def log_tau_of(alpha: float) -> float:
     return LOG_TAU_MAX if alpha >= 1.0 else min(-math.log1p(-alpha), LOG_TAU_MAX)
 
 
+def shares(weights: Sequence[Sequence[float]]) -> Shares:
+    """Weights of heads as shares of mean 1: the `head_share` of a table.
+
+    Four digits: what a file shows is what was measured, and no slot hangs on the fifth.
+    """
+    mean = fmean(weight for row in weights for weight in row)
+    return tuple(tuple(round(weight / mean, 4) for weight in row) for row in weights)
+
+
 @dataclass(frozen=True)
 class Setting:
     """Everything that a search may change."""
 
     alpha: Alphas
-    layer_share: tuple[float, ...]
-    """[num_layers] slots of a layer as multiples of the budget; their mean is 1."""
+    head_share: Shares
+    """Slots of a head as multiples of the budget; their mean is 1."""
     recent_share: float
     sinks: int
 
@@ -55,12 +68,26 @@ class Setting:
         row = self.alpha[layer]
         return self._with_row(layer, (*row[:head], alpha, *row[head + 1 :]))
 
-    def with_slots(self, layers: Collection[int], factor: float) -> Self:
-        """The same with `factor` times the slots for some layers, at the cost of all."""
-        shares = [s * factor if at in layers else s for at, s in enumerate(self.layer_share)]
-        total = sum(shares)
-        # Four digits: what a file shows is what was measured, and no slot hangs on the fifth.
-        return replace(self, layer_share=tuple(round(len(shares) * s / total, 4) for s in shares))
+    def with_layer_slots(self, layers: Collection[int], factor: float) -> Self:
+        """The same with `factor` times the slots for all heads of some layers."""
+        return self._with_shares(
+            [s * factor if layer in layers else s for s in row]
+            for layer, row in enumerate(self.head_share)
+        )
+
+    def with_head_slots(self, layer: int, head: int, factor: float) -> Self:
+        """The same with `factor` times the slots for one head."""
+        return self._with_shares(
+            [s * factor if (at, place) == (layer, head) else s for place, s in enumerate(row)]
+            for at, row in enumerate(self.head_share)
+        )
+
+    def with_shares_to(self, power: float) -> Self:
+        """The same with every share to a power: below 1 slots differ less, above 1 more."""
+        return self._with_shares([share**power for share in row] for row in self.head_share)
+
+    def _with_shares(self, weights: Iterable[Sequence[float]]) -> Self:
+        return replace(self, head_share=shares(list(weights)))
 
     def _with_row(self, layer: int, row: tuple[float, ...]) -> Self:
         return replace(self, alpha=(*self.alpha[:layer], row, *self.alpha[layer + 1 :]))
@@ -69,7 +96,7 @@ class Setting:
         """The setting as a JSON document."""
         return {
             "alpha": [list(row) for row in self.alpha],
-            "layer_share": list(self.layer_share),
+            "head_share": [list(row) for row in self.head_share],
             "recent_share": self.recent_share,
             "sinks": self.sinks,
         }
@@ -79,7 +106,7 @@ class Setting:
         """The inverse of `point`."""
         return cls(
             alpha=tuple(tuple(row) for row in point["alpha"]),
-            layer_share=tuple(point["layer_share"]),
+            head_share=tuple(tuple(row) for row in point["head_share"]),
             recent_share=point["recent_share"],
             sinks=point["sinks"],
         )
@@ -97,22 +124,23 @@ class Frame:
 
     def policy(self, setting: Setting) -> TablePolicy:
         """Complete a setting to a policy."""
-        heads = range(self.num_kv_heads)
         return TablePolicy(
-            alpha=setting.alpha,
-            head_share=tuple(tuple(share for _ in heads) for share in setting.layer_share),
-            recent_share=setting.recent_share,
-            sinks=setting.sinks,
+            **vars(setting),
             budget=self.budget,
             budget_ratio=self.budget_ratio,
             prefill_chunk=self.prefill_chunk,
         )
 
+    @property
+    def equal(self) -> Shares:
+        """As many slots for every head."""
+        return ((1.0,) * self.num_kv_heads,) * self.num_layers
+
     def uniform(self, setting: UniformSetting) -> Setting:
         """One alpha everywhere, and equal slots."""
         return Setting(
             alpha=((setting.alpha,) * self.num_kv_heads,) * self.num_layers,
-            layer_share=(1.0,) * self.num_layers,
+            head_share=self.equal,
             recent_share=setting.recent_share,
             sinks=setting.sinks,
         )

@@ -76,6 +76,17 @@ def sign_flip_p(
     return [float(p) for p in np.atleast_1d(found.pvalue)]
 
 
+def enough_examples(comparisons: int) -> int:
+    """The fewest examples on which a difference can stay significant after Holm's correction.
+
+    With n of them, the smallest two-sided p-value of a sign-flip test is 2 / 2^n.
+    """
+    n = 2
+    while comparisons * 2 / 2**n >= 1 - CONFIDENCE:
+        n += 1
+    return n
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979): p-values that hold for the whole family, in order."""
     p = np.asarray(p_values, dtype=np.float64)

@@ -12,10 +12,12 @@ from pydantic import ValidationError
 
 from a2sf.errors import InvalidArgument, NotFound
 from a2sf.schema import AlphaTable
-from tuner import skeleton, table_pictures
+from tuner import heatmaps, skeleton, table_pictures
 from tuner.page import alpha_picture, curves
 from tuner.report import (
+    advice_line,
     calibration_line,
+    caution_line,
     duration,
     half_life,
     is_uniform,
@@ -74,12 +76,14 @@ def render(table: AlphaTable, evaluation: Evaluation | None = None) -> str:
         "table.html.j2",
         table=table,
         verdict=verdict_line(table),
+        advice=advice_line(table),
+        caution=caution_line(table),
         policy=policy_line(table.policy),
         calibration=calibration_line(table),
         uniform=setting_words(evidence.uniform) if evidence.uniform else "",
         carries_uniform=is_uniform(table.policy),
         costs=_costs(table),
-        alphas=alpha_picture(table.name, table.policy.alpha, "alphas", multiples),
+        heads=_heads(table),
         multiples=multiples,
         half_life=half_life,
         stages=_stages(table) if found else None,
@@ -88,6 +92,17 @@ def render(table: AlphaTable, evaluation: Evaluation | None = None) -> str:
         evaluation=evaluation,
         evaluated=_evaluated(evaluation, table) if evaluation else [],
     )
+
+
+def _heads(table: AlphaTable) -> Panels:
+    """The alphas, beside the slots where those differ."""
+    alphas = alpha_picture(table.name, table.policy.alpha, "alphas")
+    multiples = slots(table.policy)
+    if not multiples:
+        return Panels((Picture(alphas.svg),), alphas.caption)
+    words = "Slots by layer and KV head, in multiples of the budget"
+    dealt = heatmaps.slot_map(multiples, label=f"{table.name}: {words}", salt="slots")
+    return Panels((Picture(Markup(dealt)), Picture(alphas.svg)), f"{words}. {alphas.caption}")
 
 
 def _costs(table: AlphaTable) -> Picture:

@@ -138,9 +138,14 @@ class Trials:
         """Trials that the stage may still take; none once its time is over."""
         return self._left if self.seconds_spent < self._until else 0
 
-    def feasible(self, setting: Setting) -> bool:
-        """Whether the setting leaves every example slots that compete."""
-        policy = self.frame.policy(setting)
+    @property
+    def seconds_of_stage(self) -> float:
+        """Seconds of measuring that are left of the stage; infinite without a limit."""
+        return max(self._until - self.seconds_spent, 0.0)
+
+    def feasible(self, setting: Setting, frame: Frame | None = None) -> bool:
+        """Whether the setting leaves every example slots that compete, in the frame or another."""
+        policy = (frame or self.frame).policy(setting)
         try:
             for length in {len(example.token_ids) for example in self.objective.examples}:
                 effective(policy, self.objective.model, length)

@@ -29,8 +29,8 @@ LEAST_STEP = 0.02
 """Of log tau: a factor of 1.02 in how long a token is remembered."""
 
 
-SHARE = 0.5
-"""Of the time for searching: the bar may take as much as the tables, and no more."""
+SHARE = 0.4
+"""Of the time for searching, at most."""
 
 
 def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:

@@ -47,8 +47,8 @@ class Planted:
     def exact(self, policy: TablePolicy | Setting) -> float:
         pairs = zip(sum(policy.alpha, ()), sum(self._target.alpha, ()), strict=True)
         off = sum((log_tau_of(mine) - log_tau_of(best)) ** 2 for mine, best in pairs)
-        shares = zip(policy.layer_share, self._target.layer_share, strict=True)
-        off += sum(np.log2(mine / best) ** 2 for mine, best in shares)
+        shares = zip(sum(policy.head_share, ()), sum(self._target.head_share, ()), strict=True)
+        off += sum(np.log2(mine / best) ** 2 for mine, best in shares) / len(self._target.alpha[0])
         assert policy.recent_share is not None
         off += (policy.recent_share - self._target.recent_share) ** 2
         return 0.1 * float(off + (policy.sinks - self._target.sinks) ** 2 / 100)
@@ -88,6 +88,10 @@ def trials_of(
     return Trials(ledger, cast(Objective, planted), FRAME, minutes, proof_rows)
 
 
-def table(*rows: Sequence[float], share: Sequence[float] = (1.0, 1.0, 1.0)) -> Setting:
-    """A setting of the frame's shape, with a recent share of .25 and 4 sinks."""
-    return Setting(tuple(map(tuple, rows)), tuple(share), 0.25, 4)
+def table(*rows: Sequence[float], share: Sequence[float | Sequence[float]] = (1.0,) * 3) -> Setting:
+    """A setting of the frame's shape, with a recent share of .25 and 4 sinks.
+
+    `share` is of layers, or of each head.
+    """
+    dealt = tuple((s, s) if isinstance(s, float) else tuple(s) for s in share)
+    return Setting(tuple(map(tuple, rows)), dealt, 0.25, 4)

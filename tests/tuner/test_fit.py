@@ -35,7 +35,14 @@ def test_a_fit_writes_a_table_that_its_model_accepts(
     assert table.policy.budget_ratio == 0.2
     assert (table.calibration.dataset, table.calibration.examples) == ("sums", 2)
     assert (table.evidence.split, table.evidence.examples) == ("validation", 4)
-    assert set(table.evidence.paired) == {"uniform", "h2o", "window", "tova_per_head", "random"}
+    assert set(table.evidence.paired) == (
+        {"uniform", "h2o", "window", "tova_per_head", "random"}
+        | {"pyramid", "pyramid a2sf", "adakv", "adakv a2sf"}
+    )
+    assert table.evidence.lost_nll is not None
+    assert table.evidence.lost_nll.mean == pytest.approx(
+        outcome.nll["table"].mean - outcome.full_nll.mean
+    )
     assert (
         table.evidence.baselines.keys()
         == table.evidence.paired.keys()

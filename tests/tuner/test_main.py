@@ -88,7 +88,7 @@ def test_tables_show_prints_what_the_file_says(
     table = load_table(tmp_path / "sums.json")
     code, out, _ = run(monkeypatch, capsys, "tables", "show", tmp_path / "sums.json")
     assert code == 0
-    assert out.startswith(f"mine  (schema 2, sha256 {table.sha256[:16]}")
+    assert out.startswith(f"mine  (schema 3, sha256 {table.sha256[:16]}")
     assert f"{table.calibration.examples} examples of sums (calibration)" in out
     assert "budget 0.2 of the length" in out
     assert table.model.architecture in out
@@ -121,9 +121,9 @@ def test_tables_show_prints_what_the_file_says(
         (("--budget", 500), "nothing would be evicted"),
         (("--storage", "what://ever"), "'what' storage cannot be opened"),
         (("--trials", "many"), "'--trials'"),
-        (("--minutes", 0), "--minutes: 0; accepted: above 0"),
-        (("--stages", "layers,anneal"), "--stages: 'anneal'; accepted: profile, slots, layers"),
-        (("--stages", "heads,heads"), "'heads'; accepted: profile, slots, layers"),
+        (("--minutes", -1), "--minutes: -1; accepted: above 0, or 0 for no limit"),
+        (("--stages", "layers,anneal"), "--stages: 'anneal'; accepted: sensitivity, alphas, slots"),
+        (("--stages", "heads,heads"), "'heads'; accepted: sensitivity, alphas, slots"),
         (("--device", "tpu"), "device: 'tpu'"),
     ],
 )
@@ -270,7 +270,7 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
     ("spoil", "told"),
     [
         (lambda text: text[: len(text) // 2], "not whole JSON, perhaps cut short"),
-        (lambda text: text.replace('"schema_version": 2', '"schema_version": 99'), "is 99"),
+        (lambda text: text.replace('"schema_version": 3', '"schema_version": 99'), "is 99"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed or damaged"),
         (lambda _: None, "No such file"),
     ],

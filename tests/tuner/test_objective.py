@@ -21,7 +21,7 @@ ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
 def table(**overrides: object) -> TablePolicy:
     values: dict[str, object] = {
         "alpha": ALPHAS,
-        "layer_share": (1.0, 1.0, 1.0),
+        "head_share": ((1.0, 1.0),) * 3,
         "budget_ratio": 0.2,
         "recent_share": 0.25,
         "sinks": 2,
@@ -120,7 +120,7 @@ def test_starting_from_what_is_kept_below_a_layer_changes_no_cost(
         table(alpha=(ALPHAS[0], (0.9, 0.99), ALPHAS[2])),
         table(sinks=3),
         table(recent_share=0.5),
-        table(layer_share=(1.5, 0.5, 1.0)),
+        table(head_share=((1.5, 1.0), (0.5, 0.4), (1.0, 1.6))),
         CachePolicy(preset="h2o", budget_ratio=0.2),
     ],
 )

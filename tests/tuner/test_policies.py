@@ -13,6 +13,7 @@ from tests.tables import make_table
 from tuner import policies
 from tuner.objective import effective
 from tuner.results import Size
+from tuner.rivals import AdaKV, Pyramid
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,8 @@ from tuner.results import Size
         ("a2sf:.9", CachePolicy(alpha=0.9, recent_share=0.5, sinks=4)),
         ("a2sf:0:8", CachePolicy(alpha=0.0, recent=8, sinks=4)),
         ("a2sf:1:.25:0", CachePolicy(alpha=1.0, recent_share=0.25, sinks=0)),
+        ("pyramid", CachePolicy(alpha=1.0, recent_share=0.5, sinks=4)),
+        ("pyramid:.98:.25", CachePolicy(alpha=0.98, recent_share=0.25, sinks=4)),
     ],
 )
 def test_a_policy_is_read_as_it_is_written(
@@ -77,6 +80,26 @@ def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path:
     assert (settled.budget, settled.alpha) == (50, table.policy.alpha)
 
 
+def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
+    tiny_model: LoadedModel,
+) -> None:
+    (found,) = policies.parse("pyramid:.9", tiny_model)
+    at = found.at(Size(ratio=0.4), prefill_chunk=7, seed=0)
+    assert at == Pyramid(
+        equal=found.wish.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
+    )
+    assert "as PyramidKV deals them, uniform alpha 0.9" in found.description
+
+
+def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
+    tiny_model: LoadedModel,
+) -> None:
+    (found,) = policies.parse("adakv:.9", tiny_model)
+    at = found.at(Size(slots=30), prefill_chunk=7, seed=0)
+    assert at == AdaKV(equal=found.wish.model_copy(update={"budget": 30, "prefill_chunk": 7}))
+    assert "as AdaKV deals them at the end of each prompt" in found.description
+
+
 def test_a_table_of_another_model_and_a_missing_file_are_refused(
     tiny_model: LoadedModel,
 ) -> None:
@@ -92,7 +115,9 @@ def test_the_shipped_table_is_known_by_its_name(reference_model: LoadedModel) ->
     assert found.table.name == "mathqa"
 
 
-@pytest.mark.parametrize("written", ["full", "window", "h2o", "tova_per_head", "random", "a2sf:.9"])
+@pytest.mark.parametrize(
+    "written", ["full", "window", "h2o", "tova_per_head", "random", "a2sf:.9", "pyramid", "adakv"]
+)
 def test_every_description_says_what_is_protected(tiny_model: LoadedModel, written: str) -> None:
     (found,) = policies.parse(written, tiny_model)
     assert ("sinks 4" in found.description) == (written != "full")

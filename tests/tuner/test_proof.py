@@ -11,6 +11,7 @@ from a2sf.schema import UniformSetting
 from tuner import statistics
 from tuner.objective import Cost, effective
 from tuner.proof import baselines, judge
+from tuner.rivals import FLOOR
 from tuner.search import Frame
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
@@ -23,11 +24,15 @@ def costs(table: np.ndarray, uniform: np.ndarray) -> dict[str, Cost]:
 def test_a_planted_gain_on_every_example_is_called_better() -> None:
     rng = np.random.default_rng(0)
     uniform = rng.exponential(size=32)
-    evidence = judge(costs(uniform * 0.9, uniform), SETTING, "x", "validation", seed=0)
+    evidence = judge(costs(uniform * 0.9, uniform), uniform, SETTING, "x", "validation", seed=0)
     assert evidence.verdict == "better"
     assert evidence.paired["uniform"].high < 0
     assert evidence.examples == 32
     assert evidence.table.mean == pytest.approx(0.9 * evidence.baselines["uniform"].mean)
+    # Likelihoods are those of costs: the table's less the full cache's, pair by pair.
+    assert evidence.lost_nll is not None
+    assert evidence.lost_nll.mean == pytest.approx(-0.1 * uniform.mean())
+    assert evidence.lost_nll.high < 0
 
 
 def test_a_gain_that_may_be_chance_and_a_loss_are_no_better_than_uniform() -> None:
@@ -35,7 +40,7 @@ def test_a_gain_that_may_be_chance_and_a_loss_are_no_better_than_uniform() -> No
     uniform = rng.exponential(size=32)
     by_chance = uniform + rng.normal(loc=-0.001, scale=0.1, size=32)
     for table in (by_chance, uniform * 1.1, uniform):
-        verdict = judge(costs(table, uniform), SETTING, "x", "validation", seed=0).verdict
+        verdict = judge(costs(table, uniform), uniform, SETTING, "x", "validation", 0).verdict
         assert verdict == "no_better_than_uniform"
 
 
@@ -48,7 +53,7 @@ def verdicts(
         rng = np.random.default_rng(seed)
         uniform = rng.exponential(size=32) + 1
         evidence = judge(
-            costs(uniform + difference(rng), uniform), SETTING, "x", "validation", seed=seed
+            costs(uniform + difference(rng), uniform), uniform, SETTING, "x", "validation", seed
         )
         better += evidence.verdict == "better"
     return better / runs
@@ -86,6 +91,12 @@ def test_a_gain_of_a_standard_deviation_is_nearly_always_found() -> None:
     assert verdicts(lambda rng: rng.normal(loc=-0.1, scale=0.1, size=32), runs=100) >= 0.99
 
 
+def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
+    names = baselines(Frame(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
+    assert "pyramid" in names
+    assert "adakv" not in names
+
+
 @pytest.mark.parametrize("chunk", [0, 16])
 @pytest.mark.parametrize(("budget", "ratio"), [(20, None), (None, 0.3)])
 def test_all_baselines_have_the_tables_budget_and_prefill_law(
@@ -101,3 +112,9 @@ def test_all_baselines_have_the_tables_budget_and_prefill_law(
     own, random = policies["uniform"], policies["random"]
     assert (random.recent, random.sinks) == (own.recent, own.sinks)
     assert random.random_seed == 7
+    assert (policies["adakv"].alpha[0][0], policies["adakv a2sf"].alpha) == (1.0, own.alpha)
+    assert policies["adakv"].pooled_floor == policies["adakv a2sf"].pooled_floor == FLOOR
+    plain, forgetting = policies["pyramid"], policies["pyramid a2sf"]
+    assert plain.head_budgets == forgetting.head_budgets != own.head_budgets
+    assert (plain.alpha[0][0], forgetting.alpha) == (1.0, own.alpha)
+    assert plain.sinks == own.sinks

@@ -84,8 +84,8 @@ def test_a_table_of_one_alpha_and_unequal_slots_is_not_uniform() -> None:
     policy = make_table(IDENTITY, alpha=((0.9, 0.9),) * 2).policy
     assert is_uniform(policy)
     # Weights, not shares of a sum: any equal ones are equal slots.
-    assert is_uniform(policy.model_copy(update={"layer_share": (3.0, 3.0)}))
-    assert not is_uniform(policy.model_copy(update={"layer_share": (1.0, 3.0)}))
+    assert is_uniform(policy.model_copy(update={"head_share": ((3.0, 3.0), (3.0, 3.0))}))
+    assert not is_uniform(policy.model_copy(update={"head_share": ((3.0, 3.0), (3.0, 1.0))}))
 
 
 def shown(table: AlphaTable) -> list[str]:
@@ -118,13 +118,13 @@ def test_a_table_from_before_stages_were_kept_prints_none() -> None:
 
 
 def test_unequal_slots_are_told_in_multiples_of_the_budget() -> None:
-    table = make_table(IDENTITY, layer_share=(6.0, 2.0))
+    table = make_table(IDENTITY, head_share=((6.0, 2.0), (3.0, 1.0)))
     lines = drawn(table).splitlines()
-    assert lines[1].split("slots x budget")[1].split() == ["head", "0", "head", "1"]
-    assert [lines[row].split()[:2] for row in (2, 4)] == [["0", "1.50x"], ["1", "0.50x"]]
-    # Half-lives stay below their alphas.
-    assert len(lines[2]) == len(lines[3])
-    assert "slots" not in drawn(make_table(IDENTITY, layer_share=(2.0, 2.0)))
+    assert "slots in multiples of the budget" in lines[0]
+    assert [lines[row].split() for row in (4, 7)] == [["2.00x", "0.67x"], ["1.00x", "0.33x"]]
+    # Each stands below its alpha.
+    assert len(set(map(len, lines[2:]))) == 1
+    assert "slots" not in drawn(make_table(IDENTITY, head_share=((2.0, 2.0), (2.0, 2.0))))
 
 
 @pytest.mark.parametrize(

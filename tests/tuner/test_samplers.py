@@ -23,8 +23,8 @@ LAYERS = table((0.0, 0.0), (0.95, 0.95), (1.0, 1.0), share=(0.5, 2.0, 0.5))
     [
         (every_head(UNLIKE), UNLIKE),
         (by_layer(LAYERS), LAYERS),
-        (by_depth(LAYERS, None), LAYERS),
-        (by_depth(START, [[0, 1], [2, 0], [1, 1]]), START),
+        (by_depth(LAYERS), LAYERS),
+        (by_depth(START), START),
     ],
 )
 def test_the_start_of_a_space_stands_for_the_best_setting(space: Space, best: object) -> None:
@@ -40,7 +40,7 @@ def test_a_start_outside_its_range_is_refused_by_name() -> None:
         Space({"log_tau.0": (0.0, 7.0)}, {"log_tau.0": 9.0}, lambda _: START)
 
 
-FAR = replace(LAYERS, layer_share=(0.05, 2.9, 0.05), sinks=11)
+FAR = replace(LAYERS, head_share=((0.05,) * 2, (2.9,) * 2, (0.05,) * 2), sinks=11)
 
 
 @pytest.mark.parametrize("name", ["structured", "cma"])
@@ -55,16 +55,11 @@ def test_a_best_setting_outside_the_ranges_is_started_from_next_to_it_and_told(n
         # Measured itself: what the best setting costs is not what its neighbour does.
         first = planted.calls[1][0]
         assert first.sinks == 8
-        assert (
-            first.layer_share == by_depth(FAR, None).setting(by_depth(FAR, None).start).layer_share
-        )
+        assert first.head_share == by_depth(FAR).setting(by_depth(FAR).start).head_share
 
 
-def test_heads_of_one_class_move_together_and_layers_lie_between_the_knots() -> None:
-    space = by_depth(START, [[0, 1], [2, 0], [1, 1]])
-    moved = space.setting({**space.start, "class.1": 1.0})
-    changed = [[mine != START.alpha[0][0] for mine in row] for row in moved.alpha]
-    assert changed == [[False, True], [False, False], [True, True]]
+def test_layers_lie_between_the_knots() -> None:
+    space = by_depth(START)
     ends = space.setting({**space.start, "log_tau@0": 0.0})
     assert ends.alpha[0][0] == 0.0
     assert ends.alpha[2] == START.alpha[2]
@@ -78,17 +73,14 @@ def run(
         (known,) = trials.measure("start", [start])
     climb = Climb(trials, known)
     with trials.stage(name, most):
-        if name == "structured":
-            samplers.structured(climb, 0, [[0, 1], [2, 0], [1, 1]])
-        else:
-            getattr(samplers, name)(climb, 0)
+        getattr(samplers, name)(climb, 0)
         assert trials.left == 0
     return climb
 
 
 @pytest.mark.parametrize("name", ["tpe", "structured", "cma"])
 def test_a_sampler_gains_on_the_start_and_proposes_the_same_again(name: str) -> None:
-    target = {"tpe": replace(UNLIKE, layer_share=START.layer_share)}.get(name, LAYERS)
+    target = {"tpe": replace(UNLIKE, head_share=START.head_share)}.get(name, LAYERS)
     storage = InMemoryStorage()
     planted = Planted(target)
     best = run(name, planted, storage=storage).best

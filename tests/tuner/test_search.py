@@ -30,11 +30,11 @@ def test_exactly_0_and_exactly_1_are_on_the_scale() -> None:
 
 
 def test_a_uniform_setting_is_one_alpha_and_equal_slots() -> None:
-    assert Setting(((0.9, 0.9),) * 3, (1.0, 1.0, 1.0), 0.25, 4) == BASE
+    assert Setting(((0.9, 0.9),) * 3, ((1.0, 1.0),) * 3, 0.25, 4) == BASE
     policy = FRAME.policy(BASE)
     assert (policy.budget_ratio, policy.budget, policy.prefill_chunk) == (0.2, None, 7)
     assert (policy.recent_share, policy.recent, policy.sinks) == (0.25, None, 4)
-    assert (policy.alpha, policy.layer_share) == (BASE.alpha, BASE.layer_share)
+    assert (policy.alpha, policy.head_share) == (BASE.alpha, BASE.head_share)
 
 
 def test_a_layer_and_a_head_are_changed_alone() -> None:
@@ -45,16 +45,22 @@ def test_a_layer_and_a_head_are_changed_alone() -> None:
 
 @given(st.integers(0, 2), st.floats(0.2, 5), st.integers(0, 2), st.floats(0.2, 5))
 def test_slots_are_dealt_never_made(first: int, much: float, second: int, more: float) -> None:
-    shares = BASE.with_slots((first,), much).with_slots((second,), more).layer_share
-    assert sum(shares) == pytest.approx(3, abs=2e-4)
-    assert all(share > 0 for share in shares)
+    dealt = BASE.with_layer_slots((first,), much).with_head_slots(second, 1, more).head_share
+    assert sum(map(sum, dealt)) == pytest.approx(6, abs=4e-4)
+    assert all(share > 0 for row in dealt for share in row)
 
 
 def test_a_layer_gets_as_many_times_the_slots_of_the_others_as_was_said() -> None:
-    first, second, third = BASE.with_slots((1,), 2.0).layer_share
-    assert (first, second) == (third, pytest.approx(2 * first, rel=1e-3))
+    first, second, third = BASE.with_layer_slots((1,), 2.0).head_share
+    assert (first, second) == (third, pytest.approx((2 * first[0],) * 2, rel=1e-3))
+
+
+def test_a_head_gets_as_many_times_the_slots_of_the_others_as_was_said() -> None:
+    first, second, third = BASE.with_head_slots(1, 0, 3.0).head_share
+    assert first == third == (second[1],) * 2
+    assert second[0] == pytest.approx(3 * second[1], rel=1e-3)
 
 
 def test_a_setting_survives_the_way_through_a_study() -> None:
-    setting = BASE.with_head(0, 1, 0.995).with_slots((2,), 2.0)
+    setting = BASE.with_head(0, 1, 0.995).with_head_slots(2, 0, 2.0)
     assert Setting.of(json.loads(json.dumps(setting.point()))) == setting

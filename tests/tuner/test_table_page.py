@@ -42,14 +42,20 @@ def short(estimate: Estimate, sign: str = "") -> str:
     )
 
 
-def test_every_alpha_and_its_half_life_is_on_the_page(rendered: tuple[AlphaTable, str]) -> None:
+def test_every_alpha_half_life_and_share_is_on_the_page(rendered: tuple[AlphaTable, str]) -> None:
     table, text = rendered
-    rows = Page(text).under("Alpha, and the half-life of a score in tokens")[1:]
+    multiples = slots(table.policy)
+    caption = "Alpha, the half-life of a score in tokens"
+    if multiples:
+        caption += ", and the slots in multiples of the budget"
+    rows = Page(text).under(caption)[1:]
     assert len(rows) == table.model.num_layers
     for layer, (row, alphas) in enumerate(zip(rows, table.policy.alpha, strict=True)):
         cells = [f"{alpha:.4g} ({half_life(alpha)})" for alpha in alphas]
-        shares = [f"{multiple:.2f}x" for multiple in slots(table.policy)[layer : layer + 1]]
-        assert row == [str(layer), *shares, *cells]
+        if multiples:
+            shares = [f"{multiple:.2f}x" for multiple in multiples[layer]]
+            cells = [f"{cell}, {share}" for cell, share in zip(cells, shares, strict=True)]
+        assert row == [str(layer), *cells]
 
 
 def test_every_cost_difference_and_p_is_on_the_page() -> None:
@@ -133,14 +139,15 @@ def test_a_table_that_is_uniform_says_so() -> None:
 
 
 def test_unequal_slots_stand_beside_the_map_and_equal_ones_nowhere() -> None:
-    policy = make_table(IDENTITY, layer_share=(6.0, 2.0))
-    text = render(policy)
-    assert text.count("1.50x") == 2  # in the picture and in the figures
-    assert text.count("0.50x") == 2
-    assert "in multiples of the budget" in Page(text).pictures()[1]
+    text = render(make_table(IDENTITY, head_share=((6.0, 2.0), (3.0, 1.0))))
+    assert text.count("2.00x") == 2  # in the picture and in the figures
+    assert text.count("0.33x") == 2
+    slots, alphas = Page(text).pictures()[1:3]
+    assert "in multiples of the budget" in slots
+    assert "half-life" in alphas
     assert "on average over" in text
-    equal = render(make_table(IDENTITY, layer_share=(2.0, 2.0)))
-    assert "slots x budget" not in equal
+    equal = render(make_table(IDENTITY, head_share=((2.0, 2.0), (2.0, 2.0))))
+    assert ">slots<" not in equal
     assert "multiples of the budget" not in equal
     assert "on average over" not in equal
 

@@ -1,0 +1,258 @@
+"""The sensitivity profile: what every head alone costs with fewer slots, and what follows from it.
+
+Owns the budgets and alphas that are looked at, the settings that are proposed, and two stages of a
+search: dealing slots among heads, and an alpha for each at its dealt slots. What costs add up to is
+a prior: every proposal is measured like any other setting. Knows nothing of how a head's cost is
+found (`tuner.curvature`) nor of how a total is divided (`tuner.dealing`).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from a2sf.models import LoadedModel
+from a2sf.policy import EffectivePolicy
+from tuner import curvature, dealing
+from tuner.objective import effective
+from tuner.search import Frame, Setting, log_tau_of, shares
+from tuner.trials import Trials, Tried
+
+FRACTIONS = (0.15, 0.3, 0.6, 1.0, 1.75, 3.0)
+"""Budgets that are looked at, as multiples of the mean budget, as far as the length goes."""
+
+ALPHAS = (0.8, 0.93, 0.98, 0.993, 1.0)
+
+POWERS = (1.0, 0.75)
+"""Dealt shares are tried as they are and nearer to equal: costs of single heads do not add up."""
+
+FLOOR = 0.2
+"""Fewest slots of a head as a share of the mean: at a fifth of the length, .04 of the length."""
+
+MOST_BYTES = 3 * 10**9
+"""Of the rows that are looked at together, about; at least one row."""
+
+MOST_ROWS = 8
+
+TIME_SHARE = 0.6
+"""Of what is left of the time, for the look; then fewer examples are looked at, at least one."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What every head alone costs with so many slots and such an alpha."""
+
+    length: int
+    """Tokens of a typical example, of which the budgets are shares."""
+    budgets: tuple[int, ...]
+    """Slots, rising."""
+    alphas: tuple[float, ...]
+    costs: NDArray[np.float64]
+    """[num_layers, num_kv_heads, budgets, alphas] nats."""
+    noise: NDArray[np.float64]
+    """The same of one standard error each."""
+    examples: int
+    """How many were looked at."""
+
+    def dealt(self, mean: int, floor: int, alpha: int | None) -> NDArray[np.int64]:
+        """Deal slots by the costs at an alpha of the grid, or at each head's cheapest (None)."""
+        costs, noise = self.costs, self.noise
+        if alpha is None:
+            best = costs.argmin(axis=-1)[..., None]
+            costs, noise = (np.take_along_axis(x, best, axis=-1)[..., 0] for x in (costs, noise))
+        else:
+            costs, noise = costs[..., alpha], noise[..., alpha]
+        return dealing.deal(
+            costs, self.budgets, mean=mean, floor=floor, most=self.length, noise=noise
+        )
+
+    def at(self, slots: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Costs of each head at its own slots, by alpha: [num_layers, num_kv_heads, alphas]."""
+        whole = np.clip(np.rint(slots), 1, self.length).astype(int)
+        curves = np.stack(
+            [
+                dealing.predicted(
+                    self.costs[..., at],
+                    self.budgets,
+                    range(1, self.length + 1),
+                    noise=self.noise[..., at],
+                )
+                for at in range(len(self.alphas))
+            ],
+            axis=-1,
+        )
+        found: NDArray[np.float64] = np.take_along_axis(
+            curves, (whole - 1)[..., None, None], axis=2
+        )[:, :, 0]
+        return found
+
+
+def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Profile | None:
+    """Take the profile under what `best` protects; None where there is no time for any.
+
+    Args:
+        trials: says what time there is, and remembers.
+        best: the setting whose protection is kept.
+        load: loads the trials' model with `pack=False`; called only if something is not known.
+    """
+    frame, model, examples = trials.frame, trials.objective.model, trials.objective.examples
+    lengths = [len(example.token_ids) for example in examples]
+    length = round(float(np.mean(lengths)))
+    looks = _looks(trials, best, length)
+    if not looks or trials.left == 0:
+        return None
+    alphas = tuple(sorted({*ALPHAS, best.alpha[0][0]}))
+    policies = [
+        at.policy(replace(best.with_all(alpha), head_share=frame.equal))
+        for at, _ in looks
+        for alpha in alphas
+    ]
+    content = json.dumps([policy.model_dump(mode="json") for policy in policies], sort_keys=True)
+    name = f"look {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    at_once = _at_once(model, lengths)
+    rows = [order[first : first + at_once] for first in range(0, len(order), at_once)]
+    until = trials.seconds_spent + TIME_SHARE * trials.seconds_of_stage
+    loaded: list[LoadedModel] = []
+    sums: list[NDArray[np.float64]] = []
+    count = 0
+    with tqdm(total=len(rows) * curvature.ticks(model), desc="look at heads", leave=False) as bar:
+
+        def make(batch: list[int]) -> tuple[Any, float]:
+            loaded[:] = loaded or [load()]
+            texts = [examples[row] for row in batch]
+            found = curvature.effects(loaded[0], texts, policies, bar.update)
+            costs = (found.square().mean(dim=1) / 2).numpy()
+            figures = np.stack([costs.sum(axis=0), np.square(costs).sum(axis=0)])
+            return _digits(figures), curvature.work(len(policies)) * len(batch) / len(examples)
+
+        # Not the shortest first: what the time suffices for should be like the whole.
+        for number in np.random.default_rng(0).permutation(len(rows)).tolist():
+            if count and trials.seconds_spent >= until:
+                trials.notes.append(
+                    f"The sensitivity profile is of {count} of {len(examples)} examples: more "
+                    "--minutes make it surer."
+                )
+                break
+            sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
+            count += len(rows[number])
+            bar.update(len(sums) * curvature.ticks(model) - bar.n)
+    mean, square = sum(sums[1:], start=sums[0]) / count
+    error = np.sqrt(np.maximum(square - mean**2, 0.0) / max(count - 1, 1))
+    shape = (*mean.shape[:2], len(looks), len(alphas))
+    return Profile(
+        length=length,
+        budgets=tuple(slots for _, slots in looks),
+        alphas=alphas,
+        costs=mean.reshape(shape),
+        noise=error.reshape(shape),
+        examples=count,
+    )
+
+
+def _looks(trials: Trials, best: Setting, length: int) -> list[tuple[Frame, int]]:
+    """The budgets that are looked at: as a frame, and in slots of a typical example."""
+    frame, found = trials.frame, {}
+    for fraction in FRACTIONS:
+        ratio = None if frame.budget_ratio is None else fraction * frame.budget_ratio
+        budget = None if frame.budget is None else round(fraction * frame.budget)
+        at = replace(frame, budget=budget, budget_ratio=ratio)
+        slots = budget if ratio is None else round(ratio * length)
+        assert slots is not None
+        if (ratio is None or ratio < 1) and slots < length and trials.feasible(best, at):
+            found[slots] = at
+    return [(at, slots) for slots, at in sorted(found.items())]
+
+
+def _at_once(model: LoadedModel, lengths: Sequence[int]) -> int:
+    """How many examples can be looked at together in MOST_BYTES, about."""
+    config = model.module.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    numbers = max(lengths) * (
+        model.shape.num_layers * ((10 + curvature.SAMPLES) * hidden + 3 * inner)
+        + 6 * config.vocab_size
+    )
+    return max(1, min(MOST_ROWS, MOST_BYTES // (4 * int(numbers))))
+
+
+def _digits(values: NDArray[np.float64]) -> Any:
+    """Nested lists of numbers of five digits: what a study keeps of them."""
+    rounded = np.array([float(f"{value:.5g}") for value in values.flat])
+    return rounded.reshape(values.shape).tolist()
+
+
+def deal(trials: Trials, best: Tried, profile: Profile) -> Tried:
+    """Measure what follows for the slots of heads, as a stage of a search; return the best.
+
+    Slots are dealt by what each head costs at the alpha that is nearest to the best setting's.
+    """
+    usual = log_tau_of(best.setting.alpha[0][0])
+    nearest = min(
+        range(len(profile.alphas)), key=lambda at: abs(log_tau_of(profile.alphas[at]) - usual)
+    )
+    dealt = _dealt(trials, best.setting, profile, nearest)
+    return _measured(trials, "dealt", dealt, best)
+
+
+def alphas(trials: Trials, best: Tried, profile: Profile) -> Tried:
+    """Measure what follows for the alphas of heads, as a stage of a search; return the best.
+
+    Every head at the alpha that is cheapest at its slots; the half and the quarter of all heads
+    that gain most by that, the others as they are; and, unless slots are equal, slots dealt anew by
+    what each head costs at its cheapest alpha, with those alphas.
+    """
+    settings = [_cheapest(trials, best.setting, profile, part) for part in (1, 2, 4)]
+    if best.setting.head_share != trials.frame.equal:
+        for dealt in _dealt(trials, best.setting, profile, None):
+            settings.append(_cheapest(trials, dealt, profile))
+    return _measured(trials, "alphas", settings, best)
+
+
+def _dealt(trials: Trials, setting: Setting, profile: Profile, alpha: int | None) -> list[Setting]:
+    """The setting with slots dealt by the costs at an alpha, or at each head's cheapest (None)."""
+    mean = _slots(trials, setting, profile).budget
+    # Room for a token to compete for in every head.
+    floor = max(math.ceil(FLOOR * mean), setting.sinks + 2)
+    if not floor < mean < profile.length:
+        return []
+    dealt = profile.dealt(mean, floor, alpha).astype(np.float64)
+    return [replace(setting, head_share=shares((dealt**power).tolist())) for power in POWERS]
+
+
+def _cheapest(trials: Trials, setting: Setting, profile: Profile, part: int = 1) -> Setting:
+    """The setting with the cheapest alphas, in the heads that gain most: one of so many."""
+    if not trials.feasible(setting):
+        return setting
+    costs = profile.at(np.array(_slots(trials, setting, profile).head_budgets))
+    scale = [log_tau_of(alpha) for alpha in profile.alphas]
+    places = np.array([[log_tau_of(alpha) for alpha in row] for row in setting.alpha])
+    now = np.array(
+        [
+            np.interp(x, scale, y)
+            for x, y in zip(places.flat, costs.reshape(-1, len(scale)), strict=True)
+        ]
+    ).reshape(places.shape)
+    gain = now - costs.min(axis=-1)
+    ranks = (-gain).argsort(axis=None, kind="stable").argsort().reshape(gain.shape)
+    taken = (gain > 0) & (ranks < -(-gain.size // part))
+    chosen = np.where(taken, np.take(profile.alphas, costs.argmin(axis=-1)), setting.alpha)
+    return replace(setting, alpha=tuple(map(tuple, chosen.tolist())))
+
+
+def _slots(trials: Trials, setting: Setting, profile: Profile) -> EffectivePolicy:
+    return effective(trials.frame.policy(setting), trials.objective.model, profile.length)
+
+
+def _measured(trials: Trials, batch: str, settings: Sequence[Setting], best: Tried) -> Tried:
+    different = [one for one in dict.fromkeys(settings) if one != best.setting]
+    feasible = [one for one in different if trials.feasible(one)]
+    tried = trials.measure(batch, feasible, best=best)
+    better = [one for one in tried if one.gain(best) > 0]
+    return min(better, key=lambda one: one.mean, default=best)
