@@ -29,8 +29,9 @@ and with a protected window, since neither says much without the other."""
 
 SPELLING = (
     "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random, a2sf:ALPHA, pyramid[:ALPHA] or "
-    "adakv[:ALPHA], each with [:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a point, a share of the "
-    "rest (.5); a2sf, for several of them; or the file or shipped name of an alpha table"
+    "adakv[:ALPHA], each with [:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a "
+    "point, a share of the rest (.5); a2sf, for several of them; or the file or shipped name of an "
+    "alpha table"
 )
 
 _PARTS = {  # the parts that may follow a name

@@ -210,8 +210,8 @@ def alphas(trials: Trials, best: Tried, profile: Profile) -> Tried:
     """
     settings = [_cheapest(trials, best.setting, profile, part) for part in (1, 2, 4)]
     if best.setting.head_share != trials.frame.equal:
-        for dealt in _dealt(trials, best.setting, profile, None):
-            settings.append(_cheapest(trials, dealt, profile))
+        again = _dealt(trials, best.setting, profile, None)
+        settings += [_cheapest(trials, dealt, profile) for dealt in again]
     return _measured(trials, "alphas", settings, best)
 
 

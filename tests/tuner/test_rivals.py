@@ -1,4 +1,4 @@
-"""Rivals' rules: PyramidKV's schedule is the paper's, AdaKV's has an end of the prompt to deal at."""
+"""Rivals' rules: PyramidKV's schedule is the paper's, AdaKV's deals at the end of a prompt."""
 
 import numpy as np
 import pytest
