@@ -33,8 +33,8 @@ _PASSES = 1 + 2 * SAMPLES
 
 
 def work(walks: int) -> float:
-    """What a look at all examples takes, in passes; a walk over all layers counted as whole."""
-    return float(_PASSES + walks)
+    """What a look at all examples takes, in passes; a walk of all layers counted as half of one."""
+    return _PASSES + walks / 2
 
 
 def effects(
@@ -119,15 +119,26 @@ def _of_layer(
 
     `gradient` is [rows, SAMPLES, H_q, width, D].
     """
-    rows, kv_heads = seen.projected[1].shape[:2]
+    # Whatever the model's dtype: what eviction changes is small beside what it changes.
+    precision = torch.promote_types(model.dtype, torch.float32)
+    query, keys, values = (part.to(precision) for part in seen.projected)
+    full = _full(query, keys, values, seen.scale)
+    rows, kv_heads = keys.shape[:2]
     found = []
     for policy in policies:
         chosen = [effective(policy, model, len(example.token_ids)) for example in examples]
-        output, _ = teacher.walk(model, examples, chosen, layer, seen.projected, seen.scale)
+        projected = (query, keys, values)
+        output, _ = teacher.walk(model, examples, chosen, layer, projected, seen.scale)
         # No gradient reaches padding.
-        moved = torch.einsum("rshtd,rhtd->rsh", gradient, output - seen.output.detach()).double()
+        moved = torch.einsum("rshtd,rhtd->rsh", gradient.to(precision), output - full).double()
         found.append(moved.view(rows, SAMPLES, kv_heads, -1).sum(dim=-1))
     return torch.stack(found, dim=-1)
+
+
+def _full(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return scaled_dot_product_attention(
+        query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+    )
 
 
 @dataclass(frozen=True)
@@ -147,9 +158,7 @@ class _Seen:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        output = scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
-        )
+        output = _full(query, keys, values, scale)
         if not output.requires_grad:
             # The lowest layer: no weight asks for a gradient, so that all begins here.
             output.requires_grad_()

@@ -144,7 +144,7 @@ def fit(settings: Settings) -> Outcome:
         settings.model,
         revision=settings.revision,
         device=settings.device,
-        dtype="float32",
+        dtype=settings.dtype,
         pack=False,
     )
     found = search(trials, settings.stages, settings.trials, settings.seed, reload)

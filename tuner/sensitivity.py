@@ -42,7 +42,7 @@ MOST_BYTES = 3 * 10**9
 MOST_ROWS = 8
 
 TIME_SHARE = 0.6
-"""Of what is left of the time, for the look; then fewer examples are looked at, at least one."""
+"""Of what is left of the time, for the look; where that is short, fewer examples are looked at."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
     order = sorted(range(len(examples)), key=lengths.__getitem__)
     at_once = _at_once(model, lengths)
     rows = [order[first : first + at_once] for first in range(0, len(order), at_once)]
-    until = trials.seconds_spent + TIME_SHARE * trials.seconds_of_stage
+    began = trials.seconds_spent
+    until = began + TIME_SHARE * trials.seconds_of_stage
     loaded: list[LoadedModel] = []
     sums: list[NDArray[np.float64]] = []
     count = 0
@@ -135,7 +136,11 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
 
         # Not the shortest first: what the time suffices for should be like the whole.
         for number in np.random.default_rng(0).permutation(len(rows)).tolist():
-            if count and trials.seconds_spent >= until:
+            share = len(rows[number]) / len(examples)
+            need = curvature.work(len(policies)) * share * trials.seconds_a_row * len(examples)
+            if count:
+                need = (trials.seconds_spent - began) / count * len(rows[number])
+            if trials.seconds_spent + need > until:
                 trials.notes.append(
                     f"The sensitivity profile is of {count} of {len(examples)} examples: more "
                     "--minutes make it surer."
@@ -144,6 +149,8 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
             sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
             count += len(rows[number])
             bar.update(len(sums) * curvature.ticks(model) - bar.n)
+    if not count:
+        return None
     mean, square = sum(sums[1:], start=sums[0]) / count
     error = np.sqrt(np.maximum(square - mean**2, 0.0) / max(count - 1, 1))
     shape = (*mean.shape[:2], len(looks), len(alphas))

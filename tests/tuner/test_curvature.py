@@ -125,3 +125,16 @@ def test_heads_of_one_layer_do_not_influence_each_other(
     found = curvature.effects(unpacked, examples, [both, one])
     changed = (found[..., 0] - found[..., 1]).abs().amax(dim=(0, 1)) > 1e-12
     assert changed.tolist() == [[False, False], [True, False], [False, False]]
+
+
+def test_a_model_in_half_precision_foretells_the_same(
+    unpacked: LoadedModel, tiny_model_dir: Path, examples: list[Example]
+) -> None:
+    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
+    policies = [frame(0.3).policy(frame(0.3).uniform(SETTING))]
+    one, other = (
+        curvature.effects(model, examples, policies).square().mean(dim=(0, 1))
+        for model in (half, unpacked)
+    )
+    # Other words are drawn from figures that are rounded, and few of them.
+    np.testing.assert_allclose(one.log(), other.log(), atol=1.0)

@@ -174,10 +174,10 @@ def test_the_time_leaves_some_examples_out_and_says_so(
         return honest(*arguments)
 
     monkeypatch.setattr(curvature, "effects", slow)
-    trials = real(unpacked, small_data, minutes=0.5)
+    trials = real(unpacked, small_data, minutes=1)
     found = looked(trials, lambda: unpacked)
     assert found is not None
-    # Of 30 s a third is for the proof, and of the rest a part for the look.
+    # Of 60 s a third is for the proof, and of the rest six tenths for the look.
     assert found.examples == 2
     assert any("is of 2 of 4 examples" in note for note in trials.notes)
 
