@@ -34,6 +34,7 @@ CORE = [
     "families",
     "gguf_file",
     "linear",
+    "dtypes",
     "span",
     "threads",
     "ranks",
