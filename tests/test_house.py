@@ -42,6 +42,7 @@ CORE = [
     "models",
     "fused",
     "decoding",
+    "prompts",
     "teacher",
     "noise",
     "sampling",

@@ -226,7 +226,7 @@ def test_the_document_survives_json(run: Run) -> None:
 def test_what_cannot_be_measured_is_told_before_any_pass(
     run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "predict", lambda *_, **__: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(teacher, "predictions", lambda *_, **__: pytest.fail("a pass was begun"))
     with pytest.raises(InvalidArgument) as caught:
         run(**overrides)
     assert told in str(caught.value)

@@ -59,7 +59,9 @@ def test_a_fit_run_again_finds_its_trials_and_says_the_same(
 ) -> None:
     first = fit(settings()).table
     monkeypatch.setattr(
-        tuner.objective.teacher, "predict", lambda *_, **__: pytest.fail("something was measured")
+        tuner.objective.teacher,
+        "predictions",
+        lambda *_, **__: pytest.fail("something was measured"),
     )
     again = fit(settings()).table
     assert (again.policy, again.evidence) == (first.policy, first.evidence)
@@ -102,7 +104,9 @@ def test_a_study_is_measured_in_one_dtype_by_all_workers(
     )
     # What the sentence says helps.
     monkeypatch.setattr(
-        tuner.objective.teacher, "predict", lambda *_, **__: pytest.fail("something was measured")
+        tuner.objective.teacher,
+        "predictions",
+        lambda *_, **__: pytest.fail("something was measured"),
     )
     fit(settings(dtype="float32"))
 
