@@ -143,6 +143,9 @@ def enter(
 ) -> Entering:
     """Say what enters `layer` along each example; arguments as for `predict`.
 
+    From what entered a lower layer, only the layers between are run: so one who goes from layer to
+    layer, say to let a head of each evict while all others keep everything (None below it), takes
+    one pass for all layers together.
     Memory of the result: tokens of the examples x hidden x bytes of the model's dtype.
     """
     results: dict[int, Tensor] = {}
@@ -325,6 +328,8 @@ class _Scan:
     """[layers] slots that the prompt's blocks need."""
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
+    evicts: tuple[bool, ...]
+    """[layers] whether any head of any row has fewer slots than its text has tokens."""
     watch: Kept | None
     kernels: decoding.Carrier
 
@@ -341,8 +346,12 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = zip(*(p.held_budgets for p in policies), strict=True)
+        layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
         budgets = [max(map(max, mine)) for mine in layers]
+        evicts = [
+            any(min(row) < length for row, length in zip(mine, lengths, strict=True))
+            for mine in layers
+        ]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
@@ -355,6 +364,7 @@ class _Scan:
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
+            evicts=tuple(evicts),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
         )
@@ -362,6 +372,9 @@ class _Scan:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
+        if not self.evicts[layer] and not self.watch:
+            # The law without evictions, in one operation.
+            return _Full()(layer, query, keys, values, scale)
         policy = self.policy.layer(layer)
         rows, heads, width, dim = query.shape
         # As the model takes it up again, a token's heads side by side.

@@ -30,16 +30,16 @@ DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
 )
 
-ROWS_PER_PASS = 32
-"""Examples run along together. Most of a pass is fixed cost until about here (measured on two
-cores with the packaged model), so several candidates share a pass where each needs few."""
-
 _NUMBERS_AT_ONCE = 1 << 18
 """Of log-probabilities: 1 MB in float32 of each operand. On two cores with 49,152 words, positions
 compared all at once took 8 times as long, most of it for memory that is new."""
 
 PROMPT_BYTES = 1 << 30
 """What is kept of prompts takes no more than this, or prompts are run with every candidate."""
+
+ROWS_PER_PASS = 32
+"""Examples run along together. Most of a pass is fixed cost until about here (measured on two
+cores with the packaged model), so several candidates share a pass where each needs few."""
 
 Candidate = TablePolicy | CachePolicy
 """What can be compared: a table with its budget and protection, or a preset."""
