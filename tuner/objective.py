@@ -190,10 +190,7 @@ class Objective:
 
     @cached_property
     def _prompts(self) -> list[Prompt] | None:
-        tokens = sum(example.prompt_tokens for example in self.examples)
-        if nbytes(self.model.shape, self.model.dtype, tokens) > PROMPT_BYTES:
-            return None
-        return teacher.read_prompts(self.model, self.examples, batch=ROWS_PER_PASS)
+        return read_prompts(self.model, self.examples)
 
 
 def _below(policy: TablePolicy, layer: int) -> TablePolicy:
@@ -208,6 +205,14 @@ def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
         for index, one in teacher.predictions(model, examples, None)
     }
     return [found[index] for index in range(len(examples))]
+
+
+def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt] | None:
+    """Read prompts once for several candidates; None where that would take too much memory."""
+    tokens = sum(example.prompt_tokens for example in examples)
+    if nbytes(model.shape, model.dtype, tokens) > PROMPT_BYTES:
+        return None
+    return teacher.read_prompts(model, examples, batch=ROWS_PER_PASS)
 
 
 def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
