@@ -69,6 +69,9 @@ def main(
     against: Annotated[
         Path | None, typer.Option(help="The folder of another build's checkout; takes turns.")
     ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Beside plain teacher forcing only these; several.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "float32",
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 512,
     prompt: Annotated[
@@ -110,7 +113,10 @@ def main(
                 for name, root in builds.items()
             }
             loaded = running[HERE].loaded
-            rows = compare(running, loaded["kinds"], rounds)
+            kinds = [kind for kind in loaded["kinds"] if not variant or kind in variant]
+            rows = compare(
+                running, [passes.PLAIN, *(k for k in kinds if k != passes.PLAIN)], rounds
+            )
         told = machine.describe(torch.device(loaded["device"]), getattr(torch, loaded["dtype"]))
         name = "" if one == "reference" else f"{loaded['model']}-"
         kind = "cpu" if loaded["device"] == "cpu" else "gpu"
@@ -125,36 +131,42 @@ def main(
 
 
 def compare(running: dict[str, Any], kinds: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Let kinds and builds take turns; times are also given in plain passes of this build."""
-    times: dict[tuple[str, str], list[float]] = {(k, b): [] for k in kinds for b in running}
-    results: dict[tuple[str, str], float | None] = {}
+    """Let kinds and builds take turns; times are also given in plain passes of this build.
+
+    Seconds of processors are those that the build's process was given, so that they hardly depend
+    on what else the machine does; nor do they say how well threads share the work.
+    """
+    told: dict[tuple[str, str], list[dict[str, Any]]] = {(k, b): [] for k in kinds for b in running}
     for turn in range(rounds + 1):
         for kind in kinds:
             # None always comes first.
             for build in list(running)[:: -1 if turn % 2 else 1]:
-                told = running[build].run(kind)
-                results[kind, build] = told["found"]
+                found = running[build].run(kind)
                 if turn:  # the first round warms up
-                    times[kind, build].append(told["seconds"])
-                typer.echo(f"{turn} {build}: {kind} {told['seconds']:.2f} s", err=True)
-    base = float(numpy.median(times[passes.PLAIN, HERE]))
+                    told[kind, build].append(found)
+                typer.echo(f"{turn} {build}: {kind} {found['seconds']:.2f} s", err=True)
     rows = []
-    for (kind, build), taken in times.items():
-        low, median, high = numpy.percentile(taken, [25, 50, 75]).tolist()
-        row = {
-            "variant": kind,
-            "build": build,
-            "seconds_median": round(median, 3),
-            "seconds_quartiles": [round(low, 3), round(high, 3)],
-            "times_plain": round(median / base, 2),
-        }
-        if build != HERE:
-            ratios = numpy.divide(taken, times[kind, HERE])
-            row["times_this_build"] = round(float(numpy.median(ratios)), 2)
-        if results[kind, build] is not None:
-            row["kl"] = results[kind, build]
+    for (kind, build), mine in told.items():
+        row: dict[str, Any] = {"variant": kind, "build": build}
+        for clock in ("seconds", "processor_seconds"):
+            taken = [one[clock] for one in mine]
+            low, median, high = numpy.percentile(taken, [25, 50, 75]).tolist()
+            row[f"{clock}_median"] = round(median, 3)
+            row[f"{clock}_quartiles"] = [round(low, 3), round(high, 3)]
+            for name, other in (
+                ("times_plain", told[passes.PLAIN, HERE]),
+                ("times_this_build", told[kind, HERE]),
+            ):
+                base = float(numpy.median([one[clock] for one in other]))
+                row[f"{clock}_{name}"] = round(median / base, 2)
+        if mine[0]["found"] is not None:
+            row["kl"] = mine[0]["found"]
         rows.append(row)
-        typer.echo(f"{build:12s} {kind:36s} {median:7.2f} s  {median / base:5.2f}x")
+        typer.echo(
+            f"{build:12s} {kind:38s} {row['seconds_median']:7.2f} s "
+            f"{row['seconds_times_plain']:5.2f}x, of processors "
+            f"{row['processor_seconds_median']:7.2f} s {row['processor_seconds_times_plain']:5.2f}x"
+        )
     return rows
 
 
