@@ -113,10 +113,8 @@ def main(
                 for name, root in builds.items()
             }
             loaded = running[HERE].loaded
-            kinds = [kind for kind in loaded["kinds"] if not variant or kind in variant]
-            rows = compare(
-                running, [passes.PLAIN, *(k for k in kinds if k != passes.PLAIN)], rounds
-            )
+            wanted = {passes.PLAIN, *(variant or loaded["kinds"])}
+            rows = compare(running, [k for k in loaded["kinds"] if k in wanted], rounds)
         told = machine.describe(torch.device(loaded["device"]), getattr(torch, loaded["dtype"]))
         name = "" if one == "reference" else f"{loaded['model']}-"
         kind = "cpu" if loaded["device"] == "cpu" else "gpu"
