@@ -65,7 +65,8 @@ class PolicyTensors:
         alpha = torch.tensor(held, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
         scored = [
-            p.scored and p.budget < length for p, length in zip(policies, lengths, strict=True)
+            p.scored and min(map(min, p.head_budgets)) < length
+            for p, length in zip(policies, lengths, strict=True)
         ]
         return cls(
             first_heads=scoring.first_heads(layers, policies[0].first_head),

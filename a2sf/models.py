@@ -23,15 +23,13 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from a2sf import families, files, gguf_file, linear, span
+from a2sf import dtypes, families, files, gguf_file, linear, span
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
 from a2sf.outline import (
     ModelShape,
-    check_dtype,
     check_generation_settings,
-    choose_dtype,
     empty_module,
     read_headers,
     read_settings,
@@ -106,11 +104,13 @@ class LoadedModel:
     held: tuple[int, int] | None = None
     """The KV heads of each layer that this process holds, from the first up to the second, and the
     query heads that share them; None: all."""
+    dtype_reason: str = "asked for"
+    """Why this dtype, for people to read."""
 
     @property
     def dtype_name(self) -> str:
         """The dtype as people write it, such as `bfloat16`."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtypes.name(self.dtype)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Turn text into token ids, with the beginning-of-sequence token if the model has one.
@@ -209,7 +209,7 @@ def load_model(
         id_or_path: "reference" for the packaged model, a directory, a GGUF file, or a hub id.
         revision: branch, tag or commit, for a hub id.
         device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (float32 on a processor, else as stored), or a name such as "bfloat16".
+        dtype: "auto", for which `dtypes.choose` has the rule, or a name such as "bfloat16".
         pack: whether to lay the weights out as a processor multiplies them fastest; gradients do
             not flow through such layers, so that who wants them asks for False.
         ranks: the processes among which the model's heads are divided, all of which call this;
@@ -227,7 +227,7 @@ def load_model(
             "start it without torchrun"
         )
     target = ranks.device if ranks else _device(device)
-    check_dtype(dtype)
+    dtypes.check(dtype)
     gguf = gguf_file.open_model(id_or_path)
     if gguf is not None and ranks:
         raise Unsupported(
@@ -236,7 +236,8 @@ def load_model(
         )
     directory = gguf.header.path.parent if gguf else files.directory(id_or_path, revision)
     config = read_settings(id_or_path, directory, gguf)
-    chosen = choose_dtype(dtype, target.type, config)
+    choice = dtypes.choose(dtype, target.type, config, processes=ranks.size if ranks else 1)
+    chosen = choice.dtype
     shape = shape_of(config)
     # What is wrong with the files is said before weights are read.
     if gguf:
@@ -297,6 +298,7 @@ def load_model(
         dtype=chosen,
         eos_token_ids=ends,
         held=held,
+        dtype_reason=choice.reason,
     )
     try:
         _try_out(model)

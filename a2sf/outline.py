@@ -15,17 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from a2sf import checkpoint, families, files, gguf_file
+from a2sf import checkpoint, dtypes, families, files, gguf_file
 from a2sf.checkpoint import Stored
-from a2sf.errors import A2SFError, InvalidArgument, NotFound, Unsupported, one_line
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
+from a2sf.dtypes import DTYPES
+from a2sf.errors import A2SFError, NotFound, Unsupported, one_line
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 """Files that hold a vocabulary."""
@@ -54,6 +47,8 @@ class Outline:
     """What it would run on: "cuda" or "cpu"."""
     dtype: torch.dtype
     """What its weights would be loaded in."""
+    dtype_reason: str
+    """Why, for people to read."""
     module: Any
     """The transformers model on the meta device: sizes and dtypes without numbers."""
     directory: Path
@@ -74,20 +69,20 @@ def read_outline(
 
     Args:
         id_or_path, revision, dtype: as for `load_model`.
-        device_type: "cuda" or "cpu"; dtype "auto" depends on it.
+        device_type: "cuda" or "cpu"; dtype "auto" depends on it, and on this machine's processor.
 
     Raises:
         NotFound, Unsupported, InvalidArgument: as `load_model` does.
     """
-    check_dtype(dtype)
+    dtypes.check(dtype)
     gguf = gguf_file.open_model(id_or_path)
     if gguf is None:
         directory = files.directory(id_or_path, revision, weights=False)
     else:
         directory = gguf.header.path.parent
     config = read_settings(id_or_path, directory, gguf)
-    chosen = choose_dtype(dtype, device_type, config)
-    module = empty_module(id_or_path, config, chosen)
+    chosen = dtypes.choose(dtype, device_type, config)
+    module = empty_module(id_or_path, config, chosen.dtype)
     stored = None
     if gguf is not None:
         gguf.places(module)
@@ -100,24 +95,13 @@ def read_outline(
         shape=shape_of(config),
         architecture=config.architectures[0],
         device_type=device_type,
-        dtype=chosen,
+        dtype=chosen.dtype,
+        dtype_reason=chosen.reason,
         module=module,
         directory=directory,
         stored=stored,
         gguf=gguf,
     )
-
-
-def check_dtype(name: str) -> None:
-    """Raise InvalidArgument for what is neither "auto" nor a dtype's name."""
-    if name != "auto" and name not in _DTYPES:
-        raise InvalidArgument("dtype", f"{name!r}; accepted: auto, {', '.join(_DTYPES)}")
-
-
-def choose_dtype(name: str, device_type: str, config: Any) -> torch.dtype:
-    """Return the dtype that weights are loaded in, on "cuda" or "cpu"."""
-    stored = torch.float32 if device_type == "cpu" else config.dtype or torch.bfloat16
-    return stored if name == "auto" else _DTYPES[name]
 
 
 def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None) -> Any:
@@ -141,10 +125,10 @@ def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | 
     if "quantization_config" in vars(config):
         # It is null, which transformers 5.2 cannot load.
         del config.quantization_config
-    if config.dtype not in (None, *_DTYPES.values()):
+    if config.dtype not in (None, *DTYPES.values()):
         raise Unsupported(
             f"model {id_or_path!r} has dtype {config.dtype} in config.json; accepted: "
-            f"{', '.join(_DTYPES)}"
+            f"{', '.join(DTYPES)}"
         )
     return config
 

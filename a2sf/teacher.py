@@ -23,6 +23,7 @@ from a2sf.kept import Kept, Similarity
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
 from a2sf.pooled import pooled_budgets
+from a2sf.prompts import AfterPrompts, Prompt, read
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 """A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
@@ -62,7 +63,7 @@ class Entering:
 
     layer: int
     hidden: tuple[Tensor, ...]
-    """[tokens, hidden] an example."""
+    """[tokens, hidden] an example; of the tokens after the prompts where those were known."""
 
     def stacked(self, rows: Sequence[int]) -> tuple[int, Tensor]:
         """The layer, and what enters it in the chosen examples: [rows, width, hidden]."""
@@ -82,6 +83,7 @@ def predict(
     batch: int = 32,
     similarity: bool = False,
     entering: Entering | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[Prediction]:
     """Predict along each example, under its policy or (None) with the full cache.
 
@@ -93,37 +95,75 @@ def predict(
         similarity: whether to compare attention rows; a full cache has nothing to compare.
         entering: what `enter` said of a layer, under policies that agree below it: those layers
             are not run.
+        prompts: what `read_prompts` said of each example, where all policies have prefill_chunk 0:
+            the prompts are not run. What enters a layer was then made with prompts as well.
     """
-    results: dict[int, Prediction] = {}
-    for rows, scan in _passes(model, examples, policies, batch, similarity):
-        part = [examples[i] for i in rows]
-        start = entering.stacked(rows) if entering else None
-        hidden = model.hidden_states(*inputs(model, part), without_padding(part, scan), start)
-        results.update(zip(rows, _predictions(model, part, hidden, scan), strict=True))
+    found = predictions(
+        model,
+        examples,
+        policies,
+        batch=batch,
+        similarity=similarity,
+        entering=entering,
+        prompts=prompts,
+    )
+    results = dict(found)
     return [results[i] for i in range(len(examples))]
+
+
+def predictions(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    policies: Sequence[EffectivePolicy] | None,
+    *,
+    batch: int = 32,
+    similarity: bool = False,
+    entering: Entering | None = None,
+    prompts: Sequence[Prompt] | None = None,
+) -> Iterator[tuple[int, Prediction]]:
+    """As `predict`, one after the other: yields the number of an example and its prediction.
+
+    Whoever drops each before asking for the next needs memory for the logits of one.
+    """
+    for one in _passes(model, examples, policies, batch, similarity, prompts):
+        start = entering.stacked(one.rows) if entering else None
+        hidden = model.hidden_states(*one.inputs(), one.attention(), start)
+        for at, index in enumerate(one.rows):
+            yield index, one.prediction(at, hidden)
 
 
 def enter(
     model: LoadedModel,
     examples: Sequence[Example],
-    policies: Sequence[EffectivePolicy],
+    policies: Sequence[EffectivePolicy] | None,
     layer: int,
     *,
     batch: int = 32,
     entering: Entering | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> Entering:
-    """Say what enters `layer` along each example under its policy; arguments as for `predict`.
+    """Say what enters `layer` along each example; arguments as for `predict`.
 
+    From what entered a lower layer, only the layers between are run: so one who goes from layer to
+    layer, say to let a head of each evict while all others keep everything (None below it), takes
+    one pass for all layers together.
     Memory of the result: tokens of the examples x hidden x bytes of the model's dtype.
     """
     results: dict[int, Tensor] = {}
-    for rows, scan in _passes(model, examples, policies, batch, similarity=False):
-        part = [examples[i] for i in rows]
-        start = entering.stacked(rows) if entering else None
-        attention = without_padding(part, scan)
-        hidden = model.layer_input(*inputs(model, part), attention, layer, start)
-        results.update((i, hidden[at, : len(examples[i].token_ids)]) for at, i in enumerate(rows))
+    for one in _passes(model, examples, policies, batch, False, prompts):
+        start = entering.stacked(one.rows) if entering else None
+        hidden = model.layer_input(*one.inputs(), one.attention(), layer, start)
+        for at, index in enumerate(one.rows):
+            results[index] = hidden[at, : one.run(at)]
     return Entering(layer, tuple(results[i] for i in range(len(examples))))
+
+
+def read_prompts(
+    model: LoadedModel, examples: Sequence[Example], *, batch: int = 32
+) -> list[Prompt]:
+    """Say what the model makes of each example's prompt; `prompts.nbytes` tells the memory."""
+    texts = [example.token_ids[: example.prompt_tokens] for example in examples]
+    return read(model, texts, batch=batch)
 
 
 def walk(
@@ -155,13 +195,63 @@ def walk(
     return output, kept.causal()
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Examples that go through the model together."""
+
+    model: LoadedModel
+    rows: list[int]
+    """Their numbers among all."""
+    examples: list[Example]
+    scan: "_Scan | _Full"
+    prompts: list[Prompt] | None
+    """What is known of each, so that only the tokens after it are run."""
+
+    def run(self, row: int) -> int:
+        """How many tokens of a row are run."""
+        known = self.prompts[row].tokens if self.prompts else 0
+        return len(self.examples[row].token_ids) - known
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Token ids and positions of the tokens that are run, as from `inputs`."""
+        ids, positions = inputs(self.model, self.examples)
+        if not self.prompts:
+            return ids, positions
+        # A text that ends with its prompt still has a column, of padding.
+        width = max(1, *(self.run(row) for row in range(len(self.rows))))
+        first = torch.tensor([[prompt.tokens] for prompt in self.prompts], device=ids.device)
+        at = first + torch.arange(width, device=ids.device)
+        at = at.clamp(max=ids.shape[1] - 1)
+        return ids.gather(1, at), positions.gather(1, at)
+
+    def attention(self) -> LayerAttention:
+        """What attends from the tokens that are run."""
+        if not self.prompts:
+            return without_padding(self.examples, self.scan)
+        lengths = [len(example.token_ids) for example in self.examples]
+        return AfterPrompts(self.scan, self.prompts, lengths)
+
+    def prediction(self, row: int, hidden: Tensor) -> Prediction:
+        """What is predicted along a row, of what [rows, width, hidden] leaves the last layer."""
+        mine = hidden[row]
+        if self.prompts:
+            mine = torch.cat([self.prompts[row].hidden, mine])
+        precision = torch.promote_types(self.model.dtype, torch.float32)
+        watch = self.scan.watch if isinstance(self.scan, _Scan) else None
+        return Prediction(
+            logits=self.model.logits(mine[list(self.examples[row].counted)]).to(precision),
+            similarity=watch.of(row) if isinstance(watch, Similarity) else None,
+        )
+
+
 def _passes(
     model: LoadedModel,
     examples: Sequence[Example],
     policies: Sequence[EffectivePolicy] | None,
     batch: int,
     similarity: bool,
-) -> Iterator[tuple[list[int], "_Scan | _Full"]]:
+    prompts: Sequence[Prompt] | None,
+) -> Iterator[_Pass]:
     """Yield which examples go through the model together, and how they attend."""
 
     def chunk(index: int) -> int:
@@ -169,15 +259,17 @@ def _passes(
 
     order = sorted(range(len(examples)), key=lambda i: (chunk(i), len(examples[i].token_ids)))
     for prefill_chunk, group in groupby(order, key=chunk):
+        assert prompts is None or prefill_chunk == 0, "prompts are known where they are read whole"
         members = list(group)
         for first in range(0, len(members), batch):
             rows = members[first : first + batch]
-            if not policies:
-                yield rows, _Full()
-                continue
             part = [examples[i] for i in rows]
-            watch = Similarity([example.counted for example in part]) if similarity else None
-            yield rows, _Scan.over(model, part, [policies[i] for i in rows], prefill_chunk, watch)
+            scan: _Scan | _Full = _Full()
+            if policies:
+                watch = Similarity([example.counted for example in part]) if similarity else None
+                mine = [policies[i] for i in rows]
+                scan = _Scan.over(model, part, mine, prefill_chunk, watch)
+            yield _Pass(model, rows, part, scan, [prompts[i] for i in rows] if prompts else None)
 
 
 def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -211,20 +303,6 @@ def without_padding(examples: Sequence[Example], attention: LayerAttention) -> L
     return attend
 
 
-def _predictions(
-    model: LoadedModel, examples: Sequence[Example], hidden: Tensor, scan: "_Scan | _Full"
-) -> list[Prediction]:
-    precision = torch.promote_types(model.dtype, torch.float32)
-    watch = scan.watch if isinstance(scan, _Scan) else None
-    return [
-        Prediction(
-            logits=model.logits(hidden[row, list(example.counted)]).to(precision),
-            similarity=watch.of(row) if isinstance(watch, Similarity) else None,
-        )
-        for row, example in enumerate(examples)
-    ]
-
-
 class _Full:
     """Plain causal attention. Padding stands at the right, where no real token sees it."""
 
@@ -251,6 +329,8 @@ class _Scan:
     """[layers] slots that the prompt's blocks need."""
     decode_slots: tuple[int, ...]
     """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
+    evicts: tuple[bool, ...]
+    """[layers] whether any head of any row has fewer slots than its text has tokens."""
     watch: Kept | None
     kernels: decoding.Carrier
     pooled: tuple[float | None, ...]
@@ -269,13 +349,17 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = zip(*(p.held_budgets for p in policies), strict=True)
+        layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
         # Where a layer's heads have one pool, one of them may get nearly all of it.
         budgets = [
             max(
                 max(own) if policy.pooled_floor is None else sum(own)
                 for own, policy in zip(mine, policies, strict=True)
             )
+            for mine in layers
+        ]
+        evicts = [
+            any(min(row) < length for row, length in zip(mine, lengths, strict=True))
             for mine in layers
         ]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
@@ -290,6 +374,7 @@ class _Scan:
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
+            evicts=tuple(evicts),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
             pooled=tuple(policy.pooled_floor for policy in policies),
@@ -298,6 +383,9 @@ class _Scan:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
+        if not self.evicts[layer] and not self.watch:
+            # The law without evictions, in one operation.
+            return _Full()(layer, query, keys, values, scale)
         policy = self.policy.layer(layer)
         rows, heads, width, dim = query.shape
         # As the model takes it up again, a token's heads side by side.

@@ -1,14 +1,18 @@
-"""Time a policy along given texts against plain teacher forcing.
+"""Time policies along given texts against plain teacher forcing, and against another build.
 
 Owns one measurement: seconds that a model takes for a batch of texts, with the full cache in one
-forward pass, and with every token evicted for. Variants are interleaved, round after
-round, and compared within the run.
+forward pass, and with every token evicted for. Each build has a process of its own; variants and
+builds take turns, round after round, and are compared within the run.
 
-    python -m benchmarks.evaluation [--model DIR] [--length 512] [--batch 32] [--out FILE]
+    python -m benchmarks.evaluation [--model DIR] [--against CHECKOUT] [--rounds 5]
+
+Without --model: the packaged model, and the one that `make real-model` fetches where it is there.
 """
 
 import os
-import time
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,78 +20,152 @@ import numpy
 import torch
 import typer
 
-from a2sf import teacher
-from a2sf.models import load_model
-from a2sf.policy import CachePolicy
-from a2sf.teacher import Example
-from benchmarks import RESULTS, save
-from tuner.objective import effective
+from benchmarks import RESULTS, ROOT, passes, write
+from benchmarks.peers.client import Client
+from scripts.real_model import DIRECTORY as REAL
+from tuner import machine
+
+HERE = "this build"
+FILE = Path(passes.__file__)
+LONGEST_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a model runs along."""
+
+    prompt: int
+    """Tokens of each text that are prompt."""
+    batch: int
+    """Texts at once."""
+
+
+PACKAGED = Texts(prompt=256, batch=32)
+OTHERS = Texts(prompt=128, batch=8)
+
+
+class Build:
+    """A checkout of the project, this one or an earlier one, in a process of its own."""
+
+    def __init__(self, root: Path, log: Path, **load: Any) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self._client = Client([sys.executable, str(FILE)], environment, log)
+        self.loaded = self._client.ask(LONGEST_S, do="load", **load)
+
+    def run(self, kind: str) -> dict[str, Any]:
+        """As `passes.Passes.run`."""
+        return self._client.ask(LONGEST_S, do="run", kind=kind)
+
+    def close(self) -> None:
+        """End the process."""
+        self._client.end()
 
 
 def main(
-    model_id: Annotated[
-        str, typer.Option("--model", help="reference, a directory or a hub id.")
-    ] = "reference",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    model: Annotated[
+        list[str] | None, typer.Option(help="reference, a directory or a hub id; several.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The folder of another build's checkout; takes turns.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Beside plain teacher forcing only these; several.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "float32",
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 512,
-    prompt: Annotated[int | None, typer.Option(help="Of these the prompt; None: half.")] = None,
-    batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
+    prompt: Annotated[
+        int | None, typer.Option(help="Of these the prompt; 256 for reference, else 128.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Texts at once; 32 for reference, else 8.")
+    ] = None,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS
-    / "evaluation-cpu.json",
+    out: Annotated[Path, typer.Option(help="The folder of the JSON files.")] = RESULTS,
 ) -> None:
     """Time policies along given texts, side by side, and write the figures."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = load_model(model_id, device=device, dtype=dtype)
-    teacher.prepare(model)
-    ids = torch.randint(2, model.shape.vocab_size, (batch, length)).tolist()
-    prompt = prompt or length // 2
-    counted = tuple(range(prompt, length - 1))
-    examples = [Example(tuple(row), prompt, counted) for row in ids]
-    wish = CachePolicy(alpha=0.9, budget_ratio=ratio, recent_share=0.5)
-    step_by_step = effective(wish.model_copy(update={"prefill_chunk": 1}), model, length)
-    exact = effective(wish, model, length)
-    variants: dict[str, tuple[list[Any] | None, bool]] = {
-        "plain teacher forcing": (None, False),
-        "exact prefill, then step by step": ([exact] * batch, False),
-        "step by step from the first token": ([step_by_step] * batch, False),
-        "the same, attention rows compared": ([step_by_step] * batch, True),
-    }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, (policies, similarity) in variants.items():
-            start = time.perf_counter()
-            teacher.predict(model, examples, policies, batch=batch, similarity=similarity)
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    base = float(numpy.median(times["plain teacher forcing"]))
-    rows = []
-    for name, taken in times.items():
-        low, median, high = numpy.percentile(taken, [25, 50, 75]).tolist()
-        rows.append(
-            {
-                "variant": name,
-                "seconds_median": round(median, 3),
-                "seconds_quartiles": [round(low, 3), round(high, 3)],
-                "times_plain": round(median / base, 2),
+    found = model or ["reference", *([str(REAL)] if REAL.is_dir() else [])]
+    builds = {HERE: ROOT, **({against.name: against} if against else {})}
+    for one in found:
+        usual = PACKAGED if one == "reference" else OTHERS
+        settings = {
+            "length": length,
+            "prompt": prompt or usual.prompt,
+            "batch": batch or usual.batch,
+            "ratio": ratio,
+        }
+        with ExitStack() as stack:
+            running = {
+                name: stack.enter_context(
+                    closing(
+                        Build(
+                            root.resolve(),
+                            Path("build/evaluation.log"),
+                            model=str(Path(one).resolve()) if Path(one).is_dir() else one,
+                            **{"dtype": dtype, "device": device, "threads": threads, **settings},
+                        )
+                    )
+                )
+                for name, root in builds.items()
             }
+            loaded = running[HERE].loaded
+            wanted = {passes.PLAIN, *(variant or loaded["kinds"])}
+            rows = compare(running, [k for k in loaded["kinds"] if k in wanted], rounds)
+        told = machine.describe(torch.device(loaded["device"]), getattr(torch, loaded["dtype"]))
+        name = "" if one == "reference" else f"{loaded['model']}-"
+        kind = "cpu" if loaded["device"] == "cpu" else "gpu"
+        write(
+            out / f"evaluation-{name}{kind}.json",
+            told,
+            model=loaded["model"],
+            **settings,
+            rounds=rounds,
+            rows=rows,
         )
-        typer.echo(f"{name:36s} {median:7.2f} s  [{low:.2f}, {high:.2f}]  {median / base:5.2f}x")
-    save(
-        out,
-        model,
-        model=model.identity.id,
-        length=length,
-        prompt=prompt,
-        batch=batch,
-        budget_ratio=ratio,
-        rounds=rounds,
-        rows=rows,
-    )
+
+
+def compare(running: dict[str, Any], kinds: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Let kinds and builds take turns; times are also given in plain passes of this build.
+
+    Seconds of processors are those that the build's process was given, so that they hardly depend
+    on what else the machine does; nor do they say how well threads share the work.
+    """
+    told: dict[tuple[str, str], list[dict[str, Any]]] = {(k, b): [] for k in kinds for b in running}
+    for turn in range(rounds + 1):
+        for kind in kinds:
+            # None always comes first.
+            for build in list(running)[:: -1 if turn % 2 else 1]:
+                found = running[build].run(kind)
+                if turn:  # the first round warms up
+                    told[kind, build].append(found)
+                typer.echo(f"{turn} {build}: {kind} {found['seconds']:.2f} s", err=True)
+    rows = []
+    for (kind, build), mine in told.items():
+        row: dict[str, Any] = {"variant": kind, "build": build}
+        for clock in ("seconds", "processor_seconds"):
+            taken = [one[clock] for one in mine]
+            low, median, high = numpy.percentile(taken, [25, 50, 75]).tolist()
+            row[f"{clock}_median"] = round(median, 3)
+            row[f"{clock}_quartiles"] = [round(low, 3), round(high, 3)]
+            for name, other in (
+                ("times_plain", told[passes.PLAIN, HERE]),
+                ("times_this_build", told[kind, HERE]),
+            ):
+                base = float(numpy.median([one[clock] for one in other]))
+                row[f"{clock}_{name}"] = round(median / base, 2)
+        if mine[0]["found"] is not None:
+            row["kl"] = mine[0]["found"]
+        rows.append(row)
+        typer.echo(
+            f"{build:12s} {kind:38s} {row['seconds_median']:7.2f} s "
+            f"{row['seconds_times_plain']:5.2f}x, of processors "
+            f"{row['processor_seconds_median']:7.2f} s {row['processor_seconds_times_plain']:5.2f}x"
+        )
+    return rows
 
 
 if __name__ == "__main__":

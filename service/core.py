@@ -86,6 +86,7 @@ def load_core(options: ServerOptions) -> Core:
         model=model.identity.id,
         device=str(model.device),
         dtype=str(model.dtype),
+        dtype_reason=model.dtype_reason,
         threads=threads,
         kernels=engine.kernels,
         rows=config.max_batch,

@@ -46,7 +46,9 @@ class ModelOptions(_Group):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto, float64, float32, bfloat16 or float16."""
+    """auto, float64, float32, bfloat16 or float16. On a GPU auto is as the weights are stored; on a
+    processor it is bfloat16 where that is multiplied in hardware and measured to be faster, else
+    float32."""
     chat_template: str | None = None
     """Which of the model's chat templates to use, by name; without it, its only one or the one
     named default."""

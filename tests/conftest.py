@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from a2sf import dtypes
 from a2sf.models import LoadedModel, load_model
 from a2sf.threads import CGROUP_LIMIT, granted
 from scripts.real_model import DIRECTORY, CannotFetch, gguf_file, real_model
@@ -41,6 +42,14 @@ def _ctrl_c_ends_the_tests() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _auto_is_float32_on_any_processor() -> Iterator[None]:
+    """Tests in this process find the same dtype on every machine, however fast it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "bfloat16_unit", lambda: (None, "tests take float32"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ DataDirOption = Annotated[
 ]
 LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (as of the server), float32, bfloat16 or float16.")
+]
 
 
 @app.command()

@@ -19,6 +19,7 @@ from a2sf import __version__, teacher
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import EffectivePolicy
+from a2sf.prompts import Prompt
 from a2sf.teacher import Example, Prediction
 from tuner import datasets, machine, packing, policies, statistics
 from tuner.objective import (
@@ -28,6 +29,7 @@ from tuner.objective import (
     effective,
     full_cache,
     log_likelihoods,
+    read_prompts,
 )
 from tuner.packing import Item
 from tuner.policies import Named
@@ -232,13 +234,17 @@ def _run(model: LoadedModel, plan: _Plan, seed: int) -> Iterator[None]:
     """Fill the cells of a plan; yields after each pass over one batch by one policy."""
     for first in range(0, len(plan.items), ROWS_PER_PASS):
         batch = plan.items[first : first + ROWS_PER_PASS]
-        full = full_cache(model, [item.example for item in batch])
+        examples = [item.example for item in batch]
+        full = full_cache(model, examples)
+        # Reading them takes as long as it saves where one policy alone comes after.
+        several = plan.task.prefill_chunk == EXACT and len(plan.cells) > 1
+        prompts = read_prompts(model, examples) if several else None
         at_once = max(1, ROWS_PER_PASS // len(batch))
         for size in dict.fromkeys(size for _, size in plan.cells):
             chosen = [cell for cell in plan.cells if cell[1] == size]
             for start in range(0, len(chosen), at_once):
                 group = chosen[start : start + at_once]
-                _pass(model, plan, group, batch, full, seed)
+                _pass(model, plan, group, batch, full, prompts, seed)
                 for _ in group:
                     yield
 
@@ -249,6 +255,7 @@ def _pass(
     group: Sequence[tuple[Named, Size | None]],
     batch: Sequence[Item],
     full: Sequence[Tensor],
+    prompts: Sequence[Prompt] | None,
     seed: int,
 ) -> None:
     """Run a few policies of one size along one batch; the rows ride together."""
@@ -259,7 +266,15 @@ def _pass(
     rows = [(cell, index) for cell in group for index in range(len(batch))]
     examples = [batch[index].example for _, index in rows]
     chosen = [resolved(example, cell) for (cell, _), example in zip(rows, examples, strict=True)]
-    found = teacher.predict(model, examples, chosen, similarity=True)
+    # A table says for itself how prompts are read.
+    known = prompts and all(policy.prefill_chunk == EXACT for policy in chosen)
+    found = teacher.predict(
+        model,
+        examples,
+        chosen,
+        similarity=True,
+        prompts=[prompts[index] for _, index in rows] if prompts and known else None,
+    )
     for (cell, index), policy, prediction in zip(rows, chosen, found, strict=True):
         gathered = plan.cells[cell]
         gathered.budget.append(policy.budget)

@@ -118,7 +118,7 @@ def fit(settings: Settings) -> Outcome:
     data_sha256 = packing.digest(calibration)
     definition = {
         "model": model.identity.fingerprint,
-        "dtype": str(model.dtype),
+        "dtype": model.dtype_name,
         "budget": settings.budget,
         "budget_ratio": settings.budget_ratio,
         "prefill_chunk": settings.prefill_chunk,
@@ -131,7 +131,9 @@ def fit(settings: Settings) -> Outcome:
         "edition": EDITION,
     }
     storage, storage_kind = open_storage(settings.storage, settings.out.with_suffix(".journal"))
-    ledger = Ledger(storage, settings.study, definition)
+    # One dtype for all workers and runs: figures in different ones cannot be compared.
+    chosen_here = {"dtype": model.dtype_reason} if settings.dtype == "auto" else {}
+    ledger = Ledger(storage, settings.study, definition, chosen=chosen_here)
     trials = Trials(
         ledger,
         Objective(model, calibration, label="calibration"),

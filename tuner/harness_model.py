@@ -155,7 +155,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 "policy": self.policies.wish.model_dump(exclude_none=True),
                 "table_sha256": table.sha256 if table else None,
                 "device": str(self.model.device),
-                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "dtype": self.model.dtype_name,
+                "dtype_reason": self.model.dtype_reason,
             }
         }
 

@@ -100,8 +100,14 @@ class Ledger:
         name: str,
         definition: Mapping[str, Any],
         pace: Pace | None = None,
+        *,
+        chosen: Mapping[str, str] | None = None,
     ) -> None:
-        """Create or continue the study `name`; InvalidArgument if it was made for another fit."""
+        """Create or continue the study `name`; InvalidArgument if it was made for another fit.
+
+        `chosen` says of parts of the definition that nobody gave why they are what they are here;
+        each can be given by an option of its name.
+        """
         self.name = name
         self._pace = pace or Pace()
         self._storage = storage
@@ -112,17 +118,19 @@ class Ledger:
             optuna.create_study, storage=storage, study_name=name, load_if_exists=True
         )
         self._study_id = self._patiently(storage.get_study_id_from_name, name)
-        self._claim(json.loads(json.dumps(definition)))
+        self._claim(json.loads(json.dumps(definition)), chosen or {})
 
-    def _claim(self, here: dict[str, Any]) -> None:
+    def _claim(self, here: dict[str, Any], chosen: Mapping[str, str]) -> None:
         there = self.settle(DEFINITION, here)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
+                why = f", because {chosen[key]}" if key in chosen else ""
+                same = f"--{key} {there.get(key)}, or " if key in chosen else ""
                 raise InvalidArgument(
                     "study",
                     f"{self.name!r} in this storage was made for another fit: {key} is "
-                    f"{there.get(key)!r} there and {here.get(key)!r} here; give another --study "
-                    "or --out",
+                    f"{there.get(key)!r} there and {here.get(key)!r} here{why}; give {same}"
+                    "another --study or --out",
                 )
 
     # What is known ---------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from a2sf import dtypes
+
 LIBRARIES = ("torch", "transformers")
 
 
@@ -17,7 +19,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtypes.name(dtype),
         "python": platform.python_version(),
         **{library: version(library) for library in LIBRARIES},
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, log_softmax
 from torch.nn.functional import kl_div
@@ -21,6 +22,7 @@ from a2sf import teacher
 from a2sf.errors import NonFinite
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.prompts import Prompt, nbytes
 from a2sf.schema import TablePolicy
 from a2sf.teacher import Entering, Example, Prediction
 from tuner.rivals import AdaKV, Pyramid
@@ -28,6 +30,13 @@ from tuner.rivals import AdaKV, Pyramid
 DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
 )
+
+_NUMBERS_AT_ONCE = 1 << 18
+"""Of log-probabilities: 1 MB in float32 of each operand. On two cores with 49,152 words, positions
+compared all at once took 8 times as long, most of it for memory that is new."""
+
+PROMPT_BYTES = 1 << 30
+"""What is kept of prompts takes no more than this, or prompts are run with every candidate."""
 
 ROWS_PER_PASS = 32
 """Examples run along together. Most of a pass is fixed cost until about here (measured on two
@@ -55,8 +64,10 @@ class Cost:
 class Objective:
     """Costs of candidates on `examples`; the full cache is run once, when first needed, and kept.
 
+    So is what the model makes of the prompts, for candidates that read them exactly.
     Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions,
-    and with an anchor tokens x hidden x the size of the model's dtype.
+    up to PROMPT_BYTES for the prompts, and with an anchor tokens x hidden x the size of the model's
+    dtype.
     """
 
     def __init__(self, model: LoadedModel, examples: Sequence[Example], *, label: str) -> None:
@@ -94,7 +105,13 @@ class Objective:
         if known is not None and known.layer > layer:
             known = None
         found = teacher.enter(
-            self.model, self.examples, policies, layer, batch=ROWS_PER_PASS, entering=known
+            self.model,
+            self.examples,
+            policies,
+            layer,
+            batch=ROWS_PER_PASS,
+            entering=known,
+            prompts=self._known_prompts(policies),
         )
         self._anchor = (below, found)
         return (layer - (known.layer if known else 0)) / self.model.shape.num_layers
@@ -151,13 +168,30 @@ class Objective:
         if known is not None:
             hidden = tuple(known.hidden[index] for _, index in rows)
             known = Entering(known.layer, hidden)
-        predicted = teacher.predict(
-            self.model, examples, policies, batch=ROWS_PER_PASS, entering=known
+        prompts = self._known_prompts(policies)
+        predicted = teacher.predictions(
+            self.model,
+            examples,
+            policies,
+            batch=ROWS_PER_PASS,
+            entering=known,
+            prompts=[prompts[index] for _, index in rows] if prompts else None,
         )
-        return [
-            divergence(example, prediction, self._full[index])
-            for (_, index), example, prediction in zip(rows, examples, predicted, strict=True)
-        ]
+        found = {
+            row: divergence(examples[row], prediction, self._full[rows[row][1]])
+            for row, prediction in predicted
+        }
+        return [found[row] for row in range(len(rows))]
+
+    def _known_prompts(self, policies: Sequence[EffectivePolicy]) -> list[Prompt] | None:
+        """What is kept of each example's prompt, where all policies read prompts exactly."""
+        if any(policy.prefill_chunk != 0 for policy in policies):
+            return None
+        return self._prompts
+
+    @cached_property
+    def _prompts(self) -> list[Prompt] | None:
+        return read_prompts(self.model, self.examples)
 
 
 def _below(policy: TablePolicy, layer: int) -> TablePolicy:
@@ -167,7 +201,19 @@ def _below(policy: TablePolicy, layer: int) -> TablePolicy:
 
 def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
     """Log-probabilities with the full cache, one tensor [counted, vocab] an example."""
-    return [log_softmax(found.logits, dim=-1) for found in teacher.predict(model, examples, None)]
+    found = {
+        index: log_softmax(one.logits, dim=-1)
+        for index, one in teacher.predictions(model, examples, None)
+    }
+    return [found[index] for index in range(len(examples))]
+
+
+def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt] | None:
+    """Read prompts once for several candidates; None where that would take too much memory."""
+    tokens = sum(example.prompt_tokens for example in examples)
+    if nbytes(model.shape, model.dtype, tokens) > PROMPT_BYTES:
+        return None
+    return teacher.read_prompts(model, examples, batch=ROWS_PER_PASS)
 
 
 def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
@@ -175,17 +221,36 @@ def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float
 
     Raises NonFinite where either is not a finite number.
     """
-    log_q = log_softmax(found.logits, dim=-1)
-    terms = kl_div(log_q, full, reduction="none", log_target=True)
-    kl = float(terms.double().sum(dim=-1).mean())
-    if math.isnan(kl):
-        # What the model rules out in both costs nothing, and is NaN as -inf minus -inf.
-        terms = terms.masked_fill((full == -math.inf) & (log_q == -math.inf), 0.0)
-        kl = float(terms.double().sum(dim=-1).mean())
-    nll = _nll(example, log_q)
+    targets = torch.tensor([example.token_ids[t + 1] for t in example.counted])
+    kl_parts, nll_parts = [], []
+    for logits, log_p, target in zip(
+        *(
+            part.split(_rows_at_once(full))
+            for part in (found.logits, full, targets.to(full.device))
+        ),
+        strict=True,
+    ):
+        log_q = log_softmax(logits, dim=-1)
+        terms = kl_div(log_q, log_p, reduction="none", log_target=True)
+        total = terms.sum(dim=-1, dtype=torch.float64)
+        if total.isnan().any():
+            # What the model rules out in both costs nothing, and is NaN as -inf minus -inf.
+            terms = terms.masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
+            total = terms.sum(dim=-1, dtype=torch.float64)
+        kl_parts.append(total)
+        nll_parts.append(-log_q.gather(1, target[:, None])[:, 0].double())
+    kl, nll = (float(torch.cat(parts).mean()) for parts in (kl_parts, nll_parts))
     check_finite(example, "KL to the full cache", kl)
     check_finite(example, "negative log-likelihood", nll)
     return kl, nll
+
+
+def _rows_at_once(log_probabilities: Tensor) -> int:
+    """So many positions at a time, so that a processor's caches hold what is computed of them."""
+    counted, vocabulary = log_probabilities.shape
+    if log_probabilities.device.type != "cpu":
+        return max(counted, 1)
+    return max(_NUMBERS_AT_ONCE // vocabulary, 1)
 
 
 def check_finite(example: Example, name: str, value: float) -> None:

@@ -51,7 +51,7 @@ def plan(
     device: Annotated[
         str, _model(help="cuda or cpu: what is planned for, which need not be here.")
     ] = "cuda",
-    dtype: Annotated[str, _model(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, _model(help="As of the server; auto on cpu asks this machine.")] = "auto",
     tables: Annotated[
         Path | None, _model(metavar="PATH", help="Directory of alpha tables (*.json).")
     ] = None,

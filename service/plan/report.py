@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from a2sf import capacity
+from a2sf import capacity, dtypes
 from a2sf.capacity import Weights
 from service.plan.pace import Load, Means, Pace
 from service.plan.sizing import Sizing
@@ -72,6 +72,7 @@ def for_programs(plan: Plan) -> str:
             },
             "device": sizing.outline.device_type,
             "dtype": _dtype(sizing),
+            "dtype_reason": sizing.outline.dtype_reason,
             "weights": asdict(sizing.weights),
             "memory": {
                 "device_bytes": sizing.memory,
@@ -112,7 +113,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"{sizing.options['model']}: {sizing.outline.architecture}, {shape.num_layers} layers,"
     yield (
         f"{shape.num_kv_heads} KV heads of {shape.head_dim} with {group} query heads each, "
-        f"{_dtype(sizing)} on {sizing.outline.device_type}"
+        f"{_dtype(sizing)} on {sizing.outline.device_type} ({sizing.outline.dtype_reason})"
     )
 
 
@@ -237,7 +238,7 @@ def _slots(sizing: Sizing) -> str:
 
 
 def _dtype(sizing: Sizing) -> str:
-    return str(sizing.outline.dtype).removeprefix("torch.")
+    return dtypes.name(sizing.outline.dtype)
 
 
 def _pace(pace: Pace | None) -> dict[str, Any] | None:

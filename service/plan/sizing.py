@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from a2sf import capacity, reference
+from a2sf import capacity, dtypes, reference
 from a2sf.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.files import REFERENCE
@@ -116,7 +116,7 @@ def size(wish: Wish) -> Sizing:
     outline = read_outline(
         wish.model, revision=wish.revision, device_type=wish.device, dtype=wish.dtype
     )
-    options = _options(wish)
+    options = _options(wish, outline)
     shape = outline.shape
     shares: Shares | None = None
     if wish.default_table is not None:
@@ -172,13 +172,17 @@ def size(wish: Wish) -> Sizing:
     )
 
 
-def _options(wish: Wish) -> dict[str, Any]:
-    """What was said of the server's own settings, in the order in which they are written."""
+def _options(wish: Wish, outline: Outline) -> dict[str, Any]:
+    """What was said of the server's own settings, in the order in which they are written.
+
+    On a processor the dtype is always among them: another machine might choose another.
+    """
+    chosen = wish.dtype != "auto" or outline.device_type == "cpu"
     said = {
         "model": wish.model,
         "revision": wish.revision,
         "device": wish.device,
-        "dtype": None if wish.dtype == "auto" else wish.dtype,
+        "dtype": dtypes.name(outline.dtype) if chosen else None,
         "tables": wish.tables,
         "default_table": wish.default_table,
         "slots": wish.slots or wish.budget,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from a2sf import families
+from a2sf import dtypes, families
 from a2sf.models import LoadedModel, load_model
 from a2sf.outline import read_outline
 from a2sf.tablefile import save_table
@@ -255,3 +255,21 @@ def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
 
 def test_the_reserve_is_a_tenth_unless_it_is_said() -> None:
     assert planned("--budget", 100, "--gpu-memory", "1GB")["memory"]["reserve_bytes"] == 10**8
+
+
+def test_a_plan_for_a_processor_names_the_dtype_that_it_counted(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
+    monkeypatch.setattr(dtypes, "times_as_fast", lambda _: {16: 2.0, 128: 8.0})
+    said = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)
+    told = planned(*said)
+    # A server on another machine might choose another, of which the plan would not be true.
+    assert "--dtype bfloat16" in " ".join(told["command"])
+    assert told["dtype"] == "bfloat16"
+    why = "with AMX-BF16, bfloat16 is at least 2.00 times as fast here"
+    assert told["dtype_reason"] == why
+    assert f"bfloat16 on cpu ({why})" in shown(*said)
+    assert told["memory"]["slab_bytes"] == 3 * 2 * 8 * (2 * 8 * 2 + 8)
+    on_gpu = planned("--model", tiny_model_dir, "--budget", 8, "--max-batch", 1)
+    assert "--dtype" not in on_gpu["command"]

@@ -54,6 +54,7 @@ async def test_it_starts_streams_and_ends_with_exit_code_0_on_sigterm(
     assert "serving" in process.log
     assert "Traceback" not in process.log
     assert "Hello" not in process.log, "prompts are not logged"
+    assert re.search(r"loaded .*dtype=torch\.\w+ dtype_reason=\S", process.log), process.log
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's wheel brings libgomp on Linux alone")

@@ -226,7 +226,7 @@ def test_the_document_survives_json(run: Run) -> None:
 def test_what_cannot_be_measured_is_told_before_any_pass(
     run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "predict", lambda *_, **__: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(teacher, "predictions", lambda *_, **__: pytest.fail("a pass was begun"))
     with pytest.raises(InvalidArgument) as caught:
         run(**overrides)
     assert told in str(caught.value)
@@ -266,3 +266,31 @@ def test_shots_before_running_text_are_refused(run: Run, tmp_path: Path) -> None
         run(datasets=(str(text),), shots=(1,))
     with pytest.raises(NotFound, match="'nothing' not found"):
         run(datasets=("nothing",))
+
+
+def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_does_not(
+    run: Run, tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = make_table(tiny_model.identity, prefill_chunk=7, budget=20, sinks=1, recent=2)
+    save_table(blocks, tmp_path / "blocks.json")
+    given: list[bool] = []
+    honest = teacher.predict
+
+    def noting(*positional: Any, prompts: Any = None, **named: Any) -> Any:
+        given.append(prompts is not None)
+        return honest(*positional, prompts=prompts, **named)
+
+    monkeypatch.setattr(teacher, "predict", noting)
+    methods = f"h2o,window,a2sf:.5,{tmp_path / 'blocks.json'}"
+    # Rows for one policy at a time.
+    monkeypatch.setattr("tuner.evaluate.ROWS_PER_PASS", 5)
+    shared = run(policies=methods, sizes=(Size(slots=20),))
+    assert given == [True, True, True, False]
+    monkeypatch.setattr("tuner.objective.PROMPT_BYTES", 0)
+    given.clear()
+    for mine, plain in zip(
+        shared.cells, run(policies=methods, sizes=(Size(slots=20),)).cells, strict=True
+    ):
+        for name in ("kl", "nll", "similarity"):
+            np.testing.assert_allclose(mine.by_example[name], plain.by_example[name], atol=1e-5)
+    assert given == [False] * 4

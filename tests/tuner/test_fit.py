@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tuner.fit
+from a2sf import dtypes
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.schema import Evidence, UniformSetting
@@ -65,7 +66,9 @@ def test_a_fit_run_again_finds_its_trials_and_says_the_same(
 ) -> None:
     first = fit(settings()).table
     monkeypatch.setattr(
-        tuner.objective.teacher, "predict", lambda *_, **__: pytest.fail("something was measured")
+        tuner.objective.teacher,
+        "predictions",
+        lambda *_, **__: pytest.fail("something was measured"),
     )
     again = fit(settings()).table
     assert (again.policy, again.evidence) == (first.policy, first.evidence)
@@ -91,6 +94,28 @@ def test_a_journal_cut_in_its_last_line_costs_that_record_alone(
     assert measured[:3] == kept
     assert len(set(measured)) == len(measured) == len(ends)
     assert (again.policy, again.evidence) == (first.policy, first.evidence)
+
+
+def test_a_study_is_measured_in_one_dtype_by_all_workers(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(settings(dtype="auto"))
+    monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
+    monkeypatch.setattr(dtypes, "times_as_fast", lambda _: {16: 2.0, 128: 8.0})
+    with pytest.raises(InvalidArgument) as told:
+        fit(settings(dtype="auto"))
+    assert str(told.value) == (
+        "study: 'sums' in this storage was made for another fit: dtype is 'float32' there and "
+        "'bfloat16' here, because with AMX-BF16, bfloat16 is at least 2.00 times as fast here; "
+        "give --dtype float32, or another --study or --out"
+    )
+    # What the sentence says helps.
+    monkeypatch.setattr(
+        tuner.objective.teacher,
+        "predictions",
+        lambda *_, **__: pytest.fail("something was measured"),
+    )
+    fit(settings(dtype="float32"))
 
 
 def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(

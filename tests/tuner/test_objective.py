@@ -1,19 +1,23 @@
 """The cost: zero where nothing is evicted, and by the written-out definition elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import tuner.objective
 from a2sf import teacher
+from a2sf.errors import NonFinite
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.schema import TablePolicy
 from a2sf.teacher import Example
 from tuner import packing
 from tuner.datasets import load
-from tuner.objective import Candidate, Objective, effective
+from tuner.objective import Candidate, Objective, divergence, effective
 
 ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
 
@@ -132,3 +136,74 @@ def test_a_policy_that_differs_below_the_anchor_is_run_from_the_first_layer(
     kept.anchor(table(), 2)
     assert kept.share_of_layers(other) == 1
     np.testing.assert_array_equal(kept.cost(other).kl, plain.kl)
+
+
+def run_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which every pass adds how many tokens of a row it runs."""
+    widths: list[int] = []
+    honest = LoadedModel.hidden_states
+
+    def noting(self: LoadedModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        widths.append(ids.shape[1])
+        return honest(self, ids, *rest)
+
+    monkeypatch.setattr(LoadedModel, "hidden_states", noting)
+    return widths
+
+
+def test_prompts_are_run_once_for_all_candidates_and_change_no_cost(
+    tiny_model: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates: list[Candidate] = [table(), CachePolicy(preset="h2o", budget_ratio=0.2)]
+    kept = Objective(tiny_model, examples, label="kept")
+    widths = run_tokens(monkeypatch)
+    ours = list(kept.costs(candidates, range(5)))
+    whole = max(len(e.token_ids) for e in examples)
+    prompt = max(e.prompt_tokens for e in examples)
+    after = max(len(e.token_ids) - e.prompt_tokens for e in examples)
+    assert after < whole
+    assert widths == [prompt, after, whole]
+    monkeypatch.setattr(tuner.objective, "PROMPT_BYTES", 0)
+    fresh = Objective(tiny_model, examples, label="fresh")
+    for mine, plain in zip(ours, fresh.costs(candidates, range(5)), strict=True):
+        np.testing.assert_allclose(mine.kl, plain.kl, atol=1e-6)
+        np.testing.assert_allclose(mine.nll, plain.nll, atol=1e-5)
+    assert widths[3:] == [whole, whole], "nothing is kept where there is no room"
+
+
+def test_a_candidate_that_prunes_along_the_prompt_runs_it(
+    tiny_model: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Objective(tiny_model, examples, label="kept")
+    exact = kept.cost(table())
+    widths = run_tokens(monkeypatch)
+    pruned = kept.cost(table(prefill_chunk=1))
+    assert widths == [max(len(e.token_ids) for e in examples)]
+    assert not np.allclose(pruned.kl, exact.kl)
+
+
+@pytest.mark.parametrize("numbers", [1, 1000, 1 << 30])
+def test_positions_cost_the_same_however_many_are_compared_at_once(
+    tiny_model: LoadedModel,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    numbers: int,
+) -> None:
+    policy = effective(table(), tiny_model, len(examples[0].token_ids))
+    full = tuner.objective.full_cache(tiny_model, examples[:1])[0].clone()
+    (found,) = teacher.predict(tiny_model, examples[:1], [policy])
+    found = replace(found, logits=found.logits.clone())
+    # What the model rules out in both costs nothing.
+    full[:, 7] = found.logits[:, 7] = -torch.inf
+    monkeypatch.setattr(tuner.objective, "_NUMBERS_AT_ONCE", numbers)
+    kl, nll = divergence(examples[0], found, full)
+    log_q = found.logits.double().log_softmax(dim=-1)
+    terms = full.double().exp() * (full.double() - log_q)
+    terms[:, 7] = 0.0
+    assert kl == pytest.approx(float(terms.sum(dim=-1).mean()), rel=1e-5)
+    targets = [examples[0].token_ids[t + 1] for t in examples[0].counted]
+    assert nll == pytest.approx(-float(log_q[range(len(targets)), targets].mean()), rel=1e-6)
+    # What it rules out in one alone costs without end.
+    found.logits[3, 9] = -torch.inf
+    with pytest.raises(NonFinite, match="KL to the full cache"):
+        divergence(examples[0], found, full)

@@ -1,0 +1,115 @@
+"""What a model makes of the prompts of given texts, once for all policies that read them exactly.
+
+A prompt that is read as one block sees all of itself, whatever is evicted after it: its queries,
+keys and values are the same in every layer under every such policy. Owns what is kept of them, and
+how the tokens after them run alone. Knows nothing of policies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from a2sf.models import LayerAttention, LoadedModel
+from a2sf.outline import ModelShape
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model makes of one prompt."""
+
+    projected: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    """By layer: queries [H_q, tokens, D], keys and values [H_kv, tokens, D]; rotated."""
+    hidden: Tensor
+    """[tokens, hidden], ready for `logits`."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.hidden)
+
+
+def nbytes(shape: ModelShape, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that are kept of prompts of so many tokens, but for what leaves the last layer."""
+    heads = shape.num_attention_heads + 2 * shape.num_kv_heads
+    return tokens * shape.num_layers * heads * shape.head_dim * dtype.itemsize
+
+
+def read(model: LoadedModel, texts: Sequence[Sequence[int]], *, batch: int) -> list[Prompt]:
+    """Read prompts, up to `batch` at once. Each is at least one token."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: dict[int, Prompt] = {}
+    for first in range(0, len(order), batch):
+        members = order[first : first + batch]
+        width = max(len(texts[i]) for i in members)
+        # Padded with its own last token: any other might be one of which the model makes NaN.
+        rows = [[*texts[i], *texts[i][-1:] * (width - len(texts[i]))] for i in members]
+        ids = torch.tensor(rows, device=model.device)
+        positions = torch.arange(width, device=model.device).expand(len(members), -1)
+        noting = _Noting([len(texts[i]) for i in members])
+        hidden = model.hidden_states(ids, positions, noting)
+        for row, index in enumerate(members):
+            kept = hidden[row, : len(texts[index])].clone()
+            found[index] = Prompt(tuple(noting.layers[row]), kept)
+    return [found[index] for index in range(len(texts))]
+
+
+class _Noting:
+    """Plain causal attention that keeps what each layer projects of each row."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.layers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in lengths]
+        self._lengths = lengths
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        for row, length in enumerate(self._lengths):
+            q, k, v = (t[row, :, :length].clone() for t in (query, keys, values))
+            self.layers[row].append((q, k, v))
+        # Padding stands at the right, where no real token sees it.
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
+
+
+class AfterPrompts:
+    """Lets an attention over whole texts be handed the tokens after their prompts alone."""
+
+    def __init__(
+        self, attention: LayerAttention, prompts: Sequence[Prompt], lengths: Sequence[int]
+    ) -> None:
+        """Take an attention over rows that begin with `prompts` and have `lengths` tokens."""
+        self._attention = attention
+        self._rows = [(one, length) for one, length in zip(prompts, lengths, strict=True)]
+        self._width = max(lengths)
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend from the tokens after the prompts, [rows, H, width, D]; padded at the right.
+
+        What is returned for padding is 0, and the attention is given 0 in its place.
+        """
+        whole = [self._empty(tensor, self._width) for tensor in (query, keys, values)]
+        for row, (prompt, length) in enumerate(self._rows):
+            end = prompt.tokens
+            for tensor, known, new in zip(
+                whole, prompt.projected[layer], (query, keys, values), strict=True
+            ):
+                tensor[row, :, :end] = known
+                tensor[row, :, end:length] = new[row, :, : length - end]
+        found = self._attention(layer, *whole, scale)
+        output = self._empty(query, query.shape[2])
+        for row, (prompt, length) in enumerate(self._rows):
+            after = length - prompt.tokens
+            output[row, :, :after] = found[row, :, prompt.tokens : length]
+        return output
+
+    @staticmethod
+    def _empty(like: Tensor, width: int) -> Tensor:
+        """Zeros [rows, heads, width, D], laid out as a model hands them over."""
+        rows, heads, _, dim = like.shape
+        return like.new_zeros(rows, width, heads, dim).transpose(1, 2)
