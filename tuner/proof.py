@@ -144,7 +144,9 @@ def prove(
                 need = (passes + 1) * trials.seconds_a_trial
             if need > trials.seconds_left - spent:
                 if not first:
-                    raise _too_short(trials, end, need)
+                    # Rows of a pass may take as long as if each were alone.
+                    alone = end * (len(different) + 1) * trials.seconds_a_row
+                    raise _too_short(trials, end, max(need, alone))
                 break
             unseen = _Unseen(model, held_out[first:end], different)
             if not first:

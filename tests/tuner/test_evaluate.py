@@ -220,7 +220,7 @@ def test_the_document_survives_json(run: Run) -> None:
         ),
         ({"datasets": ("recall",), "length": 24}, "gives 0"),
         ({"shots": (1,), "length": 40}, "validation of sums gives 0"),
-        ({"policies": "pyramid"}, "'pyramid'"),
+        ({"policies": "snapkv"}, "'snapkv'"),
     ],
 )
 def test_what_cannot_be_measured_is_told_before_any_pass(

@@ -1,5 +1,7 @@
 """Measuring in batches: giving up early, what counts as a gain, and the account of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from optuna.storages import InMemoryStorage
@@ -84,8 +86,9 @@ def test_a_gain_within_its_own_noise_is_none() -> None:
     assert after(1.0, whole=False).gain(before) == 0
 
 
-def test_a_setting_that_leaves_a_layer_nothing_that_competes_is_not_feasible() -> None:
+def test_a_setting_that_leaves_a_head_nothing_that_competes_is_not_feasible() -> None:
     trials = trials_of(Planted(BEST))
     assert trials.feasible(BEST)
-    # 40 slots a layer on average, of which one layer would get three.
-    assert not trials.feasible(BEST.with_slots((0,), 1 / 20))
+    # Of 40 slots a head, however few its share: what is short is lifted to what it needs.
+    assert trials.feasible(BEST.with_head_slots(0, 0, 1 / 20))
+    assert not trials.feasible(replace(BEST, sinks=40))
