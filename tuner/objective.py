@@ -225,7 +225,7 @@ def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float
     kl_parts, nll_parts = [], []
     for logits, log_p, target in zip(
         *(
-            part.split(_rows_at_once(full))
+            torch.split(part, _rows_at_once(full))
             for part in (found.logits, full, targets.to(full.device))
         ),
         strict=True,
