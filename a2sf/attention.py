@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from a2sf import scoring
-from a2sf.cache import PolicyTensors, Slots
+from a2sf.cache import PolicyTensors, Rectangle, Slots
 from a2sf.scoring import EMPTY
 
 QUERY_TILE = 256
@@ -186,8 +186,8 @@ class BlockPass:
         """Trim, if the block begins here, and place the new tokens.
 
         Args:
-            slots: the rows, with layers of one width; each head needs `width` empty slots beside
-                the tokens that it keeps.
+            slots: the rows, whose heads all have the same slots; each needs `width` empty ones
+                beside the tokens that it keeps.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each block's first token.
             lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
@@ -198,14 +198,14 @@ class BlockPass:
                 tokens that they hold once these are placed, padding among them.
             attention: carries out what each layer asks for.
         """
-        self._slots = slots
+        mine = self._slots = slots.whole
         self._in_order = in_order
         self._attention = attention
         if first == 0:
             excess = (used - (policy.budget - 1)).clamp(min=0)
             excess = torch.where(lengths[:, None] > 0, excess, 0)
-            slots.evict(excess, start, policy)
-            slots.score.mul_(scoring.decay(policy.alpha, lengths))
+            mine.evict(excess, start, policy)
+            mine.score.mul_(scoring.decay(policy.alpha, lengths))
             used = used - excess
         self.used_after = used + (lengths - first).clamp(0, width)[:, None]
         """[layers, rows, H_kv] int64: tokens stored after this pass."""
@@ -214,11 +214,11 @@ class BlockPass:
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
         if in_order:
             # What `free` would find.
-            shape = (*slots.position.shape[:3], width)
+            shape = (*mine.position.shape[:3], width)
             self._placed = self._position[None, :, None].expand(shape)
         else:
-            self._placed = slots.free(width)
-        slots.place(self._placed, padded, policy)
+            self._placed = mine.free(width)
+        mine.place(self._placed, padded, policy)
         weights = scoring.query_weights(policy.alpha, lengths, first, width)
         if policy.any_random:
             weights *= policy.accumulating
@@ -264,7 +264,7 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
     """Trim to the budget after the last block of a prompt, as the law says.
 
     Args:
-        slots: the rows.
+        slots: the rows, whose heads all have the same slots.
         used: [layers, rows, H_kv] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in the same layers.
@@ -273,7 +273,7 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
         [layers, rows, H_kv] int64: tokens stored afterwards.
     """
     excess = (used - policy.budget).clamp(min=0)
-    slots.evict(excess, length, policy)
+    slots.whole.evict(excess, length, policy)
     return used - excess
 
 
@@ -288,12 +288,45 @@ class DecodePass:
         """Choose the victims and place the new tokens.
 
         Args:
-            slots: the rows, each layer as wide as the largest budget there, or as any row will
-                ever fill.
+            slots: the rows, each head with as many slots as the largest budget there, or as any row
+                will ever fill.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each row's new token; a row that has seen fewer
                 tokens than a head's budget holds them all there.
         """
+        self._steps: list[list[tuple[slice, _Step, int]]] = [[] for _ in slots.keys]
+        """Of each layer: the heads that are worked on together, in order, what carries them, and
+        what it calls this layer."""
+        for run, part in slots.parts:
+            step = _Step(part, policy.part(run), start)
+            for index, layer in enumerate(range(run.layers.start, run.layers.stop)):
+                self._steps[layer].append((run.heads, step, index))
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """Attend and accumulate in one layer; as `BlockPass`, with a width of 1."""
+        steps = self._steps[layer]
+        if len(steps) == 1:
+            _, step, index = steps[0]
+            return step(index, query, keys, values, scale)
+        rows, kv_heads, width, dim = keys.shape
+        by_head = query.view(rows, kv_heads, -1, width, dim)
+        return torch.cat(
+            [
+                step(
+                    index, by_head[:, heads].flatten(1, 2), keys[:, heads], values[:, heads], scale
+                )
+                for heads, step, index in steps
+            ],
+            dim=1,
+        )
+
+
+class _Step:
+    """What `DecodePass` does in heads that have equally many slots."""
+
+    def __init__(self, slots: Rectangle, policy: PolicyTensors, start: Tensor) -> None:
         self._slots = slots
         used = torch.minimum(start[:, None], policy.budget)
         full = used == policy.budget
@@ -311,7 +344,7 @@ class DecodePass:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attend and accumulate in one layer; as `BlockPass`, with a width of 1."""
+        """As `DecodePass`, with the tensors of these heads; layers count from their first."""
         slots = self._slots
         rows, q_heads, _, dim = query.shape
         kv_heads = keys.shape[1]
@@ -319,14 +352,13 @@ class DecodePass:
         stored_keys, stored_values = slots.keys[layer], slots.values[layer]
         grouped = query.view(rows, kv_heads, -1, dim) * scale
         logits = grouped @ stored_keys.transpose(2, 3)
-        width = stored_keys.shape[2]
-        logits = logits.masked_fill_(self._empty[layer, ..., :width], -math.inf)
+        logits = logits.masked_fill_(self._empty[layer], -math.inf)
         precision = torch.promote_types(query.dtype, torch.float32)
         paid = torch.softmax(logits, dim=-1, dtype=precision)
         if self._scored:
             gained = paid.float().sum(dim=2)
             if self._accumulating is not None:
                 gained = gained * self._accumulating
-            slots.score[layer, ..., :width].add_(gained)
+            slots.score[layer].add_(gained)
         output = paid.to(values.dtype) @ stored_values
         return output.view(rows, q_heads, 1, dim)

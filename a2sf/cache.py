@@ -1,20 +1,22 @@
-"""The slot cache: rectangles of slots, one a layer, row and KV head, and how tokens come and go.
+"""The slot cache: a row of slots for each sequence, cut among layers and KV heads.
 
 Owns the tensors and the moves on them: place, write, evict, copy a row. A slot holds a key
 (rotated for its own position), a value, the token's position and its score; which tokens to keep
-is decided by `scoring`. Slot order means nothing: a slot is empty when its position says so. Layers
-may differ in width, and slots beyond a layer's own stay empty. Knows nothing of queries, models or
-requests.
+is decided by `scoring`, where each head's slots lie by `layout`. Slot order means nothing: a slot
+is empty when its position says so. Heads that have equally many slots and lie side by side are
+worked on together, as a `Rectangle`. Knows nothing of queries, models or requests.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from a2sf import scoring
+from a2sf.layout import Layout, Run
 from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 
@@ -109,6 +111,20 @@ class PolicyTensors:
             getattr(self, name)[row] = getattr(source, name)[source_row]
         self.first_heads.copy_(source.first_heads)
 
+    def part(self, run: Run) -> Self:
+        """Return what concerns a run's layers and heads."""
+        layers, _, heads = self.budget.shape
+        if run.shape[:2] == (layers, heads):
+            return self
+        where = (run.layers, slice(None), run.heads)
+        return replace(
+            self,
+            first_heads=self.first_heads[run.layers] + run.heads.start,
+            alpha=self.alpha[where],
+            budget=self.budget[where],
+            recent=self.recent[where],
+        )
+
     @property
     def accumulating(self) -> Tensor:
         """[rows, 1, 1] bool: whether a row's scores grow with what its queries pay."""
@@ -139,103 +155,38 @@ class PolicyTensors:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Slots of some rows in some layers."""
+class Rectangle:
+    """Slots of consecutive heads that have equally many, of some rows: a view of some `Slots`."""
 
     keys: tuple[Tensor, ...]
-    """Of each layer [rows, H_kv, slots of the layer, D] in the model's dtype."""
+    """Of each layer [rows, heads, slots, D] in the model's dtype."""
     values: tuple[Tensor, ...]
-    """Of each layer [rows, H_kv, slots of the layer, D] in the model's dtype."""
+    """Of each layer [rows, heads, slots, D] in the model's dtype."""
     position: Tensor
-    """[layers, rows, H_kv, slots] int32, `EMPTY` where no token is; as wide as the widest layer, so
-    that one operation serves all layers."""
+    """[layers, rows, heads, slots] int32, `EMPTY` where no token is."""
     score: Tensor
-    """[layers, rows, H_kv, slots] float32."""
+    """[layers, rows, heads, slots] float32."""
 
-    @classmethod
-    def empty(
-        cls,
-        *,
-        rows: int,
-        slots: Heads,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Self:
-        """Allocate slots that hold nothing, `slots` [layers][H_kv] of a row in each head.
-
-        Zeros, so that no NaN is ever read that nobody wrote.
-        """
-
-        num_kv_heads, widths = len(slots[0]), [max(layer) for layer in slots]
-
-        def vectors() -> tuple[Tensor, ...]:
-            shapes = [(rows, num_kv_heads, width, head_dim) for width in widths]
-            return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-
-        shape = (len(slots), rows, num_kv_heads, max(widths))
-        return cls(
-            keys=vectors(),
-            values=vectors(),
-            position=torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-            score=torch.zeros(shape, dtype=torch.float32, device=device),
-        )
-
-    def view(self, rows: slice, slots: Sequence[int]) -> Self:
-        """Return a window of the same memory: some rows, each layer's first `slots` [layers]."""
-        widest = max(slots)
-        return type(self)(
-            tuple(t[rows, :, :width] for t, width in zip(self.keys, slots, strict=True)),
-            tuple(t[rows, :, :width] for t, width in zip(self.values, slots, strict=True)),
-            self.position[:, rows, :, :widest],
-            self.score[:, rows, :, :widest],
-        )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """[layers] slots of a row."""
-        return tuple(keys.shape[2] for keys in self.keys)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these slots, read off the tensors."""
-        return sum(t.nbytes for t in (*self.keys, *self.values, self.position, self.score))
-
-    def clear(self) -> None:
-        """Forget every token and every score. Keys and values stay where they are."""
-        self.position.fill_(EMPTY)
-        self.score.zero_()
-
-    def blank(self, rows: slice, slots: slice) -> None:
-        """Put zeros where keys and values were, in these slots of every layer.
+    def blank(self, slots: slice) -> None:
+        """Put zeros where keys and values were, in these slots of every head.
 
         An empty slot takes part in attention with the weight 0, and 0 x NaN is NaN.
         """
         for tensor in (*self.keys, *self.values):
-            tensor[rows, :, slots].zero_()
-
-    def scrub(self, row: int) -> None:
-        """Make a row as it was when it was allocated, whatever it holds."""
-        self.blank(slice(row, row + 1), slice(None))
-        self.position[:, row].fill_(EMPTY)
-        self.score[:, row].zero_()
+            tensor[:, :, slots].zero_()
 
     def free(self, count: int) -> Tensor:
-        """Find each head's first `count` empty slots: [layers, rows, H_kv, count] int64.
-
-        For layers of one width: it does not tell a narrow layer's empty slots from those beyond.
-        """
-        assert len(set(self.widths)) == 1, "prompts are prefilled where all layers are as wide"
+        """Find each head's first `count` empty slots: [layers, rows, heads, count] int64."""
         taken = (self.position != EMPTY).to(torch.int8)
         return taken.argsort(dim=-1, stable=True)[..., :count]
 
     def victim(self, start: Tensor, policy: PolicyTensors) -> Tensor:
         """Find each head's slot to evict before a token is placed at `start`.
 
-        Only rows that hold more than sinks + recent tokens have one; others get any slot.
+        Only heads that hold more than sinks + recent tokens have one; others get any slot.
 
         Returns:
-            [layers, rows, H_kv] int64.
+            [layers, rows, heads] int64.
         """
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
@@ -244,10 +195,10 @@ class Slots:
         """Evict each head's `excess` lowest tokens.
 
         Args:
-            excess: [layers, rows, H_kv] int64, how many to evict; the head must hold that many
+            excess: [layers, rows, heads] int64, how many to evict; the head must hold that many
                 evictable tokens.
             start: [rows] int64, the position of the next token.
-            policy: the rows' policies in these layers.
+            policy: the rows' policies in these layers and heads.
         """
         most = int(excess.max())
         if most <= 0:
@@ -263,9 +214,9 @@ class Slots:
         """Let new tokens take slots, over whatever was there, with the score that they start from.
 
         Args:
-            slot: [layers, rows, H_kv, width] int64, where each head puts each token.
+            slot: [layers, rows, heads, width] int64, where each head puts each token.
             position: [rows, width] integer; `EMPTY` marks padding, which leaves its slot empty.
-            policy: the rows' policies in these layers.
+            policy: the rows' policies in these layers and heads.
         """
         new = position.to(torch.int32)[:, None].expand_as(slot)
         self.position.scatter_(-1, slot, new)
@@ -281,8 +232,8 @@ class Slots:
 
         Args:
             layer: the layer, counted from the first of these.
-            slot: [rows, H_kv, width] int64, where each head puts each token.
-            keys, values: [rows, H_kv, width, D].
+            slot: [rows, heads, width] int64, where each head puts each token.
+            keys, values: [rows, heads, width, D].
         """
         rows, heads, _ = slot.shape
         row = torch.arange(rows, device=slot.device)[:, None, None]
@@ -291,25 +242,176 @@ class Slots:
         self.keys[layer].index_put_((row, head, slot), keys)
         self.values[layer].index_put_((row, head, slot), values)
 
+
+@dataclass(frozen=True)
+class Places:
+    """Where each head's slots lie, for programs that find them by themselves; on the device."""
+
+    vectors: Tensor
+    """[layers, H_kv] int64: the first slot of each head in a row of its layer's keys and values."""
+    marks: Tensor
+    """[layers, H_kv] int64: the same in a row of positions and scores."""
+    width: Tensor
+    """[layers, H_kv] int64: the slots of each head."""
+    order: Tensor
+    """[layers, H_kv] int64: the heads of each layer, those of most slots first."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slots of some rows in some layers, as a `Layout` says: nothing lies between heads."""
+
+    layout: Layout
+    keys: tuple[Tensor, ...]
+    """Of each layer [rows, slots of the layer, D] in the model's dtype."""
+    values: tuple[Tensor, ...]
+    """Of each layer [rows, slots of the layer, D] in the model's dtype."""
+    position: Tensor
+    """[rows, slots of all layers] int32, `EMPTY` where no token is."""
+    score: Tensor
+    """[rows, slots of all layers] float32."""
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        rows: int,
+        slots: Heads,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Allocate slots that hold nothing, `slots` [layers][H_kv] of a row in each head.
+
+        Zeros, so that no NaN is ever read that nobody wrote.
+        """
+        layout = Layout.packed(slots)
+
+        def vectors() -> tuple[Tensor, ...]:
+            shapes = [(rows, size, head_dim) for size in layout.sizes]
+            return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+
+        shape = (rows, sum(layout.sizes))
+        return cls(
+            layout=layout,
+            keys=vectors(),
+            values=vectors(),
+            position=torch.full(shape, EMPTY, dtype=torch.int32, device=device),
+            score=torch.zeros(shape, dtype=torch.float32, device=device),
+        )
+
+    def view(self, rows: slice, slots: Heads | None = None) -> Self:
+        """Return a window of the same memory: some rows, each head's first `slots` (None: all)."""
+        return type(self)(
+            self.layout if slots is None else self.layout.narrowed(slots),
+            tuple(tensor[rows] for tensor in self.keys),
+            tuple(tensor[rows] for tensor in self.values),
+            self.position[rows],
+            self.score[rows],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows, read off the tensors."""
+        return sum(t.nbytes for t in (*self.keys, *self.values, self.position, self.score))
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Run, Rectangle], ...]:
+        """The slots in as few rectangles as there can be: one where all heads have the same."""
+        return tuple((run, self._rectangle(run)) for run in self.layout.runs)
+
+    @property
+    def whole(self) -> Rectangle:
+        """The slots as one rectangle; for those of which all heads have the same."""
+        ((_, rectangle),) = self.parts
+        return rectangle
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the heads lie, as tensors."""
+        layout = self.layout
+
+        def integers(rows: Heads) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int64, device=self.position.device)
+
+        starts = torch.tensor(layout.starts, device=self.position.device)
+        vectors, width = integers(layout.offsets), integers(layout.slots)
+        return Places(
+            vectors=vectors,
+            marks=vectors + starts[:, None],
+            width=width,
+            order=width.argsort(dim=1, descending=True, stable=True),
+        )
+
+    def clear(self) -> None:
+        """Forget every token and every score. Keys and values stay where they are."""
+        self.position.fill_(EMPTY)
+        self.score.zero_()
+
+    def scrub(self, row: int) -> None:
+        """Make a row as it was when it was allocated, whatever it holds."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row].zero_()
+        self.position[row].fill_(EMPTY)
+        self.score[row].zero_()
+
+    def victim(self, start: Tensor, policy: PolicyTensors) -> Tensor:
+        """As `Rectangle.victim`, of all heads: [layers, rows, H_kv] int64."""
+        found = [(run, part.victim(start, policy.part(run))) for run, part in self.parts]
+        if len(found) == 1:
+            return found[0][1]
+        victims = torch.empty_like(policy.budget)
+        for run, part in found:
+            victims[run.layers, :, run.heads] = part
+        return victims
+
+    def move_row(self, row: int, source: int) -> None:
+        """Make `row` hold what the row `source` holds, slot by slot."""
+        for tensor in (*self.keys, *self.values, self.position, self.score):
+            tensor[row] = tensor[source]
+
     def copy_row(
         self, row: int, source: Self, source_row: int, counts: Sequence[Sequence[int]]
     ) -> None:
         """Make `row` hold, in each head's first slots, the tokens that `source_row` holds.
 
-        `counts` [layers][H_kv] says how many those are.
+        Args:
+            row: of these slots.
+            source, source_row: where the tokens are, in any slots of heads that all have the same.
+            counts: [layers][H_kv] tokens held there.
         """
-        widths = [max(layer) for layer in counts]
-        most = max(widths)
-        self.position[:, row].fill_(EMPTY)
-        order = (source.position[:, source_row] == EMPTY).to(torch.int8)
+        theirs = source.whole
         # Heads that hold fewer than the most copy empty slots after their tokens.
-        order = order.argsort(dim=-1, stable=True)[..., :most]
-        for name in ("position", "score"):
-            found = getattr(source, name)[:, source_row].gather(-1, order)
-            getattr(self, name)[:, row, :, :most] = found
-        # Layer by layer, so that what is gathered on the way stays small.
-        for layer, count in enumerate(widths):
-            slot = order[layer, :, :count, None]
-            for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
-                wide = slot.expand(-1, -1, theirs[layer].shape[-1])
-                mine[layer][row, :, :count] = theirs[layer][source_row].gather(1, wide)
+        order = (theirs.position[:, source_row] == EMPTY).to(torch.int8)
+        order = order.argsort(dim=-1, stable=True)[..., : max(map(max, counts))]
+        found = [t[:, source_row].gather(-1, order) for t in (theirs.position, theirs.score)]
+        self.position[row].fill_(EMPTY)
+        for run, mine in self.parts:
+            here = counts[run.layers]
+            most = max(max(layer[run.heads]) for layer in here)
+            for tensor, copied in zip((mine.position, mine.score), found, strict=True):
+                tensor[:, row, :, :most] = copied[run.layers, run.heads, :most]
+            # Layer by layer, so that what is gathered on the way stays small.
+            for index, layer in enumerate(here):
+                count, at = max(layer[run.heads]), run.layers.start + index
+                slot = order[at, run.heads, :count, None]
+                for to, by in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    vectors = by[at][source_row, run.heads]
+                    wide = slot.expand(-1, -1, vectors.shape[-1])
+                    to[index][row, :, :count] = vectors.gather(1, wide)
+
+    def _rectangle(self, run: Run) -> Rectangle:
+        layers, heads, pitch = run.shape
+
+        def vectors(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            begin = run.begin - self.layout.starts[run.layers.start]
+            mine = (tensor[:, begin : begin + heads * pitch] for tensor in tensors[run.layers])
+            return tuple(t.view(len(t), heads, pitch, -1)[:, :, : run.width] for t in mine)
+
+        def marks(tensor: Tensor) -> Tensor:
+            mine = tensor[:, run.begin : run.begin + layers * heads * pitch]
+            return mine.view(len(mine), *run.shape).transpose(0, 1)[..., : run.width]
+
+        return Rectangle(
+            vectors(self.keys), vectors(self.values), marks(self.position), marks(self.score)
+        )

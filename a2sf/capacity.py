@@ -1,17 +1,14 @@
 """What a model and its cache take, before anything is allocated: bytes, and operations of a step.
 
-Owns the arithmetic. The cache's bytes are read off the engine's own `Slots` on torch's meta device,
-so that they cannot differ from what an engine allocates; the weights' off a model's outline. Knows
-nothing of time, of prices, or of how a server is started.
+Owns the arithmetic; the weights' bytes are read off a model's outline. Knows nothing of time, of
+prices, or of how a server is started.
 """
 
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from a2sf import linear
-from a2sf.cache import Slots
+from a2sf.cache import SLOT_OVERHEAD_BYTES
 from a2sf.outline import Outline
 from a2sf.policy import Heads
 
@@ -65,13 +62,8 @@ def weights(outline: Outline) -> Weights:
 
 def slots_nbytes(outline: Outline, rows: int, slots: Heads) -> int:
     """Bytes of `rows` rows with `slots` [layers][H_kv]: keys, values, positions and scores."""
-    return Slots.empty(
-        rows=rows,
-        slots=slots,
-        head_dim=outline.shape.head_dim,
-        dtype=outline.dtype,
-        device=torch.device("meta"),
-    ).nbytes
+    slot = 2 * outline.shape.head_dim * outline.dtype.itemsize + SLOT_OVERHEAD_BYTES
+    return rows * sum(map(sum, slots)) * slot
 
 
 def vectors_nbytes(outline: Outline, tokens: int) -> int:

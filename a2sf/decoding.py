@@ -54,8 +54,8 @@ class Decoder(Protocol):
         """
         ...
 
-    def move(self, row: int, source: int, counts: Heads) -> None:
-        """Let `row` be what the row `source` was; `counts` [layers][H_kv] tokens are held there."""
+    def move(self, row: int, source: int) -> None:
+        """Let `row` be what the row `source` was."""
         ...
 
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -97,9 +97,11 @@ class SteppedDecoder:
         self._rows[row] = (policy, longest)
         self._batch = None
 
-    def move(self, row: int, source: int, counts: Heads) -> None:
+    def move(self, row: int, source: int) -> None:
         """As `Decoder.move`."""
-        self.join(row, self._slab, source, counts, *self._rows[source])
+        self._slab.move_row(row, source)
+        self._rows[row] = self._rows[source]
+        self._batch = None
 
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """As `Decoder.step`."""
@@ -107,14 +109,19 @@ class SteppedDecoder:
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
             # No wider than the rows need: torch's operations go over all of a view's slots.
-            budgets = zip(*(policy.held_budgets for policy in policies), strict=True)
-            slots = self._slab.view(slice(0, rows), [max(map(max, mine)) for mine in budgets])
+            slots = self._slab.view(slice(0, rows), most_of(policies))
             stacked = PolicyTensors.stack(policies, lengths, self._model.device)
             self._batch = rows, make_steps(self._chosen, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
         forward = self._batch[1](start)
         hidden = self._model.hidden_states(ids[:, None], start[:, None], forward)
         return self._model.logits(hidden[:, -1])
+
+
+def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
+    """Return the largest budget among policies in each layer and head that this process holds."""
+    layers = zip(*(policy.held_budgets for policy in policies), strict=True)
+    return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 
 def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:

@@ -325,7 +325,12 @@ class Engine:
 
     def _bytes_of(self, sequence: Sequence) -> int:
         """Bytes of the slots that hold its tokens, in all processes together."""
-        return sum(map(sum, sequence.stored)) * (self._token_bytes + SLOT_OVERHEAD_BYTES)
+        return sum(map(sum, sequence.stored)) * self._slot_bytes
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Bytes of one slot in one head."""
+        return self._token_bytes + SLOT_OVERHEAD_BYTES
 
     @property
     def _token_bytes(self) -> int:
@@ -355,7 +360,7 @@ class Engine:
         while (last := len(self._active) - 1) != row:
             moving = self._active[last]
             try:
-                self._decoder.move(row, last, moving.held)
+                self._decoder.move(row, last)
             except BaseException as error:
                 # It cannot stay where it is, because rows have no gaps: the one before it moves.
                 self._fail(moving, error)

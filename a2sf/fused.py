@@ -51,7 +51,7 @@ class _Rung:
         cls, size: int, slab: Slots, policy: PolicyTensors, plan: Tensor, query_heads: int
     ) -> Self:
         rows = slice(0, size)
-        slots = slab.view(rows, slab.widths)
+        slots = slab.view(rows)
         return cls(
             slots=slots,
             policy=policy.rows(rows),
@@ -78,7 +78,7 @@ class FusedDecoder:
         """
         self._model = model
         self._slab = slab
-        layers, rows, kv_heads = slab.position.shape[:3]
+        rows, (layers, kv_heads) = len(slab.position), slab.places.width.shape
         self._policy = PolicyTensors.idle(layers, rows, kv_heads, slab.position.device)
         self._plan = torch.zeros(
             layers, rows, kv_heads, dtype=torch.int64, device=slab.position.device
@@ -112,9 +112,9 @@ class FusedDecoder:
         self._scored[row] = one.any_scored
         self._unplanned.add(row)
 
-    def move(self, row: int, source: int, counts: Heads) -> None:
+    def move(self, row: int, source: int) -> None:
         """As `decoding.Decoder.move`."""
-        self._slab.copy_row(row, self._slab, source, counts)
+        self._slab.move_row(row, source)
         self._policy.copy_row(row, self._policy, source)
         self._scored[row] = self._scored[source]
         self._unplanned.add(row)
@@ -140,7 +140,7 @@ class FusedDecoder:
 
     def _choose_slots(self, row: int, position: int) -> None:
         one = slice(row, row + 1)
-        slots = self._slab.view(one, self._slab.widths)
+        slots = self._slab.view(one)
         start = torch.tensor([position], device=self._plan.device)
         self._plan[:, one] = plan_slots(slots, self._policy.rows(one), start)
 

@@ -46,7 +46,10 @@ class Kept:
     def _stored(self, slots: Slots) -> Tensor:
         width = self._kept.shape[-1]
         stored = torch.zeros_like(self._kept[:, :, 0])
-        return stored.scatter_(2, slots.position[0].clamp(max=width - 1).long(), True)
+        for run, part in slots.parts:
+            there = part.position[0].clamp(max=width - 1).long()
+            stored[:, run.heads].scatter_(2, there, True)
+        return stored
 
     def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """End a layer of query [rows, H_q, width, D] and keys [rows, H_kv, width, D]."""

@@ -72,8 +72,10 @@ class LeadingEngine(Engine):
 
     @property
     def kv_slab_bytes(self) -> int:
-        """As in `Engine`."""
-        return super().kv_slab_bytes * self._ranks.size
+        """As in `Engine`, of all ranks: some hold wider heads than others."""
+        identity = self.model.identity
+        slots = self.config.head_slots(identity.num_layers, identity.num_kv_heads)
+        return self.config.max_batch * sum(map(sum, slots)) * self._slot_bytes
 
     @property
     def kv_staging_bytes(self) -> int:

@@ -25,7 +25,7 @@ def pooled_budgets(
     Whole numbers come from rounding the running total, so that the sum stays what it was.
 
     Args:
-        slots: one layer with the whole prompts, scored.
+        slots: one layer with the whole prompts, scored; its heads all have the same slots.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in that layer.
         floors: [rows] between 0 and 1; None leaves a row as it is, and so does a prompt that has
@@ -40,13 +40,13 @@ def pooled_budgets(
             continue
         own, recent = policy.budget[0, row], policy.recent[0, row]
         sinks, end = policy.sinks[row], length[row]
-        position = slots.position[0, row]
+        position = slots.whole.position[0, row]
         competes = (position != EMPTY) & (position >= sinks) & (position < (end - recent)[:, None])
         # One more for the token that is being placed.
         reserved = sinks + recent + 1
         free = own - reserved
         pool = int(free.sum())
-        scores = slots.score[0, row].masked_fill(~competes, -torch.inf).flatten()
+        scores = slots.whole.score[0, row].masked_fill(~competes, -torch.inf).flatten()
         if int(competes.sum()) <= pool:
             continue
         # Later positions win a tie within a head, as the law evicts the oldest first.

@@ -109,9 +109,11 @@ class Staging:
         if sequence.in_order:
             self._known = needed
         elif self._known < most:
-            self.row.blank(slice(None), slice(self._known, most))
+            self.row.whole.blank(slice(self._known, most))
             self._known = most
-        slots = self.row.view(slice(None), (needed,) * self._model.shape.num_layers)
+        shape = self._model.shape
+        every_head = ((needed,) * shape.num_kv_heads,) * shape.num_layers
+        slots = self.row.view(slice(None), every_head)
         forward: LayerAttention
         # Blocks of one token are decode steps, which choose their slots in less time.
         if sequence.policy.prefill_chunk == 1:

@@ -327,8 +327,8 @@ class _Scan:
     """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
     block_slots: tuple[int, ...]
     """[layers] slots that the prompt's blocks need."""
-    decode_slots: tuple[int, ...]
-    """[layers] slots that the decode steps need: the largest budget, or all that rows ever see."""
+    longest: int
+    """Tokens of the longest text, or a few more."""
     evicts: tuple[bool, ...]
     """[layers] whether any head of any row has fewer slots than its text has tokens."""
     watch: Kept | None
@@ -373,7 +373,7 @@ class _Scan:
             lengths=torch.tensor(lengths, device=model.device),
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
-            decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
+            longest=longest_prompt + steps,
             evicts=tuple(evicts),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
@@ -422,7 +422,7 @@ class _Scan:
         Returns what each row then holds, and the policies that it decodes under.
         """
         keys = projected[1]
-        staging = self._empty(keys, self.block_slots[layer])
+        staging = self._empty(keys, (self.block_slots[layer],) * keys.shape[1])
         used = torch.zeros_like(policy.budget)
         for first in range(0, int(self.prompt.max()), self.chunk):
             tile = slice(first, first + self.chunk)
@@ -433,7 +433,7 @@ class _Scan:
                 lengths=(self.prompt - first).clamp(0, self.chunk),
                 used=used,
                 width=keys[:, :, tile].shape[2],
-                in_order=self.chunk == staging.widths[0],
+                in_order=self.chunk == self.block_slots[layer],
                 attention=decoding.block_attention(self.kernels),
             )
             q, k, v = (t[:, :, tile] for t in projected)
@@ -445,17 +445,19 @@ class _Scan:
             budgets = pooled_budgets(staging, self.prompt, policy, self.pooled)
             policy = replace(policy, budget=budgets)
         used = end_prompt(staging, used, self.prompt, policy)
-        slots = self._empty(keys, self.decode_slots[layer])
+        # As many as the largest budget of each head, or as all that rows ever see.
+        most = policy.budget[0].amax(dim=0).clamp(max=self.longest)
+        slots = self._empty(keys, tuple(most.tolist()))
         for row, counts in enumerate(used[0].tolist()):
             slots.copy_row(row, staging, row, [counts])
         return slots, policy
 
     @staticmethod
-    def _empty(like: Tensor, slots: int) -> Slots:
-        rows, kv_heads, _, dim = like.shape
+    def _empty(like: Tensor, slots: tuple[int, ...]) -> Slots:
+        rows, _, _, dim = like.shape
         return Slots.empty(
             rows=rows,
-            slots=((slots,) * kv_heads,),
+            slots=(slots,),
             head_dim=dim,
             dtype=like.dtype,
             device=like.device,

@@ -1,5 +1,6 @@
 """Driving an engine in tests: requests, runs, and what came out of them."""
 
+import itertools
 import random
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from a2sf.models import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, resolve
 from a2sf.requests import Delta, Finished, GenerationRequest, Sampling, Started, StepEvent
 from a2sf.scoring import EMPTY
+from tests.head_slots import head_of
 from tests.tables import make_table
 
 GREEDY = Sampling(temperature=0.0)
@@ -167,12 +169,25 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
         held.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
     for sequence, slots, row in held:
-        position, order = slots.position[:, row].sort(dim=-1)
+        budgets = sequence.policy.held_budgets
+        heads = [
+            [head_of(slots, layer, row, head) for head in range(len(budgets[layer]))]
+            for layer in range(len(budgets))
+        ]
+        widest = max(len(one.position) for layer in heads for one in layer)
+        shape = (len(heads), len(heads[0]), widest)
+        position = torch.full(shape, EMPTY, dtype=torch.int32, device=slots.position.device)
+        score = torch.zeros(shape, device=slots.position.device)
+        for layer, head in itertools.product(*map(range, shape[:2])):
+            one = heads[layer][head]
+            position[layer, head, : len(one.position)] = one.position
+            score[layer, head, : len(one.score)] = one.score
+        position, order = position.sort(dim=-1)
         counts = (position != EMPTY).sum(dim=-1)
         count = int(counts.max())
-        own = torch.tensor(sequence.policy.held_budgets, device=counts.device)
+        own = torch.tensor(budgets, device=counts.device)
         assert slots is engine._staging.row or bool((counts <= own).all())
-        score = slots.score[:, row].gather(-1, order)
+        score = score.gather(-1, order)
         kept[sequence.request.request_id] = (position[..., :count], score[..., :count])
     return kept
 

@@ -3,20 +3,23 @@
 Runs where there is a CUDA device and, in Triton's interpreter, where there is none.
 """
 
+import itertools
 import random
 
 import torch
 
 from a2sf.attention import DecodePass
+from a2sf.cache import Slots
 from a2sf.kernels import decode
+from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE
-from tests.row_cases import TOLERANCE, Case, exact, make
+from tests.row_cases import TOLERANCE, Case, check_state, exact, make
 
 
 def check(case: Case, steps: int, splits: int) -> None:
     """Decode some steps; after each, everything equals the reference's step from the same state."""
     slots, policy, start = case.slots, case.policy, case.start.clone()
-    rows, kv_heads = slots.score.shape[1:3]
+    kv_heads = policy.alpha.shape[2]
     workspace = decode.Workspace.empty(slots, kv_heads * case.group, splits)
     plan = decode.plan_slots(slots, policy, start)
     dtype = slots.keys[0].dtype
@@ -42,28 +45,13 @@ def check(case: Case, steps: int, splits: int) -> None:
             torch.testing.assert_close(
                 output.double(), want, rtol=0, atol=TOLERANCE[dtype] * float(want.abs().max())
             )
-        held = torch.minimum(start[:, None] + 1, policy.budget)[..., None]
-        used = (torch.arange(slots.score.shape[3], device=DEVICE) < held).expand_as(slots.score)
-        assert torch.equal(slots.position, witness.position)
-        torch.testing.assert_close(
-            slots.score[used], witness.score[used], rtol=SCORE_TOLERANCE, atol=1e-7
-        )
-        # Unused slots are nobody's, and no more are those of other rows.
-        assert slots.score[~used].isnan().all()
-        assert case.slab.score[:, rows:].isnan().all()
-        assert case.slab.score[..., slots.score.shape[3] :].isnan().all()
-        for tensor, width in zip(case.slab.keys + case.slab.values, slots.widths * 2, strict=True):
-            assert tensor[rows:].isnan().all()
-            assert tensor[:, :, width:].isnan().all()
-        for mine, theirs in zip(
-            (*slots.keys, *slots.values), (*witness.keys, *witness.values), strict=True
-        ):
-            assert torch.equal(mine.nan_to_num(0.0).double(), theirs)
+        every = torch.ones_like(start, dtype=torch.bool)
+        check_state(case, witness, start + 1, every, SCORE_TOLERANCE)
         start += 1
         # From scores equal to the last bit the same slots must follow.
         following = decode.plan_slots(slots, policy, start)
         evicting = start[:, None] >= policy.budget
-        room = torch.tensor([k.shape[2] for k in slots.keys], device=DEVICE)[:, None, None]
+        room = torch.tensor(slots.layout.slots, device=DEVICE)[:, None]
         relevant = evicting | (following < room)
         assert torch.equal(plan[relevant], following[relevant])
         assert (plan < room).all()
@@ -120,6 +108,15 @@ NEAR_TIE = 1e-4
 """The widest relative gap of two scores that rounding may swap, after hundreds of steps."""
 
 
+def _scores(slots: Slots, plan: torch.Tensor) -> torch.Tensor:
+    """The scores of a slot of each head; `plan` [layers, rows, H_kv] says which."""
+    found = torch.zeros_like(plan, dtype=torch.float32)
+    for layer, row, head in itertools.product(*map(range, plan.shape)):
+        at = int(plan[layer, row, head])
+        found[layer, row, head] = head_of(slots, layer, row, head).score[at]
+    return found
+
+
 def check_chain(case: Case, steps: int, splits: int) -> int | None:
     """Decode on and on beside a reference that is never corrected.
 
@@ -128,14 +125,14 @@ def check_chain(case: Case, steps: int, splits: int) -> int | None:
     """
     slots, policy = case.slots, case.policy
     witness, start = exact(slots), case.start.clone()
-    workspace = decode.Workspace.empty(slots, slots.score.shape[2] * case.group, splits)
+    workspace = decode.Workspace.empty(slots, policy.alpha.shape[2] * case.group, splits)
     plan = decode.plan_slots(slots, policy, start)
     dtype = slots.keys[0].dtype
     for step in range(steps):
         tokens = case.tokens()
         wanted = decode.plan_slots(witness, policy, start)
         if not torch.equal(plan, wanted):
-            mine, theirs = (witness.score.gather(-1, p[..., None]) for p in (plan, wanted))
+            mine, theirs = (_scores(witness, p) for p in (plan, wanted))
             gap = float(((mine - theirs).abs() / torch.maximum(mine, theirs).clamp(1e-30)).max())
             assert gap <= NEAR_TIE, f"step {step}: the slots parted by a gap of {gap}"
             return step

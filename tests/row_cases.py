@@ -3,13 +3,16 @@
 Owns the drawing of them. Slots that nobody uses hold NaN, so that whoever reads one is found out.
 """
 
+import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.policy import EffectivePolicy
+from tests.head_slots import HeadSlots, head_of
 from tests.interpreting import ALIGNMENT, DEVICE
 
 # Rounding of the output, as a share of the largest value; scores are float32 whatever the model.
@@ -22,7 +25,7 @@ class Case:
 
     slab: Slots
     slots: Slots
-    """A view of the slab's first rows and slots."""
+    """A view of the slab's first rows, and of the first slots of each head."""
     policy: PolicyTensors
     start: torch.Tensor
     group: int
@@ -31,12 +34,12 @@ class Case:
 
     def normal(self, heads: int) -> torch.Tensor:
         """Vectors as a model hands them in: heads and width swapped by a view."""
-        rows, dim = len(self.start), self.slots.keys[0].shape[3]
+        rows, dim = len(self.start), self.slots.keys[0].shape[2]
         drawn = torch.randn(rows, 1, heads, dim, generator=self.rng)
         return drawn.to(self.slots.keys[0].dtype).to(DEVICE).transpose(1, 2)
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = self.slots.score.shape[2]
+        heads = self.policy.alpha.shape[2]
         return self.normal(heads * self.group), self.normal(heads), self.normal(heads)
 
 
@@ -104,14 +107,14 @@ def make(
         first_heads=policy.first_heads + 5,
     )
 
-    widths = policy.budget.amax(dim=(1, 2)).tolist()
+    widths = tuple(map(tuple, policy.budget.amax(dim=1).tolist()))
     beside = ALIGNMENT if aligned else 3
     if aligned:
-        widths = [-(-width // ALIGNMENT) * ALIGNMENT for width in widths]
+        widths = tuple(tuple(-(-w // ALIGNMENT) * ALIGNMENT for w in row) for row in widths)
     # A view of a larger slab, as the engine's batches are.
     slab = Slots.empty(
         rows=rows + 1,
-        slots=tuple((w + beside,) * kv_heads for w in widths),
+        slots=tuple(tuple(w + beside for w in row) for row in widths),
         head_dim=dim,
         dtype=dtype,
         device=DEVICE,
@@ -122,16 +125,16 @@ def make(
         for row, length in enumerate(lengths):
             for head, budget in enumerate(policies[row].head_budgets[layer]):
                 held = min(length, budget)
+                mine = head_of(slab, layer, row, head)
                 kept = torch.randperm(max(length, 1), generator=rng)[:held]
-                slab.position[layer, row, head, :held] = kept.int()
+                mine.position[:held] = kept.int()
                 # Few distinct scores, so that many tie.
-                drawn = torch.randint(0, 4, (held,), generator=rng) / 4
-                slab.score[layer, row, head, :held] = drawn
+                mine.score[:held] = torch.randint(0, 4, (held,), generator=rng) / 4
                 vectors = torch.randn(2, held, dim, generator=rng)
                 if same_keys:
                     vectors[0] = 1.0
-                slab.keys[layer][row, head, :held] = vectors[0].to(dtype)
-                slab.values[layer][row, head, :held] = vectors[1].to(dtype)
+                mine.keys[:held] = vectors[0].to(dtype)
+                mine.values[:held] = vectors[1].to(dtype)
     return Case(
         slab=slab,
         slots=slab.view(slice(0, rows), widths),
@@ -150,5 +153,62 @@ def exact(slots: Slots) -> Slots:
         return tuple(t.nan_to_num(0.0).double() for t in tensors)
 
     return Slots(
-        wide(slots.keys), wide(slots.values), slots.position.clone(), slots.score.nan_to_num(0.0)
+        slots.layout,
+        wide(slots.keys),
+        wide(slots.values),
+        slots.position.clone(),
+        slots.score.nan_to_num(0.0),
     )
+
+
+def heads_of(slots: Slots) -> Iterator[tuple[tuple[int, int, int], HeadSlots]]:
+    """Every head of every row: its layer, row and number, and its slots."""
+    for layer, row in itertools.product(range(len(slots.keys)), range(len(slots.position))):
+        for head in range(len(slots.layout.slots[layer])):
+            yield (layer, row, head), head_of(slots, layer, row, head)
+
+
+def owned(case: Case) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Which slots of the slab belong to a head of a row of the case.
+
+    Of each layer [rows, slots] bool, for keys and values; [rows, slots of all layers] bool.
+    """
+    slab = case.slab
+    vectors = [torch.zeros(keys.shape[:2], dtype=torch.bool, device=DEVICE) for keys in slab.keys]
+    marks = torch.zeros_like(slab.position, dtype=torch.bool)
+    layout = case.slots.layout
+    for layer, widths in enumerate(layout.slots):
+        for head, width in enumerate(widths):
+            first = sum(layout.pitches[layer][:head])
+            mark = sum(map(sum, layout.pitches[:layer])) + first
+            vectors[layer][: len(case.start), first : first + width] = True
+            marks[: len(case.start), mark : mark + width] = True
+    return vectors, marks
+
+
+def check_state(
+    case: Case, witness: Slots, seen: torch.Tensor, judged: torch.Tensor, tolerance: float
+) -> None:
+    """Slots hold what the witness holds after `seen` [rows] tokens, and nothing was touched beside.
+
+    Scores of rows that are `judged` [rows] bool are equal within a relative tolerance.
+    """
+    slots, budget = case.slots, case.policy.budget
+    for (layer, row, head), theirs in heads_of(witness):
+        mine = head_of(slots, layer, row, head)
+        held = min(int(seen[row]), int(budget[layer, row, head]))
+        assert torch.equal(mine.position, theirs.position)
+        if judged[row]:
+            torch.testing.assert_close(
+                mine.score[:held], theirs.score[:held], rtol=tolerance, atol=1e-7
+            )
+        # Unused slots are nobody's, and no more are those of other rows and beside the view.
+        assert mine.score[held:].isnan().all()
+        assert torch.equal(mine.keys.nan_to_num(0.0).double(), theirs.keys)
+        assert torch.equal(mine.values.nan_to_num(0.0).double(), theirs.values)
+    vectors, marks = owned(case)
+    slab = case.slab
+    assert slab.score[~marks].isnan().all()
+    for layer, mine_here in enumerate(vectors):
+        assert slab.keys[layer][~mine_here].isnan().all()
+        assert slab.values[layer][~mine_here].isnan().all()

@@ -15,8 +15,10 @@ from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import triton_walk
 from a2sf.kernels.triton_walk import HeadSlots
+from a2sf.layout import Layout
 from a2sf.scoring import EMPTY
 from tests import row_cases
+from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE
 from tests.kernel_cases import NEAR_TIE, SERVED
 from tests.row_cases import TOLERANCE
@@ -70,7 +72,7 @@ def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> C
     counts = [choose.choice([0, 1, most // 2, most]) for _ in drawn.start]
     counts[choose.randrange(len(counts))] = most
     end = drawn.start + torch.tensor(counts, device=DEVICE)
-    kv_heads, dim = drawn.slots.score.shape[2], drawn.slots.keys[0].shape[3]
+    kv_heads, dim = drawn.policy.alpha.shape[2], drawn.slots.keys[0].shape[2]
     side = int(end.max()) + 1
     spoken = torch.arange(side, device=DEVICE)
     spoken = (spoken >= drawn.start[:, None]) & (spoken < end[:, None])
@@ -133,7 +135,8 @@ def served_case(seed: int, most: int = 300) -> Case:
 
 
 def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, PolicyTensors]:
-    rows, kv_heads, _, dim = drawn.slots.keys[0].shape
+    _, rows, kv_heads = drawn.policy.alpha.shape
+    dim = drawn.slots.keys[0].shape[2]
     table: dict[str, list[list[int]]] = {
         name: [[0] * kv_heads for _ in range(rows)]
         for name in ("budget", "recent", "vectors", "marks")
@@ -169,10 +172,11 @@ def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, Pol
         widest=int(tables["budget"].max()),
     )
     for row, head, at, mark, held in places:
-        slots.keys[at : at + held] = drawn.slots.keys[0][row, head, :held]
-        slots.values[at : at + held] = drawn.slots.values[0][row, head, :held]
-        slots.position[mark : mark + held] = drawn.slots.position[0, row, head, :held]
-        slots.score[mark : mark + held] = drawn.slots.score[0, row, head, :held]
+        theirs = head_of(drawn.slots, 0, row, head)
+        slots.keys[at : at + held] = theirs.keys[:held]
+        slots.values[at : at + held] = theirs.values[:held]
+        slots.position[mark : mark + held] = theirs.position[:held]
+        slots.score[mark : mark + held] = theirs.score[:held]
     policy = replace(
         drawn.policy,
         budget=tables["budget"][None],
@@ -276,13 +280,14 @@ class InTorch:
 
     def __init__(self, head: Of, any_scored: bool) -> None:
         def filled(tensor: Tensor) -> Tensor:
-            return tensor.nan_to_num(0.0)[None, None]
+            return tensor.nan_to_num(0.0)[None]
 
         self.slots = Slots(
+            Layout.packed(((len(head.keys),),)),
             (filled(head.keys),),
             (filled(head.values),),
-            head.position[None, None, None],
-            filled(head.score)[None],
+            head.position[None],
+            filled(head.score),
         )
         self.policy = PolicyTensors(
             first_heads=torch.tensor([head.number]),

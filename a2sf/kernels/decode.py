@@ -80,7 +80,7 @@ class Workspace:
     splits: int
     """How many programs share the slots of a row and KV head."""
     logits: Tensor
-    """[rows, H_q, slots of the widest layer] float32, in base 2."""
+    """[rows, H_q, slots of the widest head] float32, in base 2."""
     lse: Tensor
     """[rows, H_q] float32: the logarithms, in base 2, of the softmax's normalisers."""
     split_lse: Tensor
@@ -91,8 +91,8 @@ class Workspace:
     @classmethod
     def empty(cls, slots: Slots, num_attention_heads: int, splits: int | None = None) -> Self:
         """Allocate what decoding `slots` needs; `splits` None chooses by the device."""
-        rows, kv_heads, _, dim = slots.keys[0].shape
-        device, widest = slots.score.device, max(slots.widths)
+        rows, kv_heads = len(slots.position), len(slots.layout.slots[0])
+        dim, device, widest = slots.keys[0].shape[2], slots.score.device, slots.layout.widest
         tiles = triton.cdiv(widest, tile_slots(dim, slots.keys[0].dtype))
         if splits is None:
             splits = choose_splits(rows * kv_heads, tiles, _multiprocessors(device))
@@ -174,10 +174,10 @@ def decode_attention(
     """
     rows, q_heads, _, dim = query.shape
     stored_keys, stored_values = slots.keys[layer], slots.values[layer]
-    kv_heads, width = stored_keys.shape[1:3]
+    kv_heads = keys.shape[1]
     assert query.dtype in kernels.DTYPES
     assert dim <= kernels.LARGEST_HEAD_DIM
-    score, position = slots.score[layer], slots.position[layer]
+    score, position, places = slots.score, slots.position, slots.places
     tables = (
         plan[layer],
         start,
@@ -191,18 +191,17 @@ def decode_attention(
     assert stored_keys.dtype == keys.dtype == values.dtype == query.dtype
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert stored_keys.stride() == stored_values.stride()
-    assert stored_keys.stride()[2:] == (dim, 1), "slots of a head lie one after the other"
+    assert stored_keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
     assert score.stride() == position.stride()
-    assert score.stride(2) == 1
+    assert score.stride(1) == 1
     assert all(table.is_contiguous() for table in tables)
     room = workspace.logits.shape[2]
-    assert room >= width
+    assert room >= max(slots.layout.slots[layer])
     assert len(workspace.lse) >= rows
 
     output = torch.empty(rows, q_heads, 1, dim, dtype=query.dtype, device=query.device)
     splits = workspace.splits
     block = tile_slots(dim, query.dtype)
-    chunk = block * triton.cdiv(width, block * splits)
     common = {
         "KV_HEADS": kv_heads,
         "GROUP": q_heads // kv_heads,
@@ -229,15 +228,17 @@ def decode_attention(
             score,
             position,
             *tables,
+            places.vectors[layer],
+            places.marks[layer],
+            places.width[layer],
+            places.order[layer],
             scale * math.log2(math.e),
-            width,
-            chunk,
             room,
             *query.stride()[:2],
             *keys.stride()[:2],
             *values.stride()[:2],
-            *stored_keys.stride()[:2],
-            *score.stride()[:2],
+            stored_keys.stride(0),
+            score.stride(0),
             GROUP_PAD=max(triton.next_power_of_2(q_heads // kv_heads), LEAST_DOT),
             BLOCK=block,
             num_stages=NUM_STAGES,
@@ -253,9 +254,11 @@ def decode_attention(
                 score,
                 position,
                 *tables,
-                width,
+                places.marks[layer],
+                places.width[layer],
+                places.order[layer],
                 room,
-                *score.stride()[:2],
+                score.stride(0),
                 SPLITS_PAD=triton.next_power_of_2(splits),
                 **common,
             )

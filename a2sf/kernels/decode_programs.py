@@ -21,9 +21,20 @@ from a2sf.kernels.settling import settle_step, slots_in_use
 
 # A layer's part of the rows' tables begins at any alignment, and a prompt's rows have any width:
 # by itself Triton would compile a program for each kind that occurs, in the middle of serving.
-_TABLES = ("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "first_head")
+_TABLES = (
+    *("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "first_head"),
+    *("marks", "width", "order"),
+)
 _ANYWHERE = (*_TABLES, "score", "position")
-_ANY_VALUE = ("width",)
+
+
+@triton.jit
+def pair_of(order, KV_HEADS: tl.constexpr):
+    """The row and the KV head that this program works on: heads of most slots begin first."""
+    # 64 bits: a slab's elements are more than 32 bits count.
+    program = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0) // KV_HEADS
+    return program % rows, tl.load(order + program // rows)
 
 
 @triton.jit
@@ -102,7 +113,7 @@ def attend_slots(
     return got / divisor[:, None], highest + tl.log2(divisor)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize_on_alignment=(*_ANYWHERE, "vectors"))
 def attend(
     query,
     new_keys,
@@ -122,9 +133,11 @@ def attend(
     sinks,
     random_seed,
     first_head,
-    scale,
+    vectors,
+    marks,
     width,
-    chunk,
+    order,
+    scale,
     room,
     query_row,
     query_head,
@@ -133,9 +146,7 @@ def attend(
     new_values_row,
     new_values_head,
     slots_row,
-    slots_head,
     score_row,
-    score_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -151,13 +162,14 @@ def attend(
     `output` [pairs, GROUP, SPLITS, DIM] is normalised within the split, `lse` [pairs, GROUP,
     SPLITS] says in base 2 what by; -inf where the split holds nothing. `scale` is in base 2.
     """
-    # 64 bits: a slab's elements are more than 32 bits count.
-    pair = tl.program_id(0).to(tl.int64)
+    row, head = pair_of(order, KV_HEADS)
+    pair = row * KV_HEADS + head
     split = tl.program_id(1)
-    row = pair // KV_HEADS
-    head = pair % KV_HEADS
-    held = slots_in_use(start, budget, row, pair, width)
+    slots = tl.load(width + head).to(tl.int32)
+    held = slots_in_use(start, budget, row, pair, slots)
     slot = tl.load(plan + pair).to(tl.int32)
+    # A head's slots are shared evenly, in whole tiles: those of few slots leave splits idle.
+    chunk = BLOCK * tl.cdiv(slots, BLOCK * SPLITS)
     begin = split * chunk
     end = tl.minimum(begin + chunk, held)
 
@@ -179,7 +191,7 @@ def attend(
         new_values + row * new_values_row + head * new_values_head + d, mask=dims, other=0.0
     )
 
-    slab = row * slots_row + head * slots_head
+    slab = row * slots_row + tl.load(vectors + head) * DIM
     got, normaliser = attend_slots(
         q,
         new_key,
@@ -221,11 +233,12 @@ def attend(
             sinks,
             random_seed,
             first_head,
-            pair,
-            width,
+            row,
+            head,
+            tl.load(marks + head),
+            slots,
             room,
             score_row,
-            score_head,
             KV_HEADS,
             GROUP,
             SETTLE_BLOCK,
@@ -233,7 +246,7 @@ def attend(
         )
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def close(
     split_output,
     split_lse,
@@ -250,10 +263,11 @@ def close(
     sinks,
     random_seed,
     first_head,
+    marks,
     width,
+    order,
     room,
     score_row,
-    score_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -264,7 +278,8 @@ def close(
     SCORED: tl.constexpr,
 ):
     """Join the splits of a row and KV head, and settle it. Tensors as `attend` wrote them."""
-    pair = tl.program_id(0).to(tl.int64)
+    row, head = pair_of(order, KV_HEADS)
+    pair = row * KV_HEADS + head
     s = tl.arange(0, SPLITS_PAD)
     d = tl.arange(0, DIM_PAD)
     dims = d < DIM
@@ -299,11 +314,12 @@ def close(
         sinks,
         random_seed,
         first_head,
-        pair,
-        width,
+        row,
+        head,
+        tl.load(marks + head),
+        tl.load(width + head).to(tl.int32),
         room,
         score_row,
-        score_head,
         KV_HEADS,
         GROUP,
         SETTLE_BLOCK,

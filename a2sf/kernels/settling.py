@@ -148,11 +148,12 @@ def settle_step(
     sinks,
     random_seed,
     first_head,
-    pair,
+    row,
+    head,
+    mark,
     width,
     room,
     score_row,
-    score_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -160,13 +161,13 @@ def settle_step(
 ):
     """End a decode step of a row and KV head: `settle` by the rows' tables, and the next plan.
 
-    Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2.
+    Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2. `mark` is the
+    head's first slot in a row of scores, `width` how many it has.
     """
-    row = pair // KV_HEADS
-    head = pair % KV_HEADS
+    pair = row * KV_HEADS + head
     at = tl.load(start + row)
     seed = tl.load(random_seed + row)
-    marks = row * score_row + head * score_head
+    marks = row * score_row + mark
     victim = settle(
         logits + pair * GROUP * room,
         lse + pair * GROUP,

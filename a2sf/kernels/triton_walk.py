@@ -52,26 +52,24 @@ class HeadSlots:
 
     @classmethod
     def of(cls, slots: Slots, layer: int) -> Self:
-        """Return a layer of slots whose heads are all of one width, in the same memory."""
-        keys, values = slots.keys[layer], slots.values[layer]
-        position, score = slots.position[layer], slots.score[layer]
-        rows, kv_heads, widest, dim = keys.shape
+        """Return a layer of slots, in the same memory."""
+        keys, values, places = slots.keys[layer], slots.values[layer], slots.places
+        rows, _, dim = keys.shape
         assert keys.stride() == values.stride()
-        assert keys.stride()[2:] == (dim, 1), "slots of a head lie one after the other"
-        assert score.stride() == position.stride()
-        assert score.stride(2) == 1
-        device = keys.device
-        row = torch.arange(rows, device=device)[:, None]
-        head = torch.arange(kv_heads, device=device)
+        assert keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
+        assert slots.score.stride() == slots.position.stride()
+        assert slots.score.stride(1) == 1
+        row = torch.arange(rows, device=keys.device)[:, None]
+        width = places.width[layer]
         return cls(
             keys=keys,
             values=values,
-            position=position,
-            score=score,
-            vectors=row * (keys.stride(0) // dim) + head * (keys.stride(1) // dim),
-            marks=row * score.stride(0) + head * score.stride(1),
-            width=torch.full((rows, kv_heads), widest, device=device),
-            widest=widest,
+            position=slots.position,
+            score=slots.score,
+            vectors=row * (keys.stride(0) // dim) + places.vectors[layer],
+            marks=row * slots.score.stride(0) + places.marks[layer],
+            width=width.expand(rows, -1).contiguous(),
+            widest=max(slots.layout.slots[layer]),
         )
 
 

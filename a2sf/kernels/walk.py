@@ -49,9 +49,8 @@ class Walker:
         """Take rows as they are; their policies are read here and never again.
 
         Args:
-            slots: in float32 or bfloat16, on the processor, each layer as wide as the largest
-                budget there, or as any row will ever fill: each head uses its first slots, which
-                lie one after the other.
+            slots: in float32 or bfloat16, on the processor, each head with as many slots as the
+                largest budget there, or as any row will ever fill; it uses its first ones.
             policy: the rows' policies in the same layers.
         """
         self._slots = slots
@@ -68,12 +67,12 @@ class Walker:
         for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
             call = self._calls[layer]
             call["stored_keys"], call["stored_values"] = keys.data_ptr(), values.data_ptr()
-            call["score"] = slots.score[layer].data_ptr()
-            call["position"] = slots.position[layer].data_ptr()
+            call["score"] = slots.score.data_ptr()
+            call["position"] = slots.position.data_ptr()
             call["heads"] = self._heads[layer].ctypes.data
             call["order"] = self._order[layer].ctypes.data
             call["begun"], call["working"] = self._begun.ctypes.data, self._working.ctypes.data
-            call["pairs"], call["kv_heads"], call["dim"] = rows * kv_heads, kv_heads, keys.shape[3]
+            call["pairs"], call["kv_heads"], call["dim"] = rows * kv_heads, kv_heads, keys.shape[2]
         numbers = self._calls.view(np.int64).reshape(layers, -1)
         self._brought, self._scale = numbers[:, :BROUGHT], self._calls["scale"]
         self._addresses = [self._calls[layer:].ctypes.data for layer in range(layers)]
@@ -166,7 +165,7 @@ class Walker:
 
     def _give_scratch(self, threads: int, group: int) -> None:
         """Let each thread have room for a token's logits, queries, output and normalisers."""
-        room = _whole_lines(max(self._slots.widths))
+        room = _whole_lines(self._slots.layout.widest)
         size = _whole_lines(group * (room + 2 * int(self._calls["dim"][0]) + 1))
         self._scratch = np.empty(threads * size + _LINE, np.float32)
         calls = self._calls
@@ -183,18 +182,21 @@ def _whole_lines(numbers: int) -> int:
 def _heads(slots: Slots, policy: PolicyTensors) -> np.ndarray:
     """Return [layers, rows, H_kv] HEAD, of one token each."""
     layers, rows, kv_heads = policy.alpha.shape
+    layout = slots.layout
     assert slots.score.stride() == slots.position.stride()
-    assert slots.score.stride(3) == 1
+    assert slots.score.stride(1) == 1
     row, head = np.arange(rows)[:, None], np.arange(kv_heads)
+    offsets = np.array(layout.offsets)[:, None]
     heads = np.zeros((layers, rows, kv_heads), HEAD)
-    heads["marks"] = row * slots.score.stride(1) + head * slots.score.stride(2)
+    heads["marks"] = row * slots.score.stride(0)
+    heads["marks"] += np.array(layout.starts)[:, None, None] + offsets
     for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
+        dim = keys.shape[2]
         assert keys.stride() == values.stride()
-        assert keys.stride()[2:] == (keys.shape[3], 1), "slots of a head lie one after the other"
-        heads["vectors"][layer] = row * keys.stride(0) + head * keys.stride(1)
-    widths = np.array(slots.widths)[:, None]
+        assert keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
+        heads["vectors"][layer] = row * keys.stride(0) + offsets[layer] * dim
     # A row that will never fill its budget has no more slots than it needs.
-    heads["budget"] = np.minimum(policy.budget.numpy(), widths[..., None])
+    heads["budget"] = np.minimum(policy.budget.numpy(), np.array(layout.slots)[:, None])
     heads["recent"] = policy.recent.numpy()
     heads["sinks"] = policy.sinks.numpy()[:, None]
     heads["random_seed"] = policy.random_seed.numpy()[:, None]

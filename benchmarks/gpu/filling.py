@@ -68,10 +68,11 @@ def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int
     """
     shape, device = model.shape, model.device
     counts = counts_of(policy, seen)
+    most = max(map(max, counts))
     rng = torch.Generator(device).manual_seed(seed)
     slots = Slots.empty(
         rows=1,
-        slots=counts,
+        slots=tuple((most,) * len(row) for row in counts),
         head_dim=shape.head_dim,
         dtype=model.dtype,
         device=device,
@@ -82,8 +83,8 @@ def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int
             rank = torch.rand(seen, generator=rng, device=device)
             rank[(at < policy.sinks) | (at >= seen - recent)] = 2.0
             kept = rank.topk(count).indices
-            slots.position[layer, 0, head, :count] = kept.int()
-            slots.score[layer, 0, head, :count].uniform_(generator=rng)
+            slots.whole.position[layer, 0, head, :count] = kept.int()
+            slots.whole.score[layer, 0, head, :count].uniform_(generator=rng)
         for vectors in (slots.keys, slots.values):
             vectors[layer].normal_(generator=rng)
     return slots

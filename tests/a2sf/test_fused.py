@@ -160,7 +160,7 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     assert policy.any_scored
     for first, width in ((0, 25), (25, 15)):
         piece = BlockPass(
-            slots.view(slice(None), [first + width]),
+            slots.view(slice(None), ((first + width,) * kv_heads,)),
             policy,
             start=torch.tensor([0]),
             lengths=torch.tensor([40]),

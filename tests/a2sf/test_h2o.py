@@ -95,11 +95,11 @@ def test_the_preset_is_h2o(
     outputs = [block(0, *(x[:, :, :prompt] for x in (tq, tk, tv)), scale)]
     used = end_prompt(staging, block.used_after, n, rows)
     slots.copy_row(0, staging, 0, used[:, 0].tolist())
-    stored = [slots.position[0].clone()]
+    stored = [slots.whole.position[0].clone()]
     for now in range(prompt, length):
         one = (x[:, :, now : now + 1] for x in (tq, tk, tv))
         outputs.append(DecodePass(slots, rows, torch.tensor([now]))(0, *one, scale))
-        stored.append(slots.position[0].clone())
+        stored.append(slots.whole.position[0].clone())
     mine = torch.cat(outputs, dim=2)[0].numpy()
     for head in range(kv_heads):
         members = slice(head * group, (head + 1) * group)

@@ -17,8 +17,10 @@ from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import decode, decode_programs, settling
 from a2sf.scoring import EMPTY
+from tests.head_slots import head_of
 from tests.interpreting import interpreting, poisoned
 from tests.kernel_cases import check, check_chain, make, random_case, served_case
+from tests.row_cases import owned
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +100,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
     workspace = decode.Workspace.empty(slots, 2, 1)
     query, keys, values = case.tokens()
     for evicted in (2, 3, 4, 5):
-        assert int(slots.position[0, 0, 0, int(plan)]) == evicted
+        assert int(slots.position[0, int(plan)]) == evicted
         # Equal keys are paid alike, in sums that are exact.
         decode.decode_attention(
             torch.full_like(query, 0.5),
@@ -113,14 +115,15 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
             workspace=workspace,
         )
         start += 1
-        assert len(set(slots.score[0, 0, 0][slots.position[0, 0, 0] < 20].tolist())) == 1
+        stored = head_of(slots, 0, 0, 0).stored()
+        assert len({score for position, score in stored.items() if position < 20}) == 1
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_tiles: None) -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
-    width = case.slots.widths[0]
+    _, mine = owned(case)
     start = case.start
     plan = decode.plan_slots(case.slots, case.policy, start)
     workspace = decode.Workspace.empty(case.slots, 4, splits)
@@ -136,7 +139,8 @@ def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_ti
             workspace=workspace,
         )
         start += 1
-        assert (plan < width).all()
-    assert case.slab.keys[0][:, :, width:].isnan().all()
-    assert case.slab.score[..., width:].isnan().all()
-    assert (case.slab.position[..., width:] == EMPTY).all()
+        assert (plan < case.slots.layout.widest).all()
+    # Of one layer, keys lie as scores do.
+    assert case.slab.keys[0][~mine].isnan().all()
+    assert case.slab.score[~mine].isnan().all()
+    assert (case.slab.position[~mine] == EMPTY).all()

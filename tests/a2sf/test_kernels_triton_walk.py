@@ -3,6 +3,7 @@
 Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 from a2sf.kernels import decode, decode_programs, settling, triton_walk, triton_walk_programs
 from a2sf.kernels.triton_walk import HeadSlots
 from a2sf.scoring import EMPTY
+from tests import row_cases
+from tests.head_slots import head_of
 from tests.interpreting import DEVICE, interpreting, poisoned
 from tests.triton_walk_cases import Case, check, make, random_case, served_case
 
@@ -180,12 +183,15 @@ def test_a_layer_is_one_launch_and_the_longest_heads_begin(
     assert len(set(work)) > 2
 
 
-def test_heads_of_a_rectangle_lie_where_its_view_says() -> None:
-    case = make(1, rows=2, kv_heads=2, slots=(7, 7), seen=9)
-    slots: HeadSlots = case.slots
-    for row, head in ((0, 1), (1, 0), (1, 1)):
-        first = int(slots.vectors[row, head]) * slots.keys.shape[3]
-        flat = slots.keys.as_strided((1,), (1,), slots.keys.storage_offset() + first)
-        assert torch.equal(flat[0], slots.keys[row, head, 0, 0])
-        mark = slots.score.storage_offset() + int(slots.marks[row, head])
-        assert torch.equal(slots.score.as_strided((1,), (1,), mark)[0], slots.score[row, head, 0])
+def test_heads_of_a_layer_lie_where_the_cache_has_them() -> None:
+    drawn = row_cases.make(1, rows=2, kv_heads=2, layers=2, slots=(5, 9), seen=9)
+    slots = HeadSlots.of(drawn.slots, 1)
+    for row, head in itertools.product(range(2), range(2)):
+        mine = head_of(drawn.slots, 1, row, head)
+        assert int(slots.width[row, head]) == len(mine.position)
+        for vectors, theirs in ((slots.keys, mine.keys), (slots.values, mine.values)):
+            first = vectors.storage_offset() + int(slots.vectors[row, head]) * vectors.shape[2]
+            assert first == theirs.storage_offset()
+        for marks, their_marks in ((slots.position, mine.position), (slots.score, mine.score)):
+            first = marks.storage_offset() + int(slots.marks[row, head])
+            assert first == their_marks.storage_offset()

@@ -16,8 +16,9 @@ from a2sf.kept import Kept
 from a2sf.kernels import walk, walk_programs
 from a2sf.kernels.walk import Walker
 from a2sf.policy import EffectivePolicy
+from tests.head_slots import head_of
 from tests.interpreting import CUDA
-from tests.row_cases import TOLERANCE, Case, exact, make
+from tests.row_cases import TOLERANCE, Case, check_state, exact, make, owned
 
 pytestmark = pytest.mark.skipif(CUDA, reason="rows are drawn on the CUDA device")
 
@@ -48,26 +49,6 @@ def any_case(seed: int) -> Case:
     )
 
 
-def check_state(slots: Slots, witness: Slots, policy: PolicyTensors, seen: torch.Tensor) -> None:
-    """Slots hold what the witness holds after `seen` [rows] tokens, and nothing was touched beside.
-
-    Scores count where evictions hang on them, or come from a hash.
-    """
-    assert torch.equal(slots.position, witness.position)
-    held = torch.minimum(seen[:, None], policy.budget)[..., None]
-    used = (torch.arange(slots.score.shape[3]) < held).expand_as(slots.score)
-    matters = policy.scored | (policy.random_seed >= 0)
-    judged = used & matters[:, None, None]
-    torch.testing.assert_close(
-        slots.score[judged], witness.score[judged], rtol=SCORE_TOLERANCE, atol=1e-7
-    )
-    assert slots.score[~used].isnan().all()
-    for mine, theirs in zip(
-        (*slots.keys, *slots.values), (*witness.keys, *witness.values), strict=True
-    ):
-        assert torch.equal(mine.nan_to_num(0.0).double(), theirs)
-
-
 def close(output: torch.Tensor, want: torch.Tensor) -> None:
     assert output.shape == want.shape
     most = TOLERANCE[output.dtype] * float(want.abs().max())
@@ -77,7 +58,6 @@ def close(output: torch.Tensor, want: torch.Tensor) -> None:
 def check_steps(case: Case, steps: int) -> None:
     """Decode some steps; after each, everything equals the reference's step from the same state."""
     slots, policy, start = case.slots, case.policy, case.start.clone()
-    rows = len(start)
     walker = Walker(slots, policy)
     for _ in range(steps):
         witness = exact(slots)
@@ -89,12 +69,9 @@ def check_steps(case: Case, steps: int) -> None:
             assert output.dtype == slots.keys[0].dtype
             close(output, reference(layer, *(t.double() for t in tokens), case.scale))
         start += 1
-        check_state(slots, witness, policy, start)
-        assert case.slab.score[:, rows:].isnan().all()
-        assert case.slab.score[..., slots.score.shape[3] :].isnan().all()
-        for tensor, width in zip(case.slab.keys + case.slab.values, slots.widths * 2, strict=True):
-            assert tensor[rows:].isnan().all()
-            assert tensor[:, :, width:].isnan().all()
+        # Scores count where evictions hang on them, or come from a hash.
+        judged = policy.scored | (policy.random_seed >= 0)
+        check_state(case, witness, start, judged, SCORE_TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -117,7 +94,7 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 def texts(case: Case, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of texts of so many tokens, as a model hands them in."""
-    heads, dim = case.slots.score.shape[2], case.slots.keys[0].shape[3]
+    heads, dim = case.policy.alpha.shape[2], case.slots.keys[0].shape[2]
 
     def normal(count: int) -> torch.Tensor:
         drawn = torch.randn(len(case.start), tokens, count, dim, generator=case.rng)
@@ -138,6 +115,7 @@ def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
     end = start + torch.tensor([choose.choice([0, 1, 12, 30]) for _ in start])
     query, keys, values = texts(case, side)
     stepped = Slots(
+        case.slots.layout,
         tuple(t.clone() for t in case.slots.keys),
         tuple(t.clone() for t in case.slots.values),
         case.slots.position.clone(),
@@ -162,14 +140,14 @@ def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
         else:
             for row in range(len(start)):
                 one = slice(row, row + 1)
-                walker = Walker(slots.view(one, slots.widths), case.policy.rows(one))
+                walker = Walker(slots.view(one), case.policy.rows(one))
                 for at in range(int(start[row]), int(end[row])):
                     walker.begin(torch.tensor([at]))
                     token = (t[one, :, at : at + 1] for t in (query, keys, values))
                     output[one, :, at : at + 1] = walker(0, *token, case.scale)
-                    here = slots.position[0, row]
-                    for head in range(here.shape[0]):
-                        kept = here[head][here[head] <= at].long()
+                    for head in range(keys.shape[1]):
+                        here = head_of(slots, 0, row, head).position
+                        kept = here[here <= at].long()
                         watch.table[row, head, at, kept] = True
         outputs.append(output)
         watches.append(watch.table)
@@ -239,12 +217,13 @@ def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_halves_to_even() -> 
 def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them() -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
-    width = case.slots.widths[0]
+    _, mine = owned(case)
     walker = Walker(case.slots, case.policy)
     for ahead in range(4):
         walker.begin(case.start + ahead)(0, *case.tokens(), case.scale)
-    assert case.slab.keys[0][:, :, width:].isnan().all()
-    assert case.slab.score[..., width:].isnan().all()
+    # Of one layer, keys lie as scores do.
+    assert case.slab.keys[0][~mine].isnan().all()
+    assert case.slab.score[~mine].isnan().all()
 
 
 def test_the_exponential_is_right_to_float32() -> None:

@@ -16,6 +16,7 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.decoding import Carrier
 from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
+from tests.head_slots import head_of
 from tests.written_out import Head
 
 CPU = torch.device("cpu")
@@ -248,12 +249,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
         real = policies[row]["prompt"] + steps
         mine = output[layer, row, head * group : (head + 1) * group, :real].transpose(0, 1)
         torch.testing.assert_close(mine, torch.tensor(out, dtype=dtype), **CLOSE[dtype])
-        held = slots.position[layer, row, head]
-        stored = {
-            int(p): float(s)
-            for p, s in zip(held, slots.score[layer, row, head], strict=True)
-            if p != EMPTY
-        }
+        stored = head_of(slots, layer, row, head).stored()
         assert stored.keys() == {t.position for t in state.tokens}
         for token in state.tokens:
             assert stored[token.position] == pytest.approx(token.score, rel=1e-5, abs=1e-7)

@@ -7,9 +7,9 @@ import torch
 
 from a2sf.cache import SLOT_OVERHEAD_BYTES
 from a2sf.policy import EffectivePolicy
-from a2sf.scoring import EMPTY
 from benchmarks.gpu.filling import SINKS, Rows, kv_step_bytes, policies, source_row
 from benchmarks.gpu.models import DRY_SHAPES, SHAPES, build, plain, token_bytes, weight_bytes
+from tests.head_slots import head_of
 
 CPU = torch.device("cpu")
 BUDGET = 16
@@ -18,8 +18,7 @@ POLICIES = policies(MODEL, BUDGET, 500)
 
 
 def held(rows: Rows, layer: int, row: int, head: int) -> list[int]:
-    position = rows.slab.position[layer, row, head]
-    return sorted(position[position != EMPTY].tolist())
+    return sorted(head_of(rows.slab, layer, row, head).stored())
 
 
 @pytest.mark.parametrize("name", ["a2sf", "table", "window"])
@@ -57,8 +56,9 @@ def test_heads_of_other_budgets_hold_as_many_as_theirs() -> None:
         update={"head_budgets": ((10, 15), (22, 8)), "head_recents": ((2, 4), (3, 1))}
     )
     slots = source_row(MODEL, policy, 90)
-    assert (slots.position[0, 0] != EMPTY).sum(dim=-1).tolist() == [10, 15]
-    assert (slots.position[1, 0] != EMPTY).sum(dim=-1).tolist() == [22, 8]
+    for layer, counts in enumerate(policy.head_budgets):
+        for head, count in enumerate(counts):
+            assert len(head_of(slots, layer, 0, head).stored()) == count
     assert torch.isfinite(slots.score).all()
 
 

@@ -187,10 +187,11 @@ async def test_a_default_table_of_unequal_heads_shapes_the_rows(
     start_server: StartServer, shaped: Path
 ) -> None:
     with capture_logs() as lines:
-        _, client, _ = await start_server(
+        server, client, _ = await start_server(
             tables=shaped, default_table="ratio", slots=60, default_budget=30
         )
-        await start_server(slots=60)
+        flat, _, _ = await start_server(slots=60)
+    assert server.core.engine.kv_slab_bytes == flat.core.engine.kv_slab_bytes
     loaded = [line for line in lines if line["event"] == "loaded"]
     assert [line["shape"] for line in loaded] == ["ratio:30-180", "flat"]
     assert [line["slots"] for line in loaded] == [60, 60]

@@ -1,0 +1,37 @@
+"""One head's slots in one row, however they lie."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from a2sf.cache import Slots
+from a2sf.scoring import EMPTY
+
+
+@dataclass
+class HeadSlots:
+    """Views of a head's own slots: keys and values [slots, D], position and score [slots]."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    score: Tensor
+
+    def stored(self) -> dict[int, float]:
+        """The score of each token that is held, by position."""
+        held = self.position != EMPTY
+        return dict(zip(self.position[held].tolist(), self.score[held].tolist(), strict=True))
+
+
+def head_of(slots: Slots, layer: int, row: int, head: int) -> HeadSlots:
+    """The slots of a head, found by the sums of those before it."""
+    before = slots.layout.pitches
+    first = sum(before[layer][:head])
+    mark = sum(map(sum, before[:layer])) + first
+    width = slots.layout.slots[layer][head]
+    return HeadSlots(
+        slots.keys[layer][row, first : first + width],
+        slots.values[layer][row, first : first + width],
+        slots.position[row, mark : mark + width],
+        slots.score[row, mark : mark + width],
+    )
