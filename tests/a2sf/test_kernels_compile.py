@@ -117,7 +117,7 @@ def compile_one(
         if name in constants:
             types[name] = "constexpr"
         elif name == "width" and "order" not in names:
-            # Of a layer; a walk has one for each head.
+            # Of a block's queries; elsewhere it is a table, of each head's slots.
             types[name] = "i32"
         elif name in MODELS:
             split = name == "output" and "split_output" not in names and constants["SPLITS"] > 1
