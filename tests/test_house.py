@@ -23,6 +23,7 @@ CORE = [
     "policy",
     "requests",
     "scoring",
+    "layout",
     "cache",
     "attention",
     "kernels",

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ from tests.driving import (
 )
 from tests.near_ties import TOLERANCE, Parting, Recorder, parting
 
-SIZES = {"slots": 168, "max_batch": 5, "max_waiting": 1000, "step_tokens": 50}
+SIZES: dict[str, Any] = {"slots": 168, "max_batch": 5, "max_waiting": 1000, "step_tokens": 50}
+
+SHAPED = SIZES | {"slots": 216, "head_share": ((1.0, 1.5), (2.0, 1.0), (1.0, 1.2))}
+"""Rows dealt among heads, of which the narrowest has as many slots as every head has of `SIZES`."""
 
 SHARE = {torch.float64: 0.0, torch.float32: 0.01, torch.bfloat16: 0.05}
 """Of the requests, the most that may part from their solo runs at near-ties."""
@@ -54,13 +58,18 @@ def logprobs(stream: list[Event]) -> list[float]:
     return [one.logprob for event in deltas for one in event.logprobs]
 
 
-def hold_to_the_promise(model: LoadedModel, count: int, seed: int) -> list[Parting]:
-    """Serve random requests together and alone; return the near-ties at which they part."""
+def hold_to_the_promise(
+    model: LoadedModel, count: int, seed: int, sizes: dict[str, Any] = SIZES
+) -> list[Parting]:
+    """Serve random requests together and alone; return the near-ties at which they part.
+
+    `sizes` are those of the engine where they are together.
+    """
     made = any_requests(model, count, seed)
     rng = random.Random(seed)
     doomed = {one.request_id for one in rng.sample(made, count // 3)}
     exact = model.dtype is torch.float64
-    together = Recorder(engine_for(model, **SIZES))
+    together = Recorder(engine_for(model, **sizes))
     step = None if exact else together.step
     streams = run_at_random(together.engine, made, rng, cancel=doomed, step=step)
     partings: list[Parting] = []
@@ -108,18 +117,18 @@ def models(tiny_model_dir, tiny_model, tiny_model_64):  # type: ignore[no-untype
     }
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("seed", "sizes"), [(1, SIZES), (2, SHAPED)], ids=["equal", "shaped"])
 def test_a_request_gets_exactly_what_it_would_get_alone(
-    tiny_model_64: LoadedModel, seed: int
+    tiny_model_64: LoadedModel, seed: int, sizes: dict[str, Any]
 ) -> None:
-    assert hold_to_the_promise(tiny_model_64, 60, seed) == []
+    assert hold_to_the_promise(tiny_model_64, 60, seed, sizes) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_below_float64_it_parts_from_what_it_would_get_alone_only_at_near_ties(
     models: dict[str, LoadedModel], dtype: str
 ) -> None:
-    hold_to_the_promise(models[dtype], 60, seed=3)
+    hold_to_the_promise(models[dtype], 60, seed=3, sizes=SHAPED)
 
 
 @pytest.mark.slow
