@@ -45,7 +45,7 @@ def read(model: LoadedModel, texts: Sequence[Sequence[int]], *, batch: int) -> l
         members = order[first : first + batch]
         width = max(len(texts[i]) for i in members)
         # Padded with its own last token: any other might be one of which the model makes NaN.
-        rows = [[*texts[i], *texts[i][-1:] * (width - len(texts[i]))] for i in members]
+        rows = [[*texts[i], *[texts[i][-1]] * (width - len(texts[i]))] for i in members]
         ids = torch.tensor(rows, device=model.device)
         positions = torch.arange(width, device=model.device).expand(len(members), -1)
         noting = _Noting([len(texts[i]) for i in members])
@@ -101,7 +101,8 @@ class AfterPrompts:
             ):
                 tensor[row, :, :end] = known
                 tensor[row, :, end:length] = new[row, :, : length - end]
-        found = self._attention(layer, *whole, scale)
+        q, k, v = whole
+        found = self._attention(layer, q, k, v, scale)
         output = self._empty(query, query.shape[2])
         for row, (prompt, length) in enumerate(self._rows):
             after = length - prompt.tokens
