@@ -346,12 +346,8 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
+        layers = zip(*(p.held_budgets for p in policies), strict=True)
         budgets = [max(map(max, mine)) for mine in layers]
-        evicts = [
-            any(min(row) < length for row, length in zip(mine, lengths, strict=True))
-            for mine in layers
-        ]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
         # A row whose prompt is done waits for its last trim while longer ones append blocks, which
         # for it are padding but still need the room.
@@ -364,7 +360,10 @@ class _Scan:
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             decode_slots=tuple(min(budget, longest_prompt + steps) for budget in budgets),
-            evicts=tuple(evicts),
+            evicts=tuple(
+                any(min(own) < length for own, length in zip(mine, lengths, strict=True))
+                for mine in zip(*(p.held_budgets for p in policies), strict=True)
+            ),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
         )
