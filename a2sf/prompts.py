@@ -101,7 +101,8 @@ class AfterPrompts:
             ):
                 tensor[row, :, :end] = known
                 tensor[row, :, end:length] = new[row, :, : length - end]
-        found = self._attention(layer, whole[0], whole[1], whole[2], scale)
+        q, k, v = whole
+        found = self._attention(layer, q, k, v, scale)
         output = self._empty(query, query.shape[2])
         for row, (prompt, length) in enumerate(self._rows):
             after = length - prompt.tokens

@@ -223,13 +223,9 @@ def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float
     """
     targets = torch.tensor([example.token_ids[t + 1] for t in example.counted])
     kl_parts, nll_parts = [], []
-    for logits, log_p, target in zip(
-        *(
-            torch.split(part, _rows_at_once(full))
-            for part in (found.logits, full, targets.to(full.device))
-        ),
-        strict=True,
-    ):
+    parts = (found.logits, full, targets.to(full.device))
+    at_once = _rows_at_once(full)
+    for logits, log_p, target in zip(*(torch.split(t, at_once) for t in parts), strict=True):
         log_q = log_softmax(logits, dim=-1)
         terms = kl_div(log_q, log_p, reduction="none", log_target=True)
         total = terms.sum(dim=-1, dtype=torch.float64)
