@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from a2sf import chat
 from a2sf.errors import InvalidArgument, InvalidRequest, TableError
 from a2sf.models import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads, deal
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads, resolve
 from a2sf.requests import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -293,10 +293,8 @@ def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaT
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
     """Write one table, typed and as the canonical JSON of its file."""
-    dealt, budget = table.policy.head_share, table.policy.budget
+    dealt = table.policy.head_share
     policy = table.policy.model_dump(exclude={"alpha", "head_share"}, exclude_none=True)
-    # Of a sequence so long that no head has a use for more slots than it is dealt.
-    slots = () if budget is None else deal(budget, dealt, budget * sum(map(len, dealt)) + 1)
     return pb.GetAlphaTableResponse(
         table=pb.AlphaTable(
             summary=_summary(table),
@@ -304,11 +302,35 @@ def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
             layers=[pb.LayerAlphas(alphas=row) for row in table.policy.alpha],
             layer_share=[math.fsum(row) / len(row) for row in dealt],
             head_share=[pb.HeadShares(shares=row) for row in dealt],
-            head_budgets=head_messages(slots),
+            head_budgets=head_messages(_budgets(table)),
             **policy,
         ),
         canonical_json=canonical_json(table.model_dump(mode="json")),
     )
+
+
+def _budgets(table: AlphaTable) -> Heads:
+    """What each head keeps of a sequence so long that none has a use for more; empty for a ratio.
+
+    Empty as well where no request is served with the table's own budget: it has no room for what
+    the table protects.
+    """
+    if table.policy.budget is None:
+        return ()
+    identity = table.model
+    most = table.policy.budget * identity.num_layers * identity.num_kv_heads + 1
+    try:
+        return resolve(
+            CachePolicy(),
+            table=table,
+            server=CachePolicy(table=table.name),
+            length=most,
+            slots=most,
+            num_layers=identity.num_layers,
+            num_kv_heads=identity.num_kv_heads,
+        ).head_budgets
+    except InvalidArgument:
+        return ()
 
 
 def _summary(table: AlphaTable) -> pb.AlphaTableSummary:

@@ -1759,7 +1759,8 @@ class AlphaTable(_message.Message):
     @_builtins.property
     def head_budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadTokens]:
         """Tokens that each key-value head keeps of a long sequence: `budget` dealt by `head_share`, one
-        entry for each layer. None where the table has a `budget_ratio`.
+        entry for each layer. None where the table has a `budget_ratio`, or a budget that has no room
+        for what it protects.
         """
 
     def __init__(

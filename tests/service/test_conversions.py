@@ -103,6 +103,18 @@ heads = st.lists(
 )
 
 
+def test_a_table_tells_what_its_heads_would_keep_small_shares_lifted(
+    tiny_model: LoadedModel,
+) -> None:
+    shares = ((9.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    table = make_table(tiny_model.identity, budget=14, head_share=shares, sinks=2, recent=5)
+    told = conversions.table_message(table).table
+    # Of 84 slots: 6 would be each small share's, and 8 are what a head needs.
+    assert [list(layer.tokens) for layer in told.head_budgets] == [[44, 8], [8, 8], [8, 8]]
+    crowded = make_table(tiny_model.identity, budget=7, sinks=2, recent=5)
+    assert not conversions.table_message(crowded).table.head_budgets
+
+
 @given(heads)
 def test_the_budget_and_window_of_each_head_reach_the_client(
     tiny_model: LoadedModel, layers: list[list[tuple[int, int]]]

@@ -331,10 +331,11 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
             "up to 24 slots of layer 1 head 0, which has 20; .*--slots 36",
         ),
         ((1.0, 1.0), {"budget": 20, "sinks": 15, "recent": 5}, "need 21; raise budget"),
+        # The small share of 4 slots is lifted to the 6 that it needs.
         (
             (1.0, 1.0),
             {"budget": 20, "layer_share": (9.0, 1.0), "sinks": 2, "recent": 3},
-            "gives layer 1 head 0 4 slots, .* need 6; raise budget",
+            None,
         ),
     ],
 )
