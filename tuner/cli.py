@@ -22,6 +22,9 @@ from tuner.options import check_ranges, check_writable, fail, numbers, without_p
 
 DEFAULT_RATIO = 0.2
 
+DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
+"""On two cores enough for a model of 135 million parameters, and for the packaged one."""
+
 app = typer.Typer(
     help="Fit tables of forgetting factors, prove them, and compare cache policies.",
     add_completion=False,
@@ -74,13 +77,14 @@ def fit(
         ),
     ] = 500,
     minutes: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Of measuring, the proof included and summed over workers; loading comes on top. "
             "Up to a third is kept for the proof, which takes fewer held-out examples if need be. "
-            "0: no limit."
+            f"0: no limit; without it {DEFAULT_MINUTES}, and {REFERENCE_MINUTES} for the small "
+            "packaged model."
         ),
-    ] = 30,
+    ] = None,
     examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 16,
     holdout: Annotated[
         int | None,
@@ -140,6 +144,8 @@ def fit(
         )
     check_writable(out)
 
+    if minutes is None:
+        minutes = REFERENCE_MINUTES if model == "reference" else DEFAULT_MINUTES
     if not 0 <= minutes < math.inf:
         raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0, or 0 for no limit")
 

@@ -10,6 +10,9 @@ from a2sf.models import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
 from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
 from tuner.report import (
+    FEW,
+    advice_line,
+    caution_line,
     half_life,
     heat_map,
     is_uniform,
@@ -54,6 +57,52 @@ def test_without_a_win_the_line_says_what_the_file_carries(
     assert line.startswith("No better than uniform: ")
     assert "+0.0100 [-0.0100, +0.0300] nats, +5 %" in line
     assert carried in line
+
+
+def told(**evidence: Any) -> AlphaTable:
+    table = fitted_table(IDENTITY)
+    return table.model_copy(update={"evidence": table.evidence.model_copy(update=evidence)})
+
+
+def test_the_advice_says_what_is_lost_against_the_full_cache_and_whether_to_use_the_table() -> None:
+    lost = Estimate(mean=0.011, low=0.005, high=0.017)
+    assert advice_line(told(lost_nll=lost)) == (
+        "Use this table: it loses 0.048 nats of KL a token against the full cache, and the true "
+        "next token costs +0.0110 [+0.0050, +0.0170] nats more (perplexity +1.1 %)."
+    )
+    assert advice_line(told(lost_nll=lost, verdict="no_better_than_uniform")).startswith(
+        "One uniform setting does as well: it loses 0.048 nats"
+    )
+    # From before likelihoods were kept.
+    assert advice_line(told()) == (
+        "Use this table: it loses 0.048 nats of KL a token against the full cache."
+    )
+
+
+@pytest.mark.parametrize("verdict", ["better", "no_better_than_uniform"])
+def test_a_cache_that_changes_what_the_model_says_is_never_recommended(verdict: str) -> None:
+    poor = Estimate(mean=4.63, low=4.2, high=5.1)
+    line = advice_line(told(verdict=verdict, table=poor, lost_nll=poor))
+    assert line.startswith("The budget is too small to serve well: it loses 4.63 nats")
+    assert line.endswith("fit one with a larger budget.")
+
+
+def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
+    assert caution_line(told()) is None
+    few = caution_line(told(examples=FEW - 1))
+    assert few is not None
+    assert few.startswith(f"Few examples: {FEW - 1} held-out examples give rough intervals")
+    none = caution_line(told(examples=4))
+    assert none is not None
+    assert "4 held-out examples cannot show a difference once 5 comparisons are paid for" in none
+    assert "8 at the least" in none
+
+
+def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:
+    table = told(examples=4)
+    lines = shown(table)
+    at = lines.index(verdict_line(table))
+    assert lines[at + 1 : at + 3] == [advice_line(table), caution_line(table)]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuner.statistics import CONFIDENCE, difference, estimate, holm, sign_flip_p
+from tuner.statistics import (
+    CONFIDENCE,
+    difference,
+    enough_examples,
+    estimate,
+    holm,
+    sign_flip_p,
+)
 
 
 def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
@@ -61,6 +68,16 @@ def test_holm_is_the_textbook_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("comparisons", [1, 5, 9])
+def test_examples_are_enough_where_the_most_even_gain_stays_significant(comparisons: int) -> None:
+    def corrected(examples: int) -> float:
+        gains = [[-1.0] * examples] * comparisons
+        return max(holm(sign_flip_p(gains)))
+
+    enough = enough_examples(comparisons)
+    assert corrected(enough) < 1 - CONFIDENCE <= corrected(enough - 1)
 
 
 def test_the_sign_flip_test_is_exact_on_few_pairs() -> None:

@@ -13,7 +13,7 @@ from a2sf.tablefile import save_table
 from tests.tables import BASELINES, IDENTITY, STAGES, brought_up, fitted_table, make_table
 from tests.tuner.pages import RATIOS, Page, evaluation
 from tuner.__main__ import main
-from tuner.report import half_life, slots, verdict_line
+from tuner.report import advice_line, caution_line, half_life, slots, verdict_line
 from tuner.results import Evaluation, Policy
 from tuner.table_page import load_evaluation, render
 
@@ -130,6 +130,17 @@ def test_the_page_says_the_verdict_of_the_text(name: str) -> None:
     text = render(table)
     assert line in text.replace("\u00a0", " ")
     assert ('<p class="verdict better">' in text) == better
+
+
+def test_the_page_says_whether_to_use_the_table_and_is_not_green_from_few_examples() -> None:
+    table = fitted_table(IDENTITY)
+    text = render(table)
+    assert advice_line(table) in text
+    assert "caution" not in text.split("<body>")[1]
+    few = table.model_copy(update={"evidence": table.evidence.model_copy(update={"examples": 4})})
+    text = render(few)
+    assert caution_line(few) in text
+    assert '<p class="verdict better">' not in text
 
 
 def test_a_table_that_is_uniform_says_so() -> None:
