@@ -14,13 +14,20 @@ import torch
 from a2sf.admission import EngineConfig
 from a2sf.engine import Engine
 from a2sf.errors import A2SFError
-from a2sf.models import load_model
+from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
 from a2sf.ranks import Ranks
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
 from tests.driving import run_at_random
 
-CONFIG = EngineConfig(slots=300, max_batch=3)
+
+def config_for(model: LoadedModel) -> EngineConfig:
+    """Rows of which each head has more slots than those before it: ranks hold unlike ones."""
+    heads, layers = model.identity.num_kv_heads, model.identity.num_layers
+    shares = tuple(tuple(heads + layer + head for head in range(heads)) for layer in range(layers))
+    return EngineConfig(
+        slots=400, max_batch=3, head_share=tuple(tuple(map(float, row)) for row in shares)
+    )
 
 
 def outcome(stream: list[Event]) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def work(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     if ranks.rank:
         Follower(model, ranks).run()
         return {}
-    engine = LeadingEngine(model, CONFIG, ranks)
+    engine = LeadingEngine(model, config_for(model), ranks)
     requests = [GenerationRequest.model_validate_json(text) for text in job["requests"]]
     done = serve(engine, requests, job["cancel"])
     engine.close()

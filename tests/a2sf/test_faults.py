@@ -9,7 +9,7 @@ import torch
 import a2sf.staging
 from a2sf import sampling
 from a2sf.attention import BlockPass, DecodePass
-from a2sf.cache import PolicyTensors, Slots
+from a2sf.cache import PolicyTensors, Rectangle, Slots
 from a2sf.decoding import SteppedDecoder
 from a2sf.engine import Engine
 from a2sf.models import LoadedModel
@@ -176,13 +176,13 @@ def of_one(owner: type, name: str, *, after: bool = False) -> Break:
 
 def of_join(trial: Trial, *, after: bool) -> None:
     def concerns(decoder: Any, row: int, source: Any, *_: Any) -> bool:
-        return source is not trial.engine._slab and trial.engine._prefilling is trial.sequence
+        return trial.engine._prefilling is trial.sequence
 
     trial.break_(SteppedDecoder, "join", concerns, after=after)
 
 
 def of_move(trial: Trial, *, after: bool) -> None:
-    def concerns(decoder: Any, row: int, source: int, counts: Any) -> bool:
+    def concerns(decoder: Any, row: int, source: int) -> bool:
         return trial.engine._active[source] is trial.sequence
 
     trial.break_(SteppedDecoder, "move", concerns, after=after)
@@ -215,7 +215,7 @@ CALLS: dict[str, Break] = {
     "Staging.finish": of_one(Staging, "finish"),
     "Engine._statistics": of_one(Engine, "_statistics"),
     "staging, cleared": while_prefilling(Slots, "clear"),
-    "staging, blanked": while_prefilling(Slots, "blank"),
+    "staging, blanked": while_prefilling(Rectangle, "blank"),
     "BlockPass.__init__": while_prefilling(BlockPass, "__init__"),
     "BlockPass.__call__": while_prefilling(BlockPass, "__call__"),
     "end_prompt": while_prefilling(a2sf.staging, "end_prompt"),

@@ -19,7 +19,7 @@ from a2sf.parallel import Follower, LeadingEngine
 from a2sf.policy import CachePolicy
 from a2sf.ranks import RankLost, Ranks
 from a2sf.requests import FinishReason, GenerationRequest, Sampling
-from tests.a2sf.parallel_worker import CONFIG, serve
+from tests.a2sf.parallel_worker import config_for, serve
 from tests.a2sf.test_families import save
 from tests.driving import any_requests, finished, prompts, request, run, tokens
 from tests.tables import make_table
@@ -128,14 +128,20 @@ def test_two_processes_draw_the_tokens_of_one(
     job, got = jobs[name], results[name]
     model = load_model(job["model"], device="cpu", dtype="float64")
     requests = [GenerationRequest.model_validate_json(text) for text in job["requests"]]
-    alone = Engine(model, CONFIG)
+    config = config_for(model)
+    alone = Engine(model, config)
     want = serve(alone, requests, job["cancel"])
     assert got["streams"] == want
     caches = [cache for stream in want.values() for cache in stream["cache"]]
     assert sum(cache["evicted_tokens"] > 0 for cache in caches) >= 4
     heads = model.shape.num_kv_heads
     assert got["held"] == [0, heads // 2]
-    assert got["slab_bytes"] == [alone.kv_slab_bytes, alone.kv_slab_bytes // 2]
+    slots = config.head_slots(model.shape.num_layers, heads)
+    mine, whole = (sum(sum(row[:end]) for row in slots) for end in (heads // 2, heads))
+    assert mine < whole - mine, "the other rank holds the wider heads"
+    slot_bytes = 2 * model.shape.head_dim * model.dtype.itemsize + 8
+    assert alone.kv_slab_bytes == config.max_batch * whole * slot_bytes
+    assert got["slab_bytes"] == [alone.kv_slab_bytes, config.max_batch * mine * slot_bytes]
     whole = sum(parameter.numel() for parameter in model.module.parameters())
     assert got["weights"] < 0.6 * whole, "each process holds about half of the model"
 

@@ -38,8 +38,8 @@ def prompts(scores: np.ndarray) -> Slots:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    slots.position[0] = torch.arange(tokens, dtype=torch.int32)
-    slots.score[0] = torch.tensor(scores, dtype=torch.float32)
+    slots.whole.position[0] = torch.arange(tokens, dtype=torch.int32)
+    slots.whole.score[0] = torch.tensor(scores, dtype=torch.float32)
     return slots
 
 
