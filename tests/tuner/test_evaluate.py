@@ -60,6 +60,25 @@ def cells(found: Evaluation) -> dict[str, Cell]:
     return {cell.policy: cell for cell in found.cells}
 
 
+def test_rivals_are_compared_with_tables_at_the_same_budget(
+    run: Run, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
+    names = ["h2o", "pyramid", "adakv", "adakv:.9:2"]
+    found = run(policies=",".join([*names, str(tmp_path / "made-up.json")]))
+    assert {cell.budget for cell in found.cells} == {cells(found)["h2o"].budget}
+    pairs = {(c.policy, c.baseline) for c in found.comparisons if c.metric == "kl"}
+    assert pairs == {("made-up", name) for name in names}
+    kl = {name: cells(found)[name].kl.mean for name in names}
+    # The same score and protection in three divisions of the slots.
+    assert len({round(kl[name], 9) for name in ("h2o", "pyramid", "adakv")}) == 3
+
+
+def test_a_prompt_that_is_read_step_by_step_leaves_adakv_nowhere_to_deal(run: Run) -> None:
+    with pytest.raises(InvalidArgument, match="adakv deals slots once at its end"):
+        run(policies="full,adakv", shots=(0,))
+
+
 @pytest.mark.parametrize("shots", [None, 0, 1])
 def test_with_room_for_everything_every_policy_is_the_full_cache(
     run: Run, tiny_model: LoadedModel, tmp_path: Path, shots: int | None

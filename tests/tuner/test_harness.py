@@ -330,6 +330,8 @@ def test_other_engines_arguments_are_accepted_where_they_ask_for_nothing() -> No
         ({"policy": "h3o", "ratio": 0.5}, r"policy: 'h3o'; accepted: full; window"),
         ({"policy": "h2o,window", "ratio": 0.5}, r"policy: .* is 2 policies; accepted: one"),
         ({"policy": "a2sf", "ratio": 0.5}, r"policy: 'a2sf' is \d+ policies; accepted: one"),
+        ({"policy": "adakv", "ratio": 0.5}, r"policy: 'adakv' deals slots as no server does"),
+        ({"policy": "pyramid", "ratio": 0.5}, r"policy: 'pyramid' deals .* tuner evaluate"),
         ({"policy": "h2o"}, r"ratio: policy h2o takes one of ratio and slots; got 0"),
         ({"policy": "h2o", "ratio": 0.5, "slots": 9}, r"takes one of ratio and slots; got 2"),
         ({"slots": 9}, r"policy: full keeps every token; leave ratio and slots out"),
