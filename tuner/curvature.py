@@ -28,13 +28,14 @@ SAMPLES = 4
 """Draws for the curvature: the standard error of one figure is sqrt(2 / 4) of it, and costs are
 means over many examples."""
 
-_PASSES = 1 + 2 * SAMPLES
-"""Of a look: one that gradients flow through, and about two for each gradient."""
-
 
 def work(walks: int) -> float:
-    """What a look at all examples takes, in passes; a walk of all layers counted as half of one."""
-    return _PASSES + walks / 2
+    """What a look at all examples takes, in passes over them through all layers under a policy.
+
+    On a Llama of 135 million parameters in bfloat16, with 512 tokens, 4 draws and 36 walks, it was
+    4.5 passes (two busy cores); this says 5.6.
+    """
+    return (1 + 2 * SAMPLES + walks) / 8
 
 
 def effects(
