@@ -13,10 +13,13 @@ from a2sf.gguf_file.header import Header, Strings
 from a2sf.models import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage
+from a2sf.tablefile import load_table
 from scripts.real_model import CannotFetch, real_model
 from tests.a2sf.test_witnesses import simulate_and_compare
 from tests.driving import engine_for, request, run, tokens
 from tests.masked_llama import MaskedLlama
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -104,6 +107,31 @@ def test_without_room_it_matches_the_masking_simulation(
         prefill_chunk=prefill_chunk,
     )
     assert clear >= 4, "too few tokens were compared"
+
+
+def test_the_table_fitted_on_it_is_for_it_and_keeps_what_its_heads_are_dealt(
+    real_loaded: LoadedModel, witness: MaskedLlama
+) -> None:
+    table = load_table(ROOT / "benchmarks/tables/smollm2/wikitext2.json", real_loaded.identity)
+    shares = [share for row in table.policy.head_share for share in row]
+    assert max(shares) > 3 * min(shares), "the table deals nearly equal slots"
+    prompt = real_loaded.encode(
+        "The river rises in the northern hills and flows for forty miles through three counties "
+        "before it meets the sea. In 1912 a bridge was built across it; the bridge"
+    )
+    clear = simulate_and_compare(
+        real_loaded,
+        witness,
+        list(prompt),
+        steps=8,
+        alpha=table.policy.alpha,
+        head_share=table.policy.head_share,
+        budget=24,
+        recent=2,
+        sinks=table.policy.sinks,
+        prefill_chunk=table.policy.prefill_chunk,
+    )
+    assert clear >= 6, "too few tokens were compared"
 
 
 def test_digits_are_tokens_of_their_own_before_line_ends_are(real_loaded: LoadedModel) -> None:
