@@ -60,6 +60,9 @@ def serve(arguments: Sequence[str]) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Every call's line is a line.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray runs its workers at niceness 15. Beside other work on the machine, a proxy then starts too
+    # slowly for Serve, and replicas compute last of all.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions

@@ -107,6 +107,18 @@ class Application:
                 continue
         return found
 
+    def niceness(self) -> dict[str, int]:
+        """Of each of Ray's own processes by its title: the niceness that it runs at."""
+        found = {}
+        for process in self.family():
+            try:
+                title = process.cmdline()[0]
+                if title.startswith("ray::"):
+                    found[title] = process.nice()
+            except (psutil.Error, IndexError):
+                continue
+        return found
+
     def answered(self, request_id: str) -> list[tuple[int, str]]:
         """Who has answered the request, by process id, and with which outcome."""
         pattern = rf"pid=(\d+)\).* event=answered request_id={request_id} .*?outcome=(\w+)"
@@ -152,6 +164,13 @@ async def plain(application: Application) -> AsyncIterator[str]:
     await server.warm()
     yield f"127.0.0.1:{port}"
     await server.stop()
+
+
+def test_rays_processes_run_at_the_priority_of_the_program(application: Application) -> None:
+    niceness = application.niceness()
+    kinds = {title.split(":")[2].partition(".")[0] for title in niceness}
+    assert {"ServeReplica", "ProxyActor"} <= kinds
+    assert set(niceness.values()) == {os.nice(0)}
 
 
 async def stream_head(stub: Any, request: pb.StreamGenerateRequest) -> Any:
