@@ -219,7 +219,6 @@ class Evidence(Frozen):
         "over all of them; empty in tables from before they were kept."
     )
     lost_nll: Estimate | None = Field(
-        default=None,
         description="By how many nats a token the true next token costs more under the fitted "
         "table than with the full cache, on the same examples; null in tables from before it was "
         "kept.",

@@ -99,20 +99,26 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_2(document: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had equal slots in the heads of a layer."""
-    policy = document.get("policy")
+    """Version 2 had equal slots in the heads of a layer, and kept no loss to the full cache."""
     # What is missing or no object is left for the fields' own checks to name.
-    if not isinstance(policy, dict) or "layer_share" not in policy:
-        return document
-    shares, alpha = policy["layer_share"], policy.get("alpha")
-    rest = {name: value for name, value in policy.items() if name != "layer_share"}
+    evidence, policy = document.get("evidence"), document.get("policy")
+    if isinstance(evidence, dict):
+        document = document | {"evidence": evidence | {"lost_nll": None}}
+    if isinstance(policy, dict) and "layer_share" in policy:
+        rest = {name: value for name, value in policy.items() if name != "layer_share"}
+        shares = _shares_by_head(policy["layer_share"], policy.get("alpha"))
+        document = document | {"policy": rest | {"head_share": shares}}
+    return document
+
+
+def _shares_by_head(shares: Any, alpha: Any) -> Any:
+    """Each layer's share for each of its heads, of which `alpha` has one number each."""
     if not isinstance(shares, list) or not isinstance(alpha, list) or len(shares) != len(alpha):
-        return document | {"policy": rest | {"head_share": shares}}
-    heads = [
+        return shares
+    return [
         [share] * (len(row) if isinstance(row, list) else 1)
         for share, row in zip(shares, alpha, strict=True)
     ]
-    return document | {"policy": rest | {"head_share": heads}}
 
 
 UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}

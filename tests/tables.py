@@ -82,6 +82,7 @@ def table_fields(
             baselines={"uniform": figure},
             paired={"uniform": figure},
             p_holm={"uniform": 0.5},
+            lost_nll=None,
             uniform=UniformSetting(alpha=0.9, recent_share=0.25, sinks=4),
             verdict="no_better_than_uniform",
         ),
@@ -177,6 +178,7 @@ def fitted_table(identity: ModelIdentity, *, seed: int = 0, **updates: Any) -> A
         baselines={name: spread(cost) for name, (cost, _) in BASELINES.items()},
         paired={name: gap(ours.mean - cost) for name, (cost, _) in BASELINES.items()},
         p_holm={name: p for name, (_, p) in BASELINES.items()},
+        lost_nll=None,
         uniform=UniformSetting(alpha=0.93, recent_share=0.5, sinks=4),
         verdict="better",
     )
@@ -203,9 +205,9 @@ def gap(mean: float) -> Estimate:
 
 
 def version_2(identity: ModelIdentity) -> dict[str, Any]:
-    """The document of a table from before version 3, whose shares were of layers."""
+    """The document of a table from before version 3, without what that brought."""
     old = {**make_table(identity).model_dump(mode="json"), "schema_version": 2}
-    del old["policy"]["head_share"]
+    del old["policy"]["head_share"], old["evidence"]["lost_nll"]
     old["policy"]["layer_share"] = [1.0 + 0.5 * layer for layer in range(identity.num_layers)]
     return {**old, "sha256": canonical_digest(old)}
 

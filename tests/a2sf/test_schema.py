@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from a2sf import schema, tablefile
 from a2sf.errors import NotFound, TableCorrupt, TableInvalid, TableMismatch, TableTooNew
+from a2sf.schema import ModelIdentity
 from a2sf.tablefile import canonical_digest, load_table, parse_table, save_table, seal
 from tests.tables import IDENTITY, brought_up, make_table, table_fields, version_1, version_2
 
@@ -211,6 +213,15 @@ def test_a_file_of_version_1_means_what_it_meant() -> None:
         }
     )
     assert same == table
+
+
+@pytest.mark.parametrize("older", [version_1, version_2])
+def test_a_table_of_an_older_version_can_be_written_again(
+    older: Callable[[ModelIdentity], dict[str, Any]], tmp_path: Path
+) -> None:
+    table = parse_table(json.dumps(older(IDENTITY)).encode())
+    save_table(table, tmp_path / "again.json")
+    assert load_table(tmp_path / "again.json") == table
 
 
 def test_each_head_of_a_file_of_version_2_gets_its_layer_s_share() -> None:
