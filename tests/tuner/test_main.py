@@ -232,6 +232,10 @@ def test_without_the_extra_it_says_what_to_install(
     for name in [name for name in sys.modules if name.split(".")[0] in ("optuna", "tuner")]:
         if name not in ("tuner", "tuner.__main__", "tuner.interrupt"):
             monkeypatch.delitem(sys.modules, name)
+            # Importing again would leave the new module in the package for later tests.
+            package, _, child = name.rpartition(".")
+            if package == "tuner":
+                monkeypatch.setattr(tuner, child, getattr(tuner, child))
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, line = run(monkeypatch, capsys, *small_fit)
     assert code == 2
