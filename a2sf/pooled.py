@@ -25,7 +25,7 @@ def pooled_budgets(
     Whole numbers come from rounding the running total, so that the sum stays what it was.
 
     Args:
-        slots: one layer with the whole prompts, scored; its heads all have the same slots.
+        slots: one layer with what is left of the prompts, scored; all heads have the same slots.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in that layer.
         floors: [rows] between 0 and 1; None leaves a row as it is, and so does a prompt that has
@@ -35,6 +35,7 @@ def pooled_budgets(
         [1, rows, H_kv] int64 slots.
     """
     budgets = policy.budget.clone()
+    lowest = slots.whole.victim(length, policy)[0]
     for row, floor in enumerate(floors):
         if floor is None:
             continue
@@ -42,6 +43,10 @@ def pooled_budgets(
         sinks, end = policy.sinks[row], length[row]
         position = slots.whole.position[0, row]
         competes = (position != EMPTY) & (position >= sinks) & (position < (end - recent)[:, None])
+        # A head that has evicted along the prompt cannot hold more than it does: the slot of the
+        # token that is being placed must be one of those.
+        lost = (position != EMPTY).sum(dim=-1) < end
+        competes[lost, lowest[row, lost]] = False
         # One more for the token that is being placed.
         reserved = sinks + recent + 1
         free = own - reserved

@@ -95,6 +95,23 @@ def test_rows_without_the_rule_and_short_prompts_keep_what_they_have() -> None:
     assert dealt(scores[:1, :, :15], settled(2, budget=20), 0.2) == [[20, 20]]
 
 
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(8, 30), st.integers(1, 9))
+def test_a_head_that_evicted_along_the_prompt_gets_no_more_than_it_holds(
+    seed: int, heads: int, budget: int, block: int
+) -> None:
+    # What the last block of a prompt of 100 tokens leaves: of the older ones the newest, say.
+    stored = budget - 1 + block
+    scores = np.random.default_rng(seed).permutation(heads * stored).reshape(1, heads, stored) / 7
+    policy = settled(heads, budget=budget)
+    slots = prompts(scores)
+    slots.whole.position[0] += 100 - stored
+    slots.whole.position[0, :, :, 0] = 0
+    tensors = PolicyTensors.stack([policy], [200], torch.device("cpu"))
+    (found,) = pooled_budgets(slots, torch.tensor([100]), tensors, [0.2])[0].tolist()
+    assert sum(found) == heads * budget
+    assert max(found) <= stored
+
+
 @pytest.fixture
 def example() -> Example:
     tokens = tuple(torch.randint(5, 200, (60,), generator=torch.manual_seed(0)).tolist())
