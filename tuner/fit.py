@@ -146,7 +146,8 @@ def fit(settings: Settings) -> Outcome:
         settings.model,
         revision=settings.revision,
         device=settings.device,
-        dtype=settings.dtype,
+        # What was chosen, not chosen again: a measurement may come out otherwise.
+        dtype=model.dtype_name,
         pack=False,
     )
     found = search(trials, settings.stages, settings.trials, settings.seed, reload)
