@@ -72,6 +72,22 @@ def attend(
     return output.view(rows, q_heads, width, dim)
 
 
+def attend_causally(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attend plainly along whole texts, where nothing is evicted.
+
+    Args:
+        query: [rows, H_q, width, D]; padding stands at the right, where no real token sees it.
+        keys, values: [rows, H_kv, width, D], likewise.
+        scale: factor on the logits.
+
+    Returns:
+        The output [rows, H_q, width, D] in the query's dtype.
+    """
+    return scaled_dot_product_attention(
+        query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
 def mass(
     query: Tensor,
     query_position: Tensor,

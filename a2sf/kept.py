@@ -54,10 +54,6 @@ class Kept:
     def end(self, query: Tensor, keys: Tensor, scale: float) -> None:
         """End a layer of query [rows, H_q, width, D] and keys [rows, H_kv, width, D]."""
 
-    def causal(self) -> Tensor:
-        """What was noted, without the tokens after each query: [rows, H_kv, width, width] bool."""
-        return self._kept[:, :, :-1, :-1].tril()
-
 
 class Similarity(Kept):
     """How much of each counted query's full row the tokens that it could see make up."""

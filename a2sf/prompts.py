@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from a2sf.attention import attend_causally
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.outline import ModelShape
 
@@ -70,9 +70,7 @@ class _Noting:
             q, k, v = (t[row, :, :length].clone() for t in (query, keys, values))
             self.layers[row].append((q, k, v))
         # Padding stands at the right, where no real token sees it.
-        return scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
-        )
+        return attend_causally(query, keys, values, scale)
 
 
 class AfterPrompts:

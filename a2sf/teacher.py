@@ -13,11 +13,10 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from a2sf import decoding
-from a2sf.attention import BlockPass, end_prompt
+from a2sf.attention import BlockPass, attend_causally, end_prompt
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kept import Kept, Similarity
 from a2sf.models import LayerAttention, LoadedModel
@@ -173,7 +172,7 @@ def walk(
     layer: int,
     projected: tuple[Tensor, Tensor, Tensor],
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Walk one layer's attention rows under policies of one prefill_chunk.
 
     Args:
@@ -186,13 +185,10 @@ def walk(
         scale: factor on the logits.
 
     Returns:
-        The attention output [rows, H_q, width, D], and which tokens each query was given,
-        [rows, H_kv, width, width] bool. Padding's are meaningless.
+        The attention output [rows, H_q, width, D]; padding's is meaningless.
     """
-    kept = Kept()
-    scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, kept)
-    output = scan(layer, *projected, scale)
-    return output, kept.causal()
+    scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, None)
+    return scan(layer, *projected, scale)
 
 
 @dataclass(frozen=True)
@@ -309,9 +305,7 @@ class _Full:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        return scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=scale, enable_gqa=True
-        )
+        return attend_causally(query, keys, values, scale)
 
 
 @dataclass(frozen=True)
@@ -350,14 +344,7 @@ class _Scan:
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
         layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
-        # Where a layer's heads have one pool, one of them may get nearly all of it.
-        budgets = [
-            max(
-                max(own) if policy.pooled_floor is None else sum(own)
-                for own, policy in zip(mine, policies, strict=True)
-            )
-            for mine in layers
-        ]
+        budgets = [max(map(max, mine)) for mine in layers]
         evicts = [
             any(min(row) < length for row, length in zip(mine, lengths, strict=True))
             for mine in layers

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, log_softmax
-from torch.nn.functional import scaled_dot_product_attention
 
 from a2sf import teacher
+from a2sf.attention import attend_causally
 from a2sf.models import LoadedModel
 from a2sf.schema import TablePolicy
 from a2sf.teacher import Example
@@ -123,23 +123,17 @@ def _of_layer(
     # Whatever the model's dtype: what eviction changes is small beside what it changes.
     precision = torch.promote_types(model.dtype, torch.float32)
     query, keys, values = (part.to(precision) for part in seen.projected)
-    full = _full(query, keys, values, seen.scale)
+    full = attend_causally(query, keys, values, seen.scale)
     rows, kv_heads = keys.shape[:2]
     found = []
     for policy in policies:
         chosen = [effective(policy, model, len(example.token_ids)) for example in examples]
         projected = (query, keys, values)
-        output, _ = teacher.walk(model, examples, chosen, layer, projected, seen.scale)
+        output = teacher.walk(model, examples, chosen, layer, projected, seen.scale)
         # No gradient reaches padding.
         moved = torch.einsum("rshtd,rhtd->rsh", gradient.to(precision), output - full).double()
         found.append(moved.view(rows, SAMPLES, kv_heads, -1).sum(dim=-1))
     return torch.stack(found, dim=-1)
-
-
-def _full(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    return scaled_dot_product_attention(
-        query, keys, values, is_causal=True, scale=scale, enable_gqa=True
-    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ class _Seen:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        output = _full(query, keys, values, scale)
+        output = attend_causally(query, keys, values, scale)
         if not output.requires_grad:
             # The lowest layer: no weight asks for a gradient, so that all begins here.
             output.requires_grad_()
