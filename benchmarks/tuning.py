@@ -94,8 +94,9 @@ def main(
         bar = unseen.cost(frame.policy(uniform.setting)).mean
         for name, stages in chosen.items():
             plan = _trials(seen, frame)
-            best = list(climb(plan, uniform, stages, trials, seed, reload).values())[-1]
-            accounts = plan.accounts.values()
+            bests, _ = climb(plan, uniform, stages, trials, seed, reload)
+            best = list(bests.values())[-1]
+            accounts = [plan.accounts[stage] for stage in stages]
             rows.append(
                 Row(
                     seed=seed,

@@ -31,7 +31,7 @@ from tuner.uniform import best_uniform
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
 
-EDITION = 4
+EDITION = 5
 """Raised when the search changes so that trials of an earlier one no longer compare."""
 
 OPEN = ("polish", "tpe", "structured", "cma")
@@ -39,6 +39,9 @@ OPEN = ("polish", "tpe", "structured", "cma")
 
 STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
 """The stages that may follow the uniform one, by the name that users give."""
+
+PER_LAYER = "per layer"
+"""The baseline that treats all heads of a layer alike."""
 
 DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
@@ -94,6 +97,8 @@ class Found:
     uniform: UniformSetting
     bests: dict[str, Tried]
     """The best setting after each stage, in order; `uniform` is the first."""
+    per_layer: Tried | None
+    """The best with one share of the slots and one alpha a layer, where that was looked for."""
     accounts: dict[str, Account]
 
 
@@ -156,6 +161,8 @@ def fit(settings: Settings) -> Outcome:
 
     stages = {name: frame.policy(best.setting) for name, best in found.bests.items()}
     presets = proof.baselines(frame, found.uniform, settings.seed)
+    if found.per_layer is not None:
+        presets[PER_LAYER] = frame.policy(found.per_layer.setting)
     candidates = {"table": fitted, "uniform": uniform, **presets}
     proved = proof.prove(ledger, trials, model, held_out, candidates, stages)
     costs = proved.costs
@@ -213,8 +220,8 @@ def search(
 ) -> Found:
     """Find the best uniform setting, with as many trials for its refinement, and climb from it."""
     uniform, best = best_uniform(trials, most)
-    bests = {"uniform": best, **climb(trials, best, stages, most, seed, load)}
-    return Found(uniform, bests, trials.accounts)
+    found, per_layer = climb(trials, best, stages, most, seed, load)
+    return Found(uniform, {"uniform": best, **found}, per_layer, trials.accounts)
 
 
 def climb(
@@ -224,8 +231,10 @@ def climb(
     most: int,
     seed: int,
     load: Callable[[], LoadedModel],
-) -> dict[str, Tried]:
-    """Climb through the stages; return the best setting after each.
+) -> tuple[dict[str, Tried], Tried | None]:
+    """Climb through the stages; return the best setting after each, and the best by layers.
+
+    The latter is a baseline for the proof, looked for once there is a profile of the heads.
 
     Args:
         trials: measures.
@@ -238,6 +247,7 @@ def climb(
             `alphas`, which share one look at the model.
     """
     bests = {}
+    start, per_layer = best, None
     way = Climb(trials, best)
     profile: sensitivity.Profile | None = None
     for number, name in enumerate(stages):
@@ -259,7 +269,11 @@ def climb(
                     getattr(way, name)()
         most -= trials.accounts[name].trials
         bests[name] = way.best
-    return bests
+        if profile is not None and per_layer is None:
+            with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS)):
+                per_layer = sensitivity.per_layer(trials, start, profile)
+            most -= trials.accounts[PER_LAYER].trials
+    return bests, per_layer
 
 
 def _examples(

@@ -33,6 +33,9 @@ ALPHAS = (0.8, 0.93, 0.98, 0.993, 1.0)
 POWERS = (1.0, 0.75)
 """Dealt shares are tried as they are and nearer to equal: costs of single heads do not add up."""
 
+MOST_PROPOSALS = 3 * len(POWERS) + 3
+"""Settings that `deal` and `alphas` propose at most."""
+
 FLOOR = 0.2
 """Fewest slots of a head as a share of the mean: at a fifth of the length, .04 of the length."""
 
@@ -55,11 +58,19 @@ class Profile:
     """Slots, rising."""
     alphas: tuple[float, ...]
     costs: NDArray[np.float64]
-    """[num_layers, num_kv_heads, budgets, alphas] nats."""
+    """[num_layers, num_kv_heads, budgets, alphas] nats. One head a layer stands for all of it."""
     noise: NDArray[np.float64]
     """The same of one standard error each."""
     examples: int
     """How many were looked at."""
+
+    def by_layer(self) -> "Profile":
+        """The same as if each layer were one head: costs [num_layers, 1, budgets, alphas]."""
+        return replace(
+            self,
+            costs=self.costs.sum(axis=1, keepdims=True),
+            noise=np.sqrt(np.square(self.noise).sum(axis=1, keepdims=True)),
+        )
 
     def dealt(self, mean: int, floor: int, alpha: int | None) -> NDArray[np.int64]:
         """Deal slots by the costs at an alpha of the grid, or at each head's cheapest (None)."""
@@ -222,6 +233,16 @@ def alphas(trials: Trials, best: Tried, profile: Profile) -> Tried:
     return _measured(trials, "alphas", settings, best)
 
 
+def per_layer(trials: Trials, best: Tried, profile: Profile) -> Tried:
+    """Measure what follows for whole layers, all heads of one alike; return the best.
+
+    A baseline from the same look and by the same steps as `deal` and `alphas`: what a table gains
+    over it is what telling heads apart is worth.
+    """
+    layers = profile.by_layer()
+    return alphas(trials, deal(trials, best, layers), layers)
+
+
 def _dealt(trials: Trials, setting: Setting, profile: Profile, alpha: int | None) -> list[Setting]:
     """The setting with slots dealt by the costs at an alpha, or at each head's cheapest (None)."""
     mean = _slots(trials, setting, profile).budget
@@ -229,7 +250,8 @@ def _dealt(trials: Trials, setting: Setting, profile: Profile, alpha: int | None
     floor = max(math.ceil(FLOOR * mean), setting.sinks + 2)
     if not floor < mean < profile.length:
         return []
-    dealt = profile.dealt(mean, floor, alpha).astype(np.float64)
+    heads = profile.dealt(mean, floor, alpha).astype(np.float64)
+    dealt = np.broadcast_to(heads, (trials.frame.num_layers, trials.frame.num_kv_heads))
     return [replace(setting, head_share=shares((dealt**power).tolist())) for power in POWERS]
 
 
@@ -237,9 +259,12 @@ def _cheapest(trials: Trials, setting: Setting, profile: Profile, part: int = 1)
     """The setting with the cheapest alphas, in the heads that gain most: one of so many."""
     if not trials.feasible(setting):
         return setting
-    costs = profile.at(np.array(_slots(trials, setting, profile).head_budgets))
+    # Where one head stands for all of a layer, its first: the others have the same.
+    heads = slice(profile.costs.shape[1])
+    costs = profile.at(np.array(_slots(trials, setting, profile).head_budgets)[:, heads])
     scale = [log_tau_of(alpha) for alpha in profile.alphas]
-    places = np.array([[log_tau_of(alpha) for alpha in row] for row in setting.alpha])
+    alpha = np.array(setting.alpha)[:, heads]
+    places = np.vectorize(log_tau_of)(alpha)
     now = np.array(
         [
             np.interp(x, scale, y)
@@ -249,8 +274,9 @@ def _cheapest(trials: Trials, setting: Setting, profile: Profile, part: int = 1)
     gain = now - costs.min(axis=-1)
     ranks = (-gain).argsort(axis=None, kind="stable").argsort().reshape(gain.shape)
     taken = (gain > 0) & (ranks < -(-gain.size // part))
-    chosen = np.where(taken, np.take(profile.alphas, costs.argmin(axis=-1)), setting.alpha)
-    return replace(setting, alpha=tuple(map(tuple, chosen.tolist())))
+    chosen = np.where(taken, np.take(profile.alphas, costs.argmin(axis=-1)), alpha)
+    whole = np.broadcast_to(chosen, np.shape(setting.alpha))
+    return replace(setting, alpha=tuple(map(tuple, whole.tolist())))
 
 
 def _slots(trials: Trials, setting: Setting, profile: Profile) -> EffectivePolicy:

@@ -61,6 +61,17 @@ def test_a_fit_writes_a_table_that_its_model_accepts(
     assert all(stage.evaluations > 0 < stage.seconds for stage in stages.values() if stage.trials)
 
 
+def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings) -> None:
+    outcome = fit(settings(stages=("sensitivity", "alphas"), trials=20))
+    assert list(outcome.table.evidence.baselines)[-1] == "per layer"
+    assert [stage.name for stage in outcome.table.search.stages] == [
+        "uniform",
+        "sensitivity",
+        "alphas",
+    ]
+    assert outcome.table.search.trials <= 20
+
+
 def test_a_fit_run_again_finds_its_trials_and_says_the_same(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,19 @@ def test_slots_and_then_alphas_are_what_the_profile_says() -> None:
     assert chosen.mean < dealt.mean < best.mean
 
 
+def test_the_rival_by_layers_treats_all_heads_of_a_layer_alike() -> None:
+    trials, best = started(ByHead(START))
+    with trials.stage("per layer", sensitivity.MOST_PROPOSALS):
+        rival = sensitivity.per_layer(trials, best, PROFILE)
+    assert rival.mean < best.mean
+    assert all(len(set(row)) == 1 for row in rival.setting.head_share)
+    assert all(len(set(row)) == 1 for row in rival.setting.alpha)
+    assert len(set(rival.setting.head_share)) > 1
+    with trials.stage("heads", 20):
+        dealt = sensitivity.deal(trials, best, PROFILE)
+        assert sensitivity.alphas(trials, dealt, PROFILE).mean < rival.mean
+
+
 def test_what_only_the_profile_promises_is_not_taken() -> None:
     planted = Planted(START)
     trials, best = started(planted)
