@@ -1,0 +1,154 @@
+"""Count answers to a question at the end about a fact at the beginning, through a real server.
+
+Owns one trial. Each prompt is a fact, real text of some thousand tokens, and a question about the
+fact, as a chat message. A server (`python -m service`) answers it under several policies of equal
+budgets, by greedy decoding. An answer counts if it names the right place.
+
+    python -m benchmarks.needle --table FILE [--tokens 3000] [--prompts 20] [--out FILE]
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import typer
+
+from a2sf.models import load_model
+from a2sf.policy import CachePolicy
+from a2sf.requests import ChatMessage, Sampling
+from a2sf.tablefile import load_table
+from benchmarks import RESULTS, ROOT, save
+from service.client import Chat, SyncClient
+from tuner import datasets
+from tuner.generated import NAMES
+
+NEW_TOKENS = 16
+TIMEOUT_S = 600.0
+START_S = 120.0
+
+THINGS = ("key", "passport", "camera", "notebook", "umbrella", "medal", "lantern", "compass")
+HIDING_PLACES = (
+    *("cellar", "garden", "attic", "library", "kitchen", "garage", "chapel", "stable"),
+    *("harbour", "museum"),
+)
+
+
+@contextmanager
+def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
+    """Run the server with one table; yield its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables = Path(folder) / "tables"
+        tables.mkdir()
+        (tables / table.name).write_bytes(table.read_bytes())
+        port_file = Path(folder) / "port"
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "service", "--model", model, "--tables", str(tables)),
+                *("--device", "cpu", "--dtype", "float32", "--slots", str(slots)),
+                *("--max-batch", "1", "--max-prefill-tokens", str(slots)),
+                *("--threads", str(threads), "--port", "0", "--port-file", str(port_file)),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + START_S
+            while not port_file.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("the server did not start; its log is above")
+                time.sleep(0.1)
+            yield f"127.0.0.1:{int(port_file.read_text())}"
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT_S)
+
+
+def questions(text: str, characters: int, count: int) -> Iterator[tuple[str, str]]:
+    """Yield prompts with that many characters of `text` each, and the word that answers."""
+    rng = Random(0)
+    facts = rng.sample(list(product(NAMES, THINGS, HIDING_PLACES)), count)
+    for name, thing, place in facts:
+        start = rng.randrange(len(text) - characters)
+        # Whole words: the text begins and ends between two.
+        filler = text[start : start + characters].split(" ", 1)[1].rsplit(" ", 1)[0]
+        yield (
+            f"Remember this: {name} hid the {thing} in the {place}.\n\nHere is some text.\n\n"
+            f"{filler}\n\nQuestion: In which place is the {thing} that {name} hid?",
+            place,
+        )
+
+
+def compare(
+    table: Annotated[Path, typer.Option(help="An alpha table of the model.")],
+    model: Annotated[str, typer.Option(help="As for the server.")] = "build/real/smollm2",
+    dataset: Annotated[str, typer.Option(help="Whose validation text lies between.")] = "wikitext2",
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt, about.")] = 3000,
+    prompts: Annotated[int, typer.Option(help="Prompts asked.")] = 20,
+    ratio: Annotated[float, typer.Option(help="Budget as a share of prompt and answer.")] = 0.2,
+    threads: Annotated[int, typer.Option(help="Threads of the server.")] = os.cpu_count() or 1,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "needle-cpu.json",
+) -> None:
+    """Ask every question under every policy; write counts with machine and versions."""
+    loaded = load_model(model, device="cpu", dtype="float32")
+    fitted = load_table(table, loaded.identity)
+    text = datasets.load(dataset, Path(os.environ[datasets.DATA_DIR_VARIABLE])).validation.text
+    characters = round(tokens * len(text) / len(loaded.encode(text)))
+    uniform = fitted.evidence.uniform
+    assert uniform is not None, "the table does not say which uniform setting was best"
+    policies = {
+        "full": CachePolicy(preset="full"),
+        "table": CachePolicy(table=fitted.name, budget_ratio=ratio),
+        f"a2sf:{uniform.alpha:.4g}:{uniform.recent_share:g}:{uniform.sinks}": CachePolicy(
+            alpha=uniform.alpha,
+            recent_share=uniform.recent_share,
+            sinks=uniform.sinks,
+            budget_ratio=ratio,
+        ),
+        "h2o": CachePolicy(preset="h2o", budget_ratio=ratio),
+        "window": CachePolicy(preset="window", budget_ratio=ratio),
+    }
+    right: dict[str, list[bool]] = {name: [] for name in policies}
+    lengths = []
+    with (
+        served(model, table, round(1.5 * tokens), threads) as address,
+        SyncClient(address) as client,
+    ):
+        for question, place in questions(text, characters, prompts):
+            chat = Chat(messages=(ChatMessage(role="user", content=question),))
+            for name, policy in policies.items():
+                answer = client.generate(
+                    chat,
+                    max_new_tokens=NEW_TOKENS,
+                    sampling=Sampling(temperature=0.0),
+                    cache_policy=policy,
+                    timeout_s=TIMEOUT_S,
+                )
+                right[name].append(place in answer.text.lower())
+            lengths.append(answer.started.prompt_tokens)
+            typer.echo({name: sum(one) for name, one in right.items()}, err=True)
+    rows: list[dict[str, Any]] = [
+        {"policy": name, "right": sum(one), "of": len(one)} for name, one in right.items()
+    ]
+    for row in rows:
+        typer.echo(f"{row['policy']:>24} {row['right']:3d} of {row['of']}")
+    save(
+        out,
+        loaded,
+        table=str(table.resolve().relative_to(ROOT)),
+        dataset=dataset,
+        prompt_tokens=[min(lengths), max(lengths)],
+        ratio=ratio,
+        rows=rows,
+        answers=right,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(compare)
