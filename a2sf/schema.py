@@ -152,6 +152,12 @@ class TablePolicy(Frozen):
     budget_ratio: Ratio | None = Field(
         default=None, description="The same as a share of prompt + max_new tokens."
     )
+    min_budget: Tokens | None = Field(
+        default=None,
+        description="The fewest slots of a head, the mean over all heads, that a budget_ratio is "
+        "served with, in tokens; a sequence that is shorter keeps all its tokens. 0: none; null: "
+        "the server's own. A budget in tokens is served as it is.",
+    )
     recent: Tokens | None = Field(
         default=None, description="Tokens before the newest that are never evicted."
     )

@@ -99,15 +99,20 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_2(document: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had equal slots in the heads of a layer, and kept no loss to the full cache."""
+    """Version 2 had equal slots in the heads of a layer, and kept no loss to the full cache.
+
+    It had no floor for its ratio either.
+    """
     # What is missing or no object is left for the fields' own checks to name.
     evidence, policy = document.get("evidence"), document.get("policy")
     if isinstance(evidence, dict):
         document = document | {"evidence": evidence | {"lost_nll": None}}
-    if isinstance(policy, dict) and "layer_share" in policy:
-        rest = {name: value for name, value in policy.items() if name != "layer_share"}
-        shares = _shares_by_head(policy["layer_share"], policy.get("alpha"))
-        document = document | {"policy": rest | {"head_share": shares}}
+    if isinstance(policy, dict):
+        policy = policy | {"min_budget": None}
+        if "layer_share" in policy:
+            shares = _shares_by_head(policy.pop("layer_share"), policy.get("alpha"))
+            policy["head_share"] = shares
+        document = document | {"policy": policy}
     return document
 
 
@@ -158,6 +163,9 @@ def upgrade(
 def parse_table(data: bytes) -> AlphaTable:
     """Read a table from the bytes of its file: digest, then version, then every field.
 
+    The table's digest is that of its canonical form, which is the file's own where the file has
+    every field of the newest version.
+
     Raises TableCorrupt, TableTooNew or TableInvalid, with what is wrong.
     """
     try:
@@ -182,9 +190,12 @@ def parse_table(data: bytes) -> AlphaTable:
     try:
         # Strict validation takes JSON's arrays for tuples and its strings for times only when it
         # reads JSON itself.
-        return AlphaTable.model_validate_json(json.dumps(upgrade(document)))
+        table = AlphaTable.model_validate_json(json.dumps(upgrade(document)))
     except ValidationError as error:
         raise TableInvalid(first_problem(error)) from error
+    # A file may leave out a field that may be null, or write 1 for 1.0: what is handed on is
+    # written in full, and so is what its digest is of.
+    return table.model_copy(update={"sha256": canonical_digest(table.model_dump(mode="json"))})
 
 
 def load_table(path: Path, identity: ModelIdentity | None = None) -> AlphaTable:

@@ -207,7 +207,7 @@ def gap(mean: float) -> Estimate:
 def version_2(identity: ModelIdentity) -> dict[str, Any]:
     """The document of a table from before version 3, without what that brought."""
     old = {**make_table(identity).model_dump(mode="json"), "schema_version": 2}
-    del old["policy"]["head_share"], old["evidence"]["lost_nll"]
+    del old["policy"]["head_share"], old["policy"]["min_budget"], old["evidence"]["lost_nll"]
     old["policy"]["layer_share"] = [1.0 + 0.5 * layer for layer in range(identity.num_layers)]
     return {**old, "sha256": canonical_digest(old)}
 

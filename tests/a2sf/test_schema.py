@@ -121,6 +121,8 @@ def set_in(changed: dict[str, Any], path: str, value: Any) -> None:
         ("policy.layer_share", [1.0, 1.0], "layer_share: Extra inputs"),
         ("policy.budget", 0, "greater than or equal to 1"),
         ("policy.budget_ratio", 0.5, "exactly one of budget and budget_ratio"),
+        ("policy.min_budget", -1, "min_budget: .*greater than or equal to 0"),
+        ("policy.min_budget", 0.5, "min_budget: .*valid integer"),
         ("policy.recent", None, "exactly one of recent and recent_share"),
         ("name", "../escape", "pattern"),
         ("created_at", "yesterday", "created_at"),
@@ -138,6 +140,39 @@ def test_a_whole_file_with_a_wrong_field_is_refused_by_field(
     set_in(changed, path, value)
     with pytest.raises(TableInvalid, match=says):
         parse_table(as_file(changed))
+
+
+@pytest.mark.parametrize("older", [version_1, version_2])
+def test_a_table_from_before_floors_leaves_the_floor_to_the_server(
+    older: Callable[[ModelIdentity], dict[str, Any]],
+) -> None:
+    assert "min_budget" not in older(IDENTITY)["policy"]
+    table = parse_table(json.dumps(older(IDENTITY)).encode())
+    assert table.model_dump(mode="json")["policy"]["min_budget"] is None
+
+
+@pytest.mark.parametrize("floor", [0, 64, None])
+def test_a_table_keeps_its_floor(floor: int | None, tmp_path: Path) -> None:
+    table = make_table(IDENTITY, budget=None, budget_ratio=0.2, min_budget=floor)
+    save_table(table, tmp_path / "t.json")
+    assert load_table(tmp_path / "t.json").policy.min_budget == floor
+
+
+def test_a_file_that_says_the_same_in_other_words_has_the_digest_of_its_full_form(
+    tmp_path: Path,
+) -> None:
+    table = make_table(IDENTITY, head_share=((1.0, 1.0), (1.0, 1.0)))
+    shorter = document()
+    for name in ("budget_ratio", "min_budget", "recent_share"):
+        del shorter["policy"][name]
+    shorter["policy"]["head_share"] = [[1, 1], [1, 1]]
+    read = parse_table(as_file(shorter))
+    assert read == table
+    # A client reads it from its canonical JSON, and a program may write it again.
+    told = tablefile.canonical_json(read.model_dump(mode="json"))
+    assert parse_table(told.encode()) == read
+    save_table(read, tmp_path / "again.json")
+    assert load_table(tmp_path / "again.json") == read
 
 
 def test_a_missing_field_is_refused_by_name() -> None:
