@@ -1,6 +1,7 @@
 """The contract is lint-clean, its code is fresh, and no RPC or preset lacks its counterpart."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ def test_the_generated_code_is_what_the_contract_generates(tmp_path: Path) -> No
     committed = {name: (ROOT / "service" / "pb" / name).read_text() for name in fresh}
     assert set(fresh) >= {"inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py"}
     assert fresh == committed
+
+
+def test_the_contract_names_the_code_that_is_generated_from_it() -> None:
+    options = pb.DESCRIPTOR.GetOptions()
+    assert options.go_package == "a2sf/inference/v1;inferencev1"
+    assert (options.java_package, options.java_multiple_files) == ("a2sf.inference.v1", True)
+    assert options.java_outer_classname == "InferenceProto"
+
+
+def test_the_library_of_reflection_still_has_no_v1_as_the_clients_page_says() -> None:
+    # Once it has one, serve it too and change the page.
+    assert find_spec("grpc_reflection.v1alpha") is not None
+    assert find_spec("grpc_reflection.v1") is None
+    assert "no `v1`" in (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
 def test_every_rpc_has_a_handler_of_its_own_and_a_client_method() -> None:
