@@ -4,14 +4,22 @@ Owns the checks that need the model's shape and the engine's sizes, and their me
 may be by itself is checked where the value is made. Knows nothing of rows or schedules.
 """
 
-from typing import Annotated, Self
+from itertools import chain
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from a2sf.decoding import Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, Heads, deal, resolve
+from a2sf.policy import (
+    DEFAULT_METHOD,
+    CachePolicy,
+    EffectivePolicy,
+    Heads,
+    deal,
+    resolve,
+)
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
 from a2sf.sequence import ending_tokens
@@ -42,8 +50,9 @@ class EngineConfig(Frozen):
     cuda_graphs: bool = True
     """Whether Triton's programs run in graphs, captured at the start; not where several processes
     share the model."""
-    default_policy: Annotated[CachePolicy, Field(default=CachePolicy(preset="h2o", budget=256))]
-    """What a request's cache policy leaves open."""
+    default_policy: CachePolicy = DEFAULT_METHOD
+    """What a request's cache policy leaves open. Where it names no budget, a request without one
+    gets as many slots as every head of a row has, so that what fits into a row is exact."""
 
     @model_validator(mode="after")
     def _default_fits(self) -> Self:
@@ -94,13 +103,16 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         )
     if request.table is not None:
         request.table.check_model(model.identity)
-    prompt = len(request.prompt_ids)
+    prompt, server = len(request.prompt_ids), config.default_policy
+    slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
+    if server.budget is None and server.budget_ratio is None:
+        server = server.model_copy(update={"budget": min(chain(*slots))})
     policy = resolve(
         request.cache_policy,
         table=request.table,
-        server=config.default_policy,
+        server=server,
         length=prompt + request.max_new_tokens,
-        slots=config.head_slots(model.shape.num_layers, model.identity.num_kv_heads),
+        slots=slots,
         num_layers=model.shape.num_layers,
         num_kv_heads=model.identity.num_kv_heads,
     )

@@ -46,7 +46,9 @@ class CachePolicy(Given):
     """What a caller asks of the cache. Fields left out come from the table, then the server.
 
     At most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent` and
-    `recent_share`. A ratio is of prompt + max_new tokens, a share of budget - sinks - 1.
+    `recent_share`. A ratio is of prompt + max_new tokens, a share of budget - sinks - 1. A budget
+    that comes from a ratio is never below `min_budget` slots, nor above what the request needs; 0
+    is no floor. A `budget` is exact as given.
     """
 
     preset: Preset | None = None
@@ -54,6 +56,7 @@ class CachePolicy(Given):
     alpha: Alpha | None = None
     budget: Positive | None = None
     budget_ratio: Ratio | None = None
+    min_budget: Count | None = None
     recent: Count | None = None
     recent_share: Share | None = None
     sinks: Count | None = None
@@ -86,6 +89,21 @@ class CachePolicy(Given):
         return self.preset is not None or self.table is not None or self.alpha is not None
 
 
+DEFAULT_METHOD = CachePolicy(alpha=0.95, recent_share=0.25)
+"""How a server forgets where neither request nor table says: the uniform setting that cost least
+over four datasets on a real model, by benchmarks/FINDINGS.md, "What a server does by default"."""
+
+
+def left_out(server: CachePolicy, table: AlphaTable | None) -> CachePolicy:
+    """Return the policy of a request that gives none, where `table` (None: none) is the default."""
+    if table is None:
+        return server
+    own = table.policy.model_dump(exclude={"alpha", "head_share"})
+    if own["min_budget"] is None:
+        own["min_budget"] = server.min_budget
+    return CachePolicy(table=table.name, **own)
+
+
 class EffectivePolicy(Frozen):
     """One sequence's policy in plain numbers: what the block law is carried out with."""
 
@@ -94,6 +112,11 @@ class EffectivePolicy(Frozen):
     budget: Positive = Field(description="What was asked for: the mean of head_budgets, slots.")
     head_budgets: tuple[tuple[Positive, ...], ...] = Field(
         description="[num_layers][num_kv_heads] slots."
+    )
+    min_budget: Positive | None = Field(
+        default=None,
+        description="Set where a ratio came to fewer slots than this floor: `budget` is the floor, "
+        "or the sequence's length where that is less.",
     )
     recent: Count = Field(description="What a head of `budget` slots would protect, tokens.")
     head_recents: tuple[tuple[Count, ...], ...] = Field(
@@ -230,7 +253,11 @@ def resolve(
     policy of one that is still being fitted, which nobody can name. `length` is prompt + max_new in
     tokens; `slots` [num_layers][num_kv_heads] what a row of the slab has of each head, one number
     where it has the same of all. Raises InvalidArgument naming the field, its value and what is
-    accepted; nothing is clamped.
+    accepted. Nothing is clamped, but that a ratio comes to no fewer slots than `min_budget` says,
+    and then the result tells so.
+
+    A preset's recent window is its own or the request's, never the server's, which belongs to the
+    server's method.
     """
     method = request if request.names_method else server
     preset = method.preset
@@ -242,11 +269,13 @@ def resolve(
     # Nothing is evicted from a full cache, so there is nothing to protect.
     sinks = _first((s.sinks for s in sources), 0 if preset == "full" else DEFAULT_SINKS)
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
-    budget = length if preset == "full" else _budget(sources, length)
+    whole = (length, None, True)
+    budget, floor, stated = whole if preset == "full" else _budget(sources, length)
+    protecting = (request,) if preset is not None else sources
     equal = ((1.0,) * num_kv_heads,) * num_layers
     # What a short sequence leaves of a small share must still hold the newest token and what is
     # protected.
-    least = sinks + 1 + _recent(sources, 0)
+    least = sinks + 1 + _recent(protecting, 0)
     budgets = deal(budget, fitted.head_share if fitted else equal, length, least)
 
     def recent(slots: int) -> int:
@@ -254,11 +283,13 @@ def resolve(
             return max(slots - sinks - 1, 0)
         if preset == "h2o":
             return max((slots - sinks) // 2, 0)
-        return 0 if preset == "full" else _recent(sources, slots - sinks - 1)
+        return 0 if preset == "full" else _recent(protecting, slots - sinks - 1)
 
     recents = tuple(tuple(recent(mine) for mine in layer) for layer in budgets)
-    _check_slab(budgets, slots, budget, length, preset)
-    _check_room(budget, recent(budget), sinks)
+    _check_slab(budgets, slots, budget, floor, length, preset)
+    # Nobody chose what a ratio comes to: where that is the whole sequence, nothing is evicted.
+    if budget < length or stated:
+        _check_room(budget, recent(budget), sinks)
     if fitted is not None:
         alpha = fitted.alpha
     else:
@@ -272,6 +303,7 @@ def resolve(
         alpha=alpha,
         budget=budget,
         head_budgets=budgets,
+        min_budget=floor,
         recent=recent(budget),
         head_recents=recents,
         sinks=sinks,
@@ -286,6 +318,7 @@ def _check_slab(
     budgets: Heads,
     slots: Sequence[Sequence[int]] | int,
     budget: int,
+    floor: int | None,
     length: int,
     preset: Preset | None,
 ) -> None:
@@ -306,15 +339,20 @@ def _check_slab(
             f"budget is {budget} tokens a head on average, of which head_share gives layer {layer} "
             f"head {head} {needs} slots"
         )
+    if floor is not None:
+        asked = f"min_budget {floor} raises what budget_ratio comes to: {asked}"
     if flat:
         room = f"accepted: at most {has} slots" + ("" if equal else " in every head")
     else:
         room = f"layer {layer} head {head} has {has} slots (rows follow head_share)"
-    raise InvalidArgument("cache_policy.budget", f"{asked}; {room}; lower budget or raise --slots")
+    field = "budget" if floor is None else "min_budget"
+    raise InvalidArgument(
+        f"cache_policy.{field}", f"{asked}; {room}; lower {field} or raise --slots"
+    )
 
 
 def _check_room(budget: int, recent: int, sinks: int) -> None:
-    """Refuse a policy that protects so much that nothing can be evicted.
+    """Refuse a policy that protects so much that nothing can be evicted where something must be.
 
     Asked of a head of `budget` slots: no head gets fewer than it needs where that one has them.
     """
@@ -330,18 +368,24 @@ def _first(values: Iterable[int | None], default: int) -> int:
     return next((value for value in values if value is not None), default)
 
 
-def _budget(sources: Iterable[CachePolicy | TablePolicy], length: int) -> int:
+def _budget(
+    sources: Sequence[CachePolicy | TablePolicy], length: int
+) -> tuple[int, int | None, bool]:
+    """Return the slots, the floor where one raised them, and whether they were stated as slots."""
+    floor = _first((source.min_budget for source in sources), 0)
     for source in sources:
         if source.budget is not None:
-            return source.budget
+            return source.budget, None, True
         if source.budget_ratio is not None:
-            budget = math.floor(source.budget_ratio * length + 0.5)
+            budget, least = math.floor(source.budget_ratio * length + 0.5), min(floor, length)
+            if budget < least:
+                return least, floor, False
             if budget < 1:
                 raise InvalidArgument(
                     "cache_policy.budget_ratio",
                     f"{source.budget_ratio} of {length} tokens is less than one slot",
                 )
-            return budget
+            return budget, None, False
     raise InvalidArgument("cache_policy.budget", "no budget given; accepted: 1 or more tokens")
 
 

@@ -154,9 +154,9 @@ class TablePolicy(Frozen):
     )
     min_budget: Tokens | None = Field(
         default=None,
-        description="The fewest slots of a head, the mean over all heads, that a budget_ratio is "
-        "served with, in tokens; a sequence that is shorter keeps all its tokens. 0: none; null: "
-        "the server's own. A budget in tokens is served as it is.",
+        description="The fewest slots that a budget_ratio comes to when it is served, in tokens; a "
+        "shorter sequence keeps all of its tokens. 0: no floor; null: the server's own. A budget "
+        "in tokens is exact as given.",
     )
     recent: Tokens | None = Field(
         default=None, description="Tokens before the newest that are never evicted."

@@ -13,6 +13,7 @@ import grpc
 from a2sf.errors import InvalidArgument
 from service.answering import Backend, Door, answering
 from service.conversions import refused_messages
+from service.core import tell_default
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 
@@ -35,6 +36,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
             store = await asyncio.to_thread(
                 self._backend.core.tables.activate, request.name, request.etag
             )
+            tell_default(self._backend.core.config, store)
             response.default_table = store.default or ""
             response.etag = store.etag
         return response

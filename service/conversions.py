@@ -366,6 +366,7 @@ def _effective_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
         sinks=policy.sinks,
         prefill_chunk=policy.prefill_chunk,
         random_seed=policy.random_seed,
+        min_budget=policy.min_budget,
     )
     if policy.method in PRESETS:
         message.preset = preset_value(policy.method)

@@ -19,12 +19,13 @@ from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
-from a2sf.policy import CachePolicy, Heads, resolve, slots_for
+from a2sf.policy import CachePolicy, Heads, left_out, resolve, slots_for
 from a2sf.ranks import Ranks, expected, leave
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
 from service.options import ServerOptions, Shares, heads_of
-from service.tables import TableCatalog
+from service.policies import in_words
+from service.tables import TableCatalog, TableStore
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +38,7 @@ class Core:
     engine: Engine
     config: EngineConfig
     """Its default policy names no table: that of requests without a method is `tables.now.default`,
-    which may change, and preset h2o where there is none."""
+    which may change, and `a2sf.policy.DEFAULT_METHOD` where there is none."""
     tables: TableCatalog
 
     def close(self) -> None:
@@ -98,6 +99,7 @@ def load_core(options: ServerOptions) -> Core:
         refused=len(tables.now.refused),
         default_table=options.default_table,
     )
+    tell_default(config, tables.now)
     return Core(model=model, engine=engine, config=config, tables=tables)
 
 
@@ -121,25 +123,43 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
     )
 
 
+def default_policy(config: EngineConfig, store: TableStore) -> CachePolicy:
+    """Return the policy of a request that gives none, by one state of the tables."""
+    default = store.default
+    return left_out(config.default_policy, None if default is None else store.lookup(default))
+
+
+def tell_default(config: EngineConfig, store: TableStore) -> None:
+    """Log in one line what a request gets that gives no policy, and below what no ratio goes."""
+    log.info(
+        "default policy",
+        policy=in_words(default_policy(config, store)),
+        min_budget=config.default_policy.min_budget,
+    )
+
+
 def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
     """Return the shares by which the default table shapes rows, or None where they are equal.
 
     Raises InvalidArgument where what the server gives without being asked would not always fit. A
-    budget that is a ratio is as large as each request makes it.
+    budget that is a ratio is as large as each request makes it, and never below its floor.
     """
-    shares, fitted = table.policy.head_share, table.policy.budget
-    wanted = max(options.budget(shares), fitted or 0)
+    shares, fitted = table.policy.head_share, table.policy.budget or 0
+    floor = _floor(options, table)
+    wanted = max(options.budget(shares), fitted, floor)
     slots = heads_of(options.slots, shares)
     narrowest, layer, head = min(
         (has, layer, head) for layer, row in enumerate(slots) for head, has in enumerate(row)
     )
     if wanted <= narrowest:
         return None if len(set(chain(*slots))) == 1 else shares
-    budget = (
-        f"{table.name} was fitted for a budget of {fitted} tokens"
-        if wanted == fitted
-        else f"--default-budget is {wanted} tokens"
-    )
+    if wanted == fitted:
+        budget = f"{table.name} was fitted for a budget of {fitted} tokens"
+    elif wanted == floor:
+        whose = "--min-budget" if table.policy.min_budget is None else f"min_budget of {table.name}"
+        budget = f"{whose} is {floor} tokens"
+    else:
+        budget = f"--default-budget is {wanted} tokens"
     room = f"there are {options.slots} slots"
     if narrowest < options.slots:
         room = (
@@ -147,8 +167,11 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
             f"{head} gets {narrowest}, while a request whose heads get the same, or one shorter "
             "than its budget, needs the whole budget in every head"
         )
-    enough = (fitted or 0) <= narrowest
-    less = f", or --default-budget {narrowest} or less" if enough else ""
+    less = ""
+    if wanted not in (fitted, floor) and max(fitted, floor) <= narrowest:
+        less = f", or --default-budget {narrowest} or less"
+    elif wanted == floor and table.policy.min_budget is None:
+        less = f", or --min-budget {narrowest} or less"
     raise InvalidArgument(
         "--default-table",
         f"{budget}, and {room}; give --slots {slots_for(wanted, shares)} or more{less}",
@@ -186,6 +209,14 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
                 f"dealt so: layer {layer} head {head} has {rows[layer][head]} slots, where this "
                 f"table deals it {wanted[layer][head]}; {start}"
             )
+        floor, narrowest = _floor(options, table), min(chain(*rows))
+        if floor > narrowest:
+            raise TableInvalid(
+                f"{cannot}: its ratio comes to no fewer than {floor} tokens (min_budget), of which "
+                f"a request that has just as many needs {floor} slots in every head, and the "
+                f"narrowest has {narrowest}; {start} and "
+                f"--slots {slots_for(floor, policy.head_share)} or more"
+            )
         return
     budget = policy.budget
     peaks = [[budget] * len(row) for row in rows] if alike else _peaks(budget, policy.head_share)
@@ -214,6 +245,14 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         )
     except InvalidArgument as error:
         raise TableInvalid(f"{cannot}: {error.problem}") from error
+
+
+def _floor(options: ServerOptions, table: AlphaTable) -> int:
+    """Return what the ratio of a default table never goes below, slots; 0 where it has none."""
+    policy = table.policy
+    if policy.budget is not None:
+        return 0
+    return options.floor(policy.head_share) if policy.min_budget is None else policy.min_budget
 
 
 def _peaks(budget: int, shares: Shares) -> list[list[int]]:

@@ -14,14 +14,16 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from a2sf.errors import InvalidArgument
 from a2sf.files import REFERENCE
-from a2sf.policy import DEFAULT_SINKS, CachePolicy, Heads, deal, slots_for
+from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads, deal, slots_for
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
 from service.runner import MAX_UNREAD
 
 if TYPE_CHECKING:
     from a2sf.admission import EngineConfig
 
-DEFAULT_BUDGET = 256
+MIN_BUDGET = 64
+"""Slots below which short requests lose too much by a ratio, by benchmarks/FINDINGS.md, "How few
+slots a ratio may come to"."""
 
 Shares = tuple[tuple[float, ...], ...]
 """A weight of each layer and KV head, by which slots are dealt."""
@@ -69,8 +71,8 @@ class TableOptions(_Group):
     """Directory of alpha tables (*.json); without it, those that ship with the reference model
     where that is served."""
     default_table: str | None = None
-    """Table of requests that name no method; without it, preset h2o. Where it deals slots
-    unequally among heads, so do all rows."""
+    """Table of requests that name no method; without it, they forget by alpha 0.95 in all heads and
+    protect a share of 0.25. Where it deals slots unequally among heads, so do all rows."""
     watch_tables: bool = True
     """Read the tables' directory again when it changes."""
 
@@ -85,8 +87,12 @@ class CapacityOptions(_Group):
     default table deals them unequally, requests with the same in every head get at most those of
     the narrowest."""
     default_budget: Positive | None = None
-    """Budget of requests that name none, in tokens; without it 256, or the slots of the narrowest
-    head where those are fewer."""
+    """Budget of requests that name none, in tokens; without it, the slots of the narrowest head:
+    what fits into them is exact."""
+    min_budget: Count | None = None
+    """The fewest tokens that a budget ratio comes to, a request's or a table's; a request that
+    needs fewer keeps all of them. 0: no floor; without it 64, or a quarter of the slots of the
+    narrowest head where those are fewer."""
     max_prefill_tokens: Positive | None = None
     """Longest prompt block, in tokens; without it, the model's context, at most 8192."""
     step_tokens: Positive = 512
@@ -247,7 +253,17 @@ class ServerOptions(
         """What a request gets without asking, where rows have these shares (None: equal heads)."""
         if self.default_budget is not None:
             return self.default_budget
-        return min(DEFAULT_BUDGET, *chain(*heads_of(self.slots, head_share or ((1.0,),))))
+        return self._narrowest(head_share)
+
+    def floor(self, head_share: Shares | None) -> int:
+        """What no ratio goes below where neither request nor table says, with the same shares."""
+        if self.min_budget is not None:
+            return self.min_budget
+        # A quarter, so that a table which deals some heads four times the mean fits as well.
+        return min(MIN_BUDGET, self._narrowest(head_share) // 4)
+
+    def _narrowest(self, head_share: Shares | None) -> int:
+        return min(chain(*heads_of(self.slots, head_share or ((1.0,),))))
 
     def engine_config(self, head_share: Shares | None) -> "EngineConfig":
         """The engine's sizes, with rows of equal heads or (not None) of these shares.
@@ -270,6 +286,10 @@ class ServerOptions(
                 "--default-budget",
                 f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
+        if (floor := self.floor(head_share)) > self.slots:
+            raise InvalidArgument(
+                "--min-budget", f"{floor}; accepted: 0 (none) to {self.slots} (slots)"
+            )
         try:
             return EngineConfig(
                 slots=self.slots,
@@ -280,7 +300,9 @@ class ServerOptions(
                 max_waiting=self.max_waiting,
                 kernels=self.kernels,
                 cuda_graphs=self.cuda_graphs,
-                default_policy=CachePolicy(preset="h2o", budget=budget),
+                default_policy=DEFAULT_METHOD.model_copy(
+                    update={"budget": budget, "min_budget": floor}
+                ),
             )
         except ValidationError as error:
             raise InvalidArgument("options", first_problem(error)) from error

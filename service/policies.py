@@ -39,6 +39,25 @@ def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
     return pb.CachePolicy(**values)
 
 
+def in_words(policy: CachePolicy) -> str:
+    """Put the policy of a request that gives none into one line: method, window, budget, floor."""
+    if policy.table is not None:
+        method = f"table {policy.table}"
+    else:
+        method = policy.preset or f"a2sf, alpha {policy.alpha:g}"
+    parts = [method]
+    if policy.recent_share is not None:
+        parts.append(f"{policy.recent_share:g} of the rest recent")
+    elif policy.recent is not None:
+        parts.append(f"{policy.recent} tokens recent")
+    if policy.budget is not None:
+        parts.append(f"budget {policy.budget} tokens")
+    elif policy.budget_ratio is not None:
+        floor = f", at least {policy.min_budget}" if policy.min_budget else ""
+        parts.append(f"budget {policy.budget_ratio:g} of prompt + new tokens{floor}")
+    return ", ".join(parts)
+
+
 def preset_name(value: int) -> str:
     """Return the core's name of a preset. Raises InvalidRequest for a value that is none."""
     names = _preset_names()

@@ -19,7 +19,7 @@ from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service import conversions
 from service.answering import Backend, Call, Door, answering
-from service.core import Core
+from service.core import Core, default_policy
 from service.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
@@ -198,9 +198,7 @@ def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
     """Write what is being served."""
     shape, config = core.model.shape, core.config
     slots = config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
-    policy, default = config.default_policy, core.tables.now.default
-    if default is not None:
-        policy = policy.model_copy(update={"preset": None, "table": default})
+    policy = default_policy(config, core.tables.now)
     return pb.GetModelResponse(
         model=conversions.identity_message(core.model.identity),
         max_context=shape.max_context,

@@ -105,6 +105,8 @@ class SequencePolicies:
                 table=named.table.name,
                 budget=given.slots,
                 budget_ratio=given.ratio,
+                # Policies are compared at equal bytes: a ratio is that very ratio.
+                min_budget=0,
                 prefill_chunk=given.prefill_chunk,
             )
         self.wish: CachePolicy = wish

@@ -271,7 +271,11 @@ def _nll(example: Example, log_probabilities: Tensor) -> float:
 
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
-    """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses."""
+    """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses.
+
+    But for one: here a ratio is that very ratio, and no floor raises it, neither a server's nor
+    the table's own, because candidates are compared at equal bytes.
+    """
     if isinstance(candidate, Pyramid):
         equal = effective(candidate.equal, model, length)
         return effective(candidate.table(equal, length), model, length)
@@ -279,7 +283,7 @@ def effective(candidate: Candidate, model: LoadedModel, length: int) -> Effectiv
         return candidate.pooled(effective(candidate.equal, model, length))
     table = candidate if isinstance(candidate, TablePolicy) else None
     return resolve(
-        CachePolicy() if isinstance(candidate, TablePolicy) else candidate,
+        CachePolicy(min_budget=0) if isinstance(candidate, TablePolicy) else candidate,
         table=table,
         server=CachePolicy(),
         length=length,

@@ -132,6 +132,8 @@ def policy_line(policy: TablePolicy) -> str:
         if policy.budget is not None
         else f"budget {policy.budget_ratio:g} of the length"
     )
+    if policy.min_budget is not None:
+        budget += f", at least {policy.min_budget} tokens" if policy.min_budget else ", no floor"
     recent = (
         f"recent {policy.recent} tokens"
         if policy.recent is not None

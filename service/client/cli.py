@@ -129,6 +129,10 @@ def complete(
     budget_ratio: Annotated[
         float | None, _memory(help="The same, as a share of prompt + new tokens.")
     ] = None,
+    min_budget: Annotated[
+        int | None,
+        _memory(help="The fewest tokens that a ratio comes to; 0 for no floor."),
+    ] = None,
     recent: Annotated[int | None, _memory(help="Newest tokens that are never forgotten.")] = None,
     recent_share: Annotated[
         float | None, _memory(help="The same, as a share of budget - sinks - 1.")
@@ -171,6 +175,7 @@ def complete(
         "preset": preset,
         "budget": budget,
         "budget_ratio": budget_ratio,
+        "min_budget": min_budget,
         "recent": recent,
         "recent_share": recent_share,
         "sinks": sinks,

@@ -324,6 +324,7 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
         table_sha256=policy.table.sha256 if kind == "table" else None,
         budget=policy.budget,
         head_budgets=_heads(policy.head_budgets, policy.layer_budgets),
+        min_budget=policy.min_budget if policy.HasField("min_budget") else None,
         recent=policy.recent,
         head_recents=_heads(policy.head_recents, policy.layer_recents),
         sinks=policy.sinks,

@@ -75,6 +75,7 @@ class ForPeople:
         self._tokens: list[TokenLogprobs] = []
         self._mid_line = False
         self._live = _LiveFigures() if sys.stderr.isatty() else None
+        self._policy = ""
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -96,6 +97,7 @@ class ForPeople:
         """Show one event."""
         match event:
             case StreamStarted():
+                self._policy = policy_in_words(event)
                 if self._live is not None:
                     self._live.started(event)
                 if event.prompt is not None:
@@ -111,7 +113,7 @@ class ForPeople:
                 print()
                 for token in self._tokens:
                     print(_token_line(token))
-                print(figures(event), flush=True)
+                print(figures(event, self._policy), flush=True)
 
     def _write(self, text: str) -> None:
         if sys.stdout.isatty():
@@ -199,14 +201,27 @@ class _LiveFigures:
         return f"{tokens} tokens, {rate}evicted {round(sum(gone) / len(gone))} of {seen}"
 
 
-def figures(event: Finished) -> str:
-    """Put what a completion took into one line for people."""
+def policy_in_words(event: StreamStarted) -> str:
+    """Name the policy that a completion is made under, with what its budget came from."""
+    if event.method == "table":
+        method = f"table {event.table_name}"
+    elif event.alpha is not None:
+        method = f"alpha {event.alpha:g}"
+    else:
+        method = event.method
+    floor = "" if event.min_budget is None else f" (raised by min_budget {event.min_budget})"
+    return f"{method}, budget {event.budget}{floor}"
+
+
+def figures(event: Finished, policy: str) -> str:
+    """Put what a completion took, and its policy, into one line for people."""
     usage, cache, timings = event.usage, event.cache, event.timings
     tokens = usage.completion_tokens
     # The first token came out of the prefill; the others took the decode's time.
     rate = f"{(tokens - 1) / timings.decode_s:.1f} tokens/s" if timings.decode_s > 0 else "at once"
     return (
-        f"{tokens} tokens ({event.reason.value}), {rate}; each head kept {cache.kept_tokens} of "
+        f"{tokens} tokens ({event.reason.value}), {rate}; {policy}; "
+        f"each head kept {cache.kept_tokens} of "
         f"{cache.kept_tokens + cache.evicted_tokens} tokens, evicted {cache.evicted_tokens}; "
         f"KV {decimal(cache.kv_bytes)} against {decimal(cache.kv_bytes_full)} in a full cache"
     )

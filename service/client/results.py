@@ -41,6 +41,8 @@ class StreamStarted(Frozen):
     """Tokens that each head keeps, the mean over layers and heads."""
     head_budgets: Heads
     """[layers][KV heads] tokens that each keeps."""
+    min_budget: int | None
+    """The floor that raised `budget`, where a ratio came to fewer tokens."""
     recent: int
     """Tokens before the newest that a head of `budget` would never forget."""
     head_recents: Heads
@@ -108,6 +110,7 @@ class ModelDescription(Frozen):
     """Requests that decode together at most."""
     kv_slab_bytes: int
     default_cache_policy: CachePolicy
+    """That of a request that gives none."""
     server_version: str
     head_slots: Heads
     """[layers][KV heads] slots of a row; all are `slots` but where the default table deals

@@ -388,7 +388,7 @@ class GetModelResponse(_message.Message):
 
     @_builtins.property
     def default_cache_policy(self) -> Global___CachePolicy:
-        """What a request gets for each field of its cache policy that it leaves out."""
+        """The cache policy of a request that gives none."""
 
     @_builtins.property
     def layer_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -840,6 +840,7 @@ class CachePolicy(_message.Message):
     SINKS_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     RANDOM_SEED_FIELD_NUMBER: _builtins.int
+    MIN_BUDGET_FIELD_NUMBER: _builtins.int
     table: _builtins.str
     """By the alpha table of this name: one forgetting factor for each layer and head."""
     alpha: _builtins.float
@@ -860,6 +861,10 @@ class CachePolicy(_message.Message):
     """Tokens of one prompt block. 0: the prompt is read as one block, with plain attention."""
     random_seed: _builtins.int
     """Seed of preset random, below 2^31; for no other method."""
+    min_budget: _builtins.int
+    """The fewest tokens that a `budget_ratio` comes to, the request's own or its table's; a request
+    that needs fewer keeps all of them. 0: no floor. A `budget` is exact as given.
+    """
     def __init__(
         self,
         *,
@@ -873,11 +878,14 @@ class CachePolicy(_message.Message):
         sinks: _builtins.int | None = ...,
         prefill_chunk: _builtins.int | None = ...,
         random_seed: _builtins.int | None = ...,
+        min_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_chunk", b"_prefill_chunk", "_random_seed", b"_random_seed", "_sinks", b"_sinks", "alpha", b"alpha", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "_prefill_chunk", b"_prefill_chunk", "_random_seed", b"_random_seed", "_sinks", b"_sinks", "alpha", b"alpha", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "method", b"method", "min_budget", b"min_budget", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_chunk", b"_prefill_chunk", "_random_seed", b"_random_seed", "_sinks", b"_sinks", "alpha", b"alpha", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "_prefill_chunk", b"_prefill_chunk", "_random_seed", b"_random_seed", "_sinks", b"_sinks", "alpha", b"alpha", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "method", b"method", "min_budget", b"min_budget", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_budget: _TypeAlias = _typing.Literal["min_budget"]  # noqa: Y015
+    _WhichOneofArgType__min_budget: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget"]  # noqa: Y015
     _WhichOneofReturnType__prefill_chunk: _TypeAlias = _typing.Literal["prefill_chunk"]  # noqa: Y015
     _WhichOneofArgType__prefill_chunk: _TypeAlias = _typing.Literal["_prefill_chunk", b"_prefill_chunk"]  # noqa: Y015
     _WhichOneofReturnType__random_seed: _TypeAlias = _typing.Literal["random_seed"]  # noqa: Y015
@@ -890,6 +898,8 @@ class CachePolicy(_message.Message):
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
     _WhichOneofReturnType_recent_choice: _TypeAlias = _typing.Literal["recent", "recent_share"]  # noqa: Y015
     _WhichOneofArgType_recent_choice: _TypeAlias = _typing.Literal["recent_choice", b"recent_choice"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_budget) -> _WhichOneofReturnType__min_budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_chunk) -> _WhichOneofReturnType__prefill_chunk | None: ...
     @_typing.overload
@@ -993,6 +1003,7 @@ class EffectiveCachePolicy(_message.Message):
     LAYER_RECENTS_FIELD_NUMBER: _builtins.int
     HEAD_BUDGETS_FIELD_NUMBER: _builtins.int
     HEAD_RECENTS_FIELD_NUMBER: _builtins.int
+    MIN_BUDGET_FIELD_NUMBER: _builtins.int
     alpha: _builtins.float
     """By this forgetting factor everywhere: 0 to 1."""
     preset: Global___CachePreset.ValueType
@@ -1007,6 +1018,10 @@ class EffectiveCachePolicy(_message.Message):
     """Tokens of one prompt block; 0: the prompt is one block."""
     random_seed: _builtins.int
     """Seed of preset random; absent for any other method."""
+    min_budget: _builtins.int
+    """Present where a ratio came to fewer tokens than this floor: `budget` is the floor then, or all
+    tokens of the request where those are fewer.
+    """
     @_builtins.property
     def table(self) -> Global___AlphaTableReference:
         """By this alpha table."""
@@ -1048,15 +1063,20 @@ class EffectiveCachePolicy(_message.Message):
         layer_recents: _abc.Iterable[_builtins.int] | None = ...,
         head_budgets: _abc.Iterable[Global___HeadTokens] | None = ...,
         head_recents: _abc.Iterable[Global___HeadTokens] | None = ...,
+        min_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "method", b"method", "preset", b"preset", "random_seed", b"random_seed", "table", b"table"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "_random_seed", b"_random_seed", "alpha", b"alpha", "method", b"method", "min_budget", b"min_budget", "preset", b"preset", "random_seed", b"random_seed", "table", b"table"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "head_budgets", b"head_budgets", "head_recents", b"head_recents", "layer_budgets", b"layer_budgets", "layer_recents", b"layer_recents", "method", b"method", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "_random_seed", b"_random_seed", "alpha", b"alpha", "budget", b"budget", "head_budgets", b"head_budgets", "head_recents", b"head_recents", "layer_budgets", b"layer_budgets", "layer_recents", b"layer_recents", "method", b"method", "min_budget", b"min_budget", "prefill_chunk", b"prefill_chunk", "preset", b"preset", "random_seed", b"random_seed", "recent", b"recent", "sinks", b"sinks", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_budget: _TypeAlias = _typing.Literal["min_budget"]  # noqa: Y015
+    _WhichOneofArgType__min_budget: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget"]  # noqa: Y015
     _WhichOneofReturnType__random_seed: _TypeAlias = _typing.Literal["random_seed"]  # noqa: Y015
     _WhichOneofArgType__random_seed: _TypeAlias = _typing.Literal["_random_seed", b"_random_seed"]  # noqa: Y015
     _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["table", "alpha", "preset"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_budget) -> _WhichOneofReturnType__min_budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__random_seed) -> _WhichOneofReturnType__random_seed | None: ...
     @_typing.overload
@@ -1484,7 +1504,7 @@ class ActivateAlphaTableRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The table's name, as listed. Empty: no table, so that such requests get the server's preset."""
+    """The table's name, as listed. Empty: no table, so that such requests get the server's own policy."""
     etag: _builtins.str
     """The state that the caller has seen, as ListAlphaTables told it. Required; ABORTED where it is
     not the present one.
@@ -1721,6 +1741,7 @@ class AlphaTable(_message.Message):
     LAYER_SHARE_FIELD_NUMBER: _builtins.int
     HEAD_SHARE_FIELD_NUMBER: _builtins.int
     HEAD_BUDGETS_FIELD_NUMBER: _builtins.int
+    MIN_BUDGET_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """So many tokens."""
     budget_ratio: _builtins.float
@@ -1733,6 +1754,10 @@ class AlphaTable(_message.Message):
     """First tokens of the sequence that are never forgotten, in tokens."""
     prefill_chunk: _builtins.int
     """Tokens of one prompt block; 0: the prompt is one block."""
+    min_budget: _builtins.int
+    """The fewest tokens that `budget_ratio` comes to, the mean over heads. 0: no floor; absent: the
+    server's own.
+    """
     @_builtins.property
     def summary(self) -> Global___AlphaTableSummary:
         """The table, in short."""
@@ -1778,15 +1803,20 @@ class AlphaTable(_message.Message):
         layer_share: _abc.Iterable[_builtins.float] | None = ...,
         head_share: _abc.Iterable[Global___HeadShares] | None = ...,
         head_budgets: _abc.Iterable[Global___HeadTokens] | None = ...,
+        min_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "model", b"model", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "min_budget", b"min_budget", "model", b"model", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "head_budgets", b"head_budgets", "head_share", b"head_share", "layer_share", b"layer_share", "layers", b"layers", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget", "budget", b"budget", "budget_choice", b"budget_choice", "budget_ratio", b"budget_ratio", "head_budgets", b"head_budgets", "head_share", b"head_share", "layer_share", b"layer_share", "layers", b"layers", "min_budget", b"min_budget", "model", b"model", "prefill_chunk", b"prefill_chunk", "recent", b"recent", "recent_choice", b"recent_choice", "recent_share", b"recent_share", "sinks", b"sinks", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_budget: _TypeAlias = _typing.Literal["min_budget"]  # noqa: Y015
+    _WhichOneofArgType__min_budget: _TypeAlias = _typing.Literal["_min_budget", b"_min_budget"]  # noqa: Y015
     _WhichOneofReturnType_budget_choice: _TypeAlias = _typing.Literal["budget", "budget_ratio"]  # noqa: Y015
     _WhichOneofArgType_budget_choice: _TypeAlias = _typing.Literal["budget_choice", b"budget_choice"]  # noqa: Y015
     _WhichOneofReturnType_recent_choice: _TypeAlias = _typing.Literal["recent", "recent_share"]  # noqa: Y015
     _WhichOneofArgType_recent_choice: _TypeAlias = _typing.Literal["recent_choice", b"recent_choice"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_budget) -> _WhichOneofReturnType__min_budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_budget_choice) -> _WhichOneofReturnType_budget_choice | None: ...
     @_typing.overload

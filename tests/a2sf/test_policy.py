@@ -105,6 +105,8 @@ def test_only_random_carries_a_seed() -> None:
         ({"preset": "nonsense"}, "'nonsense'; accepted: full, window, h2o, tova_per_head, random$"),
         ({"budgit": 3}, r"^budgit: no such field; accepted: preset, .*; did you mean budget\?$"),
         ({"sinks": -1}, "greater than or equal to 0"),
+        ({"min_budget": -1}, "greater than or equal to 0"),
+        ({"min_budgt": 3}, r"^min_budgt: no such field; .*; did you mean min_budget\?$"),
     ],
 )
 def test_a_wish_that_contradicts_itself_is_refused(fields: dict[str, Any], says: str) -> None:
@@ -131,6 +133,90 @@ def test_a_budget_that_cannot_hold_what_it_protects_is_refused(
 def test_a_ratio_of_too_little_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="less than one slot"):
         settle(CachePolicy(alpha=0.5, budget_ratio=0.001))
+
+
+@pytest.mark.parametrize(
+    ("wish", "length", "budget", "told"),
+    [
+        # A fifth of 7 tokens would be 1.
+        ({"budget_ratio": 0.2, "min_budget": 64}, 7, 7, 64),
+        ({"budget_ratio": 0.2, "min_budget": 64}, 64, 64, 64),
+        ({"budget_ratio": 0.2, "min_budget": 64}, 100, 64, 64),
+        ({"budget_ratio": 0.64, "min_budget": 64}, 100, 64, None),
+        ({"budget_ratio": 0.8, "min_budget": 64}, 100, 80, None),
+        ({"budget_ratio": 1.0, "min_budget": 64}, 3, 3, None),
+        ({"budget_ratio": 0.001, "min_budget": 5}, 100, 5, 5),
+        ({"budget_ratio": 0.2, "min_budget": 0}, 100, 20, None),
+        ({"budget": 20, "min_budget": 64}, 100, 20, None),
+    ],
+)
+def test_a_ratio_comes_to_no_fewer_slots_than_the_floor_nor_to_more_than_the_request_needs(
+    wish: dict[str, Any], length: int, budget: int, told: int | None
+) -> None:
+    policy = settle(CachePolicy(alpha=0.5, **wish), length=length)
+    assert (policy.budget, policy.min_budget) == (budget, told)
+    assert policy.head_budgets == ((budget, budget), (budget, budget))
+
+
+def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s() -> None:
+    server = CachePolicy(alpha=0.5, budget=64, min_budget=30)
+    plain = make_table(IDENTITY, budget=None, budget_ratio=0.2)
+    own = make_table(IDENTITY, budget=None, budget_ratio=0.2, min_budget=40)
+    none = make_table(IDENTITY, budget=None, budget_ratio=0.2, min_budget=0)
+    named = CachePolicy(table="made-up")
+    asked = CachePolicy(table="made-up", min_budget=50)
+    for wish, table, budget in [
+        (named, plain, 30),
+        (named, own, 40),
+        (named, none, 20),
+        (asked, plain, 50),
+        (asked, own, 50),
+        (CachePolicy(table="made-up", min_budget=0), own, 20),
+        # Whosever ratio it is.
+        (CachePolicy(table="made-up", budget_ratio=0.1), own, 40),
+        (CachePolicy(table="made-up", budget=21), own, 21),
+        (CachePolicy(budget_ratio=0.1), None, 30),
+        (CachePolicy(), None, 64),
+        (CachePolicy(preset="full"), None, 100),
+    ]:
+        assert settle(wish, table=table, server=server).budget == budget
+
+
+def test_a_table_s_shares_deal_the_floor() -> None:
+    arguments = shaped((1.5, 0.5), (1.5, 0.5), budget=None, budget_ratio=0.2, sinks=1, recent=1)
+    wish = CachePolicy(table="made-up", min_budget=40)
+    assert settle(wish, **arguments).head_budgets == ((60, 20), (60, 20))
+    assert settle(wish, length=50, **arguments).head_budgets == ((50, 30), (50, 30))
+    assert settle(wish, length=30, **arguments).head_budgets == ((30, 30), (30, 30))
+
+
+def test_a_sequence_that_is_kept_whole_needs_no_room_for_what_it_protects() -> None:
+    table = make_table(IDENTITY, budget=None, budget_ratio=0.2, recent=50, sinks=4)
+    wish = CachePolicy(table="made-up", min_budget=64)
+    assert settle(wish, table=table, length=20).budget == 20
+    assert settle(CachePolicy(preset="window", budget_ratio=1.0), length=3).budget == 3
+    with pytest.raises(InvalidArgument, match="need 55"):
+        settle(CachePolicy(table="made-up", min_budget=30), table=table)
+
+
+def test_a_floor_that_no_row_has_room_for_is_refused_by_name() -> None:
+    wish = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=150)
+    with pytest.raises(
+        InvalidArgument,
+        match=r"^cache_policy\.min_budget: min_budget 150 raises what budget_ratio comes to: "
+        r"budget is 150 tokens; accepted: at most 128 slots; lower min_budget or raise --slots$",
+    ):
+        settle(wish, length=400)
+    assert settle(wish, length=100).budget == 100
+
+
+def test_a_server_s_window_is_of_its_own_method_and_of_no_preset() -> None:
+    server = CachePolicy(alpha=0.9, recent_share=0.5, budget=64)
+    assert settle(CachePolicy(), server=server).recent == 29
+    assert settle(CachePolicy(alpha=0.3), server=server).recent == 29
+    for preset in ("tova_per_head", "random"):
+        assert settle(CachePolicy(preset=preset), server=server).recent == 0
+        assert settle(CachePolicy(preset=preset, recent=7), server=server).recent == 7
 
 
 SHARES = st.integers(1, 4).flatmap(

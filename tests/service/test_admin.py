@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from a2sf.errors import (
     A2SFError,
@@ -103,7 +104,7 @@ async def test_the_activated_table_is_that_of_requests_that_name_no_method(
 ) -> None:
     server, client, _ = await start_server(tables=directory)
     etag = server.core.tables.now.etag
-    assert await method_of(client) == "h2o"
+    assert await method_of(client) == "a2sf"
     async with administering(server) as admin:
         first = await admin.activate("one", etag)
         assert (first.default_table, first.etag) == ("one", server.core.tables.now.etag)
@@ -111,11 +112,14 @@ async def test_the_activated_table_is_that_of_requests_that_name_no_method(
         with pytest.raises(Conflict, match="read them again"):
             await admin.activate("two", etag)
         assert await method_of(client) == "one"
-        second = await admin.activate("two", first.etag)
+        with capture_logs() as lines:
+            second = await admin.activate("two", first.etag)
+        (line,) = [line for line in lines if line["event"] == "default policy"]
+        assert line["policy"].startswith("table two, ")
         assert await method_of(client) == "two"
         last = await admin.activate("", second.etag)
         assert (last.default_table, last.etag) == ("", etag)
-        assert await method_of(client) == "h2o"
+        assert await method_of(client) == "a2sf"
 
 
 @pytest.mark.parametrize(

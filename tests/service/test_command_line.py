@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
         (["--default-table", "mathqa"], "no alpha table 'mathqa'; served: none"),
         (["--default-budget", "65"], "accepted: 5 (sinks and the newest token) to 64 (slots)"),
         (["--default-budget", "4"], "accepted: 5"),
+        (["--min-budget", "65"], "--min-budget: 65; accepted: 0 (none) to 64 (slots)"),
         (["--device", "abacus"], "accepted: auto, cpu, cuda"),
         (["--dtype", "float3"], "accepted: auto"),
         (["--port-file", "/no/such/folder/port"], "/no/such/folder: no such directory"),

@@ -38,6 +38,7 @@ def policies(draw: st.DrawFn) -> CachePolicy:
                     "budget": st.integers(1, 2**31),
                     "recent": count,
                     "sinks": count,
+                    "min_budget": count,
                     "prefill_chunk": count,
                     "random_seed": count,
                 },

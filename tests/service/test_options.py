@@ -96,6 +96,7 @@ EVERYTHING: dict[str, Any] = {
     **{"kernels": "torch", "cuda_graphs": False, "chat_template": "brief"},
     **{"threads": 2, "tables": Path("/tä bles"), "default_table": "mathqa"},
     **{"watch_tables": False, "max_batch": 3, "slots": 99, "default_budget": 44},
+    **{"min_budget": 8},
     **{"max_prefill_tokens": 77, "step_tokens": 9, "max_waiting": 0, "max_message_bytes": 5},
     **{"max_prompt_bytes": 6, "max_unread": 7, "stall_timeout": 0.25, "host": "::1", "port": 0},
     **{"port_file": Path("/p"), "insecure_bind": True, "token_file": Path("/t")},

@@ -290,7 +290,7 @@ def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path)
     assert options.budget(None) == 60
     assert options.budget(SHARES) == 30
     assert options.engine_config(SHARES).default_policy.budget == 30
-    assert options.model_copy(update={"slots": 1024}).budget(None) == 256
+    assert options.model_copy(update={"slots": 1024}).budget(None) == 1024
     narrow = options.model_copy(update={"slots": 8})
     with pytest.raises(InvalidArgument, match=r"^--slots: 8, of which the narrowest head gets 4; "):
         narrow.engine_config(SHARES)

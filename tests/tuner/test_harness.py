@@ -24,14 +24,16 @@ from a2sf.errors import A2SFError, InvalidArgument, NonFinite, Unsupported
 from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta
-from a2sf.tablefile import load_table
+from a2sf.tablefile import load_table, save_table
 from a2sf.teacher import Example
 from tests.broken import BROKEN
 from tests.driving import engine_for, request, run
+from tests.tables import make_table
 from tests.tiny import byte_tokenizer, save_poisoned_llama
 from tests.tuner.conftest import write_rows
 from tuner import policies
 from tuner.generated import recall_episode
+from tuner.harness_arguments import Arguments, SequencePolicies
 from tuner.harness_model import HarnessModel
 from tuner.objective import effective, log_likelihoods
 from tuner.results import Size
@@ -272,6 +274,17 @@ def test_generation_under_eviction_is_the_engines_own(policy: str, wish: CachePo
     ]
     assert generate(model, max_gen_toks=20) == expected
     assert generate(harness_model(), max_gen_toks=20) != expected
+
+
+def test_a_ratio_of_a_table_is_that_very_ratio_whatever_the_table_s_floor(
+    tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    ratio = {"budget": None, "budget_ratio": 0.2, "min_budget": 64}
+    save_table(make_table(tiny_model.identity, **ratio), tmp_path / "floor.json")
+    given = {"pretrained": "tiny", "policy": str(tmp_path / "floor.json")}
+    assert SequencePolicies(Arguments.read(given), tiny_model).at(100).budget == 20
+    asked = SequencePolicies(Arguments.read({**given, "ratio": 0.3}), tiny_model)
+    assert asked.at(100).budget == 30
 
 
 def test_a_context_of_spaces_alone_is_an_empty_one(tiny_model_dir: Path) -> None:

@@ -93,6 +93,16 @@ def test_a_candidate_is_resolved_by_the_rules_that_serving_uses(tiny_model: Load
     assert (policy.budget, policy.recent, policy.sinks) == (20, 4, 2)
 
 
+@pytest.mark.parametrize("floor", [None, 64, 1000])
+def test_a_ratio_is_that_very_ratio_while_candidates_are_compared(
+    tiny_model: LoadedModel, floor: int | None
+) -> None:
+    # A server would raise 20 slots to the table's floor.
+    assert effective(table(min_budget=floor), tiny_model, 100).budget == 20
+    wish = CachePolicy(preset="h2o", budget_ratio=0.05)
+    assert effective(wish, tiny_model, 100).budget == 5
+
+
 def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -> None:
     assert effective(table(budget=300, budget_ratio=None), tiny_model, 100).budget == 300
 

@@ -218,6 +218,9 @@ def test_a_policy_is_told_in_the_units_of_its_table(tiny_model: LoadedModel) -> 
     assert policy_line(make_table(tiny_model.identity, **shares).policy) == (
         "budget 0.2 of the length, sinks 2, recent 0.25 of the rest, exact prefill"
     )
+    for floor, words in [(64, ", at least 64 tokens"), (0, ", no floor")]:
+        line = policy_line(make_table(tiny_model.identity, min_budget=floor, **shares).policy)
+        assert line.startswith(f"budget 0.2 of the length{words}, sinks 2, ")
 
 
 def test_a_name_with_brackets_is_printed_as_it_stands(tiny_model: LoadedModel) -> None:

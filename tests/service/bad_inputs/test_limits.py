@@ -59,8 +59,10 @@ LIMITS: dict[str, Limits] = {
     ),
     # Of 5 tokens, 0.1 is half a slot, which is rounded up.
     "cache_policy.budget_ratio": Limits(
-        0.1, 1, below=TINIEST, above=NEXT_TO_1, beside={"cache_policy": {"sinks": 0}}
+        *(0.1, 1, TINIEST, NEXT_TO_1), beside={"cache_policy": {"sinks": 0, "min_budget": 0}}
     ),
+    # No floor is more than the request needs, and no number is none.
+    "cache_policy.min_budget": Limits(0, UINT32, beside={"cache_policy": {"budget_ratio": 0.5}}),
     "cache_policy.recent": Limits(
         0, 27, above=28, beside={"cache_policy": POLICY}, named="cache_policy.budget"
     ),

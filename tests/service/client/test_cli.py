@@ -53,7 +53,7 @@ async def test_it_prints_the_completion_and_one_line_of_figures(
     text, line = out.rstrip("\n").rsplit("\n", 1)
     assert text
     assert line.startswith("40 tokens (length), ")
-    assert "kept 16 of 44 tokens, evicted 28" in line
+    assert "; alpha 0.95, budget 16; each head kept 16 of 44 tokens, evicted 28; " in line
     assert line.endswith("in a full cache")
 
 
@@ -61,7 +61,8 @@ async def test_every_flag_reaches_the_server(start_server: StartServer) -> None:
     _, _, address = await start_server()
     code, out, err = await run(
         *("x", "--target", address, "--max-new-tokens", "4", "--alpha", "0.5", "--sinks", "1"),
-        *("--budget-ratio", "0.9", "--recent-share", "0.1", "--prefill-chunk", "1"),
+        *("--budget-ratio", "0.1", "--recent-share", "0.1", "--prefill-chunk", "1"),
+        *("--min-budget", "4"),
         *("--top-k", "5", "--top-p", "0.9", "--min-p", "0.01", "--seed", "1", "--stop", "zz"),
         *("--min-new-tokens", "2", "--time-limit", "20", "--stop-token-id", "3", "--ignore-eos"),
         *("--repetition-penalty", "1.1", "--request-id", "mine", "--logprobs"),
@@ -74,12 +75,14 @@ async def test_every_flag_reaches_the_server(start_server: StartServer) -> None:
     assert (started["request_id"], started["seed"]) == ("mine", "1")
     assert started["prompt"]["text"] == "x"
     assert (policy["alpha"], policy["sinks"], policy["prefill_chunk"]) == (0.5, 1, 1)
+    assert (policy["budget"], policy["min_budget"]) == (4, 4)
     assert finished["usage"]["completion_tokens"] >= 2
     tokens = [one for event in events[1:-1] for one in event["delta"]["logprobs"]]
     assert all(len(one["top"]) == 2 for one in tokens)
 
 
 REFUSED_HERE = {
+    "input.cache_policy.min_budget",
     *(f"input.sampling.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "seed")),
     "input.sampling.repetition_penalty",
     *(f"input.cache_policy.{name}" for name in ("budget_ratio", "recent", "recent_share", "sinks")),
@@ -104,6 +107,7 @@ async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartSe
         ("--top-logprobs", "1", "input.output.top_logprobs"),
         ("--request-id", "a b", "input.request_id"),
         ("--budget-ratio", "2", "input.cache_policy.budget_ratio"),
+        ("--min-budget", "-1", "input.cache_policy.min_budget"),
         ("--recent", "-1", "input.cache_policy.recent"),
         ("--recent-share", "2", "input.cache_policy.recent_share"),
         ("--sinks", "-1", "input.cache_policy.sinks"),
@@ -362,7 +366,7 @@ def test_the_figures_are_for_people() -> None:
         ),
         timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=2.0),
     )
-    assert figures(finished) == (
-        "21 tokens (length), 10.0 tokens/s; each head kept 64 of 120 tokens, evicted 56; "
-        "KV 1.5 MB against 2.8 MB in a full cache"
+    assert figures(finished, "table mathqa, budget 64") == (
+        "21 tokens (length), 10.0 tokens/s; table mathqa, budget 64; "
+        "each head kept 64 of 120 tokens, evicted 56; KV 1.5 MB against 2.8 MB in a full cache"
     )
