@@ -76,6 +76,10 @@ def plan(
             "[default: the budget]",
         ),
     ] = None,
+    min_budget: Annotated[
+        int | None,
+        _cache(metavar="N", min=0, help="As of the server: the fewest tokens of a ratio."),
+    ] = None,
     max_batch: Annotated[
         int | None,
         _cache(metavar="N", min=1, help="Sequences at a time. [default: as many as fit]"),
@@ -94,7 +98,8 @@ def plan(
             metavar="N",
             min=1,
             help="Tokens of a sequence, for the full cache beside this one, which holds all of "
-            "them without scores. [default: the model's]",
+            "them without scores. [default: --prompt-tokens and --completion-tokens together; "
+            "without them the model's context, at most 8192 or the budget]",
         ),
     ] = None,
     gpu: Annotated[
@@ -218,11 +223,15 @@ def plan(
             default_table=default_table,
             budget=budget,
             slots=slots,
+            min_budget=min_budget,
             max_batch=max_batch,
             max_prefill_tokens=max_prefill_tokens,
             memory=known.memory,
             reserve=reserve,
             context=context,
+            request_tokens=(
+                prompt_tokens + completion_tokens if prompt_tokens and completion_tokens else None
+            ),
         )
     )
     pace.check_lengths(sized, load)

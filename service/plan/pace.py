@@ -51,6 +51,8 @@ class Pace:
     rows: int
     step_nbytes: int
     """Bytes that a decode step must move."""
+    scores_nbytes: int
+    """Those of them that scoring costs: positions and scores read, scores written."""
     step_operations: int
     """Multiplications and additions of a decode step."""
     step_s: float
@@ -122,6 +124,7 @@ def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
         load,
         rows=sizing.rows,
         row_nbytes=capacity.held_nbytes(sizing.outline, tokens),
+        row_scores_nbytes=tokens * capacity.SCORED_SLOT_BYTES,
         row_operations=operations,
     )
 
@@ -140,12 +143,20 @@ def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
         load,
         rows=sizing.full_rows,
         row_nbytes=sizing.full_sequence,
+        row_scores_nbytes=0,
         row_operations=capacity.attention_operations(sizing.outline, sizing.full_tokens),
     )
 
 
 def _pace(
-    sizing: Sizing, means: Means, load: Load, *, rows: int, row_nbytes: int, row_operations: int
+    sizing: Sizing,
+    means: Means,
+    load: Load,
+    *,
+    rows: int,
+    row_nbytes: int,
+    row_scores_nbytes: int,
+    row_operations: int,
 ) -> Pace | None:
     weights = sizing.weights
     step_nbytes = weights.step_nbytes + rows * row_nbytes
@@ -173,6 +184,7 @@ def _pace(
     return Pace(
         rows=rows,
         step_nbytes=step_nbytes,
+        scores_nbytes=rows * row_scores_nbytes,
         step_operations=step_operations,
         step_s=step_s,
         taken_from=taken_from,

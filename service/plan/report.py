@@ -96,6 +96,7 @@ def for_programs(plan: Plan) -> str:
             },
             "full_cache": {
                 "context": sizing.context,
+                "context_from": sizing.context_from,
                 "sequence_bytes": sizing.full_sequence,
                 "rows": sizing.full_rows,
                 "pace": _pace(plan.full),
@@ -163,6 +164,7 @@ def _sides(plan: Plan) -> Iterator[str]:
     yield _row("  bytes together", f"{sizing.row:,}", f"{full:,}")
     yield _row("", binary(sizing.row), binary(full))
     yield _row("  sequences at a time", f"{sizing.rows:,}", f"{sizing.full_rows:,}")
+    yield f"  Full cache: {sizing.context:,} tokens a sequence, {sizing.context_from}."
 
 
 def _scoring(plan: Plan) -> Iterator[str]:
@@ -186,9 +188,10 @@ def _times(plan: Plan) -> Iterator[str]:
     yield _row("Times, as measured" if measured else "Times, bounds", "this cache", "full cache")
     for label, show in _figures(ours, load):
         yield _row(f"  {label}", show(ours), "-" if full is None else show(full))
+    yield "  For scores a step reads a slot's position and score and writes its score: 12 bytes."
     if not measured:
         yield "  Upper bounds of speed from published figures; nothing here was measured. Sequences"
-        yield "  of this cache are at their budget, those of the full cache at their whole context."
+        yield "  of this cache are at their budget, those of the full cache at their whole length."
     if load.prompt_tokens is None and (ours.replicas or ours.price_per_million):
         yield "  Reading prompts is left out: give --prompt-tokens and --completion-tokens."
     if ours.replicas is not None or ours.price_per_million is not None:
@@ -198,6 +201,7 @@ def _times(plan: Plan) -> Iterator[str]:
 def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str]]]:
     """The rows of times: what each is called, and how it is written."""
     yield "bytes that a step moves", lambda pace: f"{pace.step_nbytes:,}"
+    yield "  of them for scores", lambda pace: f"{pace.scores_nbytes:,}"
     yield "milliseconds of a step", lambda pace: f"{pace.step_s * 1e3:,.2f}"
     yield "taken from", lambda pace: pace.taken_from
     yield "tokens/s, all sequences", lambda pace: f"{pace.tokens_per_s:,.0f}"

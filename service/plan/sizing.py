@@ -23,6 +23,10 @@ from service.plan import units
 
 DEVICES = ("cuda", "cpu")
 
+DEFAULT_CONTEXT = 8192
+"""Tokens of a full cache's sequence where nobody says: a model's own context is far more than most
+of its sequences ever have, and would flatter whatever keeps less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
@@ -38,6 +42,8 @@ class Wish:
     """Tokens each head keeps of a sequence, the mean over heads."""
     slots: int | None
     """None: as many as the budget."""
+    min_budget: int | None
+    """None: what the server chooses itself."""
     max_batch: int | None
     """None: as many as fit."""
     max_prefill_tokens: int | None
@@ -46,7 +52,10 @@ class Wish:
     reserve: str
     """A size, or a share of the memory."""
     context: int | None
-    """Tokens of a sequence in the full cache; None: the model's context."""
+    """Tokens of a sequence in the full cache; None: what a request of the load comes to, or else
+    the model's context, at most DEFAULT_CONTEXT or the budget where that is more."""
+    request_tokens: int | None
+    """Prompt and completion of a request of the load; None: no lengths are stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,8 @@ class Sizing:
     """What the server would be started with, by the settings' names."""
     budget: int
     context: int
+    context_from: str
+    """Where that length comes from, in words."""
     head_slots: Heads
     """Slots of a row in each layer and KV head."""
     held: int
@@ -132,11 +143,7 @@ def size(wish: Wish) -> Sizing:
     config = ServerOptions(**options).engine_config(shares)
     head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
     staging_slots = config.staging_slots(shape.max_context)
-    context = wish.context or shape.max_context
-    if context > shape.max_context:
-        raise InvalidArgument(
-            "--context", f"{context}; the model's is {shape.max_context}; accepted: that or less"
-        )
+    context, context_from = _context(wish, shape.max_context)
     weights = capacity.weights(outline)
     heads = shape.num_layers * shape.num_kv_heads
     row = capacity.slots_nbytes(outline, 1, head_slots)
@@ -159,6 +166,7 @@ def size(wish: Wish) -> Sizing:
         options={**options, "max_batch": rows},
         budget=wish.budget,
         context=context,
+        context_from=context_from,
         head_slots=head_slots,
         held=sum(min(budget, context) for budget in chain(*budgets)),
         staging_slots=staging_slots,
@@ -170,6 +178,23 @@ def size(wish: Wish) -> Sizing:
         full_sequence=full_sequence,
         full_rows=full_rows,
     )
+
+
+def _context(wish: Wish, longest: int) -> tuple[int, str]:
+    """Return the length of the full cache's sequences, and where it comes from."""
+    if wish.context is not None:
+        if wish.context > longest:
+            raise InvalidArgument(
+                "--context", f"{wish.context}; the model's is {longest}; accepted: that or less"
+            )
+        return wish.context, "by --context"
+    if wish.request_tokens is not None:
+        # One that is longer than the model's context is refused with the load.
+        return min(wish.request_tokens, longest), "prompt and completion of a request"
+    usual = max(DEFAULT_CONTEXT, wish.budget)
+    if usual >= longest:
+        return longest, "the model's context; --context says otherwise"
+    return usual, f"of the model's {longest:,}; --context says otherwise"
 
 
 def _options(wish: Wish, outline: Outline) -> dict[str, Any]:
@@ -186,6 +211,7 @@ def _options(wish: Wish, outline: Outline) -> dict[str, Any]:
         "tables": wish.tables,
         "default_table": wish.default_table,
         "slots": wish.slots or wish.budget,
+        "min_budget": wish.min_budget,
         "max_prefill_tokens": wish.max_prefill_tokens,
     }
     return {name: value for name, value in said.items() if value is not None}

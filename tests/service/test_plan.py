@@ -252,6 +252,54 @@ def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
     assert full["rows"] == room // full["sequence_bytes"]
 
 
+EIGHT_B = ("--model", ROOT / "docs" / "models" / "8b", "--gpu", "h100", "--budget")
+"""Its context is 131,072 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("said", "context", "words"),
+    [
+        ((1024,), 8192, "of the model's 131,072; --context says otherwise"),
+        ((10_000,), 10_000, "of the model's 131,072; --context says otherwise"),
+        ((1024, "--context", 131_072), 131_072, "by --context"),
+        (
+            (1024, "--prompt-tokens", 3000, "--completion-tokens", 1000),
+            4000,
+            "prompt and completion of a request",
+        ),
+        (
+            (1024, "--prompt-tokens", 3000, "--completion-tokens", 1000, "--context", 500),
+            500,
+            "by --context",
+        ),
+        ((1024, "--completion-tokens", 1000), 8192, "of the model's 131,072"),
+    ],
+)
+def test_the_plan_compares_with_a_full_cache_of_the_length_that_is_planned_for(
+    said: tuple[object, ...], context: int, words: str
+) -> None:
+    full = planned(*EIGHT_B, *said)["full_cache"]
+    assert (full["context"], full["sequence_bytes"]) == (context, context * 32 * 8 * 2 * 128 * 2)
+    assert f"  Full cache: {context:,} tokens a sequence, {words}" in shown(*EIGHT_B, *said)
+
+
+def test_a_full_cache_has_the_context_of_a_model_of_less_than_the_usual_length() -> None:
+    said = ("--budget", 100, "--gpu-memory", "1GB")
+    assert planned(*said)["full_cache"]["context"] == 1024
+    assert "1,024 tokens a sequence, the model's context; --context says" in shown(*said)
+
+
+def test_a_floor_is_checked_as_the_server_does_and_goes_into_its_command() -> None:
+    said = ("--budget", 100, "--max-batch", 1)
+    assert "--min-budget" not in planned(*said)["command"]
+    told = planned(*said, "--min-budget", 30)
+    assert "--min-budget 30" in " ".join(told["command"])
+    assert told["memory"] == planned(*said)["memory"]
+    assert "--min-budget: 101; accepted: 0 (none) to 100 (slots)" in refused(
+        *said, "--min-budget", 101
+    )
+
+
 def test_the_reserve_is_a_tenth_unless_it_is_said() -> None:
     assert planned("--budget", 100, "--gpu-memory", "1GB")["memory"]["reserve_bytes"] == 10**8
 

@@ -35,6 +35,18 @@ def test_a_step_bound_by_memory_takes_its_bytes_over_the_bandwidth() -> None:
     assert full["step_nbytes"] == weights["nbytes"] + 10 * 1024 * 6 * 4 * 2 * 32 * 2
 
 
+def test_a_step_says_how_many_of_its_bytes_are_for_scores() -> None:
+    told = planned(*SMALL, *RATES)
+    ours, full = told["this_cache"]["pace"], told["full_cache"]["pace"]
+    # Position and score are read, the score is written: three numbers of four bytes.
+    assert (ours["scores_nbytes"], full["scores_nbytes"]) == (10 * SLOTS * 12, 0)
+    vectors = 10 * SLOTS * 2 * 32 * 2
+    assert ours["step_nbytes"] == told["weights"]["nbytes"] + vectors + ours["scores_nbytes"]
+    lines = shown(*SMALL, *RATES).splitlines()
+    assert f"{'    of them for scores':<28}{10 * SLOTS * 12:>18,}{0:>18}" in lines
+    assert any("writes its score: 12 bytes" in line for line in lines)
+
+
 def test_a_step_bound_by_compute_takes_its_operations() -> None:
     pace = planned(*SMALL, "--bandwidth", "9TB/s", "--compute", "1GFLOP/s")["this_cache"]["pace"]
     assert pace["step_operations"] == 10 * (2 * PARAMETERS + ATTENTION + SCORING)
