@@ -21,7 +21,7 @@ from service.runner import MAX_UNREAD
 if TYPE_CHECKING:
     from a2sf.admission import EngineConfig
 
-MIN_BUDGET = 64
+MIN_BUDGET = 128
 """Slots below which short requests lose too much by a ratio, by benchmarks/FINDINGS.md, "How few
 slots a ratio may come to"."""
 
@@ -71,8 +71,8 @@ class TableOptions(_Group):
     """Directory of alpha tables (*.json); without it, those that ship with the reference model
     where that is served."""
     default_table: str | None = None
-    """Table of requests that name no method; without it, they forget by alpha 0.95 in all heads and
-    protect a share of 0.25. Where it deals slots unequally among heads, so do all rows."""
+    """Table of requests that name no method; without it, they forget by alpha 0.98 in all heads and
+    protect a share of 0.5. Where it deals slots unequally among heads, so do all rows."""
     watch_tables: bool = True
     """Read the tables' directory again when it changes."""
 
@@ -91,8 +91,8 @@ class CapacityOptions(_Group):
     what fits into them is exact."""
     min_budget: Count | None = None
     """The fewest tokens that a budget ratio comes to, a request's or a table's; a request that
-    needs fewer keeps all of them. 0: no floor; without it 64, or a quarter of the slots of the
-    narrowest head where those are fewer."""
+    needs fewer keeps all of them. 0: no floor; without it 128, a quarter of the slots, or those of
+    the narrowest head, whichever is the least."""
     max_prefill_tokens: Positive | None = None
     """Longest prompt block, in tokens; without it, the model's context, at most 8192."""
     step_tokens: Positive = 512
@@ -259,8 +259,9 @@ class ServerOptions(
         """What no ratio goes below where neither request nor table says, with the same shares."""
         if self.min_budget is not None:
             return self.min_budget
-        # A quarter, so that a table which deals some heads four times the mean fits as well.
-        return min(MIN_BUDGET, self._narrowest(head_share) // 4)
+        # A quarter, so that a table which deals some heads four times the mean fits as well; and a
+        # request that is just as long as the floor needs it in every head.
+        return min(MIN_BUDGET, self.slots // 4, self._narrowest(head_share))
 
     def _narrowest(self, head_share: Shares | None) -> int:
         return min(chain(*heads_of(self.slots, head_share or ((1.0,),))))

@@ -153,12 +153,13 @@ async def test_a_misspelt_preset_is_refused_as_everything_else_is(
     assert told.value.violations[0][0] == "preset"
 
 
-def test_the_floor_is_a_quarter_of_the_narrowest_head_where_rows_are_small() -> None:
+def test_the_floor_is_a_quarter_of_a_row_or_its_narrowest_head_where_rows_are_small() -> None:
     options = ServerOptions(slots=1024)
     assert options.floor(None) == MIN_BUDGET
     assert ServerOptions(slots=100).floor(None) == 25
-    # The narrowest of these heads has half of the mean.
-    assert ServerOptions(slots=100).floor(SHARES) == 12
+    # The narrowest of these heads has half of the mean, and of those a tenth.
+    assert ServerOptions(slots=100).floor(SHARES) == 25
+    assert ServerOptions(slots=100).floor(((1.9, 0.1),)) == 10
     assert ServerOptions(slots=100, min_budget=0).floor(SHARES) == 0
     assert options.engine_config(None).default_policy.min_budget == MIN_BUDGET
 
@@ -253,7 +254,7 @@ def test_the_help_and_the_pages_tell_the_defaults() -> None:
     method = DEFAULT_METHOD
     assert f"alpha {method.alpha:g} in all heads" in " ".join(described["default_table"].split())
     assert f"a share of {method.recent_share:g}" in " ".join(described["default_table"].split())
-    assert f"without it {MIN_BUDGET}, or a quarter" in " ".join(described["min_budget"].split())
+    assert f"without it {MIN_BUDGET}, a quarter" in " ".join(described["min_budget"].split())
     for page in pages:
         assert f"factor {method.alpha:g} " in page
         assert f"a share of {method.recent_share:g}" in page

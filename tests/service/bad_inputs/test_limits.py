@@ -62,7 +62,9 @@ LIMITS: dict[str, Limits] = {
         *(0.1, 1, TINIEST, NEXT_TO_1), beside={"cache_policy": {"sinks": 0, "min_budget": 0}}
     ),
     # No floor is more than the request needs, and no number is none.
-    "cache_policy.min_budget": Limits(0, UINT32, beside={"cache_policy": {"budget_ratio": 0.5}}),
+    "cache_policy.min_budget": Limits(
+        0, UINT32, beside={"cache_policy": {"budget_ratio": 0.5, "sinks": 0}}
+    ),
     "cache_policy.recent": Limits(
         0, 27, above=28, beside={"cache_policy": POLICY}, named="cache_policy.budget"
     ),

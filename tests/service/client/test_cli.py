@@ -53,7 +53,7 @@ async def test_it_prints_the_completion_and_one_line_of_figures(
     text, line = out.rstrip("\n").rsplit("\n", 1)
     assert text
     assert line.startswith("40 tokens (length), ")
-    assert "; alpha 0.95, budget 16; each head kept 16 of 44 tokens, evicted 28; " in line
+    assert "; alpha 0.98, budget 16; each head kept 16 of 44 tokens, evicted 28; " in line
     assert line.endswith("in a full cache")
 
 
