@@ -54,6 +54,8 @@ def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
                 *(sys.executable, "-m", "service", "--model", model, "--tables", str(tables)),
                 *("--device", "cpu", "--dtype", "float32", "--slots", str(slots)),
                 *("--max-batch", "1", "--max-prefill-tokens", str(slots)),
+                # Policies are compared at equal bytes: a ratio is that very ratio.
+                *("--min-budget", "0"),
                 *("--threads", str(threads), "--port", "0", "--port-file", str(port_file)),
             ],
             stdout=subprocess.DEVNULL,

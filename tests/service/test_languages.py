@@ -24,6 +24,7 @@ import pytest
 import trustme
 
 from a2sf.errors import A2SFError, ResourceExhausted, Unavailable
+from a2sf.policy import DEFAULT_METHOD
 from a2sf.requests import Delta, Sampling
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
@@ -300,7 +301,8 @@ async def test_reflection_is_enough_to_describe_the_model(
     (answer,) = await by_reflection(tmp_path, address, f"{PACKAGE}.ModelService/GetModel")
     assert answer["model"]["architecture"] == "LlamaForCausalLM"
     assert (answer["slots"], answer["maxBatch"], answer["dtype"]) == (64, 2, "float32")
-    assert answer["defaultCachePolicy"] == {"preset": "CACHE_PRESET_H2O", "budget": 32}
+    uniform = {"alpha": DEFAULT_METHOD.alpha, "recentShare": DEFAULT_METHOD.recent_share}
+    assert answer["defaultCachePolicy"] == {**uniform, "budget": 32, "minBudget": 16}
 
 
 async def test_reflection_is_enough_to_stream_a_completion(
