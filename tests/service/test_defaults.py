@@ -51,7 +51,7 @@ async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
     answer = await client.generate([7] * 80, max_new_tokens=20, ignore_eos=True)
     assert answer.started.recent == int((DEFAULT_METHOD.recent_share or 0) * (64 - 4 - 1))
     assert (answer.finished.cache.kept_tokens, answer.finished.cache.evicted_tokens) == (64, 35)
-    # It is told at the start, and to whoever asks.
+    # The server says so when it starts, and when it is asked.
     told = DEFAULT_METHOD.model_copy(update={"budget": 64, "min_budget": 16})
     assert (await client.get_model()).default_cache_policy == told
     (line,) = [line for line in lines if line["event"] == "default policy"]
