@@ -125,7 +125,8 @@ def rows(output: str) -> dict[str, tuple[int, int, int]]:
 def check_demo(output: str) -> None:
     assert [line[:1] for line in output.splitlines() if " of 4: " in line] == ["1", "2", "3", "4"]
     full, window, table = rows(output).values()
-    assert full[1] == 100
+    # Positions and scores come on top of what a full cache elsewhere holds.
+    assert 100 <= full[1] < 105
     for cache in (window, table):
         assert cache[0] < full[0] / 4
         assert cache[1] < 25
