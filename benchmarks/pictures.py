@@ -42,21 +42,19 @@ def study_picture(study: dict[str, Any]) -> str:
     """Draw a study that is kept in `results/findings.json`: each metric over the ratios, a file."""
     task = study["tasks"][0]["name"]
     names = dict.fromkeys(cell["policy"] for cell in study["cells"])
+
+    def drawn(cell: dict[str, Any]) -> Cell:
+        size = None if cell["ratio"] is None else Size(ratio=cell["ratio"])
+        values: dict[str, Any] = {metric: _estimate(cell[metric]) for metric in METRICS}
+        return Cell.model_construct(task=cell["task"], policy=cell["policy"], size=size, **values)
+
     # What is drawn is what is kept; all else of an evaluation is left out.
     found = Evaluation.model_construct(
         policies=tuple(
             Policy(name=name, description="", alpha=((0.0,),) if _is_table(name) else None)
             for name in names
         ),
-        cells=tuple(
-            Cell.model_construct(
-                task=cell["task"],
-                policy=cell["policy"],
-                size=None if cell["ratio"] is None else Size(ratio=cell["ratio"]),
-                **{metric: _estimate(cell[metric]) for metric in METRICS},
-            )
-            for cell in study["cells"]
-        ),
+        cells=tuple(map(drawn, study["cells"])),
     )
     ratios = sorted({cell["ratio"] for cell in study["cells"]} - {None})
     picture = curves(

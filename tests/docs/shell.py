@@ -109,12 +109,11 @@ class Shell:
         self._complete_environment()
 
     def close(self) -> None:
-        """End the server, if one runs; raises AssertionError where it did not end well."""
+        """End the server, if one runs."""
         server, self._server = self._server, None
         if server is not None and server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(WAIT_S)
-            assert "stopping" in self._printed.read_text(), self._printed.read_text()
 
     def _serve(self, block: Block, script: str) -> None:
         # One terminal serves at a time: pages use the same port again.
