@@ -1,5 +1,5 @@
 # Thin: each target calls one tool with the pinned environment, which is made when it is missing.
-# `demo` installs into it what serving needs, the other targets the rest as well.
+# `demo` installs into it what serving and its model need, the other targets the rest as well.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export A2SF_DATA_DIR ?= $(abspath ../shared/data)
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 $(BIN)/pip:
 	@echo 'Making an environment in $(VENV).'
@@ -22,7 +22,7 @@ $(BIN)/.serve: pyproject.toml constraints.txt | $(BIN)/pip
 	@if [ -e $(BIN)/.installed ] && ! [ pyproject.toml -nt $(BIN)/.installed ] \
 	  && ! [ constraints.txt -nt $(BIN)/.installed ]; then exit 0; fi; \
 	  echo 'Installing what serving needs into $(VENV): PyTorch for the most part, some minutes.'; \
-	  $(INSTALL) '.[serve]'
+	  $(INSTALL) '.[serve,gguf]'
 	@touch $@
 
 $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
@@ -30,8 +30,8 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	@$(INSTALL) '.[dev]'
 	@touch $@
 
-demo: $(BIN)/.serve ## Stream a completion from a real server through a real client
-	@PATH="$(abspath $(BIN)):$$PATH" DEMO_PYTHON=$(BIN)/python scripts/demo.sh
+demo: $(BIN)/.serve ## Ask a real model under a full cache, a window and a fitted table
+	@$(BIN)/python -m scripts.demo
 
 real-model: $(BIN)/.installed ## Fetch a small model that people use (93 MB) to build/real/smollm2
 	$(BIN)/python -m scripts.real_model

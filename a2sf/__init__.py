@@ -6,9 +6,17 @@ other way in: `service` and `tuner` sit on top of it, side by side.
 
 from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("a2sf-serve")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+
+def _version() -> str:
+    # The client's own package brings a part of this one.
+    for distribution in ("a2sf-serve", "a2sf-client"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "0+unknown"  # run from a source tree that was never installed
+
+
+__version__ = _version()
 
 __all__ = ["__version__"]

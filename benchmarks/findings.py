@@ -1,10 +1,12 @@
 """Measure again what the findings and the model's card say, from the shipped weights.
 
 Owns the studies, their figures in `results/findings.json`, and the comparison with those that are
-written; the tables between the pages' markers are `benchmarks.findings_page`'s.
+written; `benchmarks.findings_page` makes the tables between the pages' markers, and
+`benchmarks.pictures` the pictures.
 
     python -m benchmarks.findings [--only STUDY]   # measure, write figures and tables
     python -m benchmarks.findings --check          # measure, compare with what is written
+    python -m benchmarks.findings --redraw         # draw the pictures of what is written
 """
 
 import json
@@ -19,10 +21,10 @@ import typer
 from a2sf import reference
 from a2sf.schema import Estimate
 from benchmarks import RESULTS
-from benchmarks.findings_page import fill, render, standalone
+from benchmarks.findings_page import fill, render
+from benchmarks.pictures import study_picture
 from tuner import statistics
 from tuner.evaluate import Settings, evaluate
-from tuner.pictures import curves, metrics_of
 from tuner.results import METRICS, Evaluation, Size
 
 FIGURES = RESULTS / "findings.json"
@@ -157,7 +159,7 @@ STUDIES = (
     ),
     Study(
         "transfer-budget",
-        "And at other budgets?",
+        "What do tables keep at other budgets than the one that they were fitted at?",
         ("recall",),
         f"full,random,a2sf:.99:0,{TABLES}",
         (0.1, 0.15, 0.2, 0.3, 0.4),
@@ -281,8 +283,17 @@ def main(
         str | None, typer.Option(help="One study: " + ", ".join(s.name for s in STUDIES))
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare; write nothing.")] = False,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Draw the pictures of what is written; measure nothing."),
+    ] = False,
 ) -> None:
     """Measure the findings again."""
+    if redraw:
+        for known in json.loads(FIGURES.read_text())["studies"]:
+            if len({cell["ratio"] for cell in known["cells"]} - {None}) > 1:
+                FIGURES.with_name(f"{known['name']}.svg").write_text(study_picture(known))
+        return
     moved: list[str] = []
     for study in STUDIES:
         if only not in (None, study.name):
@@ -306,11 +317,7 @@ def main(
         for page in PAGES:
             page.write_text(fill(page.read_text(), study.name, "\n\n".join(render(after))))
         if len(study.ratios) > 1:
-            task = study.datasets[0]
-            sizes = [Size(ratio=ratio) for ratio in study.ratios]
-            metrics = metrics_of(found, task)
-            picture = curves(found, task, sizes, metrics, label=study.question, salt=study.name)
-            FIGURES.with_name(f"{study.name}.svg").write_text(standalone(picture) + "\n")
+            FIGURES.with_name(f"{study.name}.svg").write_text(study_picture(after))
     for line in moved:
         typer.echo(line)
     if moved:

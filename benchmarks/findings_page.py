@@ -1,4 +1,4 @@
-"""The findings' figures as Markdown tables and pictures, put between a page's markers.
+"""The findings' figures as Markdown tables, put between a page's markers.
 
 Owns how a study is shown; the words around the markers are written by hand. Knows nothing of how a
 figure was measured.
@@ -94,12 +94,3 @@ def fill(page: str, name: str, block: str) -> str:
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)
     return f"{before}{begin}\n{block}\n{end}{after}" if found else page
-
-
-def standalone(picture: str) -> str:
-    """An SVG file of a picture that was made for a page: with its namespace, on white."""
-    element, rest = picture.split(">", 1)
-    return (
-        f'{element} xmlns="http://www.w3.org/2000/svg">'
-        f'<rect width="100%" height="100%" fill="white"/>{rest}'
-    )

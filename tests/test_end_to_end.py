@@ -99,14 +99,48 @@ def test_memory_is_flat_from_request_to_request(tmp_path: Path) -> None:
     assert after_50 - after_10 < 20 * 2**20
 
 
-def test_the_demo_streams_and_ends_well() -> None:
+def demo(*flags: str, **environment: str) -> str:
+    """What the demonstration prints where nobody watches it on a terminal."""
     done = subprocess.run(
-        [ROOT / "scripts" / "demo.sh"],
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
+        [sys.executable, "-m", "scripts.demo", *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=400,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"evicted [1-9]\d*; KV .* full cache", done.stdout)
-    assert "stopped cleanly" in done.stdout
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def rows(output: str) -> dict[str, tuple[int, int, int]]:
+    """Of each cache: tokens kept, percent of the full memory, and right answers."""
+    pattern = r"^(\S.*?)  +(\d+) +(\d+) +[\d.]+ [kM]B \((\d+)%\) +(\d+) of \d+ *$"
+    found = re.findall(pattern, output, re.MULTILINE)
+    return {name: (int(kept), int(share), int(right)) for name, kept, _, share, right in found}
+
+
+def check_demo(output: str) -> None:
+    assert [line[:1] for line in output.splitlines() if " of 4: " in line] == ["1", "2", "3", "4"]
+    full, window, table = rows(output).values()
+    # Positions and scores come on top of what a full cache elsewhere holds.
+    assert 100 <= full[1] < 105
+    for cache in (window, table):
+        assert cache[0] < full[0] / 4
+        assert cache[1] < 25
+    assert full[2] >= 3
+    assert table[2] > window[2]
+    assert "stopped cleanly" in output
+
+
+def test_the_demo_compares_three_caches_on_a_real_model(real_model_dir: Path) -> None:
+    output = demo()
+    check_demo(output)
+    assert "SmolLM2-135M-Instruct" in output
+    assert "Elias Thornbury" in output
+
+
+def test_without_the_real_model_the_demo_takes_the_packaged_one() -> None:
+    check_demo(demo("--reference"))

@@ -50,7 +50,7 @@ def kl_map(
     norm = LogNorm(*log_range(values.flat), clip=True)
     with paper(salt):
         longest = max(map(len, map(plain, names)))
-        width = min(WIDTH, 1.6 + 0.085 * longest + 0.85 * len(sizes))
+        width = min(WIDTH, 1.6 + 0.085 * longest + 0.62 * len(sizes))
         figure = Figure(figsize=(width, 0.9 + 0.27 * len(names)), layout="constrained")
         axes = figure.subplots()
         _heat(axes, values, norm, _map("cividis_r"), lambda v: "" if np.isnan(v) else f"{v:.3g}")
@@ -63,29 +63,27 @@ def kl_map(
         return inline(figure, label)
 
 
-def head_maps(cells: Sequence[Cell], *, label: str, salt: str) -> str:
-    """Attention similarity by layer and KV head, one map a cell on one colour scale."""
+def head_maps(cells: Sequence[Cell], *, labels: Sequence[str], salt: str) -> list[str]:
+    """Attention similarity by layer and KV head, a map a cell, all on one colour scale."""
     grids = [np.array(cell.similarity_by_head) for cell in cells]
     layers, heads = grids[0].shape
     low, high = min(g.min() for g in grids), max(g.max() for g in grids)
     norm = Normalize(low, max(high, low + 1e-6))
     printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MOST_PRINTED else None
-    side = max(2.1, 0.42 * heads) if printed else 2.4
-    columns = max(1, min(len(cells), int((WIDTH - 1) / side)))
-    rows = -(-len(cells) // columns)
+    # Maps stand side by side or one below the other, so none is wider than a narrow window.
+    width = min(PANEL_WIDTH, 1.4 + max(2.1, 0.42 * heads)) if printed else 3.6
     height = 0.8 + min(max(0.24 * layers, 1.2), 6)
-    with paper(salt):
-        size = (min(WIDTH, 1.2 + columns * side), rows * height)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, cell, values in zip(grid.flat, cells, grids, strict=False):
+    drawn = []
+    for place, (cell, values) in enumerate(zip(cells, grids, strict=True)):
+        with paper(f"{salt}-{place}"):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            axes = figure.subplots()
             _heat(axes, values, norm, _map("viridis"), printed)
             axes.set_title(plain(cell.policy))
             _head_axes(axes, layers, heads)
-        for axes in grid.flat[len(cells) :]:
-            axes.set_axis_off()
-        _colour_bar(figure, list(grid.flat), norm, _map("viridis"), "similarity")
-        return inline(figure, label)
+            _colour_bar(figure, [axes], norm, _map("viridis"), "similarity")
+            drawn.append(inline(figure, labels[place]))
+    return drawn
 
 
 def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:

@@ -30,9 +30,7 @@ def render(evaluation: Evaluation) -> str:
         panels={
             task: curves(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
         },
-        pictures={
-            task: _maps(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)
-        },
+        maps={task: _maps(evaluation, task, f"task-{place}") for place, task in enumerate(tasks)},
         tables=[
             (policy, alpha_picture(policy.name, policy.alpha, f"table-{place}"))
             for place, policy in enumerate(evaluation.policies)
@@ -131,19 +129,20 @@ def curves(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
     return drawn
 
 
-def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Picture]:
+def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
     sizes, drawn = _sizes(evaluation, task), []
     if len(sizes) > 1:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
         svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
-        drawn.append(Picture(Markup(svg), f"{words}."))
+        drawn.append(Panels((Picture(Markup(svg)),), f"{words}."))
     if sizes and (cells := _telling(evaluation, task, sizes[0])):
         words = (
             f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
             "what they would have attended to"
         )
-        svg = heatmaps.head_maps(cells, label=f"{task}: {words}", salt=f"{salt}-heads")
-        drawn.append(Picture(Markup(svg), f"{words}."))
+        labels = [f"{task}, {cell.policy}: {words}" for cell in cells]
+        maps = heatmaps.head_maps(cells, labels=labels, salt=f"{salt}-heads")
+        drawn.append(Panels(tuple(Picture(Markup(svg)) for svg in maps), f"{words}."))
     return drawn
 
 

@@ -64,6 +64,8 @@ COLOURS = {
     "adakv": "#7a8b2e",
     "adakv a2sf": "#7a8b2e",
 }
+MORE_TABLES = ("#c2185b", "#5c6bc0", "#8d6e63")
+"""For the tables after the first."""
 _OTHER = "#a5803a"
 _BACKGROUND = "#9aa5b1"
 """For the uniform settings that are the best at no size."""
@@ -104,13 +106,20 @@ def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[st
             continue
         rank = kinds[kind].index(policy.name)
         found[policy.name] = _Style(
-            COLOURS.get(kind, _OTHER),
+            _colour(kind, rank),
             "*" if kind == "table" and rank == 0 else _MARKERS[place % len(_MARKERS)],
             _LINES[rank % len(_LINES)],
             2.6 if kind == "table" else 1.6,
             4 if kind == "table" else 3,
         )
     return found
+
+
+def _colour(kind: str, rank: int) -> str:
+    # Tables are what a reader compares; policies of another kind differ by their lines.
+    if kind == "table" and rank:
+        return MORE_TABLES[(rank - 1) % len(MORE_TABLES)]
+    return COLOURS.get(kind, _OTHER)
 
 
 def _alpha(policy: Policy) -> float:
@@ -133,10 +142,14 @@ def curves(
     *,
     label: str,
     salt: str,
+    heading: bool = False,
 ) -> str:
-    """A panel a metric, a line with its interval a policy, over two or more sizes of one unit."""
+    """A panel a metric, a line with its interval a policy, over two or more sizes of one unit.
+
+    With `heading` the label stands above the panels, for a picture without a page around it.
+    """
     with paper(salt):
-        return _panels(evaluation, task, sizes, metrics, label, 3.0, _curve)
+        return _panels(evaluation, task, sizes, metrics, label, 3.0, _curve, heading)
 
 
 def intervals(
@@ -160,6 +173,7 @@ def _panels(
     label: str,
     height: float,
     draw: _Panel,
+    heading: bool = False,
 ) -> str:
     styles = _styles(evaluation, task, sizes)
     columns = min(2, len(metrics))
@@ -167,10 +181,20 @@ def _panels(
     names = [name for name in styles if any(evaluation.cell(task, name, s) for s in sizes)]
     layout = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
     figure = Figure(figsize=(PANEL_WIDTH * columns, rows * height), layout=layout)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    places = figure.add_gridspec(rows, columns)
+    # What is left over in the last row takes the row's width.
+    last = len(metrics) - 1
+    grid = [
+        figure.add_subplot(
+            places[n // columns, n % columns : None if n == last else n % columns + 1]
+        )
+        for n in range(len(metrics))
+    ]
+    if heading:
+        figure.suptitle(label)
     full = next((p.name for p in evaluation.policies if kind_of(p) == "full"), None)
     reference = evaluation.cell(task, full, None) if full is not None else None
-    for metric, axes in zip(metrics, grid, strict=False):
+    for metric, axes in zip(metrics, grid, strict=True):
         series: _Series = {
             name: [
                 (size, value)
@@ -188,8 +212,6 @@ def _panels(
             line = axes.axhline if draw is _curve else axes.axvline
             line(value.mean, color=INK, linestyle="--", linewidth=1.2)
         draw(axes, metric, series, styles)
-    for axes in list(figure.axes)[len(metrics) :]:
-        axes.set_axis_off()
     return inline(figure, label)
 
 

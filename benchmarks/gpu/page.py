@@ -158,20 +158,24 @@ def plot(document: dict[str, Any], out: Path) -> bool:
     contexts = sorted({entry["context"] for entry in cells})
     if not contexts:
         return False
-    import matplotlib as mpl
+    # Here, because a machine that measures need not have what draws.
+    from tuner.pictures import paper
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
+    with paper("gpu"):
+        drawn = _drawn(cells, contexts, document["machine"].get("device", ""))
+    out.write_text(drawn, encoding="utf-8")
+    return True
+
+
+def _drawn(cells: list[Entry], contexts: list[int], device: str) -> str:
+    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-    figure, axes = pyplot.subplots(
-        1,
-        len(contexts),
-        figsize=(4.6 * len(contexts), 4.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    from benchmarks.pictures import standalone
+    from tuner.pictures import GRID, inline
+
+    figure = Figure(figsize=(4.6 * len(contexts), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(contexts), sharey=True, squeeze=False)
     batches = sorted({entry["batch"] for entry in cells})
     budgets = [entry["budget"] for entry in cells if entry["budget"] is not None]
     budget = max(set(budgets), key=budgets.count) if budgets else None
@@ -196,7 +200,7 @@ def plot(document: dict[str, Any], out: Path) -> bool:
         axis.set_xticks(batches)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.grid(which="both", alpha=0.25)
+        axis.grid(which="both", color=GRID)
     axes[0][0].set_ylabel("tokens/s")
     found = {
         label: handle
@@ -204,9 +208,6 @@ def plot(document: dict[str, Any], out: Path) -> bool:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
-    name = document["machine"].get("device", "")
-    figure.suptitle(f"{name}: decoding at budget {budget}; dashed: all tokens kept")
-    with mpl.rc_context({"svg.hashsalt": "gpu"}):
-        figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
-    return True
+    heading = f"{device}: decoding at budget {budget}; dashed: all tokens kept"
+    figure.suptitle(heading)
+    return standalone(inline(figure, heading))

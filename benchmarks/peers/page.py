@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from benchmarks.pictures import standalone
+from tuner.pictures import GRID, inline, paper
+
 from .variants import BASE, VARIANTS
 
 Entry = dict[str, Any]
@@ -138,12 +144,6 @@ def _shown(entry: Entry | None, show: Show, label: str, reasons: list[str]) -> s
 
 def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int, ...]) -> None:
     """Tokens/s over the context: a row a model and dtype, a column a batch, a line a variant."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
     rows = {
         key: cells
         for key, cells in groups(document).items()
@@ -152,10 +152,14 @@ def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int
     }
     if not rows:
         return
+    with paper("grid"):
+        out.write_text(_drawn(rows, budget, batches), encoding="utf-8")
+
+
+def _drawn(rows: dict[tuple[str, str], list[Cell]], budget: int, batches: tuple[int, ...]) -> str:
     width, height = 5.2 * len(batches), 3.6 * len(rows) + 0.9
-    figure, axes = pyplot.subplots(
-        len(rows), len(batches), figsize=(width, height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(len(rows), len(batches), squeeze=False)
     for line, ((model, dtype), cells) in zip(axes, rows.items(), strict=True):
         contexts = sorted({cell["context"] for cell in cells})
         for axis, batch in zip(line, batches, strict=True):
@@ -184,14 +188,13 @@ def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int
             for scale in (axis.xaxis, axis.yaxis):
                 scale.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
                 scale.set_minor_locator(NullLocator())
-            axis.grid(which="both", alpha=0.25)
+            axis.grid(which="both", color=GRID)
     found = {
         label: handle
         for axis in axes.flat
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Decoding at budget {budget}; dashed: all tokens kept")
-    with mpl.rc_context({"svg.hashsalt": "grid"}):
-        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
+    heading = f"Decoding at budget {budget}, tokens a second; dashed: all tokens kept"
+    figure.suptitle(heading)
+    return standalone(inline(figure, heading))

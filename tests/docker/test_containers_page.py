@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
 
 COMMANDS = [
     shlex.split(line)
-    for block in re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
 

@@ -26,7 +26,7 @@ NOBODY = "http://127.0.0.1:1"
 
 def commands() -> list[list[str]]:
     """Every kubectl of the page, as words, without what its output goes to."""
-    blocks = re.findall(r"^```\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     parts = [part for line in lines for part in re.split(r" \| | > | &$|^pod=\$\(|\)$", line)]
     return [shlex.split(part)[1:] for part in parts if part.startswith("kubectl ")]

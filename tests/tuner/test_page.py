@@ -122,13 +122,16 @@ def test_sizes_over_which_there_are_curves_have_a_heat_map_too() -> None:
     ]
     assert [label.split(" by ")[0] for label in several[5:]] == [
         "mathqa, 1-shot: KL to the full cache",
-        "mathqa, 1-shot: Attention similarity",
+        *(
+            f"mathqa, 1-shot, {policy}: Attention similarity"
+            for policy in ("a2sf:0.5", "h2o", "window")
+        ),
     ]
     text = render(evaluation(sizes=RATIOS[:1]))
     assert Page(text).pictures()[:5] == [
         f"mathqa, 1-shot: {metric} at ratio 0.1" for metric in METRICS
     ]
-    assert len(Page(text).pictures()) == 6
+    assert len(Page(text).pictures()) == 8
     assert "Each metric at ratio 0.1, a dot for each policy" in text
 
 
@@ -175,6 +178,19 @@ def test_a_dark_page_recolours_all_ink_lines_and_paper_of_its_pictures() -> None
         assert f"stroke: {colour}" in text.split("</style>")[0]
 
 
+def test_no_picture_is_wider_than_a_phone_at_its_least() -> None:
+    text = render(evaluation(names=NAMES, sizes=RATIOS, tables=[table()]))
+    drawn = re.findall(r"<svg[^>]*style=\"width: (\d+)px(?:; min-width: (\d+)px)?\"", text)
+    assert len(drawn) > 8
+    # A picture without a least width shrinks with the window.
+    assert all(int(least or 0) <= 476 for _, least in drawn)
+
+
+def test_on_a_phone_the_figures_of_a_table_may_take_several_lines() -> None:
+    _, narrow = render(evaluation()).split("@media (max-width: 45rem)")
+    assert "th, td { white-space: normal; }" in narrow.split("@media print")[0]
+
+
 def test_the_page_begins_with_its_conclusion() -> None:
     document = evaluation(names=("full", "h2o", "a2sf:0.5"), tables=[table()])
     at = RATIOS[0]
@@ -190,11 +206,16 @@ def test_head_maps_show_the_table_the_best_a2sf_h2o_and_window_at_the_smallest_s
     at = RATIOS[0]
     uniform = [c for c in document.cells if c.policy.startswith("a2sf") and c.size == at]
     best = document.best_a2sf("mathqa, 1-shot", at).policy  # type: ignore[union-attr]
-    drawn = svg_of(render(document), "Attention similarity by layer and KV head at ratio 0.1")
-    titles = [t for t in re.findall(r">([^<]+)</text>", drawn) if t in {c.policy for c in uniform}]
-    assert titles == [best]
-    assert all(f">{name}</text>" in drawn for name in ("mathqa", "h2o", "window"))
-    assert ">other</text>" not in drawn
+    text = render(document)
+    shown = [
+        label.split(": Attention similarity by layer and KV head at ratio 0.1")[0]
+        for label in Page(text).pictures()
+        if "Attention similarity" in label
+    ]
+    assert best in {cell.policy for cell in uniform}
+    assert shown == [f"mathqa, 1-shot, {name}" for name in ("mathqa", best, "h2o", "window")]
+    drawn = svg_of(text, "mathqa, 1-shot, h2o: Attention similarity")
+    assert ">h2o</text>" in drawn
     value = document.cell("mathqa, 1-shot", "h2o", at).similarity_by_head[1][0]  # type: ignore[union-attr]
     assert f">{value:.3f}</text>".replace(">0.", ">.") in drawn
 
@@ -273,7 +294,7 @@ def test_a_cell_without_a_policy_or_with_no_cost_leaves_the_pictures_whole() -> 
     nothing = Estimate(mean=0.0, low=0.0, high=0.0)
     cells = [cell.model_copy(update={"kl": nothing}) for cell in document.cells[:-1]]
     page = Page(render(document.model_copy(update={"cells": tuple(cells)})))
-    assert len(page.pictures()) == 7
+    assert len(page.pictures()) == 9
 
 
 def test_the_head_and_the_foot_say_where_it_comes_from() -> None:
