@@ -34,6 +34,7 @@ from tuner.options import (
     table_file,
     table_name,
 )
+from tuner.settings import DEFAULT_STAGES, STAGES, Settings
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 """On two cores enough for a model of 135 million parameters, and for the packaged one."""
@@ -152,14 +153,6 @@ def fit(
         minutes = REFERENCE_MINUTES if model == "reference" else DEFAULT_MINUTES
     if not 0 <= minutes < math.inf:
         raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0, or 0 for no limit")
-    check_writable(out)
-
-    # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner.fit import DEFAULT_STAGES, STAGES
-    from tuner.fit import fit as run_fit
-    from tuner.report import summarise
-    from tuner.settings import Settings
-
     chosen = DEFAULT_STAGES if stages is None else tuple(s.strip() for s in stages.split(",") if s)
     for stage in chosen:
         if stage not in STAGES or chosen.count(stage) > 1:
@@ -168,6 +161,12 @@ def fit(
                 f"{stage!r}; accepted: {', '.join(STAGES)}, each at most once"
                 + ("" if stage in STAGES else did_you_mean(stage, STAGES)),
             )
+    check_writable(out)
+
+    # What follows needs seconds to import, and the flags above are checked without it.
+    from tuner.fit import fit as run_fit
+    from tuner.report import summarise
+
     settings = Settings(
         dataset=dataset,
         out=out,

@@ -24,7 +24,7 @@ from tuner.moves import Climb
 from tuner.objective import Objective
 from tuner.progress import Progress
 from tuner.search import Frame
-from tuner.settings import Settings
+from tuner.settings import OPEN, PER_LAYER, Settings
 from tuner.storage import open_storage
 from tuner.trials import Account, Trials, Tried
 from tuner.uniform import best_uniform
@@ -34,20 +34,6 @@ LEAST_BUDGET = 8
 
 EDITION = 5
 """Raised when the search changes so that trials of an earlier one no longer compare."""
-
-OPEN = ("polish", "tpe", "structured", "cma")
-"""Stages that go on as long as there are trials; the others end by themselves."""
-
-STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
-"""The stages that may follow the uniform one, by the name that users give."""
-
-LOOKING = ("sensitivity", "alphas")
-"""Stages that follow from a look at every head, after which layers are measured as a baseline."""
-
-PER_LAYER = "per layer"
-"""The baseline that treats all heads of a layer alike."""
-
-DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
 
 @dataclass(frozen=True)
@@ -79,20 +65,11 @@ def fit(settings: Settings) -> Outcome:
     """Search, prove and seal. Raises A2SFError for whatever the user can mend."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     chosen = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
-    stages = in_order(settings.stages)
-    with Progress("stage", stages, about="at most about") as progress:
-        progress.say(settings.told(stages))
+    with Progress("stage", settings.parts, about="at most about") as progress:
+        progress.say(settings.told)
         for dataset in chosen:
             progress.say(f"Data: {dataset.told}.")
         return _fit(settings, chosen, progress)
-
-
-def in_order(stages: Sequence[str]) -> tuple[str, ...]:
-    """All that a fit of these stages goes through, by name."""
-    looks = [place for place, name in enumerate(stages, start=1) if name in LOOKING]
-    after = looks[0] if looks else 0
-    per_layer = (PER_LAYER,) if looks else ()
-    return ("uniform", *stages[:after], *per_layer, *stages[after:], proof.STAGE)
 
 
 def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progress) -> Outcome:

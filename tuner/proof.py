@@ -25,15 +25,13 @@ from tuner.ledger import Ledger, Measured
 from tuner.objective import ROWS_PER_PASS, Candidate, Cost, Objective
 from tuner.rivals import AdaKV, Pyramid
 from tuner.search import Frame
+from tuner.settings import PROOF
 from tuner.trials import Account, Trials, Tried
 
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 
 BASELINES = len(COMPARED_PRESETS) + 5
 """With PyramidKV's schedule and AdaKV's rule, each with two alphas, and what layers alone gain."""
-
-STAGE = "proof"
-"""What the proof is called among a fit's stages."""
 
 LEAST = 9
 """Held-out examples that a proof takes, where so many are wanted. With fewer, no gain however even
@@ -137,7 +135,7 @@ def prove(
     full: list[float] = []
     spent = 0.0
     about = len(held_out) * (len(different) + 1) * trials.seconds_a_row
-    trials.progress.begin(STAGE, trials.seconds_spent, min(about, trials.seconds_left))
+    trials.progress.begin(PROOF, trials.seconds_spent, min(about, trials.seconds_left))
     while (first := len(full)) < len(held_out):
         end = min(first + ROWS_PER_PASS if first else LEAST, len(held_out))
         if first:

@@ -1,14 +1,30 @@
 """What a fit is asked for.
 
-Owns the fields, and the line that says at the start what will be done. Knows nothing of command
-lines, nor of how a table is found.
+Owns the fields, the stages by name, and the line that says at the start what will be done. Knows
+nothing of command lines, nor of how a table is found.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.progress import duration
+
+OPEN = ("polish", "tpe", "structured", "cma")
+"""Stages that go on as long as there are trials; the others end by themselves."""
+
+STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
+"""The stages that may follow the uniform one, by the name that users give."""
+
+LOOKING = ("sensitivity", "alphas")
+"""Stages that follow from a look at every head, after which layers are measured as a baseline."""
+
+PROOF = "proof"
+"""What comes last."""
+
+PER_LAYER = "per layer"
+"""The baseline that treats all heads of a layer alike."""
+
+DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
 
 @dataclass(frozen=True)
@@ -46,14 +62,23 @@ class Settings:
         """Where the study is kept unless there is a storage: beside the table."""
         return self.out.with_suffix(".journal")
 
-    def told(self, stages: Sequence[str]) -> str:
-        """What a fit will do, where it goes, and how long it takes at most, in one line."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that the fit goes through, in order."""
+        looks = [place for place, name in enumerate(self.stages, start=1) if name in LOOKING]
+        after = looks[0] if looks else 0
+        per_layer = (PER_LAYER,) if looks else ()
+        return ("uniform", *self.stages[:after], *per_layer, *self.stages[after:], PROOF)
+
+    @property
+    def told(self) -> str:
+        """What the fit will do, where it goes, and how long it takes at most, in one line."""
         limit = f"{self.trials} trials"
         if self.minutes is not None:
             limit = f"{duration(60 * self.minutes)} of measuring and {limit}"
         study = "in the given storage" if self.storage else f"in {self.journal}"
         return (
-            f"Fitting a table for {self.model} to {self.dataset}: {len(stages)} stages "
-            f"({', '.join(stages)}), at most {limit}, after the model is loaded; the table goes to "
-            f"{self.out}, the study is kept {study}."
+            f"Fitting a table for {self.model} to {self.dataset}: {len(self.parts)} stages "
+            f"({', '.join(self.parts)}), at most {limit}, after the model is loaded; the table "
+            f"goes to {self.out}, the study is kept {study}."
         )

@@ -97,9 +97,8 @@ def test_without_out_table_and_study_go_to_a_directory_that_says_what_they_are(
     assert str(settings.out) == out
     assert (settings.journal.parent, settings.journal.suffix) == (Path("tables"), ".journal")
     assert settings.out.parent.is_dir()
-    told = settings.told(("uniform", "proof"))
-    assert out in told
-    assert str(settings.journal) in told
+    assert out in settings.told
+    assert str(settings.journal) in settings.told
 
 
 @pytest.mark.parametrize(
