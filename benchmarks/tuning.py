@@ -22,10 +22,11 @@ from optuna.storages import InMemoryStorage
 from a2sf.models import load_model
 from benchmarks import RESULTS, save
 from tuner import datasets, packing
-from tuner.fit import DEFAULT_STAGES, climb
+from tuner.fit import climb
 from tuner.ledger import Ledger
 from tuner.objective import Objective
 from tuner.search import Frame
+from tuner.settings import DEFAULT_STAGES
 from tuner.trials import Trials
 from tuner.uniform import best_uniform
 

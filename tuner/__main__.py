@@ -1,15 +1,13 @@
 """Run the command line: `python -m tuner`; `fit` may be said or left out.
 
 Owns what must hold before anything else is imported: Ctrl-C, and what to install where something
-is missing. Knows nothing of the commands but their names.
+is missing. Knows nothing of the commands but that options alone mean `fit`.
 """
 
 import sys
 
 from a2sf.threads import wait_passively
 from tuner.interrupt import telling
-
-COMMANDS = ("fit", "evaluate", "report", "tables")
 
 GO_ON = "interrupted; what is measured is kept: run the same command to go on"
 AGAIN = "interrupted: run the same command to begin again"
@@ -20,9 +18,10 @@ def main() -> None:
     # Nothing above imports torch.
     wait_passively()
     arguments = sys.argv[1:]
-    if arguments[:1] not in (["--help"], *([command] for command in COMMANDS)):
+    # Bare options mean fit. A word that is no command is refused as such, and nothing means help.
+    if arguments and arguments[0].startswith("-") and arguments[0] != "--help":
         arguments = ["fit", *arguments]
-    with telling(GO_ON if arguments[0] == "fit" else AGAIN):
+    with telling(GO_ON if arguments[:1] == ["fit"] else AGAIN):
         try:
             from tuner.cli import run
 

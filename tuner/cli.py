@@ -1,14 +1,13 @@
-"""The commands: `fit` fits a table, `evaluate` compares policies, `tables` and `report` show what
-was found.
+"""The commands: `fit` fits a table, `tables` and `report` show what was found; those that measure
+policies are `tuner.measuring`'s.
 
-Owns the flags and how failures are told: one line on stderr, exit code 2 for what the user can
-mend, 69 (EX_UNAVAILABLE) for a storage that is away. Knows nothing of how a table is found.
+Owns the flags of `fit` and how failures are told: one line on stderr, exit code 2 for what the user
+can mend, 69 (EX_UNAVAILABLE) for a storage that is away. Knows nothing of how a table is found.
 """
 
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +17,32 @@ from rich.console import Console
 
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from a2sf.tablefile import load_table, save_table, write_whole
-from tuner.options import check_ranges, check_writable, fail, numbers, without_paths
-
-DEFAULT_RATIO = 0.2
+from tuner.measuring import budget, evaluate
+from tuner.options import (
+    DEFAULT_RATIO,
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    ModelOption,
+    RevisionOption,
+    TableArgument,
+    check_ranges,
+    check_writable,
+    did_you_mean,
+    fail,
+    table_file,
+    table_name,
+)
+from tuner.settings import DEFAULT_STAGES, STAGES, Settings
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 """On two cores enough for a model of 135 million parameters, and for the packaged one."""
 
 app = typer.Typer(
-    help="Fit tables of forgetting factors, prove them, and compare cache policies.",
+    help="Fit tables of forgetting factors, prove them, and compare cache policies. Options "
+    "without a command mean fit: python -m tuner --dataset mathqa",
+    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -34,27 +50,15 @@ app = typer.Typer(
 tables = typer.Typer(help="Look at tables.", no_args_is_help=True)
 app.add_typer(tables, name="tables")
 
-ModelOption = Annotated[
-    str, typer.Option(help="`reference`, a directory, a GGUF file, or a Hugging Face hub id.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-DataDirOption = Annotated[
-    Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
-]
-LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[
-    str, typer.Option(help="auto (as of the server), float32, bfloat16 or float16.")
-]
-
 
 @app.command()
 def fit(
     dataset: Annotated[
         str,
         typer.Option(
-            help="A known name such as mathqa, a folder or file of rows or text, or a dataset "
-            "repository on the Hugging Face hub; several, with commas, to fit their mixture."
+            help="A known name such as mathqa, a folder or file of rows (.jsonl) or text, or a "
+            "dataset repository on the Hugging Face hub; several, with commas, to fit their "
+            "mixture. docs/tuner.md has the forms of rows."
         ),
     ],
     model: ModelOption = "reference",
@@ -72,10 +76,10 @@ def fit(
     trials: Annotated[
         int,
         typer.Option(
-            help="Tables to try in all stages, runs and workers together; the search for the best "
-            "uniform setting, which they start from, takes at most as many more, and at least one."
+            help="Settings to try at most, in all stages, runs and workers together; the best "
+            "uniform setting, which tables start from, is searched for with up to half of them."
         ),
-    ] = 500,
+    ] = 1000,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -93,13 +97,16 @@ def fit(
     length: LengthOption = 512,
     seed: Annotated[int, typer.Option(help="Decides examples and moves.")] = 0,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL; a journal file beside --out without it.")
+        str | None, typer.Option(help="Database URL; without it a journal file beside --out.")
     ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study; else --name.")] = None,
     prefill_chunk: Annotated[
         int, typer.Option(help="Tokens of one prompt block; 0 is the whole prompt.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the table goes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the table goes; without it tables/ and a name after the data."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The table's name; else that of --out.")] = None,
     keep_table: Annotated[
         bool, typer.Option("--keep-table", help="Write the table even where uniform is as good.")
@@ -121,7 +128,7 @@ def fit(
     check_ranges(
         {
             "budget": (budget, 1, None),
-            "trials": (trials, 0, None),
+            "trials": (trials, 1, None),
             "examples": (examples, 2, None),
             "holdout": (holdout, 2, None),
             "length": (length, 32, None),
@@ -136,168 +143,67 @@ def fit(
         raise InvalidArgument("--budget-ratio", f"{ratio:g}; accepted: above 0 and below 1")
     if out is None:
         size = f"{ratio:g}" if budget is None else f"b{budget}"
-        out = Path(f"{Path(dataset).stem or 'table'}-{size}.json")
+        out = Path("tables") / f"{table_name(dataset)}-{size}.json"
     name = out.stem if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InvalidArgument(
             "--name", f"{name!r}; accepted: up to 100 letters, digits, dots, dashes, underscores"
         )
-    check_writable(out)
-
     if minutes is None:
         minutes = REFERENCE_MINUTES if model == "reference" else DEFAULT_MINUTES
     if not 0 <= minutes < math.inf:
         raise InvalidArgument("--minutes", f"{minutes:g}; accepted: above 0, or 0 for no limit")
-
-    # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner.fit import DEFAULT_STAGES, STAGES, Settings
-    from tuner.fit import fit as run_fit
-    from tuner.report import summarise
-
     chosen = DEFAULT_STAGES if stages is None else tuple(s.strip() for s in stages.split(",") if s)
     for stage in chosen:
         if stage not in STAGES or chosen.count(stage) > 1:
             raise InvalidArgument(
-                "--stages", f"{stage!r}; accepted: {', '.join(STAGES)}, each at most once"
+                "--stages",
+                f"{stage!r}; accepted: {', '.join(STAGES)}, each at most once"
+                + ("" if stage in STAGES else did_you_mean(stage, STAGES)),
             )
-    outcome = run_fit(
-        Settings(
-            dataset=dataset,
-            out=out,
-            name=name,
-            study=study or name,
-            model=model,
-            revision=revision,
-            budget=budget,
-            budget_ratio=ratio,
-            prefill_chunk=prefill_chunk,
-            data_dir=data_dir,
-            stages=chosen,
-            trials=trials,
-            minutes=minutes or None,
-            examples=examples,
-            holdout=holdout,
-            length=length,
-            seed=seed,
-            storage=storage,
-            device=device,
-            dtype=dtype,
-            keep_table=keep_table,
-        )
+    check_writable(out)
+
+    # What follows needs seconds to import, and the flags above are checked without it.
+    from tuner.fit import fit as run_fit
+    from tuner.report import summarise
+
+    settings = Settings(
+        dataset=dataset,
+        out=out,
+        name=name,
+        study=study or name,
+        model=model,
+        revision=revision,
+        budget=budget,
+        budget_ratio=ratio,
+        prefill_chunk=prefill_chunk,
+        data_dir=data_dir,
+        stages=chosen,
+        trials=trials,
+        minutes=minutes or None,
+        examples=examples,
+        holdout=holdout,
+        length=length,
+        seed=seed,
+        storage=storage,
+        device=device,
+        dtype=dtype,
+        keep_table=keep_table,
     )
+    outcome = run_fit(settings)
     save_table(outcome.table, out)
-    where = "in the given storage" if storage else f"in {out.with_suffix('.journal')}"
+    where = "in the given storage" if storage else f"in {settings.journal}"
     kept = f"{study or name!r} {where}"
     summarise(Console(), outcome, model=model, out=out, study_kept=kept)
 
 
-@app.command()
-def evaluate(
-    dataset: Annotated[str, typer.Option(help="As for fit; several with commas between them.")],
-    policies: Annotated[
-        str,
-        typer.Option(
-            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random, "
-            "a2sf:ALPHA, pyramid[:ALPHA] or adakv[:ALPHA], each with [:RECENT[:SINKS]], RECENT in "
-            "tokens (8) or as a share of the rest (.5); a2sf for several of them; the file or "
-            "shipped name of an alpha table."
-        ),
-    ] = "full,window,h2o,tova_per_head,random,a2sf",
-    ratios: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Budgets as shares of each length, as in .1,.2,.4; else {DEFAULT_RATIO}."
-        ),
-    ] = None,
-    slots: Annotated[
-        str | None,
-        typer.Option(help="Budgets in tokens, as in 32,64; instead of or with --ratios."),
-    ] = None,
-    shots: Annotated[
-        str | None,
-        typer.Option(
-            help="Ask one question at a time after so many solved ones, as in 0 or 0,1; without "
-            "it, questions are packed into sequences of --length and answered one after another."
-        ),
-    ] = None,
-    model: ModelOption = "reference",
-    revision: RevisionOption = None,
-    data_dir: DataDirOption = None,
-    examples: Annotated[int, typer.Option(help="Sequences of each dataset.")] = 64,
-    length: LengthOption = 512,
-    split: Annotated[str, typer.Option(help="validation, or calibration.")] = "validation",
-    prefill_chunk: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of one prompt block for policies that are no table; 0 is the whole "
-            "prompt. Without it 0, and 1 (step by step, as in the A2SF paper) with --shots."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides examples and resampling.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
-    check_ranges(
-        {
-            "examples": (examples, 2, None),
-            "length": (length, 32, None),
-            "seed": (seed, 0, 2**31 - 1),
-            "prefill-chunk": (prefill_chunk, 0, None),
-        }
-    )
-    if split not in ("validation", "calibration"):
-        raise InvalidArgument("--split", f"{split!r}; accepted: validation, calibration")
-    if ratios is None and slots is None:
-        ratios = f"{DEFAULT_RATIO}"
-    shares = numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
-    tokens = numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
-    before = numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
-    for option, path in (("--json", json), ("--html", html)):
-        if path is not None:
-            check_writable(path, option)
-
-    # What follows needs seconds to import, and the flags above are checked without it.
-    from tuner import evaluate as evaluation
-    from tuner.report import tabulate
-    from tuner.results import Size
-
-    sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
-    found = evaluation.evaluate(
-        evaluation.Settings(
-            datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
-            policies=policies,
-            sizes=tuple(sizes),
-            shots=tuple(int(x) for x in before) or (None,),
-            examples=examples,
-            length=length,
-            split=split,
-            prefill_chunk=prefill_chunk,
-            seed=seed,
-            data_dir=data_dir,
-            model=model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            command=without_paths(sys.argv[1:]),
-        )
-    )
-    tabulate(Console(), found)
-    if json is not None:
-        write_whole(json, found.model_dump_json(indent=1) + "\n")
-        print(f"Wrote {json}.")
-    if html is not None:
-        from tuner.page import render
-
-        write_whole(html, render(found))
-        print(f"Wrote {html}.")
+app.command()(evaluate)
+app.command()(budget)
 
 
 @app.command()
 def report(
-    file: Annotated[Path, typer.Argument(help="A table's file.")],
+    file: TableArgument,
     html: Annotated[Path, typer.Option(help="Write the report to this file.")],
     evaluation: Annotated[
         Path | None,
@@ -308,8 +214,8 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML report of a table; `tables show` prints the same figures."""
+    table = load_table(table_file(file))
     check_writable(html, "--html")
-    table = load_table(file)
 
     # What follows needs seconds to import, and the table is checked without it.
     from tuner.table_page import load_evaluation, render
@@ -320,11 +226,11 @@ def report(
 
 
 @tables.command("show")
-def show(file: Annotated[Path, typer.Argument(help="A table's file.")]) -> None:
+def show(file: TableArgument) -> None:
     """Print a table: policy, provenance, evidence with intervals, verdict, alphas."""
     from tuner.report import show as print_table
 
-    print_table(Console(), load_table(file))
+    print_table(Console(), load_table(table_file(file)))
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -1,25 +1,25 @@
-"""Where calibration data comes from, and what one row of it says.
+"""Where calibration data comes from, and which part of it is held out.
 
-Owns the names of the known datasets, the places that are searched for one, and the wording in which
-a row becomes questions and answers. Knows nothing of tokens or models: `packing` does. Examples to
-search on come from `calibration`, examples to prove on from `validation`, and never the other way.
+Owns the names of the known datasets, the places that are searched for one, and the split. Knows
+nothing of tokens or models: `packing` does. Examples to search on come from `calibration`, examples
+to prove on from `validation`, and never the other way.
 """
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import huggingface_hub
 
 from a2sf.errors import InvalidArgument, NotFound
 from tuner import generated
 from tuner.generated import RECALL_FORMS, STATE_FORMS
+from tuner.options import did_you_mean
+from tuner.rows import NAMES, ROW_FORMS, ROW_SUFFIXES, Conversation, Row, Text, Turn, read_file
 
 DATA_DIR_VARIABLE = "A2SF_DATA_DIR"
 
@@ -31,34 +31,20 @@ FILE_SUFFIXES = (".jsonl", ".txt")
 HELD_OUT_SHARE = 0.2
 """The last part of a single file, which has no `validation` of its own, is held out."""
 
-ROW_FORMS = (
-    "{question, choices, answer: index}, {question, answer_text}, {question, answer: text}, "
-    "{prompt, answers}"
-)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and its answer; the text is one after the other. The answer opens with a space."""
-
-    question: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    """All answers to choose from, the right one among them; empty where the answer is free."""
-
-
 Group = tuple[Turn, ...]
 """Turns that belong together, in order: one question, or several over one context."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split: running `text`, or rows in `groups`, or groups that are `made` on demand."""
+    """One split: running `text`, groups or conversations, or groups that are `made` on demand."""
 
     split: str
     text: str = ""
     groups: Callable[[Random], Iterator[Group]] | None = None
     """All rows, in an order that the random generator decides."""
+    conversations: Callable[[Random], Iterator[Conversation]] | None = None
+    """The same, for the model's chat template to put into text."""
     made: Callable[[Random, int], Group] | None = None
     """One context of so many facts, at least two and at most `most_facts`, with its questions."""
     most_facts: int = 0
@@ -71,6 +57,8 @@ class Dataset:
     name: str
     calibration: Part
     validation: Part
+    told: str
+    """What is in it and how it is split, for people."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,8 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     """
     known = REGISTRY.get(name)
     if isinstance(known, Made):
-        return Dataset(name, _made(known, "calibration"), _made(known, "validation"))
+        told = f"{name} is generated; what it asks in one split it never asks in the other"
+        return Dataset(name, _made(known, "calibration"), _made(known, "validation"), told)
     looked = []
     if data_dir is not None:
         looked.append(f"{data_dir / name}")
@@ -134,9 +123,11 @@ def load(name: str, data_dir: Path | None) -> Dataset:
         return _folder(path.resolve().name, path)
     if path.is_file():
         return _single_file(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    # What reads like a file that is not there is no repository.
+    file = path.suffix in (*ROW_SUFFIXES, *FILE_SUFFIXES)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not file:
         return _hub(name, looked)
-    raise NotFound(f"dataset {name!r} not found: {_advice(name, known, data_dir, looked)}")
+    raise NotFound(f"dataset {name!r} not found{_advice(name, known, data_dir, looked)}")
 
 
 def load_all(names: str, data_dir: Path | None) -> list[Dataset]:
@@ -168,9 +159,14 @@ def _advice(name: str, known: Published | None, data_dir: Path | None, looked: l
     if data_dir is None:
         where += f" (neither --data-dir nor ${DATA_DIR_VARIABLE} is set)"
     if known is None:
-        return f"{where}; known names are {', '.join(REGISTRY)}; or give a .jsonl or text file"
+        own = [folder for folder in _folders(data_dir) if folder not in REGISTRY]
+        return (
+            f"{did_you_mean(name, [*REGISTRY, *own]) or '.'} Known names are {', '.join(REGISTRY)}"
+            + (f", and {', '.join(own)} in {data_dir}" if own else "")
+            + f"; {where}; or give a .jsonl or text file"
+        )
     return (
-        f"{where}; the original is https://huggingface.co/datasets/{known.origin}, whose files "
+        f": {where}; the original is https://huggingface.co/datasets/{known.origin}, whose files "
         f"are not read directly: store its rows as DIR/{name}/calibration.jsonl and "
         f"validation.jsonl (or .txt), one of {ROW_FORMS} a line, and give --data-dir DIR"
     )
@@ -207,41 +203,89 @@ def _hub(repository: str, looked: list[str]) -> Dataset:
     return _folder(repository, Path(folder))
 
 
+def _folders(data_dir: Path | None) -> list[str]:
+    """Names of the datasets that lie in the data directory."""
+    if data_dir is None:
+        return []
+    files = [split + suffix for split in SPLITS for suffix in FILE_SUFFIXES]
+    return sorted({path.parent.name for file in files for path in data_dir.glob(f"*/{file}")})
+
+
 def _dataset(name: str, calibration: Path | None, validation: Path | None) -> Dataset:
     assert calibration is not None
     assert validation is not None
-    seen = _read(calibration)
-    unseen = _read(validation)
-    if isinstance(seen, str) != isinstance(unseen, str):
-        raise InvalidArgument("dataset", f"{calibration} and {validation}: one rows, one text")
-    return Dataset(name, _part("calibration", seen), _part("validation", unseen, without=seen))
+    seen = read_file(calibration)
+    unseen = read_file(validation)
+    if _kind(seen) != _kind(unseen):
+        raise InvalidArgument(
+            "dataset",
+            f"{calibration} holds {_kind(seen)} and {validation} {_kind(unseen)}; accepted: the "
+            "same in both",
+        )
+    return _split(name, seen, unseen, f"{calibration.name}", f"{validation.name}", SPLITS)
 
 
 def _single_file(path: Path) -> Dataset:
-    content = _read(path)
+    content = read_file(path)
     cut = round(len(content) * (1 - HELD_OUT_SHARE))
-    seen, unseen = content[:cut], content[cut:]
-    held = f"{HELD_OUT_SHARE:.0%}"
-    return Dataset(
-        path.stem,
-        _part(f"all but the last {held}", seen),
-        _part(f"the last {held}", unseen, without=seen),
+    first, last = f"all but the last {HELD_OUT_SHARE:.0%}", f"the last {HELD_OUT_SHARE:.0%}"
+    # With its suffix: mine.txt and mine.jsonl are two datasets.
+    return _split(path.name, content[:cut], content[cut:], first, last, (first, last))
+
+
+def _split(
+    name: str,
+    seen: str | list[Row],
+    unseen: str | list[Row],
+    first: str,
+    last: str,
+    splits: tuple[str, str],
+) -> Dataset:
+    """A dataset of two contents, called `first` and `last` where the split is told."""
+    calibration, validation = _part(splits[0], seen), _part(splits[1], unseen, without=seen)
+    told = (
+        f"{name} holds {_kind(seen)}; searched on {first} ({_size(seen)}), proved on {last} "
+        f"({_size(unseen)})"
     )
+    if isinstance(seen, list):
+        known = frozenset(seen)
+        if both := sum(row in known for row in unseen if not isinstance(row, str)):
+            told += f", {both} of them left out because they are searched on"
+    return Dataset(name, calibration, validation, told)
 
 
-def _part(split: str, content: str | list[Turn], without: str | list[Turn] = "") -> Part:
+def _kind(content: str | list[Row]) -> str:
+    if isinstance(content, str):
+        return "running text"
+    return NAMES[type(content[0])] if content else "no rows"
+
+
+def _size(content: str | list[Row]) -> str:
+    return f"{len(content):,} " + ("characters" if isinstance(content, str) else "rows")
+
+
+def _part(split: str, content: str | list[Row], without: str | list[Row] = "") -> Part:
     if isinstance(content, str):
         return Part(split, text=content)
     # A row that was searched on proves nothing.
     known = frozenset(without)
-    turns = [turn for turn in content if turn not in known]
+    rows = [row for row in content if row not in known]
 
-    def shuffled(rng: Random) -> Iterator[Group]:
-        order = list(range(len(turns)))
+    def shuffled(rng: Random) -> Iterator[Row]:
+        order = list(range(len(rows)))
         rng.shuffle(order)
-        return ((turns[index],) for index in order)
+        return (rows[index] for index in order)
 
-    return Part(split, groups=shuffled)
+    def groups(rng: Random) -> Iterator[Group]:
+        return ((row,) for row in shuffled(rng) if isinstance(row, Turn))
+
+    def conversations(rng: Random) -> Iterator[Conversation]:
+        return (row for row in shuffled(rng) if isinstance(row, Conversation))
+
+    if rows and isinstance(rows[0], Conversation):
+        return Part(split, conversations=conversations)
+    texts = [row.text for row in rows if isinstance(row, Text)]
+    return Part(split, text="\n\n".join(texts)) if texts else Part(split, groups=groups)
 
 
 def _made(source: Made, split: str) -> Part:
@@ -251,46 +295,3 @@ def _made(source: Made, split: str) -> Part:
         return (Turn(episode.context + first.question, first.answer), *rest)
 
     return Part(split, made=group, most_facts=source.most_facts)
-
-
-def _read(path: Path) -> str | list[Turn]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(
-            "dataset", f"{path}: cannot be read as UTF-8 text: {error}"
-        ) from error
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        return text
-    turns = []
-    # Not splitlines(): a row's text may hold any of the rarer line separators.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            turns.append(turn_of(json.loads(line)))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise InvalidArgument(
-                "dataset",
-                f"{path}, line {number}: not a row of a known form ({error}); each line is one of "
-                f"{ROW_FORMS}",
-            ) from error
-    return turns
-
-
-def turn_of(row: Mapping[str, Any]) -> Turn:
-    """Put one row into words. Raises ValueError, KeyError, TypeError or IndexError if it cannot."""
-    if "prompt" in row:
-        return Turn(str(row["prompt"]), " " + str(row["answers"][0]).strip())
-    question = f"Question: {str(row['question']).strip()}\n"
-    if "choices" in row:
-        index, choices = row["answer"], [str(choice).strip() for choice in row["choices"]]
-        if not isinstance(index, int) or not 0 <= index < len(choices):
-            raise ValueError(f"answer {index!r} is no index into {len(choices)} choices")
-        lettered = (f"{chr(ord('A') + n)}) {choice}" for n, choice in enumerate(choices))
-        answers = tuple(f" {choice}" for choice in choices)
-        return Turn(f"{question}Choices: {' '.join(lettered)}\nAnswer:", answers[index], answers)
-    answer = row.get("answer_text", row.get("answer"))
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError("no answer")
-    return Turn(f"{question}Answer:", " " + answer.strip())

@@ -1,19 +1,18 @@
 """Policies side by side: what each loses against the full cache, on which task, at which size.
 
-Owns the plan of cells (task x size x policy), the passes that fill them, and paired comparisons.
-Examples run along in batches, and all policies meet one batch before the next is made, so that
-only one batch's full-cache predictions are held. Knows nothing of command lines or drawing.
+Owns the plan of cells (task x size x policy) and the passes that fill them. Examples run along in
+batches, and all policies meet one batch before the next is made, so that only one batch's
+full-cache predictions are held. Knows nothing of command lines or drawing.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from a2sf import __version__, teacher
 from a2sf.errors import InvalidArgument
@@ -22,6 +21,7 @@ from a2sf.policy import EffectivePolicy
 from a2sf.prompts import Prompt
 from a2sf.teacher import Example, Prediction
 from tuner import datasets, machine, packing, policies, statistics
+from tuner.cells import Gathered, Plan, cell_of, compare
 from tuner.objective import (
     ROWS_PER_PASS,
     check_finite,
@@ -33,7 +33,8 @@ from tuner.objective import (
 )
 from tuner.packing import Item
 from tuner.policies import Named
-from tuner.results import Accuracy, Cell, Comparison, Evaluation, Metric, Policy, Size, Task
+from tuner.progress import Progress
+from tuner.results import Accuracy, Evaluation, Policy, Size, Task
 
 SPLITS = ("validation", "calibration")
 
@@ -67,27 +68,6 @@ class Settings:
     command: str
 
 
-@dataclass
-class _Gathered:
-    """The figures of one cell, an entry an example."""
-
-    budget: list[int] = field(default_factory=list)
-    figures: dict[Metric, list[float]] = field(default_factory=dict)
-    similarity: list[Tensor] = field(default_factory=list)
-
-    def add(self, name: Metric, value: float) -> None:
-        self.figures.setdefault(name, []).append(value)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One task with everything that is to be run on it."""
-
-    task: Task
-    items: list[Item]
-    cells: dict[tuple[Named, Size | None], _Gathered]
-
-
 def evaluate(settings: Settings) -> Evaluation:
     """Measure every cell. Raises A2SFError for what the user can mend, before the first pass."""
     began = time.monotonic()
@@ -110,12 +90,10 @@ def evaluate(settings: Settings) -> Evaluation:
             for item in plan.items:
                 for example in (item.example, *item.alternatives):
                     _resolve(model, plan.task, policy, size, example, settings.seed)
-    passes = sum(-(-len(plan.items) // ROWS_PER_PASS) * len(plan.cells) for plan in plans)
-    with tqdm(total=passes, desc="evaluate", unit="pass", leave=False) as bar:
-        for plan in plans:
-            for _ in _run(model, plan, settings.seed):
-                bar.set_postfix_str(plan.task.name, refresh=False)
-                bar.update()
+    with Progress("task", [plan.task.name for plan in plans]) as progress:
+        for source in sources:
+            progress.say(f"Data: {source.told}.")
+        _run_all(model, plans, settings.seed, progress)
     return Evaluation(
         created_at=datetime.now(UTC).replace(microsecond=0),
         tool_version=__version__,
@@ -136,7 +114,7 @@ def evaluate(settings: Settings) -> Evaluation:
             for policy in wanted
         ),
         cells=tuple(
-            _cell(plan.task, policy, size, gathered, settings.seed)
+            cell_of(plan.task, policy, size, gathered, settings.seed)
             for plan in plans
             for (policy, size), gathered in plan.cells.items()
         ),
@@ -144,7 +122,7 @@ def evaluate(settings: Settings) -> Evaluation:
             comparison
             for plan in plans
             for size in settings.sizes
-            for comparison in _compare(plan, size, settings.seed)
+            for comparison in compare(plan, size, settings.seed)
         ),
     )
 
@@ -155,7 +133,7 @@ def _plan(
     shots: int | None,
     wanted: Sequence[Named],
     settings: Settings,
-) -> _Plan:
+) -> Plan:
     part, other = source.validation, source.calibration
     if settings.split == "calibration":
         part, other = other, part
@@ -185,8 +163,9 @@ def _plan(
         chunk = EXACT if shots is None else STEP_BY_STEP
     form = "packed" if shots is None else f"{shots}-shot"
     examples = [item.example for item in items]
+    rows = part.groups is not None or part.conversations is not None
     task = Task(
-        name=f"{source.name}, {form}" if part.groups is not None else source.name,
+        name=f"{source.name}, {form}" if rows else source.name,
         dataset=source.name,
         split=part.split,
         shots=shots,
@@ -198,11 +177,11 @@ def _plan(
         accuracy=kind,
         data_sha256=packing.digest(examples),
     )
-    cells: dict[tuple[Named, Size | None], _Gathered] = {}
+    cells: dict[tuple[Named, Size | None], Gathered] = {}
     for policy in wanted:
         for size in settings.sizes if policy.has_size else (None,):
-            cells[policy, size] = _Gathered()
-    return _Plan(task, items, cells)
+            cells[policy, size] = Gathered()
+    return Plan(task, items, cells)
 
 
 def _judged_by(item: Item) -> Accuracy | None:
@@ -230,7 +209,23 @@ def _resolve(
         ) from error
 
 
-def _run(model: LoadedModel, plan: _Plan, seed: int) -> Iterator[None]:
+def _run_all(model: LoadedModel, plans: Sequence[Plan], seed: int, progress: Progress) -> None:
+    passes = sum(-(-len(plan.items) // ROWS_PER_PASS) * len(plan.cells) for plan in plans)
+    cells = sum(len(plan.cells) for plan in plans)
+    progress.say(
+        f"Evaluating on {len(plans)} task{'s' if len(plans) > 1 else ''}: {cells} policies at "
+        f"their sizes, {passes} passes; how long they take is told after the first."
+    )
+    began, done = time.monotonic(), 0
+    for plan in plans:
+        progress.begin(plan.task.name)
+        for _ in _run(model, plan, seed):
+            done += 1
+            spent = time.monotonic() - began
+            progress.show(f"pass {done} of {passes}", spent, spent / done * (passes - done))
+
+
+def _run(model: LoadedModel, plan: Plan, seed: int) -> Iterator[None]:
     """Fill the cells of a plan; yields after each pass over one batch by one policy."""
     for first in range(0, len(plan.items), ROWS_PER_PASS):
         batch = plan.items[first : first + ROWS_PER_PASS]
@@ -251,7 +246,7 @@ def _run(model: LoadedModel, plan: _Plan, seed: int) -> Iterator[None]:
 
 def _pass(
     model: LoadedModel,
-    plan: _Plan,
+    plan: Plan,
     group: Sequence[tuple[Named, Size | None]],
     batch: Sequence[Item],
     full: Sequence[Tensor],
@@ -301,7 +296,7 @@ def _pass(
             plan.cells[cell].add("accuracy", float(right))
 
 
-def _measure(gathered: _Gathered, item: Item, prediction: Prediction, full: Tensor) -> None:
+def _measure(gathered: Gathered, item: Item, prediction: Prediction, full: Tensor) -> None:
     example = item.example
     kl, nll = divergence(example, prediction, full)
     greedy = prediction.logits.argmax(dim=-1).cpu()
@@ -320,57 +315,3 @@ def _exact(item: Item, prediction: Prediction) -> float:
     right = (prediction.logits.argmax(dim=-1).cpu() == wanted).tolist()
     exact = [all(right[index] for index in answer) for answer in item.answers]
     return sum(exact) / len(exact)
-
-
-def _cell(task: Task, policy: Named, size: Size | None, gathered: _Gathered, seed: int) -> Cell:
-    estimates = {
-        name: statistics.estimate(values, seed=seed) for name, values in gathered.figures.items()
-    }
-    by_head = torch.stack(gathered.similarity).mean(dim=0)
-    return Cell(
-        task=task.name,
-        policy=policy.name,
-        size=size,
-        budget=sum(gathered.budget) / len(gathered.budget),
-        kl=estimates["kl"],
-        nll=estimates["nll"],
-        top1=estimates["top1"],
-        accuracy=estimates.get("accuracy"),
-        similarity=estimates["similarity"],
-        similarity_by_head=tuple(tuple(row) for row in by_head.tolist()),
-        by_example={name: tuple(values) for name, values in gathered.figures.items()},
-    )
-
-
-def _compare(plan: _Plan, size: Size, seed: int) -> Iterator[Comparison]:
-    """Every forgetting policy with every other method, and every table with all of them."""
-    sized = {policy: cell for (policy, at), cell in plan.cells.items() if at == size}
-    pairs = [
-        (ours, theirs)
-        for ours in sized
-        for theirs in sized
-        if (ours.table and not theirs.table)
-        or (ours.wish.alpha is not None and ours.rival is None and theirs.wish.preset is not None)
-    ]
-    for metric in ("kl", "accuracy") if plan.task.accuracy else ("kl",):
-        figures = [
-            (sized[ours].figures[metric], sized[theirs].figures[metric]) for ours, theirs in pairs
-        ]
-        if not figures:
-            return
-        gaps = [[a - b for a, b in zip(*both, strict=True)] for both in figures]
-        p_values = statistics.sign_flip_p(gaps, seed=seed)
-        corrected = statistics.holm(p_values)
-        for (ours, theirs), both, p, p_holm in zip(
-            pairs, figures, p_values, corrected, strict=True
-        ):
-            yield Comparison(
-                task=plan.task.name,
-                size=size,
-                metric=metric,
-                policy=ours.name,
-                baseline=theirs.name,
-                difference=statistics.difference(*both, seed=seed),
-                p=p,
-                p_holm=p_holm,
-            )

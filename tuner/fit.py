@@ -2,14 +2,13 @@
 
 Owns the order of things: the best uniform setting, the stages that climb from it, the proof on
 held-out examples. Written as if it ran alone: the ledger shares what is measured among workers, and
-remembers it. Knows nothing of command lines or printing; progress goes to standard error as bars.
+remembers it. Knows nothing of command lines; what it does meanwhile is told on standard error.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import optuna
 
@@ -23,7 +22,9 @@ from tuner import datasets, objective, packing, proof, samplers, sensitivity, st
 from tuner.ledger import Ledger
 from tuner.moves import Climb
 from tuner.objective import Objective
+from tuner.progress import Progress
 from tuner.search import Frame
+from tuner.settings import OPEN, PER_LAYER, Settings
 from tuner.storage import open_storage
 from tuner.trials import Account, Trials, Tried
 from tuner.uniform import best_uniform
@@ -33,48 +34,6 @@ LEAST_BUDGET = 8
 
 EDITION = 5
 """Raised when the search changes so that trials of an earlier one no longer compare."""
-
-OPEN = ("polish", "tpe", "structured", "cma")
-"""Stages that go on as long as there are trials; the others end by themselves."""
-
-STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
-"""The stages that may follow the uniform one, by the name that users give."""
-
-PER_LAYER = "per layer"
-"""The baseline that treats all heads of a layer alike."""
-
-DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
-
-    dataset: str
-    """One, or several with commas between them."""
-    out: Path
-    name: str
-    study: str
-    model: str
-    revision: str | None
-    budget: int | None
-    budget_ratio: float | None
-    prefill_chunk: int
-    data_dir: Path | None
-    stages: tuple[str, ...]
-    trials: int
-    """Settings measured after the uniform stage, over all stages, runs and workers."""
-    minutes: float | None
-    """Of measuring, the proof included and summed over workers; None: no limit."""
-    examples: int
-    holdout: int | None
-    """Held-out examples; None: twice `examples` and at least 16, or as many as there are."""
-    length: int
-    seed: int
-    storage: str | None
-    device: str
-    dtype: str
-    keep_table: bool
 
 
 @dataclass(frozen=True)
@@ -106,6 +65,14 @@ def fit(settings: Settings) -> Outcome:
     """Search, prove and seal. Raises A2SFError for whatever the user can mend."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     chosen = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
+    with Progress("stage", settings.parts, about="at most about") as progress:
+        progress.say(settings.told)
+        for dataset in chosen:
+            progress.say(f"Data: {dataset.told}.")
+        return _fit(settings, chosen, progress)
+
+
+def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progress) -> Outcome:
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
@@ -135,16 +102,18 @@ def fit(settings: Settings) -> Outcome:
         "stages": list(settings.stages),
         "edition": EDITION,
     }
-    storage, storage_kind = open_storage(settings.storage, settings.out.with_suffix(".journal"))
+    storage, storage_kind = open_storage(settings.storage, settings.journal)
     # One dtype for all workers and runs: figures in different ones cannot be compared.
     chosen_here = {"dtype": model.dtype_reason} if settings.dtype == "auto" else {}
     ledger = Ledger(storage, settings.study, definition, chosen=chosen_here)
     trials = Trials(
         ledger,
-        Objective(model, calibration, label="calibration"),
+        Objective(model, calibration, label="calibration", watch=progress.show),
         frame,
         settings.minutes,
         proof_rows=proof.rows(len(held_out), len(settings.stages)),
+        progress=progress,
+        most=settings.trials,
     )
     reload = partial(
         load_model,
@@ -218,9 +187,10 @@ def fit(settings: Settings) -> Outcome:
 def search(
     trials: Trials, stages: Sequence[str], most: int, seed: int, load: Callable[[], LoadedModel]
 ) -> Found:
-    """Find the best uniform setting, with as many trials for its refinement, and climb from it."""
-    uniform, best = best_uniform(trials, most)
-    found, per_layer = climb(trials, best, stages, most, seed, load)
+    """Find the best uniform setting with half of `most` trials at most, and climb with the rest."""
+    uniform, best = best_uniform(trials, most // 2)
+    rest = max(most - trials.accounts["uniform"].trials, 0)
+    found, per_layer = climb(trials, best, stages, rest, seed, load)
     return Found(uniform, {"uniform": best, **found}, per_layer, trials.accounts)
 
 
@@ -300,7 +270,8 @@ def _examples(
                 raise InvalidArgument(
                     field,
                     f"{enough} sequences of about {settings.length} tokens, and {part.split} of "
-                    f"{dataset.name} gives {len(parts[-1])}; lower --{field} or --length",
+                    f"{dataset.name} gives {len(parts[-1])}; lower --{field}, or change --length: "
+                    "rows that are longer are left out",
                 )
         turns = zip(*(part[: min(map(len, parts))] for part in parts), strict=True)
         made[field] = [example for turn in turns for example in turn][:count]

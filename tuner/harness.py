@@ -1,11 +1,14 @@
 """EleutherAI's lm-evaluation-harness with this engine as one of its models.
 
 Owns the command `a2sf-lm-eval`: it registers the model `a2sf` and hands over to the harness's own
-command line, arguments untouched. Knows nothing of how the model answers; that is
-`tuner.harness_model`, which is loaded when the harness asks for it.
+command line, arguments untouched; where that prints its help, what is ours comes first. Knows
+nothing of how the model answers; that is `tuner.harness_model`, which is loaded when the harness
+asks for it.
 """
 
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import NoReturn
 
 from a2sf.errors import A2SFError
@@ -33,12 +36,47 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         register()
+        if asks_for_help(sys.argv[1:]):
+            print(help_text(), flush=True)
     except ModuleNotFoundError as error:
         _fail(f"{error}; the harness is an extra: pip install 'a2sf-serve[eval]'")
     try:
         cli_evaluate()
     except A2SFError as error:
         _fail(str(error))
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the harness prints its help, for all that it does or for how to run."""
+    if arguments[:1] in (["ls"], ["validate"]):
+        return False
+    return list(arguments) in ([], ["run"]) or not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def help_text() -> str:
+    """What this command adds to the harness's: the model and its arguments."""
+    from tuner.harness_arguments import Arguments
+
+    lines = [
+        "a2sf-lm-eval is lm-eval with one more model. For example:",
+        "",
+        f"  a2sf-lm-eval --model {MODEL_NAME} --tasks my_task --include_path my_tasks/ \\",
+        "      --model_args pretrained=reference,policy=a2sf:.9:.5,ratio=0.2,prefill_chunk=1",
+        "",
+        f"--model_args of --model {MODEL_NAME}, as NAME=VALUE with commas between them:",
+        "",
+    ]
+    for name, field in Arguments.model_fields.items():
+        told = field.description or ""
+        if field.is_required():
+            told += " Required."
+        elif field.default is not None:
+            told += f" {field.default} unless given."
+        indent = " " * 18
+        lines.append(
+            textwrap.fill(told, 88, initial_indent=f"  {name:<16}", subsequent_indent=indent)
+        )
+    return "\n".join([*lines, "", "What follows is lm-eval's own help.", ""])
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """What `a2sf-lm-eval` is given, in this project's terms: a policy for each sequence, a sampling.
 
-Owns the names, ranges and defaults of model arguments, which `HarnessModel` documents for users,
-and which generation arguments are refused. Knows nothing of requests.
+Owns the names, ranges and defaults of model arguments, with what `--help` says of them, and which
+generation arguments are refused. Knows nothing of requests.
 """
 
 import sys
@@ -31,18 +31,46 @@ class Arguments(Frozen):
 
     model_config = ConfigDict(strict=False, coerce_numbers_to_str=True)
 
-    pretrained: str
-    revision: str | None = None
-    policy: str = "full"
-    ratio: Ratio | None = None
-    slots: Positive | None = None
-    prefill_chunk: Count | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: Positive = 1
-    max_batch_size: Positive | None = None
-    max_length: int | None = Field(default=None, ge=2)
-    seed: Count = Field(default=0, lt=2**31)
+    pretrained: str = Field(
+        description="`reference` for the packaged model, a directory, a GGUF file, or a hub id."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit, for a hub id.")
+    policy: str = Field(
+        default="full",
+        description="One policy as `a2sf-tune evaluate --policies` spells it, or the file or "
+        "shipped name of an alpha table.",
+    )
+    ratio: Ratio | None = Field(
+        default=None,
+        description="Share of a sequence's tokens that each head keeps, above 0 and up to 1. A "
+        "sequence is context and continuation, or prompt and max_gen_toks as in serving.",
+    )
+    slots: Positive | None = Field(
+        default=None,
+        description="Tokens that each head keeps. Every policy but full needs one of ratio and "
+        "slots; an alpha table given neither keeps its own budget.",
+    )
+    prefill_chunk: Count | None = Field(
+        default=None,
+        description="Tokens of a prompt block, after each of which the cache is trimmed; 0 is "
+        "exact, 1 the step-by-step pruning of the A2SF paper. Not given, it is the table's, or 0.",
+    )
+    device: str = Field(default="auto", description="As for a2sf-serve.")
+    dtype: str = Field(default="auto", description="As for a2sf-serve.")
+    batch_size: Positive = Field(
+        default=1,
+        description=f"Rows of one pass; auto is {AUTOMATIC_ROWS}. It changes no result.",
+    )
+    max_batch_size: Positive | None = Field(
+        default=None, description="The most that batch_size=auto may be."
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of the longest sequence, at most and unless given the model's "
+        "context. What is longer loses its beginning.",
+    )
+    seed: Count = Field(default=0, lt=2**31, description="Of the policy random and of sampling.")
 
     @field_validator("batch_size", mode="before")
     @classmethod

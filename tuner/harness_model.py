@@ -51,22 +51,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     log-likelihoods decode the whole text after its first, prefixed token, in windows of
     `max_length`. Generation runs through the engine that serves.
 
-    Model arguments:
-        pretrained: `reference` for the packaged model, a directory, a GGUF file, or a hub id.
-        revision: branch, tag or commit, for a hub id.
-        policy: one policy as `a2sf-tune evaluate --policies` spells it; `full` unless given.
-        ratio: share of a sequence's tokens that each head keeps, above 0 and up to 1. A sequence
-            is context + continuation, or prompt + max_gen_toks as in serving.
-        slots: tokens that each head keeps. Every policy but `full` needs one of ratio and slots;
-            an alpha table given neither keeps its own budget.
-        prefill_chunk: tokens of a prompt block, after each of which the cache is trimmed; 0 is
-            exact, 1 the step-by-step pruning of the A2SF paper. Not given, it is the table's, or 0.
-        device, dtype: as for `a2sf-serve`; `auto` unless given.
-        batch_size: rows of one pass, 1 unless given; `auto` is 32. It changes no result.
-        max_batch_size: the most that `auto` may be.
-        max_length: tokens of the longest sequence, at most (and unless given) the model's context.
-            What is longer loses its beginning.
-        seed: of the policy `random` and of sampling; 0 unless given.
+    Model arguments are those of `harness_arguments.Arguments`, which `a2sf-lm-eval --help` lists.
 
     A request that fails ends alone: the others are answered first, and their answers go to the
     harness's cache if there is one. Then the first failure is raised, because the harness has no

@@ -7,7 +7,7 @@ nothing of searching; the block law itself is `a2sf.teacher`'s.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, log_softmax
 from torch.nn.functional import kl_div
-from tqdm import tqdm
 
 from a2sf import teacher
 from a2sf.errors import NonFinite
@@ -70,17 +69,27 @@ class Objective:
     dtype.
     """
 
-    def __init__(self, model: LoadedModel, examples: Sequence[Example], *, label: str) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        examples: Sequence[Example],
+        *,
+        label: str,
+        watch: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """Run nothing yet; `watch` is told in words, with the label, of what takes long."""
         self.model = model
         self.examples = examples
         self._label = label
+        self._watch = watch
         self._anchor: tuple[TablePolicy, Entering] | None = None
 
     @cached_property
     def _full(self) -> list[Tensor]:
         starts = range(0, len(self.examples), ROWS_PER_PASS)
         found: list[Tensor] = []
-        for first in tqdm(starts, desc=f"full cache, {self._label}", unit="pass", leave=False):
+        for number, first in enumerate(starts, start=1):
+            self._watch(f"full cache on {self._label} examples, pass {number} of {len(starts)}")
             found += full_cache(self.model, self.examples[first : first + ROWS_PER_PASS])
         for example, log_p in zip(self.examples, found, strict=True):
             check_finite(example, "full cache's negative log-likelihood", _nll(example, log_p))

@@ -1,18 +1,42 @@
-"""What all commands share: checks of options that need nothing loaded, so that a slip is told at
-once, and how a failure is told.
+"""What all commands share: options, checks of them that need nothing loaded, so that a slip is told
+at once, which file a table's name means, and how a failure is told.
 
 Owns the wording of what is wrong. Knows nothing of which commands there are.
 """
 
+import difflib
 import math
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
+import typer
+
+from a2sf import reference
 from a2sf.errors import InvalidArgument, NotFound
+
+DEFAULT_RATIO = 0.2
+
+ModelOption = Annotated[
+    str, typer.Option(help="`reference`, a directory, a GGUF file, or a Hugging Face hub id.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
+]
+LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (as of the server), float32, bfloat16 or float16.")
+]
+TableArgument = Annotated[
+    str, typer.Argument(metavar="TABLE", help="A table's file, or the name of a shipped one.")
+]
 
 
 def check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None:
@@ -24,14 +48,49 @@ def check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None:
 
 
 def check_writable(out: Path, option: str = "--out") -> None:
-    """Raise NotFound or InvalidArgument, naming the option, unless a file can be written there."""
-    directory = out.parent
-    if not directory.is_dir():
-        raise NotFound(f"{option} {out}: there is no directory {directory}; make it first")
+    """Make the directory of a file that is to be written, and see that it can be.
+
+    Raises InvalidArgument, naming the option, where it cannot.
+    """
     if out.is_dir():
         raise InvalidArgument(option, f"{out} is a directory; give a file")
-    if not os.access(directory, os.W_OK):
-        raise InvalidArgument(option, f"{directory} cannot be written to")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # The only sure way: permissions say nothing of file systems that are read-only or full.
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InvalidArgument(
+            option, f"{out} cannot be written ({error.strerror}); give a file in another directory"
+        ) from None
+
+
+def did_you_mean(given: str, accepted: Iterable[str]) -> str:
+    """A question that names what is nearest to what was given; empty where nothing is near."""
+    near = difflib.get_close_matches(given, list(accepted), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def shipped_tables() -> dict[str, Path]:
+    """The files of the tables that come with the package, by name."""
+    return {path.stem: path for path in sorted((reference.path() / "tables").glob("*.json"))}
+
+
+def table_file(written: str, option: str = "") -> Path:
+    """Return the file that is meant by a path or by the name of a table that is shipped.
+
+    Raises NotFound, which begins with the option, where there is no such file.
+    """
+    path, shipped = Path(written), shipped_tables()
+    if path.is_file():
+        return path
+    if written in shipped:
+        return shipped[written]
+    near = did_you_mean(written, shipped)
+    raise NotFound(
+        f"{f'{option}: ' if option else ''}alpha table {written}: there is no such file, and none "
+        f"is shipped under this name; shipped: {', '.join(shipped)}{near}"
+    )
 
 
 def numbers(
@@ -55,6 +114,32 @@ def numbers(
             )
         values.append(value)
     return values
+
+
+def share(option: str, written: str) -> float:
+    """Read a share above 0 and below 1, which may be written in percent.
+
+    Raises InvalidArgument for anything else; 1 without a percent sign may mean either.
+    """
+    number, sign, rest = written.strip().partition("%")
+    try:
+        value = float(number) / (100 if sign else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1 or rest:
+        raise InvalidArgument(
+            option, f"{written!r}; accepted: percent such as 1%, or a share below 1 such as .01"
+        )
+    return value
+
+
+def table_name(dataset: str) -> str:
+    """A name for a table that is fitted to a dataset: that of the file or folder, with its suffix.
+
+    Several datasets give all their names; a dash stands for what is accepted in no name.
+    """
+    names = (Path(name.strip()).name for name in dataset.split(","))
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(names))[:80].strip("-._") or "table"
 
 
 def without_paths(arguments: Sequence[str]) -> str:

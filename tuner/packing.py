@@ -11,7 +11,8 @@ prefill would attend to everything and evict only once, at its end; this way mos
 by a cache that has been trimmed for hundreds of steps, which is when a forgetting factor matters.
 With a number of *shots*, a sequence is one question with so many solved ones before it, all prompt
 but the answer, as the literature asks. A generated context with its questions is a sequence either
-way, as long as fits. Of running text the first quarter is prompt.
+way, as long as fits. Conversations, put into text by the model's chat template, share sequences as
+questions do. Of running text the first quarter is prompt.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from random import Random
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.teacher import Example
+from tuner.chats import turns_of
 from tuner.datasets import Group, Part
 
 PROMPT_SHARE_OF_TEXT = 0.25
@@ -77,6 +79,18 @@ def items(
     rng = Random(f"{seed}/{part.split}")
     if part.made is not None:
         source = _made(model, part, length, rng, shots or 0, solved)
+    elif part.conversations is not None:
+        if shots:
+            raise InvalidArgument(
+                "shots", f"{shots}; accepted for conversations: 0, or leave it out"
+            )
+        told = (turns_of(model, one, length) for one in part.conversations(rng))
+        groups = (group for group in told if group)
+        # The template has written the special tokens.
+        if shots is None:
+            source = _packed(model, groups, length, special=False)
+        else:
+            source = (_item(model, [group], lead=0, special=False) for group in groups)
     elif part.groups is None:
         if shots is not None:
             raise InvalidArgument("shots", "running text has no questions; leave it out for text")
@@ -102,17 +116,19 @@ def digest(made: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
 
 
-def _packed(model: LoadedModel, groups: Iterator[Group], length: int) -> Iterator[Item]:
+def _packed(
+    model: LoadedModel, groups: Iterator[Group], length: int, *, special: bool = True
+) -> Iterator[Item]:
     """Fill sequences with groups in order; too long a group and the unfinished end are left out."""
-    room = length - len(model.encode(""))
+    room = length - len(model.encode("", special=special))
     held: list[Group] = []
     used = 0
     for group in groups:
-        tokens = _most_tokens(model, group)
+        tokens = _most_tokens(model, group, special=special)
         if tokens > room:
             continue
         if used + tokens > room:
-            yield _item(model, held, lead=0)
+            yield _item(model, held, lead=0, special=special)
             held, used = [], 0
         held.append(group)
         used += tokens
@@ -174,35 +190,45 @@ def _made(
 
 
 def _text(groups: Sequence[Group]) -> str:
-    """The solved questions of groups in order, a line break after each group."""
-    return "".join("".join(turn.question + turn.answer for turn in g) + "\n" for g in groups)
+    """The solved questions of groups in order, after each group what follows its last turn."""
+    return "".join(
+        "".join(turn.question + turn.answer for turn in group) + group[-1].after for group in groups
+    )
 
 
-def _most_tokens(model: LoadedModel, group: Group) -> int:
+def _most_tokens(model: LoadedModel, group: Group, *, special: bool = True) -> int:
     """Tokens of a group with the longest choice for its last answer."""
     last = group[-1]
-    text = _text([group]).removesuffix(last.answer + "\n")
-    special = len(model.encode(""))
+    text = _text([group]).removesuffix(last.answer + last.after)
+    own = len(model.encode("", special=special))
     return max(
-        len(model.encode(f"{text}{answer}\n")) - special
+        len(model.encode(f"{text}{answer}{last.after}", special=special)) - own
         for answer in dict.fromkeys((last.answer, *last.choices))
     )
 
 
-def _item(model: LoadedModel, groups: Sequence[Group], *, lead: int, choose: bool = False) -> Item:
+def _item(
+    model: LoadedModel,
+    groups: Sequence[Group],
+    *,
+    lead: int,
+    choose: bool = False,
+    special: bool = True,
+) -> Item:
     """One sequence; every answer after the first `lead` groups counts.
 
-    With `choose` the last answer's choices, where it has any, become alternatives.
+    With `choose` the last answer's choices, where it has any, become alternatives. Without
+    `special`, the special tokens stand in the text: these are conversations, and free.
     """
     text, spans = _text(groups[:lead]), []
     for group in groups[lead:]:
         for turn in group:
             text += turn.question + turn.answer
             spans.append((len(text) - len(turn.answer.lstrip()), len(text)))
-        text += "\n"
-    example, answers = _example(model, text, spans, first=spans[0][0])
+        text += group[-1].after
+    example, answers = _example(model, text, spans, first=spans[0][0], special=special)
     # A worked solution over many lines is one of many right ones; who words it so is no measure.
-    free = any("\n" in turn.answer for group in groups for turn in group)
+    free = not special or any("\n" in turn.answer for group in groups for turn in group)
     last = groups[-1][-1]
     before = text[: spans[-1][1] - len(last.answer)]
     alternatives = []
@@ -219,11 +245,16 @@ def _item(model: LoadedModel, groups: Sequence[Group], *, lead: int, choose: boo
 
 
 def _example(
-    model: LoadedModel, text: str, spans: Sequence[tuple[int, int]], *, first: int
+    model: LoadedModel,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    *,
+    first: int,
+    special: bool = True,
 ) -> tuple[Example, tuple[range, ...]]:
     """Tokens of a text, prompt up to character `first`; the tokens of each span are predicted."""
-    encoding = model.tokenizer(text, return_offsets_mapping=True)
-    ids = model.encode(text)
+    encoding = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    ids = model.encode(text, special=special)
     assert tuple(encoding.input_ids) == ids
     # Tokens that stand for no characters, such as the first, have empty spans.
     places = [(start, end) for start, end in encoding.offset_mapping]

@@ -4,18 +4,17 @@ Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf`, `
 `adakv` and alpha tables, each with what it protects. Knows nothing of examples or of costs.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a2sf import reference
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from a2sf.policy import DEFAULT_SINKS, PRESETS, CachePolicy
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tuner.objective import Candidate
+from tuner.options import did_you_mean, shipped_tables, table_file
 from tuner.results import Size
 from tuner.rivals import AdaKV, Pyramid
 
@@ -137,15 +136,11 @@ def _read(written: str, model: LoadedModel) -> list[Named]:
             raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
         wish = _wish(name, dict(zip(_PARTS[name], values, strict=False)))
         return [Named(written, wish, rival=name if name in _RIVALS else None)]
-    path = Path(written)
-    shipped = reference.path() / "tables" / f"{written}.json"
-    if not path.is_file() and not written.endswith(".json"):
-        if not (re.fullmatch(r"[\w.-]+", written) and shipped.is_file()):
-            raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
-        path = shipped
-    if not path.is_file():
-        raise NotFound(f"--policies: there is no alpha table {path}")
-    table = load_table(path, model.identity)
+    known = [*_PARTS, *shipped_tables()]
+    if written not in known and not written.endswith(".json") and not Path(written).is_file():
+        near = did_you_mean(name, known)
+        raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}{near}")
+    table = load_table(table_file(written, "--policies"), model.identity)
     return [Named(table.name, CachePolicy(table=table.name), table)]
 
 

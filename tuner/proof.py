@@ -7,14 +7,13 @@ nothing of how the table was found.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
@@ -26,6 +25,7 @@ from tuner.ledger import Ledger, Measured
 from tuner.objective import ROWS_PER_PASS, Candidate, Cost, Objective
 from tuner.rivals import AdaKV, Pyramid
 from tuner.search import Frame
+from tuner.settings import PROOF
 from tuner.trials import Account, Trials, Tried
 
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
@@ -134,33 +134,37 @@ def prove(
     found: list[list[Measured]] = [[] for _ in different]
     full: list[float] = []
     spent = 0.0
-    with tqdm(total=len(held_out), desc="held out", unit="example", leave=False) as bar:
-        while (first := len(full)) < len(held_out):
-            end = min(first + ROWS_PER_PASS if first else LEAST, len(held_out))
-            if first:
-                need = spent / first * (end - first)
-            else:
-                passes = math.ceil(end * len(different) / ROWS_PER_PASS)
-                need = (passes + 1) * trials.seconds_a_trial
-            if need > trials.seconds_left - spent:
-                if not first:
-                    # Rows of a pass may take as long as if each were alone.
-                    alone = end * (len(different) + 1) * trials.seconds_a_row
-                    raise _too_short(trials, end, max(need, alone))
-                break
-            unseen = _Unseen(model, held_out[first:end], different)
+    about = len(held_out) * (len(different) + 1) * trials.seconds_a_row
+    trials.progress.begin(PROOF, trials.seconds_spent, min(about, trials.seconds_left))
+    while (first := len(full)) < len(held_out):
+        end = min(first + ROWS_PER_PASS if first else LEAST, len(held_out))
+        if first:
+            need = spent / first * (end - first)
+        else:
+            passes = math.ceil(end * len(different) / ROWS_PER_PASS)
+            need = (passes + 1) * trials.seconds_a_trial
+        if need > trials.seconds_left - spent:
             if not first:
-                # What one pass takes tells whether there is time for the others.
-                begun = ledger.measure(
-                    unseen.name, unseen.points, unseen.measure, most=unseen.at_once
-                )
-                spent = math.fsum(one.seconds for one in begun)
-                need = spent * (len(different) - len(begun)) / len(begun)
-                if need > max(trials.seconds_left - spent, 0.0):
-                    raise _too_short(trials, end, spent + need)
-            full += _measure(ledger, unseen, found)
-            spent = math.fsum(one.seconds for measured in found for one in measured)
-            bar.update(end - first)
+                # Rows of a pass may take as long as if each were alone.
+                alone = end * (len(different) + 1) * trials.seconds_a_row
+                raise _too_short(trials, end, max(need, alone))
+            break
+        unseen = _Unseen(model, held_out[first:end], different, trials.progress.show)
+        if not first:
+            # What one pass takes tells whether there is time for the others.
+            begun = ledger.measure(unseen.name, unseen.points, unseen.measure, most=unseen.at_once)
+            spent = math.fsum(one.seconds for one in begun)
+            need = spent * (len(different) - len(begun)) / len(begun)
+            if need > max(trials.seconds_left - spent, 0.0):
+                raise _too_short(trials, end, spent + need)
+        full += _measure(ledger, unseen, found)
+        spent = math.fsum(one.seconds for measured in found for one in measured)
+        left = spent / len(full) * (len(held_out) - len(full))
+        trials.progress.show(
+            f"{len(full)} of {len(held_out)} held-out examples",
+            trials.seconds_spent + spent,
+            min(left, trials.seconds_left - spent),
+        )
     if len(full) < len(held_out):
         trials.notes.append(
             f"The proof is on {len(full)} of {len(held_out)} held-out examples: more --minutes "
@@ -191,9 +195,13 @@ class _Unseen:
     """Some held-out examples, and what the policies cost on them; runs nothing before asked."""
 
     def __init__(
-        self, model: LoadedModel, examples: Sequence[Example], policies: Sequence[Candidate]
+        self,
+        model: LoadedModel,
+        examples: Sequence[Example],
+        policies: Sequence[Candidate],
+        watch: Callable[[str], object],
     ) -> None:
-        self.objective = Objective(model, examples, label="held out")
+        self.objective = Objective(model, examples, label="held-out", watch=watch)
         self.points: list[dict[str, Any]] = [
             {"kind": type(policy).__name__, **policy.model_dump(mode="json")} for policy in policies
         ]

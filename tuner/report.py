@@ -16,6 +16,7 @@ from rich.text import Text
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner import statistics
+from tuner.progress import duration
 from tuner.results import SIGNIFICANT, Comparison, Evaluation, Metric
 from tuner.search import LOG_TAU_MAX, Shares, log_tau_of
 
@@ -230,14 +231,6 @@ def slots(policy: TablePolicy) -> Shares:
         return ()
     mean = math.fsum(weights) / len(weights)
     return tuple(tuple(weight / mean for weight in row) for row in policy.head_share)
-
-
-def duration(seconds: float) -> str:
-    """A span of time as a person would say it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    whole = round(seconds / 60)
-    return f"{whole} min" if whole < 120 else f"{whole // 60} h {whole % 60} min"
 
 
 def heat_map(console: Console, policy: TablePolicy) -> None:

@@ -9,6 +9,7 @@ found (`tuner.curvature`) nor of how a total is divided (`tuner.dealing`).
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy
@@ -135,31 +135,40 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
     loaded: list[LoadedModel] = []
     sums: list[NDArray[np.float64]] = []
     count = 0
-    with tqdm(total=len(rows) * curvature.ticks(model), desc="look at heads", leave=False) as bar:
+    ticks = 0
+    begun = 0.0
 
-        def make(batch: list[int]) -> tuple[Any, float]:
-            loaded[:] = loaded or [load()]
-            texts = [examples[row] for row in batch]
-            found = curvature.effects(loaded[0], texts, policies, bar.update)
-            costs = (found.square().mean(dim=1) / 2).numpy()
-            figures = np.stack([costs.sum(axis=0), np.square(costs).sum(axis=0)])
-            return _digits(figures), curvature.work(len(policies)) * len(batch) / len(examples)
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        share = ticks / (len(rows) * curvature.ticks(model))
+        trials.show(f"looking at every head, {share:.0%}", time.perf_counter() - begun)
 
-        # Not the shortest first: what the time suffices for should be like the whole.
-        for number in np.random.default_rng(0).permutation(len(rows)).tolist():
-            share = len(rows[number]) / len(examples)
-            need = curvature.work(len(policies)) * share * trials.seconds_a_row * len(examples)
-            if count:
-                need = (trials.seconds_spent - began) / count * len(rows[number])
-            if trials.seconds_spent + need > until:
-                trials.notes.append(
-                    f"The sensitivity profile is of {count} of {len(examples)} examples: more "
-                    "--minutes make it surer."
-                )
-                break
-            sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
-            count += len(rows[number])
-            bar.update(len(sums) * curvature.ticks(model) - bar.n)
+    def make(batch: list[int]) -> tuple[Any, float]:
+        nonlocal begun
+        begun = time.perf_counter()
+        loaded[:] = loaded or [load()]
+        texts = [examples[row] for row in batch]
+        found = curvature.effects(loaded[0], texts, policies, tick)
+        costs = (found.square().mean(dim=1) / 2).numpy()
+        figures = np.stack([costs.sum(axis=0), np.square(costs).sum(axis=0)])
+        return _digits(figures), curvature.work(len(policies)) * len(batch) / len(examples)
+
+    # Not the shortest first: what the time suffices for should be like the whole.
+    for number in np.random.default_rng(0).permutation(len(rows)).tolist():
+        share = len(rows[number]) / len(examples)
+        need = curvature.work(len(policies)) * share * trials.seconds_a_row * len(examples)
+        if count:
+            need = (trials.seconds_spent - began) / count * len(rows[number])
+        if trials.seconds_spent + need > until:
+            trials.notes.append(
+                f"The sensitivity profile is of {count} of {len(examples)} examples: more "
+                "--minutes make it surer."
+            )
+            break
+        sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
+        count += len(rows[number])
+        ticks = len(sums) * curvature.ticks(model)
     if not count:
         return None
     mean, square = sum(sums[1:], start=sums[0]) / count

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from a2sf.schema import Estimate
 from tuner.pictures import LOWER_IS_BETTER
-from tuner.report import duration
+from tuner.progress import duration
 from tuner.results import SIGNIFICANT, Comparison
 
 ROUNDING = 5e-7

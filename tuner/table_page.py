@@ -14,11 +14,11 @@ from a2sf.errors import InvalidArgument, NotFound
 from a2sf.schema import AlphaTable
 from tuner import heatmaps, skeleton, table_pictures
 from tuner.page import alpha_picture, curves
+from tuner.progress import duration
 from tuner.report import (
     advice_line,
     calibration_line,
     caution_line,
-    duration,
     half_life,
     is_uniform,
     policy_line,

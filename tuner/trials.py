@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from tqdm import tqdm
 
 from a2sf.errors import InvalidArgument
 from tuner.ledger import Ledger, Measured
 from tuner.objective import Objective, effective
+from tuner.progress import Progress
 from tuner.search import Frame, Setting
 
 PROOF_SHARE = 1 / 3
@@ -85,6 +85,8 @@ class Trials:
         frame: Frame,
         minutes: float | None = None,
         proof_rows: int = 0,
+        progress: Progress | None = None,
+        most: int | None = None,
     ) -> None:
         """Begin with nothing measured.
 
@@ -94,19 +96,22 @@ class Trials:
             frame: completes settings to policies.
             minutes: of measuring, the proof included and summed over workers; None: no limit.
             proof_rows: examples that the proof runs, one for each policy and held-out example.
+            progress: shows how far the search is; None: one that knows no number of stages.
+            most: trials of the whole search, by which is told what is left of it; None: not known.
         """
         self.objective = objective
         self.frame = frame
         self.accounts: dict[str, Account] = {}
         self.notes: list[str] = []
         """What was cut short and why, in a sentence each."""
+        self.progress = progress or Progress("stage")
         self._ledger = ledger
         self._proof_rows = proof_rows
         self._stage = ""
         self._left = 0
         self._seconds = math.inf if minutes is None else 60 * minutes
         self._until = math.inf
-        self._bar: Any = None
+        self._most = most
 
     # All times are those that the ledger keeps, and so the same for every worker and every run:
     # all of them stop at the same place.
@@ -155,7 +160,7 @@ class Trials:
 
     @contextmanager
     def stage(self, name: str, trials: int, share: float = 1.0) -> Iterator[None]:
-        """Count what is measured as the stage's, and show how far it is of its most `trials`.
+        """Count what is measured as the stage's, of which it may take so many `trials`.
 
         The stage may take this `share` of the time that is left to the search.
         """
@@ -166,8 +171,22 @@ class Trials:
             if self.seconds_a_row:
                 kept = min(kept, self.seconds_a_row * self._proof_rows)
             self._until = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
-        with tqdm(total=trials, desc=name, unit="trial", leave=False) as self._bar:
-            yield
+        self.progress.begin(name, *self._estimated())
+        yield
+
+    def show(self, detail: str, seconds: float = 0.0, trials: int = 0) -> None:
+        """Show how far the search is, with seconds and trials that no account counts yet."""
+        self.progress.show(detail, *self._estimated(seconds, trials))
+
+    def _estimated(self, seconds: float = 0.0, trials: int = 0) -> tuple[float, float | None]:
+        """Seconds that the run has taken, and that are left of it at most, about."""
+        done = self.seconds_spent + seconds
+        count = trials + sum(account.trials for account in self.accounts.values())
+        left = [self._seconds - done] if math.isfinite(self._seconds) else []
+        if self._most is not None and count:
+            proof = self._proof_rows * self.seconds_a_row
+            left.append(max(self._most - count, 0) * done / count + proof)
+        return done, min(left, default=None)
 
     def settled(self, key: str, make: Callable[[], tuple[Any, float]]) -> Any:
         """Return the JSON value that was made first for all workers, and count its work.
@@ -235,11 +254,11 @@ class Trials:
         found: list[Measured] = []
         while (chunk := self._next(found, limit, least, until)) > 0:
             known = len(found)
-            told = iter(range(len(points)))
+            told: list[Measured] = []
 
-            def progress(_: Measured, known: int = known, told: Iterator[int] = told) -> None:
-                if next(told) >= known:
-                    self._bar.update()
+            def progress(one: Measured, told: list[Measured] = told) -> None:
+                told.append(one)
+                self._tell(told, best, count)
 
             found = self._ledger.measure(
                 f"{self._stage}/{batch} {digest}", points, measure, progress, most=known + chunk
@@ -249,13 +268,22 @@ class Trials:
         account.evaluations += sum(one.evaluations for one in found)
         account.seconds += sum(one.seconds for one in found)
         self._left -= len(found)
-        tried = [
+        return [
             Tried(setting, np.array(one.kl), whole=not one.given_up)
             for setting, one in zip(settings, found, strict=False)
         ]
-        shown = min((one.mean for one in (*tried, *([best] if best else []))), default=np.nan)
-        self._bar.set_postfix_str(f"best {shown:.4f} nats on {count} examples")
-        return tried
+
+    def _tell(self, told: Sequence[Measured], best: Tried | None, examples: int) -> None:
+        """Show a batch under way: what it has measured, and the least cost so far."""
+        costs = [one.mean for one in told if not one.given_up]
+        shown = min([*costs, *([best.mean] if best else [])], default=math.inf)
+        trials = self.accounts[self._stage].trials + len(told)
+        self.show(
+            f"{trials} trials"
+            + (f", best {shown:.4f} nats on {examples} examples" if math.isfinite(shown) else ""),
+            math.fsum(one.seconds for one in told),
+            len(told),
+        )
 
     def _next(self, found: Sequence[Measured], limit: int, least: int, until: float) -> int:
         """How many more of a batch to measure before looking at the time again."""

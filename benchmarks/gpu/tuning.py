@@ -76,15 +76,13 @@ def measure(run: Run) -> None:
         share_of_blocks=round(blocks_s / evaluation_s, 3),
     )
     trials = _default_trials()
-    # The uniform stage may take as many trials as the tables.
-    every = 2 * trials
-    hours = (full_s + every * evaluation_s) / 3600
+    hours = (full_s + trials * evaluation_s) / 3600
     run.report.add(
         f"a whole fit of {heads} KV heads at {trials} trials, ESTIMATED: evaluations of all "
         "examples through all layers, none given up early",
         scaled=True,
         trials=trials,
-        evaluations_at_most=every,
+        evaluations_at_most=trials,
         hours_at_most=round(hours, 2),
         teacher_share=round(full_s / (3600 * hours), 5),
         times_faster_for_an_hour=round(hours, 2),

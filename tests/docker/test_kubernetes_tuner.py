@@ -192,7 +192,7 @@ def test_two_workers_share_a_study_behind_a_password_and_both_print_its_table(
     # A smaller fit: of two flags the last one counts.
     small = [
         *("--dataset", str(data), "--model", str(tiny_model_dir)),
-        *("--trials", "3", "--examples", "2", "--holdout", "4", "--length", "128"),
+        *("--trials", "6", "--examples", "2", "--holdout", "4", "--length", "128"),
     ]
     places = [tmp_path / f"worker-{index}" for index in range(2)]
     environment = {**os.environ, **secret, "OMP_NUM_THREADS": "1"}

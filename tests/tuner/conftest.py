@@ -10,8 +10,8 @@ import pytest
 
 import tuner.uniform
 from tests.tuner.planted import Clock
-from tuner.fit import Settings
 from tuner.ledger import BATCH, FINISHED, INDEX
+from tuner.settings import Settings
 from tuner.storage import open_storage
 
 
@@ -61,6 +61,27 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def small_fit(
+    tiny_model_dir: Path, small_data: Path, tmp_path: Path, small_grid: None
+) -> list[object]:
+    """The flags of a fit that takes a second."""
+    return [
+        *("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
+        *("--trials", 6, "--examples", 2, "--holdout", 4, "--length", 128),
+        *("--out", tmp_path / "sums.json"),
+    ]
+
+
+@pytest.fixture
+def small_evaluation(tiny_model_dir: Path, small_data: Path) -> list[object]:
+    """The flags of an evaluation that takes a second."""
+    return [
+        *("evaluate", "--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
+        *("--examples", 3, "--length", 128, "--policies", "full,h2o,a2sf:.9"),
+    ]
+
+
 class MakeSettings(Protocol):
     def __call__(self, **overrides: Any) -> Settings: ...
 
@@ -84,7 +105,7 @@ def settings(
             "prefill_chunk": 0,
             "data_dir": small_data,
             "stages": ("layers", "heads"),
-            "trials": 3,
+            "trials": 6,
             "minutes": None,
             "examples": 2,
             "holdout": 4,

@@ -6,34 +6,16 @@ from random import Random
 import huggingface_hub
 import pytest
 
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import NotFound
 from tests.tuner.conftest import sums, write_rows
 from tuner import datasets
-from tuner.datasets import REGISTRY, Part, Turn, load, turn_of
+from tuner.datasets import REGISTRY, Part, load
+from tuner.rows import Turn, row_of
 
 
 def turns(part: Part, seed: int = 0) -> list[Turn]:
     assert part.groups is not None
     return [turn for group in part.groups(Random(seed)) for turn in group]
-
-
-def test_a_choice_row_lists_lettered_choices_and_answers_with_the_text() -> None:
-    turn = turn_of({"question": "Two and two?", "choices": ["3", "4"], "answer": 1})
-    assert turn == Turn("Question: Two and two?\nChoices: A) 3 B) 4\nAnswer:", " 4", (" 3", " 4"))
-
-
-@pytest.mark.parametrize(
-    ("row", "turn"),
-    [
-        ({"question": "q", "answer_text": "so 4\n#### 4", "final": "4"}, " so 4\n#### 4"),
-        ({"question": "q", "answer": "four"}, " four"),
-        ({"prompt": "Say it:", "answers": ["it", "that"]}, " it"),
-    ],
-)
-def test_the_other_forms_of_rows_answer_in_their_own_words(
-    row: dict[str, object], turn: str
-) -> None:
-    assert turn_of(row).answer == turn
 
 
 @pytest.mark.parametrize("name", [n for n, k in REGISTRY.items() if hasattr(k, "origin")])
@@ -60,16 +42,16 @@ def test_rows_that_were_searched_on_are_left_out_of_the_proof(tmp_path: Path) ->
     write_rows(folder / "calibration.jsonl", sums(0, 10))
     write_rows(folder / "validation.jsonl", sums(5, 15))
     dataset = load("leaky", tmp_path)
-    assert set(turns(dataset.validation)) == {turn_of(row) for row in sums(10, 15)}
+    assert set(turns(dataset.validation)) == {row_of(row) for row in sums(10, 15)}
 
 
 def test_a_single_file_is_cut_into_a_part_to_search_on_and_a_last_part_to_prove_on(
     tmp_path: Path,
 ) -> None:
     dataset = load(str(write_rows(tmp_path / "mine.jsonl", sums(0, 10))), None)
-    assert dataset.name == "mine"
-    assert set(turns(dataset.calibration)) == {turn_of(row) for row in sums(0, 8)}
-    assert set(turns(dataset.validation)) == {turn_of(row) for row in sums(8, 10)}
+    assert dataset.name == "mine.jsonl"
+    assert set(turns(dataset.calibration)) == {row_of(row) for row in sums(0, 8)}
+    assert set(turns(dataset.validation)) == {row_of(row) for row in sums(8, 10)}
 
 
 def test_a_text_file_of_any_name_is_text(tmp_path: Path) -> None:
@@ -94,16 +76,6 @@ def test_generated_datasets_ask_different_things_in_the_two_splits(name: str) ->
         assert all(len(group) > 1 for group in groups) or name == "copy"
         asked.append({(t.question.rsplit("\n", 1)[-1], t.answer) for g in groups for t in g})
     assert not asked[0] & asked[1]
-
-
-@pytest.mark.parametrize(
-    "row", ['{"question": "q"}', '{"question": "q", "choices": ["a"], "answer": 1}', "[1]", "{"]
-)
-def test_a_row_of_no_known_form_is_named_by_file_and_line(tmp_path: Path, row: str) -> None:
-    path = write_rows(tmp_path / "bad.jsonl", sums(0, 2))
-    path.write_text(path.read_text(encoding="utf-8") + row + "\n", encoding="utf-8")
-    with pytest.raises(InvalidArgument, match=r"bad\.jsonl, line 3: "):
-        load(str(path), None)
 
 
 def test_an_unknown_name_says_where_was_looked_and_which_names_are_known(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def test_generated_tasks_and_text_are_evaluated_too(
     )
     kinds = {task.dataset: task.accuracy for task in found.tasks}
     exact = "exact greedy answer"
-    assert kinds == {"recall": exact, "state": exact, "arith": exact, "text": None}
-    assert {cell.accuracy is None for cell in found.cells if cell.task == "text"} == {True}
+    assert kinds == {"recall": exact, "state": exact, "arith": exact, "text.txt": None}
+    assert {cell.accuracy is None for cell in found.cells if cell.task == "text.txt"} == {True}
     assert found.cell("recall", "full", None).accuracy.mean > 0.5  # type: ignore[union-attr]
 
 

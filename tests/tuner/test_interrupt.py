@@ -22,7 +22,7 @@ def flags(tiny_model_dir: Path, small_data: Path, tmp_path: Path) -> list[str]:
     """The flags of a fit that takes seconds."""
     return [
         *("--dataset", "sums", "--data-dir", f"{small_data}", "--model", f"{tiny_model_dir}"),
-        *("--trials", "3", "--examples", "2", "--holdout", "4", "--length", "128"),
+        *("--trials", "6", "--examples", "2", "--holdout", "4", "--length", "128"),
         *("--stages", "layers", "--out", f"{tmp_path / 'sums.json'}"),
     ]
 

@@ -15,47 +15,11 @@ import tuner.fit
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tests.broken import BROKEN
+from tests.tuner.commands import ROOT, command, run
 from tests.tuner.conftest import MakeSettings, finished
 from tests.tuner.postgres import postgresql
-from tuner.__main__ import main
 from tuner.ledger import Pace
 from tuner.results import Evaluation
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, standard output and the last line of standard error of one command."""
-    monkeypatch.setattr(sys, "argv", ["a2sf-tune", *map(str, arguments)])
-    # main() sets it for its own process; here it would outlive the test.
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    # A shell that starts a test in the background ignores the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    captured = capsys.readouterr()
-    code = caught.value.code
-    assert isinstance(code, int)
-    assert "Traceback" not in captured.err
-    lines = captured.err.replace("\r", "\n").strip().split("\n")
-    return code, captured.out, lines[-1]
-
-
-@pytest.fixture
-def small_fit(
-    tiny_model_dir: Path, small_data: Path, tmp_path: Path, small_grid: None
-) -> list[object]:
-    """The flags of a fit that takes a second."""
-    return [
-        *("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
-        *("--trials", 3, "--examples", 2, "--holdout", 4, "--length", 128),
-        *("--out", tmp_path / "sums.json"),
-    ]
 
 
 def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
@@ -108,13 +72,13 @@ def test_tables_show_prints_what_the_file_says(
         (("--budget-ratio", 1.5), "--budget-ratio: 1.5; accepted: above 0 and below 1"),
         (("--budget-ratio", "nan"), "--budget-ratio: nan; accepted: above 0 and below 1"),
         (("--budget", 9, "--budget-ratio", 0.5), "at most one of --budget and --budget-ratio"),
-        (("--trials", -1), "--trials: -1; accepted: 0 or more"),
+        (("--trials", 0), "--trials: 0; accepted: 1 or more"),
         (("--examples", 1), "--examples: 1; accepted: 2 or more"),
         (("--holdout", 1), "--holdout: 1; accepted: 2 or more"),
         (("--seed", -1), "--seed: -1; accepted: 0 to 2147483647"),
         (("--prefill-chunk", -1), "--prefill-chunk: -1; accepted: 0 or more"),
         (("--name", "../x"), "--name: '../x'; accepted: up to 100 letters"),
-        (("--out", "/nowhere/at/all.json"), "there is no directory /nowhere/at"),
+        (("--out", "/proc/nowhere/all.json"), "--out: /proc/nowhere/all.json cannot be written"),
         (("--dataset", "mathq"), "dataset 'mathq' not found"),
         (("--model", "/nowhere/model"), "model '/nowhere/model'"),
         (("--length", 1000), "length: 1000 tokens"),
@@ -153,11 +117,16 @@ def test_a_database_that_is_away_has_an_exit_code_of_its_own(
     assert "secret" not in line
 
 
-def test_an_out_directory_that_is_not_there_is_told_before_any_work(
+def test_an_out_that_cannot_be_written_is_told_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     monkeypatch.setattr(tuner.fit, "fit", lambda _: pytest.fail("work was begun"))
-    assert run(monkeypatch, capsys, *small_fit, "--out", "/nowhere/x.json")[0] == 2
+    code, out, line = run(monkeypatch, capsys, *small_fit, "--out", "/proc/nowhere/x.json")
+    assert (code, out) == (2, "")
+    assert line == (
+        "error: --out: /proc/nowhere/x.json cannot be written (No such file or directory); give a "
+        "file in another directory"
+    )
 
 
 def test_a_study_made_for_something_else_is_told_in_one_line(
@@ -276,7 +245,7 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
         (lambda text: text[: len(text) // 2], "not whole JSON, perhaps cut short"),
         (lambda text: text.replace('"schema_version": 3', '"schema_version": 99'), "is 99"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed or damaged"),
-        (lambda _: None, "No such file"),
+        (lambda _: None, "there is no such file"),
     ],
 )
 def test_a_file_that_is_no_whole_table_is_told_in_one_line(
@@ -303,10 +272,6 @@ def test_a_file_that_is_no_whole_table_is_told_in_one_line(
     assert told in line
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "tuner", *map(str, arguments)]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
@@ -314,7 +279,7 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
 ) -> None:
     done = subprocess.run(
         command(
-            "--dataset", "mathqa", "--trials", 2, "--examples", 4, "--out", tmp_path / "m.json"
+            "--dataset", "mathqa", "--trials", 4, "--examples", 4, "--out", tmp_path / "m.json"
         ),
         cwd=ROOT,
         env={**os.environ, "A2SF_DATA_DIR": str(data_dir)},
@@ -331,10 +296,10 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
 
 
 def fit_under(name: str, small_fit: list[object], tmp_path: Path) -> subprocess.Popen[str]:
-    """A process that fits the small data with forty trials, its files by this name."""
+    """A process that fits the small data with eighty trials, its files by this name."""
     return subprocess.Popen(
         command(
-            *(*small_fit, "--trials", 40, "--name", "sums"),
+            *(*small_fit, "--trials", 80, "--name", "sums"),
             *("--out", tmp_path / f"{name}.json"),
         ),
         cwd=ROOT,
@@ -349,6 +314,11 @@ def wait_for(process: subprocess.Popen[str], file: Path) -> AlphaTable:
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     return load_table(file)
+
+
+def searched(journal: Path) -> int:
+    """Trials of a search: all that was measured but the proof."""
+    return sum(not batch.startswith("proof ") for batch, _ in finished(journal))
 
 
 def wait_for_trials(process: subprocess.Popen[str], journal: Path, count: int) -> None:
@@ -375,7 +345,9 @@ def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Pa
     whole = wait_for(fit_under("whole", small_fit, tmp_path), tmp_path / "whole.json")
     assert finished(journal)[: len(kept)] == kept
     assert len(set(finished(journal))) == len(finished(journal))
-    assert resumed.search.trials == whole.search.trials == 40
+    # All stages together: uniform, the tables', and the layers that they are compared with.
+    assert searched(journal) == searched(tmp_path / "whole.journal") == 80
+    assert resumed.search.trials == whole.search.trials > 20
     assert (resumed.policy, resumed.evidence) == (whole.policy, whole.evidence)
 
 
@@ -393,19 +365,11 @@ def test_three_workers_one_of_them_killed_find_what_one_finds(
     alone = wait_for(fit_under("alone", small_fit, tmp_path), tmp_path / "alone.json")
     measured = finished(journal)
     assert len(set(measured)) == len(measured)
+    assert searched(journal) == 80
     assert sorted(measured) == sorted(finished(tmp_path / "alone.journal"))
     for table in tables:
-        assert table.search.trials == 40
+        assert table.search.trials == alone.search.trials > 20
         assert (table.policy, table.evidence) == (alone.policy, alone.evidence)
-
-
-@pytest.fixture
-def small_evaluation(tiny_model_dir: Path, small_data: Path) -> list[object]:
-    """The flags of an evaluation that takes a second."""
-    return [
-        *("evaluate", "--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
-        *("--examples", 3, "--length", 128, "--policies", "full,h2o,a2sf:.9"),
-    ]
 
 
 def test_evaluate_prints_every_figure_and_writes_json_and_html(
@@ -450,7 +414,7 @@ def test_evaluate_prints_every_figure_and_writes_json_and_html(
         (("--policies", "snapkv"), "--policies: 'snapkv'; accepted: full; window"),
         (("--dataset", "mathq"), "dataset 'mathq' not found"),
         (("--examples", 999), "lower --examples"),
-        (("--json", "/nowhere/x.json"), "--json /nowhere/x.json: there is no directory"),
+        (("--json", "/proc/x/y.json"), "--json: /proc/x/y.json cannot be written"),
         (("--html", "/"), "--html: / is a directory"),
     ],
 )

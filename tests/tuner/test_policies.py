@@ -105,7 +105,7 @@ def test_a_table_of_another_model_and_a_missing_file_are_refused(
 ) -> None:
     with pytest.raises(TableMismatch):
         policies.parse("mathqa", tiny_model)
-    with pytest.raises(NotFound, match=r"no alpha table /nowhere/x\.json"):
+    with pytest.raises(NotFound, match=r"alpha table /nowhere/x\.json"):
         policies.parse("/nowhere/x.json", tiny_model)
 
 

@@ -1,0 +1,171 @@
+"""What a person sees while the tuner works: on a terminal, and in a file that takes its lines."""
+
+import os
+import pty
+import re
+import subprocess
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.commands import ROOT, command
+from tuner import progress
+from tuner.progress import Progress, duration
+
+pytestmark = pytest.mark.timeout(300)
+
+FIT_STAGES = ("uniform", "sensitivity", "per layer", "alphas", "protection", "polish", "proof")
+
+
+@pytest.fixture
+def flags(tiny_model_dir: Path, small_data: Path, tmp_path: Path) -> list[object]:
+    """A fit of the tiny model that takes seconds."""
+    return [
+        *("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir),
+        *("--trials", 30, "--minutes", 2, "--examples", 2, "--holdout", 9, "--length", 128),
+        *("--out", tmp_path / "made" / "sums.json"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def in_a_file(*arguments: object) -> str:
+    """What a command writes to a standard error that is no terminal."""
+    done = subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def on_a_terminal(*arguments: object, columns: int) -> str:
+    """What a command writes to a terminal so many columns wide."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    read: list[bytes] = []
+
+    def reading() -> None:
+        # A terminal whose other end is closed is an error to read from.
+        try:
+            while piece := os.read(ours, 4096):
+                read.append(piece)
+        except OSError:
+            return
+
+    reader = threading.Thread(target=reading)
+    reader.start()
+    try:
+        assert process.wait(timeout=100) == 0
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(timeout=10)
+        os.close(ours)
+    return b"".join(read).decode()
+
+
+def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
+    flags: list[object], tmp_path: Path
+) -> None:
+    told = in_a_file(*flags)
+    assert "\r" not in told
+    assert "\x1b" not in told
+    first, data, *lines = told.splitlines()
+    out = tmp_path / "made" / "sums.json"
+    assert first.endswith(
+        f"to sums: 7 stages ({', '.join(FIT_STAGES)}), at most 2 min of measuring and 30 trials, "
+        f"after the model is loaded; the table goes to {out}, the study is kept in "
+        f"{out.with_suffix('.journal')}."
+    )
+    assert data == (
+        "Data: sums holds questions or prompts with answers; searched on calibration.jsonl "
+        "(80 rows), proved on validation.jsonl (120 rows)."
+    )
+    begun = [line for line in lines if line.startswith("stage ")]
+    named = [re.match(r"stage (\d) of 7: ([\w ]+);", line) for line in begun]
+    assert [match and match.groups() for match in named] == [
+        (str(number), name) for number, name in enumerate(FIT_STAGES, start=1)
+    ]
+    assert all(re.search(r"; at most about \d+ (s|min) left$", line) for line in begun)
+    # No more than the stages: nothing took half a minute.
+    assert [line for line in lines if line.startswith("stage ")] == begun
+    assert not re.search(r"\d+/\d+|it/s|%\|", told)
+
+
+def test_a_fit_on_a_terminal_writes_one_line_anew_and_wipes_it(flags: list[object]) -> None:
+    told = on_a_terminal(*flags, columns=160)
+    shown = [line for line in told.split("\r") if line.strip()]
+    assert shown[0].startswith("Fitting a table for ")
+    stages = [line for line in shown if "stage " in line]
+    assert len(stages) > len(FIT_STAGES)
+    for number, name in enumerate(FIT_STAGES, start=1):
+        assert any(f"stage {number} of 7: {name}; " in line for line in stages)
+    assert any(
+        re.search(r"trials, best \d+\.\d+ nats on 2 examples; at most about \d+ s left", line)
+        for line in stages
+    )
+    # The line is overwritten with blanks at the end.
+    assert re.search(r"\r {40,}\r$", told)
+
+
+def test_an_evaluation_says_which_task_it_is_at_and_what_is_left(
+    small_evaluation: list[object],
+) -> None:
+    told = in_a_file(*small_evaluation, "--shots", "0,1")
+    assert "\r" not in told
+    lines = told.splitlines()
+    assert [line.split(";")[0] for line in lines if line.startswith("task ")] == [
+        "task 1 of 2: sums, 0-shot",
+        "task 2 of 2: sums, 1-shot",
+    ]
+    assert any("6 passes" in line for line in lines)
+    assert re.search(r"task 2 of 2: sums, 1-shot; about \d+ s left", told)
+    # One that does not know how wide it is.
+    shown = on_a_terminal(*small_evaluation, columns=0)
+    assert re.search(r"task 1 of 1: sums, packed; pass \d of 3; about \d+ s left", shown)
+
+
+def test_plain_lines_come_at_a_slow_pace_and_at_once_where_a_part_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress("stage", ("first", "second"), about="at most") as shown:
+        shown.say("What will be done.")
+        shown.begin("first", 0.0, 600.0)
+        for second in range(75):
+            now[0] += 1
+            shown.show(f"{second} done", second, 600.0 - second)
+        shown.begin("second")
+        shown.begin("aside")
+    assert capsys.readouterr().err.splitlines() == [
+        "What will be done.",
+        "stage 1 of 2: first; at most 10 min left",
+        "stage 1 of 2: first; 29 done; at most 10 min left",
+        "stage 1 of 2: first; 59 done; at most 9 min left",
+        "stage 2 of 2: second; at most 9 min left",
+        "aside; at most 9 min left",
+    ]
+
+
+def test_a_span_of_time_is_said_as_people_say_it() -> None:
+    said = [duration(seconds) for seconds in (0.4, 119, 120, 3600, 7300)]
+    assert said == ["0 s", "119 s", "2 min", "60 min", "2 h 2 min"]

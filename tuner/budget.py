@@ -1,0 +1,216 @@
+"""The smallest budget at which a policy stays near the full cache.
+
+Owns the measure of nearness and the bisection over budgets. Knows nothing of command lines, nor of
+how the answer is told.
+
+Near is said in perplexity, the exponential of the NLL: with eviction it may be higher than with the
+full cache by so many percent, by the upper confidence limit of the paired difference. A share of
+the NLL itself would mean nothing where the full cache is sure of its answers: of .008 nats, 1 % is
+less than any eviction costs. KL has no percent; it stands beside, because it also sees what a model
+would say instead.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from a2sf import __version__, teacher
+from a2sf.errors import InvalidArgument
+from a2sf.models import LoadedModel, load_model
+from a2sf.schema import Estimate
+from a2sf.teacher import Example
+from tuner import datasets, machine, objective, packing, policies, statistics
+from tuner.budget_answer import STEPS, BudgetSearch, Measurement, percent
+from tuner.objective import Objective
+from tuner.policies import Named
+from tuner.progress import Progress
+from tuner.results import Policy, Size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+
+    dataset: str
+    policy: str
+    within: float
+    """Most increase of perplexity, as a share of the full cache's."""
+    up_to: float
+    """Largest budget that is of use, as a share of the length."""
+    examples: int
+    length: int
+    split: str
+    prefill_chunk: int
+    """For a policy that says nothing; 0 is exact."""
+    seed: int
+    data_dir: Path | None
+    model: str
+    revision: str | None
+    device: str
+    dtype: str
+    command: str
+
+
+def search(settings: Settings) -> BudgetSearch:
+    """Find the smallest budget. Raises A2SFError for what the user can mend."""
+    began = time.monotonic()
+    source = datasets.load(settings.dataset, datasets.data_directory(settings.data_dir))
+    part = source.validation if settings.split == "validation" else source.calibration
+    with Progress("measurement", about="at most about") as progress:
+        progress.say(
+            f"Looking for the smallest budget of {settings.policy} within "
+            f"{percent(settings.within)} of the full cache on {part.split} of {source.name}: at "
+            f"most {_most()} measurements of {settings.examples} examples."
+        )
+        progress.say(f"Data: {source.told}.")
+        model = load_model(
+            settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
+        )
+        teacher.prepare(model)
+        policy = _one(settings.policy, model)
+        examples = packing.examples(
+            model, part, count=settings.examples, length=settings.length, seed=settings.seed
+        )
+        if len(examples) < settings.examples:
+            raise InvalidArgument(
+                "--examples",
+                f"{settings.examples} of at most {settings.length} tokens, and {part.split} of "
+                f"{source.name} gives {len(examples)}; lower --examples, or change --length",
+            )
+        feasible = _feasible(policy, model, examples, settings)
+        begun = time.monotonic()
+        seen = Objective(model, examples, label="these", watch=progress.show)
+        measured: dict[int, Measurement] = {}
+
+        def within(step: int) -> bool:
+            most = math.ceil(math.log2(len(feasible) + 1)) + 1
+            spent = time.monotonic() - begun
+            left = spent / len(measured) * (most - len(measured)) if measured else None
+            progress.begin(
+                f"measurement {len(measured) + 1} of at most {most}: ratio {step / STEPS:g}",
+                spent,
+                left,
+            )
+            measured[step] = _measure(seen, policy, step / STEPS, settings)
+            return measured[step].within
+
+        found = smallest(feasible, within)
+        full_nll = statistics.estimate(seen.full_nll, seed=settings.seed)
+    return BudgetSearch(
+        created_at=datetime.now(UTC).replace(microsecond=0),
+        tool_version=__version__,
+        command=settings.command,
+        machine=machine.describe(model.device, model.dtype),
+        seconds=round(time.monotonic() - began, 1),
+        model=model.identity,
+        seed=settings.seed,
+        confidence=statistics.CONFIDENCE,
+        dataset=source.name,
+        split=part.split,
+        examples=len(examples),
+        tokens=sum(len(example.token_ids) for example in examples),
+        counted=sum(len(example.counted) for example in examples),
+        data_sha256=packing.digest(examples),
+        prefill_chunk=settings.prefill_chunk,
+        policy=Policy(
+            name=policy.name,
+            description=policy.description,
+            alpha=policy.table.policy.alpha if policy.table else None,
+            sha256=policy.table.sha256 if policy.table else None,
+        ),
+        within=settings.within,
+        up_to=settings.up_to,
+        full_nll=full_nll,
+        measured=tuple(measured[step] for step in sorted(measured, reverse=True)),
+        ratio=None if found is None else found / STEPS,
+    )
+
+
+def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
+    """Bisect for the smallest step that is within, where larger ones are; None: not even the last.
+
+    Asks for the last step first.
+    """
+    if not within(steps[-1]):
+        return None
+    low, high = steps[0] - 1, steps[-1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if within(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _most() -> int:
+    """Measurements that a search takes at most."""
+    return math.ceil(math.log2(STEPS)) + 1
+
+
+def _one(written: str, model: LoadedModel) -> Named:
+    try:
+        found = policies.parse(written, model)
+    except InvalidArgument as error:
+        raise InvalidArgument("POLICY", error.problem) from None
+    if len(found) != 1 or not found[0].has_size:
+        what = "keeps every token" if len(found) == 1 else f"is {len(found)} policies"
+        raise InvalidArgument(
+            "POLICY", f"{written!r} {what}; accepted: one table or policy that forgets, as a2sf:.9"
+        )
+    return found[0]
+
+
+def _feasible(
+    policy: Named, model: LoadedModel, examples: list[Example], settings: Settings
+) -> range:
+    """The budgets that leave every example room for what the policy protects, in steps."""
+    lengths = {len(example.token_ids) for example in examples}
+
+    def check(step: int) -> None:
+        size = Size(ratio=step / STEPS)
+        candidate = policy.at(size, prefill_chunk=settings.prefill_chunk, seed=settings.seed)
+        for length in lengths:
+            objective.effective(candidate, model, length)
+
+    # At the whole length nothing is evicted, so that there is nothing to measure.
+    last = min(math.floor(settings.up_to * STEPS + 1e-9), STEPS - 1)
+    for step in range(1, last):
+        try:
+            check(step)
+        except InvalidArgument:
+            continue
+        return range(step, last + 1)
+    try:
+        check(last)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            "--up-to", f"{settings.up_to:g} leaves {policy.name} no room: {error}"
+        ) from None
+    return range(last, last + 1)
+
+
+def _measure(seen: Objective, policy: Named, ratio: float, settings: Settings) -> Measurement:
+    candidate = policy.at(
+        Size(ratio=ratio), prefill_chunk=settings.prefill_chunk, seed=settings.seed
+    )
+    cost = seen.cost(candidate)
+    nll = statistics.difference(cost.nll, seen.full_nll, seed=settings.seed)
+    perplexity = Estimate(
+        **{name: math.expm1(min(value, 700.0)) for name, value in nll.model_dump().items()}
+    )
+    slots = [
+        objective.effective(candidate, seen.model, len(example.token_ids)).budget
+        for example in seen.examples
+    ]
+    return Measurement(
+        ratio=ratio,
+        slots=sum(slots) / len(slots),
+        perplexity=perplexity,
+        nll=nll,
+        kl=statistics.estimate(cost.kl, seed=settings.seed),
+        within=perplexity.high <= settings.within,
+    )

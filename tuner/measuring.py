@@ -1,0 +1,224 @@
+"""The commands that measure policies: `evaluate` compares several, `budget` finds how small one may
+be.
+
+Owns their flags. Knows nothing of how anything is measured.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from a2sf.errors import InvalidArgument
+from a2sf.tablefile import write_whole
+from tuner.options import (
+    DEFAULT_RATIO,
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    ModelOption,
+    RevisionOption,
+    check_ranges,
+    check_writable,
+    did_you_mean,
+    numbers,
+    share,
+    without_paths,
+)
+
+SPLITS = ("validation", "calibration")
+
+ExamplesOption = Annotated[int, typer.Option(help="Sequences of each dataset.")]
+SplitOption = Annotated[str, typer.Option(help="validation, or calibration.")]
+SeedOption = Annotated[int, typer.Option(help="Decides examples and resampling.")]
+JsonOption = Annotated[Path | None, typer.Option(help="Write all figures to this file.")]
+
+
+def evaluate(
+    dataset: Annotated[str, typer.Option(help="As for fit; several with commas between them.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random, "
+            "a2sf:ALPHA, pyramid[:ALPHA] or adakv[:ALPHA], each with [:RECENT[:SINKS]], RECENT in "
+            "tokens (8) or as a share of the rest (.5); a2sf for several of them; the file or "
+            "shipped name of an alpha table."
+        ),
+    ] = "full,window,h2o,tova_per_head,random,a2sf",
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Budgets as shares of each length, as in .1,.2,.4; else {DEFAULT_RATIO}."
+        ),
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(help="Budgets in tokens, as in 32,64; instead of or with --ratios."),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask one question at a time after so many solved ones, as in 0 or 0,1; without "
+            "it, questions are packed into sequences of --length and answered one after another."
+        ),
+    ] = None,
+    model: ModelOption = "reference",
+    revision: RevisionOption = None,
+    data_dir: DataDirOption = None,
+    examples: ExamplesOption = 64,
+    length: LengthOption = 512,
+    split: SplitOption = "validation",
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of one prompt block for policies that are no table; 0 is the whole "
+            "prompt. Without it 0, and 1 (step by step, as in the A2SF paper) with --shots."
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Compare policies with the full cache: KL, likelihood, agreement, accuracy, attention kept."""
+    _check(examples, length, seed, prefill_chunk, split)
+    if ratios is None and slots is None:
+        ratios = f"{DEFAULT_RATIO}"
+    shares = numbers("--ratios", ratios, "numbers above 0 and below 1", lambda x: 0 < x < 1)
+    tokens = numbers("--slots", slots, "whole numbers from 1", lambda x: x >= 1 and x % 1 == 0)
+    before = numbers("--shots", shots, "whole numbers from 0", lambda x: x >= 0 and x % 1 == 0)
+    for option, path in (("--json", json), ("--html", html)):
+        if path is not None:
+            check_writable(path, option)
+
+    # What follows needs seconds to import, and the flags above are checked without it.
+    from tuner import evaluate as evaluation
+    from tuner.report import tabulate
+    from tuner.results import Size
+
+    sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
+    found = evaluation.evaluate(
+        evaluation.Settings(
+            datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
+            policies=policies,
+            sizes=tuple(sizes),
+            shots=tuple(int(x) for x in before) or (None,),
+            examples=examples,
+            length=length,
+            split=split,
+            prefill_chunk=prefill_chunk,
+            seed=seed,
+            data_dir=data_dir,
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            command=without_paths(sys.argv[1:]),
+        )
+    )
+    tabulate(Console(), found)
+    if json is not None:
+        write_whole(json, found.model_dump_json(indent=1) + "\n")
+        print(f"Wrote {json}.")
+    if html is not None:
+        from tuner.page import render
+
+        write_whole(html, render(found))
+        print(f"Wrote {html}.")
+
+
+def budget(
+    policy: Annotated[
+        str,
+        typer.Argument(
+            metavar="POLICY",
+            help="The file or shipped name of an alpha table, or a policy as evaluate spells it: "
+            "h2o, a2sf:.99:.25.",
+        ),
+    ],
+    dataset: Annotated[str, typer.Option(help="As for fit, one.")],
+    within: Annotated[
+        str,
+        typer.Option(
+            help="Most increase of perplexity over the full cache, as in 1% or .01: the upper "
+            "limit of its 95 % interval."
+        ),
+    ] = "1%",
+    up_to: Annotated[
+        float, typer.Option(help="Largest budget of use, as a share of the length.")
+    ] = 1.0,
+    model: ModelOption = "reference",
+    revision: RevisionOption = None,
+    data_dir: DataDirOption = None,
+    examples: ExamplesOption = 64,
+    length: LengthOption = 512,
+    split: SplitOption = "validation",
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of one prompt block for a policy that is no table; 0 is the whole prompt."
+        ),
+    ] = 0,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Find the smallest budget of a table or policy that stays near the full cache.
+
+    Bisects over budgets in steps of .01 of the length. Near is said in perplexity, and its interval
+    is that of paired differences on the same examples; KL stands beside it.
+    """
+    _check(examples, length, seed, prefill_chunk, split)
+    most = share("--within", within)
+    if not 0.01 <= up_to <= 1:
+        raise InvalidArgument("--up-to", f"{up_to:g}; accepted: .01 to 1")
+    if json is not None:
+        check_writable(json, "--json")
+
+    # What follows needs seconds to import, and the flags above are checked without it.
+    from tuner import budget as budgets
+    from tuner.budget_answer import lines
+
+    found = budgets.search(
+        budgets.Settings(
+            dataset=dataset,
+            policy=policy,
+            within=most,
+            up_to=up_to,
+            examples=examples,
+            length=length,
+            split=split,
+            prefill_chunk=prefill_chunk,
+            seed=seed,
+            data_dir=data_dir,
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            command=without_paths(sys.argv[1:]),
+        )
+    )
+    for line in lines(found):
+        print(line)
+    if json is not None:
+        write_whole(json, found.model_dump_json(indent=1) + "\n")
+        print(f"Wrote {json}.")
+
+
+def _check(examples: int, length: int, seed: int, prefill_chunk: int | None, split: str) -> None:
+    check_ranges(
+        {
+            "examples": (examples, 2, None),
+            "length": (length, 32, None),
+            "seed": (seed, 0, 2**31 - 1),
+            "prefill-chunk": (prefill_chunk, 0, None),
+        }
+    )
+    if split not in SPLITS:
+        near = did_you_mean(split, SPLITS)
+        raise InvalidArgument("--split", f"{split!r}; accepted: {', '.join(SPLITS)}{near}")

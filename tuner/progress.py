@@ -1,0 +1,122 @@
+"""Where a long run stands: one line that a terminal writes anew, and plain lines elsewhere.
+
+Owns when a line is shown, and how time is said. Knows nothing of what is run.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+LINES_PACE_S = 30.0
+"""Seconds between two plain lines at least, save where another part begins."""
+
+TERMINAL_PACE_S = 0.1
+
+COLUMNS = 80
+"""Of a terminal that does not say."""
+
+BAR = "{desc} |{bar}|"
+"""The line on a terminal; the bar takes what room is left."""
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person would say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    whole = round(seconds / 60)
+    return f"{whole} min" if whole < 120 else f"{whole // 60} h {whole % 60} min"
+
+
+class Progress:
+    """Shows on standard error which part of a run is under way, and one estimate of the whole.
+
+    A context manager: at its end the line on the terminal is wiped.
+    """
+
+    def __init__(self, kind: str, parts: Sequence[str] = (), *, about: str = "about") -> None:
+        """Show nothing yet.
+
+        Args:
+            kind: what a part is called, as in "stage".
+            parts: all parts by name, in order; empty where nobody knows them.
+            about: what stands before the time that is left, as in "at most".
+        """
+        self._kind = kind
+        self._parts = tuple(parts)
+        self._about = about
+        self._part = ""
+        self._left: float | None = None
+        self._share = 0.0
+        self._from = 0.0
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, line: str) -> None:
+        """Show a line that stays."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def begin(self, part: str, done: float = 0.0, left: float | None = None) -> None:
+        """Begin a part; one that is not among the parts of the run is shown without a number.
+
+        `done` and `left` are those of `show`.
+        """
+        number = ""
+        if part in self._parts:
+            number = f"{self._kind} {self._parts.index(part) + 1} of {len(self._parts)}: "
+        self._part = f"{number}{part}"
+        self._know(done, left)
+        self._write("", at_once=True)
+
+    def show(self, detail: str, done: float = 0.0, left: float | None = None) -> None:
+        """Show how far the part is.
+
+        Args:
+            detail: in a few words.
+            done: seconds that the run has taken so far.
+            left: seconds that are left of the run; None: as they were said last.
+        """
+        self._know(done, left)
+        self._write(detail)
+
+    def _know(self, done: float, left: float | None) -> None:
+        if left is not None:
+            self._left = max(left, 0.0)
+            self._share = done / max(done + self._left, 1e-9)
+
+    def _write(self, detail: str, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if now < self._from and not at_once:
+            return
+        words = [self._part, detail]
+        if self._left is not None:
+            words.append(f"{self._about} {duration(self._left)} left")
+        line = "; ".join(word for word in words if word)
+        if not sys.stderr.isatty():
+            self._from = now + LINES_PACE_S
+            print(line, file=sys.stderr, flush=True)
+            return
+        self._from = now + TERMINAL_PACE_S
+        # A terminal that does not know its size says 0, for which tqdm would show nothing.
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
+        if self._bar is None:
+            self._bar = tqdm(desc=line, total=1.0, leave=False, ncols=columns, bar_format=BAR)
+        self._bar.n = self._share
+        self._bar.ncols = columns
+        self._bar.set_description_str(line)

@@ -1,0 +1,249 @@
+"""What one row of a data file says.
+
+Owns the forms of rows that are accepted, the wording in which a question becomes a prompt, and how
+a row that is none of them is refused. Knows nothing of datasets, tokens or models: how messages
+become text is for the model's chat template to say, which `packing` asks.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from a2sf.errors import InvalidArgument
+from a2sf.requests import ChatMessage
+
+ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
+"""Files of rows, one JSON object a line; every other file is running text."""
+
+ANSWERS = "assistant"
+"""The role whose messages count."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says what was found, and repeats none of its texts."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document, all of which counts but its beginning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and what is said to it, of which the latter counts; the text is both together."""
+
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    """All answers to choose from, the right one among them; empty where the answer is free."""
+    after: str = "\n"
+    """What follows in a sequence that holds more."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in turns; those of the role ANSWERS count."""
+
+    messages: tuple[ChatMessage, ...]
+    where: str = ""
+    """File and line, for what only a model's template can find wrong."""
+
+    def __eq__(self, other: object) -> bool:
+        """Two conversations are the same wherever they stand."""
+        return isinstance(other, Conversation) and self.messages == other.messages
+
+    def __hash__(self) -> int:
+        return hash(self.messages)
+
+
+Row = Text | Turn | Conversation
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of rows."""
+
+    shown: str
+    """As an error and the guide show it."""
+    keys: tuple[str, ...]
+    """A row that has all of them is of this form, unless it is of an earlier one."""
+    read: Callable[[Mapping[str, Any]], Row]
+
+
+def _choice(row: Mapping[str, Any]) -> Turn:
+    index, choices = row["answer"], row["choices"]
+    if not isinstance(choices, list) or not choices:
+        raise BadRow(f"choices is {_kind(choices)}, not a list of texts")
+    choices = [str(choice).strip() for choice in choices]
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        shown = index if isinstance(index, int) else _kind(index)
+        raise BadRow(f"answer is {shown}, which is no index into {len(choices)} choices")
+    lettered = (f"{chr(ord('A') + n)}) {choice}" for n, choice in enumerate(choices))
+    answers = tuple(f" {choice}" for choice in choices)
+    asked = f"{_question(row)}Choices: {' '.join(lettered)}\nAnswer:"
+    return Turn(asked, answers[index], answers)
+
+
+def _solved(row: Mapping[str, Any]) -> Turn:
+    return Turn(f"{_question(row)}Answer:", " " + _said(row, "answer_text"))
+
+
+def _answered(row: Mapping[str, Any]) -> Turn:
+    return Turn(f"{_question(row)}Answer:", " " + _said(row, "answer"))
+
+
+def _prompted(row: Mapping[str, Any]) -> Turn:
+    answers = row["answers"]
+    if not isinstance(answers, list) or not answers:
+        raise BadRow(f"answers is {_kind(answers)}, not a list of texts")
+    return Turn(str(row["prompt"]), " " + str(answers[0]).strip())
+
+
+def _completed(row: Mapping[str, Any]) -> Turn:
+    _said(row, "prompt")
+    _said(row, "completion")
+    return Turn(row["prompt"], row["completion"])
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation:
+    given = row["messages"]
+    if not isinstance(given, list) or not given:
+        raise BadRow(f"messages is {_kind(given)}, not a list of objects with role and content")
+    messages = []
+    for number, one in enumerate(given, start=1):
+        if not isinstance(one, dict):
+            raise BadRow(f"message {number} is {_kind(one)}, not an object with role and content")
+        more = [key for key, value in one.items() if value is not None]
+        if odd := sorted(set(more) - {"role", "content"}):
+            raise BadRow(f"message {number} has {odd[0]!r}; accepted: role and content")
+        for key in ("role", "content"):
+            if not isinstance(one.get(key), str):
+                raise BadRow(f"{key} of message {number} is {_kind(one.get(key))}, not a text")
+        try:
+            messages.append(ChatMessage(role=one["role"], content=one["content"]))
+        except ValidationError:
+            raise BadRow(f"role of message {number} is no name such as user") from None
+    if not any(message.role == ANSWERS and message.content.strip() for message in messages):
+        raise BadRow(f"no message of the role {ANSWERS}, whose messages count")
+    if messages[0].role == ANSWERS:
+        raise BadRow(f"the first message is of the role {ANSWERS}: nothing is asked")
+    return Conversation(tuple(messages))
+
+
+def _text(row: Mapping[str, Any]) -> Text:
+    if not isinstance(row["text"], str):
+        raise BadRow(f"text is {_kind(row['text'])}, not a text")
+    return Text(row["text"])
+
+
+FORMS = (
+    Form("{messages: [{role, content}, ...]}", ("messages",), _conversation),
+    Form("{prompt, completion}", ("prompt", "completion"), _completed),
+    Form("{prompt, answers}", ("prompt", "answers"), _prompted),
+    Form("{question, choices, answer: index}", ("question", "choices", "answer"), _choice),
+    Form("{question, answer_text}", ("question", "answer_text"), _solved),
+    Form("{question, answer: text}", ("question", "answer"), _answered),
+    Form("{text}", ("text",), _text),
+)
+
+ROW_FORMS = ", ".join(form.shown for form in FORMS)
+
+
+def row_of(given: object) -> Row:
+    """Put one JSON value into a row. Raises BadRow if it is of no accepted form."""
+    if not isinstance(given, dict):
+        raise BadRow(_kind(given))
+    for form in FORMS:
+        if all(key in given for key in form.keys):
+            try:
+                return form.read(given)
+            except BadRow as error:
+                raise BadRow(f"{form.shown} where {error}") from None
+    keys = ", ".join(repr(str(key)[:40]) for key in list(given)[:6])
+    more = ", ..." if len(given) > 6 else ""
+    raise BadRow(f"an object with keys {keys}{more}" if given else "an object without keys")
+
+
+def read_file(path: Path) -> str | list[Row]:
+    """Read a file: running text, or rows of one kind, for which its suffix decides.
+
+    Raises InvalidArgument, which names file and line, for what cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(
+            "dataset", f"{path}: cannot be read as UTF-8 text: {error}"
+        ) from error
+    if path.suffix not in ROW_SUFFIXES:
+        return text
+    rows: list[Row] = []
+    # Not splitlines(): a row's text may hold any of the rarer line separators.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = row_of(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise _refused(where, f"no JSON ({error.msg}, column {error.colno})") from None
+        except BadRow as error:
+            raise _refused(where, f"{error}") from None
+        if isinstance(row, Conversation):
+            row = Conversation(row.messages, where)
+        if rows and type(row) is not type(rows[0]):
+            raise InvalidArgument(
+                "dataset",
+                f"{where}: found {NAMES[type(row)]} among {NAMES[type(rows[0])]}; accepted: rows "
+                "of one kind in a file",
+            )
+        rows.append(row)
+    return rows
+
+
+NAMES: dict[type[Row], str] = {
+    Text: "documents",
+    Turn: "questions or prompts with answers",
+    Conversation: "conversations",
+}
+"""What rows of a kind are called."""
+
+
+def _refused(where: str, found: str) -> InvalidArgument:
+    return InvalidArgument(
+        "dataset", f"{where}: found {found}; accepted: one JSON object a line, as {ROW_FORMS}"
+    )
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return f"Question: {str(row['question']).strip()}\n"
+
+
+def _said(row: Mapping[str, Any], key: str) -> str:
+    """A text without the blanks around it."""
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"{key} is {_kind(value)}, not a text that says something")
+    return value.strip()
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, without what it says."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text" if value.strip() else "an empty text"
+        case list():
+            return "a list" if value else "an empty list"
+    return "an object"

@@ -1,0 +1,84 @@
+"""What a fit is asked for.
+
+Owns the fields, the stages by name, and the line that says at the start what will be done. Knows
+nothing of command lines, nor of how a table is found.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.progress import duration
+
+OPEN = ("polish", "tpe", "structured", "cma")
+"""Stages that go on as long as there are trials; the others end by themselves."""
+
+STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
+"""The stages that may follow the uniform one, by the name that users give."""
+
+LOOKING = ("sensitivity", "alphas")
+"""Stages that follow from a look at every head, after which layers are measured as a baseline."""
+
+PROOF = "proof"
+"""What comes last."""
+
+PER_LAYER = "per layer"
+"""The baseline that treats all heads of a layer alike."""
+
+DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
+
+    dataset: str
+    """One, or several with commas between them."""
+    out: Path
+    name: str
+    study: str
+    model: str
+    revision: str | None
+    budget: int | None
+    budget_ratio: float | None
+    prefill_chunk: int
+    data_dir: Path | None
+    stages: tuple[str, ...]
+    trials: int
+    """Settings measured in all, over all stages, runs and workers; at least one is."""
+    minutes: float | None
+    """Of measuring, the proof included and summed over workers; None: no limit."""
+    examples: int
+    holdout: int | None
+    """Held-out examples; None: twice `examples` and at least 16, or as many as there are."""
+    length: int
+    seed: int
+    storage: str | None
+    device: str
+    dtype: str
+    keep_table: bool
+
+    @property
+    def journal(self) -> Path:
+        """Where the study is kept unless there is a storage: beside the table."""
+        return self.out.with_suffix(".journal")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that the fit goes through, in order."""
+        looks = [place for place, name in enumerate(self.stages, start=1) if name in LOOKING]
+        after = looks[0] if looks else 0
+        per_layer = (PER_LAYER,) if looks else ()
+        return ("uniform", *self.stages[:after], *per_layer, *self.stages[after:], PROOF)
+
+    @property
+    def told(self) -> str:
+        """What the fit will do, where it goes, and how long it takes at most, in one line."""
+        limit = f"{self.trials} trials"
+        if self.minutes is not None:
+            limit = f"{duration(60 * self.minutes)} of measuring and {limit}"
+        study = "in the given storage" if self.storage else f"in {self.journal}"
+        return (
+            f"Fitting a table for {self.model} to {self.dataset}: {len(self.parts)} stages "
+            f"({', '.join(self.parts)}), at most {limit}, after the model is loaded; the table "
+            f"goes to {self.out}, the study is kept {study}."
+        )
