@@ -26,7 +26,7 @@ from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
 from a2sf.tablefile import load_table
 from benchmarks import RESULTS, ROOT, save
-from service.client import Chat, SyncClient
+from service.client import SyncClient
 from tuner import datasets
 from tuner.generated import NAMES
 
@@ -123,7 +123,7 @@ def compare(
         SyncClient(address) as client,
     ):
         for question, place in questions(text, characters, prompts):
-            chat = Chat(messages=(ChatMessage(role="user", content=question),))
+            chat = [ChatMessage(role="user", content=question)]
             for name, policy in policies.items():
                 answer = client.generate(
                     chat,
