@@ -15,8 +15,12 @@ RUN_HERE = [block for block in TYPED if not reasons(block)]
 
 SHORTER: tuple[tuple[str, str, str], ...] = (
     # A fit and a comparison of their usual sizes take minutes each.
-    ("README.md", "--out tables/mathqa.json", "--trials 2 --examples 4 --out tables/mathqa.json"),
-    ("README.md", "--ratios .1,.2,.4,.6", "--examples 2 --ratios .1,.2"),
+    (
+        "README.md",
+        "--out tables/mathqa",
+        "--trials 2 --examples 4 --length 128 --out tables/mathqa",
+    ),
+    ("README.md", "--ratios .1,.2,.4,.6", "--examples 2 --length 128 --ratios .1,.2"),
     ("README.md", "--shots 0,1", "--examples 2 --shots 0,1"),
     (
         "docs/tuner.md",
