@@ -138,7 +138,7 @@ def test_the_demo_compares_three_caches_on_a_real_model(real_model_dir: Path) ->
     output = demo()
     check_demo(output)
     assert "SmolLM2-135M-Instruct" in output
-    assert "Elias Thornbury" in output
+    assert "Margaret Ashdown" in output
 
 
 def test_without_the_real_model_the_demo_takes_the_packaged_one() -> None:
