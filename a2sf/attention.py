@@ -1,11 +1,10 @@
-"""The block law carried out: one forward pass's trims, placements, attention and scores.
+"""The block law for one forward pass: trims, placements, attention and scores.
 
-Owns `attend` and `mass` (what a block's queries get, and what they pay) and the two passes built
-from them: `BlockPass` for the blocks of prompts, `DecodePass` for one token a row, `end_prompt`
-between them. A pass decides for all layers at once which slots the new tokens take; then each layer
-hands in its projected, rotated queries, keys and values and gets the attention output back. What
-attends in a block may be another `BlockAttention`.
-Knows nothing of models.
+Owns `attend` (the output of a block's queries), `mass` (the sum of their attention weights) and the
+two passes built from them: `BlockPass` for the blocks of prompts and `DecodePass` for one token per
+row, with `end_prompt` between them. A pass first chooses the slots of the new tokens in all layers.
+Then each layer passes in its projected, rotated queries, keys and values and receives the attention
+output. A faster `BlockAttention` can replace `attend` and `mass`. Knows nothing of models.
 """
 
 import math
@@ -20,10 +19,10 @@ from a2sf.cache import PolicyTensors, Rectangle, Slots
 from a2sf.scoring import EMPTY
 
 QUERY_TILE = 256
-"""Queries attended at a time: a long block needs tile x slots of mask, not block x slots."""
+"""Queries per call of attention, so that the mask takes tile x slots and not block x slots."""
 
 SCORE_TILE = 32
-"""Queries scored at a time: their attention rows are written out, and should stay in the caches."""
+"""Queries scored at a time. Their attention rows are stored, and should fit the CPU's caches."""
 
 
 def attend(
@@ -34,13 +33,13 @@ def attend(
     position: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attend to the stored tokens at or before each query.
+    """Attend from each query to the stored tokens at or before its position.
 
     Args:
         query: [rows, H_q, width, D].
         query_position: [rows, width] integer; each must reach at least one stored token.
         keys, values: [rows, H_kv, slots, D].
-        position: [rows, H_kv, slots] int32, `EMPTY` where no token is.
+        position: [rows, H_kv, slots] int32, `EMPTY` in slots without a token.
         scale: factor on the logits.
 
     Returns:
@@ -49,8 +48,8 @@ def attend(
     rows, q_heads, width, dim = query.shape
     kv_heads, slots = position.shape[1:]
     group = q_heads // kv_heads
-    # Each KV head of a row is a batch entry of its own, for it alone knows what it still holds; its
-    # keys and values stand for the whole group without being copied.
+    # Each KV head of a row is a separate batch entry, because heads hold different tokens. `expand`
+    # shares its keys and values with the group's query heads without a copy.
     grouped = query.reshape(rows * kv_heads, group, width, dim)
     shared = (rows * kv_heads, group, slots, dim)
     k = keys.reshape(rows * kv_heads, 1, slots, dim).expand(shared)
@@ -73,10 +72,10 @@ def attend(
 
 
 def attend_causally(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attend plainly along whole texts, where nothing is evicted.
+    """Attend causally along whole texts, without eviction.
 
     Args:
-        query: [rows, H_q, width, D]; padding stands at the right, where no real token sees it.
+        query: [rows, H_q, width, D]; padded at the right, where no real token attends to it.
         keys, values: [rows, H_kv, width, D], likewise.
         scale: factor on the logits.
 
@@ -96,14 +95,14 @@ def mass(
     weights: Tensor,
     scale: float,
 ) -> Tensor:
-    """Sum what the queries pay to each stored token.
+    """Sum the attention weights that each stored token receives from the queries.
 
-    Each query's row is normalised before anything is summed; a KV head's group of query heads is
-    summed, never averaged. Softmax runs in float32, or in float64 for float64 models.
+    Each query's row is normalised before the sum. The query heads of a group are summed, not
+    averaged. Softmax runs in float32, or in float64 for float64 models.
 
     Args:
         query, query_position, keys, position, scale: as for `attend`.
-        weights: [rows, H_kv, width] float32, how much each query counts.
+        weights: [rows, H_kv, width] float32, the factor of each query in the sum.
 
     Returns:
         [rows, H_kv, slots] float32: the weighted sum over queries and group.
@@ -127,7 +126,7 @@ def mass(
 
 
 class BlockAttention(Protocol):
-    """How a block's queries attend and pay in one layer."""
+    """Computes attention and scores of a block in one layer."""
 
     def __call__(
         self,
@@ -142,18 +141,18 @@ class BlockAttention(Protocol):
         *,
         in_order: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, and sum what the last queries pay.
+        """Attend, and sum the attention weights of the last queries.
 
         Args:
             query, query_position, keys, values, position, scale: as for `attend`.
-            weights: [rows, H_kv, counted] float32, how much each of the last `counted` queries
-                counts; those before them do not.
-            in_order: whether slot i of each row holds position i, or padding, and the last slot the
-                last query: then who sees what is known without the positions.
+            weights: [rows, H_kv, counted] float32, the factors of the last `counted` queries in the
+                sum; earlier queries are not summed.
+            in_order: whether slot i of each row holds position i or padding, and the last slot
+                holds the last query's token. Then a plain causal mask is enough.
 
         Returns:
             The output [rows, H_q, width, D] in the query's dtype, and [rows, H_kv, slots] float32
-            as from `mass`, or None where `counted` is 0.
+            as from `mass`, or None if `counted` is 0.
         """
         ...
 
@@ -170,7 +169,7 @@ def attend_and_charge(
     *,
     in_order: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend and sum in torch's operations; a `BlockAttention`."""
+    """The `BlockAttention` in plain torch."""
     output = attend(query, query_position, keys, values, position, scale)
     counted = weights.shape[2]
     if not counted:
@@ -180,10 +179,10 @@ def attend_and_charge(
 
 
 class BlockPass:
-    """Carries a block of tokens a row, or a piece of it, through the layers of a cache.
+    """Runs a block of tokens per row, or a piece of a block, through the layers of a cache.
 
-    A block may be cut into pieces of any width, passed one after the other: that is scheduling,
-    and what is computed stays the same.
+    A block may be cut into pieces of any width that run one after the other. The cut is scheduling:
+    it does not change the result.
     """
 
     def __init__(
@@ -199,20 +198,20 @@ class BlockPass:
         in_order: bool = False,
         attention: BlockAttention = attend_and_charge,
     ) -> None:
-        """Trim, if the block begins here, and place the new tokens.
+        """Trim at the start of a block, then place the new tokens.
 
         Args:
-            slots: the rows, whose heads all have the same slots; each needs `width` empty ones
-                beside the tokens that it keeps.
+            slots: the rows; all heads have the same number of slots. Each head needs `width` empty
+                slots beside the tokens that it keeps.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each block's first token.
-            lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
+            lengths: [rows] int64, tokens of each block; a row with length 0 does not change.
             used: [layers, rows, H_kv] int64, tokens stored before this pass.
-            width: tokens of this pass; beyond a row's length they are padding.
-            first: how many of the block's tokens earlier pieces have passed.
-            in_order: whether nothing was evicted yet nor is now, and rows are just as wide as the
-                tokens that they hold once these are placed, padding among them.
-            attention: carries out what each layer asks for.
+            width: tokens of this pass; tokens beyond a row's length are padding.
+            first: tokens of the block that earlier pieces have processed.
+            in_order: True if nothing was evicted and this pass evicts nothing, and the rows are
+                exactly as wide as the tokens that they hold after this pass, padding included.
+            attention: computes attention and scores in each layer.
         """
         mine = self._slots = slots.whole
         self._in_order = in_order
@@ -229,7 +228,7 @@ class BlockPass:
         self._position = start[:, None] + offsets
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
         if in_order:
-            # What `free` would find.
+            # The slots that `free` would find.
             shape = (*mine.position.shape[:3], width)
             self._placed = self._position[None, :, None].expand(shape)
         else:
@@ -242,7 +241,7 @@ class BlockPass:
             weights.zero_()
         self._weights = weights
         counted = (weights > 0).any(dim=2).any(dim=1)
-        # The first query of each layer that counts: only they and those after them are scored.
+        # The first query of each layer with a weight above 0: the scores start there.
         self._first_counted = torch.where(counted.any(1), counted.int().argmax(1), width).tolist()
 
     def __call__(
@@ -257,7 +256,7 @@ class BlockPass:
             scale: factor on the logits.
 
         Returns:
-            The attention output, [rows, H_q, width, D]; padding's is meaningless.
+            The attention output, [rows, H_q, width, D]; undefined for padding.
         """
         slots = self._slots
         slots.write(layer, self._placed[layer], keys, values)
@@ -277,10 +276,10 @@ class BlockPass:
 
 
 def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors) -> Tensor:
-    """Trim to the budget after the last block of a prompt, as the law says.
+    """Trim to the budget after the last block of a prompt, as the law requires.
 
     Args:
-        slots: the rows, whose heads all have the same slots.
+        slots: the rows; all heads have the same number of slots.
         used: [layers, rows, H_kv] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in the same layers.
@@ -294,25 +293,25 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
 
 
 class DecodePass:
-    """Carries one token a row through the layers of a cache: it takes the victim's slot.
+    """Runs one token per row through the layers of a cache. The token takes the victim's slot.
 
-    Equal to a `BlockPass` of width 1. A head whose budget is b keeps to its first b slots, which
-    fill in order.
+    Equal to a `BlockPass` of width 1. A head with budget b uses only its first b slots, which fill
+    in order.
     """
 
     def __init__(self, slots: Slots, policy: PolicyTensors, start: Tensor) -> None:
         """Choose the victims and place the new tokens.
 
         Args:
-            slots: the rows, each head with as many slots as the largest budget there, or as any row
-                will ever fill.
+            slots: the rows. Each head needs as many slots as the largest budget of that head, or as
+                the tokens that any row will hold.
             policy: the rows' policies in the same layers.
-            start: [rows] int64, the position of each row's new token; a row that has seen fewer
-                tokens than a head's budget holds them all there.
+            start: [rows] int64, the position of each row's new token. A head holds all earlier
+                tokens of a row if they are fewer than its budget.
         """
         self._steps: list[list[tuple[slice, _Step, int]]] = [[] for _ in slots.keys]
-        """Of each layer: the heads that are worked on together, in order, what carries them, and
-        what it calls this layer."""
+        """For each layer, in head order: the heads computed together, their `_Step`, and the
+        layer's index in that step."""
         for run, part in slots.parts:
             step = _Step(part, policy.part(run), start)
             for index, layer in enumerate(range(run.layers.start, run.layers.stop)):
@@ -321,7 +320,7 @@ class DecodePass:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attend and accumulate in one layer; as `BlockPass`, with a width of 1."""
+        """Attend and accumulate in one layer, as `BlockPass` with width 1."""
         steps = self._steps[layer]
         if len(steps) == 1:
             _, step, index = steps[0]
@@ -340,7 +339,7 @@ class DecodePass:
 
 
 class _Step:
-    """What `DecodePass` does in heads that have equally many slots."""
+    """A `DecodePass` over heads with the same number of slots."""
 
     def __init__(self, slots: Rectangle, policy: PolicyTensors, start: Tensor) -> None:
         self._slots = slots
@@ -360,7 +359,7 @@ class _Step:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """As `DecodePass`, with the tensors of these heads; layers count from their first."""
+        """As `DecodePass`, for these heads. Layer 0 is the first layer of the slots."""
         slots = self._slots
         rows, q_heads, _, dim = query.shape
         kv_heads = keys.shape[1]

@@ -1,7 +1,7 @@
-"""What a model and its cache take, before anything is allocated: bytes, and operations of a step.
+"""Bytes and operations of a model and its cache, computed before any allocation.
 
-Owns the arithmetic; the weights' bytes are read off a model's outline. Knows nothing of time, of
-prices, or of how a server is started.
+Owns the arithmetic. The sizes of the weights come from the model's outline. Knows nothing of time,
+prices, or how a server is started.
 """
 
 from dataclasses import dataclass
@@ -13,34 +13,33 @@ from a2sf.outline import Outline
 from a2sf.policy import Heads
 
 SCORED_SLOT_BYTES = 12
-"""Bytes that a step moves of a slot beside its key and value: the position and the score are read,
-the score is written again."""
+"""Bytes per slot that a step moves in addition to key and value: it reads position and score, and
+writes the score."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights as they lie in the device's memory."""
+    """The size of a model's weights in the device's memory."""
 
     parameters: int
-    """How many numbers; what is shared by two layers counts once."""
+    """Number of parameters; a tensor shared by two layers counts once."""
     nbytes: int
-    """Bytes of the loaded model's tensors, parameters and buffers. On a processor a head that is
-    shared with the embedding is laid out a second time and counts twice."""
+    """Bytes of the loaded parameters and buffers. On a processor an output head that is tied to the
+    embedding is packed as a second copy, and counts twice."""
     step_nbytes: int
-    """Bytes of those that every decode step reads: all but an embedding that is only looked up."""
+    """Bytes that every decode step reads: all but an embedding that is only used for look-up."""
     head_parameters: int
-    """How many of the parameters project onto the vocabulary."""
+    """Number of parameters of the projection onto the vocabulary."""
     step_parameters: int
-    """How many parameters every decode step multiplies by."""
+    """Number of parameters that every decode step multiplies by."""
     stored_parameters: int | None
-    """How many the headers of the files tell, buffers that are stored there left out; None: the
-    files are not there."""
+    """Number of parameters by the files' headers, without stored buffers; None: no files."""
 
 
 def weights(outline: Outline) -> Weights:
-    """Count a model's weights on the device and in the dtype of `outline`, without reading any."""
+    """Count a model's weights for the device and dtype of `outline`, without reading them."""
     module = outline.module
-    # Both list a tensor that is held in two places once.
+    # Both list a shared tensor only once.
     parameters, buffers = list(module.parameters()), list(module.buffers())
     nbytes = sum(tensor.nbytes for tensor in (*parameters, *buffers))
     count = sum(parameter.numel() for parameter in parameters)
@@ -72,20 +71,20 @@ def vectors_nbytes(outline: Outline, tokens: int) -> int:
 
 
 def held_nbytes(outline: Outline, tokens: int) -> int:
-    """Bytes that a decode step must move of a row that holds `tokens` scored ones, over heads."""
+    """Bytes that a decode step moves for a row with `tokens` scored tokens, summed over heads."""
     return vectors_nbytes(outline, tokens) + tokens * SCORED_SLOT_BYTES
 
 
 def logits_nbytes(outline: Outline, rows: int) -> int:
-    """Bytes of a step's logits: as the model makes them, and in float32 as tokens are drawn."""
+    """Bytes of a step's logits: once in the model's dtype, and once in float32 for sampling."""
     return rows * outline.shape.vocab_size * (outline.dtype.itemsize + 4)
 
 
 def attention_operations(outline: Outline, tokens: int) -> int:
     """Multiplications and additions of a query over `tokens`, summed over layers and KV heads.
 
-    Each token costs every query head of its group a product with its key and one with its value,
-    head_dim multiplications and as many additions each.
+    For each token, every query head of the group takes one product with the key and one with the
+    value: head_dim multiplications and head_dim additions each.
     """
     return 4 * outline.shape.head_dim * _group(outline) * tokens
 
@@ -93,15 +92,17 @@ def attention_operations(outline: Outline, tokens: int) -> int:
 def scoring_operations(outline: Outline, tokens: int) -> tuple[int, int]:
     """Multiplications and additions that scoring adds to a step over `tokens`, summed over heads.
 
-    A KV head multiplies a token's score by alpha once, and adds what each of its query heads pays.
+    A KV head multiplies a token's score by alpha once, and adds one attention weight per query
+    head.
     """
     return tokens, _group(outline) * tokens
 
 
 def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
-    """Multiplications and additions of reading a prompt exactly; its last token alone is projected.
+    """Multiplications and additions of an exact prefill.
 
-    Causal attention: a query sees half of the prompt, on average.
+    Only the last token is projected onto the vocabulary. Attention is causal: on average, a query
+    attends to half of the prompt.
     """
     layers = 2 * (weights.step_parameters - weights.head_parameters) * tokens
     heads = outline.shape.num_layers * outline.shape.num_kv_heads
@@ -115,7 +116,7 @@ def _group(outline: Outline) -> int:
 
 
 def _packs(outline: Outline) -> bool:
-    """Whether `linear.pack` would lay linear layers out anew."""
+    """Whether `linear.pack` would pack the linear layers."""
     return outline.device_type == "cpu" and linear.packs(outline.dtype)
 
 

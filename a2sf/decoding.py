@@ -1,9 +1,9 @@
-"""What carries out the law where tokens come one after the other.
+"""Decoding token by token, with the fastest implementation of the law.
 
-Owns the choice between torch's operations, on any device, numba's programs for processors
-(`kernels.walk`) and the Triton kernels: for the rows that decode together, one token of each
-through the model, on GPUs in CUDA graphs (`fused`), and for texts that are given, all tokens
-through one layer at a time. Knows nothing of requests or of when a row begins and ends.
+Owns the choice between torch (any device), numba (`kernels.walk`, processors) and the Triton
+kernels, for two jobs. Serving: one token of each row through the model, on GPUs in CUDA graphs
+(`fused`). Teacher forcing: all tokens of given texts through one layer. Knows nothing of requests
+or of when a row starts and ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +22,17 @@ from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
 
 Kernels = Literal["auto", "torch", "triton", "numba"]
-"""What may be asked for."""
+"""The accepted values of the option `kernels`."""
 
 Carrier = Literal["torch", "triton", "numba"]
-"""What carries out the law."""
+"""An implementation of the law."""
 
 Steps = Callable[[Tensor], LayerAttention]
-"""Given where each row's next token stands, [rows] int64, what carries these through the layers."""
+"""Positions of the rows' next tokens, [rows] int64 -> the attention that runs these tokens."""
 
 
 class Decoder(Protocol):
-    """Runs the first rows of a slab, and remembers what each needs beside its slots."""
+    """Decodes the first rows of a slab, and stores each row's policy."""
 
     def join(
         self,
@@ -43,27 +43,27 @@ class Decoder(Protocol):
         policy: EffectivePolicy,
         longest: int,
     ) -> None:
-        """Let `row` hold what `source_row` of other slots holds, and decode under a policy.
+        """Copy a sequence from other slots to `row`, to decode it under a policy.
 
         Args:
-            row: of the slab.
-            source, source_row: where the tokens are.
-            counts: [layers][H_kv] tokens held there.
-            policy: the row's own.
-            longest: tokens that its sequence may reach.
+            row: the row of the slab.
+            source, source_row: the slots and the row that hold the sequence's tokens.
+            counts: [layers][H_kv] tokens in each head there.
+            policy: the sequence's policy.
+            longest: the most tokens that the sequence may reach.
         """
         ...
 
     def move(self, row: int, source: int) -> None:
-        """Let `row` be what the row `source` was."""
+        """Move the sequence of row `source` to `row`."""
         ...
 
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Run one token of each of the first rows; evict what it displaces.
+        """Decode one token of each of the first rows, with evictions.
 
         Args:
             token_ids: [rows] the tokens.
-            positions: [rows] where each stands in its sequence.
+            positions: [rows] the position of each token in its sequence.
 
         Returns:
             [rows, vocab] logits in the model's dtype; valid until the next step.
@@ -72,16 +72,16 @@ class Decoder(Protocol):
 
 
 class SteppedDecoder:
-    """Decodes by torch's operations, or on a processor by numba's programs."""
+    """Decodes with torch, or on a processor with numba."""
 
     def __init__(self, model: LoadedModel, slab: Slots, chosen: Carrier) -> None:
         self._model = model
         self._slab = slab
         self._chosen = chosen
         self._rows: dict[int, tuple[EffectivePolicy, int]] = {}
-        """The policy of each row and the length that its sequence may reach."""
+        """The policy of each row, and the most tokens that its sequence may reach."""
         self._batch: tuple[int, Steps] | None = None
-        """How many rows decode, and their steps; None when rows have changed since then."""
+        """The number of decoding rows and their steps; None after rows have changed."""
 
     def join(
         self,
@@ -108,7 +108,7 @@ class SteppedDecoder:
         rows = len(token_ids)
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
-            # No wider than the rows need: torch's operations go over all of a view's slots.
+            # As narrow as the rows allow: torch computes over all slots of a view.
             slots = self._slab.view(slice(0, rows), most_of(policies))
             stacked = PolicyTensors.stack(policies, lengths, self._model.device)
             self._batch = rows, make_steps(self._chosen, slots, stacked)
@@ -119,17 +119,17 @@ class SteppedDecoder:
 
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
-    """Return the largest budget among policies in each layer and head that this process holds."""
+    """Return the largest budget of any policy, for each layer and head of this process."""
     layers = zip(*(policy.held_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 
 def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
-    """Return which kernels a model is served with, ready to run.
+    """Choose the kernels for a model, and compile them if needed.
 
-    `auto` takes Triton's or numba's where there is a program for the device, the dtype and the head
-    size. The first program of a dtype on a machine takes seconds to compile.
-    Raises InvalidArgument where `triton` or `numba` is asked for and there is none.
+    `auto` takes triton or numba if it supports the device, the dtype and the head size. The first
+    compilation for a dtype on a machine takes seconds.
+    Raises InvalidArgument if `triton` or `numba` is asked for and cannot be used.
     """
     if asked == "torch":
         return "torch"
@@ -150,10 +150,10 @@ def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
 
 
 def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
-    """Return what carries the rows of `slots` on through their layers, a token of each at a time.
+    """Return the decode steps of the rows of `slots`, one token of each row per step.
 
-    Triton's programs have a decoder of their own (`make`); beside it, torch's operations take
-    their place.
+    For triton this is torch's implementation: the Triton kernels decode in `FusedDecoder` only
+    (see `make`).
     """
     if chosen == "numba":
         from a2sf.kernels import walk
@@ -174,18 +174,17 @@ def walk_texts(
     output: Tensor,
     watch: Kept | None,
 ) -> None:
-    """Carry given tokens through one layer, one after the other.
+    """Run given tokens through one layer, one after the other.
 
     Args:
-        chosen: what carries out the law.
+        chosen: the implementation of the law.
         slots, policy: the rows, and their policies in the layer.
         projected: queries [rows, H_q, width, D], keys and values [rows, H_kv, width, D] of whole
             texts.
         scale: factor on the logits.
-        start, end: [rows] int64: the first token of each text that goes through, and the first
-            behind them that does not.
-        output: [rows, H_q, width, D], to which the attention output of these tokens is written.
-        watch: told what each query was given, or None.
+        start, end: [rows] int64: the tokens start .. end - 1 of each text are run.
+        output: [rows, H_q, width, D]; receives the attention output of these tokens.
+        watch: records which tokens each query could attend to, or None.
     """
     if chosen == "numba":
         from a2sf.kernels import walk
@@ -211,7 +210,7 @@ def walk_texts(
     rows = torch.arange(len(start), device=start.device)
     for ahead in range(int((end - start).max())):
         at = start + ahead
-        # Rows that have ended run on, and what was said of their last token stays.
+        # Rows that have ended keep running, but their stored output does not change.
         index = at.clamp(max=output.shape[2] - 1)
         query, keys, values = (t[rows, :, index, None] for t in projected)
         found = DecodePass(slots, policy, at)(0, query, keys, values, scale)[:, :, 0]
@@ -222,18 +221,17 @@ def walk_texts(
 
 
 def block_attention(chosen: Carrier) -> BlockAttention:
-    """Return what attends in the blocks of prompts."""
+    """Return the block attention for prompts."""
     if chosen != "triton":
         return attend_and_charge
-    # Here and elsewhere, because it brings Triton, which not every machine has, or numba, which
-    # takes a moment to load.
+    # Kernels are imported where they are used: Triton may not be installed, and numba loads slowly.
     from a2sf.kernels import prefill
 
     return prefill.attend_and_charge
 
 
 def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:
-    """Return what decodes a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
+    """Return the decoder of a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
     if chosen != "triton":
         return SteppedDecoder(model, slab, chosen)
     from a2sf import fused

@@ -1,9 +1,9 @@
-"""The rows that decode together, on a GPU: fused kernels, captured in CUDA graphs.
+"""Decodes rows together on a GPU, with fused kernels in CUDA graphs.
 
-Owns what a captured step reads and writes at fixed addresses (tokens, policies, plans, scratch) and
-the graphs, one for each of a few batch sizes. A batch in between runs as the next larger one; the
-rows that merely pad it hold one token each, which nobody reads. Knows nothing of requests or of
-when a row begins and ends. Needs Triton, which the extra `gpu` brings.
+Owns the tensors that a captured step reads and writes at fixed addresses (tokens, policies, plans,
+scratch) and the graphs, one for each of a few batch sizes. Other batch sizes run in the next larger
+graph; a padding row holds one token, and its output is ignored. Knows nothing of requests or of
+when a row starts and ends. Needs Triton (extra `gpu`).
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from a2sf.models import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
 
 WARM_UPS = 2
-"""Steps run before a capture: they compile the programs, and let the libraries called make their
-scratch memory, neither of which a graph may hold."""
+"""Steps before a capture. They compile the programs and let libraries allocate scratch memory;
+neither may happen during a capture."""
 
 
 def batch_sizes(most: int) -> list[int]:
-    """Return the batch sizes that have a graph: powers of two, and `most`.
+    """Return the batch sizes that get a graph: powers of two, and `most`.
 
-    Padding costs rows of the matrix products, which read the weights once whatever their number.
+    Padding is cheap: the matrix products read the weights once for any number of rows.
     """
     powers = [1 << n for n in range(most.bit_length())]
     return sorted({*(size for size in powers if size <= most), most})
@@ -34,17 +34,17 @@ def batch_sizes(most: int) -> list[int]:
 
 @dataclass
 class _Rung:
-    """What a step of one batch size works on, always at the same addresses."""
+    """The tensors and graphs of one batch size, at fixed addresses."""
 
     slots: Slots
     policy: PolicyTensors
     plan: Tensor
-    """[layers, size, H_kv] int64: the slots that the next tokens take."""
+    """[layers, size, H_kv] int64: the slots of the next tokens."""
     inputs: Tensor
-    """[2, size] int64: the tokens, and their positions."""
+    """[2, size] int64: the tokens and their positions."""
     workspace: Workspace
     graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = field(default_factory=dict)
-    """By whether any row is scored: a step, and the logits [size, vocab] that it writes."""
+    """Key: whether any row is scored. Value: the graph, and the logits [size, vocab] it writes."""
 
     @classmethod
     def of(
@@ -62,19 +62,19 @@ class _Rung:
 
 
 class FusedDecoder:
-    """Decodes by one kernel a layer, or two, beside the model's own operations.
+    """Decodes with one or two kernels per layer, in addition to the model's own operations.
 
-    A step asks nothing of the device. The tokens that the next step evicts are chosen at the end of
-    each step, and for a row that joins or moves before its first.
+    A step needs no device sync. Each step chooses the tokens that the next step evicts. For a row
+    that joins or moves, the choice is made before its first step.
     """
 
     def __init__(self, model: LoadedModel, slab: Slots, *, graphs: bool) -> None:
         """Allocate what steps need and capture the graphs, which takes seconds.
 
         Args:
-            model: on a device and in a dtype that `kernels.problem` finds nothing against.
-            slab: the rows; those in use are its first.
-            graphs: whether to capture; on CUDA devices only.
+            model: its device and dtype must be supported, see `kernels.problem`.
+            slab: the rows; the first ones are in use.
+            graphs: whether to capture graphs; only on CUDA devices.
         """
         self._model = model
         self._slab = slab
@@ -85,14 +85,14 @@ class FusedDecoder:
         )
         self._scored = [False] * rows
         self._unplanned: set[int] = set()
-        """Rows whose plan is not yet made, or of a row that they no longer are."""
+        """Rows that joined or moved, and whose plan must be made before the next step."""
         query_heads = model.shape.num_attention_heads
         self._rungs = {
             size: _Rung.of(size, slab, self._policy, self._plan, query_heads)
             for size in batch_sizes(rows)
         }
         if graphs:
-            # Graphs are captured on the current device, whichever the tensors are on.
+            # A capture uses the current device, not the device of the tensors.
             with torch.cuda.device(model.device):
                 self._capture()
 
@@ -168,7 +168,7 @@ class FusedDecoder:
         return self._model.logits(hidden[:, -1])
 
     def _capture(self) -> None:
-        # The largest first, so that the others find room in the memory that it took.
+        # The largest first, so that the smaller graphs reuse its memory.
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(self._rungs, reverse=True):
             rung = self._rungs[size]
@@ -183,5 +183,5 @@ class FusedDecoder:
                 with torch.cuda.graph(graph, pool=pool):
                     logits = self._run(rung, scored)
                 rung.graphs[scored] = (graph, logits)
-        # What the steps left in the rows is not to be mistaken for tokens.
+        # The warm-up steps have written tokens into the rows.
         self._slab.clear()

@@ -1,7 +1,7 @@
-"""A decoder that runs only some of its layers, for callers that know what enters the first of them.
+"""A decoder that runs only some of its layers, for callers that have the first one's input.
 
-Owns the stand-ins for the layers that are left out. The decoder itself, its weights and its layers
-stay untouched: what comes back shares them. Knows nothing of any one family.
+Owns the placeholders for skipped layers. The original decoder does not change; the partial decoder
+shares its layers and weights. Knows nothing of a particular family.
 """
 
 import copy
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class _StandIn(torch.nn.Module):
-    """In the place of a layer: hands on what it is given, or what was kept."""
+    """Replaces a layer: returns its input, or a given tensor."""
 
     def __init__(self, layer: torch.nn.Module, kept: Tensor | None = None) -> None:
         super().__init__()
-        # Not registered as a child, which would make the layer's weights this module's own.
+        # A registered child would add the layer's weights to this module.
         object.__setattr__(self, "_layer", layer)
         self._kept = kept
         self.entered: Tensor | None = None
-        """[rows, width, hidden], what entered here."""
+        """[rows, width, hidden], the input of the last call."""
 
     def __getattr__(self, name: str) -> Any:
-        # Decoders ask their layers for settings, such as the kind of their attention.
+        # Decoders read settings of their layers, such as the kind of attention.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -35,9 +35,9 @@ class _StandIn(torch.nn.Module):
 
 
 def from_layer(decoder: Any, first: int, entering: Tensor) -> Any:
-    """Return a decoder that starts at layer `first` (1 or more) with what enters it.
+    """Return a decoder that starts at layer `first` (1 or more) with the input `entering`.
 
-    `entering` is [rows, width, hidden]; the ids it is called with say nothing but the shape.
+    `entering` is [rows, width, hidden]. Of the token ids, only the shape matters.
     """
     layers = list(decoder.layers)
     below = [_StandIn(layer) for layer in layers[: first - 1]]
@@ -45,7 +45,7 @@ def from_layer(decoder: Any, first: int, entering: Tensor) -> Any:
 
 
 def up_to_layer(decoder: Any, last: int) -> tuple[Any, _StandIn]:
-    """Return a decoder that runs the layers below `last`, and what notes their result."""
+    """Return a decoder that runs the layers below `last`, and the module that stores the result."""
     layers = list(decoder.layers)
     above = [_StandIn(layer) for layer in layers[last:]]
     return _with(decoder, [*layers[:last], *above]), above[0]

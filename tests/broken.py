@@ -149,7 +149,9 @@ BROKEN: dict[str, Broken] = {
     "biases without attention_bias": Broken(
         weights(biases), "model.layers.0.self_attn.k_proj.bias, "
     ),
-    "many biases": Broken(weights(biases), " and 4 more; accepted: the weights of the model that"),
+    "many biases": Broken(
+        weights(biases), " and 4 more; accepted: only the weights of the model that"
+    ),
     "biases that are missing": Broken(
         config(attention_bias=True), "weights are missing: model.layers.0.self_attn.k_proj.bias"
     ),
@@ -158,11 +160,12 @@ BROKEN: dict[str, Broken] = {
     ),
     "leftovers of an adapter": Broken(
         added("base_model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(2, 32)),
-        "lora_A.weight; accepted: the weights of the model that config.json describes",
+        "lora_A.weight; accepted: only the weights of the model that config.json describes",
     ),
     "an adapter": Broken(
         written("adapter_config.json", '{"base_model_name_or_path": "x"}'),
-        "comes with an adapter (adapter_config.json); supported: weights that it is merged into",
+        "comes with an adapter (adapter_config.json); supported: weights with the adapter merged "
+        "into them",
     ),
     "fewer layers": Broken(config(num_hidden_layers=2), "no place for: model.layers.2."),
     "more layers": Broken(config(num_hidden_layers=4), "weights are missing: model.layers.3."),
@@ -182,12 +185,14 @@ BROKEN: dict[str, Broken] = {
         f"stores {INV_FREQ}, which is not the rotation that config.json describes",
     ),
     "a weight of another shape": Broken(
-        added(K_PROJ, torch.ones(32, 32)), f"{K_PROJ} is [32, 32] where [16, 32] is taken"
+        added(K_PROJ, torch.ones(32, 32)), f"{K_PROJ} is [32, 32], expected [16, 32]"
     ),
     "another hidden size": Broken(config(hidden_size=64), "of other shapes than config.json says"),
-    "another vocabulary": Broken(config(vocab_size=300), "is [258, 32] where [300, 32] is taken"),
+    "another vocabulary": Broken(config(vocab_size=300), "is [258, 32], expected [300, 32]"),
     "another head_dim": Broken(config(head_dim=16), "of other shapes than config.json says"),
-    "another number of KV heads": Broken(config(num_key_value_heads=4), "is [16, 32] where [32,"),
+    "another number of KV heads": Broken(
+        config(num_key_value_heads=4), "is [16, 32], expected [32,"
+    ),
     "a weight that is missing": Broken(
         weights(lambda tensors: tensors.pop(K_PROJ)), f"weights are missing: {K_PROJ}"
     ),

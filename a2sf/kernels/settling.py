@@ -1,7 +1,7 @@
-"""The scores of one token's step in one layer, and who is evicted next, on the device.
+"""Device code that updates the scores after one token in one layer, and finds the next victim.
 
-Owns what `scoring` does for the tokens of a row and KV head once the softmax is known. Knows
-nothing of keys, values or queries.
+Owns the functions of `scoring` for the slots of a row and KV head, given logits and normalisers.
+Knows nothing of keys, values or queries.
 """
 
 # Triton types its own; what it takes as constants at compile time is capitalised.
@@ -22,34 +22,34 @@ def _mix(value):
 
 @triton.jit
 def _random_score(seed, head, position):
-    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    """As `scoring.random_scores`, for one token; `head` is the model-wide head number."""
     mixed = _mix(seed ^ _mix(head + 1))
     return (_mix(mixed ^ position) >> 8).to(tl.float32) / 16777216.0
 
 
 @triton.jit
 def slots_in_use(start, budget, row, pair, width):
-    """Slots in use once the new token is placed; never beyond the head's, whatever is asked."""
+    """Number of slots in use after the new token is placed; at most `width`."""
     held = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
     return tl.minimum(held, width).to(tl.int32)
 
 
 @triton.jit
 def next_slot(victim, at, budget, width):
-    """The slot that the token at position `at` takes; never one beyond the head's."""
+    """The slot of the token at position `at`; always below `width`."""
     following = tl.minimum(at, width - 1).to(tl.int32)
     return tl.where(at >= budget, victim, following)
 
 
 @triton.jit
 def fresh_score(seed, head, at):
-    """The score that a token starts from; `head` is counted over the whole model."""
+    """The initial score of a token; `head` is the model-wide head number."""
     return tl.where(seed >= 0, _random_score(seed, head, at), 0.0)
 
 
 @triton.jit
 def _lower(best, place, score, where, allowed, n):
-    """Keep, element by element, the lower in the order of `scoring.eviction_key`."""
+    """Keep the lower of two candidates per element, in the order of `scoring.eviction_key`."""
     bits = score.to(tl.int32, bitcast=True).to(tl.int64)
     key = tl.where(allowed, (bits << 32) | where, 0x7FFFFFFFFFFFFFFF)
     lower = key < best
@@ -58,8 +58,8 @@ def _lower(best, place, score, where, allowed, n):
 
 @triton.jit
 def _slot_of(best, place):
-    """The slot of the least key."""
-    # No two tokens share a position, so that only where nothing is open the least is not alone.
+    """The slot of the smallest key."""
+    # Positions are distinct, so there is a tie only if no slot is evictable.
     least = tl.min(best, axis=0)
     return tl.min(tl.where(best == least, place, 0x7FFFFFFF), axis=0)
 
@@ -68,8 +68,8 @@ def _slot_of(best, place):
 def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
     """The slot of the lowest (score, position) with first_open <= position < end_open.
 
-    `scores` and `positions` point to a head's own slots, of which the first `held` hold tokens. Any
-    of them where none is open.
+    `scores` and `positions` point to a head's slots; the first `held` slots hold tokens. If no slot
+    is in the range, the result is any of these slots.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
@@ -104,9 +104,9 @@ def settle(
 ):
     """Place the token at position `at` in `slot`, update a head's scores, return the next victim.
 
-    Tensors are the head's own: `logits` [GROUP, room] and `lse` [GROUP], both in base 2, `scores`
-    and `positions` [held or more]. Scores become `factor` times themselves, that of the new token
-    `fresh`; `counted` (0 or 1) times what the queries pay is added.
+    Tensors are those of the head: `logits` [GROUP, room] and `lse` [GROUP], both in base 2,
+    `scores` and `positions` [held or more]. Scores are multiplied by `factor`; the score of the new
+    token is `fresh`. Then `counted` (0 or 1) x the attention weights is added.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
@@ -159,10 +159,10 @@ def settle_step(
     BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """End a decode step of a row and KV head: `settle` by the rows' tables, and the next plan.
+    """End a decode step of a row and KV head: call `settle` and write the next plan.
 
     Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2. `mark` is the
-    head's first slot in a row of scores, `width` how many it has.
+    index of the head's first slot in a row of scores, `width` its number of slots.
     """
     pair = row * KV_HEADS + head
     at = tl.load(start + row)

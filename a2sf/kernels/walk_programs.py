@@ -1,11 +1,10 @@
-"""The law for processors, compiled by numba: a row and KV head at a time, token after token.
+"""numba kernels of the law for processors: one row and KV head at a time, token after token.
 
-Owns what happens to one head's slots when tokens come: the victim, the new key and value, attention
-over the slots in use, and the scores. `walk` launches it. Knows nothing of tensors beyond addresses
-and strides.
+Owns the update of one head's slots by new tokens: the victim, the new key and value, attention over
+the slots in use, and the scores. `walk` calls it. Knows only addresses and strides of tensors.
 
-Everything compiled stands in this one file: numba notices a change in the file of the function that
-it has stored, and not in the files of the functions that this one calls.
+All compiled code must be in this file. numba's cache notices changes in the file of the cached
+function, but not in the files of the functions that it calls.
 """
 
 # numba types its own.
@@ -20,16 +19,16 @@ from numba.extending import intrinsic, overload
 
 HEAD = np.dtype(
     [
-        ("vectors", np.int64),  # the head's first slot in the layer's keys and values, in numbers
-        ("marks", np.int64),  # the same in its positions and scores
+        ("vectors", np.int64),  # offset of the head's first slot in keys and values, in numbers
+        ("marks", np.int64),  # index of the head's first slot in positions and scores
         ("budget", np.int64),  # slots
         ("recent", np.int64),  # tokens
         ("sinks", np.int64),  # tokens
-        ("random_seed", np.int64),  # -1 where scores do not come from a hash
-        ("number", np.int64),  # of the head, counted over the whole model
+        ("random_seed", np.int64),  # -1 if scores accumulate attention
+        ("number", np.int64),  # the model-wide head number
         ("start", np.int64),  # the position of the first token
-        ("first", np.int64),  # where that stands in the queries, keys and values
-        ("tokens", np.int64),  # how many
+        ("first", np.int64),  # the index of the first token in queries, keys and values
+        ("tokens", np.int64),  # number of tokens
         ("alpha", np.float32),
         ("scored", np.int32),  # whether the scores depend on attention
     ]
@@ -40,12 +39,12 @@ CALL = np.dtype(
     [
         (name, np.int64)
         for name in (
-            # Addresses of what the tokens bring and get.
+            # Addresses of the tokens' projections and output.
             "query",
             "keys",
             "values",
             "output",
-            # Their strides, in numbers.
+            # Their strides, in elements.
             "query_row",
             "query_head",
             "query_token",
@@ -63,19 +62,20 @@ CALL = np.dtype(
             "stored_values",
             "score",
             "position",
-            # Of [pairs] HEAD, of [pairs] int64 (the heads in the order of work), of one int64 each
-            # that counts the heads and the workers that have begun.
+            # Addresses: [pairs] HEAD; [pairs] int64, the heads in the order of work; one int64
+            # each, the counters of started heads and of started workers.
             "heads",
             "order",
             "begun",
             "working",
-            # Of bytes [pairs, kept_side, kept_side] for which tokens each query saw, or 0.
+            # Address of bytes [pairs, kept_side, kept_side], 1 for tokens that a query could attend
+            # to, or 0 for no record.
             "kept",
             "kept_side",
-            # Of a float32 scratch for each worker, and how many numbers that is.
+            # Address of float32 scratch memory, and its size per worker in numbers.
             "scratch",
             "scratch_size",
-            "room",  # slots that the scratch has room for
+            "room",  # slots that fit into a worker's scratch
             "pairs",
             "kv_heads",
             "group",
@@ -84,16 +84,16 @@ CALL = np.dtype(
     ]
     + [("scale", np.float64)]
 )
-"""What a launch is given."""
+"""The arguments of a launch."""
 
 BROUGHT = 16
-"""The first numbers of a CALL: what changes from one to the next."""
+"""Number of first fields of a CALL that change with every call."""
 
 SIGNATURE = types.void(types.voidptr)
 
 _CALL = from_dtype(CALL)
 
-# These neither assume that there is no NaN nor that there is no infinity.
+# Fast-math flags that stay correct for NaN and infinity.
 _SUMS = {"reassoc", "contract"}
 
 _NEVER = np.int32(2**31 - 1)
@@ -115,8 +115,8 @@ _to_bits = _bits(types.float32, types.int32, ir.IntType(32))
 
 
 def _pointer(element: Any) -> Any:
-    # Not arrays: numba looks at every index whether it counts from the end, which keeps LLVM from
-    # making vector instructions of a loop.
+    # Not arrays: numba checks every array index for negative values, and this prevents LLVM from
+    # vectorising loops.
     @intrinsic
     def at(context, address):
         pointer = element if element == types.voidptr else types.CPointer(element)
@@ -139,7 +139,7 @@ _anything = _pointer(types.voidptr)
 
 @intrinsic
 def _next(context, counter):
-    """Count one further, whoever else does so at the same time; returns the count before."""
+    """Increment a counter atomically; return its previous value."""
 
     def generate(context, builder, signature, arguments):
         one = ir.Constant(ir.IntType(64), 1)
@@ -160,7 +160,7 @@ def _wide_of(number):
 
 
 def _put(numbers, index, value):
-    """Store a float32; in bfloat16 rounded to the nearest, halves to even."""
+    """Store a float32; bfloat16 is rounded to nearest, ties to even."""
 
 
 @overload(_put, inline="always")
@@ -175,7 +175,7 @@ def _put_of(numbers, index, value):
         def put(numbers, index, value):
             bits = uint32(_to_bits(value))
             rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
-            # What is not a number could be rounded up to one.
+            # Rounding could turn a NaN into infinity.
             numbers[index] = uint16(rounded) if value == value else uint16(0x7FC0)
 
     return put
@@ -183,7 +183,7 @@ def _put_of(numbers, index, value):
 
 @njit
 def _mix(value):
-    """As `scoring._mix`; numba would widen what is not cast."""
+    """As `scoring._mix`. Without the casts numba would widen to 64 bits."""
     value = uint32((value ^ (value >> uint32(16))) * uint32(0x7FEB352D))
     value = uint32((value ^ (value >> uint32(15))) * uint32(0x846CA68B))
     return uint32(value ^ (value >> uint32(16)))
@@ -191,7 +191,7 @@ def _mix(value):
 
 @njit
 def random_score(seed, head, position):
-    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    """As `scoring.random_scores`, for one token; `head` is the model-wide head number."""
     mixed = _mix(uint32(uint32(seed) ^ _mix(uint32(head + 1))))
     mixed = _mix(uint32(mixed ^ uint32(position)))
     return float32(mixed >> uint32(8)) / float32(16777216.0)
@@ -199,15 +199,15 @@ def random_score(seed, head, position):
 
 @njit
 def exponential(x):
-    """e^x in float32 for x <= 0, NaN for NaN: 2^n e^r with |r| <= ln(2) / 2, as Cephes' expf does.
+    """e^x in float32 for x <= 0, NaN for NaN: 2^n e^r with |r| <= ln(2) / 2, as in Cephes' expf.
 
-    A loop over it becomes vector instructions, which a call to the C library would not.
+    LLVM vectorises a loop over this function, but not over a call to the C library.
     """
     lowest = float32(-87.0)
     clamped = x if x > lowest else lowest
     n = int32(clamped * float32(1.44269504) - float32(0.5))
     whole = float32(n)
-    # ln(2) in two parts, the first of which times n is exact.
+    # ln(2) as a sum of two constants; the product of n and the first is exact.
     r = (x - whole * float32(0.693359375)) + whole * float32(2.12194440e-4)
     p = float32(1.9875691500e-4)
     p = p * r + float32(1.3981999507e-3)
@@ -221,15 +221,15 @@ def exponential(x):
 
 @njit
 def _ordered(bits):
-    """Of a float's bits, an integer in the same order; its own inverse."""
+    """Map a float's bits to an integer with the same order; self-inverse."""
     return int32(bits ^ ((bits >> int32(31)) & _NEVER))
 
 
 @njit
 def _unless(barred, value):
-    """A value that is not negative, or where it is barred the largest there is.
+    """Return `value` (not negative), or the largest int32 if `barred`.
 
-    Without a branch, or the loops below would not become vector instructions.
+    Has no branch, so that LLVM vectorises the loops below.
     """
     return int32(value | (int32(-int32(barred)) & _NEVER))
 
@@ -238,7 +238,7 @@ def _unless(barred, value):
 def _victim(score_bits, position, held, low, high):
     """The slot with the lowest (score, position) among positions low <= position < high.
 
-    Scores are not negative, so that their bits are in their order.
+    Scores are not negative, so their bits have the same order.
     """
     least = _NEVER
     for s in range(held):
@@ -332,9 +332,9 @@ def _weighted(paid, group, room, dim, values, held, total):
 
 @njit
 def _accumulate(score, held, paid, group, room, shares, alpha):
-    """Let scores decay, and add what the group pays; `shares` [group] normalise `paid`.
+    """Decay the scores and add the group's attention weights; `shares` [group] normalise `paid`.
 
-    Rounds as the reference does: after the decay, and after the sum of the group.
+    Rounds like the reference: after the decay, and after the sum over the group.
     """
     for s in range(held):
         paid[s] = paid[s] * shares[0]
@@ -348,7 +348,7 @@ def _accumulate(score, held, paid, group, room, shares, alpha):
 
 @njit
 def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_values, scratch):
-    """Carry the tokens of one row and KV head through a layer.
+    """Run the tokens of one row and KV head through a layer.
 
     Vectors are float32, or bfloat16 as bits; `scratch` is an address.
     """
@@ -399,9 +399,9 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
 
 @njit
 def _work(data, numbers, size):
-    """Take heads, one after the other, until none is left; `numbers` makes pointers of addresses.
+    """Process heads, one after the other, until none is left; OpenMP runs this in every thread.
 
-    What it is that OpenMP runs in every thread; `size` is a number's, in bytes.
+    `numbers` turns addresses into pointers; `size` is the size of a number in bytes.
     """
     call = carray(data, 1, CALL)[0]
     heads = carray(_anything(call.heads), call.pairs, HEAD)
@@ -429,10 +429,10 @@ def _work(data, numbers, size):
 
 
 def walk_float32(data):
-    """Carry tokens through a layer of float32; `data` is the address of a CALL."""
+    """Run tokens through a layer in float32; `data` is the address of a CALL."""
     _work(data, _floats, 4)
 
 
 def walk_bfloat16(data):
-    """Carry tokens through a layer of bfloat16; `data` is the address of a CALL."""
+    """Run tokens through a layer in bfloat16; `data` is the address of a CALL."""
     _work(data, _halves, 2)

@@ -134,7 +134,7 @@ def test_what_has_no_kernel_is_refused_by_name(
     with pytest.raises(InvalidArgument, match="float64; accepted: bfloat16, float16, float32"):
         decoding.choose_kernels("triton", tiny_model_64)
     wide = replace(model, shape=replace(model.shape, head_dim=512))
-    with pytest.raises(InvalidArgument, match="heads are of 512; accepted: up to 256"):
+    with pytest.raises(InvalidArgument, match="the model's head_dim is 512; accepted: up to 256"):
         decoding.choose_kernels("triton", wide)
     assert decoding.choose_kernels("auto", wide) == ("torch" if CUDA else "numba")
     if not CUDA:

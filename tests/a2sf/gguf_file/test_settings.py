@@ -20,8 +20,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"general__type": "adapter"}, "holds a adapter, which is no model"),
-        ({"llama__expert_count": 8}, r"sets llama\.expert_count to 8, which is not carried out"),
+        ({"general__type": "adapter"}, "is of type adapter; supported: model"),
+        ({"llama__expert_count": 8}, r"sets llama\.expert_count to 8, which is not supported"),
         ({"llama__attention__causal": False}, r"llama\.attention\.causal to False"),
         ({"llama__attention__head_count_kv": [2, 2, 2]}, r"head_count_kv for each layer"),
         ({"llama__attention__value_length": 8}, "values of 8 and keys of 16 numbers"),
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"llama__attention__sliding_window": 64}, "a sliding window of 64 tokens in layers 0-2"),
         ({"llama__attention__head_count": 0}, r"sets llama\.attention\.head_count to 0"),
         ({"llama__block_count": "three"}, r"sets llama\.block_count to 'three'"),
-        ({"llama__block_count": None}, r"has no llama\.block_count; is it a vocabulary alone"),
+        ({"llama__block_count": None}, r"has no llama\.block_count; is it only a vocabulary"),
         ({"llama__feed_forward_length": None}, "does not state its intermediate_size"),
     ],
     ids=str,
