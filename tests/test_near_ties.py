@@ -14,7 +14,7 @@ from tests.driving import GREEDY, engine_for, request
 from tests.near_ties import Draw, Parting, Recorder, Step, parting
 
 
-def test_a_fault_is_not_taken_for_a_near_tie(tiny_model: LoadedModel) -> None:
+def test_a_fault_is_not_accepted_as_a_near_tie(tiny_model: LoadedModel) -> None:
     def steps(one: GenerationRequest) -> list[Step]:
         recorder = Recorder(engine_for(tiny_model, slots=128))
         recorder.engine.submit(one)
@@ -37,7 +37,7 @@ def test_a_fault_is_not_taken_for_a_near_tie(tiny_model: LoadedModel) -> None:
     assert parted == Parting("draw", 3, math.inf)
 
 
-def test_a_near_tie_is_found_and_its_gap_told() -> None:
+def test_a_near_tie_is_found_with_its_gap() -> None:
     def draw(*logits: float) -> Draw:
         row = sampling.Row(sampling=GREEDY, seed=0)
         values = torch.tensor(logits)

@@ -13,7 +13,7 @@ from tests.tables import make_table
 from tests.tiny import BYTES, save_tiny_llama
 
 
-def test_a_request_that_all_tokens_end_cannot_have_a_least_length(tmp_path: Any) -> None:
+def test_min_new_tokens_is_refused_if_every_token_ends_the_completion(tmp_path: Any) -> None:
     # Every token of this model ends a completion.
     everything = list(range(BYTES + 2))
     directory = save_tiny_llama(tmp_path, eos_token_id=everything)
@@ -34,9 +34,7 @@ def test_a_request_that_all_tokens_end_cannot_have_a_least_length(tmp_path: Any)
         ({"sampling": {"repetition_penalty": 0.0}}, "greater than or equal to 0.01"),
     ],
 )
-def test_values_that_contradict_themselves_make_no_request(
-    fields: dict[str, Any], says: str
-) -> None:
+def test_contradictory_values_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says) as caught:
         request("r", (1, 2), **fields)
     assert caught.value.errors()[0]["loc"][0] in fields
@@ -82,7 +80,9 @@ def test_a_request_that_cannot_be_served_is_refused_by_field(
     assert not engine.has_work
 
 
-def test_a_shaped_slab_refuses_what_a_head_has_no_slots_for(tiny_model: LoadedModel) -> None:
+def test_a_shaped_slab_refuses_policies_with_too_many_slots_for_a_head(
+    tiny_model: LoadedModel,
+) -> None:
     shares = ((6.0, 2.0), (1.0, 1.0), (1.0, 1.0))
     engine = engine_for(
         tiny_model, slots=60, head_share=shares, default_policy=CachePolicy(alpha=1.0)
@@ -128,7 +128,7 @@ def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: Lo
     assert len(tokens(run(engine)["r"])) == 20
 
 
-def test_a_doubled_name_is_refused(tiny_model: LoadedModel) -> None:
+def test_a_duplicate_request_id_is_refused(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model)
     engine.submit(request("a", (1, 2)))
     with pytest.raises(InvalidArgument, match="already in use"):
@@ -136,7 +136,7 @@ def test_a_doubled_name_is_refused(tiny_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("max_waiting", [0, 2])
-def test_a_request_is_refused_once_rows_and_queue_are_full(
+def test_a_request_is_refused_if_rows_and_queue_are_full(
     tiny_model: LoadedModel, max_waiting: int
 ) -> None:
     engine = engine_for(tiny_model, max_batch=2, max_waiting=max_waiting)

@@ -14,18 +14,18 @@ from tests.driving import effective
 from tests.near_ties import check_against_torch
 
 
-def test_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel) -> None:
+def test_requests_equal_their_solo_runs_in_torch(tiny_model: LoadedModel) -> None:
     assert check_against_torch(tiny_model, "numba", 6, seed=1, most=12) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_many_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel, seed: int) -> None:
+def test_many_requests_equal_their_solo_runs_in_torch(tiny_model: LoadedModel, seed: int) -> None:
     assert check_against_torch(tiny_model, "numba", 24, seed=seed, most=14) > 8
 
 
-def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
+def test_auto_chooses_numba_on_a_processor_if_it_supports_the_dtype(
     tiny_model: LoadedModel, tiny_model_64: LoadedModel
 ) -> None:
     assert decoding.choose_kernels("auto", tiny_model) == "numba"
@@ -39,7 +39,7 @@ def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 5])
-def test_texts_run_along_get_what_torch_gives(
+def test_teacher_forcing_equals_torch(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     rng = random.Random(2)
@@ -69,7 +69,7 @@ def test_texts_run_along_get_what_torch_gives(
     assert any(differ), "other programs round otherwise"
 
 
-def test_texts_in_bfloat16_get_what_they_get_in_float32_up_to_its_rounding(
+def test_teacher_forcing_in_bfloat16_equals_float32_up_to_rounding(
     tiny_model_dir, tiny_model: LoadedModel
 ) -> None:
     # Weights that bfloat16 holds exactly, so that only what is computed is rounded.

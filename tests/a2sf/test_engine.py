@@ -17,7 +17,7 @@ from tests.tiny import save_tiny_llama
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
-def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
+def test_step_tokens_changes_only_the_number_of_steps(
     tiny_model_64: LoadedModel, piece: int
 ) -> None:
     made = any_requests(tiny_model_64, 24, seed=5, longest=60, most=25)
@@ -33,7 +33,7 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
         assert finished(whole).cache == finished(cut).cache
 
 
-def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: LoadedModel) -> None:
+def test_the_shape_of_the_slab_does_not_change_results(tiny_model_64: LoadedModel) -> None:
     made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
     streams = []
     # Every head of the shaped one has at least the 90 slots that these need.
@@ -49,7 +49,7 @@ def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: Load
         assert finished(flat[one.request_id]).cache == finished(shaped[one.request_id]).cache
 
 
-def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
+def test_the_oldest_request_of_the_highest_priority_starts_first(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=1)
@@ -59,7 +59,7 @@ def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
     assert order == ["c", "e", "a", "d", "b"]
 
 
-def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: LoadedModel) -> None:
+def test_an_exact_prompt_takes_one_step_per_piece(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, step_tokens=16)
     exact = CachePolicy(alpha=0.9, budget=20)
     engine.submit(request("r", [7] * 100, cache_policy=exact, max_new_tokens=2))
@@ -67,7 +67,7 @@ def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: Loaded
     assert events == [[Started], [], [], [], [], [], [Delta], [Delta, Finished]]
 
 
-def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
+def test_a_cancelled_request_frees_its_row_without_effect_on_others(
     tiny_model_64: LoadedModel,
 ) -> None:
     wishes = [
@@ -103,7 +103,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
         assert tokens(run(alone)[one.request_id]) == tokens(streams[one.request_id])
 
 
-def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
+def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
     tiny_model: LoadedModel,
 ) -> None:
     held = []
@@ -126,7 +126,7 @@ def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
     assert held == [24 * 3 * 2 * (2 * 8 * 4 + 8)] * 3
 
 
-def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length(
+def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(
     tiny_model: LoadedModel,
 ) -> None:
     wish = CachePolicy(preset="full")
@@ -157,9 +157,7 @@ def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length
     assert sent == text[: text.index(stop)]
 
 
-def test_the_end_of_sequence_token_ends_a_stream_unless_it_is_to_be_ignored(
-    tmp_path: Any, tiny_model: LoadedModel
-) -> None:
+def test_eos_ends_a_stream_unless_ignore_eos_is_set(tmp_path: Any, tiny_model: LoadedModel) -> None:
     # The same weights, but the token that they produce first is declared to be the end.
     engine = engine_for(tiny_model)
     engine.submit(request("r", range(65, 90)))
@@ -182,7 +180,7 @@ def logprobs_of(stream: list[Event]) -> list[TokenLogprobs]:
     return [one for event in stream if isinstance(event, Delta) for one in event.logprobs]
 
 
-def test_no_token_that_would_end_the_stream_comes_before_min_new_tokens(
+def test_no_token_ends_the_stream_before_min_new_tokens(
     tmp_path: Any, tiny_model: LoadedModel
 ) -> None:
     engine = engine_for(tiny_model)
@@ -222,7 +220,7 @@ def plain(tiny_model: LoadedModel) -> list[str]:
 
 
 @given(st.data(), st.integers(0, 40))
-def test_the_pieces_join_to_the_completion_up_to_the_stop(
+def test_deltas_join_to_the_completion_before_the_stop(
     tiny_model: LoadedModel, plain: list[str], data: st.DataObject, least: int
 ) -> None:
     text = "".join(plain)
@@ -245,7 +243,7 @@ def test_the_pieces_join_to_the_completion_up_to_the_stop(
     assert end.reason is FinishReason.LENGTH
 
 
-def test_logprobs_come_to_those_who_ask_and_are_the_model_s_own(
+def test_logprobs_are_those_of_the_model_and_only_on_request(
     tiny_model: LoadedModel, tiny_model_dir: Any
 ) -> None:
     prompt = tuple(range(65, 90))
@@ -289,7 +287,7 @@ class Clock:
         return self.now
 
 
-def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
+def test_a_time_limit_ends_a_request_in_any_state_with_its_text_so_far(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model)
@@ -347,7 +345,7 @@ def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
 
 
 @pytest.mark.gpu
-def test_a_gpu_decodes_what_the_processor_decodes(tiny_model_dir: Any) -> None:
+def test_a_gpu_decodes_the_same_tokens_as_the_processor(tiny_model_dir: Any) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     answers = []

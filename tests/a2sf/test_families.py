@@ -110,7 +110,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_no_norm_and_no_bias_is_left_at_a_value_that_does_nothing(family: Family) -> None:
+def test_norms_and_biases_of_test_models_have_an_effect(family: Family) -> None:
     vectors = {n: p for n, p in family.plain.named_parameters() if p.ndim == 1 and p.numel() > 1}
     assert all(vector.std() > 0.1 for vector in vectors.values())
     assert family.model.module.config.tie_word_embeddings == (
@@ -175,7 +175,7 @@ def test_teacher_forcing_with_room_equals_transformers_logits(family: Family) ->
     assert_predicts_what_transformers_predicts(family)
 
 
-def test_starting_at_a_layer_predicts_what_the_whole_model_predicts(family: Family) -> None:
+def test_starting_at_a_layer_equals_the_whole_model(family: Family) -> None:
     texts = prompts(3, low=20, high=60)
     examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
     wish = CachePolicy(alpha=0.5, budget=12)
@@ -210,12 +210,12 @@ def test_every_supported_rotation_equals_transformers(
     assert_predicts_what_transformers_predicts(family)
 
 
-def test_a_window_no_shorter_than_the_context_is_no_window(tmp_path: Path) -> None:
+def test_a_window_as_long_as_the_context_is_accepted(tmp_path: Path) -> None:
     family = family_of(save("MistralForCausalLM", tmp_path, sliding_window=512))
     assert_generates_what_transformers_generates(family)
 
 
-def test_under_eviction_the_engine_predicts_what_teacher_forcing_predicts(family: Family) -> None:
+def test_with_eviction_the_engine_equals_teacher_forcing(family: Family) -> None:
     table = make_table(family.model.identity, prefill_chunk=5)
     for index, wish in enumerate(
         [
@@ -244,7 +244,7 @@ def test_under_eviction_the_engine_predicts_what_teacher_forcing_predicts(family
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_it_generates_in_every_precision_with_a_cache_of_the_same(
+def test_it_generates_in_every_dtype_with_a_cache_of_that_dtype(
     architecture: str, dtype: str, tmp_path: Path
 ) -> None:
     model = load_model(str(save(architecture, tmp_path)), device="cpu", dtype=dtype)
@@ -258,7 +258,7 @@ def test_it_generates_in_every_precision_with_a_cache_of_the_same(
     assert stored == {getattr(torch, dtype)} == {model.dtype}
 
 
-def test_the_fingerprint_is_of_the_weights_whatever_their_files_and_precision(
+def test_the_fingerprint_does_not_depend_on_sharding_or_loaded_dtype(
     architecture: str, tmp_path: Path
 ) -> None:
     def fingerprint(name: str, dtype: str = "auto", **options: Any) -> str:
@@ -288,7 +288,7 @@ def test_a_fused_projection_is_fingerprinted_in_every_layer(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_sharded_checkpoint_is_the_whole_one(
+def test_a_sharded_checkpoint_equals_the_whole_one(
     architecture: str, tie: bool, tmp_path: Path
 ) -> None:
     whole, sharded = (
@@ -306,7 +306,7 @@ def test_a_sharded_checkpoint_is_the_whole_one(
         assert torch.equal(weight, state[name])
 
 
-def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save("Qwen3ForCausalLM", tmp_path, shard="10KB")
     shard = max(tmp_path.glob("*.safetensors"))
     shard.unlink()
@@ -317,7 +317,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path), device="cpu")
 
 
-def test_a_checkpoint_stored_in_bfloat16_is_run_in_float32_on_a_processor(
+def test_a_bfloat16_checkpoint_can_run_in_float32_on_a_processor(
     architecture: str, tmp_path: Path
 ) -> None:
     save(architecture, tmp_path, dtype=torch.bfloat16)
@@ -339,7 +339,7 @@ def test_several_ends_of_sequence_and_a_padding_token_are_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_chat_template_is_kept_wherever_it_stands(where: str, tmp_path: Path) -> None:
+def test_a_chat_template_is_found_in_any_file(where: str, tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     save("Qwen2ForCausalLM", tmp_path)
     if where.endswith(".json"):
@@ -427,7 +427,7 @@ LONGROPE = {
         ),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(
+def test_settings_that_we_would_compute_wrongly_are_refused_by_name(
     architecture: str, changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     save(architecture, tmp_path)
@@ -447,9 +447,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
     ],
     ids=["off", "in no layer", "as long as the context"],
 )
-def test_a_window_without_effect_is_no_reason_to_refuse(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_window_without_effect_is_accepted(changes: dict[str, Any], tmp_path: Path) -> None:
     save("Qwen2ForCausalLM", tmp_path, max_window_layers=0)
     edit(tmp_path / "config.json", **changes)
     assert load_model(str(tmp_path), device="cpu").shape.max_context == 512
@@ -481,7 +479,7 @@ def test_an_argument_with_an_effect_is_refused_in_any_layer(argument: str, value
         families.refuse_effects(3, config, {"dropout": 0.0, argument: value})
 
 
-def test_arguments_without_an_effect_pass() -> None:
+def test_arguments_without_an_effect_are_accepted() -> None:
     families.refuse_effects(
         0,
         SimpleNamespace(max_position_embeddings=512),
@@ -497,7 +495,7 @@ def test_arguments_without_an_effect_pass() -> None:
     )
 
 
-def test_spans_of_layers_are_written_short() -> None:
+def test_layers_are_listed_as_ranges() -> None:
     rng = random.Random(0)
     assert families._spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     for _ in range(20):

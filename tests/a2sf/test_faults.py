@@ -285,7 +285,7 @@ def check_neighbours(
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_raised_for_one_request_ends_that_one_alone(
+def test_an_error_of_one_request_ends_only_that_request(
     call: str, trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     CALLS[call](trial)
@@ -305,7 +305,7 @@ def test_what_is_raised_for_one_request_ends_that_one_alone(
     check_neighbours(trial, streams, alone)
 
 
-def test_a_decode_pass_of_a_prompt_that_raises_ends_that_request_alone(
+def test_an_error_in_a_step_by_step_prefill_ends_only_that_request(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     while_prefilling(DecodePass, "__init__")(trial)
@@ -317,7 +317,7 @@ def test_a_decode_pass_of_a_prompt_that_raises_ends_that_request_alone(
     check_neighbours(trial, streams, alone)
 
 
-def test_a_request_that_cannot_even_be_queued_leaves_no_trace(
+def test_a_request_that_fails_in_submit_leaves_no_trace(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     trial.break_(TextStream, "__init__", lambda text, model, prompt, *_: prompt == tuple(TEXTS[0]))
@@ -328,7 +328,7 @@ def test_a_request_that_cannot_even_be_queued_leaves_no_trace(
     check_neighbours(trial, trial.run(), alone)
 
 
-def test_a_row_that_cannot_move_when_another_is_cancelled_is_told_in_the_next_step(
+def test_a_failed_move_during_a_cancel_is_reported_in_the_next_step(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     of_move(trial, after=False)
@@ -350,7 +350,7 @@ def test_a_row_that_cannot_move_when_another_is_cancelled_is_told_in_the_next_st
     check_neighbours(trial, streams, alone)
 
 
-def test_who_cancels_a_request_that_has_failed_hears_nothing_of_it(trial: Trial) -> None:
+def test_cancelling_a_failed_request_drops_its_event(trial: Trial) -> None:
     of_move(trial, after=False)
     engine = trial.engine
     for one in (request("gone", TEXTS[3], max_new_tokens=50), victim(max_new_tokens=50)):
@@ -363,7 +363,7 @@ def test_who_cancels_a_request_that_has_failed_hears_nothing_of_it(trial: Trial)
     assert not engine.has_work
 
 
-def test_what_ends_the_process_is_no_request_s_fault(trial: Trial) -> None:
+def test_exceptions_that_end_the_process_are_raised(trial: Trial) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -373,7 +373,7 @@ def test_what_ends_the_process_is_no_request_s_fault(trial: Trial) -> None:
         trial.run()
 
 
-def test_what_computes_for_all_rows_ends_the_engine(trial: Trial) -> None:
+def test_an_error_in_the_pass_of_all_rows_ends_the_engine(trial: Trial) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
@@ -384,7 +384,7 @@ def test_what_computes_for_all_rows_ends_the_engine(trial: Trial) -> None:
         trial.run()
 
 
-def test_a_request_that_fails_on_all_ranks_leaves_them_in_step(
+def test_ranks_stay_in_step_after_a_request_fails_on_all(
     tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push = TextStream.push
@@ -412,7 +412,7 @@ def test_a_request_that_fails_on_all_ranks_leaves_them_in_step(
         Follower(tiny_model_64, wire).run()
 
 
-def test_an_error_within_a_pass_that_processes_share_ends_the_engine(
+def test_an_error_in_a_pass_shared_by_processes_ends_the_engine(
     trial: Trial, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other processes are in the middle of it, and would wait for ever."""

@@ -200,7 +200,7 @@ WHOLE_HEADS = [name for name in SAME if name not in ("half of each head", "all o
 
 
 @pytest.mark.parametrize("name", WHOLE_HEADS)
-def test_one_model_has_one_fingerprint_however_its_rotation_is_spelled(
+def test_the_fingerprint_does_not_depend_on_the_spelling_of_the_rotation(
     name: str, checkpoint: Path
 ) -> None:
     found = {identity_of(write_rope(checkpoint, told)).fingerprint for told in SAME[name]}
@@ -214,7 +214,7 @@ def test_one_model_has_one_fingerprint_however_its_rotation_is_spelled(
 
 
 @pytest.mark.parametrize("architecture", families.SUPPORTED_ARCHITECTURES)
-def test_rotations_are_spelled_the_same_exactly_where_they_compute_the_same(
+def test_canonical_rotations_are_equal_exactly_if_their_frequencies_are(
     architecture: str, tmp_path: Path
 ) -> None:
     config_class = getattr(transformers, architecture).config_class
@@ -244,7 +244,7 @@ def test_rotations_are_spelled_the_same_exactly_where_they_compute_the_same(
     assert [spelled for spelled in computed.values() if len(spelled) > 1] == []
 
 
-def test_a_head_s_width_may_be_given_or_derived(tmp_path: Path) -> None:
+def test_head_dim_may_be_given_or_derived(tmp_path: Path) -> None:
     given = {"head_dim": 8}, {"head_dim": None}, {}
     found = set()
     for index, head_dim in enumerate(given):
@@ -263,7 +263,7 @@ def test_every_supported_rotation_has_its_settings_listed() -> None:
 
 @pytest.mark.parametrize("fitted", range(len(SAME["linear"])))
 @pytest.mark.parametrize("served", range(len(SAME["linear"])))
-def test_a_table_from_before_is_served_however_either_file_spells_the_model(
+def test_an_older_table_is_served_for_any_spelling_of_the_model(
     fitted: int, served: int, checkpoint: Path, tmp_path: Path
 ) -> None:
     write_rope(checkpoint, SAME["linear"][fitted])
@@ -284,7 +284,7 @@ def test_a_table_from_before_is_served_however_either_file_spells_the_model(
     assert not core.tables.now.refused
 
 
-def test_a_table_keeps_one_fingerprint_and_no_more(checkpoint: Path) -> None:
+def test_a_table_stores_only_one_fingerprint(checkpoint: Path) -> None:
     identity = identity_of(checkpoint)
     assert isinstance(identity, LoadedIdentity)
     assert identity.earlier
@@ -294,7 +294,7 @@ def test_a_table_keeps_one_fingerprint_and_no_more(checkpoint: Path) -> None:
     assert identity.earlier[0] not in table.model_dump_json()
 
 
-def test_the_tables_that_are_shipped_fit_the_packaged_model() -> None:
+def test_the_packaged_tables_fit_the_packaged_model() -> None:
     identity = load_model("reference", device="cpu").identity
     paths = [*(reference.path() / "tables").glob("*.json")]
     paths += (ROOT / "benchmarks" / "tables").glob("*.json")
@@ -303,7 +303,7 @@ def test_the_tables_that_are_shipped_fit_the_packaged_model() -> None:
         assert load_table(path, identity).model.fingerprint == identity.fingerprint
 
 
-def test_a_table_of_another_rotation_is_told_the_model_s_settings(checkpoint: Path) -> None:
+def test_a_table_of_another_rotation_is_refused_with_the_model_s_settings(checkpoint: Path) -> None:
     table = make_table(identity_of(checkpoint))
     other = identity_of(write_rope(checkpoint, {"rope_theta": 500000}))
     with pytest.raises(TableMismatch) as caught:
@@ -315,7 +315,7 @@ def test_a_table_of_another_rotation_is_told_the_model_s_settings(checkpoint: Pa
     )
 
 
-def test_another_revision_of_one_model_is_told_as_such() -> None:
+def test_another_revision_of_a_model_is_named_in_the_message() -> None:
     fitted = IDENTITY.model_copy(update={"revision": "v1"})
     served = IDENTITY.model_copy(update={"revision": "v2", "fingerprint": "b" * 64})
     with pytest.raises(TableMismatch, match="revision is 'v1' in the table and 'v2' in the"):

@@ -49,7 +49,7 @@ def model(tiny_model_dir: Any) -> LoadedModel:
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 40])
-def test_requests_get_what_torch_gives_each_alone(
+def test_requests_equal_their_solo_runs_in_torch(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, multiprocessors: int
 ) -> None:
     # So that rows are split among programs, or not.
@@ -61,11 +61,11 @@ def test_requests_get_what_torch_gives_each_alone(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_many_requests_get_what_torch_gives_each_alone(model: LoadedModel, seed: int) -> None:
+def test_many_requests_equal_their_solo_runs_in_torch(model: LoadedModel, seed: int) -> None:
     assert check_against_torch(model, "triton", 24, seed=seed, most=14) > 8
 
 
-def test_rows_that_pad_a_batch_are_nobodys(model: LoadedModel) -> None:
+def test_padding_rows_do_not_affect_real_rows(model: LoadedModel) -> None:
     # Three rows of five run as four; when the first ends, the last takes its place.
     sizes = {**SIZES, "max_batch": 5}
     made = [
@@ -112,7 +112,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_nothing_of_the_device(
+def test_a_step_does_not_sync_with_the_device(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # But for the kernels, which the interpreter runs by means of its own.
@@ -128,7 +128,7 @@ def test_a_step_asks_nothing_of_the_device(
         int(logits[0, 0])
 
 
-def test_what_has_no_kernel_is_refused_by_name(
+def test_unsupported_models_are_refused_by_name(
     model: LoadedModel, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InvalidArgument, match="float64; accepted: bfloat16, float16, float32"):
@@ -174,7 +174,7 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     return output, slots
 
 
-def test_what_lies_in_order_lies_where_a_search_would_have_put_it(model: LoadedModel) -> None:
+def test_tokens_in_order_are_in_the_slots_that_a_search_would_find(model: LoadedModel) -> None:
     if CUDA:
         pytest.skip("the processor's own")
     (want, there), (got, here) = block(model, False), block(model, True)
@@ -191,7 +191,7 @@ def cuda_engine(model: LoadedModel, **config: Any) -> Engine:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
+def test_a_captured_step_equals_an_uncaptured_step(model: LoadedModel) -> None:
     answers = []
     for graphs in (False, True):
         engine = cuda_engine(model, kernels="triton", cuda_graphs=graphs)
@@ -202,9 +202,7 @@ def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
 
 
 @pytest.mark.slow
-def test_texts_run_along_get_what_torch_gives(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_teacher_forcing_equals_torch(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(2)
     examples = [
         teacher.Example(

@@ -34,7 +34,7 @@ MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kind_of_program_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
+def test_every_program_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
     # A process of its own, for in this one Triton may be interpreting.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

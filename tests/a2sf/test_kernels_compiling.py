@@ -27,7 +27,7 @@ def wait(data):  # type: ignore[no-untyped-def]
         pass
 
 
-def test_a_program_runs_in_as_many_threads_as_are_asked_for() -> None:
+def test_a_kernel_runs_in_the_requested_number_of_threads() -> None:
     number = ctypes.c_int64(0)
     program = compiling.compiled(answer, SIGNATURE)
     for threads in (1, 2):
@@ -36,7 +36,7 @@ def test_a_program_runs_in_as_many_threads_as_are_asked_for() -> None:
         assert number.value == 42
 
 
-def test_other_threads_go_on_while_a_program_runs() -> None:
+def test_other_python_threads_run_while_a_kernel_runs() -> None:
     count = ctypes.c_int64(0)
     program = compiling.compiled(wait, SIGNATURE)
     at_work = threading.Thread(target=compiling.run, args=(program, ctypes.addressof(count), 1))
@@ -64,7 +64,7 @@ def runs(program: int) -> bool:
     return number.value == 42
 
 
-def test_where_nothing_else_can_be_written_programs_are_kept_for_this_user_alone(
+def test_without_another_writable_folder_kernels_are_cached_in_a_private_one(
     nowhere: Path,
 ) -> None:
     assert runs(compiling.compiled(answer, SIGNATURE))
@@ -74,7 +74,9 @@ def test_where_nothing_else_can_be_written_programs_are_kept_for_this_user_alone
 
 
 @pytest.mark.parametrize("kind", ["open to others", "a link", "a file"])
-def test_programs_are_not_taken_from_where_others_may_write(nowhere: Path, kind: str) -> None:
+def test_kernels_are_not_loaded_from_a_folder_that_others_can_write(
+    nowhere: Path, kind: str
+) -> None:
     folder = compiling._own_folder()
     assert folder is not None
     folder.rmdir()

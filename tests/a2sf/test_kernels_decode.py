@@ -58,13 +58,13 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_chain_of_evictions_is_the_references_own(splits: int) -> None:
+def test_a_chain_of_evictions_equals_the_reference(splits: int) -> None:
     case = make(7, rows=2, slots=(9, 20), seen=8)
     assert check_chain(case, 24, splits) is None
     assert (case.start + 24 > case.policy.budget).all(), "every row has evicted"
 
 
-def test_a_chain_that_goes_another_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_chain_of_evictions_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(7, rows=2, slots=(9, 20), methods=("a2sf",), seen=20)
     assert case.policy.sinks.max() < 8
     monkeypatch.setattr(DecodePass, "__init__", partialmethod(other_alpha, DecodePass.__init__))
@@ -83,11 +83,11 @@ def other_alpha(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_step_of_what_is_served_equals_the_reference(seed: int) -> None:
+def test_a_step_with_served_shapes_equals_the_reference(seed: int) -> None:
     check(*served_case(seed, most=16))
 
 
-def test_among_equal_scores_the_oldest_goes_first() -> None:
+def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     case = make(3, rows=1, kv_heads=1, slots=(20, 20), methods=("a2sf",), seen=20)
     slots, policy = case.slots, case.policy
     policy.alpha.fill_(1.0)
@@ -120,7 +120,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_tiles: None) -> None:
+def test_a_row_with_too_few_slots_never_writes_beyond_them(splits: int, small_tiles: None) -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
     _, mine = owned(case)

@@ -31,23 +31,23 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_the_mass_of_a_block_equals_the_reference(seed: int) -> None:
+def test_the_attention_sum_of_a_block_equals_the_reference(seed: int) -> None:
     check_mass(seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_normalisers_that_flash_attention_found_serve_as_well(seed: int) -> None:
+def test_normalisers_from_flash_attention_give_the_same_sums(seed: int) -> None:
     check_mass(seed, known=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16, 116))
-def test_the_mass_of_any_block_equals_the_reference(seed: int) -> None:
+def test_the_attention_sum_of_any_block_equals_the_reference(seed: int) -> None:
     check_mass(seed)
 
 
 @pytest.mark.skipif(CUDA, reason="counts the interpreter's products")
-def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_with_weight_0_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     dot = InterpreterBuilder.create_dot
     monkeypatch.setattr(
@@ -73,9 +73,7 @@ def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("slots", [64, 200])
-def test_flash_attention_sees_what_attention_by_position_sees(
-    dtype: torch.dtype, slots: int
-) -> None:
+def test_flash_attention_equals_attention_by_position(dtype: torch.dtype, slots: int) -> None:
     if not CUDA:
         pytest.skip("no CUDA device on this machine")
     check_flash(dtype, 64, slots)

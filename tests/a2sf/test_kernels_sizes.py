@@ -29,5 +29,7 @@ def test_a_tile_fits_its_bytes_and_a_tensor_core(dtype: torch.dtype, dim: int) -
         (8, 1, 1),
     ],
 )
-def test_slots_are_split_until_the_device_is_busy(programs: int, tiles: int, splits: int) -> None:
+def test_slots_are_split_only_until_the_device_is_busy(
+    programs: int, tiles: int, splits: int
+) -> None:
     assert decode.choose_splits(programs, tiles, multiprocessors=132) == splits

@@ -53,18 +53,18 @@ def test_any_walk_equals_the_law_written_out(seed: int) -> None:
     check(random_case(seed), written=True)
 
 
-def test_a_walk_of_what_is_served_equals_the_law() -> None:
+def test_a_walk_with_served_shapes_equals_the_law() -> None:
     check(served_case(0, most=16))
 
 
 @pytest.mark.parametrize("dealt", [False, True])
-def test_a_long_walk_evicts_as_the_law_does(dealt: bool) -> None:
+def test_a_long_walk_evicts_the_same_tokens_as_the_law(dealt: bool) -> None:
     case = make(7, most=40, dealt=dealt, rows=2, slots=(9, 20), seen=3)
     assert check(case, written=True) == 0
     assert int((case.end - case.start).max()) == 40
 
 
-def test_a_walk_by_another_law_is_noticed() -> None:
+def test_a_walk_with_a_wrong_law_is_detected() -> None:
     case = make(7, rows=2, slots=(9, 20), methods=("a2sf",), seen=20)
     walk = case.walk
 
@@ -80,7 +80,7 @@ def test_a_walk_by_another_law_is_noticed() -> None:
         check(case)
 
 
-def test_watching_changes_nothing() -> None:
+def test_recording_does_not_change_results() -> None:
     twins = [make(11, most=6, dealt=True, rows=2, slots=(5, 20)) for _ in range(2)]
     (output, seen), (same, none) = (
         case.walk(watched=watched) for case, watched in zip(twins, (True, False), strict=True)
@@ -93,7 +93,7 @@ def test_watching_changes_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_slots_of_nobody_stay_untouched() -> None:
+def test_memory_outside_the_slots_does_not_change() -> None:
     case = make(13, dealt=True, rows=3, slots=(2, 12), seen=30)
     owned = torch.zeros_like(case.slots.score, dtype=torch.bool)
     held = torch.zeros(len(case.slots.keys), dtype=torch.bool, device=DEVICE)
@@ -110,7 +110,7 @@ def test_slots_of_nobody_stay_untouched() -> None:
     assert not case.slots.score[owned].isnan().any()
 
 
-def test_a_row_without_tokens_stays_as_it_is() -> None:
+def test_a_row_without_tokens_does_not_change() -> None:
     case = make(5, rows=3, slots=(4, 12), seen=20)
     case.end = torch.stack([case.start[0], case.start[1] + 3, case.start[2] - 2])
     before = case.slots.position.clone(), case.slots.score.clone()
@@ -124,7 +124,7 @@ def test_a_row_without_tokens_stays_as_it_is() -> None:
     assert not torch.equal(case.slots.position[1], before[0][1])
 
 
-def test_among_equal_scores_the_oldest_goes_first() -> None:
+def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     case = make(3, rows=1, kv_heads=1, slots=(20, 20), methods=("a2sf",), seen=20, most=4)
     slots, policy = case.slots, case.policy
     policy.alpha.fill_(1.0)
@@ -167,7 +167,7 @@ class Launched:
         return launch
 
 
-def test_a_layer_is_one_launch_and_the_longest_heads_begin(
+def test_a_layer_is_one_launch_and_the_heads_with_the_most_work_start_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launched = Launched(triton_walk_programs.walk)
@@ -183,7 +183,7 @@ def test_a_layer_is_one_launch_and_the_longest_heads_begin(
     assert len(set(work)) > 2
 
 
-def test_heads_of_a_layer_lie_where_the_cache_has_them() -> None:
+def test_head_slots_are_views_of_the_cache() -> None:
     drawn = row_cases.make(1, rows=2, kv_heads=2, layers=2, slots=(5, 9), seen=9)
     slots = HeadSlots.of(drawn.slots, 1)
     for row, head in itertools.product(range(2), range(2)):

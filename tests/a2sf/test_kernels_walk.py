@@ -105,7 +105,7 @@ def texts(case: Case, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("seed", range(30))
-def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
+def test_a_walk_along_texts_of_different_lengths_equals_single_steps(seed: int) -> None:
     choose = random.Random(seed)
     dtype = choose.choice([torch.float32, torch.bfloat16])
     case = make(
@@ -174,7 +174,7 @@ def one_head(
     return slots, PolicyTensors.stack([rule], [10**6], CPU)
 
 
-def test_among_equal_scores_the_oldest_goes_first() -> None:
+def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     slots, policy = one_head(8, 16, torch.float32, sinks=2)
     walker = Walker(slots, policy)
     alike = torch.ones(1, 1, 1, 16)
@@ -188,7 +188,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
         assert {0, 1, position} <= set(slots.position.flatten().tolist())
 
 
-def test_a_token_that_is_not_a_number_is_passed_on_and_harms_no_other_row() -> None:
+def test_nan_reaches_the_output_of_its_row_only() -> None:
     case = make(3, rows=2, kv_heads=1, slots=(9, 9), methods=("a2sf",), seen=20)
     walker = Walker(case.slots, case.policy)
     query, keys, values = case.tokens()
@@ -198,7 +198,7 @@ def test_a_token_that_is_not_a_number_is_passed_on_and_harms_no_other_row() -> N
     assert output[1].isfinite().all()
 
 
-def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_halves_to_even() -> None:
+def test_bfloat16_outputs_are_rounded_to_nearest_ties_to_even() -> None:
     slots, policy = one_head(4, 256, torch.bfloat16)
     walker = Walker(slots, policy)
     rng = torch.Generator().manual_seed(2)
@@ -214,7 +214,7 @@ def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_halves_to_even() -> 
     assert torch.equal(output, want.bfloat16())
 
 
-def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them() -> None:
+def test_a_row_with_too_few_slots_never_writes_beyond_them() -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
     _, mine = owned(case)
@@ -226,7 +226,7 @@ def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them() -> None:
     assert case.slab.score[~mine].isnan().all()
 
 
-def test_the_exponential_is_right_to_float32() -> None:
+def test_the_exponential_is_accurate_to_float32() -> None:
     x = np.concatenate([np.linspace(-87.0, 0.0, 40001), -np.logspace(-8, 0, 2000)])
     x = x.astype(np.float32)
     found = np.array([walk_programs.exponential(one) for one in x], dtype=np.float64)
@@ -237,7 +237,7 @@ def test_the_exponential_is_right_to_float32() -> None:
     assert math.isnan(walk_programs.exponential(np.float32(np.nan)))
 
 
-def test_hashes_are_those_of_the_reference() -> None:
+def test_random_scores_equal_the_reference() -> None:
     position = torch.arange(200)
     for seed in (0, 5, 2**31 - 1):
         for layer in (0, 3):
@@ -249,7 +249,7 @@ def test_hashes_are_those_of_the_reference() -> None:
                 assert found == want[0, 0, head].tolist()
 
 
-def test_engines_of_two_threads_do_not_meet() -> None:
+def test_engines_in_two_threads_do_not_interfere() -> None:
     ready = threading.Barrier(2)
 
     def chain(seed: int) -> Slots:

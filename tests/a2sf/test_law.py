@@ -44,7 +44,7 @@ def test_scores_of_the_worked_example_are_82_and_44() -> None:
 @pytest.mark.parametrize(
     ("alpha", "window"), [(0.0, 1), (0.9, 132), (0.95, 270), (0.99, 1375), (0.999, 13809)]
 )
-def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int) -> None:
+def test_the_window_of_queries_has_the_documented_size(alpha: float, window: int) -> None:
     weights = scoring.query_weights(
         torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([15000]), 0, 15000
     )
@@ -52,7 +52,7 @@ def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int
     assert weights[0, 0, 0, -1] == 1.0
 
 
-def test_a_tie_goes_to_the_oldest() -> None:
+def test_the_oldest_token_loses_a_tie() -> None:
     position = torch.tensor([[[[7, 3, 5, EMPTY]]]], dtype=torch.int32)
     score = torch.tensor([[[[0.25, 0.25, 0.5, 0.0]]]])
     none = torch.tensor([0])
@@ -62,7 +62,7 @@ def test_a_tie_goes_to_the_oldest() -> None:
     assert not allowed[0, 0, 0, 3]
 
 
-def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
+def test_random_scores_are_uniform_and_depend_on_every_input() -> None:
     position = torch.arange(4000).expand(2, -1)
     first = scoring.first_heads(torch.tensor([2, 3]))
     scores = scoring.random_scores(torch.tensor([0, 1]), first, 3, position)
@@ -127,7 +127,7 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
 
 @settings(max_examples=100)
 @given(cases())
-def test_decode_steps_of_the_compiled_programs_equal_the_written_out_law(case: dict) -> None:
+def test_compiled_decode_steps_equal_the_written_out_law(case: dict) -> None:
     hold_to_the_law("numba", case)
 
 
@@ -289,7 +289,7 @@ def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("piece", [300, 64])
-def test_only_the_queries_that_count_are_scored(
+def test_only_queries_with_a_weight_are_scored(
     monkeypatch: pytest.MonkeyPatch, policy: dict, length: int, scored: int, piece: int
 ) -> None:
     fields = policy | {"alpha": ((policy["alpha"],) * 2,)}

@@ -25,7 +25,7 @@ MIB = 2**20
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(("rows", "slots"), [(1, 7), (3, 50), (8, 168)])
-def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_times(
+def test_the_cache_always_takes_the_bytes_of_the_formula(
     tiny_model_dir: Path, dtype: str, rows: int, slots: int
 ) -> None:
     model = load_model(str(tiny_model_dir), device="cpu", dtype=dtype)
@@ -68,7 +68,7 @@ def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_t
     ],
 )
 @pytest.mark.parametrize(("rows", "slots"), [(1, 31), (3, 50)])
-def test_a_shaped_slab_takes_exactly_the_bytes_of_a_flat_one(
+def test_a_shaped_slab_takes_the_same_bytes_as_an_equal_one(
     tiny_model: LoadedModel, rows: int, slots: int, shares: tuple[tuple[float, ...], ...]
 ) -> None:
     shape = tiny_model.shape
@@ -92,7 +92,7 @@ def test_a_shaped_slab_takes_exactly_the_bytes_of_a_flat_one(
     assert shaped.kv_slab_bytes == slab_bytes
 
 
-def test_kept_tokens_are_the_mean_over_layers_in_whole_tokens(tiny_model: LoadedModel) -> None:
+def test_kept_tokens_are_averaged_over_heads_and_rounded(tiny_model: LoadedModel) -> None:
     table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
     wish = CachePolicy(table=table.name, budget=20)
     # Budgets of 40, 10 and 10: after 19 tokens 19 + 10 + 10 are held.
@@ -107,7 +107,7 @@ def test_kept_tokens_are_the_mean_over_layers_in_whole_tokens(tiny_model: Loaded
     assert cache.kv_bytes == 59 * 2 * (2 * 8 * 4 + 8)
 
 
-def test_a_prompt_cut_short_tells_the_bytes_that_it_held_in_the_staging_row(
+def test_a_prompt_that_ends_early_reports_its_bytes_in_the_staging_row(
     tiny_model: LoadedModel,
 ) -> None:
     now = 0.0
@@ -196,7 +196,7 @@ def peak_over_a_prompt(length: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_thousand_tokens_of_one_request_leave_resident_memory_where_it_was() -> None:
+def test_resident_memory_does_not_grow_over_ten_thousand_tokens() -> None:
     measured = in_a_fresh_process(along_one_long_request, 1000, 11)
     # A cache of all tokens would take 4 MiB; 0.45 were measured, the answer's own tokens among it.
     assert measured[-1] - measured[0] < 1.0, f"MiB after each 1,000 tokens: {measured}"
@@ -204,7 +204,7 @@ def test_ten_thousand_tokens_of_one_request_leave_resident_memory_where_it_was()
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_hundreds_of_requests_that_come_and_go_leave_resident_memory_where_it_was() -> None:
+def test_resident_memory_does_not_grow_over_hundreds_of_requests() -> None:
     measured = in_a_fresh_process(along_many_requests, 20, 16)
     # By 60 to 160 requests, as the seed has it, oneDNN has met every number of rows it computes.
     # After those, nothing was measured to be added at all.
@@ -213,7 +213,7 @@ def test_hundreds_of_requests_that_come_and_go_leave_resident_memory_where_it_wa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_prompt_in_chunks_takes_the_same_memory_at_its_peak_however_long_it_is(
+def test_peak_memory_of_a_chunked_prompt_does_not_depend_on_its_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not Path("/proc/self/clear_refs").exists():

@@ -108,7 +108,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_a_prompt_that_is_not_finite_fails_alone_and_spoils_no_later_request(
+def test_a_prompt_with_nan_fails_alone_and_does_not_affect_later_requests(
     kind: str, model: LoadedModel
 ) -> None:
     engine = engine_for(model, **SIZES)
@@ -136,7 +136,7 @@ def wait_for_too_long(engine: Engine, clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("end", [cancel, wait_for_too_long])
-def test_a_prompt_left_in_the_middle_spoils_no_later_request(
+def test_a_cancelled_prompt_with_nan_does_not_affect_later_requests(
     end: Callable[[Engine, list[float]], None], model: LoadedModel
 ) -> None:
     clock = [0.0]
@@ -203,7 +203,7 @@ def check_turning(model: LoadedModel, count: int, kernels: str, turns: range) ->
     check_the_next(engine, model)
 
 
-def test_a_completion_that_turns_not_finite_fails_alone_and_leaves_a_clean_row(
+def test_a_completion_with_nan_fails_alone_and_leaves_a_clean_row(
     turning: tuple[LoadedModel, int],
 ) -> None:
     check_turning(*turning, "torch", range(3))
@@ -211,7 +211,9 @@ def test_a_completion_that_turns_not_finite_fails_alone_and_leaves_a_clean_row(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_so_it_does_in_the_triton_kernels(turning: tuple[LoadedModel, int]) -> None:
+def test_a_completion_with_nan_fails_alone_in_the_triton_kernels(
+    turning: tuple[LoadedModel, int],
+) -> None:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
     from a2sf.kernels import decode_programs, prefill_programs, settling
     from tests.interpreting import DEVICE, interpreting
@@ -254,7 +256,7 @@ def examples() -> list[Example]:
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 1])
-def test_texts_run_along_spoil_no_other_in_their_batch(model: LoadedModel, chunk: int) -> None:
+def test_texts_with_nan_do_not_affect_others_in_their_batch(model: LoadedModel, chunk: int) -> None:
     wish = CachePolicy(alpha=0.9, budget=9, recent=2, prefill_chunk=chunk)
     made = examples()
     policies = [effective(wish, model, len(one.token_ids)) for one in made]
@@ -272,7 +274,7 @@ def test_texts_run_along_spoil_no_other_in_their_batch(model: LoadedModel, chunk
 
 
 @pytest.mark.parametrize("policies", [None, "evicting"])
-def test_what_pads_a_batch_spoils_nothing(policies: str | None, tmp_path: Path) -> None:
+def test_padding_with_nan_does_not_affect_texts(policies: str | None, tmp_path: Path) -> None:
     """Not even where the model makes NaN of every token that may pad, and of what follows."""
     save_poisoned_llama(tmp_path, 0)
     model = load_model(str(tmp_path), device="cpu", dtype="float32")
@@ -303,7 +305,7 @@ def test_what_pads_a_batch_spoils_nothing(policies: str | None, tmp_path: Path) 
     assert spoiled
 
 
-def test_what_a_model_rules_out_costs_nothing() -> None:
+def test_logits_of_minus_infinity_are_accepted() -> None:
     example = Example((1, 2, 0), 1, (0, 1))
     logits = torch.tensor([[0.5, 1.0, 2.0, -torch.inf], [0.1, 1.0, 2.0, -torch.inf]])
     found = teacher.Prediction(logits=logits, similarity=None)
@@ -312,7 +314,7 @@ def test_what_a_model_rules_out_costs_nothing() -> None:
     assert math.isfinite(nll)
 
 
-def test_the_last_event_of_a_healthy_request_is_finished_as_ever(model: LoadedModel) -> None:
+def test_a_healthy_request_ends_with_finished(model: LoadedModel) -> None:
     engine = engine_for(model, **SIZES)
     for one in healthy(model):
         engine.submit(one)

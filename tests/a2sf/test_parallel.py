@@ -122,7 +122,7 @@ def results(
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "odd"])
-def test_two_processes_draw_the_tokens_of_one(
+def test_two_processes_draw_the_same_tokens_as_one(
     name: str, jobs: dict[str, dict[str, Any]], results: dict[str, Any]
 ) -> None:
     job, got = jobs[name], results[name]
@@ -148,7 +148,9 @@ def test_two_processes_draw_the_tokens_of_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_kv_heads_that_cannot_be_divided_are_refused_with_what_can(results: dict[str, Any]) -> None:
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(
+    results: dict[str, Any],
+) -> None:
     assert results["odd"]["refused"] == (
         "--nproc-per-node: 2 processes cannot divide 3 KV heads evenly; accepted for this model: "
         "1, 3"
@@ -188,7 +190,7 @@ def ticking(step_s: float) -> Iterator[float]:
         yield now
 
 
-def test_a_follower_ends_what_is_overdue_by_the_first_ranks_clock(
+def test_a_follower_applies_time_limits_by_the_first_ranks_clock(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     clock = ticking(1.0)
@@ -209,7 +211,7 @@ def test_a_follower_ends_what_is_overdue_by_the_first_ranks_clock(
     assert not wire.messages
 
 
-def test_a_follower_that_draws_other_tokens_says_so(tiny_model_64: LoadedModel, wire: Wire) -> None:
+def test_a_follower_that_draws_other_tokens_raises(tiny_model_64: LoadedModel, wire: Wire) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
     engine.submit(request("a", prompts(1)[0], sampling=Sampling(temperature=1, seed=7)))
     run(engine)
@@ -219,7 +221,7 @@ def test_a_follower_that_draws_other_tokens_says_so(tiny_model_64: LoadedModel, 
         Follower(tiny_model_64, wire).run()
 
 
-def test_a_request_that_is_refused_or_cancelled_leaves_the_ranks_in_step(
+def test_ranks_stay_in_step_after_a_refused_or_cancelled_request(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
@@ -238,7 +240,7 @@ def test_a_request_that_is_refused_or_cancelled_leaves_the_ranks_in_step(
     Follower(tiny_model_64, wire).run()
 
 
-def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
+def test_a_follower_ends_if_the_first_rank_ends_without_closing(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
@@ -251,7 +253,7 @@ def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
 @pytest.mark.parametrize(
     "plan", [None, {"layers.*.self_attn.o_proj": "colwise", "layers.*.mlp.o_proj": "rowwise"}]
 )
-def test_a_model_without_a_plan_that_divides_heads_is_refused_by_name(
+def test_a_model_without_a_tensor_parallel_plan_is_refused_by_name(
     plan: dict[str, str] | None,
     tiny_model_dir: Path,
     wire: Wire,
@@ -262,7 +264,7 @@ def test_a_model_without_a_plan_that_divides_heads_is_refused_by_name(
         load_model(str(tiny_model_dir), ranks=wire)
 
 
-def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -274,12 +276,12 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu:1", "tpu"])
-def test_a_device_that_all_ranks_would_have_to_share_is_refused(device: str) -> None:
+def test_a_device_that_all_ranks_would_share_is_refused(device: str) -> None:
     with pytest.raises(InvalidArgument, match="accepted under torchrun on this machine: auto, "):
         Ranks.join(device)
 
 
-def test_a_program_that_divides_no_model_says_so_under_torchrun(
+def test_loading_without_ranks_is_refused_under_torchrun(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("a2sf.models.expected", lambda: 2)

@@ -44,7 +44,7 @@ def policies(model: LoadedModel, examples: list[Example]) -> list[EffectivePolic
 
 @pytest.mark.parametrize("carrier", ["numba", "torch"])
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_predictions_after_known_prompts_are_those_of_whole_texts(
+def test_predictions_with_given_prompts_equal_those_of_whole_texts(
     tiny_model: LoadedModel,
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
@@ -64,7 +64,7 @@ def test_predictions_after_known_prompts_are_those_of_whole_texts(
     assert not torch.allclose(got[1].logits, full[1].logits), "something was evicted"
 
 
-def test_in_float64_they_are_the_same_to_rounding(
+def test_in_float64_they_are_equal_up_to_rounding(
     tiny_model_64: LoadedModel, examples: list[Example]
 ) -> None:
     rules = policies(tiny_model_64, examples)
@@ -77,7 +77,7 @@ def test_in_float64_they_are_the_same_to_rounding(
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-11, atol=1e-11)
 
 
-def test_only_what_follows_the_prompts_is_run(
+def test_only_the_tokens_after_the_prompts_are_run(
     tiny_model: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rules = policies(tiny_model, examples)
@@ -94,7 +94,7 @@ def test_only_what_follows_the_prompts_is_run(
     assert widths == [max(length - prompt for length, prompt in LENGTHS)]
 
 
-def test_what_enters_a_layer_goes_with_known_prompts(
+def test_a_layer_input_can_be_combined_with_given_prompts(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     rules = policies(tiny_model, examples)
@@ -111,7 +111,7 @@ def test_what_enters_a_layer_goes_with_known_prompts(
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_what_pads_a_batch_spoils_nothing_where_prompts_are_known(
+def test_padding_does_not_affect_texts_with_given_prompts(
     tmp_path: Path, examples: list[Example]
 ) -> None:
     # Token 0 makes NaN of all that follows; no text has it, and padding would.
@@ -122,7 +122,7 @@ def test_what_pads_a_batch_spoils_nothing_where_prompts_are_known(
         assert found.logits.isfinite().all()
 
 
-def test_prompts_take_the_memory_that_is_told(
+def test_prompts_take_the_documented_memory(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     known = teacher.read_prompts(tiny_model, examples)

@@ -113,7 +113,7 @@ def test_the_distribution_equals_transformers_row_by_row(
     st.integers(0, 10**6),
     st.lists(st.tuples(greedy_wishes, ids, st.just([]) | ids), min_size=1, max_size=4),
 )
-def test_greedy_rows_take_the_top_of_what_transformers_leaves(
+def test_greedy_rows_draw_the_most_likely_token_after_transformers_filters(
     seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
     logits = random_logits(len(cases), seed=seed)
@@ -124,7 +124,7 @@ def test_greedy_rows_take_the_top_of_what_transformers_leaves(
     assert sampling.Batch(rows, CPU).draw(logits) == want
 
 
-def test_all_that_equal_the_kth_largest_stay_as_in_transformers() -> None:
+def test_tokens_tied_with_the_kth_largest_stay_as_in_transformers() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
     wish = Sampling(top_k=2)
     found = probabilities(logits, wish)
@@ -132,7 +132,7 @@ def test_all_that_equal_the_kth_largest_stay_as_in_transformers() -> None:
     torch.testing.assert_close(found, transformers_scores(logits, wish, [0], []).softmax(-1))
 
 
-def test_of_equals_at_the_edge_of_top_p_the_lowest_ids_stay() -> None:
+def test_on_a_tie_at_top_p_the_lowest_ids_stay() -> None:
     wish = Sampling(top_p=0.6)
     found = probabilities(torch.zeros(4), wish)
     # Half is not enough and three quarters are; transformers leaves as many.
@@ -141,7 +141,7 @@ def test_of_equals_at_the_edge_of_top_p_the_lowest_ids_stay() -> None:
     assert int(theirs.isfinite().sum()) == 3
 
 
-def test_a_token_that_just_reaches_top_p_is_the_last_to_stay() -> None:
+def test_the_token_that_reaches_top_p_is_the_last_to_stay() -> None:
     # Exact in binary: 1/2, 1/4, 1/8, 1/8.
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log2() * math.log(2)
     for top_p, kept in ((0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.8751, 4)):
@@ -158,7 +158,7 @@ def test_a_token_that_just_reaches_top_p_is_the_last_to_stay() -> None:
         Sampling(top_k=1),
     ],
 )
-def test_a_filter_at_its_extreme_leaves_everything_or_the_top(wish: Sampling) -> None:
+def test_extreme_filters_keep_everything_or_only_the_top_token(wish: Sampling) -> None:
     logits = random_logits(1)[0]
     kept = int((probabilities(logits, wish) > 0).sum())
     assert kept == (VOCAB if wish.top_k > 1 else 1)
@@ -184,14 +184,14 @@ def noise_written_out(seed: int, draws: int, token: int) -> float:
 
 
 @pytest.mark.parametrize(("seed", "draws"), [(0, 0), (7, 1), (2**63 - 1, 12345)])
-def test_noise_is_what_whole_numbers_make_of_seed_draw_and_token(seed: int, draws: int) -> None:
+def test_random_numbers_equal_the_integer_formula(seed: int, draws: int) -> None:
     got = noise.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
     want = torch.tensor([noise_written_out(seed, draws, token) for token in range(3000)])
     # The largest never win a race, and a float is coarse there.
     torch.testing.assert_close(got[want < 10], want.double()[want < 10], rtol=1e-3, atol=0)
 
 
-def test_noise_is_exponential_and_each_draw_has_its_own() -> None:
+def test_random_numbers_are_exponential_and_differ_by_draw() -> None:
     many = noise.exponential([(5, draws) for draws in range(40)], 50_000, CPU).double()
     quantiles = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     expected = -torch.log1p(-quantiles)
@@ -225,9 +225,7 @@ def one_row_written_out(logits: Tensor, wish: Sampling, seed: int, draws: int) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [5, 257, 5000])
-def test_a_seed_means_the_same_tokens_as_a_row_drawn_on_its_own(
-    vocab: int, dtype: torch.dtype
-) -> None:
+def test_batched_draws_equal_a_row_drawn_filter_by_filter(vocab: int, dtype: torch.dtype) -> None:
     made = [
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         for temperature in (0.0, 0.7, 1.3)
@@ -251,7 +249,7 @@ def test_a_seed_means_the_same_tokens_as_a_row_drawn_on_its_own(
     st.sampled_from([torch.float32, torch.float64]),
     st.sampled_from([VOCAB, 1000]),
 )
-def test_a_row_draws_among_any_others_what_it_draws_alone(
+def test_a_row_draws_the_same_token_in_any_batch(
     seed: int,
     cases: list[tuple[Sampling, list[int], list[int]]],
     dtype: torch.dtype,
@@ -280,7 +278,7 @@ def test_a_row_draws_among_any_others_what_it_draws_alone(
         Sampling(temperature=2.0, min_p=0.2),
     ],
 )
-def test_draws_are_as_frequent_as_the_distribution_says(wish: Sampling) -> None:
+def test_draws_follow_the_distribution(wish: Sampling) -> None:
     logits = torch.tensor([0.1, 2.0, -1.0, 1.0, 0.5, -0.5])
     count = 4000
     want = probabilities(logits, wish)
@@ -296,7 +294,7 @@ def test_draws_are_as_frequent_as_the_distribution_says(wish: Sampling) -> None:
         assert chisquare(seen[kept], expected * count / expected.sum()).pvalue > 0.001
 
 
-def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
+def test_equal_seeds_repeat_draws_and_other_seeds_do_not() -> None:
     logits = torch.zeros(50)
 
     def draws(seed: int) -> list[int | None]:
@@ -307,7 +305,7 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40])
-def test_greedy_takes_the_most_likely_and_the_lowest_of_equals(temperature: float) -> None:
+def test_greedy_draws_the_most_likely_token_with_the_lowest_id(temperature: float) -> None:
     wish = Sampling(temperature=temperature)
     # Beside a row that draws, too.
     rows = [row(wish, vocab_size=3), row(Sampling(), vocab_size=3)]
@@ -316,7 +314,7 @@ def test_greedy_takes_the_most_likely_and_the_lowest_of_equals(temperature: floa
     assert draw(logits[0], row(wish, vocab_size=3)) == 1
 
 
-def test_a_drawn_token_is_penalized_from_then_on() -> None:
+def test_a_drawn_token_is_penalised_in_later_draws() -> None:
     one = row(Sampling(temperature=0.0, repetition_penalty=2.0), [3], vocab_size=4)
     batch = sampling.Batch([one], CPU)
     logits = torch.tensor([[2.0, 3.0, 2.5, 4.0]])
@@ -325,7 +323,7 @@ def test_a_drawn_token_is_penalized_from_then_on() -> None:
     assert logits.tolist() == [[2.0, 3.0, 2.5, 4.0]]
 
 
-def test_tokens_are_barred_for_so_many_draws_and_no_longer() -> None:
+def test_tokens_are_banned_for_exactly_the_given_draws() -> None:
     one = row(Sampling(temperature=0.0), vocab_size=3, barred=(2, 0), barred_draws=2)
     logits = torch.tensor([1.0, 0.0, 2.0])
     assert [draw(logits, one) for _ in range(3)] == [1, 1, 2]
@@ -342,7 +340,7 @@ def test_tokens_are_barred_for_so_many_draws_and_no_longer() -> None:
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
 @example([1] * 30, 20, torch.float32)
-def test_logprobs_are_of_the_raw_logits_and_equals_come_by_their_ids(
+def test_logprobs_are_those_of_the_raw_logits_with_ties_by_id(
     values: list[int], top: int, dtype: torch.dtype
 ) -> None:
     logits = torch.tensor([values, values[::-1]], dtype=dtype)
@@ -358,7 +356,7 @@ def test_logprobs_are_of_the_raw_logits_and_equals_come_by_their_ids(
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_a_given_seed_is_kept(seed: int) -> None:
+def test_a_given_seed_is_used(seed: int) -> None:
     assert sampling.choose_seed(Sampling(seed=seed)) == seed
 
 
@@ -391,7 +389,7 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(
 
 
 @NOT_FINITE
-def test_a_row_that_is_not_finite_changes_no_other_row_s_draw(value: float) -> None:
+def test_a_row_with_nan_does_not_change_other_rows_draws(value: float) -> None:
     wishes = [Sampling(**wish) for wish in FILTERS]
     logits = random_logits(2 * len(wishes), seed=3)
     spoiled = logits.clone()
@@ -404,7 +402,7 @@ def test_a_row_that_is_not_finite_changes_no_other_row_s_draw(value: float) -> N
 
 
 @pytest.mark.parametrize("wish", FILTERS, ids=str)
-def test_entries_at_minus_infinity_are_as_good_as_absent(wish: dict[str, Any]) -> None:
+def test_tokens_at_minus_infinity_are_never_drawn(wish: dict[str, Any]) -> None:
     logits = random_logits(1)
     logits[0, 5:] = -torch.inf
     one = row(Sampling(**wish), barred=(3, 8), barred_draws=1)
@@ -412,7 +410,7 @@ def test_entries_at_minus_infinity_are_as_good_as_absent(wish: dict[str, Any]) -
     assert token in {0, 1, 2, 4}
 
 
-def test_where_nothing_can_be_drawn_nothing_is() -> None:
+def test_no_token_is_drawn_if_all_are_at_minus_infinity() -> None:
     logits = torch.full((2, VOCAB), -torch.inf)
     rows = [row(Sampling(temperature=temperature)) for temperature in (0.0, 1.0)]
     assert sampling.Batch(rows, CPU).draw(logits) == [None, None]

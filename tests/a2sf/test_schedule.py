@@ -118,14 +118,14 @@ def models(tiny_model_dir, tiny_model, tiny_model_64):  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize(("seed", "sizes"), [(1, SIZES), (2, SHAPED)], ids=["equal", "shaped"])
-def test_a_request_gets_exactly_what_it_would_get_alone(
+def test_a_request_gets_exactly_the_tokens_of_its_solo_run(
     tiny_model_64: LoadedModel, seed: int, sizes: dict[str, Any]
 ) -> None:
     assert hold_to_the_promise(tiny_model_64, 60, seed, sizes) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_below_float64_it_parts_from_what_it_would_get_alone_only_at_near_ties(
+def test_below_float64_it_differs_from_its_solo_run_only_at_near_ties(
     models: dict[str, LoadedModel], dtype: str
 ) -> None:
     hold_to_the_promise(models[dtype], 60, seed=3, sizes=SHAPED)
@@ -135,13 +135,13 @@ def test_below_float64_it_parts_from_what_it_would_get_alone_only_at_near_ties(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("seed", [4, 5])
-def test_hundreds_of_requests_get_what_they_would_get_alone(
+def test_hundreds_of_requests_get_the_tokens_of_their_solo_runs(
     models: dict[str, LoadedModel], dtype: str, seed: int
 ) -> None:
     hold_to_the_promise(models[dtype], 300, seed)
 
 
-def test_every_step_moves_every_request_that_holds_a_row(tiny_model: LoadedModel) -> None:
+def test_every_step_advances_every_running_request(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, **SIZES)
     made = {one.request_id: one for one in any_requests(tiny_model, 40, seed=6)}
     order = list(made)
@@ -174,7 +174,7 @@ def test_every_step_moves_every_request_that_holds_a_row(tiny_model: LoadedModel
 
 
 @pytest.mark.parametrize(("prefill_chunk", "served"), [(0, 8), (1, 0), (16, 7)])
-def test_running_streams_get_a_token_at_every_step_while_long_prompts_queue(
+def test_running_streams_get_a_token_in_every_step_while_long_prompts_wait(
     tiny_model: LoadedModel, prefill_chunk: int, served: int
 ) -> None:
     engine = engine_for(tiny_model, slots=128, max_batch=4)
@@ -194,7 +194,7 @@ def test_running_streams_get_a_token_at_every_step_while_long_prompts_queue(
     assert len(got) - 2 == served
 
 
-def test_a_waiting_prompt_takes_the_first_free_row_and_advances_at_every_step(
+def test_a_waiting_prompt_takes_the_first_free_row_and_advances_in_every_step(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=3)
@@ -216,7 +216,7 @@ def test_a_waiting_prompt_takes_the_first_free_row_and_advances_at_every_step(
 
 
 @pytest.mark.parametrize("where", STATES)
-def test_a_request_can_be_cancelled_in_every_state_and_its_name_used_again(
+def test_a_request_can_be_cancelled_in_every_state_and_its_id_reused(
     tiny_model_64: LoadedModel, where: str
 ) -> None:
     chunks = CachePolicy(preset="h2o", budget=20, prefill_chunk=4)
@@ -246,7 +246,9 @@ def test_a_request_can_be_cancelled_in_every_state_and_its_name_used_again(
     assert told(run(engine)["r"]) == told(streams["r"])
 
 
-def test_a_request_may_answer_the_events_of_a_step(tiny_model_64: LoadedModel) -> None:
+def test_requests_may_be_submitted_while_the_events_of_a_step_are_read(
+    tiny_model_64: LoadedModel,
+) -> None:
     made = {one.request_id: one for one in any_requests(tiny_model_64, 12, seed=7)}
     order = iter(made.values())
     engine = engine_for(tiny_model_64, **SIZES | {"max_batch": 2})
@@ -266,7 +268,7 @@ def test_a_request_may_answer_the_events_of_a_step(tiny_model_64: LoadedModel) -
         assert told(streams[name]) == told(alone(tiny_model_64, one))
 
 
-def test_equal_seeds_draw_alike_side_by_side_and_greedy_rows_take_no_noise(
+def test_equal_seeds_draw_equal_tokens_and_greedy_rows_use_no_random_numbers(
     tiny_model_64: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model_64, max_batch=4)
@@ -279,7 +281,7 @@ def test_equal_seeds_draw_alike_side_by_side_and_greedy_rows_take_no_noise(
     assert streams["warm"] != streams["cold"]
 
 
-def test_a_budget_of_the_whole_slab_is_served_and_one_more_refused(
+def test_the_largest_budget_is_the_slab_s_slots(
     tiny_model_64: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model_64, slots=40, max_batch=2, default_policy=CachePolicy(alpha=1.0))
@@ -295,7 +297,7 @@ def test_a_budget_of_the_whole_slab_is_served_and_one_more_refused(
         assert told(streams[one.request_id]) == told(alone(tiny_model_64, one))
 
 
-def test_a_prompt_may_fill_the_staging_row_and_not_outgrow_it(tiny_model_64: LoadedModel) -> None:
+def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: LoadedModel) -> None:
     engine = engine_for(tiny_model_64, max_prefill_tokens=40)
     chunked = CachePolicy(preset="h2o", budget=31, prefill_chunk=10)
     wider = chunked.model_copy(update={"prefill_chunk": 11})
@@ -309,7 +311,7 @@ def test_a_prompt_may_fill_the_staging_row_and_not_outgrow_it(tiny_model_64: Loa
             engine.submit(request("r", prompt, cache_policy=wish))
 
 
-def test_a_place_in_the_queue_is_free_again_once_its_request_is_cancelled(
+def test_cancelling_a_waiting_request_frees_its_place_in_the_queue(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=1, max_waiting=1)

@@ -96,7 +96,7 @@ def written_out(
         {"preset": "tova_per_head", "budget": 11},
     ],
 )
-def test_it_is_the_cosine_of_the_kept_row_with_the_whole_row(
+def test_it_is_the_cosine_of_the_retained_row_and_the_full_row(
     tiny_model_64: LoadedModel, wish: dict[str, Any]
 ) -> None:
     counted = (3, 15, *range(20, 39, 2))
@@ -114,7 +114,7 @@ def test_it_is_the_cosine_of_the_kept_row_with_the_whole_row(
     assert 0.1 < float(want.min()) < 0.99
 
 
-def test_nothing_lost_is_one(tiny_model: LoadedModel) -> None:
+def test_similarity_is_1_without_evictions(tiny_model: LoadedModel) -> None:
     example = Example(TEXT, PROMPT, tuple(range(39)))
     for wish in ({"preset": "full"}, {"alpha": 0.5, "budget": 64, "prefill_chunk": 3}):
         (found,) = teacher.predict(

@@ -50,7 +50,7 @@ def logits(found: list[teacher.Prediction]) -> Tensor:
     return torch.stack([one.logits for one in found])
 
 
-def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
+def test_heads_that_evict_alone_share_one_pass_from_their_layer_on(
     tiny_model_64: LoadedModel, examples: list[Example], walked: list[int]
 ) -> None:
     shape = tiny_model_64.shape
@@ -80,7 +80,7 @@ def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
             assert not torch.allclose(logits(part), full, atol=1e-3), "the head evicts"
 
 
-def test_layers_without_evictions_attend_as_the_law_does(
+def test_layers_without_evictions_equal_the_law(
     tiny_model_64: LoadedModel, examples: list[Example], walked: list[int]
 ) -> None:
     policy = alone(tiny_model_64, 1, 0)

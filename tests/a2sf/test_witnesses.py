@@ -162,7 +162,7 @@ def test_the_reference_model_matches_a_masking_simulation(reference_model: Loade
     assert clear >= 60
 
 
-def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: LoadedModel) -> None:
+def test_the_engine_equals_teacher_forcing(tiny_model_64: LoadedModel) -> None:
     table = make_table(tiny_model_64.identity, prefill_chunk=5, head_share=SHARES)
     for index, wish in enumerate(
         [
@@ -197,7 +197,7 @@ def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: Loaded
 
 
 @pytest.mark.parametrize("prefill_chunk", [0, 1, 3, 16])
-def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
+def test_texts_of_different_lengths_predict_the_same_together_and_alone(
     tiny_model_64: LoadedModel, prefill_chunk: int
 ) -> None:
     rng = random.Random(prefill_chunk)

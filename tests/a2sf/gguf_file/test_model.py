@@ -80,7 +80,7 @@ def load(path: Path, **options: Any) -> LoadedModel:
     ],
     ids=["llama", "llama-biases", "llama-wide", "qwen2", "qwen3", "qwen3-wide"],
 )
-def test_it_computes_what_its_checkpoint_computes(
+def test_its_logits_equal_those_of_its_checkpoint(
     family: type[PreTrainedConfig], settings: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
     checkpoint = save_checkpoint(
@@ -93,7 +93,7 @@ def test_it_computes_what_its_checkpoint_computes(
 
 @pytest.mark.parametrize("rope_type", ROPES)
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
-def test_a_scaled_rotation_is_carried_out(
+def test_a_scaled_rotation_is_supported(
     rope_type: str, family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
     rope = {"rope_type": rope_type, "rope_theta": 1e4, **ROPES[rope_type]}
@@ -107,7 +107,7 @@ def test_a_scaled_rotation_is_carried_out(
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config], ids=["llama", "qwen2"])
-def test_quantised_weights_are_unpacked_to_what_they_stand_for(
+def test_quantised_weights_are_unpacked_to_their_values(
     kind: str, family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family)
@@ -138,7 +138,7 @@ def test_transformers_reads_the_same_model_from_the_same_file(
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_k_quants_are_unpacked_as_another_library_unpacks_them(kind: str, tmp_path: Path) -> None:
+def test_k_quants_are_unpacked_as_in_another_library(kind: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf.dequant import dequantize
 
     checkpoint = save_checkpoint(tmp_path / "checkpoint", hidden_size=256, num_hidden_layers=1)
@@ -179,7 +179,7 @@ def with_raw_tensor(
     return path
 
 
-def test_without_a_word_weights_are_loaded_in_the_dtype_they_are_stored_in_but_on_processors(
+def test_auto_loads_weights_in_the_stored_dtype_except_on_processors(
     tmp_path: Path,
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
@@ -202,18 +202,20 @@ def test_the_only_file_of_a_directory_is_the_model(tmp_path: Path) -> None:
         load(path.parent)
 
 
-def test_a_checkpoint_goes_before_a_file_beside_it(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_precedence_over_a_gguf_file_in_the_same_directory(
+    tmp_path: Path,
+) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     save_gguf(checkpoint, checkpoint / "m.gguf")
     assert load(checkpoint).identity.id == "checkpoint"
 
 
-def test_a_file_that_is_nowhere_is_named() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(NotFound, match=r"'no/such\.gguf': no such file"):
         load(Path("no/such.gguf"))
 
 
-def test_a_model_goes_by_its_file_and_quantisation(tmp_path: Path) -> None:
+def test_the_id_is_the_file_name_with_the_quantisation(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     said = save_gguf(checkpoint, tmp_path / "tiny.q8_0.gguf", kind=GGMLQuantizationType.Q8_0)
     unsaid = save_gguf(checkpoint, tmp_path / "tiny.gguf", kind=GGMLQuantizationType.Q8_0)
@@ -222,7 +224,7 @@ def test_a_model_goes_by_its_file_and_quantisation(tmp_path: Path) -> None:
     assert load(said).identity.fingerprint == load(unsaid).identity.fingerprint
 
 
-def test_the_fingerprint_tells_weights_quantisations_and_mixtures_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_differs_by_weights_quantisation_and_mixture(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     other = save_checkpoint(tmp_path / "other", seed=1)
     q8 = GGMLQuantizationType.Q8_0
@@ -301,6 +303,6 @@ def test_weights_that_are_missing_or_have_no_place_are_named(
         assert "\n" not in str(caught.value)
 
 
-def test_rows_are_stored_in_pairs_as_they_are_rotated() -> None:
+def test_rows_are_stored_in_rotation_pairs() -> None:
     rows = torch.arange(8)[:, None]
     assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=str,
 )
-def test_what_a_file_asks_for_and_is_not_carried_out_is_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     settings: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf", **settings)
@@ -81,7 +81,7 @@ def test_factors_of_one_scale_nothing(checkpoint: Path, tmp_path: Path) -> None:
     )
 
 
-def test_without_the_library_it_is_told_what_to_install(
+def test_without_the_library_the_message_says_what_to_install(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
@@ -90,7 +90,7 @@ def test_without_the_library_it_is_told_what_to_install(
         load_model(str(path))
 
 
-def test_a_plan_reads_the_header_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
     told = read_outline(str(path), device_type="cpu")
     assert (told.shape.num_layers, told.shape.num_kv_heads, told.shape.vocab_size) == (3, 2, 272)
