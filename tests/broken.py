@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or not served, each made of a whole tiny one by one change."""
+"""Broken or unsupported checkpoints, each made from a complete tiny one by one change."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ SHARD = "model-00001-of-00002.safetensors"
 
 
 class Broken(NamedTuple):
-    """What is done to a checkpoint, and what its user must be told."""
+    """A change to a checkpoint, and the expected part of the error message."""
 
     change: Callable[[Path], None]
     told: str
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
-    """Change settings in config.json; those that are ... are removed."""
+    """Change settings in config.json; the value ... removes a setting."""
 
     def change(directory: Path) -> None:
         path = directory / "config.json"
@@ -47,7 +47,7 @@ def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Change the tensors that are stored."""
+    """Change the stored tensors."""
 
     def rewrite(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
@@ -58,12 +58,12 @@ def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], N
 
 
 def added(name: str, tensor: Tensor) -> Callable[[Path], None]:
-    """Store a tensor beside the others, or in place of one."""
+    """Add or replace a stored tensor."""
     return weights(lambda tensors: tensors.__setitem__(name, tensor))
 
 
 def cut(length: int) -> Callable[[Path], None]:
-    """Cut the file of weights short; below 0 the bytes that are left out."""
+    """Truncate the weight file; a negative number is the number of removed bytes."""
 
     def change(directory: Path) -> None:
         path = directory / "model.safetensors"
@@ -362,4 +362,4 @@ BROKEN: dict[str, Broken] = {
         written("generation_config.json", "{"), "generation_config.json cannot be read"
     ),
 }
-"""By what is wrong with them. All are refused with one sentence."""
+"""By their fault. All are refused with one sentence."""

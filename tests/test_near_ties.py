@@ -1,4 +1,4 @@
-"""The judge of near-ties lets rounding pass, and no fault."""
+"""The check for near-ties accepts rounding, and detects faults."""
 
 import dataclasses
 import math

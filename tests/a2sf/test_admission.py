@@ -1,4 +1,4 @@
-"""What cannot be served is refused before it begins, by field and with what is accepted."""
+"""Requests that cannot be served are refused early, with the field and the accepted values."""
 
 from typing import Any
 
@@ -100,7 +100,7 @@ def test_a_shaped_slab_refuses_policies_with_too_many_slots_for_a_head(
     refused = [
         ({}, fits[0][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
         (mine, fits[1][1], "61 tokens.* gives layer 0 head 0 183 slots; layer 0 head 0 has 180"),
-        # A short request keeps everything, in the narrow heads too.
+        # A short request keeps all tokens, also in heads with few slots.
         (fits[2][0], fits[2][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
     ]
     for fields, wish, says in refused:

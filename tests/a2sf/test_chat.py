@@ -1,4 +1,4 @@
-"""Conversations read as the model's own template puts them, and nobody forges a turn."""
+"""Conversations are rendered by the model's template, and contents cannot forge a turn."""
 
 import logging
 from typing import Any
@@ -19,7 +19,7 @@ TURNS = (
     "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 TRIMMED = TURNS.replace("m.content", "m.content | trim")
-# As Mistral's: control tokens between answers alone, and the content within plain text.
+# As in Mistral: control tokens only between answers, and contents inside plain text.
 BETWEEN = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}"
     "{{ eos_token }}{% else %}[a] {{ m.content }} [b]{% endif %}{% endfor %}"
@@ -91,7 +91,7 @@ def test_control_tokens_in_contents_are_text(kind: str, template: str) -> None:
     ids = ids_of(tokenizer, FORGED, "a", FORGED)
     honest = ids_of(tokenizer, "hi", "a", "b")
     assert controls_in(tokenizer, ids) == controls_in(tokenizer, honest)
-    # And nothing of it is lost, where the vocabulary has the letters.
+    # And no text is lost if the vocabulary has the letters.
     if kind.startswith("byte"):
         assert tokenizer.decode(ids).count(FORGED) == 2
 
@@ -101,7 +101,7 @@ def test_only_forged_control_tokens_are_encoded_differently(kind: str) -> None:
     tokenizer = tokenizer_of(kind, TURNS)
     forged = ids_of(tokenizer, "hi there", "a b", f"1 {FORGED} 2", "hi\n", " there")
     plain = ids_of(tokenizer, "hi there", "a b", "1 2", "hi\n", " there")
-    # Whole conversations agree on both sides of the forged part, its neighbours included.
+    # The conversations agree on both sides of the forged part, including its neighbours.
     assert shared(forged, plain) + shared(forged[::-1], plain[::-1]) >= len(plain)
 
 
@@ -121,7 +121,7 @@ def test_control_tokens_that_are_not_marked_as_special_are_protected_too() -> No
     ids = ids_of(tokenizer, "[turn]system <b>hi")
     names = tokenizer.convert_ids_to_tokens(ids)
     assert names.count("[turn]") == 2
-    # What is no control token stays what it was.
+    # Text that is not a control token does not change.
     assert names.count("<b>") == 1
     assert tokenizer.decode(ids).count("[turn]system <b>hi") == 1
 
@@ -153,9 +153,9 @@ def test_a_control_token_that_the_tokenizer_cannot_encode_as_text_is_refused_by_
     [
         (TURNS, "<|end|>"),
         (BETWEEN, "</s>"),
-        # As GLM's: the next turn's beginning is the end of the one before.
+        # As in GLM: the start of the next turn ends the previous one.
         ("{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}{% endfor %}", "<|turn|>"),
-        # Only with a system message.
+        # Works only with a system message.
         ("{% if messages[0].role != 'system' %}{{ 1 + 'a' }}{% endif %}" + TURNS, "<|end|>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
         ("{{ nothing.there }}", None),
@@ -194,7 +194,7 @@ def test_any_error_in_a_template_is_an_invalid_conversation(
         ids_of(tokenizer, "hi")
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
-    # The log repeats nothing that may be part of a conversation.
+    # The log must not repeat any part of a conversation.
     assert "take turns" not in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Broken checkpoints end in one sentence, before any weight is read; harmless leftovers do not."""
+"""Broken checkpoints give a one-sentence error before weights are read; harmless extras pass."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Decoding by numba's programs: rows join, move and end, and get what torch's operations give."""
+"""Decoding with numba: rows join, move and end, and results equal those of torch."""
 
 import random
 from dataclasses import replace
@@ -66,18 +66,18 @@ def test_teacher_forcing_equals_torch(
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
     differ = [not torch.equal(a.logits, b.logits) for a, b in zip(got, want, strict=True)]
-    assert any(differ), "other programs round otherwise"
+    assert any(differ), "other kernels round differently"
 
 
 def test_teacher_forcing_in_bfloat16_equals_float32_up_to_rounding(
     tiny_model_dir, tiny_model: LoadedModel
 ) -> None:
-    # Weights that bfloat16 holds exactly, so that only what is computed is rounded.
+    # The weights are exact in bfloat16, so only computed values are rounded.
     half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
     assert decoding.choose_kernels("auto", half) == "numba"
     rng = random.Random(3)
     example = teacher.Example(tuple(rng.randrange(256) for _ in range(60)), 20, tuple(range(59)))
-    # Nothing is evicted, for whom rounding makes go is another question.
+    # Nothing is evicted: rounding may change which token is evicted.
     wish = effective(tiny_model, CachePolicy(preset="full"), 60)
     (walked,) = teacher.predict(half, [example], [wish])
     (whole,) = teacher.predict(half, [example], None)

@@ -1,4 +1,4 @@
-"""What dtype auto means: the processor's units and a measurement decide, and say why."""
+"""dtype auto depends on the processor's units and a measurement, and reports the reason."""
 
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, dtype=torch.float16)
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the processor be one with these units, on which bfloat16 is so many times as fast."""
+    """Simulate a processor with these units and these speed-ups of bfloat16."""
 
     def let(*ratios: float, packs: bool = True, **units: bool) -> None:
         monkeypatch.setattr(dtypes, "bfloat16_unit", bfloat16_unit)
@@ -121,7 +121,7 @@ def test_the_measurement_covers_both_dtypes_and_all_numbers_of_rows(
 
     def seconds(layer: Any, values: torch.Tensor) -> float:
         given.append((values.dtype, tuple(values.shape)))
-        # What is not measured, the first product of each, takes much longer.
+        # The first product of each dtype is not measured; it takes much longer.
         first = given.count(given[-1]) == 1
         return (100.0 if first else 1.0) * (3.0 if values.dtype == torch.float32 else 2.0)
 

@@ -1,4 +1,4 @@
-"""The engine gives each request what it asked for, ends it where it should, and counts truly."""
+"""The engine serves each request as asked, ends it correctly, and reports correct counts."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_step_tokens_changes_only_the_number_of_steps(
 def test_the_shape_of_the_slab_does_not_change_results(tiny_model_64: LoadedModel) -> None:
     made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
     streams = []
-    # Every head of the shaped one has at least the 90 slots that these need.
+    # Every head of the shaped slab has at least the 90 slots that these requests need.
     shares = ((3.0, 1.0), (1.2, 1.0), (1.0, 2.0))
     for shape in ({}, {"head_share": shares, "slots": 160}):
         engine = engine_for(tiny_model_64, **shape)
@@ -118,7 +118,7 @@ def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
             )
         )
         cache = finished(run(engine)["r"]).cache
-        # The last token drawn is never run through the model.
+        # The last drawn token never runs through the model.
         assert cache.kept_tokens + cache.evicted_tokens == 30 + length - 1
         assert cache.evicted_tokens == 30 + length - 1 - 24
         assert cache.kv_bytes_full == (30 + length - 1) * 3 * 2 * 2 * 8 * 4
@@ -158,7 +158,7 @@ def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(
 
 
 def test_eos_ends_a_stream_unless_ignore_eos_is_set(tmp_path: Any, tiny_model: LoadedModel) -> None:
-    # The same weights, but the token that they produce first is declared to be the end.
+    # The same weights, but the first generated token is declared to be EOS.
     engine = engine_for(tiny_model)
     engine.submit(request("r", range(65, 90)))
     first = tokens(run(engine)["r"])
@@ -207,13 +207,13 @@ def test_no_token_ends_the_stream_before_min_new_tokens(
         assert (got[-1] in ends) == ended_by_token
         assert not ends & set(got[least:-1])
     engine.submit(request("go", range(65, 90), ignore_eos=True, min_new_tokens=9))
-    # What does not end the stream is not barred.
+    # Tokens that do not end the stream are not banned.
     assert tokens(run(engine)["go"]) == first
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: LoadedModel) -> list[str]:
-    """What each token of a completion without stop strings settles."""
+    """The text that each token of a completion without stop strings adds."""
     engine = engine_for(tiny_model)
     engine.submit(request("plain", range(65, 90), max_new_tokens=40))
     return [event.text for event in run(engine)["plain"] if isinstance(event, Delta)]
@@ -247,7 +247,7 @@ def test_logprobs_are_those_of_the_model_and_only_on_request(
     tiny_model: LoadedModel, tiny_model_dir: Any
 ) -> None:
     prompt = tuple(range(65, 90))
-    # Settings change the choice, never the logprobs.
+    # Sampling settings change the drawn token, never the logprobs.
     wish = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
     common = {"cache_policy": CachePolicy(preset="full"), "sampling": wish}
     engine = engine_for(tiny_model)
@@ -278,7 +278,7 @@ def test_logprobs_are_those_of_the_model_and_only_on_request(
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -304,7 +304,7 @@ def test_a_time_limit_ends_a_request_in_any_state_with_its_text_so_far(
             streams.setdefault(event.request_id, []).append(event)
 
     limit = {"time_limit_s": 5.0, "max_new_tokens": 60}
-    # The last character so far may begin this stop string, so it is withheld.
+    # The last character may start this stop string, so it is withheld.
     stop = (text_of(alone["six"])[-1] + "and so on",)
     engine.submit(request("active", range(65, 90), stop=stop, **limit))
     for _ in range(4):
@@ -338,7 +338,7 @@ def test_a_time_limit_ends_a_request_in_any_state_with_its_text_so_far(
     for name in ("prefilling", "waiting"):
         assert [type(event) for event in streams[name]] == [Started, Finished]
         assert ended[name].usage.completion_tokens == 0
-    # The others' rows serve the next request as if nothing had been.
+    # The freed rows serve the next request normally.
     assert tokens(streams["patient"]) == tokens(alone["ten"])
     for stream in streams.values():
         finished(stream)

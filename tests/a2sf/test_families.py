@@ -1,4 +1,4 @@
-"""Every supported family computes what transformers computes, and what would differ is refused."""
+"""Every supported family equals transformers, and unsupported settings are refused."""
 
 import json
 import random
@@ -21,8 +21,8 @@ from tests.driving import engine_for, finished, prompts, request, run, tokens
 from tests.tables import make_table
 from tests.tiny import EOS, save_tiny
 
-# What makes a family more than a Llama, where its defaults leave that out: biases, heads wider than
-# hidden / heads (which is 8), clipping, layers without rotation, heads that rotate in part.
+# Settings in which families differ from Llama and that their defaults leave out: biases, heads
+# wider than hidden / heads (which is 8), clipping, layers without rotation, partial rotation.
 SETTINGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "ApertusForCausalLM": {
@@ -77,7 +77,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 class Family(NamedTuple):
-    """A random model, by us and by transformers, in float64, where near-ties cannot hide."""
+    """A random model, loaded by us and by transformers, in float64 to avoid near-ties."""
 
     directory: Path
     model: LoadedModel
@@ -186,7 +186,7 @@ def test_starting_at_a_layer_equals_the_whole_model(family: Family) -> None:
     whole = teacher.predict(family.model, examples, policies)
     below = None
     for layer in range(family.model.shape.num_layers):
-        # Batches of two, so that what was kept is put together anew.
+        # Batches of two, so that the stored inputs are batched differently.
         below = teacher.enter(family.model, examples, policies, layer, batch=2, entering=below)
         parts = teacher.predict(family.model, examples, policies, entering=below)
         for part, expected in zip(parts, whole, strict=True):
@@ -299,7 +299,7 @@ def test_a_sharded_checkpoint_equals_the_whole_one(
         for name, shard in (("whole", "1GB"), ("sharded", "10KB"))
     )
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
-    # In float64, where every weight can be read off the module.
+    # In float64, weights are not packed, so the module shows all of them.
     state = whole.module.state_dict()
     assert len(state) > 20
     for name, weight in sharded.module.state_dict().items():

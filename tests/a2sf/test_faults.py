@@ -1,4 +1,4 @@
-"""An error that belongs to one request ends that request, and no other notices."""
+"""An error of one request ends that request, without effect on others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +26,11 @@ from tests.driving import engine_for, prompts, request, run, tokens
 TEXTS = prompts(6, low=30, high=40, seed=4)
 
 TOP = 7
-"""The alternatives that the victim alone asks for, by which its logprobs are known."""
+"""A number of alternatives that only the victim asks for; it identifies its logprobs."""
 
 
 class Panic(BaseException):
-    """Like what tokenizers raises where its Rust code panics: no Exception."""
+    """Like a panic in tokenizers' Rust code: not an Exception."""
 
 
 def victim(**fields: Any) -> GenerationRequest:
@@ -66,7 +66,7 @@ LATER = [
 
 
 class Clock:
-    """A second a step."""
+    """A clock that advances one second per step."""
 
     now = 0.0
 
@@ -75,7 +75,7 @@ class Clock:
 
 
 class Trial:
-    """An engine in which something raises as soon as it is done for the victim."""
+    """An engine in which a chosen function raises when it works for the victim."""
 
     def __init__(self, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -84,7 +84,7 @@ class Trial:
         self.patch = monkeypatch
         self.raised = 0
         self.patched_decoding = False
-        """Whether all rows are being decoded, and not a prompt read."""
+        """Whether the engine decodes all rows now, rather than prefilling a prompt."""
 
     @property
     def sequence(self) -> Sequence | None:
@@ -94,7 +94,7 @@ class Trial:
     def break_(
         self, owner: Any, name: str, concerns: Callable[..., bool], *, after: bool = False
     ) -> None:
-        """Let a function raise, at its begin or its end, where it concerns the victim."""
+        """Make a function raise, at its start or its end, when it works for the victim."""
         really = getattr(owner, name)
         prop = isinstance(really, property)
         function = really.fget if prop else really
@@ -155,7 +155,7 @@ def of_batch(name: str) -> Break:
 
 
 def while_prefilling(owner: Any, name: str, *, after: bool = False) -> Break:
-    """For what says nothing of whom it concerns, but is done only for a prompt being read."""
+    """For functions that do not know their request, but run only during a prefill."""
 
     def install(trial: Trial) -> None:
         def concerns(*_: Any, **__: Any) -> bool:
@@ -228,9 +228,9 @@ CALLS: dict[str, Break] = {
 
 FIELDS: dict[str, dict[str, Any]] = {
     "Sequence.overdue": {"time_limit_s": 100.0},
-    # Before its own length ends it.
+    # Before it reaches its own length.
     "Sequence.time_out": {"time_limit_s": 9.0, "max_new_tokens": 40},
-    # The short one ends first, and the victim is the last.
+    # The short request ends first; the victim is in the last row.
     "Decoder.move": {"max_new_tokens": 40},
     "Decoder.move, afterwards": {"max_new_tokens": 40},
 }
@@ -238,7 +238,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def alone(tiny_model_64: LoadedModel) -> dict[str, list[int]]:
-    """What each healthy request gives when it is served alone."""
+    """The tokens of each healthy request when it is served alone."""
     found = {}
     for one in (*NEIGHBOURS, *LATER):
         engine = engine_for(tiny_model_64)
@@ -264,7 +264,7 @@ def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Trial:
 def check_neighbours(
     trial: Trial, streams: dict[str, list[StepEvent]], alone: dict[str, list[int]]
 ) -> None:
-    """Neighbours and those who come later get what they get alone; nothing is left behind."""
+    """Check that concurrent and later requests equal their solo runs, and that no state is left."""
     for one in NEIGHBOURS:
         assert isinstance(streams[one.request_id][-1], Finished)
         assert tokens(streams[one.request_id]) == alone[one.request_id]
@@ -273,7 +273,7 @@ def check_neighbours(
     engine = trial.engine
     assert (engine.running, engine.waiting, engine.kv_bytes_used) == (0, 0, 0)
     assert not engine.has_work
-    # As many as there are rows, the victim's among them; and its name is free.
+    # As many requests as rows, so one uses the victim's row; its id is free again.
     for one in LATER:
         engine.submit(one)
     again = run(engine)
@@ -406,7 +406,7 @@ def test_ranks_stay_in_step_after_a_request_fails_on_all(
         assert isinstance(streams["victim"][-1], Failed)
         assert isinstance(streams["short"][-1], Finished)
         Follower(tiny_model_64, wire).run()
-    # One where it does not fail goes another way, and says so.
+    # A rank on which it does not fail differs, and raises.
     wire.messages[:] = told
     with pytest.raises(RankLost):
         Follower(tiny_model_64, wire).run()
@@ -415,7 +415,7 @@ def test_ranks_stay_in_step_after_a_request_fails_on_all(
 def test_an_error_in_a_pass_shared_by_processes_ends_the_engine(
     trial: Trial, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other processes are in the middle of it, and would wait for ever."""
+    """The other processes are still in the pass and would wait for ever."""
 
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")

@@ -1,4 +1,4 @@
-"""The same model has the same fingerprint however its settings are spelled."""
+"""A model's fingerprint does not depend on the spelling of its settings."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 
-# Each list spells one rotation: as transformers 5 writes it, as older files have it, by whole
-# numbers, with settings at their defaults, and with settings that nothing reads.
+# Each list has spellings of one rotation: of transformers 5, of older files, with whole numbers,
+# with settings at their defaults, and with settings that are not read.
 SAME: dict[str, list[dict[str, Any]]] = {
     "default": [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -157,7 +157,7 @@ SAME: dict[str, list[dict[str, Any]]] = {
 
 
 def write_rope(directory: Path, spelling: dict[str, Any]) -> Path:
-    """Spell the rotation in a checkpoint's config.json as told, and no other way."""
+    """Replace the rotation in a checkpoint's config.json by this spelling."""
     path = directory / "config.json"
     told = json.loads(path.read_text())
     for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
@@ -176,7 +176,7 @@ def identity_of(directory: Path) -> ModelIdentity:
 
 
 def earlier_rule(directory: Path) -> str:
-    """The fingerprint as it was while spelling counted, written out."""
+    """The fingerprint of older versions, which hashed the spelling, written out."""
     config = AutoConfig.from_pretrained(directory)
     settings = {
         "architecture": config.architectures[0],
@@ -218,7 +218,7 @@ def test_canonical_rotations_are_equal_exactly_if_their_frequencies_are(
     architecture: str, tmp_path: Path
 ) -> None:
     config_class = getattr(transformers, architecture).config_class
-    # Heads of 64, so that two rotations that differ do so in some frequency.
+    # head_dim 64, so that different rotations differ in at least one frequency.
     directory = save_tiny(config_class, tmp_path, num_hidden_layers=1, hidden_size=256, head_dim=64)
     found: dict[str, set[tuple[Any, ...]]] = {}
     computed: dict[tuple[Any, ...], set[str]] = {}
@@ -227,7 +227,7 @@ def test_canonical_rotations_are_equal_exactly_if_their_frequencies_are(
             config = AutoConfig.from_pretrained(write_rope(directory, told))
             rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
         except Exception:
-            # Phi-3 takes no rotation but the default.
+            # Phi-3 accepts only the default rotation.
             assert architecture == "Phi3ForCausalLM"
             continue
         spelled = canonical_json(

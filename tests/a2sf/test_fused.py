@@ -1,7 +1,6 @@
-"""Decoding by the fused kernels: rows join, move, end and pad a batch, and nothing else changes.
+"""Decoding with fused kernels: rows join, move, end and pad a batch, and results do not change.
 
-Where there is no CUDA device the programs run in Triton's interpreter, on the processor, and
-nothing is captured.
+Without a CUDA device the programs run in Triton's interpreter on the processor, without graphs.
 """
 
 import random
@@ -52,7 +51,7 @@ def model(tiny_model_dir: Any) -> LoadedModel:
 def test_requests_equal_their_solo_runs_in_torch(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, multiprocessors: int
 ) -> None:
-    # So that rows are split among programs, or not.
+    # With and without splitting rows among programs.
     monkeypatch.setattr(decode, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     assert check_against_torch(model, "triton", 4, seed=1, most=12) > 1
@@ -100,7 +99,7 @@ def test_batches_run_as_the_next_larger_power_of_two() -> None:
 
 
 class Asked(TorchDispatchMode):
-    """Refuses what would make the processor wait for the device, or cannot be captured."""
+    """Fails on operations that sync with the device or cannot be captured."""
 
     WAITING = ("item", "_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "equal")
 
@@ -115,7 +114,7 @@ class Asked(TorchDispatchMode):
 def test_a_step_does_not_sync_with_the_device(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # But for the kernels, which the interpreter runs by means of its own.
+    # Except the kernels, which the interpreter runs by its own operations.
     monkeypatch.setattr(fused, "decode_attention", lambda query, *_, **__: query)
     engine = engine_for(model, kernels="triton", **SIZES)
     decoder = engine._decoder
@@ -145,7 +144,7 @@ def test_unsupported_models_are_refused_by_name(
 
 
 def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
-    """A prompt of 40 tokens in two pieces, in slots just as wide; the output of the second."""
+    """A prompt of 40 tokens in two pieces, in exactly as many slots; output of the second piece."""
     rng = torch.Generator().manual_seed(5)
     kv_heads, dim = 2, 16
     slots = Slots.empty(
@@ -223,7 +222,7 @@ def test_teacher_forcing_equals_torch(model: LoadedModel, monkeypatch: pytest.Mo
         policies = [effective(model, wish, 20)] * len(examples)
         walks.clear()
         got = teacher.predict(model, examples, policies, similarity=True)
-        # One launch a layer, however many tokens follow the prompts.
+        # One launch per layer, for any number of tokens after the prompts.
         assert [one.tolist() for one in walks] == [
             [14, 20] if chunk == 1 else [5, 8]
         ] * model.shape.num_layers
@@ -232,7 +231,7 @@ def test_teacher_forcing_equals_torch(model: LoadedModel, monkeypatch: pytest.Mo
             want = teacher.predict(model, examples, policies, similarity=True)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
-            assert not torch.equal(one.logits, other.logits), "other programs round otherwise"
+            assert not torch.equal(one.logits, other.logits), "other kernels round differently"
             assert one.similarity is not None
             torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
             assert one.similarity.min() < 0.999

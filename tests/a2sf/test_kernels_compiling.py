@@ -1,4 +1,4 @@
-"""Compiled programs: kept where they may be kept, and run beside Python's other threads."""
+"""Compiled kernels are cached in a safe folder, and run in parallel with Python's threads."""
 
 import ctypes
 import tempfile
@@ -21,7 +21,7 @@ def answer(data):  # type: ignore[no-untyped-def]
 
 
 def wait(data):  # type: ignore[no-untyped-def]
-    """Count up, for seconds if nobody else writes a higher number."""
+    """Count up; stop early when another thread writes a higher number."""
     counter = carray(data, 1, np.int64)
     while walk_programs._next(walk_programs._longs(counter.ctypes.data)) < TURNS:
         pass
@@ -45,13 +45,13 @@ def test_other_python_threads_run_while_a_kernel_runs() -> None:
         pass
     count.value = 2 * TURNS
     at_work.join()
-    # The program was there to see it.
+    # The kernel was still running and has seen the number.
     assert count.value == 2 * TURNS + 1
 
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Neither the package's folder nor the user's can be written; only temporary files."""
+    """Only the folder of temporary files is writable, not the package's or the user's folder."""
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")

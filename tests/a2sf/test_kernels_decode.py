@@ -1,6 +1,6 @@
-"""The fused decode step equals `DecodePass`: outputs, scores, positions, and who is evicted next.
+"""The fused decode step equals `DecodePass`: outputs, scores, positions and next victims.
 
-Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
+Without a CUDA device the programs run in Triton's interpreter on the processor.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,14 +31,14 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_poisoned() -> Iterator[None]:
-    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
+    """Fill the result of `torch.empty` with NaN, to detect unwritten memory."""
     with poisoned():
         yield
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that rows of tens of slots take several."""
+    """Use tiles so small that rows with tens of slots take several."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     monkeypatch.setattr(decode, "SETTLE_BLOCK", 32)
 
@@ -101,7 +101,7 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     query, keys, values = case.tokens()
     for evicted in (2, 3, 4, 5):
         assert int(slots.position[0, int(plan)]) == evicted
-        # Equal keys are paid alike, in sums that are exact.
+        # Equal keys get equal attention, in sums that are exact.
         decode.decode_attention(
             torch.full_like(query, 0.5),
             torch.ones_like(keys),
@@ -140,7 +140,7 @@ def test_a_row_with_too_few_slots_never_writes_beyond_them(splits: int, small_ti
         )
         start += 1
         assert (plan < case.slots.layout.widest).all()
-    # Of one layer, keys lie as scores do.
+    # With one layer, keys have the same layout as scores.
     assert case.slab.keys[0][~mine].isnan().all()
     assert case.slab.score[~mine].isnan().all()
     assert (case.slab.position[~mine] == EMPTY).all()

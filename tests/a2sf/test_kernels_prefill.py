@@ -1,4 +1,4 @@
-"""The fused scoring of a prompt's block equals `attention.mass`, without its rows of attention."""
+"""The fused scoring of a prompt's block equals `attention.mass`, without attention rows."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles so small that tens of tokens take several; fresh memory holds NaN."""
+    """Use tiles so small that tens of tokens take several, and fill new memory with NaN."""
     monkeypatch.setattr(prefill, "QUERIES", 16)
     monkeypatch.setattr(prefill, "TILE_ELEMENTS", 512)
     with poisoned():
@@ -65,8 +65,8 @@ def test_queries_with_weight_0_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         got = prefill.mass(query, at, query, position, weights, 0.4)
         want = attention.mass(query, at, query, position, weights, 0.4)
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
-        # Of four tiles of queries and two of slots: at .3 and 0 only the last queries count, and at
-        # 1 all do, but the later slots are out of the earlier queries' sight.
+        # There are four tiles of queries and two of slots. At .3 and 0 only the last queries have a
+        # weight. At 1 all have one, but the earlier queries do not attend to the later slots.
         assert len(products) == count
 
 

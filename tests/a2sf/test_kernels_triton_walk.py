@@ -1,6 +1,6 @@
-"""A walk in one launch equals the law: what each query was given and got, and the scores after it.
+"""A walk in one launch equals the law: visible tokens, outputs, and scores afterwards.
 
-Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
+Without a CUDA device the programs run in Triton's interpreter on the processor.
 """
 
 import itertools
@@ -29,14 +29,14 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_poisoned() -> Iterator[None]:
-    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
+    """Fill the result of `torch.empty` with NaN, to detect unwritten memory."""
     with poisoned():
         yield
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that heads of tens of slots take several."""
+    """Use tiles so small that heads with tens of slots take several."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     monkeypatch.setattr(triton_walk, "SETTLE_BLOCK", 32)
 
@@ -131,7 +131,7 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     policy.sinks.fill_(2)
     policy.recent.fill_(10)
     slots.score.fill_(0.25)
-    # Equal keys are paid alike, in sums that are exact.
+    # Equal keys get equal attention, in sums that are exact.
     for keys in (slots.keys, case.keys):
         keys.fill_(1.0)
     case.query.fill_(0.5)
@@ -143,7 +143,7 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
 
 
 def test_a_head_needs_no_more_slots_than_its_tokens() -> None:
-    # A budget of 100, and memory for the ten tokens that come.
+    # A budget of 100, but memory for only ten tokens.
     case = make(5, rows=2, kv_heads=2, slots=(20, 20), methods=("a2sf",), seen=0, most=10)
     case.policy.budget.fill_(100)
     case.policy.recent.fill_(0)
@@ -153,7 +153,7 @@ def test_a_head_needs_no_more_slots_than_its_tokens() -> None:
 
 
 class Launched:
-    """A program whose launches are written down."""
+    """Records the launches of a program."""
 
     def __init__(self, program: object) -> None:
         self.program = program

@@ -1,4 +1,4 @@
-"""numba's programs equal `DecodePass`: outputs, scores, positions, and who is evicted."""
+"""numba's kernels equal `DecodePass`: outputs, scores, positions and victims."""
 
 import math
 import random
@@ -28,7 +28,7 @@ SCORE_TOLERANCE = 2e-5
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads, however little there is to do."""
+    """Use two threads even for little work."""
     monkeypatch.setattr(walk, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -56,7 +56,7 @@ def close(output: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def check_steps(case: Case, steps: int) -> None:
-    """Decode some steps; after each, everything equals the reference's step from the same state."""
+    """Decode some steps; compare each with the reference's step from the same state."""
     slots, policy, start = case.slots, case.policy, case.start.clone()
     walker = Walker(slots, policy)
     for _ in range(steps):
@@ -69,7 +69,7 @@ def check_steps(case: Case, steps: int) -> None:
             assert output.dtype == slots.keys[0].dtype
             close(output, reference(layer, *(t.double() for t in tokens), case.scale))
         start += 1
-        # Scores count where evictions hang on them, or come from a hash.
+        # Scores are compared if evictions depend on them, or if they come from a hash.
         judged = policy.scored | (policy.random_seed >= 0)
         check_state(case, witness, start, judged, SCORE_TOLERANCE)
 
@@ -93,7 +93,7 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 
 def texts(case: Case, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of texts of so many tokens, as a model hands them in."""
+    """Queries, keys and values of texts, in the memory layout of a model's projections."""
     heads, dim = case.policy.alpha.shape[2], case.slots.keys[0].shape[2]
 
     def normal(count: int) -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     alike = torch.ones(1, 1, 1, 16)
     for position in range(8):
         walker.begin(torch.tensor([position]))(0, 0.5 * alike, alike, alike, 0.1)
-    # From here on what each is paid is the same, and they begin as equals.
+    # From here on all tokens have equal scores and get equal attention.
     for position, evicted in zip(range(8, 12), (2, 3, 4, 5), strict=True):
         slots.score.fill_(0.25)
         walker.begin(torch.tensor([position]))(0, 0.5 * alike, alike, alike, 0.1)
@@ -204,7 +204,7 @@ def test_bfloat16_outputs_are_rounded_to_nearest_ties_to_even() -> None:
     rng = torch.Generator().manual_seed(2)
     alike = torch.ones(1, 1, 1, 256, dtype=torch.bfloat16)
     values = torch.randn(2, 1, 1, 1, 256, generator=rng).bfloat16()
-    # Half a unit in the last place, up to an even number and down to one.
+    # Ties: half a unit in the last place, rounded up or down to the even number.
     values[:, 0, 0, 0, :2] = torch.tensor([[1.0, 1.0078125], [1.0078125, 1.015625]])
     for position in range(2):
         start = torch.tensor([position])
@@ -221,7 +221,7 @@ def test_a_row_with_too_few_slots_never_writes_beyond_them() -> None:
     walker = Walker(case.slots, case.policy)
     for ahead in range(4):
         walker.begin(case.start + ahead)(0, *case.tokens(), case.scale)
-    # Of one layer, keys lie as scores do.
+    # With one layer, keys have the same layout as scores.
     assert case.slab.keys[0][~mine].isnan().all()
     assert case.slab.score[~mine].isnan().all()
 

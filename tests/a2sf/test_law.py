@@ -78,7 +78,7 @@ def test_random_scores_are_uniform_and_depend_on_every_input() -> None:
 
 
 def of_heads(kv_heads: int, number: st.SearchStrategy[int]) -> st.SearchStrategy[Heads]:
-    """A number of each head in each of two layers."""
+    """One number per head in each of two layers."""
     return st.tuples(*[st.tuples(*[number] * kv_heads)] * 2)
 
 
@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn) -> dict:
     policies = []
     for _ in range(rows):
         sinks = draw(st.integers(0, 3))
-        # Of each head in each of two layers; the sequence has 22 tokens at most.
+        # One number per head in each of two layers; a sequence has at most 22 tokens.
         recents = draw(of_heads(kv_heads, st.integers(0, 4)))
         spare = draw(of_heads(kv_heads, st.integers(0, 20)))
         budgets = tuple(
@@ -145,7 +145,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
 
     query, keys, values = normal(kv_heads * group), normal(kv_heads), normal(kv_heads)
 
-    # Written out, head by head; the first of two layers has one alpha.
+    # Written out, head by head. The first of two layers has one alpha for all heads.
     witness = {}
     for layer, row, head in itertools.product(range(2), range(rows), range(kv_heads)):
         policy = policies[row]
@@ -180,11 +180,11 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
     effective = [
         EffectivePolicy(
             method="table" if p["random_seed"] is None else "random",
-            # Nothing of the random baseline decays.
+            # Scores of the random baseline do not decay.
             alpha=((0.5,) * kv_heads, tuple(p["alpha"]))
             if p["random_seed"] is None
             else ((1.0,) * kv_heads,) * 2,
-            # What the law is carried out with is the heads' own, whatever the mean.
+            # The law uses each head's own numbers; the mean budget has no effect.
             budget=1,
             head_budgets=p["budgets"],
             recent=0,

@@ -1,4 +1,4 @@
-"""A row of slots is cut head by head, with nothing between them."""
+"""A row of slots is split among heads without gaps."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 rows_of_heads = st.integers(1, 4).flatmap(
     lambda heads: st.lists(
-        # Few widths, so that neighbours are often equal.
+        # Few distinct widths, so that neighbours are often equal.
         st.tuples(*[st.integers(1, 3)] * heads),
         min_size=1,
         max_size=5,
@@ -94,7 +94,7 @@ def test_writes_to_a_narrower_view_do_not_change_the_rest_of_the_row() -> None:
 
 
 def filled(counts: Heads, width: int, rng: random.Random) -> Slots:
-    """A rectangle, whose row holds so many tokens in any of each head's slots."""
+    """Slots whose row holds the given number of tokens, in any slots of each head."""
     cache = make(tuple((width,) * len(row) for row in counts), rows=1)
     for layer, row in enumerate(counts):
         for head, count in enumerate(row):

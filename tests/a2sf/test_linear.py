@@ -1,4 +1,4 @@
-"""A packed linear layer is the layer that it replaces, up to rounding."""
+"""A packed linear layer equals the layer that it replaces, up to rounding."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_few_distinct_row_counts_are_computed_with_little_padding() -> None:
 
 
 class Scaled(Linear):
-    """A layer that does more than multiply."""
+    """A subclass that computes something else."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(values)

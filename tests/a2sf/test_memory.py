@@ -1,4 +1,4 @@
-"""The engine's memory is fixed before the first token and stays where it is, whatever is asked."""
+"""The engine's memory is fixed before the first token and does not grow for any request."""
 
 import multiprocessing
 import random
@@ -95,14 +95,14 @@ def test_a_shaped_slab_takes_the_same_bytes_as_an_equal_one(
 def test_kept_tokens_are_averaged_over_heads_and_rounded(tiny_model: LoadedModel) -> None:
     table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
     wish = CachePolicy(table=table.name, budget=20)
-    # Budgets of 40, 10 and 10: after 19 tokens 19 + 10 + 10 are held.
+    # Budgets of 40, 10 and 10: after 19 tokens, the heads hold 19 + 10 + 10.
     engine = engine_for(tiny_model)
     engine.submit(request("r", range(10), max_new_tokens=10, table=table, cache_policy=wish))
     cache = finished(run(engine)["r"]).cache
     assert (cache.kept_tokens, cache.evicted_tokens) == (19, 0)
     engine.submit(request("r", range(15), max_new_tokens=15, table=table, cache_policy=wish))
     cache = finished(run(engine)["r"]).cache
-    # Capped at 30 tokens the budgets are 30, 15 and 15, and 29 + 15 + 15 are held.
+    # With at most 30 tokens the budgets are 30, 15 and 15; the heads hold 29 + 15 + 15.
     assert (cache.kept_tokens, cache.evicted_tokens) == (20, 9)
     assert cache.kv_bytes == 59 * 2 * (2 * 8 * 4 + 8)
 
@@ -124,7 +124,7 @@ def test_a_prompt_that_ends_early_reports_its_bytes_in_the_staging_row(
 
 
 def in_a_fresh_process(measure: Callable[..., list[float]], *arguments: Any) -> list[float]:
-    """Run where nothing but `measure` takes memory."""
+    """Run `measure` in a separate process, where nothing else takes memory."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as processes:
         return processes.submit(measure, *arguments).result()
@@ -160,7 +160,7 @@ def along_one_long_request(every: int, count: int) -> list[float]:
 
 
 def along_many_requests(every: int, count: int) -> list[float]:
-    """Resident MiB after each of `count` times `every` requests that come and go at random."""
+    """Resident MiB after each of `count` times `every` requests with random arrivals."""
     model = make_model(512)
     engine = engine_for(model, slots=168, max_batch=5)
     rng = random.Random(0)
@@ -179,14 +179,14 @@ def along_many_requests(every: int, count: int) -> list[float]:
 
 
 def peak_over_a_prompt(length: int) -> list[float]:
-    """MiB above idle at the most while a prompt of this many tokens is served in chunks."""
+    """Peak MiB above idle while a prompt of this many tokens is served in chunks."""
     model = make_model(17_000, hidden_size=128, intermediate_size=256, head_dim=32)
     engine = engine_for(model, slots=512, max_batch=1, max_prefill_tokens=1024)
     wish = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
     rng = random.Random(0)
     prompt = [rng.randrange(BYTES) for _ in range(length)]
     engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=wish))
-    # From here on the kernel's high-water mark of resident memory starts anew.
+    # Reset the kernel's high-water mark of resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     idle = resident()
     run(engine)
@@ -198,7 +198,7 @@ def peak_over_a_prompt(length: int) -> list[float]:
 @pytest.mark.timeout(600)
 def test_resident_memory_does_not_grow_over_ten_thousand_tokens() -> None:
     measured = in_a_fresh_process(along_one_long_request, 1000, 11)
-    # A cache of all tokens would take 4 MiB; 0.45 were measured, the answer's own tokens among it.
+    # A full cache would take 4 MiB; we measured 0.45, which includes the list of tokens.
     assert measured[-1] - measured[0] < 1.0, f"MiB after each 1,000 tokens: {measured}"
 
 
@@ -206,8 +206,8 @@ def test_resident_memory_does_not_grow_over_ten_thousand_tokens() -> None:
 @pytest.mark.timeout(600)
 def test_resident_memory_does_not_grow_over_hundreds_of_requests() -> None:
     measured = in_a_fresh_process(along_many_requests, 20, 16)
-    # By 60 to 160 requests, as the seed has it, oneDNN has met every number of rows it computes.
-    # After those, nothing was measured to be added at all.
+    # After 60 to 160 requests, depending on the seed, oneDNN has compiled for all row counts. After
+    # that, we measured no growth.
     assert measured[-1] - measured[8] < 1.0, f"MiB after each 20 requests: {measured}"
 
 
@@ -217,12 +217,13 @@ def test_peak_memory_of_a_chunked_prompt_does_not_depend_on_its_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not tell a process's peak anew")
-    # Else the allocator learns to keep what was freed, now more of it and now less.
+        pytest.skip("this system cannot reset a process's peak memory")
+    # Otherwise the allocator keeps a varying amount of freed memory.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     (short,) = in_a_fresh_process(peak_over_a_prompt, 2_000)
     (long,) = in_a_fresh_process(peak_over_a_prompt, 16_000)
-    # 12.1 to 12.3 and 12.3 to 12.4 were measured; exact, the long prompt's cache alone takes 24.
+    # We measured 12.1 to 12.3 and 12.3 to 12.4. In an exact prefill, the long prompt's cache alone
+    # would take 24.
     assert long < 1.15 * short, (
         f"{short:.1f} MiB above idle for 2,000 tokens, {long:.1f} for 16,000"
     )

@@ -1,4 +1,4 @@
-"""Models load from whole checkpoints of supported families, and everything else is refused."""
+"""Models load from complete checkpoints of supported families; everything else is refused."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_eos_tokens_come_from_settings_and_tokenizer(checkpoint: Path) -> None:
     edit(checkpoint / "config.json", eos_token_id=7)
     edit(checkpoint / "generation_config.json", eos_token_id=[3, 0])
     assert load_model(str(checkpoint), device="cpu").eos_token_ids == {7, 3, 0, EOS}
-    # Neither token 0 nor a number that stands for none is overlooked.
+    # Token 0 is a valid id, and a negative number means none.
     edit(checkpoint / "config.json", eos_token_id=-1)
     edit(checkpoint / "generation_config.json", eos_token_id=0)
     edit(checkpoint / "tokenizer_config.json", eos_token=None)
@@ -78,7 +78,7 @@ def test_a_bos_token_is_not_added_twice(reference_model: LoadedModel) -> None:
     begin = reference_model.tokenizer.bos_token
     first = reference_model.tokenizer.bos_token_id
     assert reference_model.encode(f"{begin}a") == reference_model.encode("a")
-    # Whoever writes two gets two, and without special tokens a text is as it is.
+    # A text with two gets two; without special tokens the text does not change.
     assert reference_model.encode(f"{begin}{begin}a")[:3].count(first) == 2
     assert reference_model.encode(f"{begin}a", special=False)[:2].count(first) == 1
 

@@ -1,4 +1,4 @@
-"""NaN and infinity end the request that they come from, and never reach another one."""
+"""NaN and infinity end the request that caused them, and never reach another one."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SIZES = {"slots": 64, "max_batch": 3, "step_tokens": 8, "cuda_graphs": False}
 TEXTS = [[t % POISON for t in text] for text in prompts(4, low=36, high=44, seed=6)]
 
 EVICTING = CachePolicy(preset="window", budget=6, sinks=0, prefill_chunk=4)
-"""Of a prompt of 40 tokens, whatever the first few leave behind is evicted before the last."""
+"""A policy under which the first tokens of a prompt of 40 tokens are evicted before its end."""
 
 
 @pytest.fixture(scope="module", params=[torch.nan, torch.inf], ids=["nan", "inf"])
@@ -45,7 +45,7 @@ SHARES = ((0.5, 1.2), (1.0, 0.8), (1.5, 1.0))
 
 
 def healthy(model: LoadedModel) -> list[GenerationRequest]:
-    """Requests that read slots of others: wide rows, blocks after evictions, unequal heads."""
+    """Requests that reuse slots of others: wide rows, blocks after evictions, unequal heads."""
     unequal = make_table(model.identity, head_share=SHARES, sinks=1, recent=1)
     wishes = [
         CachePolicy(preset="full"),
@@ -71,7 +71,7 @@ def said(stream: list[StepEvent]) -> list[tuple[int, float]]:
 
 
 def check_the_next(engine: Engine, model: LoadedModel) -> None:
-    """What the engine serves next is, bit for bit, what an engine that is new serves."""
+    """Check that the engine's next results equal those of a new engine bit for bit."""
     new = engine_for(model, kernels=engine.kernels, **SIZES)
     streams = []
     for one in (engine, new):
@@ -146,7 +146,7 @@ def test_a_cancelled_prompt_with_nan_does_not_affect_later_requests(
     engine.submit(one.model_copy(update={"time_limit_s": 50.0}))
     engine.step()
     engine.step()
-    # Two of the five pieces are read.
+    # Two of the five pieces have run.
     assert engine._prefilling is not None
     assert not engine._staging.row.values[1].isfinite().all()
     end(engine, clock)
@@ -157,7 +157,7 @@ def test_a_cancelled_prompt_with_nan_does_not_affect_later_requests(
 
 @pytest.fixture(scope="module")
 def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, int]:
-    """A model that goes wrong in the middle of a completion, and after how many tokens it does."""
+    """A model that returns NaN in the middle of a completion, and after how many tokens."""
     plain = tmp_path_factory.mktemp("plain")
     save_poisoned_llama(plain, POISON, value=0.0)
     engine = engine_for(load_model(str(plain), device="cpu", dtype="float32"), **SIZES)
@@ -179,7 +179,7 @@ def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, int]
 
 
 def check_turning(model: LoadedModel, count: int, kernels: str, turns: range) -> None:
-    """Requests go wrong while they decode, in the first, a middle and the last row."""
+    """Requests get NaN while they decode, in the first, a middle and the last row."""
     sizes = {**SIZES, "kernels": kernels}
     neighbour = healthy(model)[1]
     alone = engine_for(model, **sizes)
@@ -197,7 +197,7 @@ def check_turning(model: LoadedModel, count: int, kernels: str, turns: range) ->
         for name in ("turning 0", "turning 1"):
             check_failed(streams[name])
             assert len(tokens(streams[name])) == count
-        # In float32 logprobs may differ by the batch's size in the last bits; tokens do not.
+        # In float32 the last bits of logprobs may depend on the batch size; tokens do not.
         assert [t for t, _ in said(streams[neighbour.request_id])] == [t for t, _ in want]
     assert all_finite(engine)
     check_the_next(engine, model)
@@ -221,7 +221,7 @@ def test_a_completion_with_nan_fails_alone_in_the_triton_kernels(
     if DEVICE.type == "cuda":
         pytest.skip("the model is on the processor")
     with interpreting(settling, decode_programs, prefill_programs):
-        # The interpreter takes its time: the first and the last row, between which one goes on.
+        # The interpreter is slow, so only the first and the last row, with one between them.
         check_turning(*turning, "triton", range(1, 2))
 
 
@@ -247,7 +247,7 @@ def test_sampled_and_penalised_completions_fail_too(turning: tuple[LoadedModel, 
 
 
 def examples() -> list[Example]:
-    """Of unequal lengths, so that batches are padded."""
+    """Texts of unequal lengths, so that batches are padded."""
     return [
         Example(tuple(TEXTS[1][:20]), 12, tuple(range(8, 19))),
         Example(tuple(TEXTS[2][:34]), 25, tuple(range(8, 33))),
@@ -275,7 +275,7 @@ def test_texts_with_nan_do_not_affect_others_in_their_batch(model: LoadedModel, 
 
 @pytest.mark.parametrize("policies", [None, "evicting"])
 def test_padding_with_nan_does_not_affect_texts(policies: str | None, tmp_path: Path) -> None:
-    """Not even where the model makes NaN of every token that may pad, and of what follows."""
+    """Even if the model returns NaN for every possible padding token and for all later tokens."""
     save_poisoned_llama(tmp_path, 0)
     model = load_model(str(tmp_path), device="cpu", dtype="float32")
     made = [
@@ -291,7 +291,7 @@ def test_padding_with_nan_does_not_affect_texts(policies: str | None, tmp_path: 
     spoiled: list[bool] = []
 
     class Spoiling:
-        """What enters attention is NaN where the shorter text is padded."""
+        """The inputs of attention are NaN in the padding of the shorter text."""
 
         def __call__(self, layer, query, keys, values, scale):  # type: ignore[no-untyped-def]
             spoiled.append(True)

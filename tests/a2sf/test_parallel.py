@@ -1,4 +1,4 @@
-"""A model that processes share answers as it does in one, and what cannot be shared is refused."""
+"""A model shared by processes gives the same results; models that cannot be shared are refused."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ JOBS = (*LLAMAS, *families.SUPPORTED_ARCHITECTURES, "odd")
 
 
 def mixed(model: LoadedModel) -> list[GenerationRequest]:
-    """Few requests of as many methods, all of which evict."""
+    """A few requests with different methods, all of which evict."""
     table = make_table(
         model.identity,
         alpha=tuple(
@@ -73,7 +73,7 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each job serves: a model, requests as JSON, and which of them to cancel."""
+    """The jobs: a model, requests as JSON, and which of them to cancel."""
     made = {}
     for name in JOBS:
         directory = tmp_path_factory.mktemp("model")
@@ -103,7 +103,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def results(
     jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What two processes make of the jobs."""
+    """The results of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "jobs").write_text(json.dumps(jobs))
     worker = ("-m", "tests.a2sf.parallel_worker", str(folder / "jobs"), str(folder / "results"))
@@ -138,7 +138,7 @@ def test_two_processes_draw_the_same_tokens_as_one(
     assert got["held"] == [0, heads // 2]
     slots = config.head_slots(model.shape.num_layers, heads)
     mine, whole = (sum(sum(row[:end]) for row in slots) for end in (heads // 2, heads))
-    assert mine < whole - mine, "the other rank holds the wider heads"
+    assert mine < whole - mine, "the other rank holds the heads with more slots"
     slot_bytes = 2 * model.shape.head_dim * model.dtype.itemsize + 8
     assert alone.kv_slab_bytes == config.max_batch * whole * slot_bytes
     assert got["slab_bytes"] == [alone.kv_slab_bytes, config.max_batch * mine * slot_bytes]
@@ -158,7 +158,7 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(
 
 
 class Wire(Ranks):
-    """Messages of one process to itself: what the first rank tells is heard afterwards."""
+    """Messages of one process to itself: each sent message is received later."""
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, device=torch.device("cpu"))
@@ -197,7 +197,7 @@ def test_a_follower_applies_time_limits_by_the_first_ranks_clock(
     engine = LeadingEngine(tiny_model_64, SMALL, wire, clock=lambda: next(clock))
     texts = prompts(3, low=20, high=30)
     for name, text in enumerate(texts):
-        # No seed: the first rank chooses one for all.
+        # Without a seed, the first rank chooses one for all.
         engine.submit(
             request(str(name), text, time_limit_s=20.0 + 9 * name, sampling=Sampling(temperature=1))
         )
@@ -206,7 +206,7 @@ def test_a_follower_applies_time_limits_by_the_first_ranks_clock(
     reasons = {finished(stream).reason for stream in streams.values()}
     assert FinishReason.TIME_LIMIT in reasons
     assert 0 < min(len(tokens(stream)) for stream in streams.values()) < 20
-    # It compares what it draws with what the first rank has drawn, at every step.
+    # It compares its tokens with those of the first rank in every step.
     Follower(tiny_model_64, wire).run()
     assert not wire.messages
 

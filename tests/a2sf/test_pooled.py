@@ -1,4 +1,4 @@
-"""AdaKV's rule: the highest scores of all heads win a layer's slots, and the sum stays."""
+"""AdaKV's rule: the highest scores of all heads win a layer's slots; the sum does not change."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def settled(heads: int, layers: int = 1, length: int = 200, **wish: object) -> E
 
 
 def prompts(scores: np.ndarray) -> Slots:
-    """Whole prompts [rows, heads, tokens], in order, with such scores."""
+    """Whole prompts in order, with these scores [rows, heads, tokens]."""
     rows, heads, tokens = scores.shape
     slots = Slots.empty(
         rows=rows,
@@ -75,7 +75,7 @@ def written_out(scores: np.ndarray, policy: EffectivePolicy, floor: float) -> li
 def test_budgets_equal_the_rule_written_out(
     seed: int, heads: int, budget: int, floor: float
 ) -> None:
-    # No two scores alike: the sum of slots would be the same, but not who has them.
+    # All scores differ: ties would change the split between heads, but not the sum.
     scores = np.random.default_rng(seed).permutation(heads * 40).reshape(1, heads, 40) / 7
     policy = settled(heads, budget=budget)
     (found,) = dealt(scores, policy, floor)
@@ -86,7 +86,7 @@ def test_budgets_equal_the_rule_written_out(
 
 def test_a_head_with_all_the_highest_scores_gets_the_pool_minus_the_floor() -> None:
     scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None]
-    # 20 slots of which 4 are each head's own; of 32 the loser is sure of a fifth of 16.
+    # 20 slots per head, 4 of them reserved. Of the pool of 32, the loser gets a fifth of 16.
     assert dealt(scores, settled(2, budget=20), 0.2) == [[33, 7]]
     assert dealt(scores, settled(2, budget=20), 0.0) == [[36, 4]]
 
@@ -101,7 +101,7 @@ def test_rows_without_the_rule_and_short_prompts_keep_their_slots() -> None:
 def test_a_head_that_evicted_during_the_prompt_does_not_grow(
     seed: int, heads: int, budget: int, block: int
 ) -> None:
-    # What the last block of a prompt of 100 tokens leaves: of the older ones the newest, say.
+    # The state after the last block of a prompt of 100 tokens, with older tokens evicted.
     stored = budget - 1 + block
     scores = np.random.default_rng(seed).permutation(heads * stored).reshape(1, heads, stored) / 7
     policy = settled(heads, budget=budget)

@@ -1,4 +1,4 @@
-"""Texts whose prompts are known are predicted as those whose prompts are run."""
+"""Predictions with given prompts equal those with prompts that are run."""
 
 import random
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.tiny import save_poisoned_llama
 from tuner.objective import effective
 
 LENGTHS = ((14, 9), (40, 12), (30, 30), (25, 1))
-"""Tokens of each text and of its prompt; one ends with its prompt."""
+"""Number of tokens of each text and of its prompt; one text ends with its prompt."""
 
 WISHES = (
     CachePolicy(alpha=0.9, budget=7, recent=2),
@@ -29,7 +29,7 @@ WISHES = (
 def examples() -> list[Example]:
     rng = random.Random(2)
     return [
-        # Positions count in the prompt and behind it.
+        # Counted positions are in the prompt and after it.
         Example(tuple(rng.randrange(1, 256) for _ in range(length)), prompt, tuple(range(length)))
         for length, prompt in LENGTHS
     ]
@@ -114,7 +114,7 @@ def test_a_layer_input_can_be_combined_with_given_prompts(
 def test_padding_does_not_affect_texts_with_given_prompts(
     tmp_path: Path, examples: list[Example]
 ) -> None:
-    # Token 0 makes NaN of all that follows; no text has it, and padding would.
+    # Token 0 makes all later values NaN. No text has it; padding with 0 would.
     save_poisoned_llama(tmp_path, 0)
     model = load_model(str(tmp_path), device="cpu", dtype="float32")
     known = teacher.read_prompts(model, examples)

@@ -1,4 +1,4 @@
-"""A draw follows the filtered distribution, and depends on its own row and seed alone."""
+"""A draw follows the filtered distribution, and depends only on its own row and seed."""
 
 import hashlib
 import math
@@ -26,7 +26,7 @@ from a2sf.requests import Sampling
 CPU = torch.device("cpu")
 VOCAB = 32
 
-# Each is off in about half of the rows, so that every filter also comes alone.
+# Each is off in about half of the rows, so that every filter is also tested alone.
 wishes = st.builds(
     Sampling,
     repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
@@ -74,7 +74,7 @@ def draw(logits: Tensor, one: sampling.Row) -> int | None:
 def transformers_scores(
     logits: Tensor, wish: Sampling, prompt_ids: list[int], barred: list[int]
 ) -> Tensor:
-    """What transformers makes of one row, in the order of its own `generate`."""
+    """The result of transformers' filters for one row, in the order of its `generate`."""
     chain = LogitsProcessorList()
     if wish.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
@@ -135,7 +135,7 @@ def test_tokens_tied_with_the_kth_largest_stay_as_in_transformers() -> None:
 def test_on_a_tie_at_top_p_the_lowest_ids_stay() -> None:
     wish = Sampling(top_p=0.6)
     found = probabilities(torch.zeros(4), wish)
-    # Half is not enough and three quarters are; transformers leaves as many.
+    # 1/2 is not enough and 3/4 is; transformers keeps the same number of tokens.
     assert (found > 0).tolist() == [True, True, True, False]
     theirs = transformers_scores(torch.zeros(4), wish, [0], [])
     assert int(theirs.isfinite().sum()) == 3
@@ -165,7 +165,7 @@ def test_extreme_filters_keep_everything_or_only_the_top_token(wish: Sampling) -
 
 
 def noise_written_out(seed: int, draws: int, token: int) -> float:
-    """What a seed means, in whole numbers."""
+    """The generator's formula in Python integers."""
 
     def mix(value: int) -> int:
         value = (value ^ value >> 16) * 0x7FEB352D % 2**32
@@ -178,7 +178,7 @@ def noise_written_out(seed: int, draws: int, token: int) -> float:
     first, second = (int.from_bytes(part, "little") for part in (digest[:4], digest[4:]))
     low = mix(token ^ first)
     high = mix(low ^ second)
-    # The lower 32 bits count from the middle of their range.
+    # The lower 32 bits have an offset of 1/2.
     uniform = (high * 2**32 + (low + 2**31) % 2**32) / 2**64
     return -math.log1p(-min(max(uniform, 2**-64), 1 - 2**-53))
 
@@ -187,7 +187,7 @@ def noise_written_out(seed: int, draws: int, token: int) -> float:
 def test_random_numbers_equal_the_integer_formula(seed: int, draws: int) -> None:
     got = noise.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
     want = torch.tensor([noise_written_out(seed, draws, token) for token in range(3000)])
-    # The largest never win a race, and a float is coarse there.
+    # The largest numbers never win a race, and a float is coarse there.
     torch.testing.assert_close(got[want < 10], want.double()[want < 10], rtol=1e-3, atol=0)
 
 
@@ -205,7 +205,7 @@ def test_random_numbers_are_exponential_and_differ_by_draw() -> None:
 
 
 def one_row_written_out(logits: Tensor, wish: Sampling, seed: int, draws: int) -> int:
-    """One row's draw on its own, filter by filter."""
+    """The draw of one row, written out filter by filter."""
     if wish.temperature == 0.0:
         return int(logits.argmax())
     scaled = logits.float() / wish.temperature
@@ -307,7 +307,7 @@ def test_equal_seeds_repeat_draws_and_other_seeds_do_not() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40])
 def test_greedy_draws_the_most_likely_token_with_the_lowest_id(temperature: float) -> None:
     wish = Sampling(temperature=temperature)
-    # Beside a row that draws, too.
+    # Also together with a row that is not greedy.
     rows = [row(wish, vocab_size=3), row(Sampling(), vocab_size=3)]
     logits = torch.tensor([[0.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
     assert sampling.Batch(rows, CPU).draw(logits)[0] == 1
@@ -318,7 +318,7 @@ def test_a_drawn_token_is_penalised_in_later_draws() -> None:
     one = row(Sampling(temperature=0.0, repetition_penalty=2.0), [3], vocab_size=4)
     batch = sampling.Batch([one], CPU)
     logits = torch.tensor([[2.0, 3.0, 2.5, 4.0]])
-    # 3 was in the prompt and counts half; so does each token once drawn, and only once.
+    # 3 was in the prompt, so its logit is halved. A drawn token's logit is halved too, only once.
     assert [draw_and_note(batch, [one], logits)[0] for _ in range(5)] == [1, 2, 0, 3, 3]
     assert logits.tolist() == [[2.0, 3.0, 2.5, 4.0]]
 
@@ -381,7 +381,7 @@ NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_no_token_is_drawn_from_logits_that_are_not_finite(
     wish: dict[str, Any], barred: tuple[int, ...], places: list[int], value: float
 ) -> None:
-    """Not even where a filter or a ban takes away just what is not finite."""
+    """Even if a filter or a ban removes exactly the values that are not finite."""
     logits = random_logits(1)
     logits[0, places] = value
     one = row(Sampling(**wish), barred=barred, barred_draws=1)

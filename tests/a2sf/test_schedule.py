@@ -1,4 +1,4 @@
-"""Whatever else happens in the engine, and when: a request gets what it would get alone."""
+"""A request gets the tokens of its solo run, whatever else the engine does."""
 
 import math
 import random
@@ -28,10 +28,10 @@ from tests.near_ties import TOLERANCE, Parting, Recorder, parting
 SIZES: dict[str, Any] = {"slots": 168, "max_batch": 5, "max_waiting": 1000, "step_tokens": 50}
 
 SHAPED = SIZES | {"slots": 216, "head_share": ((1.0, 1.5), (2.0, 1.0), (1.0, 1.2))}
-"""Rows dealt among heads, of which the narrowest has as many slots as every head has of `SIZES`."""
+"""Rows with unequal heads; the narrowest head has as many slots as every head of `SIZES`."""
 
 SHARE = {torch.float64: 0.0, torch.float32: 0.01, torch.bfloat16: 0.05}
-"""Of the requests, the most that may part from their solo runs at near-ties."""
+"""Largest share of requests that may differ from their solo runs at near-ties."""
 
 
 def alone(model: LoadedModel, one: GenerationRequest) -> list[Event]:
@@ -41,7 +41,7 @@ def alone(model: LoadedModel, one: GenerationRequest) -> list[Event]:
 
 
 def told(stream: list[Event]) -> list[object]:
-    """All that a stream says, but for times, logprobs and the seed, which may be a fresh one."""
+    """The content of a stream without times, logprobs and the seed, which may be new."""
     said: list[object] = []
     for event in stream:
         if isinstance(event, Finished):
@@ -61,9 +61,9 @@ def logprobs(stream: list[Event]) -> list[float]:
 def hold_to_the_promise(
     model: LoadedModel, count: int, seed: int, sizes: dict[str, Any] = SIZES
 ) -> list[Parting]:
-    """Serve random requests together and alone; return the near-ties at which they part.
+    """Serve random requests together and alone; return the near-ties at which they differ.
 
-    `sizes` are those of the engine where they are together.
+    `sizes` are the sizes of the engine that serves them together.
     """
     made = any_requests(model, count, seed)
     rng = random.Random(seed)
@@ -80,7 +80,7 @@ def hold_to_the_promise(
         cancelled = not stream or not isinstance(stream[-1], Finished)
         assert name in doomed or not cancelled
         ends[state(stream) if cancelled else finished(stream).reason] += 1
-        # With rounding out of play it does not even matter in which pieces a prompt is read.
+        # In float64 even the pieces of a prompt do not matter.
         pieces = {"step_tokens": 512} if exact else {}
         solo = Recorder(engine_for(model, **SIZES | pieces))
         solo.engine.submit(one)
@@ -94,7 +94,7 @@ def hold_to_the_promise(
                 assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
                 partings.append(parted)
                 continue
-        # Of a cancelled request nothing more is said, but what was said holds.
+        # A cancelled request emits nothing more, but its earlier events are correct.
         said, whole = told(stream), told(own)
         assert said == (whole[: len(said)] if cancelled else whole), f"request {name}"
         if exact:
@@ -190,7 +190,7 @@ def test_running_streams_get_a_token_in_every_step_while_long_prompts_wait(
         got.update(e.request_id for e in engine.step() if isinstance(e, Delta) and e.token_ids)
         assert got["one"] == got["two"]
     assert got["one"] == 60
-    # One block a step: beside them the queue moves as fast as it would without them.
+    # One block per step: the queue advances as fast as without running streams.
     assert len(got) - 2 == served
 
 
@@ -210,7 +210,7 @@ def test_a_waiting_prompt_takes_the_first_free_row_and_advances_in_every_step(
             seen.setdefault(f"{event.request_id} {kind}", []).append(step)
     assert seen["short Finished"] == [10]
     assert seen["late Started"] == [11]
-    # Four blocks: 16 + 16 + 16 + 2 tokens, the last of which brings the first token.
+    # Four blocks of 16 + 16 + 16 + 2 tokens; the last one gives the first token.
     assert seen["late Delta"] == [14, 15, 16, 17, 18]
     assert seen["longer Delta"] == list(range(3, 40))
 
@@ -259,7 +259,7 @@ def test_requests_may_be_submitted_while_the_events_of_a_step_are_read(
         for event in engine.step():
             streams[event.request_id].append(event)
             if isinstance(event, Finished):
-                # Its name is free already, and so is its row.
+                # Its id and its row are already free.
                 engine.submit(made[event.request_id])
                 engine.cancel(event.request_id)
                 if (one := next(order, None)) is not None:

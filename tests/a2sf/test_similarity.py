@@ -1,4 +1,4 @@
-"""How much of an attention row eviction leaves: against rows written out one by one."""
+"""The similarity of attention rows equals a computation with rows written out one by one."""
 
 import math
 from typing import Any
@@ -103,7 +103,7 @@ def test_it_is_the_cosine_of_the_retained_row_and_the_full_row(
     policy = settle(tiny_model_64, **wish)
     other = settle(tiny_model_64, preset="h2o", budget=20, prefill_chunk=policy.prefill_chunk)
     example = Example(TEXT, PROMPT, counted)
-    # Rows of other lengths and policies ride along, which must leave no trace.
+    # Rows of other lengths and policies in the batch must have no effect.
     beside = [Example(TEXT[:30], 29, (5, 28)), Example(TEXT + TEXT[:8], 4, (9,))]
     mine, *_ = teacher.predict(
         tiny_model_64, [example, *beside], [policy, other, other], similarity=True

@@ -1,4 +1,4 @@
-"""Passes of which most is known: heads that evict alone, from their layer upward."""
+"""Partial passes: heads that evict alone, from their layer upward."""
 
 import random
 
@@ -25,7 +25,7 @@ def examples() -> list[Example]:
 
 
 def alone(model: LoadedModel, layer: int, head: int) -> EffectivePolicy:
-    """One head keeps eight tokens, by its scores; all others keep everything."""
+    """One head keeps eight tokens by score; all others keep everything."""
     policy = effective(CachePolicy(alpha=0.9, budget=LENGTH, recent=2, sinks=1), model, LENGTH)
     budgets = [list(row) for row in policy.head_budgets]
     budgets[layer][head] = 8
@@ -34,7 +34,7 @@ def alone(model: LoadedModel, layer: int, head: int) -> EffectivePolicy:
 
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows went through each layer that was walked."""
+    """The number of rows in each layer that was scanned."""
     rows: list[int] = []
     honest = decoding.walk_texts
 
@@ -70,7 +70,7 @@ def test_heads_that_evict_alone_share_one_pass_from_their_layer_on(
             entering=teacher.Entering(layer, tuple(below.hidden[i] for i in rows)),
             prompts=[known[i] for i in rows],
         )
-        assert walked == [len(rows)], "one layer is walked"
+        assert walked == [len(rows)], "only one layer is scanned"
         for head in heads:
             part = together[head * len(examples) : (head + 1) * len(examples)]
             whole = teacher.predict(
@@ -86,7 +86,7 @@ def test_layers_without_evictions_equal_the_law(
     policy = alone(tiny_model_64, 1, 0)
     plain = teacher.predict(tiny_model_64, examples, [policy] * 2)
     assert walked == [2]
-    # Where attention rows are compared, the law is carried out in every layer.
+    # With similarity, the law runs in every layer.
     lawful = teacher.predict(tiny_model_64, examples, [policy] * 2, similarity=True)
     assert walked == [2] * 4
     torch.testing.assert_close(logits(plain), logits(lawful), rtol=1e-11, atol=1e-11)
@@ -101,7 +101,7 @@ def test_layers_without_evictions_equal_the_law(
 def test_a_head_with_fewer_slots_than_the_mean_is_scored(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
-    """Though the mean budget is the whole text, one head's evictions hang on its attention."""
+    """The mean budget is the whole text, but one head evicts by its attention."""
     by_alpha = [
         alone(tiny_model, 1, 0).model_copy(update={"alpha": ((alpha,) * 2,) * 3})
         for alpha in (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Text comes out whole: every character, no stop string, whatever the tokens."""
+"""Streamed text has whole characters and no stop string, for any tokens."""
 
 import codecs
 from typing import Any
@@ -59,15 +59,15 @@ def test_a_stop_string_ends_the_text_before_it_and_never_leaks(text: str, stop: 
     st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
     st.integers(0, 20),
 )
-@example("aab", ["ab", "aab"], 2)  # "ab" begins before the second token ends and counts
-@example("xab!", ["ab", "xab!"], 3)  # "ab" is complete too early, what holds it is not
+@example("aab", ["ab", "aab"], 2)  # "ab" ends after the second token, so it counts
+@example("xab!", ["ab", "xab!"], 3)  # "ab" ends too early, "xab!" does not
 def test_a_stop_string_counts_only_after_min_new_tokens(
     text: str, stop: list[str], min_new_tokens: int
 ) -> None:
     tokens = TOKENIZER(text).input_ids
     joined, _, matched = stream_of(tokens, tuple(stop), min_new_tokens)
     for end in range(1, len(text) + 1):
-        # A character is settled by the last of its tokens.
+        # A character is complete after the last of its tokens.
         read = text[:end]
         found = [s for s in stop if read.endswith(s)]
         if found and len(TOKENIZER(read).input_ids) > min_new_tokens:
@@ -99,7 +99,7 @@ def pieces_of(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
 
 
 def at_once(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
-    """What the tokenizer makes of `ids` behind a prompt: what they add to the prompt's own text."""
+    """The tokenizer's decoding of `ids` after a prompt: the text that they add."""
     before = tokenizer.backend_tokenizer.decode(prompt)
     both: str = tokenizer.backend_tokenizer.decode([*prompt, *ids])
     shared = (i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b)
@@ -107,7 +107,7 @@ def at_once(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
 
 
 def by_characters(tokenizer: Any, ids: list[int]) -> str:
-    """What tokens read as behind a text, where each byte that belongs to no character is U+FFFD."""
+    """The decoding of tokens after a text, with U+FFFD for each byte outside any character."""
     text, run = "", b""
     for token in ids:
         name = tokenizer.convert_ids_to_tokens(token)
@@ -128,7 +128,7 @@ def test_pieces_join_to_the_tokenizer_s_decoding_of_all_tokens(
     kind: str, data: st.DataObject
 ) -> None:
     tokenizer = KINDS[kind]
-    # A few more ids than there are tokens: models have padded vocabularies.
+    # A few more ids than tokens, because models have padded vocabularies.
     ids = st.lists(st.integers(0, len(tokenizer) + 3), max_size=40)
     prompt, new = data.draw(ids), data.draw(ids)
     joined = "".join(pieces_of(tokenizer, prompt, new))
@@ -166,7 +166,7 @@ def test_valid_or_invalid_byte_runs_equal_the_tokenizer_s_decoding(
     ids: list[int] = []
     for part in parts:
         known = isinstance(part, str) and part in tokenizer.get_vocab()
-        # A word after each, for the tokenizer judges all bytes in a row together.
+        # Followed by a word, because the tokenizer decodes a run of bytes together.
         ids += word_ids(str(part)) if known else [*byte_ids(part), *word_ids("b")]
     prompt = tokenizer("hi there").input_ids
     assert "".join(pieces_of(tokenizer, prompt, ids)) == at_once(tokenizer, prompt, ids)
@@ -199,7 +199,7 @@ def test_a_character_that_starts_in_the_prompt_is_returned_whole(
     letter = tokenizer.convert_tokens_to_ids("a")
     prompt = [letter, *cut[:2]]
     assert pieces_of(tokenizer, prompt, [cut[2], letter]) == ["☃", "a", ""]
-    # Where it does not, the half is the prompt's own.
+    # Otherwise the incomplete character belongs to the prompt.
     assert pieces_of(tokenizer, prompt, [letter]) == ["a", ""]
 
 
@@ -217,7 +217,7 @@ def test_a_real_replacement_character_at_the_end_is_sent(kind: str) -> None:
 
 
 def test_invalid_bytes_are_not_withheld_for_long() -> None:
-    # Each byte is settled by the next one, whatever came before.
+    # Each byte is returned when the next one arrives.
     wrong = TOKENIZER.convert_tokens_to_ids("ÿ")
     assert pieces_of(TOKENIZER, [65], [wrong] * 50) == ["", *["\ufffd"] * 50]
     assert pieces_of(BYTE_FALLBACK, [1], byte_ids(b"\xff") * 50) == [*["\ufffd"] * 50, ""]

@@ -1,4 +1,4 @@
-"""torch gets the processors that it is granted, not those that it sees."""
+"""torch uses the processors of the container's quota, not all of the machine."""
 
 import os
 import subprocess

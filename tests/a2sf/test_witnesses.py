@@ -1,4 +1,4 @@
-"""With room for all tokens the engine equals transformers; without, it equals the definitions."""
+"""With room for all tokens the engine equals transformers; with evictions, the definitions."""
 
 import random
 from typing import Any
@@ -82,15 +82,15 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
 
 
 SHARES = ((0.8, 1.7), (1.0, 0.7), (2.5, 1.0))
-"""Of the tiny models' layers and heads."""
+"""One number per layer and head of the tiny models."""
 
 
 def simulate_and_compare(
     model: LoadedModel, directory: Any, prompt: list[int], steps: int, **policy: Any
 ) -> int:
-    """Compare with the masking simulation; return how many tokens were decided clearly.
+    """Compare with the masking simulation; return the number of tokens without a near-tie.
 
-    `directory` is the model's, or the simulation that was made of it.
+    `directory` is the model's directory, or a simulation made from it.
     """
     table = make_table(model.identity, **policy)
     engine = engine_for(model)
@@ -113,7 +113,7 @@ def simulate_and_compare(
     )
     for index, (mine, (theirs, gap)) in enumerate(zip(tokens(stream), simulated, strict=True)):
         if gap <= 1e-5:
-            return index  # a near-tie may fall either way, and all that follows with it
+            return index  # a near-tie may go either way, and so may all later tokens
         assert mine == theirs, f"token {index} differs at a gap of {gap:.2g}"
     return steps
 

@@ -1,4 +1,4 @@
-"""A GGUF file's header is read as the gguf library reads it, and what is not whole is named."""
+"""A GGUF file's header is read as in the gguf library, and truncated files are refused."""
 
 import struct
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_truncated_files_are_refused_by_name(share: float, path: Path, tmp_path:
 
 def test_wrong_lengths_are_refused(path: Path, tmp_path: Path) -> None:
     lying = tmp_path / "lying.gguf"
-    for field in (8, 16, 24):  # how many tensors, how many settings, the length of the first key
+    for field in (8, 16, 24):  # number of tensors, number of settings, length of the first key
         content = bytearray(path.read_bytes())
         content[field : field + 8] = struct.pack("<Q", 2**62)
         lying.write_bytes(content)
@@ -107,7 +107,7 @@ def test_a_part_of_a_split_file_is_refused_by_name(path: Path, tmp_path: Path) -
 def test_an_unsupported_tensor_type_is_refused_by_name(
     number: int, name: str, path: Path, tmp_path: Path
 ) -> None:
-    # The type of the first tensor stands behind its name and two sizes.
+    # The type of the first tensor follows its name and two sizes.
     content = bytearray(path.read_bytes())
     tensor = GGUFReader(path).tensors[0]
     at = content.index(tensor.name.encode(), 1000) + len(tensor.name) + 4 + 8 * len(tensor.shape)

@@ -1,4 +1,4 @@
-"""A model in a GGUF file computes what the checkpoint computes that the file was written from."""
+"""A model in a GGUF file computes the same as the checkpoint from which the file was written."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ TEXT = [5, 80, 17, 200, 41, 99, 3, 3, 120, 64, 250, 7]
 
 
 def logits(model: LoadedModel, text: list[int] = TEXT) -> torch.Tensor:
-    """Ours along `text` [tokens, vocab], with plain attention in the place of a cache."""
+    """Our logits along `text` [tokens, vocab], with plain attention instead of a cache."""
 
     def attend(
         layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -127,7 +127,7 @@ def test_quantised_weights_are_unpacked_to_their_values(
 def test_transformers_reads_the_same_model_from_the_same_file(
     family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
-    # Its reader is another program's work; it takes the size of a head from this key alone.
+    # transformers' reader takes the size of a head only from this key.
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family)
     own = {"llama__rope__dimension_count": 16} if family is LlamaConfig else {}
     path = save_gguf(
@@ -151,7 +151,7 @@ def test_k_quants_are_unpacked_as_in_another_library(kind: str, tmp_path: Path) 
     for start in where:
         blocks[:, start : start + 2] = scale
     path = save_gguf(checkpoint, tmp_path / "m.gguf", tensors={"blk.0.ffn_up.weight": None})
-    # The library quantises to no K-quant, so that the blocks are made here.
+    # The library cannot quantise to K-quants, so the blocks are made here.
     path = with_raw_tensor(path, tmp_path / "k.gguf", "blk.0.ffn_up.weight", blocks, type_)
     want = dequantize(torch.from_numpy(blocks.reshape(-1)), type_.value).reshape(96, 256)
     weight = load(path, pack=False).module.model.layers[0].mlp.up_proj.weight
@@ -162,7 +162,7 @@ def test_k_quants_are_unpacked_as_in_another_library(kind: str, tmp_path: Path) 
 def with_raw_tensor(
     source: Path, path: Path, name: str, blocks: Any, kind: GGMLQuantizationType
 ) -> Path:
-    """Copy a GGUF file and add a tensor that is packed already."""
+    """Copy a GGUF file and add an already packed tensor."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, "llama")
     for key, field in reader.fields.items():

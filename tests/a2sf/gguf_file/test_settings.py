@@ -1,4 +1,4 @@
-"""A file's settings become a configuration, and what would be computed wrongly is refused."""
+"""A file's settings become a configuration, and unsupported settings are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
     told = read_outline(str(path), device_type="cpu")
     assert (told.shape.num_layers, told.shape.num_kv_heads, told.shape.vocab_size) == (3, 2, 272)
-    # Weights that say nothing are weights that nobody has read.
+    # The weights are overwritten: a plan must not read them.
     from a2sf.gguf_file.header import Header
 
     first = min(tensor.start for tensor in Header("m", path).tensors.values())

@@ -1,4 +1,4 @@
-"""A GGUF file's vocabulary cuts text as the model that it was trained with, or is refused."""
+"""A GGUF file's vocabulary splits text as in the model's training, or is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.tiny import BOS, EOS
 
 TEXT = "I'LL see\n\n12 1234  x"
 
-# By hand, from the regular expressions that llama.cpp and the models' own tokenizer.json have.
+# Derived by hand from the regular expressions in llama.cpp and in the models' tokenizer.json.
 PIECES = {
     "gpt-2": "I|'|LL| see|\n|\n|12| 1234| | x",
     "smollm": "I|'|LL| see|\n\n|1|2| |1|2|3|4| | x",
@@ -143,7 +143,7 @@ SPM = {
     "pre": "default",
     "tokens": SPM_TOKENS,
     "token_type": [2, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 10],
-    # Of "abc" the half "bc" is better than "ab", and what is made of "▁" and "a" comes last.
+    # In "abc", the token "bc" is better than "ab", and "▁a" is the worst.
     "scores": [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -3.0, -1.0, -5.0, -8.0, -4.0, -2.0],
     "merges": None,
     "bos_token_id": 1,
