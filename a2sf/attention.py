@@ -1,10 +1,11 @@
 """The block law for one forward pass: trims, placements, attention and scores.
 
-Owns `attend` (the output of a block's queries), `mass` (the sum of their attention weights) and the
-two passes built from them: `BlockPass` for the blocks of prompts and `DecodePass` for one token per
-row, with `end_prompt` between them. A pass first chooses the slots of the new tokens in all layers.
-Then each layer passes in its projected, rotated queries, keys and values and receives the attention
-output. A faster `BlockAttention` can replace `attend` and `mass`. Knows nothing of models.
+Owns `attend` (the output of a block's queries), `attention_sum` (the sum of their attention
+weights) and the two passes built from them: `BlockPass` for the blocks of prompts and `DecodePass`
+for one token per row, with `end_prompt` between them. A pass first chooses the slots of the new
+tokens in all layers. Then each layer passes in its projected, rotated queries, keys and values and
+receives the attention output. A faster `BlockAttention` can replace `attend` and `attention_sum`.
+Knows nothing of models.
 """
 
 import math
@@ -87,7 +88,7 @@ def attend_causally(query: Tensor, keys: Tensor, values: Tensor, scale: float) -
     )
 
 
-def mass(
+def attention_sum(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -120,8 +121,8 @@ def mass(
         unseen = position[:, :, None, :] > query_position[:, None, tile, None]
         logits = (q @ transposed).view(rows, kv_heads, group, -1, slots)
         logits = logits.masked_fill_(unseen[:, :, None], -math.inf)
-        paid = torch.softmax(logits, dim=-1, dtype=precision).float().sum(dim=2)
-        total += (weights[:, :, None, tile] @ paid).squeeze(2)
+        probabilities = torch.softmax(logits, dim=-1, dtype=precision).float().sum(dim=2)
+        total += (weights[:, :, None, tile] @ probabilities).squeeze(2)
     return total
 
 
@@ -152,7 +153,7 @@ class BlockAttention(Protocol):
 
         Returns:
             The output [rows, H_q, width, D] in the query's dtype, and [rows, H_kv, slots] float32
-            as from `mass`, or None if `counted` is 0.
+            as from `attention_sum`, or None if `counted` is 0.
         """
         ...
 
@@ -175,7 +176,7 @@ def attend_and_charge(
     if not counted:
         return output, None
     query, query_position = query[:, :, -counted:], query_position[:, -counted:]
-    return output, mass(query, query_position, keys, position, weights, scale)
+    return output, attention_sum(query, query_position, keys, position, weights, scale)
 
 
 class BlockPass:
@@ -260,7 +261,7 @@ class BlockPass:
         """
         slots = self._slots
         slots.write(layer, self._placed[layer], keys, values)
-        output, paid = self._attention(
+        output, sums = self._attention(
             query,
             self._position,
             slots.keys[layer],
@@ -270,8 +271,8 @@ class BlockPass:
             scale,
             in_order=self._in_order,
         )
-        if paid is not None:
-            slots.score[layer] += paid
+        if sums is not None:
+            slots.score[layer] += sums
         return output
 
 
@@ -369,11 +370,11 @@ class _Step:
         logits = grouped @ stored_keys.transpose(2, 3)
         logits = logits.masked_fill_(self._empty[layer], -math.inf)
         precision = torch.promote_types(query.dtype, torch.float32)
-        paid = torch.softmax(logits, dim=-1, dtype=precision)
+        probabilities = torch.softmax(logits, dim=-1, dtype=precision)
         if self._scored:
-            gained = paid.float().sum(dim=2)
+            gained = probabilities.float().sum(dim=2)
             if self._accumulating is not None:
                 gained = gained * self._accumulating
             slots.score[layer].add_(gained)
-        output = paid.to(values.dtype) @ stored_values
+        output = probabilities.to(values.dtype) @ stored_values
         return output.view(rows, q_heads, 1, dim)

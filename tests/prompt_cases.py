@@ -61,11 +61,13 @@ def check_mass(
     if known:
         exact = query.double(), at, keys.double(), position
         lse = _normalisers(*exact, 0.4).float()
-    want = attention.mass(query.double().contiguous(), at, keys.double(), position, weights, 0.4)
+    want = attention.attention_sum(
+        query.double().contiguous(), at, keys.double(), position, weights, 0.4
+    )
     # Elements beyond a row's length or in an empty slot must not be used.
     query[(weights == 0).all(dim=1)[:, None].expand(-1, kv_heads * group, -1)] = torch.nan
     keys[position == EMPTY] = torch.nan
-    got = prefill.mass(query, at, keys, position, weights, 0.4, lse)
+    got = prefill.attention_sum(query, at, keys, position, weights, 0.4, lse)
     torch.testing.assert_close(got, want, rtol=SCORE_TOLERANCE, atol=1e-6)
 
 

@@ -103,10 +103,10 @@ def attend_slots(
         # Never -inf: there is a live slot in the tile, or the new token.
         higher = tl.maximum(highest, tl.max(tile, axis=1))
         shrink = tl.exp2(highest - higher)
-        paid = tl.exp2(tile - higher[:, None])
-        total = total * shrink + tl.sum(paid, axis=1)
+        weights = tl.exp2(tile - higher[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(values + there, mask=loaded, other=0.0, eviction_policy=EVICTION)
-        got = tl.dot(paid.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
+        got = tl.dot(weights.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
         highest = higher
 
     divisor = tl.where(total > 0.0, total, 1.0)

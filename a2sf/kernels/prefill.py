@@ -1,8 +1,8 @@
 """Attention and scores of a prompt's blocks in one layer, on GPUs.
 
 Owns `attend_and_charge`, an `attention.BlockAttention` with flash attention for tokens in order,
-and `mass`, the same function as `attention.mass` without storing attention rows. Needs Triton
-(extra `gpu`). Knows nothing of the block law: the caller passes the weights of the queries.
+and `attention_sum`, the same function as in `attention` without storing attention rows. Needs
+Triton (extra `gpu`). Knows nothing of the block law: the caller passes the weights of the queries.
 """
 
 import math
@@ -53,7 +53,7 @@ def attend_and_charge(
     counted = weights.shape[2]
     if not counted:
         return output, None
-    return output, mass(
+    return output, attention_sum(
         query[:, :, -counted:],
         query_position[:, -counted:],
         keys,
@@ -89,7 +89,7 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Te
     return output, lse
 
 
-def mass(
+def attention_sum(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -134,7 +134,7 @@ def mass(
     else:
         each = weights.log2().repeat_interleave(q_heads // kv_heads, dim=1)
         normalisers = (lse * math.log2(math.e) - each).contiguous()
-    paid = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
+    sums = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
     tile = tile_slots(dim)
     sizes = (scale * math.log2(math.e), width, slots)
     strides = (*query.stride()[:3], *keys.stride()[:2], *position.stride()[:2])
@@ -163,16 +163,16 @@ def mass(
                 *strides,
                 **common,
             )
-        prefill_programs.charge[rows * kv_heads, triton.cdiv(slots, tile)](
+        prefill_programs.sum_attention[rows * kv_heads, triton.cdiv(slots, tile)](
             query,
             query_position,
             keys,
             position,
             normalisers,
             first_counted,
-            paid,
+            sums,
             *sizes,
             *strides,
             **common,
         )
-    return paid
+    return sums

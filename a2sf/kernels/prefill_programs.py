@@ -1,9 +1,9 @@
 """Triton programs for the scores of a prompt's block: attention weights summed over queries.
 
-`normalise` reads the keys once per tile of queries and computes the softmax's normalisers. `charge`
-reads the queries with a weight above 0 once per tile of slots and sums their attention weights. No
-matrix of queries x slots is stored. Knows nothing of values or of the block law; `prefill` launches
-them.
+`normalise` reads the keys once per tile of queries and computes the softmax's normalisers.
+`sum_attention` reads the queries with a weight above 0 once per tile of slots and sums their
+attention weights. No matrix of queries x slots is stored. Knows nothing of values or of the block
+law; `prefill` launches them.
 """
 
 # Triton types its own; what it takes as constants at compile time is capitalised.
@@ -94,14 +94,14 @@ def normalise(
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
-def charge(
+def sum_attention(
     query,
     query_position,
     keys,
     position,
     normalisers,
     first_counted,
-    paid,
+    sums,
     scale,
     width,
     slots,
@@ -119,7 +119,7 @@ def charge(
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Write the summed attention weights of a tile of slots: `paid` [pairs, slots] float32."""
+    """Write the summed attention weights of a tile of slots: `sums` [pairs, slots] float32."""
     pair = tl.program_id(0).to(tl.int64)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
@@ -161,4 +161,4 @@ def charge(
             counts = (where[None, :] <= at[:, None]) & (normaliser < float("inf"))[:, None]
             tile = tl.where(counts, tile - normaliser[:, None], float("-inf"))
             total += tl.sum(tl.exp2(tile), axis=0)
-    tl.store(paid + pair * slots + n, total, mask=live)
+    tl.store(sums + pair * slots + n, total, mask=live)

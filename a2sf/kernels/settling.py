@@ -116,11 +116,11 @@ def settle(
         is_new = n == slot
         now = tl.load(scores + n, mask=live, other=0.0)
         if SCORED:
-            mass = tl.zeros([BLOCK], tl.float32)
+            attention_sum = tl.zeros([BLOCK], tl.float32)
             for g in tl.static_range(GROUP):
                 logit = tl.load(logits + g * room + n, mask=live, other=float("-inf"))
-                mass += tl.exp2(logit - tl.load(lse + g))
-            now = tl.where(is_new, fresh, now * factor) + mass * counted
+                attention_sum += tl.exp2(logit - tl.load(lse + g))
+            now = tl.where(is_new, fresh, now * factor) + attention_sum * counted
             tl.store(scores + n, now, mask=live)
         else:
             now = tl.where(is_new, fresh, now)

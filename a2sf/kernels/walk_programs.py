@@ -300,16 +300,16 @@ def _exponentials(logits, bits, first, held):
 
 
 @njit(fastmath=_SUMS)
-def _weighted(paid, group, room, dim, values, held, total):
-    """Write paid [group, room] times values [held, dim] to total [group, dim]."""
+def _weighted(weights, group, room, dim, values, held, total):
+    """Write weights [group, room] times values [held, dim] to total [group, dim]."""
     for i in range(group * dim):
         total[i] = float32(0.0)
     whole = held & ~7
     for s in range(0, whole, 8):
         for g in range(group):
             at = g * room + s
-            p0, p1, p2, p3 = paid[at], paid[at + 1], paid[at + 2], paid[at + 3]
-            p4, p5, p6, p7 = paid[at + 4], paid[at + 5], paid[at + 6], paid[at + 7]
+            p0, p1, p2, p3 = weights[at], weights[at + 1], weights[at + 2], weights[at + 3]
+            p4, p5, p6, p7 = weights[at + 4], weights[at + 5], weights[at + 6], weights[at + 7]
             to = g * dim
             for d in range(dim):
                 v = s * dim + d
@@ -325,25 +325,25 @@ def _weighted(paid, group, room, dim, values, held, total):
                 )
     for s in range(whole, held):
         for g in range(group):
-            p = paid[g * room + s]
+            p = weights[g * room + s]
             for d in range(dim):
                 total[g * dim + d] += p * _wide(values[s * dim + d])
 
 
 @njit
-def _accumulate(score, held, paid, group, room, shares, alpha):
-    """Decay the scores and add the group's attention weights; `shares` [group] normalise `paid`.
+def _accumulate(score, held, weights, group, room, shares, alpha):
+    """Decay the scores and add the group's attention weights; `shares` [group] normalise `weights`.
 
     Rounds like the reference: after the decay, and after the sum over the group.
     """
     for s in range(held):
-        paid[s] = paid[s] * shares[0]
+        weights[s] = weights[s] * shares[0]
     for g in range(1, group):
         share, at = shares[g], g * room
         for s in range(held):
-            paid[s] += paid[at + s] * share
+            weights[s] += weights[at + s] * share
     for s in range(held):
-        score[s] = score[s] * alpha + paid[s]
+        score[s] = score[s] * alpha + weights[s]
 
 
 @njit
@@ -356,7 +356,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
     score = _floats(call.score + 4 * head.marks)
     score_bits = _integers(call.score + 4 * head.marks)
     position = _integers(call.position + 4 * head.marks)
-    paid, paid_bits = _floats(scratch), _integers(scratch)
+    weights, weight_bits = _floats(scratch), _integers(scratch)
     scaled = _floats(scratch + 4 * group * room)
     total = _floats(scratch + 4 * group * (room + dim))
     shares = _floats(scratch + 4 * group * (room + 2 * dim))
@@ -375,10 +375,10 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
             q = g * call.query_head + place * call.query_token
             for d in range(dim):
                 scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
-        _logits(scaled, group, dim, stored_keys, held, paid, room)
+        _logits(scaled, group, dim, stored_keys, held, weights, room)
         for g in range(group):
-            shares[g] = float32(1.0) / _exponentials(paid, paid_bits, g * room, held)
-        _weighted(paid, group, room, dim, stored_values, held, total)
+            shares[g] = float32(1.0) / _exponentials(weights, weight_bits, g * room, held)
+        _weighted(weights, group, room, dim, stored_values, held, total)
         for g in range(group):
             o = g * call.output_head + place * call.output_token
             for d in range(dim):
@@ -388,7 +388,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         if head.random_seed >= 0:
             score[slot] = random_score(head.random_seed, head.number, at)
         if head.scored:
-            _accumulate(score, held, paid, group, room, shares, head.alpha)
+            _accumulate(score, held, weights, group, room, shares, head.alpha)
         if call.kept:
             seen = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
             for s in range(call.kept_side):

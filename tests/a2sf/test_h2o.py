@@ -39,10 +39,10 @@ def heavy_hitters(
         for member in range(group):
             seen = np.flatnonzero(alive[: now + 1])
             logits = k[seen] @ q[member, now] / np.sqrt(dim)
-            paid = np.exp(logits - logits.max())
-            paid /= paid.sum()
-            outputs[member, now] = paid @ v[seen]
-            total[seen] += paid
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            outputs[member, now] = weights @ v[seen]
+            total[seen] += weights
         if now == prompt - 1:
             shrink(prompt, budget)
         kept.append(set(np.flatnonzero(alive).tolist()))

@@ -25,7 +25,7 @@ POINTERS = {
     "*i32": "position",
     "*u8": "seen",
     "*fp64": "alpha",
-    "*fp32": "score logits lse split_lse split_output weights normalisers paid",
+    "*fp32": "score logits lse split_lse split_output weights normalisers sums",
 }
 TABLES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
@@ -92,7 +92,7 @@ def compile_all(architecture: int) -> None:
         for program, stages, warps in (
             *((program, decode.NUM_STAGES, decode.NUM_WARPS) for program in decoding),
             (prefill_programs.normalise, prefill.NUM_STAGES, prefill.NUM_WARPS),
-            (prefill_programs.charge, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (prefill_programs.sum_attention, prefill.NUM_STAGES, prefill.NUM_WARPS),
             (walking.walk, triton_walk.NUM_STAGES, triton_walk.NUM_WARPS),
         ):
             compiled = compile_one(program, str(dtype), constants, architecture, stages, warps)

@@ -1,4 +1,4 @@
-"""The fused scoring of a prompt's block equals `attention.mass`, without attention rows."""
+"""The fused `attention_sum` of a prompt's block equals torch's, without attention rows."""
 
 from collections.abc import Iterator
 
@@ -62,8 +62,8 @@ def test_queries_with_weight_0_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> 
             torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([width]), 0, width
         )[0]
         products.clear()
-        got = prefill.mass(query, at, query, position, weights, 0.4)
-        want = attention.mass(query, at, query, position, weights, 0.4)
+        got = prefill.attention_sum(query, at, query, position, weights, 0.4)
+        want = attention.attention_sum(query, at, query, position, weights, 0.4)
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
         # There are four tiles of queries and two of slots. At .3 and 0 only the last queries have a
         # weight. At 1 all have one, but the earlier queries do not attend to the later slots.

@@ -266,7 +266,7 @@ def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
         return (
             attention.attend(query, at, keys, keys, position, 0.3),
-            attention.mass(query, at, keys, position, weights, 0.3),
+            attention.attention_sum(query, at, keys, position, weights, 0.3),
         )
 
     monkeypatch.setattr(attention, "SCORE_TILE", 50)
@@ -311,9 +311,11 @@ def test_only_queries_with_a_weight_are_scored(
         device=CPU,
     )
     widths = []
-    mass = attention.mass
+    attention_sum = attention.attention_sum
     monkeypatch.setattr(
-        attention, "mass", lambda q, *rest: widths.append(q.shape[2]) or mass(q, *rest)
+        attention,
+        "attention_sum",
+        lambda q, *rest: widths.append(q.shape[2]) or attention_sum(q, *rest),
     )
     used = torch.tensor([[[0, 0]]])
     for first in range(0, 300, piece):

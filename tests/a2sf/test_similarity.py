@@ -73,9 +73,9 @@ def written_out(
                     kept = [token.position for token in head.tokens if token.position <= t]
                     for q in mine[:, t].tolist():
                         logits = [scale * sum(map(float.__mul__, q, k[s])) for s in range(t + 1)]
-                        paid = softmax([logits[s] for s in kept])
+                        weights = softmax([logits[s] for s in kept])
                         row = [0.0] * (t + 1)
-                        for s, p in zip(kept, paid, strict=True):
+                        for s, p in zip(kept, weights, strict=True):
                             row[s] = p
                         cosines.append(cosine(row, softmax(logits)))
             means.append(sum(cosines) / len(cosines))
