@@ -158,7 +158,7 @@ class BlockAttention(Protocol):
         ...
 
 
-def attend_and_charge(
+def attend_and_score(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -197,7 +197,7 @@ class BlockPass:
         width: int,
         first: int = 0,
         in_order: bool = False,
-        attention: BlockAttention = attend_and_charge,
+        attention: BlockAttention = attend_and_score,
     ) -> None:
         """Trim at the start of a block, then place the new tokens.
 

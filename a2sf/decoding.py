@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from a2sf import kernels
-from a2sf.attention import BlockAttention, DecodePass, attend_and_charge
+from a2sf.attention import BlockAttention, DecodePass, attend_and_score
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument
 from a2sf.kept import Kept
@@ -223,11 +223,11 @@ def walk_texts(
 def block_attention(chosen: Carrier) -> BlockAttention:
     """Return the block attention for prompts."""
     if chosen != "triton":
-        return attend_and_charge
+        return attend_and_score
     # Kernels are imported where they are used: Triton may not be installed, and numba loads slowly.
     from a2sf.kernels import prefill
 
-    return prefill.attend_and_charge
+    return prefill.attend_and_score
 
 
 def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:

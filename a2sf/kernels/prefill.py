@@ -1,6 +1,6 @@
 """Attention and scores of a prompt's blocks in one layer, on GPUs.
 
-Owns `attend_and_charge`, an `attention.BlockAttention` with flash attention for tokens in order,
+Owns `attend_and_score`, an `attention.BlockAttention` with flash attention for tokens in order,
 and `attention_sum`, the same function as in `attention` without storing attention rows. Needs
 Triton (extra `gpu`). Knows nothing of the block law: the caller passes the weights of the queries.
 """
@@ -32,7 +32,7 @@ def tile_slots(head_dim: int) -> int:
     return min(TILE_ELEMENTS // max(padded, LEAST_DOT), 128)
 
 
-def attend_and_charge(
+def attend_and_score(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
