@@ -218,11 +218,11 @@ class BlockPass:
         self._in_order = in_order
         self._attention = attention
         if first == 0:
-            excess = (used - (policy.budget - 1)).clamp(min=0)
-            excess = torch.where(lengths[:, None] > 0, excess, 0)
-            mine.evict(excess, start, policy)
+            num_to_evict = (used - (policy.budget - 1)).clamp(min=0)
+            num_to_evict = torch.where(lengths[:, None] > 0, num_to_evict, 0)
+            mine.evict(num_to_evict, start, policy)
             mine.score.mul_(scoring.decay(policy.alpha, lengths))
-            used = used - excess
+            used = used - num_to_evict
         self.used_after = used + (lengths - first).clamp(0, width)[:, None]
         """[layers, rows, H_kv] int64: tokens stored after this pass."""
         offsets = first + torch.arange(width, device=start.device)
@@ -288,9 +288,9 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
     Returns:
         [layers, rows, H_kv] int64: tokens stored afterwards.
     """
-    excess = (used - policy.budget).clamp(min=0)
-    slots.whole.evict(excess, length, policy)
-    return used - excess
+    num_to_evict = (used - policy.budget).clamp(min=0)
+    slots.whole.evict(num_to_evict, length, policy)
+    return used - num_to_evict
 
 
 class DecodePass:

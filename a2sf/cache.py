@@ -191,22 +191,22 @@ class Rectangle:
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
 
-    def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
+    def evict(self, num_to_evict: Tensor, start: Tensor, policy: PolicyTensors) -> None:
         """Evict the tokens with the lowest scores in each head.
 
         Args:
-            excess: [layers, rows, heads] int64, how many tokens to evict; each head must hold that
+            num_to_evict: [layers, rows, heads] int64, how many tokens to evict; each head must hold that
                 many evictable tokens.
             start: [rows] int64, the position of the next token.
             policy: the rows' policies in these layers and heads.
         """
-        most = int(excess.max())
+        most = int(num_to_evict.max())
         if most <= 0:
             return
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         key = scoring.eviction_key(self.score, self.position, allowed)
         lowest = key.topk(most, dim=-1, largest=False).indices
-        gone = torch.arange(most, device=excess.device) < excess[..., None]
+        gone = torch.arange(most, device=num_to_evict.device) < num_to_evict[..., None]
         kept = self.position.gather(-1, lowest)
         self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
 
