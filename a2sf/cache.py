@@ -195,8 +195,8 @@ class Rectangle:
         """Evict the tokens with the lowest scores in each head.
 
         Args:
-            num_to_evict: [layers, rows, heads] int64, how many tokens to evict; each head must hold that
-                many evictable tokens.
+            num_to_evict: [layers, rows, heads] int64; each head must hold at least that many
+                evictable tokens.
             start: [rows] int64, the position of the next token.
             policy: the rows' policies in these layers and heads.
         """

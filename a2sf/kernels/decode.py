@@ -25,7 +25,7 @@ TILE_BYTES = 32 * 1024
 """Size of a tile of keys and values. With the two tiles that the compiler prefetches, two programs
 fit into the shared memory of a Hopper multiprocessor."""
 
-SETTLE_BLOCK = 512
+SCORE_BLOCK = 512
 """Slots per block of the score update."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -207,7 +207,7 @@ def decode_attention(
         "GROUP": q_heads // kv_heads,
         "DIM": dim,
         "DIM_PAD": max(triton.next_power_of_2(dim), LEAST_DOT),
-        "SETTLE_BLOCK": SETTLE_BLOCK,
+        "SCORE_BLOCK": SCORE_BLOCK,
         "SPLITS": splits,
         "SCORED": policy.any_scored,
         "num_warps": NUM_WARPS,

@@ -1,7 +1,7 @@
 """Triton programs of one decode step in one layer.
 
 Owns the device code for a row and KV head: it writes the new token's key and value, attends to the
-slots, and then updates the scores with `settling`. Knows only the strides of the tensors; `decode`
+slots, and then updates the scores with `score_update`. Knows only the strides of the tensors; `decode`
 launches it.
 
 `attend` runs once for each row, KV head and split of the slots. With one split it also updates the
@@ -17,7 +17,7 @@ L2; in registers, they would take 16 (a tensor core's minimum) for every slot of
 import triton
 import triton.language as tl
 
-from a2sf.kernels.settling import settle_step, slots_in_use
+from a2sf.kernels.score_update import finish_step, slots_in_use
 
 # A layer's slice of the policy tables has any alignment, and a prompt's rows have any width. By
 # default, Triton would compile a program for each case, while serving.
@@ -153,7 +153,7 @@ def attend(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SCORED: tl.constexpr,
 ):
@@ -220,7 +220,7 @@ def attend(
     if SPLITS == 1:
         # Other threads of this program load the logits.
         tl.debug_barrier()
-        settle_step(
+        finish_step(
             logits,
             lse,
             score,
@@ -241,7 +241,7 @@ def attend(
             score_row,
             KV_HEADS,
             GROUP,
-            SETTLE_BLOCK,
+            SCORE_BLOCK,
             SCORED,
         )
 
@@ -272,7 +272,7 @@ def close(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SCORED: tl.constexpr,
@@ -301,7 +301,7 @@ def close(
         tl.store(lse + query_head, joined)
     # Other threads of this program load the joined normalisers.
     tl.debug_barrier()
-    settle_step(
+    finish_step(
         logits,
         lse,
         score,
@@ -322,6 +322,6 @@ def close(
         score_row,
         KV_HEADS,
         GROUP,
-        SETTLE_BLOCK,
+        SCORE_BLOCK,
         SCORED,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from a2sf import kernels
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import triton_walk_programs
-from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, SETTLE_BLOCK, tile_slots
+from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, SCORE_BLOCK, tile_slots
 
 NUM_WARPS = 8
 """Warps per program: twice as many as in a decode step, because there is only one program per row
@@ -160,7 +160,7 @@ def walk(
             DIM=dim,
             DIM_PAD=max(triton.next_power_of_2(dim), LEAST_DOT),
             BLOCK=tile_slots(dim, query.dtype),
-            SETTLE_BLOCK=SETTLE_BLOCK,
+            SCORE_BLOCK=SCORE_BLOCK,
             SCORED=policy.any_scored,
             WATCHED=seen is not None,
             num_warps=NUM_WARPS,

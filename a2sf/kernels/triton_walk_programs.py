@@ -1,7 +1,7 @@
 """The Triton program that runs many tokens through one layer, one after the other.
 
 Owns the loop over the tokens of a row and KV head. Each token uses the functions of a decode step:
-`decode_programs.attend_slots`, then `settling.settle`. Knows only the strides and tables of the
+`decode_programs.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables of the
 tensors; `triton_walk` launches it.
 
 A program reads keys, values, scores and positions that its own threads wrote for the previous
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from a2sf.kernels.decode_programs import attend_slots
-from a2sf.kernels.settling import fresh_score, lowest, next_slot, settle
+from a2sf.kernels.score_update import fresh_score, lowest, next_slot, update_scores
 
 # Tables have any alignment, and texts any length: one program must work for all.
 _ANYWHERE = (
@@ -72,7 +72,7 @@ def walk(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
     WATCHED: tl.constexpr,
 ):
@@ -115,7 +115,7 @@ def walk(
         held,
         tl.load(sinks + pair),
         begin - tl.load(recent + pair),
-        SETTLE_BLOCK,
+        SCORE_BLOCK,
     )
     slot = next_slot(victim, begin, most, slots)
     for t in tl.range(0, tokens):
@@ -154,7 +154,7 @@ def walk(
         tl.debug_barrier()
         # Loaded again for each token, so that they take no registers during attention.
         seed = tl.load(random_seed + row)
-        victim = settle(
+        victim = update_scores(
             logits,
             lse,
             scores,
@@ -169,7 +169,7 @@ def walk(
             token + 1 - tl.load(recent + pair),
             room,
             GROUP,
-            SETTLE_BLOCK,
+            SCORE_BLOCK,
             SCORED,
         )
         slot = next_slot(victim, at + 1, most, slots)
@@ -177,13 +177,13 @@ def walk(
         tl.debug_barrier()
         if WATCHED:
             given = seen + (pair * side + at) * side
-            for i in tl.range(0, side, SETTLE_BLOCK):
-                n = i + tl.arange(0, SETTLE_BLOCK)
-                tl.store(given + n, tl.zeros([SETTLE_BLOCK], tl.uint8), mask=n < side)
+            for i in tl.range(0, side, SCORE_BLOCK):
+                n = i + tl.arange(0, SCORE_BLOCK)
+                tl.store(given + n, tl.zeros([SCORE_BLOCK], tl.uint8), mask=n < side)
             # Other threads overwrite these zeros.
             tl.debug_barrier()
-            for i in tl.range(0, held, SETTLE_BLOCK):
-                n = i + tl.arange(0, SETTLE_BLOCK)
+            for i in tl.range(0, held, SCORE_BLOCK):
+                n = i + tl.arange(0, SCORE_BLOCK)
                 live = n < held
                 where = tl.load(positions + n, mask=live, other=0)
-                tl.store(given + where, tl.full([SETTLE_BLOCK], 1, tl.uint8), mask=live)
+                tl.store(given + where, tl.full([SCORE_BLOCK], 1, tl.uint8), mask=live)

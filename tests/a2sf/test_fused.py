@@ -24,7 +24,7 @@ from a2sf.kernels import (
     decode,
     decode_programs,
     prefill_programs,
-    settling,
+    score_update,
     triton_walk,
     triton_walk_programs,
 )
@@ -37,7 +37,7 @@ from tests.near_ties import SIZES, check_against_torch
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs, prefill_programs, triton_walk_programs):
+    with interpreting(score_update, decode_programs, prefill_programs, triton_walk_programs):
         yield
 
 

@@ -80,7 +80,7 @@ def compile_all(architecture: int) -> None:
             "DIM": dim,
             "DIM_PAD": triton.next_power_of_2(dim),
             "BLOCK": decode.tile_slots(dim, dtype),
-            "SETTLE_BLOCK": decode.SETTLE_BLOCK,
+            "SCORE_BLOCK": decode.SCORE_BLOCK,
             "SPLITS": splits,
             "SPLITS_PAD": triton.next_power_of_2(splits),
             "SCORED": scored,

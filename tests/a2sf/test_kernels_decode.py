@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kernels import decode, decode_programs, settling
+from a2sf.kernels import decode, decode_programs, score_update
 from a2sf.scoring import EMPTY
 from tests.head_slots import head_of
 from tests.interpreting import interpreting, poisoned
@@ -25,7 +25,7 @@ from tests.row_cases import owned
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs):
+    with interpreting(score_update, decode_programs):
         yield
 
 
@@ -40,7 +40,7 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use tiles so small that rows with tens of slots take several."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
-    monkeypatch.setattr(decode, "SETTLE_BLOCK", 32)
+    monkeypatch.setattr(decode, "SCORE_BLOCK", 32)
 
 
 @pytest.mark.usefixtures("small_tiles")

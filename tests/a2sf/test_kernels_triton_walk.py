@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.kernels import decode, decode_programs, settling, triton_walk, triton_walk_programs
+from a2sf.kernels import decode, decode_programs, score_update, triton_walk, triton_walk_programs
 from a2sf.kernels.triton_walk import HeadSlots
 from a2sf.scoring import EMPTY
 from tests import row_cases
@@ -23,7 +23,7 @@ from tests.triton_walk_cases import Case, check, make, random_case, served_case
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs, triton_walk_programs):
+    with interpreting(score_update, decode_programs, triton_walk_programs):
         yield
 
 
@@ -38,7 +38,7 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use tiles so small that heads with tens of slots take several."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
-    monkeypatch.setattr(triton_walk, "SETTLE_BLOCK", 32)
+    monkeypatch.setattr(triton_walk, "SCORE_BLOCK", 32)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -215,12 +215,12 @@ def test_a_completion_with_nan_fails_alone_in_the_triton_kernels(
     turning: tuple[LoadedModel, int],
 ) -> None:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
-    from a2sf.kernels import decode_programs, prefill_programs, settling
+    from a2sf.kernels import decode_programs, prefill_programs, score_update
     from tests.interpreting import DEVICE, interpreting
 
     if DEVICE.type == "cuda":
         pytest.skip("the model is on the processor")
-    with interpreting(settling, decode_programs, prefill_programs):
+    with interpreting(score_update, decode_programs, prefill_programs):
         # The interpreter is slow, so only the first and the last row, with one between them.
         check_turning(*turning, "triton", range(1, 2))
 

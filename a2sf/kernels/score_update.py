@@ -84,7 +84,7 @@ def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def settle(
+def update_scores(
     logits,
     lse,
     scores,
@@ -135,7 +135,7 @@ def settle(
 
 
 @triton.jit
-def settle_step(
+def finish_step(
     logits,
     lse,
     score,
@@ -159,7 +159,7 @@ def settle_step(
     BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """End a decode step of a row and KV head: call `settle` and write the next plan.
+    """End a decode step of a row and KV head: call `update_scores` and write the next plan.
 
     Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2. `mark` is the
     index of the head's first slot in a row of scores, `width` its number of slots.
@@ -168,7 +168,7 @@ def settle_step(
     at = tl.load(start + row)
     seed = tl.load(random_seed + row)
     marks = row * score_row + mark
-    victim = settle(
+    victim = update_scores(
         logits + pair * GROUP * room,
         lse + pair * GROUP,
         score + marks,
