@@ -24,7 +24,7 @@ from a2sf.policy import EffectivePolicy, Heads
 Kernels = Literal["auto", "torch", "triton", "numba"]
 """The accepted values of the option `kernels`."""
 
-Carrier = Literal["torch", "triton", "numba"]
+Backend = Literal["torch", "triton", "numba"]
 """An implementation of the law."""
 
 Steps = Callable[[Tensor], LayerAttention]
@@ -74,7 +74,7 @@ class Decoder(Protocol):
 class SteppedDecoder:
     """Decodes with torch, or on a processor with numba."""
 
-    def __init__(self, model: LoadedModel, slab: Slots, chosen: Carrier) -> None:
+    def __init__(self, model: LoadedModel, slab: Slots, chosen: Backend) -> None:
         self._model = model
         self._slab = slab
         self._chosen = chosen
@@ -124,7 +124,7 @@ def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 
-def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
+def choose_kernels(asked: Kernels, model: LoadedModel) -> Backend:
     """Choose the kernels for a model, and compile them if needed.
 
     `auto` takes triton or numba if it supports the device, the dtype and the head size. The first
@@ -133,23 +133,23 @@ def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
     """
     if asked == "torch":
         return "torch"
-    problems: dict[Carrier, str | None] = {
+    problems: dict[Backend, str | None] = {
         "triton": kernels.problem(model.device, model.dtype, model.shape.head_dim),
         "numba": kernels.processor_problem(model.device, model.dtype),
     }
-    for carrier, problem in problems.items():
-        if asked in ("auto", carrier) and problem is None:
-            if carrier == "numba":
+    for backend, problem in problems.items():
+        if asked in ("auto", backend) and problem is None:
+            if backend == "numba":
                 from a2sf.kernels import walk
 
                 walk.program(model.dtype)
-            return carrier
+            return backend
     if asked == "auto":
         return "torch"
     raise InvalidArgument("kernels", f"{asked}, but {problems[asked]}; or take kernels torch")
 
 
-def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
+def make_steps(chosen: Backend, slots: Slots, policy: PolicyTensors) -> Steps:
     """Return the decode steps of the rows of `slots`, one token of each row per step.
 
     For triton this is torch's implementation: the Triton kernels decode in `FusedDecoder` only
@@ -163,7 +163,7 @@ def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
 
 
 def walk_texts(
-    chosen: Carrier,
+    chosen: Backend,
     slots: Slots,
     policy: PolicyTensors,
     projected: tuple[Tensor, Tensor, Tensor],
@@ -220,7 +220,7 @@ def walk_texts(
             watch.step(at, slots)
 
 
-def block_attention(chosen: Carrier) -> BlockAttention:
+def block_attention(chosen: Backend) -> BlockAttention:
     """Return the block attention for prompts."""
     if chosen != "triton":
         return attend_and_score
@@ -230,7 +230,7 @@ def block_attention(chosen: Carrier) -> BlockAttention:
     return prefill.attend_and_score
 
 
-def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:
+def make(model: LoadedModel, slab: Slots, chosen: Backend, *, graphs: bool) -> Decoder:
     """Return the decoder of a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
     if chosen != "triton":
         return SteppedDecoder(model, slab, chosen)

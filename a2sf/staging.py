@@ -53,7 +53,7 @@ class Staging:
     """The staging row, with the prompt in prefill."""
 
     def __init__(
-        self, model: LoadedModel, kernels: decoding.Carrier, row: Slots, step_tokens: int
+        self, model: LoadedModel, kernels: decoding.Backend, row: Slots, step_tokens: int
     ) -> None:
         """`row` holds the prompt's slots; a step computes at most `step_tokens` tokens."""
         self.row = row

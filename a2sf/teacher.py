@@ -326,7 +326,7 @@ class _Scan:
     evicts: tuple[bool, ...]
     """[layers] whether any head of any row has fewer slots than its text has tokens."""
     watch: Kept | None
-    kernels: decoding.Carrier
+    kernels: decoding.Backend
     pooled: tuple[float | None, ...]
     """[rows] the floor for `pooled_budgets` at the end of the prompt, or None."""
 

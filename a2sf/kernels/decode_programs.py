@@ -1,8 +1,8 @@
 """Triton programs of one decode step in one layer.
 
 Owns the device code for a row and KV head: it writes the new token's key and value, attends to the
-slots, and then updates the scores with `score_update`. Knows only the strides of the tensors; `decode`
-launches it.
+slots, and then updates the scores with `score_update`. Knows only the strides of the tensors;
+`decode` launches it.
 
 `attend` runs once for each row, KV head and split of the slots. With one split it also updates the
 scores; with several, `close` joins the splits and then updates the scores. The logits are stored,

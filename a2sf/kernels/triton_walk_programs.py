@@ -1,8 +1,8 @@
 """The Triton program that runs many tokens through one layer, one after the other.
 
 Owns the loop over the tokens of a row and KV head. Each token uses the functions of a decode step:
-`decode_programs.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables of the
-tensors; `triton_walk` launches it.
+`decode_programs.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables
+of the tensors; `triton_walk` launches it.
 
 A program reads keys, values, scores and positions that its own threads wrote for the previous
 token. Two barriers per token order these accesses. No other program uses the same head.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2sf import decoding
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.decoding import Carrier
+from a2sf.decoding import Backend
 from a2sf.models import LoadedModel
 from benchmarks.gpu.filling import policies
 from benchmarks.gpu.run import Run, Texts
@@ -107,7 +107,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
 
 
 def _steps(
-    chosen: Carrier, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
+    chosen: Backend, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return what carries a token of each row through the layer, given where they stand."""
     if chosen != "triton":

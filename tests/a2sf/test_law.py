@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from a2sf import attention, decoding, scoring
 from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.decoding import Carrier
+from a2sf.decoding import Backend
 from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 from tests.head_slots import head_of
@@ -131,9 +131,9 @@ def test_compiled_decode_steps_equal_the_written_out_law(case: dict) -> None:
     hold_to_the_law("numba", case)
 
 
-def hold_to_the_law(carrier: Carrier, case: dict) -> None:
+def hold_to_the_law(backend: Backend, case: dict) -> None:
     dim, scale = 4, 0.7
-    dtype = torch.float64 if carrier == "torch" else torch.float32
+    dtype = torch.float64 if backend == "torch" else torch.float32
     policies, kv_heads, group = case["policies"], case["kv_heads"], case["group"]
     rows, steps = len(policies), case["steps"]
     rng = torch.Generator().manual_seed(case["seed"])
@@ -234,7 +234,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
     used = end_prompt(staging, used, prompt, stacked)
     for row, counts in enumerate(used.transpose(0, 1).tolist()):
         slots.copy_row(row, staging, row, counts)
-    begin = decoding.make_steps(carrier, slots, stacked)
+    begin = decoding.make_steps(backend, slots, stacked)
     for ahead in range(steps):
         at = (prompt + ahead)[:, None, None, None]
         step = begin(prompt + ahead)

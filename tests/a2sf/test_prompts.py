@@ -42,16 +42,16 @@ def policies(model: LoadedModel, examples: list[Example]) -> list[EffectivePolic
     ]
 
 
-@pytest.mark.parametrize("carrier", ["numba", "torch"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("batch", [1, 2, 32])
 def test_predictions_with_given_prompts_equal_those_of_whole_texts(
     tiny_model: LoadedModel,
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
-    carrier: str,
+    backend: str,
     batch: int,
 ) -> None:
-    monkeypatch.setattr(decoding, "choose_kernels", lambda *_: carrier)
+    monkeypatch.setattr(decoding, "choose_kernels", lambda *_: backend)
     rules = policies(tiny_model, examples)
     want = teacher.predict(tiny_model, examples, rules, batch=batch, similarity=True)
     known = teacher.read_prompts(tiny_model, examples, batch=batch)

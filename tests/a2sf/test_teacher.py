@@ -38,7 +38,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     honest = decoding.walk_texts
 
-    def noting(chosen: decoding.Carrier, slots: object, *rest: object, **named: object) -> None:
+    def noting(chosen: decoding.Backend, slots: object, *rest: object, **named: object) -> None:
         rows.append(len(named["start"]))  # type: ignore[arg-type]
         honest(chosen, slots, *rest, **named)  # type: ignore[arg-type]
 
