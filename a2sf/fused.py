@@ -33,7 +33,7 @@ def batch_sizes(most: int) -> list[int]:
 
 
 @dataclass
-class _Rung:
+class GraphBatch:
     """The tensors and graphs of one batch size, at fixed addresses."""
 
     slots: Slots
@@ -87,8 +87,8 @@ class FusedDecoder:
         self._unplanned: set[int] = set()
         """Rows that joined or moved, and whose plan must be made before the next step."""
         query_heads = model.shape.num_attention_heads
-        self._rungs = {
-            size: _Rung.of(size, slab, self._policy, self._plan, query_heads)
+        self._graph_batches = {
+            size: GraphBatch.of(size, slab, self._policy, self._plan, query_heads)
             for size in batch_sizes(rows)
         }
         if graphs:
@@ -126,16 +126,16 @@ class FusedDecoder:
             if row < rows:
                 self._choose_slots(row, positions[row])
         self._unplanned.clear()
-        size = min(size for size in self._rungs if size >= rows)
-        rung = self._rungs[size]
+        size = min(size for size in self._graph_batches if size >= rows)
+        batch = self._graph_batches[size]
         idle = [0] * (size - rows)
-        rung.inputs.copy_(torch.tensor([[*token_ids, *idle], [*positions, *idle]]))
+        batch.inputs.copy_(torch.tensor([[*token_ids, *idle], [*positions, *idle]]))
         scored = any(self._scored[:rows])
-        if scored in rung.graphs:
-            graph, logits = rung.graphs[scored]
+        if scored in batch.graphs:
+            graph, logits = batch.graphs[scored]
             graph.replay()
         else:
-            logits = self._run(rung, scored)
+            logits = self._run(batch, scored)
         return logits[:rows]
 
     def _choose_slots(self, row: int, position: int) -> None:
@@ -144,9 +144,9 @@ class FusedDecoder:
         start = torch.tensor([position], device=self._plan.device)
         self._plan[:, one] = plan_slots(slots, self._policy.rows(one), start)
 
-    def _run(self, rung: _Rung, scored: bool) -> Tensor:
-        policy = replace(rung.policy, any_scored=scored)
-        ids, start = rung.inputs
+    def _run(self, batch: GraphBatch, scored: bool) -> Tensor:
+        policy = replace(batch.policy, any_scored=scored)
+        ids, start = batch.inputs
 
         def attention(
             layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
@@ -155,13 +155,13 @@ class FusedDecoder:
                 query,
                 keys,
                 values,
-                slots=rung.slots,
+                slots=batch.slots,
                 layer=layer,
                 policy=policy,
                 start=start,
-                plan=rung.plan,
+                plan=batch.plan,
                 scale=scale,
-                workspace=rung.workspace,
+                workspace=batch.workspace,
             )
 
         hidden = self._model.hidden_states(ids[:, None], start[:, None], attention)
@@ -170,18 +170,18 @@ class FusedDecoder:
     def _capture(self) -> None:
         # The largest first, so that the smaller graphs reuse its memory.
         pool = torch.cuda.graph_pool_handle()
-        for size in sorted(self._rungs, reverse=True):
-            rung = self._rungs[size]
+        for size in sorted(self._graph_batches, reverse=True):
+            batch = self._graph_batches[size]
             for scored in (False, True):
                 aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 aside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(aside):
                     for _ in range(WARM_UPS):
-                        self._run(rung, scored)
+                        self._run(batch, scored)
                 torch.cuda.current_stream().wait_stream(aside)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    logits = self._run(rung, scored)
-                rung.graphs[scored] = (graph, logits)
+                    logits = self._run(batch, scored)
+                batch.graphs[scored] = (graph, logits)
         # The warm-up steps have written tokens into the rows.
         self._slab.clear()

@@ -119,10 +119,10 @@ def test_a_step_does_not_sync_with_the_device(
     engine = engine_for(model, kernels="triton", **SIZES)
     decoder = engine._decoder
     assert isinstance(decoder, fused.FusedDecoder)
-    for rung in decoder._rungs.values():
+    for batch in decoder._graph_batches.values():
         with Asked():
-            logits = decoder._run(rung, scored=True)
-        assert logits.shape == (rung.inputs.shape[1], model.shape.vocab_size)
+            logits = decoder._run(batch, scored=True)
+        assert logits.shape == (batch.inputs.shape[1], model.shape.vocab_size)
     with pytest.raises(AssertionError, match="waits"), Asked():
         int(logits[0, 0])
 
