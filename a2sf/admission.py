@@ -22,7 +22,7 @@ from a2sf.policy import (
 )
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
-from a2sf.sequence import ending_tokens
+from a2sf.sequence import find_stop_reasons
 
 DEFAULT_MAX_PREFILL_TOKENS = 8192
 
@@ -95,12 +95,12 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
     _check_lengths(request, model.shape.max_context)
     _check_token_ids("prompt", request.prompt_ids, model.shape.vocab_size)
     _check_token_ids("stop_token_ids", request.stop_token_ids, model.shape.vocab_size)
-    ending = len(ending_tokens(request, model))
-    if request.min_new_tokens and ending >= model.shape.vocab_size:
+    num_stop_tokens = len(find_stop_reasons(request, model))
+    if request.min_new_tokens and num_stop_tokens >= model.shape.vocab_size:
         raise InvalidArgument(
             "min_new_tokens",
-            f"{request.min_new_tokens}, but all {ending} tokens of the model end the completion; "
-            "accepted here: 0",
+            f"{request.min_new_tokens}, but all {num_stop_tokens} tokens of the model end the "
+            "completion; accepted here: 0",
         )
     if request.table is not None:
         request.table.check_model(model.identity)

@@ -50,6 +50,7 @@ class GraphBatch:
     def of(
         cls, size: int, slab: Slots, policy: PolicyTensors, plan: Tensor, query_heads: int
     ) -> Self:
+        """Allocate the tensors of batch size `size`; the others are views of the arguments."""
         rows = slice(0, size)
         slots = slab.view(rows)
         return cls(

@@ -34,7 +34,7 @@ class Sequence:
     row: sampling.Row
     """The state of its draws."""
     text: TextStream
-    ending: dict[int, FinishReason]
+    stop_reasons: dict[int, FinishReason]
     """Token that ends the sequence -> the reason to report."""
     named_stops: dict[int, str]
     """Special token that a stop string names -> that string."""
@@ -56,7 +56,7 @@ class Sequence:
         cls, request: GenerationRequest, policy: EffectivePolicy, model: LoadedModel, now: float
     ) -> Self:
         """Return the initial state of an accepted request with its resolved policy."""
-        ending = ending_tokens(request, model)
+        stop_reasons = find_stop_reasons(request, model)
         seed = sampling.choose_seed(request.sampling)
         return cls(
             request=request,
@@ -68,13 +68,13 @@ class Sequence:
                 prompt_ids=request.prompt_ids,
                 vocab_size=model.shape.vocab_size,
                 device=model.device,
-                barred=tuple(ending),
+                barred=tuple(stop_reasons),
                 barred_draws=request.min_new_tokens,
             ),
             text=TextStream(
                 model.tokenizer, request.prompt_ids, request.stop, request.min_new_tokens
             ),
-            ending=ending,
+            stop_reasons=stop_reasons,
             named_stops=vocabulary(model.tokenizer).special_named(request.stop),
             submitted_at=now,
         )
@@ -146,7 +146,7 @@ class Sequence:
             self.first_token_at = now
         self.row.note(token)
         self.generated.append(token)
-        self.reason = self.ending.get(token)
+        self.reason = self.stop_reasons.get(token)
         text = ""
         if self.reason is None:
             text = self.text.push(token)
@@ -215,14 +215,14 @@ class Sequence:
         return text
 
 
-def ending_tokens(request: GenerationRequest, model: LoadedModel) -> dict[int, FinishReason]:
+def find_stop_reasons(request: GenerationRequest, model: LoadedModel) -> dict[int, FinishReason]:
     """Return the tokens that end this request, each with its reason."""
-    ending = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
+    stop_reasons = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
     if not request.ignore_eos:
         ends = {*model.eos_token_ids, *request.turn_end_ids}
         eos = (i for i in ends if i < model.shape.vocab_size)
-        ending |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
+        stop_reasons |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
     # Last, so that STOP wins over END_OF_SEQUENCE for tokens that the request names.
     named = vocabulary(model.tokenizer).special_named(request.stop)
     held = (i for i in named if i < model.shape.vocab_size)
-    return ending | dict.fromkeys(held, FinishReason.STOP)
+    return stop_reasons | dict.fromkeys(held, FinishReason.STOP)
