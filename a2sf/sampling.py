@@ -44,9 +44,9 @@ class Row:
     seen: Tensor | None = None
     """[vocab] bool on the logits' device: the tokens to penalise for repetition; None: no
     penalty."""
-    barred: Sequence[int] = ()
-    """Tokens that must not be drawn while `barred_draws` is above 0."""
-    barred_draws: int = 0
+    banned_tokens: Sequence[int] = ()
+    """Tokens that must not be drawn while `banned_draws` is above 0."""
+    banned_draws: int = 0
     """Number of draws for which the ban still holds."""
 
     @classmethod
@@ -58,10 +58,10 @@ class Row:
         prompt_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
-        barred: Sequence[int] = (),
-        barred_draws: int = 0,
+        banned_tokens: Sequence[int] = (),
+        banned_draws: int = 0,
     ) -> "Row":
-        """Return the state before the first draw; the ban holds for `barred_draws` draws."""
+        """Return the state before the first draw; the ban holds for `banned_draws` draws."""
         seen = None
         if sampling.repetition_penalty != 1.0:
             seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -70,15 +70,15 @@ class Row:
             sampling=sampling,
             seed=seed,
             seen=seen,
-            barred=barred,
-            barred_draws=barred_draws,
+            banned_tokens=banned_tokens,
+            banned_draws=banned_draws,
         )
 
     def note(self, token: int) -> None:
         """Update the state after `token` was drawn."""
         if self.seen is not None:
             self.seen[token] = True
-        self.barred_draws = max(self.barred_draws - 1, 0)
+        self.banned_draws = max(self.banned_draws - 1, 0)
         self.draws += 1
 
 
@@ -152,8 +152,8 @@ class Batch:
 
     def _allowed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Apply penalty and bans. Also returns `_spoiled` of the banned logits, [rows], or None."""
-        barred = [i for i, row in enumerate(self._rows) if row.barred_draws and row.barred]
-        if self._penalty is None and not barred:
+        banning = [i for i, row in enumerate(self._rows) if row.banned_draws and row.banned_tokens]
+        if self._penalty is None and not banning:
             return logits, None
         # Copy: the caller needs the raw logits for logprobs.
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
@@ -161,11 +161,11 @@ class Batch:
             rows, penalty = self._penalty.rows, self._penalty.value
             seen = torch.stack([row.seen for row in self._rows if row.seen is not None])
             scores[rows] = penalize_repetition(scores[rows], penalty, seen)
-        if not barred:
+        if not banning:
             return scores, None
         banned = scores.new_zeros(len(scores))
-        for i in barred:
-            ids = list(self._rows[i].barred)
+        for i in banning:
+            ids = list(self._rows[i].banned_tokens)
             banned[i] = _spoiled(scores[i, ids])
             scores[i, ids] = -torch.inf
         return scores, banned

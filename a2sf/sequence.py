@@ -68,8 +68,8 @@ class Sequence:
                 prompt_ids=request.prompt_ids,
                 vocab_size=model.shape.vocab_size,
                 device=model.device,
-                barred=tuple(stop_reasons),
-                barred_draws=request.min_new_tokens,
+                banned_tokens=tuple(stop_reasons),
+                banned_draws=request.min_new_tokens,
             ),
             text=TextStream(
                 model.tokenizer, request.prompt_ids, request.stop, request.min_new_tokens

@@ -226,12 +226,12 @@ def _ordered(bits):
 
 
 @njit
-def _unless(barred, value):
-    """Return `value` (not negative), or the largest int32 if `barred`.
+def _unless(excluded, value):
+    """Return `value` (not negative), or the largest int32 if `excluded`.
 
     Has no branch, so that LLVM vectorises the loops below.
     """
-    return int32(value | (int32(-int32(barred)) & _NEVER))
+    return int32(value | (int32(-int32(excluded)) & _NEVER))
 
 
 @njit

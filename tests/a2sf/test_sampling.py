@@ -72,14 +72,14 @@ def draw(logits: Tensor, one: sampling.Row) -> int | None:
 
 
 def transformers_scores(
-    logits: Tensor, wish: Sampling, prompt_ids: list[int], barred: list[int]
+    logits: Tensor, wish: Sampling, prompt_ids: list[int], banned_tokens: list[int]
 ) -> Tensor:
     """The result of transformers' filters for one row, in the order of its `generate`."""
     chain = LogitsProcessorList()
     if wish.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
-    if barred:
-        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt_ids), 1, barred))
+    if banned_tokens:
+        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt_ids), 1, banned_tokens))
     if wish.temperature > 0:
         chain.append(TemperatureLogitsWarper(wish.temperature))
         if wish.top_k:
@@ -101,7 +101,10 @@ def test_the_distribution_equals_transformers_row_by_row(
     seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
     logits = random_logits(len(cases), seed=seed)
-    rows = [row(wish, prompt, barred=barred, barred_draws=1) for wish, prompt, barred in cases]
+    rows = [
+        row(wish, prompt, banned_tokens=banned_tokens, banned_draws=1)
+        for wish, prompt, banned_tokens in cases
+    ]
     found = sampling.Batch(rows, CPU).probabilities(logits)
     want = torch.stack(
         [transformers_scores(x, *case) for x, case in zip(logits, cases, strict=True)]
@@ -117,7 +120,10 @@ def test_greedy_rows_draw_the_most_likely_token_after_transformers_filters(
     seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
     logits = random_logits(len(cases), seed=seed)
-    rows = [row(wish, prompt, barred=barred, barred_draws=1) for wish, prompt, barred in cases]
+    rows = [
+        row(wish, prompt, banned_tokens=banned_tokens, banned_draws=1)
+        for wish, prompt, banned_tokens in cases
+    ]
     want = [
         int(transformers_scores(x, *case).argmax()) for x, case in zip(logits, cases, strict=True)
     ]
@@ -256,8 +262,10 @@ def test_a_row_draws_the_same_token_in_any_batch(
     vocab: int,
 ) -> None:
     def start(index: int) -> sampling.Row:
-        wish, prompt, barred = cases[index]
-        return row(wish, prompt, seed=index, vocab_size=vocab, barred=barred, barred_draws=2)
+        wish, prompt, banned_tokens = cases[index]
+        return row(
+            wish, prompt, seed=index, vocab_size=vocab, banned_tokens=banned_tokens, banned_draws=2
+        )
 
     steps = [random_logits(len(cases), vocab, seed=seed + i).to(dtype) for i in range(5)]
     rows = [start(i) for i in range(len(cases))]
@@ -324,11 +332,11 @@ def test_a_drawn_token_is_penalised_in_later_draws() -> None:
 
 
 def test_tokens_are_banned_for_exactly_the_given_draws() -> None:
-    one = row(Sampling(temperature=0.0), vocab_size=3, barred=(2, 0), barred_draws=2)
+    one = row(Sampling(temperature=0.0), vocab_size=3, banned_tokens=(2, 0), banned_draws=2)
     logits = torch.tensor([1.0, 0.0, 2.0])
     assert [draw(logits, one) for _ in range(3)] == [1, 1, 2]
     always = [
-        draw(logits, row(Sampling(), seed=s, vocab_size=3, barred=(2, 0), barred_draws=1))
+        draw(logits, row(Sampling(), seed=s, vocab_size=3, banned_tokens=(2, 0), banned_draws=1))
         for s in range(30)
     ]
     assert set(always) == {1}
@@ -376,15 +384,15 @@ NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf])
 
 @NOT_FINITE
 @pytest.mark.parametrize("places", [[7], list(range(VOCAB))], ids=["one", "all"])
-@pytest.mark.parametrize("barred", [(), (7, 9)], ids=["free", "barred"])
+@pytest.mark.parametrize("banned_tokens", [(), (7, 9)], ids=["free", "banned_tokens"])
 @pytest.mark.parametrize("wish", FILTERS, ids=str)
 def test_no_token_is_drawn_from_logits_that_are_not_finite(
-    wish: dict[str, Any], barred: tuple[int, ...], places: list[int], value: float
+    wish: dict[str, Any], banned_tokens: tuple[int, ...], places: list[int], value: float
 ) -> None:
     """Even if a filter or a ban removes exactly the values that are not finite."""
     logits = random_logits(1)
     logits[0, places] = value
-    one = row(Sampling(**wish), barred=barred, barred_draws=1)
+    one = row(Sampling(**wish), banned_tokens=banned_tokens, banned_draws=1)
     assert sampling.Batch([one], CPU).draw(logits) == [None]
 
 
@@ -405,7 +413,7 @@ def test_a_row_with_nan_does_not_change_other_rows_draws(value: float) -> None:
 def test_tokens_at_minus_infinity_are_never_drawn(wish: dict[str, Any]) -> None:
     logits = random_logits(1)
     logits[0, 5:] = -torch.inf
-    one = row(Sampling(**wish), barred=(3, 8), barred_draws=1)
+    one = row(Sampling(**wish), banned_tokens=(3, 8), banned_draws=1)
     (token,) = sampling.Batch([one], CPU).draw(logits)
     assert token in {0, 1, 2, 4}
 
