@@ -264,9 +264,11 @@ class Engine:
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[int | None]:
         if len(sequences) < len(self._active):
-            return sampling.Batch([s.row for s in sequences], self.model.device).draw(logits)
+            return sampling.Batch([s.sampling_state for s in sequences], self.model.device).draw(
+                logits
+            )
         if self._draws is None:
-            self._draws = sampling.Batch([s.row for s in sequences], self.model.device)
+            self._draws = sampling.Batch([s.sampling_state for s in sequences], self.model.device)
         return self._draws.draw(logits)
 
     def _logprobs(

@@ -33,7 +33,7 @@ def choose_seed(sampling: Sampling) -> int:
 
 
 @dataclass(eq=False, kw_only=True)
-class Row:
+class SamplingState:
     """The state of one request's draws; `note` updates it after each draw."""
 
     sampling: Sampling
@@ -60,7 +60,7 @@ class Row:
         device: torch.device,
         banned_tokens: Sequence[int] = (),
         banned_draws: int = 0,
-    ) -> "Row":
+    ) -> "SamplingState":
         """Return the state before the first draw; the ban holds for `banned_draws` draws."""
         seen = None
         if sampling.repetition_penalty != 1.0:
@@ -89,13 +89,13 @@ class Batch:
     largest logit, and it sorts only if a row sets top_p.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self._rows = tuple(rows)
-        settings = [row.sampling for row in rows]
+    def __init__(self, states: Sequence[SamplingState], device: torch.device) -> None:
+        self._states = tuple(states)
+        settings = [state.sampling for state in states]
         self._penalty = _Setting.of([s.repetition_penalty for s in settings], 1.0, device)
         random = [i for i, s in enumerate(settings) if s.temperature >= _GREEDY_BELOW]
         self._random = _select(random, len(settings), device)
-        self._racing = [rows[i] for i in random]
+        self._racing = [states[i] for i in random]
         drawn = [settings[i] for i in random]
         self._temperature = torch.tensor(
             [[s.temperature] for s in drawn], dtype=torch.float32, device=device
@@ -117,7 +117,8 @@ class Batch:
         """Draw a token for every row from `logits` [rows, vocab] of any float type.
 
         Returns None for a row whose logits hold NaN or plus infinity, or only minus infinity: no
-        token can be drawn. Changes no state, so it may be called again; call `Row.note` afterwards.
+        token can be drawn. Changes no state, so it may be called again. `SamplingState.note`
+        updates the state after a draw.
 
         Draws by the exponential race: the minimum of `e_i / p_i`, with e_i exponential, is at i
         with probability p_i. This takes one random number per token of the vocabulary, for any
@@ -128,7 +129,7 @@ class Batch:
         # The maximum shows whether all were finite: NaN is larger than any number in `max`.
         if not self._racing:
             best, tokens = scores.max(dim=-1)
-        elif len(self._racing) == len(self._rows):
+        elif len(self._racing) == len(self._states):
             best, tokens = self._race(scores)
         else:
             best, tokens = scores.max(dim=-1)
@@ -152,20 +153,20 @@ class Batch:
 
     def _allowed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Apply penalty and bans. Also returns `_spoiled` of the banned logits, [rows], or None."""
-        banning = [i for i, row in enumerate(self._rows) if row.banned_draws and row.banned_tokens]
+        banning = [i for i, s in enumerate(self._states) if s.banned_draws and s.banned_tokens]
         if self._penalty is None and not banning:
             return logits, None
         # Copy: the caller needs the raw logits for logprobs.
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self._penalty is not None:
             rows, penalty = self._penalty.rows, self._penalty.value
-            seen = torch.stack([row.seen for row in self._rows if row.seen is not None])
+            seen = torch.stack([state.seen for state in self._states if state.seen is not None])
             scores[rows] = penalize_repetition(scores[rows], penalty, seen)
         if not banning:
             return scores, None
         banned = scores.new_zeros(len(scores))
         for i in banning:
-            ids = list(self._rows[i].banned_tokens)
+            ids = list(self._states[i].banned_tokens)
             banned[i] = _spoiled(scores[i, ids])
             scores[i, ids] = -torch.inf
         return scores, banned
@@ -173,7 +174,7 @@ class Batch:
     def _race(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The winning ratios and tokens of the rows that are not greedy: both [n]."""
         ratios, filtered = self._distribution(scores)
-        streams = [(row.seed, row.draws) for row in self._racing]
+        streams = [(state.seed, state.draws) for state in self._racing]
         ratios /= noise.exponential(streams, ratios.shape[1], ratios.device)
         best, tokens = ratios.max(dim=-1)
         return best if filtered is None else best + filtered, tokens

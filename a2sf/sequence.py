@@ -31,7 +31,7 @@ class Sequence:
     request: GenerationRequest
     policy: EffectivePolicy
     seed: int
-    row: sampling.Row
+    sampling_state: sampling.SamplingState
     """The state of its draws."""
     text: TextStream
     stop_reasons: dict[int, FinishReason]
@@ -62,7 +62,7 @@ class Sequence:
             request=request,
             policy=policy,
             seed=seed,
-            row=sampling.Row.start(
+            sampling_state=sampling.SamplingState.start(
                 request.sampling,
                 seed=seed,
                 prompt_ids=request.prompt_ids,
@@ -144,7 +144,7 @@ class Sequence:
         """Append a drawn token; afterwards `reason` is set if it was the last."""
         if self.first_token_at is None:
             self.first_token_at = now
-        self.row.note(token)
+        self.sampling_state.note(token)
         self.generated.append(token)
         self.reason = self.stop_reasons.get(token)
         text = ""

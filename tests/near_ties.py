@@ -39,12 +39,12 @@ class Draw:
     token: int
     logits: Tensor
     """[vocab]."""
-    row: sampling.Row
+    state: sampling.SamplingState
     """The state before the draw."""
 
     def again(self, logits: Tensor) -> int:
         """The token that the same settings, random numbers and history draw from other logits."""
-        (token,) = sampling.Batch([_copy(self.row)], logits.device).draw(logits[None])
+        (token,) = sampling.Batch([_copy(self.state)], logits.device).draw(logits[None])
         assert token is not None, "the logits are finite"
         return token
 
@@ -92,11 +92,13 @@ class Recorder:
         def draw(batch: sampling.Batch, logits: Tensor) -> list[int | None]:
             # Rows that end with this draw are free after the step.
             noted.update(self._held())
-            rows = [_copy(row) for row in batch._rows]
+            states = [_copy(state) for state in batch._states]
             tokens = draw_really(batch, logits)
-            for token, drawn_from, row in zip(tokens, logits.detach().clone(), rows, strict=True):
+            for token, drawn_from, state in zip(
+                tokens, logits.detach().clone(), states, strict=True
+            ):
                 assert token is not None, "the logits are finite"
-                draws.append(Draw(token, drawn_from, row))
+                draws.append(Draw(token, drawn_from, state))
             return tokens
 
         with patch.object(sampling.Batch, "draw", draw):
@@ -185,9 +187,9 @@ def _draw_gap(one: Draw, other: Draw) -> float:
     return high * float((end - start).abs().max() / start.abs().max())
 
 
-def _copy(row: sampling.Row) -> sampling.Row:
-    seen = None if row.seen is None else row.seen.clone()
-    return dataclasses.replace(row, seen=seen)
+def _copy(state: sampling.SamplingState) -> sampling.SamplingState:
+    seen = None if state.seen is None else state.seen.clone()
+    return dataclasses.replace(state, seen=seen)
 
 
 SIZES: dict[str, Any] = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}

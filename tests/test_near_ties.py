@@ -39,7 +39,7 @@ def test_a_fault_is_not_accepted_as_a_near_tie(tiny_model: LoadedModel) -> None:
 
 def test_a_near_tie_is_found_with_its_gap() -> None:
     def draw(*logits: float) -> Draw:
-        row = sampling.Row(sampling=GREEDY, seed=0)
+        row = sampling.SamplingState(sampling=GREEDY, seed=0)
         values = torch.tensor(logits)
         return Draw(int(values.argmax()), values, row)
 

@@ -146,8 +146,8 @@ def of_text(name: str) -> Break:
 def of_batch(name: str) -> Break:
     def install(trial: Trial) -> None:
         def concerns(batch: sampling.Batch, rows: Any, *_: Any) -> bool:
-            mine = rows if name == "__init__" else batch._rows
-            return trial.sequence is not None and trial.sequence.row in mine
+            mine = rows if name == "__init__" else batch._states
+            return trial.sequence is not None and trial.sequence.sampling_state in mine
 
         trial.break_(sampling.Batch, name, concerns)
 
@@ -198,10 +198,10 @@ CALLS: dict[str, Break] = {
     "Sequence.in_order": method("in_order"),
     "TextStream.push": of_text("push"),
     "TextStream.flush": of_text("flush"),
-    "Row.note": lambda trial: trial.break_(
-        sampling.Row,
+    "SamplingState.note": lambda trial: trial.break_(
+        sampling.SamplingState,
         "note",
-        lambda row, *_: trial.sequence is not None and trial.sequence.row is row,
+        lambda row, *_: trial.sequence is not None and trial.sequence.sampling_state is row,
     ),
     "Batch.__init__": of_batch("__init__"),
     "Batch.draw": of_batch("draw"),

@@ -48,9 +48,11 @@ def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def row(wish: Sampling, prompt_ids: list[int] | None = None, **fields: Any) -> sampling.Row:
+def row(
+    wish: Sampling, prompt_ids: list[int] | None = None, **fields: Any
+) -> sampling.SamplingState:
     settings = {"seed": 0, "vocab_size": VOCAB, "device": CPU, **fields}
-    return sampling.Row.start(wish, prompt_ids=prompt_ids or [0], **settings)
+    return sampling.SamplingState.start(wish, prompt_ids=prompt_ids or [0], **settings)
 
 
 def probabilities(logits: Tensor, wish: Sampling) -> Tensor:
@@ -58,7 +60,7 @@ def probabilities(logits: Tensor, wish: Sampling) -> Tensor:
 
 
 def draw_and_note(
-    batch: sampling.Batch, rows: list[sampling.Row], logits: Tensor
+    batch: sampling.Batch, rows: list[sampling.SamplingState], logits: Tensor
 ) -> list[int | None]:
     drawn = batch.draw(logits)
     for one, token in zip(rows, drawn, strict=True):
@@ -67,7 +69,7 @@ def draw_and_note(
     return drawn
 
 
-def draw(logits: Tensor, one: sampling.Row) -> int | None:
+def draw(logits: Tensor, one: sampling.SamplingState) -> int | None:
     return draw_and_note(sampling.Batch([one], CPU), [one], logits[None])[0]
 
 
@@ -261,7 +263,7 @@ def test_a_row_draws_the_same_token_in_any_batch(
     dtype: torch.dtype,
     vocab: int,
 ) -> None:
-    def start(index: int) -> sampling.Row:
+    def start(index: int) -> sampling.SamplingState:
         wish, prompt, banned_tokens = cases[index]
         return row(
             wish, prompt, seed=index, vocab_size=vocab, banned_tokens=banned_tokens, banned_draws=2
