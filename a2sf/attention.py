@@ -58,13 +58,13 @@ def attend(
     outputs = []
     for first in range(0, width, QUERY_TILE):
         tile = slice(first, first + QUERY_TILE)
-        seen = position[:, :, None, :] <= query_position[:, None, tile, None]
+        visible = position[:, :, None, :] <= query_position[:, None, tile, None]
         outputs.append(
             scaled_dot_product_attention(
                 grouped[:, :, tile],
                 k,
                 v,
-                attn_mask=seen.view(rows * kv_heads, 1, -1, slots),
+                attn_mask=visible.view(rows * kv_heads, 1, -1, slots),
                 scale=scale,
             )
         )

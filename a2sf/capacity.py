@@ -106,8 +106,8 @@ def prompt_operations(outline: Outline, weights: Weights, tokens: int) -> int:
     """
     layers = 2 * (weights.step_parameters - weights.head_parameters) * tokens
     heads = outline.shape.num_layers * outline.shape.num_kv_heads
-    seen = heads * tokens * (tokens + 1) // 2
-    return layers + attention_operations(outline, seen) + 2 * weights.head_parameters
+    pairs = heads * tokens * (tokens + 1) // 2
+    return layers + attention_operations(outline, pairs) + 2 * weights.head_parameters
 
 
 def _group(outline: Outline) -> int:

@@ -204,7 +204,7 @@ def walk_texts(
             end=end,
             scale=scale,
             output=output,
-            seen=watch.table if watch else None,
+            visible=watch.table if watch else None,
         )
         return
     rows = torch.arange(len(start), device=start.device)

@@ -231,7 +231,7 @@ class Engine:
 
     def _decode(self, events: list[Event]) -> None:
         logits = self._decoder.step(
-            [s.generated[-1] for s in self._active], [s.seen for s in self._active]
+            [s.generated[-1] for s in self._active], [s.num_cached_tokens for s in self._active]
         )
         self._emit(0, logits, events)
 
@@ -320,9 +320,9 @@ class Engine:
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
-            evicted_tokens=sequence.seen - kept_tokens,
+            evicted_tokens=sequence.num_cached_tokens - kept_tokens,
             kv_bytes=self._bytes_of(sequence),
-            kv_bytes_full=sequence.seen * heads * self._token_bytes,
+            kv_bytes_full=sequence.num_cached_tokens * heads * self._token_bytes,
         )
 
     def _bytes_of(self, sequence: Sequence) -> int:

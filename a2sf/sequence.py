@@ -80,7 +80,7 @@ class Sequence:
         )
 
     @property
-    def seen(self) -> int:
+    def num_cached_tokens(self) -> int:
         """Number of tokens that have entered the cache, and so the position of the next one."""
         # The newest token is drawn but has not run through the model yet.
         return self.prefilled + max(len(self.generated) - 1, 0)
@@ -91,9 +91,9 @@ class Sequence:
 
         Includes the heads of other processes.
         """
-        seen = self.seen
+        cached = self.num_cached_tokens
         if self.running:
-            return tuple(tuple(min(seen, b) for b in layer) for layer in self.policy.head_budgets)
+            return tuple(tuple(min(cached, b) for b in layer) for layer in self.policy.head_budgets)
         # The start of the block with the last token.
         start = max(self.prefilled - 1, 0) // self._chunk * self._chunk
         since = self.prefilled - start

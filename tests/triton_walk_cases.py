@@ -42,10 +42,10 @@ class Case:
         """Run the tokens; return the output and which tokens each query could attend to."""
         output = torch.full_like(self.query, torch.nan)
         rows, kv_heads, side, _ = self.keys.shape
-        seen = None
+        visible = None
         if watched:
             # Blocks of a prompt leave records of their padding there.
-            seen = torch.ones(rows, kv_heads, side, side, dtype=torch.bool, device=DEVICE)
+            visible = torch.ones(rows, kv_heads, side, side, dtype=torch.bool, device=DEVICE)
         triton_walk.walk(
             self.query,
             self.keys,
@@ -56,9 +56,9 @@ class Case:
             end=self.end,
             scale=self.scale,
             output=output,
-            seen=seen,
+            visible=visible,
         )
-        return output, seen
+        return output, visible
 
 
 def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> Case:
@@ -328,9 +328,9 @@ def check(case: Case, *, written: bool = False) -> int:
     rows, kv_heads = case.keys.shape[:2]
     group = case.query.shape[1] // kv_heads
     befores = {(r, h): Of.case(case, r, h) for r in range(rows) for h in range(kv_heads)}
-    found, seen = case.walk(watched=True)
-    assert seen is not None
-    output, table = found.double().cpu(), seen.cpu()
+    found, visible = case.walk(watched=True)
+    assert visible is not None
+    output, table = found.double().cpu(), visible.cpu()
     query, keys, values = (t.double().cpu() for t in (case.query, case.keys, case.values))
     tolerance = TOLERANCE[case.query.dtype]
     parted = 0

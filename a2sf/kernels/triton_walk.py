@@ -84,7 +84,7 @@ def walk(
     end: Tensor,
     scale: float,
     output: Tensor,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> None:
     """Run tokens of each row through one layer; for each: place, attend, accumulate, evict.
 
@@ -102,7 +102,7 @@ def walk(
         scale: factor on the logits.
         output: [rows, H_q, width, D] in the query's dtype; receives the attention output of these
             tokens. Other elements do not change.
-        seen: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether query i
+        visible: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether query i
             could attend to the token at position p, for the queries of these tokens.
     """
     rows, q_heads, _, dim = query.shape
@@ -113,7 +113,7 @@ def walk(
     assert output.dtype == query.dtype
     assert all(t.stride(3) == 1 for t in (query, keys, values, output))
     assert len(policy.alpha) == 1
-    assert seen is None or (seen.is_contiguous() and seen.dtype == torch.bool)
+    assert visible is None or (visible.is_contiguous() and visible.dtype == torch.bool)
 
     budget = policy.budget[0].contiguous()
     # Estimate of the slots that each head reads, summed over its tokens.
@@ -134,7 +134,7 @@ def walk(
             slots.position,
             logits,
             lse,
-            None if seen is None else seen.view(torch.uint8),
+            None if visible is None else visible.view(torch.uint8),
             work.flatten().argsort(descending=True),
             slots.vectors,
             slots.marks,
@@ -149,7 +149,7 @@ def walk(
             policy.first_heads,
             scale * math.log2(math.e),
             slots.widest,
-            0 if seen is None else seen.shape[-1],
+            0 if visible is None else visible.shape[-1],
             *query.stride()[:3],
             *keys.stride()[:3],
             *values.stride()[:3],
@@ -162,7 +162,7 @@ def walk(
             BLOCK=tile_slots(dim, query.dtype),
             SCORE_BLOCK=SCORE_BLOCK,
             SCORED=policy.any_scored,
-            WATCHED=seen is not None,
+            WATCHED=visible is not None,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             # Scores must round like the reference: after the decay, and after the sum.

@@ -21,7 +21,7 @@ from a2sf.kernels.score_update import fresh_score, lowest, next_slot, update_sco
 # Tables have any alignment, and texts any length: one program must work for all.
 _ANYWHERE = (
     *("order", "vectors", "marks", "width", "start", "end", "alpha", "budget", "recent", "sinks"),
-    *("random_seed", "first_head", "score", "position", "seen"),
+    *("random_seed", "first_head", "score", "position", "visible"),
 )
 _ANY_VALUE = ("room", "side")
 
@@ -38,7 +38,7 @@ def walk(
     position,
     logits,
     lse,
-    seen,
+    visible,
     order,
     vectors,
     marks,
@@ -80,7 +80,7 @@ def walk(
 
     Tables have one entry per row and KV head, [pairs]; `start`, `end` and `random_seed` have one
     per row. `order` maps programs to pairs. `scale` includes the factor log2(e). If `WATCHED`,
-    element [pair, i, p] of `seen` [pairs, side, side] uint8 becomes 1 if query i could attend to
+    element [pair, i, p] of `visible` [pairs, side, side] uint8 becomes 1 if query i could attend to
     the token at position p, else 0.
     """
     pair = tl.load(order + tl.program_id(0))
@@ -176,7 +176,7 @@ def walk(
         # Other threads load the new position, and overwrite the logits.
         tl.debug_barrier()
         if WATCHED:
-            given = seen + (pair * side + at) * side
+            given = visible + (pair * side + at) * side
             for i in tl.range(0, side, SCORE_BLOCK):
                 n = i + tl.arange(0, SCORE_BLOCK)
                 tl.store(given + n, tl.zeros([SCORE_BLOCK], tl.uint8), mask=n < side)

@@ -390,11 +390,11 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         if head.scored:
             _accumulate(score, held, weights, group, room, shares, head.alpha)
         if call.kept:
-            seen = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
+            visible = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
             for s in range(call.kept_side):
-                seen[s] = 0
+                visible[s] = 0
             for s in range(held):
-                seen[position[s]] = 1
+                visible[position[s]] = 1
 
 
 @njit

@@ -23,7 +23,7 @@ POINTERS = {
     "*i64": "plan start budget recent sinks random_seed first_head query_position first_counted"
     " order vectors marks width end",
     "*i32": "position",
-    "*u8": "seen",
+    "*u8": "visible",
     "*fp64": "alpha",
     "*fp32": "score logits lse split_lse split_output weights normalisers sums",
 }

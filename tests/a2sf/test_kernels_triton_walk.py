@@ -82,10 +82,10 @@ def test_a_walk_with_a_wrong_law_is_detected() -> None:
 
 def test_recording_does_not_change_results() -> None:
     twins = [make(11, most=6, dealt=True, rows=2, slots=(5, 20)) for _ in range(2)]
-    (output, seen), (same, none) = (
+    (output, visible), (same, none) = (
         case.walk(watched=watched) for case, watched in zip(twins, (True, False), strict=True)
     )
-    assert seen is not None
+    assert visible is not None
     assert none is None
     torch.testing.assert_close(output, same, rtol=0, atol=0, equal_nan=True)
     for name in ("keys", "values", "position", "score"):
@@ -135,9 +135,9 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     for keys in (slots.keys, case.keys):
         keys.fill_(1.0)
     case.query.fill_(0.5)
-    _, seen = case.walk(watched=True)
-    assert seen is not None
-    given = [set(seen[0, 0, at].nonzero().flatten().tolist()) for at in range(20, 24)]
+    _, visible = case.walk(watched=True)
+    assert visible is not None
+    given = [set(visible[0, 0, at].nonzero().flatten().tolist()) for at in range(20, 24)]
     everyone = set(range(20))
     assert [everyone - one for one in given] == [{2}, {2, 3}, {2, 3, 4}, {2, 3, 4, 5}]
 
