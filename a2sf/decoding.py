@@ -41,7 +41,7 @@ class Decoder(Protocol):
         source_row: int,
         counts: Heads,
         policy: EffectivePolicy,
-        longest: int,
+        max_len: int,
     ) -> None:
         """Copy a sequence from other slots to `row`, to decode it under a policy.
 
@@ -50,7 +50,7 @@ class Decoder(Protocol):
             source, source_row: the slots and the row that hold the sequence's tokens.
             counts: [layers][H_kv] tokens in each head there.
             policy: the sequence's policy.
-            longest: the most tokens that the sequence may reach.
+            max_len: the most tokens that the sequence may reach.
         """
         ...
 
@@ -90,11 +90,11 @@ class SteppedDecoder:
         source_row: int,
         counts: Heads,
         policy: EffectivePolicy,
-        longest: int,
+        max_len: int,
     ) -> None:
         """As `Decoder.join`."""
         self._slab.copy_row(row, source, source_row, counts)
-        self._rows[row] = (policy, longest)
+        self._rows[row] = (policy, max_len)
         self._batch = None
 
     def move(self, row: int, source: int) -> None:

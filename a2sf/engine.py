@@ -217,7 +217,7 @@ class Engine:
         try:
             slots = self._staging.finish(sequence)
             sequence.running = True
-            self._decoder.join(row, slots, 0, sequence.held, sequence.policy, sequence.longest)
+            self._decoder.join(row, slots, 0, sequence.held, sequence.policy, sequence.max_len)
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)

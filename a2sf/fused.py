@@ -104,11 +104,11 @@ class FusedDecoder:
         source_row: int,
         counts: Heads,
         policy: EffectivePolicy,
-        longest: int,
+        max_len: int,
     ) -> None:
         """As `decoding.Decoder.join`."""
         self._slab.copy_row(row, source, source_row, counts)
-        one = PolicyTensors.stack([policy], [longest], self._model.device)
+        one = PolicyTensors.stack([policy], [max_len], self._model.device)
         self._policy.copy_row(row, one, 0)
         self._scored[row] = one.any_scored
         self._unplanned.add(row)

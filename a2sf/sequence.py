@@ -118,7 +118,7 @@ class Sequence:
         return self.block[0] < min(map(min, self.policy.held_budgets))
 
     @property
-    def longest(self) -> int:
+    def max_len(self) -> int:
         """The most tokens that the sequence may reach."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 

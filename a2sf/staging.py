@@ -102,7 +102,7 @@ class Staging:
         first = sequence.prefilled
         start, length = sequence.block
         width = min(start + length - first, self._step_tokens)
-        policy = PolicyTensors.stack([sequence.policy], [sequence.longest], self._model.device)
+        policy = PolicyTensors.stack([sequence.policy], [sequence.max_len], self._model.device)
         # Slots fill in order until the first eviction, so later slots are not needed yet.
         most = sequence.policy.staging_slots(len(prompt))
         needed = min(most, first + width)

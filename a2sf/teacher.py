@@ -321,7 +321,7 @@ class _Scan:
     """Tokens of a prompt block, never 0: for an exact prefill, the length of the longest prompt."""
     block_slots: tuple[int, ...]
     """[layers] number of slots that the prompt's blocks need."""
-    longest: int
+    max_len: int
     """Tokens of the longest text, or a few more."""
     evicts: tuple[bool, ...]
     """[layers] whether any head of any row has fewer slots than its text has tokens."""
@@ -360,7 +360,7 @@ class _Scan:
             lengths=torch.tensor(lengths, device=model.device),
             chunk=chunk,
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
-            longest=longest_prompt + steps,
+            max_len=longest_prompt + steps,
             evicts=tuple(evicts),
             watch=watch,
             kernels=decoding.choose_kernels("auto", model),
@@ -433,7 +433,7 @@ class _Scan:
             policy = replace(policy, budget=budgets)
         used = end_prompt(staging, used, self.prompt, policy)
         # The largest budget of each head, but no more than the longest text.
-        most = policy.budget[0].amax(dim=0).clamp(max=self.longest)
+        most = policy.budget[0].amax(dim=0).clamp(max=self.max_len)
         slots = self._empty(keys, tuple(most.tolist()))
         for row, counts in enumerate(used[0].tolist()):
             slots.copy_row(row, staging, row, [counts])

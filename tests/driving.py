@@ -122,12 +122,12 @@ def any_sampling(rng: random.Random) -> Sampling:
 
 
 def any_requests(
-    model: LoadedModel, count: int, seed: int, *, longest: int = 120, most: int = 40
+    model: LoadedModel, count: int, seed: int, *, max_len: int = 120, most: int = 40
 ) -> list[GenerationRequest]:
     """Requests of every kind: policies, lengths, draws and ends as different as they may be."""
     rng = random.Random(seed)
     made = []
-    for index, prompt in enumerate(prompts(count, high=longest, seed=seed)):
+    for index, prompt in enumerate(prompts(count, high=max_len, seed=seed)):
         max_new = rng.randint(1, most)
         wish = any_policy(rng, len(prompt) + max_new)
         alpha = [

@@ -203,7 +203,7 @@ def check_against_torch(
 
     Returns the number of requests that evicted. Fails if a run differs without a near-tie.
     """
-    made = any_requests(model, count, seed=seed, longest=45, most=most)
+    made = any_requests(model, count, seed=seed, max_len=45, most=most)
     together = Recorder(engine_for(model, kernels=kernels, **SIZES))
     assert together.engine.kernels == kernels
     streams = run_at_random(

@@ -20,7 +20,7 @@ from tests.tiny import save_tiny_llama
 def test_step_tokens_changes_only_the_number_of_steps(
     tiny_model_64: LoadedModel, piece: int
 ) -> None:
-    made = any_requests(tiny_model_64, 24, seed=5, longest=60, most=25)
+    made = any_requests(tiny_model_64, 24, seed=5, max_len=60, most=25)
     engines = [engine_for(tiny_model_64, step_tokens=tokens) for tokens in (512, piece)]
     streams = []
     for engine in engines:
@@ -34,7 +34,7 @@ def test_step_tokens_changes_only_the_number_of_steps(
 
 
 def test_the_shape_of_the_slab_does_not_change_results(tiny_model_64: LoadedModel) -> None:
-    made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
+    made = any_requests(tiny_model_64, 24, seed=8, max_len=60, most=25)
     streams = []
     # Every head of the shaped slab has at least the 90 slots that these requests need.
     shares = ((3.0, 1.0), (1.2, 1.0), (1.0, 2.0))
@@ -352,7 +352,7 @@ def test_a_gpu_decodes_the_same_tokens_as_the_processor(tiny_model_dir: Any) -> 
     for device in ("cpu", "cuda"):
         model = load_model(str(tiny_model_dir), device=device, dtype="float64")
         engine = engine_for(model)
-        for one in any_requests(model, 12, seed=5, longest=60, most=25):
+        for one in any_requests(model, 12, seed=5, max_len=60, most=25):
             engine.submit(one)
         answers.append({name: tokens(stream) for name, stream in run(engine).items()})
     assert answers[0] == answers[1]

@@ -194,7 +194,7 @@ def test_a_captured_step_equals_an_uncaptured_step(model: LoadedModel) -> None:
     answers = []
     for graphs in (False, True):
         engine = cuda_engine(model, kernels="triton", cuda_graphs=graphs)
-        for one in any_requests(model, 12, seed=5, longest=30, most=25):
+        for one in any_requests(model, 12, seed=5, max_len=30, most=25):
             engine.submit(one)
         answers.append({name: tokens(stream) for name, stream in run(engine).items()})
     assert answers[0] == answers[1]

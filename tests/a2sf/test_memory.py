@@ -164,7 +164,7 @@ def along_many_requests(every: int, count: int) -> list[float]:
     model = make_model(512)
     engine = engine_for(model, slots=168, max_batch=5)
     rng = random.Random(0)
-    made = any_requests(model, every * count, seed=0, longest=60)[::-1]
+    made = any_requests(model, every * count, seed=0, max_len=60)[::-1]
     measured = []
     while made or engine.has_work:
         while made and engine.waiting < 3 and rng.random() < 0.5:
