@@ -138,7 +138,7 @@ class LoadedModel:
         token_ids: Tensor,
         positions: Tensor,
         attention: LayerAttention,
-        entering: tuple[int, Tensor] | None = None,
+        layer_input: tuple[int, Tensor] | None = None,
         *,
         differentiable: bool = False,
     ) -> Tensor:
@@ -147,7 +147,8 @@ class LoadedModel:
         Args:
             token_ids, positions: [rows, width] integer.
             attention: computes the attention of every layer.
-            entering: a layer and its input, from `layer_input`. The layers below it are not run.
+            layer_input: a layer's index and its input, from `compute_layer_input`. The layers below
+                it are not run.
             differentiable: whether gradients flow to the results of `attention`. The model must
                 have been loaded with `pack=False`.
 
@@ -161,30 +162,30 @@ class LoadedModel:
             if self.held is not None:
                 attention = of_own_heads(attention, self.held)
             hidden: Tensor = _decode(
-                self._decoder(entering), token_ids, positions, attention
+                self._decoder(layer_input), token_ids, positions, attention
             ).last_hidden_state
         return hidden
 
     @torch.inference_mode()
-    def layer_input(
+    def compute_layer_input(
         self,
         token_ids: Tensor,
         positions: Tensor,
         attention: LayerAttention,
         layer: int,
-        entering: tuple[int, Tensor] | None = None,
+        layer_input: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Run only the layers below `layer`; return the layer's input, [rows, width, hidden]."""
-        decoder, noted = span.up_to_layer(self._decoder(entering), layer)
+        decoder, noted = span.up_to_layer(self._decoder(layer_input), layer)
         _decode(decoder, token_ids, positions, attention)
         assert noted.entered is not None
         return noted.entered
 
-    def _decoder(self, entering: tuple[int, Tensor] | None) -> Any:
+    def _decoder(self, layer_input: tuple[int, Tensor] | None) -> Any:
         decoder = self.module.get_decoder()
-        if entering is None or entering[0] == 0:
+        if layer_input is None or layer_input[0] == 0:
             return decoder
-        return span.from_layer(decoder, *entering)
+        return span.from_layer(decoder, *layer_input)
 
     def logits(self, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
         """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""

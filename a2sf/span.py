@@ -34,14 +34,14 @@ class _StandIn(torch.nn.Module):
         return hidden if self._kept is None else self._kept
 
 
-def from_layer(decoder: Any, first: int, entering: Tensor) -> Any:
-    """Return a decoder that starts at layer `first` (1 or more) with the input `entering`.
+def from_layer(decoder: Any, first: int, layer_input: Tensor) -> Any:
+    """Return a decoder that starts at layer `first` (1 or more) with the input `layer_input`.
 
-    `entering` is [rows, width, hidden]. Of the token ids, only the shape matters.
+    `layer_input` is [rows, width, hidden]. Of the token ids, only the shape matters.
     """
     layers = list(decoder.layers)
     below = [_StandIn(layer) for layer in layers[: first - 1]]
-    return _with(decoder, [*below, _StandIn(layers[first - 1], entering), *layers[first:]])
+    return _with(decoder, [*below, _StandIn(layers[first - 1], layer_input), *layers[first:]])
 
 
 def up_to_layer(decoder: Any, last: int) -> tuple[Any, _StandIn]:

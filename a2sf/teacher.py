@@ -56,7 +56,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Entering:
+class LayerInput:
     """The input of one layer along some examples."""
 
     layer: int
@@ -80,7 +80,7 @@ def predict(
     *,
     batch: int = 32,
     similarity: bool = False,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
 ) -> list[Prediction]:
     """Predict along each example, under its policy or (None) with the full cache.
@@ -91,10 +91,10 @@ def predict(
         policies: one per example, or None for attention over all tokens.
         batch: the most examples in one forward pass.
         similarity: whether to compare attention rows; not for a full cache.
-        entering: the result of `enter` for a layer, under policies that agree below that layer. The
-            layers below it are not run.
+        layer_input: the result of `compute_layer_input` for a layer, under policies that agree
+            below that layer. The layers below it are not run.
         prompts: the result of `read_prompts`; only if all policies have prefill_chunk 0. The
-            prompts are not run. `entering` must then have been computed with prompts too.
+            prompts are not run. `layer_input` must then have been computed with prompts too.
     """
     found = predictions(
         model,
@@ -102,7 +102,7 @@ def predict(
         policies,
         batch=batch,
         similarity=similarity,
-        entering=entering,
+        layer_input=layer_input,
         prompts=prompts,
     )
     results = dict(found)
@@ -116,7 +116,7 @@ def predictions(
     *,
     batch: int = 32,
     similarity: bool = False,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
 ) -> Iterator[tuple[int, Prediction]]:
     """As `predict`, but yields (index of the example, its prediction), in any order.
@@ -124,36 +124,36 @@ def predictions(
     A caller that drops each prediction before the next one needs memory for one example's logits.
     """
     for one in _passes(model, examples, policies, batch, similarity, prompts):
-        start = entering.stacked(one.rows) if entering else None
+        start = layer_input.stacked(one.rows) if layer_input else None
         hidden = model.hidden_states(*one.inputs(), one.attention(), start)
         for at, index in enumerate(one.rows):
             yield index, one.prediction(at, hidden)
 
 
-def enter(
+def compute_layer_input(
     model: LoadedModel,
     examples: Sequence[Example],
     policies: Sequence[EffectivePolicy] | None,
     layer: int,
     *,
     batch: int = 32,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
-) -> Entering:
+) -> LayerInput:
     """Return the input of `layer` along each example; arguments as for `predict`.
 
-    With `entering` of a lower layer, only the layers between the two are run. So a caller that goes
-    up layer by layer, for instance to evict in one head of each while all others keep every token
-    (policies None below it), runs each layer once.
+    With `layer_input` of a lower layer, only the layers between the two are run. So a caller that
+    goes up layer by layer, for instance to evict in one head of each while all others keep every
+    token (policies None below it), runs each layer once.
     Memory of the result: tokens of the examples x hidden x bytes of the model's dtype.
     """
     results: dict[int, Tensor] = {}
     for one in _passes(model, examples, policies, batch, False, prompts):
-        start = entering.stacked(one.rows) if entering else None
-        hidden = model.layer_input(*one.inputs(), one.attention(), layer, start)
+        start = layer_input.stacked(one.rows) if layer_input else None
+        hidden = model.compute_layer_input(*one.inputs(), one.attention(), layer, start)
         for at, index in enumerate(one.rows):
             results[index] = hidden[at, : one.run(at)]
-    return Entering(layer, tuple(results[i] for i in range(len(examples))))
+    return LayerInput(layer, tuple(results[i] for i in range(len(examples))))
 
 
 def read_prompts(

@@ -187,15 +187,17 @@ def test_starting_at_a_layer_equals_the_whole_model(family: Family) -> None:
     below = None
     for layer in range(family.model.shape.num_layers):
         # Batches of two, so that the stored inputs are batched differently.
-        below = teacher.enter(family.model, examples, policies, layer, batch=2, entering=below)
-        parts = teacher.predict(family.model, examples, policies, entering=below)
+        below = teacher.compute_layer_input(
+            family.model, examples, policies, layer, batch=2, layer_input=below
+        )
+        parts = teacher.predict(family.model, examples, policies, layer_input=below)
         for part, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(part.logits, expected.logits, rtol=1e-9, atol=1e-9)
     other = [
         p.model_copy(update={"alpha": ((0.99,) * len(p.alpha[0]),) * len(p.alpha)})
         for p in policies
     ]
-    changed = teacher.predict(family.model, examples, other, entering=below)
+    changed = teacher.predict(family.model, examples, other, layer_input=below)
     assert not torch.allclose(changed[0].logits, whole[0].logits), "the last layer is run"
 
 

@@ -102,11 +102,11 @@ def test_a_layer_input_can_be_combined_with_given_prompts(
     want = teacher.predict(tiny_model, examples, rules)
     below = None
     for layer in range(3):
-        below = teacher.enter(
-            tiny_model, examples, rules, layer, batch=2, entering=below, prompts=known
+        below = teacher.compute_layer_input(
+            tiny_model, examples, rules, layer, batch=2, layer_input=below, prompts=known
         )
         assert [len(one) for one in below.hidden] == [length - prompt for length, prompt in LENGTHS]
-        got = teacher.predict(tiny_model, examples, rules, entering=below, prompts=known)
+        got = teacher.predict(tiny_model, examples, rules, layer_input=below, prompts=known)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
 

@@ -58,7 +58,9 @@ def test_heads_that_evict_alone_share_one_pass_from_their_layer_on(
     known = teacher.read_prompts(tiny_model_64, examples)
     below = None
     for layer in range(shape.num_layers):
-        below = teacher.enter(tiny_model_64, examples, None, layer, entering=below, prompts=known)
+        below = teacher.compute_layer_input(
+            tiny_model_64, examples, None, layer, layer_input=below, prompts=known
+        )
         heads = range(shape.num_kv_heads)
         rows = [index for _ in heads for index in range(len(examples))]
         policies = [alone(tiny_model_64, layer, head) for head in heads for _ in examples]
@@ -67,7 +69,7 @@ def test_heads_that_evict_alone_share_one_pass_from_their_layer_on(
             tiny_model_64,
             [examples[i] for i in rows],
             policies,
-            entering=teacher.Entering(layer, tuple(below.hidden[i] for i in rows)),
+            layer_input=teacher.LayerInput(layer, tuple(below.hidden[i] for i in rows)),
             prompts=[known[i] for i in rows],
         )
         assert walked == [len(rows)], "only one layer is scanned"
