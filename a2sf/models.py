@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from a2sf import dtypes, families, files, gguf_file, linear, span
+from a2sf import dtypes, families, files, gguf_file, linear, partial_decoder
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
@@ -176,16 +176,16 @@ class LoadedModel:
         layer_input: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Run only the layers below `layer`; return the layer's input, [rows, width, hidden]."""
-        decoder, noted = span.up_to_layer(self._decoder(layer_input), layer)
+        decoder, placeholder = partial_decoder.up_to_layer(self._decoder(layer_input), layer)
         _decode(decoder, token_ids, positions, attention)
-        assert noted.entered is not None
-        return noted.entered
+        assert placeholder.input is not None
+        return placeholder.input
 
     def _decoder(self, layer_input: tuple[int, Tensor] | None) -> Any:
         decoder = self.module.get_decoder()
         if layer_input is None or layer_input[0] == 0:
             return decoder
-        return span.from_layer(decoder, *layer_input)
+        return partial_decoder.from_layer(decoder, *layer_input)
 
     def logits(self, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
         """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""

@@ -37,7 +37,7 @@ CORE = [
     "gguf_file",
     "linear",
     "dtypes",
-    "span",
+    "partial_decoder",
     "threads",
     "ranks",
     "outline",

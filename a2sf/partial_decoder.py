@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 
-class _StandIn(torch.nn.Module):
+class _Placeholder(torch.nn.Module):
     """Replaces a layer: returns its input, or a given tensor."""
 
-    def __init__(self, layer: torch.nn.Module, kept: Tensor | None = None) -> None:
+    def __init__(self, layer: torch.nn.Module, result: Tensor | None = None) -> None:
         super().__init__()
         # A registered child would add the layer's weights to this module.
         object.__setattr__(self, "_layer", layer)
-        self._kept = kept
-        self.entered: Tensor | None = None
+        self._result = result
+        self.input: Tensor | None = None
         """[rows, width, hidden], the input of the last call."""
 
     def __getattr__(self, name: str) -> Any:
@@ -30,8 +30,8 @@ class _StandIn(torch.nn.Module):
             return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.entered = hidden
-        return hidden if self._kept is None else self._kept
+        self.input = hidden
+        return hidden if self._result is None else self._result
 
 
 def from_layer(decoder: Any, first: int, layer_input: Tensor) -> Any:
@@ -40,14 +40,14 @@ def from_layer(decoder: Any, first: int, layer_input: Tensor) -> Any:
     `layer_input` is [rows, width, hidden]. Of the token ids, only the shape matters.
     """
     layers = list(decoder.layers)
-    below = [_StandIn(layer) for layer in layers[: first - 1]]
-    return _with(decoder, [*below, _StandIn(layers[first - 1], layer_input), *layers[first:]])
+    below = [_Placeholder(layer) for layer in layers[: first - 1]]
+    return _with(decoder, [*below, _Placeholder(layers[first - 1], layer_input), *layers[first:]])
 
 
-def up_to_layer(decoder: Any, last: int) -> tuple[Any, _StandIn]:
+def up_to_layer(decoder: Any, last: int) -> tuple[Any, _Placeholder]:
     """Return a decoder that runs the layers below `last`, and the module that stores the result."""
     layers = list(decoder.layers)
-    above = [_StandIn(layer) for layer in layers[last:]]
+    above = [_Placeholder(layer) for layer in layers[last:]]
     return _with(decoder, [*layers[:last], *above]), above[0]
 
 
