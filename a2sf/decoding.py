@@ -17,9 +17,9 @@ from a2sf import kernels
 from a2sf.attention import BlockAttention, DecodePass, attend_and_score
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument
-from a2sf.kept import Kept
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
+from a2sf.retention import RetentionRecorder
 
 Kernels = Literal["auto", "torch", "triton", "numba"]
 """The accepted values of the option `kernels`."""
@@ -172,7 +172,7 @@ def walk_texts(
     start: Tensor,
     end: Tensor,
     output: Tensor,
-    watch: Kept | None,
+    recorder: RetentionRecorder | None,
 ) -> None:
     """Run given tokens through one layer, one after the other.
 
@@ -184,13 +184,13 @@ def walk_texts(
         scale: factor on the logits.
         start, end: [rows] int64: the tokens start .. end - 1 of each text are run.
         output: [rows, H_q, width, D]; receives the attention output of these tokens.
-        watch: records which tokens each query could attend to, or None.
+        recorder: records which tokens each query could attend to, or None.
     """
     if chosen == "numba":
         from a2sf.kernels import walk
 
         walker = walk.Walker(slots, policy)
-        walker.begin_texts(start, end, watch.table if watch else None)
+        walker.begin_texts(start, end, recorder.table if recorder else None)
         walker.into(output, 0, *projected, scale)
         return
     if chosen == "triton":
@@ -204,7 +204,7 @@ def walk_texts(
             end=end,
             scale=scale,
             output=output,
-            visible=watch.table if watch else None,
+            visible=recorder.table if recorder else None,
         )
         return
     rows = torch.arange(len(start), device=start.device)
@@ -216,8 +216,8 @@ def walk_texts(
         found = DecodePass(slots, policy, at)(0, query, keys, values, scale)[:, :, 0]
         going = (at < end)[:, None, None]
         output[rows, :, index] = torch.where(going, found, output[rows, :, index])
-        if watch:
-            watch.step(at, slots)
+        if recorder:
+            recorder.step(at, slots)
 
 
 def block_attention(chosen: Backend) -> BlockAttention:

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from a2sf import decoding
 from a2sf.attention import BlockPass, attend_causally, end_prompt
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kept import Kept, Similarity
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
 from a2sf.pooled import pooled_budgets
 from a2sf.prompts import AfterPrompts, Prompt, read
+from a2sf.retention import RetentionRecorder, Similarity
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 """A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
@@ -232,10 +232,10 @@ class _Pass:
         if self.prompts:
             mine = torch.cat([self.prompts[row].hidden, mine])
         precision = torch.promote_types(self.model.dtype, torch.float32)
-        watch = self.scan.watch if isinstance(self.scan, _Scan) else None
+        recorder = self.scan.recorder if isinstance(self.scan, _Scan) else None
         return Prediction(
             logits=self.model.logits(mine[list(self.examples[row].counted)]).to(precision),
-            similarity=watch.of(row) if isinstance(watch, Similarity) else None,
+            similarity=recorder.of(row) if isinstance(recorder, Similarity) else None,
         )
 
 
@@ -261,9 +261,9 @@ def _passes(
             part = [examples[i] for i in rows]
             scan: _Scan | _Full = _Full()
             if policies:
-                watch = Similarity([example.counted for example in part]) if similarity else None
+                recorder = Similarity([example.counted for example in part]) if similarity else None
                 mine = [policies[i] for i in rows]
-                scan = _Scan.over(model, part, mine, prefill_chunk, watch)
+                scan = _Scan.over(model, part, mine, prefill_chunk, recorder)
             yield _Pass(model, rows, part, scan, [prompts[i] for i in rows] if prompts else None)
 
 
@@ -325,7 +325,7 @@ class _Scan:
     """Tokens of the longest text, or a few more."""
     evicts: tuple[bool, ...]
     """[layers] whether any head of any row has fewer slots than its text has tokens."""
-    watch: Kept | None
+    recorder: RetentionRecorder | None
     kernels: decoding.Backend
     pooled: tuple[float | None, ...]
     """[rows] the floor for `pooled_budgets` at the end of the prompt, or None."""
@@ -337,7 +337,7 @@ class _Scan:
         examples: Sequence[Example],
         policies: Sequence[EffectivePolicy],
         prefill_chunk: int,
-        watch: Kept | None,
+        recorder: RetentionRecorder | None,
     ) -> "_Scan":
         prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
         lengths = [len(e.token_ids) for e in examples]
@@ -362,7 +362,7 @@ class _Scan:
             block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
             max_len=longest_prompt + steps,
             evicts=tuple(evicts),
-            watch=watch,
+            recorder=recorder,
             kernels=decoding.choose_kernels("auto", model),
             pooled=tuple(policy.pooled_floor for policy in policies),
         )
@@ -370,15 +370,15 @@ class _Scan:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        if not self.evicts[layer] and not self.watch:
+        if not self.evicts[layer] and not self.recorder:
             # Without evictions the law is plain attention.
             return _Full()(layer, query, keys, values, scale)
         policy = self.policy.layer(layer)
         rows, heads, width, dim = query.shape
         # In the memory layout that the model reads: the heads of a token are adjacent.
         output = query.new_zeros(rows, width, heads, dim).transpose(1, 2)
-        if self.watch:
-            self.watch.begin(keys)
+        if self.recorder:
+            self.recorder.begin(keys)
         projected = (query, keys, values)
         slots, policy = self._prompts(layer, policy, projected, scale, output)
         decoding.walk_texts(
@@ -390,10 +390,10 @@ class _Scan:
             start=self.prompt,
             end=self.lengths,
             output=output,
-            watch=self.watch,
+            recorder=self.recorder,
         )
-        if self.watch:
-            self.watch.end(query, keys, scale)
+        if self.recorder:
+            self.recorder.end(query, keys, scale)
         return output
 
     def _prompts(
@@ -426,8 +426,8 @@ class _Scan:
             q, k, v = (t[:, :, tile] for t in projected)
             output[:, :, first : first + q.shape[2]] = block(0, q, k, v, scale)
             used = block.used_after
-            if self.watch:
-                self.watch.block(first, self.chunk, staging)
+            if self.recorder:
+                self.recorder.block(first, self.chunk, staging)
         if any(floor is not None for floor in self.pooled):
             budgets = pooled_budgets(staging, self.prompt, policy, self.pooled)
             policy = replace(policy, budget=budgets)

@@ -27,7 +27,7 @@ CORE = [
     "cache",
     "attention",
     "kernels",
-    "kept",
+    "retention",
     "pooled",
     "reference",
     "files",

@@ -38,12 +38,12 @@ class Case:
     values: Tensor
     scale: float
 
-    def walk(self, *, watched: bool) -> tuple[Tensor, Tensor | None]:
+    def walk(self, *, recorded: bool) -> tuple[Tensor, Tensor | None]:
         """Run the tokens; return the output and which tokens each query could attend to."""
         output = torch.full_like(self.query, torch.nan)
         rows, kv_heads, side, _ = self.keys.shape
         visible = None
-        if watched:
+        if recorded:
             # Blocks of a prompt leave records of their padding there.
             visible = torch.ones(rows, kv_heads, side, side, dtype=torch.bool, device=DEVICE)
         triton_walk.walk(
@@ -328,7 +328,7 @@ def check(case: Case, *, written: bool = False) -> int:
     rows, kv_heads = case.keys.shape[:2]
     group = case.query.shape[1] // kv_heads
     befores = {(r, h): Of.case(case, r, h) for r in range(rows) for h in range(kv_heads)}
-    found, visible = case.walk(watched=True)
+    found, visible = case.walk(recorded=True)
     assert visible is not None
     output, table = found.double().cpu(), visible.cpu()
     query, keys, values = (t.double().cpu() for t in (case.query, case.keys, case.values))

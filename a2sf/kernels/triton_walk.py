@@ -162,7 +162,7 @@ def walk(
             BLOCK=tile_slots(dim, query.dtype),
             SCORE_BLOCK=SCORE_BLOCK,
             SCORED=policy.any_scored,
-            WATCHED=visible is not None,
+            RECORDED=visible is not None,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             # Scores must round like the reference: after the decay, and after the sum.

@@ -74,12 +74,12 @@ def walk(
     BLOCK: tl.constexpr,
     SCORE_BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
-    WATCHED: tl.constexpr,
+    RECORDED: tl.constexpr,
 ):
     """Run the tokens start .. end - 1 of a row through the slots of one KV head.
 
     Tables have one entry per row and KV head, [pairs]; `start`, `end` and `random_seed` have one
-    per row. `order` maps programs to pairs. `scale` includes the factor log2(e). If `WATCHED`,
+    per row. `order` maps programs to pairs. `scale` includes the factor log2(e). If `RECORDED`,
     element [pair, i, p] of `visible` [pairs, side, side] uint8 becomes 1 if query i could attend to
     the token at position p, else 0.
     """
@@ -175,7 +175,7 @@ def walk(
         slot = next_slot(victim, at + 1, most, slots)
         # Other threads load the new position, and overwrite the logits.
         tl.debug_barrier()
-        if WATCHED:
+        if RECORDED:
             given = visible + (pair * side + at) * side
             for i in tl.range(0, side, SCORE_BLOCK):
                 n = i + tl.arange(0, SCORE_BLOCK)

@@ -63,7 +63,7 @@ class Walker:
         self._order = np.zeros((layers, rows * kv_heads), np.int64)
         self._given: set[tuple[int, int]] = set()
         """(threads, query heads per KV head) for which the scratch memory is large enough."""
-        self._kept = torch.zeros(0)
+        self._retained = torch.zeros(0)
         self._calls = np.zeros(layers, CALL)
         for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
             call = self._calls[layer]
@@ -84,21 +84,24 @@ class Walker:
         self._heads["start"] = start.numpy()[:, None]
         return self
 
-    def begin_texts(self, start: Tensor, end: Tensor, kept: Tensor | None) -> None:
+    def begin_texts(self, start: Tensor, end: Tensor, retained: Tensor | None) -> None:
         """Set the tokens to run, for calls with whole texts.
 
         Args:
             start, end: [rows] integer: the tokens start .. end - 1 of each text are run.
-            kept: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether query i
-                could attend to the token at position p.
+            retained: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether
+                query i could attend to the token at position p.
         """
         self._heads["start"] = self._heads["first"] = start.numpy()[:, None]
         self._heads["tokens"] = (end - start).clamp(min=0).numpy()[:, None]
-        if kept is not None:
-            assert kept.is_contiguous()
-            assert kept.dtype == torch.bool
-            self._kept = kept
-            self._calls["kept"], self._calls["kept_side"] = kept.data_ptr(), kept.shape[3]
+        if retained is not None:
+            assert retained.is_contiguous()
+            assert retained.dtype == torch.bool
+            self._retained = retained
+            self._calls["retained"], self._calls["retained_side"] = (
+                retained.data_ptr(),
+                retained.shape[3],
+            )
         self._share_work()
 
     def __call__(

@@ -68,10 +68,10 @@ CALL = np.dtype(
             "order",
             "begun",
             "working",
-            # Address of bytes [pairs, kept_side, kept_side], 1 for tokens that a query could attend
-            # to, or 0 for no record.
-            "kept",
-            "kept_side",
+            # Address of bytes [pairs, retained_side, retained_side], 1 for tokens that a query
+            # could attend to; address 0 for no record.
+            "retained",
+            "retained_side",
             # Address of float32 scratch memory, and its size per worker in numbers.
             "scratch",
             "scratch_size",
@@ -389,9 +389,9 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
             score[slot] = random_score(head.random_seed, head.number, at)
         if head.scored:
             _accumulate(score, held, weights, group, room, shares, head.alpha)
-        if call.kept:
-            visible = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
-            for s in range(call.kept_side):
+        if call.retained:
+            visible = _bytes(call.retained + (pair * call.retained_side + at) * call.retained_side)
+            for s in range(call.retained_side):
                 visible[s] = 0
             for s in range(held):
                 visible[position[s]] = 1

@@ -90,7 +90,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
             start=at[0],
             end=at[-1],
             output=output,
-            watch=None,
+            recorder=None,
         )
         return output
 

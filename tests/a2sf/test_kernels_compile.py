@@ -86,7 +86,7 @@ def compile_all(architecture: int) -> None:
             "SCORED": scored,
             "QUERIES": prefill.QUERIES,
             "SLOTS": prefill.tile_slots(dim),
-            "WATCHED": group == 4,
+            "RECORDED": group == 4,
         }
         decoding = (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]
         for program, stages, warps in (

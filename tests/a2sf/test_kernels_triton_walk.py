@@ -68,10 +68,10 @@ def test_a_walk_with_a_wrong_law_is_detected() -> None:
     case = make(7, rows=2, slots=(9, 20), methods=("a2sf",), seen=20)
     walk = case.walk
 
-    def other(*, watched: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def other(*, recorded: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         right = case.policy
         case.policy = replace(right, alpha=right.alpha * 0.7)
-        found = walk(watched=watched)
+        found = walk(recorded=recorded)
         case.policy = right
         return found
 
@@ -83,7 +83,7 @@ def test_a_walk_with_a_wrong_law_is_detected() -> None:
 def test_recording_does_not_change_results() -> None:
     twins = [make(11, most=6, dealt=True, rows=2, slots=(5, 20)) for _ in range(2)]
     (output, visible), (same, none) = (
-        case.walk(watched=watched) for case, watched in zip(twins, (True, False), strict=True)
+        case.walk(recorded=recorded) for case, recorded in zip(twins, (True, False), strict=True)
     )
     assert visible is not None
     assert none is None
@@ -102,7 +102,7 @@ def test_memory_outside_the_slots_does_not_change() -> None:
         marks, vectors = int(case.slots.marks[row, head]), int(case.slots.vectors[row, head])
         owned[marks : marks + width] = True
         held[vectors : vectors + width] = True
-    case.walk(watched=False)
+    case.walk(recorded=False)
     assert (case.slots.position[~owned] == EMPTY).all()
     assert case.slots.score[~owned].isnan().all()
     assert case.slots.keys[~held].isnan().all()
@@ -114,7 +114,7 @@ def test_a_row_without_tokens_does_not_change() -> None:
     case = make(5, rows=3, slots=(4, 12), seen=20)
     case.end = torch.stack([case.start[0], case.start[1] + 3, case.start[2] - 2])
     before = case.slots.position.clone(), case.slots.score.clone()
-    output, _ = case.walk(watched=False)
+    output, _ = case.walk(recorded=False)
     for row in (0, 2):
         assert output[row].isnan().all()
         assert torch.equal(case.slots.position[row], before[0][row])
@@ -135,7 +135,7 @@ def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     for keys in (slots.keys, case.keys):
         keys.fill_(1.0)
     case.query.fill_(0.5)
-    _, visible = case.walk(watched=True)
+    _, visible = case.walk(recorded=True)
     assert visible is not None
     given = [set(visible[0, 0, at].nonzero().flatten().tolist()) for at in range(20, 24)]
     everyone = set(range(20))
@@ -174,7 +174,7 @@ def test_a_layer_is_one_launch_and_the_heads_with_the_most_work_start_first(
     monkeypatch.setattr(triton_walk_programs, "walk", launched)
     case: Case = make(2, dealt=True, rows=3, slots=(2, 30), seen=40, most=6)
     case.end = case.start + torch.tensor([6, 2, 6], device=DEVICE)
-    case.walk(watched=False)
+    case.walk(recorded=False)
     (order,) = launched.order
     budgets = case.policy.budget.flatten().tolist()
     work = [budgets[pair] * (6, 2, 6)[pair // 2] for pair in order]

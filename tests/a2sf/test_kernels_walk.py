@@ -12,10 +12,10 @@ import torch
 from a2sf import decoding, scoring
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kept import Kept
 from a2sf.kernels import walk, walk_programs
 from a2sf.kernels.walk import Walker
 from a2sf.policy import EffectivePolicy
+from a2sf.retention import RetentionRecorder
 from tests.head_slots import head_of
 from tests.interpreting import CUDA
 from tests.row_cases import TOLERANCE, Case, check_state, exact, make, owned
@@ -121,10 +121,10 @@ def test_a_walk_along_texts_of_different_lengths_equals_single_steps(seed: int) 
         case.slots.position.clone(),
         case.slots.score.clone(),
     )
-    outputs, watches = [], []
+    outputs, records = [], []
     for slots, many in ((stepped, False), (case.slots, True)):
-        output, watch = torch.zeros_like(query), Kept()
-        watch.begin(keys)
+        output, recorder = torch.zeros_like(query), RetentionRecorder()
+        recorder.begin(keys)
         if many:
             decoding.walk_texts(
                 "numba",
@@ -135,7 +135,7 @@ def test_a_walk_along_texts_of_different_lengths_equals_single_steps(seed: int) 
                 start=start,
                 end=end,
                 output=output,
-                watch=watch,
+                recorder=recorder,
             )
         else:
             for row in range(len(start)):
@@ -148,11 +148,11 @@ def test_a_walk_along_texts_of_different_lengths_equals_single_steps(seed: int) 
                     for head in range(keys.shape[1]):
                         here = head_of(slots, 0, row, head).position
                         kept = here[here <= at].long()
-                        watch.table[row, head, at, kept] = True
+                        recorder.table[row, head, at, kept] = True
         outputs.append(output)
-        watches.append(watch.table)
+        records.append(recorder.table)
     assert torch.equal(*outputs)
-    assert torch.equal(*watches)
+    assert torch.equal(*records)
     assert torch.equal(stepped.position, case.slots.position)
     torch.testing.assert_close(stepped.score, case.slots.score, rtol=0, atol=0, equal_nan=True)
 

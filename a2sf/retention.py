@@ -12,18 +12,18 @@ from torch import Tensor
 from a2sf.cache import Slots
 
 
-class Kept:
+class RetentionRecorder:
     """Records which tokens each query of a layer could attend to."""
 
     def __init__(self) -> None:
-        self._kept = torch.empty(0)
+        self._retained = torch.empty(0)
 
     def begin(self, keys: Tensor) -> None:
         """Start a layer with keys [rows, H_kv, width, D]."""
         rows, kv_heads, width, _ = keys.shape
         # The last row collects the queries of padding, the last column the empty slots.
         shape = (rows, kv_heads, width + 1, width + 1)
-        self._kept = torch.zeros(shape, dtype=torch.bool, device=keys.device)
+        self._retained = torch.zeros(shape, dtype=torch.bool, device=keys.device)
 
     @property
     def table(self) -> Tensor:
@@ -31,21 +31,21 @@ class Kept:
 
         Element [.., i, p] is true if query i could attend to the token at position p.
         """
-        return self._kept
+        return self._retained
 
     def block(self, first: int, tokens: int, slots: Slots) -> None:
         """Record the stored tokens for the queries first .. first + tokens - 1 of every row."""
-        self._kept[:, :, first : first + tokens] = self._stored(slots)[:, :, None]
+        self._retained[:, :, first : first + tokens] = self._stored(slots)[:, :, None]
 
     def step(self, at: Tensor, slots: Slots) -> None:
         """Record the stored tokens for one query per row, at position `at` [rows]."""
         rows = torch.arange(len(at), device=at.device)
-        query = at.clamp(max=self._kept.shape[2] - 1)
-        self._kept[rows, :, query] = self._stored(slots)
+        query = at.clamp(max=self._retained.shape[2] - 1)
+        self._retained[rows, :, query] = self._stored(slots)
 
     def _stored(self, slots: Slots) -> Tensor:
-        width = self._kept.shape[-1]
-        stored = torch.zeros_like(self._kept[:, :, 0])
+        width = self._retained.shape[-1]
+        stored = torch.zeros_like(self._retained[:, :, 0])
         for run, part in slots.parts:
             there = part.position[0].clamp(max=width - 1).long()
             stored[:, run.heads].scatter_(2, there, True)
@@ -55,7 +55,7 @@ class Kept:
         """End a layer with query [rows, H_q, width, D] and keys [rows, H_kv, width, D]."""
 
 
-class Similarity(Kept):
+class Similarity(RetentionRecorder):
     """Compares each counted query's attention row over the retained tokens with its full row."""
 
     def __init__(self, counted: Sequence[Sequence[int]]) -> None:
@@ -75,7 +75,7 @@ class Similarity(Kept):
             logits = q @ keys[row][:, None].float().transpose(-1, -2) * scale
             unseen = torch.arange(width, device=keys.device) > at[:, None]
             squares = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).square()
-            kept = self._kept[row][:, at, :width]
+            kept = self._retained[row][:, at, :width]
             # Renormalising the retained part does not change its direction, nor the cosine.
             cosine = ((squares * kept[:, None]).sum(dim=-1) / squares.sum(dim=-1)).sqrt()
             means.append(cosine.mean(dim=(1, 2)))
