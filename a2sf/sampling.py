@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from a2sf import noise
+from a2sf import rng
 from a2sf.requests import Sampling, TokenLogprob, TokenLogprobs
 
 _GREEDY_BELOW = 1e-30
@@ -175,7 +175,7 @@ class Batch:
         """The winning ratios and tokens of the rows that are not greedy: both [n]."""
         ratios, filtered = self._distribution(scores)
         streams = [(state.seed, state.draws) for state in self._racing]
-        ratios /= noise.exponential(streams, ratios.shape[1], ratios.device)
+        ratios /= rng.exponential(streams, ratios.shape[1], ratios.device)
         best, tokens = ratios.max(dim=-1)
         return best if filtered is None else best + filtered, tokens
 

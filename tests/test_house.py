@@ -46,7 +46,7 @@ CORE = [
     "decoding",
     "prompts",
     "teacher",
-    "noise",
+    "rng",
     "sampling",
     "text",
     "controls",

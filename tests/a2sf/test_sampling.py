@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from a2sf import noise, sampling
+from a2sf import rng, sampling
 from a2sf.requests import Sampling
 
 CPU = torch.device("cpu")
@@ -193,14 +193,14 @@ def noise_written_out(seed: int, draws: int, token: int) -> float:
 
 @pytest.mark.parametrize(("seed", "draws"), [(0, 0), (7, 1), (2**63 - 1, 12345)])
 def test_random_numbers_equal_the_integer_formula(seed: int, draws: int) -> None:
-    got = noise.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
+    got = rng.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
     want = torch.tensor([noise_written_out(seed, draws, token) for token in range(3000)])
     # The largest numbers never win a race, and a float is coarse there.
     torch.testing.assert_close(got[want < 10], want.double()[want < 10], rtol=1e-3, atol=0)
 
 
 def test_random_numbers_are_exponential_and_differ_by_draw() -> None:
-    many = noise.exponential([(5, draws) for draws in range(40)], 50_000, CPU).double()
+    many = rng.exponential([(5, draws) for draws in range(40)], 50_000, CPU).double()
     quantiles = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     expected = -torch.log1p(-quantiles)
     for row in many[:4]:
@@ -227,7 +227,7 @@ def one_row_written_out(logits: Tensor, wish: Sampling, seed: int, draws: int) -
     if wish.min_p > 0.0:
         shares = scaled.softmax(dim=-1)
         scaled = scaled.masked_fill(shares < wish.min_p * shares.max(), -torch.inf)
-    race = noise.exponential([(seed, draws)], len(scaled), CPU)[0]
+    race = rng.exponential([(seed, draws)], len(scaled), CPU)[0]
     return int((scaled.softmax(dim=-1) / race).argmax())
 
 
