@@ -117,8 +117,8 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         num_layers=model.shape.num_layers,
         num_kv_heads=model.identity.num_kv_heads,
     )
-    if model.held is not None:
-        policy = policy.model_copy(update={"held": model.held})
+    if model.local_heads is not None:
+        policy = policy.model_copy(update={"held": model.local_heads})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:

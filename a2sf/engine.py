@@ -58,7 +58,7 @@ class Engine:
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """The chosen implementation of the law: torch, triton or numba."""
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-        self._slab = self._allocate(config.max_batch, held_of(slots, model.held))
+        self._slab = self._allocate(config.max_batch, held_of(slots, model.local_heads))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
@@ -217,7 +217,9 @@ class Engine:
         try:
             slots = self._staging.finish(sequence)
             sequence.running = True
-            self._decoder.join(row, slots, 0, sequence.held, sequence.policy, sequence.max_len)
+            self._decoder.join(
+                row, slots, 0, sequence.local_stored, sequence.policy, sequence.max_len
+            )
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)

@@ -37,7 +37,7 @@ from a2sf.outline import (
     reading,
     shape_of,
 )
-from a2sf.ranks import Ranks, expected, of_own_heads
+from a2sf.ranks import Ranks, expected, restrict_to_local_heads
 from a2sf.schema import LoadedIdentity, ModelIdentity
 
 ATTENTION_NAME = "a2sf"
@@ -101,7 +101,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
-    held: tuple[int, int] | None = None
+    local_heads: tuple[int, int] | None = None
     """(first, end): this process holds the KV heads first .. end - 1 of each layer, and their query
     heads. None: all heads."""
     dtype_reason: str = "asked for"
@@ -159,8 +159,8 @@ class LoadedModel:
         packed = any(isinstance(part, linear.PackedLinear) for part in self.module.modules())
         assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
-            if self.held is not None:
-                attention = of_own_heads(attention, self.held)
+            if self.local_heads is not None:
+                attention = restrict_to_local_heads(attention, self.local_heads)
             hidden: Tensor = _decode(
                 self._decoder(layer_input), token_ids, positions, attention
             ).last_hidden_state
@@ -262,9 +262,9 @@ def load_model(
         local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
         name = directory.resolve().name if local else id_or_path
         identity = _identity(name, revision, config, starts)
-    held = None
+    local_heads = None
     if ranks:
-        held = ranks.share(shape.num_kv_heads)
+        local_heads = ranks.share(shape.num_kv_heads)
         shape = replace(
             shape,
             num_attention_heads=shape.num_attention_heads // ranks.size,
@@ -303,7 +303,7 @@ def load_model(
         device=target,
         dtype=chosen,
         eos_token_ids=ends,
-        held=held,
+        local_heads=local_heads,
         dtype_reason=choice.reason,
     )
     try:

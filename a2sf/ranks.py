@@ -136,15 +136,15 @@ class Attention(Protocol):
         """Return the output, [rows, H_q, width, D]."""
 
 
-def of_own_heads(attention: Attention, held: tuple[int, int]) -> Attention:
-    """Restrict `attention` to the KV heads `held` (first, end), and to their query heads.
+def restrict_to_local_heads(attention: Attention, local_heads: tuple[int, int]) -> Attention:
+    """Restrict `attention` to the KV heads `local_heads` (first, end), and to their query heads.
 
     In some transformers plans every process computes all heads but projects only its own heads'
     output. The output of the other heads is 0 and is never read.
     """
 
     def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /) -> Tensor:
-        first, end = held
+        first, end = local_heads
         if keys.shape[1] == end - first:
             return attention(layer, query, keys, values, scale)
         group = query.shape[1] // keys.shape[1]

@@ -102,7 +102,7 @@ class Sequence:
         )
 
     @property
-    def held(self) -> Heads:
+    def local_stored(self) -> Heads:
         """As `stored`, for the heads of this process."""
         return held_of(self.stored, self.policy.held)
 
@@ -224,5 +224,5 @@ def find_stop_reasons(request: GenerationRequest, model: LoadedModel) -> dict[in
         stop_reasons |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
     # Last, so that STOP wins over END_OF_SEQUENCE for tokens that the request names.
     named = vocabulary(model.tokenizer).special_named(request.stop)
-    held = (i for i in named if i < model.shape.vocab_size)
-    return stop_reasons | dict.fromkeys(held, FinishReason.STOP)
+    known = (i for i in named if i < model.shape.vocab_size)
+    return stop_reasons | dict.fromkeys(known, FinishReason.STOP)

@@ -91,7 +91,7 @@ class Staging:
         assert self._piece is not None, "nothing was read"
         if not math.isfinite(self._largest):
             raise NonFinite(NOT_FINITE)
-        stored = self._integers(sequence.held)[:, None]
+        stored = self._integers(sequence.local_stored)[:, None]
         length = self._integers([len(sequence.request.prompt_ids)])
         end_prompt(self._piece.slots, stored, length, self._piece.policy)
         return self._piece.slots
@@ -125,7 +125,7 @@ class Staging:
                 policy,
                 start=self._integers([start]),
                 lengths=self._integers([length]),
-                used=self._integers(sequence.held)[:, None],
+                used=self._integers(sequence.local_stored)[:, None],
                 width=width,
                 first=first - start,
                 in_order=sequence.in_order,
@@ -142,7 +142,7 @@ class Staging:
             last = sequence.prefilled == len(sequence.request.prompt_ids)
             logits = self._model.logits(hidden[:, -1]) if last else None
         except Exception as error:
-            if self._model.held is not None:
+            if self._model.local_heads is not None:
                 # The other processes are still in this forward pass.
                 raise BatchWide(error) from error
             raise

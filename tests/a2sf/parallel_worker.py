@@ -63,7 +63,7 @@ def work(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine.close()
     return {
         "streams": done,
-        "held": model.held,
+        "local_heads": model.local_heads,
         "slab_bytes": [engine.kv_slab_bytes, Engine.kv_slab_bytes.fget(engine)],  # type: ignore[attr-defined]
         "weights": sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters()),
     }

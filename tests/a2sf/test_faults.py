@@ -420,11 +420,11 @@ def test_an_error_in_a_pass_shared_by_processes_ends_the_engine(
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    object.__setattr__(tiny_model_64, "held", (0, 2))
+    object.__setattr__(tiny_model_64, "local_heads", (0, 2))
     try:
         trial.engine.submit(victim())
         monkeypatch.setattr(LoadedModel, "hidden_states", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             trial.run()
     finally:
-        object.__setattr__(tiny_model_64, "held", None)
+        object.__setattr__(tiny_model_64, "local_heads", None)

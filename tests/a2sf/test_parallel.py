@@ -135,7 +135,7 @@ def test_two_processes_draw_the_same_tokens_as_one(
     caches = [cache for stream in want.values() for cache in stream["cache"]]
     assert sum(cache["evicted_tokens"] > 0 for cache in caches) >= 4
     heads = model.shape.num_kv_heads
-    assert got["held"] == [0, heads // 2]
+    assert got["local_heads"] == [0, heads // 2]
     slots = config.head_slots(model.shape.num_layers, heads)
     mine, whole = (sum(sum(row[:end]) for row in slots) for end in (heads // 2, heads))
     assert mine < whole - mine, "the other rank holds the heads with more slots"
