@@ -353,9 +353,9 @@ class _Step:
             slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
         slots.place(self._placed, start[:, None], policy)
         self._accumulating = policy.accumulating if policy.any_random else None
-        held = torch.minimum(used + 1, policy.budget)
+        in_use = torch.minimum(used + 1, policy.budget)
         places = torch.arange(slots.position.shape[-1], device=start.device)
-        self._empty = (places >= held[..., None])[..., None, :]
+        self._empty = (places >= in_use[..., None])[..., None, :]
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float

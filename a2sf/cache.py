@@ -63,8 +63,8 @@ class PolicyTensors:
         def of_heads(values: Sequence[Heads]) -> Tensor:
             return torch.tensor(values, device=device).transpose(0, 1).contiguous()
 
-        held = [p.held_alpha for p in policies]
-        alpha = torch.tensor(held, dtype=torch.float64, device=device)
+        alphas = [p.held_alpha for p in policies]
+        alpha = torch.tensor(alphas, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
         scored = [
             p.scored and min(map(min, p.head_budgets)) < length

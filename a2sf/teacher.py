@@ -359,7 +359,9 @@ class _Scan:
             prompt=torch.tensor(prompts, device=model.device),
             lengths=torch.tensor(lengths, device=model.device),
             chunk=chunk,
-            block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
+            block_slots=tuple(
+                longest_prompt if one_block else stored + chunk for stored in waiting
+            ),
             max_len=longest_prompt + steps,
             evicts=tuple(evicts),
             recorder=recorder,

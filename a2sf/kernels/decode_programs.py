@@ -166,12 +166,12 @@ def attend(
     pair = row * KV_HEADS + head
     split = tl.program_id(1)
     slots = tl.load(width + head).to(tl.int32)
-    held = slots_in_use(start, budget, row, pair, slots)
+    in_use = slots_in_use(start, budget, row, pair, slots)
     slot = tl.load(plan + pair).to(tl.int32)
     # Slots are divided evenly in whole tiles. In a head with few slots, some splits are idle.
     chunk = BLOCK * tl.cdiv(slots, BLOCK * SPLITS)
     begin = split * chunk
-    end = tl.minimum(begin + chunk, held)
+    end = tl.minimum(begin + chunk, in_use)
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)

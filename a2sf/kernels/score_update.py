@@ -30,8 +30,8 @@ def _random_score(seed, head, position):
 @triton.jit
 def slots_in_use(start, budget, row, pair, width):
     """Number of slots in use after the new token is placed; at most `width`."""
-    held = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
-    return tl.minimum(held, width).to(tl.int32)
+    in_use = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
+    return tl.minimum(in_use, width).to(tl.int32)
 
 
 @triton.jit
@@ -65,17 +65,17 @@ def _slot_of(best, place):
 
 
 @triton.jit
-def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
+def lowest(scores, positions, in_use, first_open, end_open, BLOCK: tl.constexpr):
     """The slot of the lowest (score, position) with first_open <= position < end_open.
 
-    `scores` and `positions` point to a head's slots; the first `held` slots hold tokens. If no slot
-    is in the range, the result is any of these slots.
+    `scores` and `positions` point to a head's slots; the first `in_use` slots hold tokens. If no
+    slot is in the range, the result is any of these slots.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, held, BLOCK):
+    for first in tl.range(0, in_use, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        live = n < held
+        live = n < in_use
         now = tl.load(scores + n, mask=live, other=0.0)
         where = tl.load(positions + n, mask=live, other=0).to(tl.int64)
         open_ = live & (where >= first_open) & (where < end_open)
@@ -91,7 +91,7 @@ def update_scores(
     positions,
     slot,
     at,
-    held,
+    in_use,
     factor,
     fresh,
     counted,
@@ -105,14 +105,14 @@ def update_scores(
     """Place the token at position `at` in `slot`, update a head's scores, return the next victim.
 
     Tensors are those of the head: `logits` [GROUP, room] and `lse` [GROUP], both in base 2,
-    `scores` and `positions` [held or more]. Scores are multiplied by `factor`; the score of the new
-    token is `fresh`. Then `counted` (0 or 1) x the attention weights is added.
+    `scores` and `positions` [in_use or more]. Scores are multiplied by `factor`; the score of the
+    new token is `fresh`. Then `counted` (0 or 1) x the attention weights is added.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, held, BLOCK):
+    for first in tl.range(0, in_use, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        live = n < held
+        live = n < in_use
         is_new = n == slot
         now = tl.load(scores + n, mask=live, other=0.0)
         if SCORED:

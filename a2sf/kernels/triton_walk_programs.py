@@ -108,11 +108,11 @@ def walk(
     new_keys += row * new_keys_row + head * new_keys_head
     new_values += row * new_values_row + head * new_values_head
 
-    held = tl.minimum(tl.minimum(begin, most), slots)
+    in_use = tl.minimum(tl.minimum(begin, most), slots)
     victim = lowest(
         scores,
         positions,
-        held,
+        in_use,
         tl.load(sinks + pair),
         begin - tl.load(recent + pair),
         SCORE_BLOCK,
@@ -122,7 +122,7 @@ def walk(
         at = begin + t
         # 64 bits: a batch of texts may have more than 2^31 elements.
         token = at.to(tl.int64)
-        held = tl.minimum(tl.minimum(at + 1, most), slots)
+        in_use = tl.minimum(tl.minimum(at + 1, most), slots)
         q = tl.load(queries + token * query_token, mask=both, other=0.0)
         new_key = tl.load(new_keys + token * new_keys_token + d, mask=dims, other=0.0)
         new_value = tl.load(new_values + token * new_values_token + d, mask=dims, other=0.0)
@@ -135,7 +135,7 @@ def walk(
             logits,
             slot,
             0,
-            held,
+            in_use,
             room,
             scale,
             room,
@@ -161,7 +161,7 @@ def walk(
             positions,
             slot,
             token,
-            held,
+            in_use,
             tl.load(alpha + pair).to(tl.float32),
             fresh_score(seed, tl.load(first_head) + head, token),
             tl.where(seed >= 0, 0.0, 1.0),
@@ -182,8 +182,8 @@ def walk(
                 tl.store(given + n, tl.zeros([SCORE_BLOCK], tl.uint8), mask=n < side)
             # Other threads overwrite these zeros.
             tl.debug_barrier()
-            for i in tl.range(0, held, SCORE_BLOCK):
+            for i in tl.range(0, in_use, SCORE_BLOCK):
                 n = i + tl.arange(0, SCORE_BLOCK)
-                live = n < held
+                live = n < in_use
                 where = tl.load(positions + n, mask=live, other=0)
                 tl.store(given + where, tl.full([SCORE_BLOCK], 1, tl.uint8), mask=live)

@@ -235,29 +235,29 @@ def _unless(excluded, value):
 
 
 @njit
-def _victim(score_bits, position, held, low, high):
+def _victim(score_bits, position, in_use, low, high):
     """The slot with the lowest (score, position) among positions low <= position < high.
 
     Scores are not negative, so their bits have the same order.
     """
     least = _NEVER
-    for s in range(held):
+    for s in range(in_use):
         p = position[s]
         least = min(least, _unless((p < low) | (p >= high), score_bits[s]))
     oldest = _NEVER
-    for s in range(held):
+    for s in range(in_use):
         p = position[s]
         oldest = min(oldest, _unless((score_bits[s] != least) | (p < low) | (p >= high), p))
-    for s in range(held):
+    for s in range(in_use):
         if position[s] == oldest:
             return s
     return 0
 
 
 @njit(fastmath=_SUMS)
-def _logits(query, group, dim, keys, held, logits, room):
-    """Write query [group, dim] times keys [held, dim] to logits [group, room]."""
-    whole = held & ~3
+def _logits(query, group, dim, keys, in_use, logits, room):
+    """Write query [group, dim] times keys [in_use, dim] to logits [group, room]."""
+    whole = in_use & ~3
     for s in range(0, whole, 4):
         k0 = s * dim
         k1, k2, k3 = k0 + dim, k0 + 2 * dim, k0 + 3 * dim
@@ -275,7 +275,7 @@ def _logits(query, group, dim, keys, held, logits, room):
             logits[at + 1] = t1
             logits[at + 2] = t2
             logits[at + 3] = t3
-    for s in range(whole, held):
+    for s in range(whole, in_use):
         for g in range(group):
             total = float32(0.0)
             for d in range(dim):
@@ -284,15 +284,15 @@ def _logits(query, group, dim, keys, held, logits, room):
 
 
 @njit(fastmath=_SUMS)
-def _exponentials(logits, bits, first, held):
+def _exponentials(logits, bits, first, in_use):
     """Replace logits by e^(logit - highest); returns their sum."""
     top = int32(-(2**31))
-    for s in range(first, first + held):
+    for s in range(first, first + in_use):
         mine = _ordered(bits[s])
         top = mine if mine > top else top
     highest = _to_float(uint32(_ordered(top)))
     total = float32(0.0)
-    for s in range(first, first + held):
+    for s in range(first, first + in_use):
         e = exponential(logits[s] - highest)
         logits[s] = e
         total += e
@@ -300,11 +300,11 @@ def _exponentials(logits, bits, first, held):
 
 
 @njit(fastmath=_SUMS)
-def _weighted(weights, group, room, dim, values, held, total):
-    """Write weights [group, room] times values [held, dim] to total [group, dim]."""
+def _weighted(weights, group, room, dim, values, in_use, total):
+    """Write weights [group, room] times values [in_use, dim] to total [group, dim]."""
     for i in range(group * dim):
         total[i] = float32(0.0)
-    whole = held & ~7
+    whole = in_use & ~7
     for s in range(0, whole, 8):
         for g in range(group):
             at = g * room + s
@@ -323,7 +323,7 @@ def _weighted(weights, group, room, dim, values, held, total):
                     + p6 * _wide(values[v + 6 * dim])
                     + p7 * _wide(values[v + 7 * dim])
                 )
-    for s in range(whole, held):
+    for s in range(whole, in_use):
         for g in range(group):
             p = weights[g * room + s]
             for d in range(dim):
@@ -331,18 +331,18 @@ def _weighted(weights, group, room, dim, values, held, total):
 
 
 @njit
-def _accumulate(score, held, weights, group, room, shares, alpha):
+def _accumulate(score, in_use, weights, group, room, shares, alpha):
     """Decay the scores and add the group's attention weights; `shares` [group] normalise `weights`.
 
     Rounds like the reference: after the decay, and after the sum over the group.
     """
-    for s in range(held):
+    for s in range(in_use):
         weights[s] = weights[s] * shares[0]
     for g in range(1, group):
         share, at = shares[g], g * room
-        for s in range(held):
+        for s in range(in_use):
             weights[s] += weights[at + s] * share
-    for s in range(held):
+    for s in range(in_use):
         score[s] = score[s] * alpha + weights[s]
 
 
@@ -362,10 +362,10 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
     shares = _floats(scratch + 4 * group * (room + 2 * dim))
     for t in range(head.tokens):
         at, place = head.start + t, head.first + t
-        held = min(at + 1, head.budget)
+        in_use = min(at + 1, head.budget)
         slot = at
         if at >= head.budget:
-            slot = _victim(score_bits, position, held, int32(head.sinks), int32(at - head.recent))
+            slot = _victim(score_bits, position, in_use, int32(head.sinks), int32(at - head.recent))
         to = slot * dim
         for d in range(dim):
             stored_keys[to + d] = keys[place * call.keys_token + d]
@@ -375,10 +375,10 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
             q = g * call.query_head + place * call.query_token
             for d in range(dim):
                 scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
-        _logits(scaled, group, dim, stored_keys, held, weights, room)
+        _logits(scaled, group, dim, stored_keys, in_use, weights, room)
         for g in range(group):
-            shares[g] = float32(1.0) / _exponentials(weights, weight_bits, g * room, held)
-        _weighted(weights, group, room, dim, stored_values, held, total)
+            shares[g] = float32(1.0) / _exponentials(weights, weight_bits, g * room, in_use)
+        _weighted(weights, group, room, dim, stored_values, in_use, total)
         for g in range(group):
             o = g * call.output_head + place * call.output_token
             for d in range(dim):
@@ -388,12 +388,12 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         if head.random_seed >= 0:
             score[slot] = random_score(head.random_seed, head.number, at)
         if head.scored:
-            _accumulate(score, held, weights, group, room, shares, head.alpha)
+            _accumulate(score, in_use, weights, group, room, shares, head.alpha)
         if call.retained:
             visible = _bytes(call.retained + (pair * call.retained_side + at) * call.retained_side)
             for s in range(call.retained_side):
                 visible[s] = 0
-            for s in range(held):
+            for s in range(in_use):
                 visible[position[s]] = 1
 
 
