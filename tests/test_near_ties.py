@@ -22,12 +22,12 @@ def test_a_fault_is_not_accepted_as_a_near_tie(tiny_model: LoadedModel) -> None:
             recorder.step()
         return recorder.steps["r"]
 
-    wish = CachePolicy(alpha=0.9, budget=12, recent=3, prefill_chunk=8)
+    requested_policy = CachePolicy(alpha=0.9, budget=12, recent=3, prefill_chunk=8)
     draws = Sampling(seed=1)
-    one = request("r", range(30), cache_policy=wish, sampling=draws, max_new_tokens=30)
+    one = request("r", range(30), cache_policy=requested_policy, sampling=draws, max_new_tokens=30)
     right = steps(one)
     assert parting(right, steps(one)) is None
-    forgetful = wish.model_copy(update={"recent": 2})
+    forgetful = requested_policy.model_copy(update={"recent": 2})
     parted = parting(right, steps(one.model_copy(update={"cache_policy": forgetful})))
     assert parted is not None
     assert parted.kind == "eviction"

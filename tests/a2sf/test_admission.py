@@ -94,8 +94,10 @@ def test_a_shaped_slab_refuses_policies_with_too_many_slots_for_a_head(
         (mine, CachePolicy(table=table.name, budget=60)),
         (mine | {"prompt_ids": (1,) * 5}, CachePolicy(table=table.name, budget=30)),
     ]
-    for fields, wish in fits:
-        engine.submit(request("r", (1, 2, 3), cache_policy=wish).model_copy(update=fields))
+    for fields, requested_policy in fits:
+        engine.submit(
+            request("r", (1, 2, 3), cache_policy=requested_policy).model_copy(update=fields)
+        )
         run(engine)
     refused = [
         ({}, fits[0][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
@@ -103,8 +105,8 @@ def test_a_shaped_slab_refuses_policies_with_too_many_slots_for_a_head(
         # A short request keeps all tokens, also in heads with few slots.
         (fits[2][0], fits[2][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
     ]
-    for fields, wish, says in refused:
-        more = wish.model_copy(update={"budget": (wish.budget or 0) + 1})
+    for fields, requested_policy, says in refused:
+        more = requested_policy.model_copy(update={"budget": (requested_policy.budget or 0) + 1})
         one = request("r", (1, 2, 3), cache_policy=more).model_copy(update=fields)
         with pytest.raises(InvalidArgument, match=says) as caught:
             engine.submit(one)
@@ -123,8 +125,8 @@ def test_a_slab_shaped_for_another_number_of_layers_or_heads_is_refused(
 
 def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, max_prefill_tokens=40)
-    wish = CachePolicy(preset="h2o", budget=24, prefill_chunk=10)
-    engine.submit(request("r", range(200), cache_policy=wish))
+    requested_policy = CachePolicy(preset="h2o", budget=24, prefill_chunk=10)
+    engine.submit(request("r", range(200), cache_policy=requested_policy))
     assert len(tokens(run(engine)["r"])) == 20
 
 

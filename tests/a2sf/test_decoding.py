@@ -49,14 +49,15 @@ def test_teacher_forcing_equals_torch(
         )
         for length, prompt in ((14, 9), (40, 12), (30, 30), (25, 1))
     ]
-    wishes = (
+    requested_policies = (
         {"alpha": 0.9, "budget": 7, "recent": 2},
         {"preset": "window", "budget": 8},
         {"preset": "random", "budget": 9, "random_seed": 5},
         {"alpha": 0.0, "budget": 40},
     )
     policies = [
-        effective(tiny_model, CachePolicy(**wish, prefill_chunk=chunk), 40) for wish in wishes
+        effective(tiny_model, CachePolicy(**requested_policy, prefill_chunk=chunk), 40)
+        for requested_policy in requested_policies
     ]
     got = teacher.predict(tiny_model, examples, policies, similarity=True)
     with monkeypatch.context() as patch:
@@ -78,8 +79,8 @@ def test_teacher_forcing_in_bfloat16_equals_float32_up_to_rounding(
     rng = random.Random(3)
     example = teacher.Example(tuple(rng.randrange(256) for _ in range(60)), 20, tuple(range(59)))
     # Nothing is evicted: rounding may change which token is evicted.
-    wish = effective(tiny_model, CachePolicy(preset="full"), 60)
-    (walked,) = teacher.predict(half, [example], [wish])
+    requested_policy = effective(tiny_model, CachePolicy(preset="full"), 60)
+    (walked,) = teacher.predict(half, [example], [requested_policy])
     (whole,) = teacher.predict(half, [example], None)
     spread = float(whole.logits.std())
     assert float((walked.logits - whole.logits).abs().max()) < 0.2 * spread

@@ -70,7 +70,7 @@ def test_an_exact_prompt_takes_one_step_per_piece(tiny_model: LoadedModel) -> No
 def test_a_cancelled_request_frees_its_row_without_effect_on_others(
     tiny_model_64: LoadedModel,
 ) -> None:
-    wishes = [
+    requested_policies = [
         CachePolicy(alpha=0.9, budget=20, recent=5, prefill_chunk=4),
         CachePolicy(preset="h2o", budget=32),
         CachePolicy(preset="window", budget=16),
@@ -78,8 +78,10 @@ def test_a_cancelled_request_frees_its_row_without_effect_on_others(
         CachePolicy(preset="random", budget=18, recent=3, random_seed=7),
     ]
     made = [
-        request(str(index), prompt, cache_policy=wish, max_new_tokens=60)
-        for index, (prompt, wish) in enumerate(zip(prompts(5, high=60), wishes, strict=True))
+        request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=60)
+        for index, (prompt, requested_policy) in enumerate(
+            zip(prompts(5, high=60), requested_policies, strict=True)
+        )
     ]
     engine = engine_for(tiny_model_64, max_batch=3)
     for one in made:
@@ -129,16 +131,22 @@ def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
 def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(
     tiny_model: LoadedModel,
 ) -> None:
-    wish = CachePolicy(preset="full")
+    requested_policy = CachePolicy(preset="full")
     engine = engine_for(tiny_model)
-    engine.submit(request("plain", range(65, 90), cache_policy=wish, max_new_tokens=60))
+    engine.submit(request("plain", range(65, 90), cache_policy=requested_policy, max_new_tokens=60))
     plain = run(engine)["plain"]
     assert finished(plain).reason is FinishReason.LENGTH
     ids = tokens(plain)
     text = "".join(event.text for event in plain if isinstance(event, Delta))
 
     engine.submit(
-        request("id", range(65, 90), cache_policy=wish, max_new_tokens=60, stop_token_ids=(ids[4],))
+        request(
+            "id",
+            range(65, 90),
+            cache_policy=requested_policy,
+            max_new_tokens=60,
+            stop_token_ids=(ids[4],),
+        )
     )
     stream = run(engine)["id"]
     assert finished(stream).reason is FinishReason.STOP
@@ -148,7 +156,13 @@ def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(
 
     stop = text[5:8]
     engine.submit(
-        request("text", range(65, 90), cache_policy=wish, max_new_tokens=60, stop=("\0\0", stop))
+        request(
+            "text",
+            range(65, 90),
+            cache_policy=requested_policy,
+            max_new_tokens=60,
+            stop=("\0\0", stop),
+        )
     )
     stream = run(engine)["text"]
     assert finished(stream).reason is FinishReason.STOP
@@ -248,8 +262,8 @@ def test_logprobs_are_those_of_the_model_and_only_on_request(
 ) -> None:
     prompt = tuple(range(65, 90))
     # Sampling settings change the drawn token, never the logprobs.
-    wish = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
-    common = {"cache_policy": CachePolicy(preset="full"), "sampling": wish}
+    requested = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
+    common = {"cache_policy": CachePolicy(preset="full"), "sampling": requested}
     engine = engine_for(tiny_model)
     engine.submit(request("quiet", prompt, **common))
     engine.submit(request("asks", prompt, **common, logprobs=True, top_logprobs=20))

@@ -121,14 +121,14 @@ def test_norms_and_biases_of_test_models_have_an_effect(family: Family) -> None:
 def assert_generates_what_transformers_generates(family: Family) -> None:
     engine = engine_for(family.model)
     texts = prompts(2, low=20, high=60)
-    wishes = [
+    requested_policies = [
         CachePolicy(preset="full"),
         CachePolicy(preset="h2o", budget=90),
         CachePolicy(alpha=0.5, budget=90, prefill_chunk=7),
     ]
     for index, text in enumerate(texts):
-        for number, wish in enumerate(wishes):
-            engine.submit(request(f"{index}{number}", text, cache_policy=wish))
+        for number, requested_policy in enumerate(requested_policies):
+            engine.submit(request(f"{index}{number}", text, cache_policy=requested_policy))
     streams = run(engine)
     for index, text in enumerate(texts):
         want = family.plain.generate(
@@ -144,7 +144,7 @@ def assert_generates_what_transformers_generates(family: Family) -> None:
         )
         first, second = torch.cat(want.logits).topk(2).values.T
         assert (first - second).min() > 1e-5, "a near-tie: pick other texts"
-        for number in range(len(wishes)):
+        for number in range(len(requested_policies)):
             stream = streams[f"{index}{number}"]
             assert tokens(stream) == want.sequences[0, len(text) :].tolist()
             assert finished(stream).cache.evicted_tokens == 0
@@ -153,10 +153,16 @@ def assert_generates_what_transformers_generates(family: Family) -> None:
 def assert_predicts_what_transformers_predicts(family: Family) -> None:
     texts = prompts(3, low=10)
     examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
-    for wish in (CachePolicy(preset="full"), CachePolicy(preset="h2o", budget=90), None):
-        policies = wish and [
+    for requested_policy in (
+        CachePolicy(preset="full"),
+        CachePolicy(preset="h2o", budget=90),
+        None,
+    ):
+        policies = requested_policy and [
             admission.check(
-                request("r", t, cache_policy=wish), family.model, EngineConfig(slots=512)
+                request("r", t, cache_policy=requested_policy),
+                family.model,
+                EngineConfig(slots=512),
             )
             for t in texts
         ]
@@ -178,9 +184,11 @@ def test_teacher_forcing_with_room_equals_transformers_logits(family: Family) ->
 def test_starting_at_a_layer_equals_the_whole_model(family: Family) -> None:
     texts = prompts(3, low=20, high=60)
     examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
-    wish = CachePolicy(alpha=0.5, budget=12)
+    requested_policy = CachePolicy(alpha=0.5, budget=12)
     policies = [
-        admission.check(request("r", t, cache_policy=wish), family.model, EngineConfig(slots=512))
+        admission.check(
+            request("r", t, cache_policy=requested_policy), family.model, EngineConfig(slots=512)
+        )
         for t in texts
     ]
     whole = teacher.predict(family.model, examples, policies)
@@ -219,7 +227,7 @@ def test_a_window_as_long_as_the_context_is_accepted(tmp_path: Path) -> None:
 
 def test_with_eviction_the_engine_equals_teacher_forcing(family: Family) -> None:
     table = make_table(family.model.identity, prefill_chunk=5)
-    for index, wish in enumerate(
+    for index, requested_policy in enumerate(
         [
             CachePolicy(table=table.name),
             CachePolicy(preset="h2o", budget=20),
@@ -228,8 +236,8 @@ def test_with_eviction_the_engine_equals_teacher_forcing(family: Family) -> None
     ):
         prompt = prompts(1, low=30, high=50, seed=index)[0]
         engine = engine_for(family.model)
-        used = table if wish.table else None
-        engine.submit(request("r", prompt, cache_policy=wish, table=used))
+        used = table if requested_policy.table else None
+        engine.submit(request("r", prompt, cache_policy=requested_policy, table=used))
         stream = run(engine)["r"]
         assert isinstance(stream[0], Started)
         assert finished(stream).cache.evicted_tokens > 0
@@ -252,8 +260,8 @@ def test_it_generates_in_every_dtype_with_a_cache_of_that_dtype(
     model = load_model(str(save(architecture, tmp_path)), device="cpu", dtype=dtype)
     engine = engine_for(model)
     for index, prompt in enumerate(prompts(2, low=30)):
-        wish = CachePolicy(alpha=0.9, budget=20, recent=4, prefill_chunk=6)
-        engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=5))
+        requested_policy = CachePolicy(alpha=0.9, budget=20, recent=4, prefill_chunk=6)
+        engine.submit(request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=5))
     streams = run(engine)
     assert [len(tokens(stream)) for stream in streams.values()] == [5, 5]
     stored = {t.dtype for t in (*engine._slab.keys, *engine._slab.values)}

@@ -50,8 +50,8 @@ NEIGHBOURS = [
     request("long", TEXTS[2], max_new_tokens=30, sampling=Sampling(seed=9, top_p=0.9)),
 ]
 LATER = [
-    request(f"later {i}", text, max_new_tokens=8, logprobs=True, cache_policy=wish)
-    for i, (text, wish) in enumerate(
+    request(f"later {i}", text, max_new_tokens=8, logprobs=True, cache_policy=requested_policy)
+    for i, (text, requested_policy) in enumerate(
         zip(
             TEXTS[3:],
             (
@@ -309,8 +309,8 @@ def test_an_error_in_a_step_by_step_prefill_ends_only_that_request(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     while_prefilling(DecodePass, "__init__")(trial)
-    wish = CachePolicy(preset="window", budget=12, prefill_chunk=1)
-    for one in (*NEIGHBOURS, victim(cache_policy=wish)):
+    requested_policy = CachePolicy(preset="window", budget=12, prefill_chunk=1)
+    for one in (*NEIGHBOURS, victim(cache_policy=requested_policy)):
         trial.engine.submit(one)
     streams = trial.run()
     assert isinstance(streams["victim"][-1], Failed)

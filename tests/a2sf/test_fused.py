@@ -154,8 +154,8 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    wish = effective(model, CachePolicy(alpha=0.9, budget=50), 90)
-    policy = PolicyTensors.stack([wish], [90], slots.position.device).layer(0)
+    requested_policy = effective(model, CachePolicy(alpha=0.9, budget=50), 90)
+    policy = PolicyTensors.stack([requested_policy], [90], slots.position.device).layer(0)
     assert policy.any_scored
     for first, width in ((0, 25), (25, 15)):
         piece = BlockPass(
@@ -218,8 +218,8 @@ def test_teacher_forcing_equals_torch(model: LoadedModel, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(triton_walk, "walk", counted)
     for chunk in (0, 5, 1):
-        wish = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
-        policies = [effective(model, wish, 20)] * len(examples)
+        requested_policy = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
+        policies = [effective(model, requested_policy, 20)] * len(examples)
         walks.clear()
         got = teacher.predict(model, examples, policies, similarity=True)
         # One launch per layer, for any number of tokens after the prompts.

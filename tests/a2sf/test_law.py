@@ -293,7 +293,7 @@ def test_only_queries_with_a_weight_are_scored(
     monkeypatch: pytest.MonkeyPatch, policy: dict, length: int, scored: int, piece: int
 ) -> None:
     fields = policy | {"alpha": ((policy["alpha"],) * 2,)}
-    wish = EffectivePolicy(
+    requested_policy = EffectivePolicy(
         budget=50,
         head_budgets=((50, 50),),
         recent=0,
@@ -302,7 +302,7 @@ def test_only_queries_with_a_weight_are_scored(
         prefill_chunk=0,
         **fields,
     )
-    stacked = PolicyTensors.stack([wish], [length], CPU)
+    stacked = PolicyTensors.stack([requested_policy], [length], CPU)
     slots = Slots.empty(
         rows=1,
         slots=((300, 300),),

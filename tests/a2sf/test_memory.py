@@ -48,8 +48,8 @@ def test_the_cache_always_takes_the_bytes_of_the_formula(
     check()
     rng = random.Random(slots)
     for index, prompt in enumerate(prompts(3 * rows, high=staging)):
-        wish = CachePolicy(preset="h2o", budget=rng.randint(5, slots))
-        engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=12))
+        requested_policy = CachePolicy(preset="h2o", budget=rng.randint(5, slots))
+        engine.submit(request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=12))
     while engine.has_work:
         for event in engine.step():
             if isinstance(event, Finished):
@@ -83,8 +83,8 @@ def test_a_shaped_slab_takes_the_same_bytes_as_an_equal_one(
 
     assert sum(map(sum, heads)) == 3 * shape.num_kv_heads * slots
     table = make_table(tiny_model.identity, head_share=shares, recent=0, sinks=0)
-    wish = CachePolicy(table=table.name, budget=slots)
-    shaped.submit(request("r", range(200), table=table, cache_policy=wish))
+    requested_policy = CachePolicy(table=table.name, budget=slots)
+    shaped.submit(request("r", range(200), table=table, cache_policy=requested_policy))
     cache = finished(run(shaped)["r"]).cache
     assert (cache.budget, cache.kept_tokens) == (slots, slots)
     assert cache.kept_tokens + cache.evicted_tokens == 219
@@ -94,13 +94,17 @@ def test_a_shaped_slab_takes_the_same_bytes_as_an_equal_one(
 
 def test_kept_tokens_are_averaged_over_heads_and_rounded(tiny_model: LoadedModel) -> None:
     table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
-    wish = CachePolicy(table=table.name, budget=20)
+    requested_policy = CachePolicy(table=table.name, budget=20)
     # Budgets of 40, 10 and 10: after 19 tokens, the heads hold 19 + 10 + 10.
     engine = engine_for(tiny_model)
-    engine.submit(request("r", range(10), max_new_tokens=10, table=table, cache_policy=wish))
+    engine.submit(
+        request("r", range(10), max_new_tokens=10, table=table, cache_policy=requested_policy)
+    )
     cache = finished(run(engine)["r"]).cache
     assert (cache.kept_tokens, cache.evicted_tokens) == (19, 0)
-    engine.submit(request("r", range(15), max_new_tokens=15, table=table, cache_policy=wish))
+    engine.submit(
+        request("r", range(15), max_new_tokens=15, table=table, cache_policy=requested_policy)
+    )
     cache = finished(run(engine)["r"]).cache
     # With at most 30 tokens the budgets are 30, 15 and 15; the heads hold 29 + 15 + 15.
     assert (cache.kept_tokens, cache.evicted_tokens) == (20, 9)
@@ -145,10 +149,16 @@ def along_one_long_request(every: int, count: int) -> list[float]:
     """Resident MiB after each of `count` times `every` tokens of one request."""
     model = make_model(every * count + 100)
     engine = engine_for(model, max_prefill_tokens=100)
-    wish = CachePolicy(preset="h2o", budget=64)
+    requested_policy = CachePolicy(preset="h2o", budget=64)
     sampling = Sampling(seed=1, top_p=0.9, repetition_penalty=1.1)
     engine.submit(
-        request("r", range(100), max_new_tokens=every * count, cache_policy=wish, sampling=sampling)
+        request(
+            "r",
+            range(100),
+            max_new_tokens=every * count,
+            cache_policy=requested_policy,
+            sampling=sampling,
+        )
     )
     measured = []
     for _ in range(count):
@@ -182,10 +192,10 @@ def peak_over_a_prompt(length: int) -> list[float]:
     """Peak MiB above idle while a prompt of this many tokens is served in chunks."""
     model = make_model(17_000, hidden_size=128, intermediate_size=256, head_dim=32)
     engine = engine_for(model, slots=512, max_batch=1, max_prefill_tokens=1024)
-    wish = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
+    requested_policy = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
     rng = random.Random(0)
     prompt = [rng.randrange(BYTES) for _ in range(length)]
-    engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=wish))
+    engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=requested_policy))
     # Reset the kernel's high-water mark of resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     idle = resident()

@@ -47,7 +47,7 @@ SHARES = ((0.5, 1.2), (1.0, 0.8), (1.5, 1.0))
 def healthy(model: LoadedModel) -> list[GenerationRequest]:
     """Requests that reuse slots of others: wide rows, blocks after evictions, unequal heads."""
     unequal = make_table(model.identity, head_share=SHARES, sinks=1, recent=1)
-    wishes = [
+    requested_policies = [
         CachePolicy(preset="full"),
         CachePolicy(alpha=0.9, budget=12, recent=2, prefill_chunk=5),
         CachePolicy(table=unequal.name, budget=12, prefill_chunk=1),
@@ -56,12 +56,14 @@ def healthy(model: LoadedModel) -> list[GenerationRequest]:
         request(
             f"healthy {i}",
             text,
-            cache_policy=wish,
-            table=unequal if wish.table else None,
+            cache_policy=requested_policy,
+            table=unequal if requested_policy.table else None,
             max_new_tokens=8,
             logprobs=True,
         )
-        for i, (text, wish) in enumerate(zip(TEXTS[1:], wishes, strict=True))
+        for i, (text, requested_policy) in enumerate(
+            zip(TEXTS[1:], requested_policies, strict=True)
+        )
     ]
 
 
@@ -235,13 +237,15 @@ def test_sampled_and_penalised_completions_fail_too(turning: tuple[LoadedModel, 
         if not row.isfinite().all()
     )
     text[7] = bad
-    wishes = [
+    requested_policies = [
         Sampling(seed=1),
         Sampling(seed=1, top_k=3, top_p=0.9, min_p=0.1),
         Sampling(temperature=0.0, repetition_penalty=1.3),
     ]
-    for i, wish in enumerate(wishes):
-        engine.submit(request(str(i), text, sampling=wish, min_new_tokens=2, ignore_eos=False))
+    for i, requested_policy in enumerate(requested_policies):
+        engine.submit(
+            request(str(i), text, sampling=requested_policy, min_new_tokens=2, ignore_eos=False)
+        )
     for stream in run(engine).values():
         check_failed(stream)
 
@@ -257,9 +261,9 @@ def examples() -> list[Example]:
 
 @pytest.mark.parametrize("chunk", [0, 5, 1])
 def test_texts_with_nan_do_not_affect_others_in_their_batch(model: LoadedModel, chunk: int) -> None:
-    wish = CachePolicy(alpha=0.9, budget=9, recent=2, prefill_chunk=chunk)
+    requested_policy = CachePolicy(alpha=0.9, budget=9, recent=2, prefill_chunk=chunk)
     made = examples()
-    policies = [effective(wish, model, len(one.token_ids)) for one in made]
+    policies = [effective(requested_policy, model, len(one.token_ids)) for one in made]
     together = teacher.predict(model, made, policies, similarity=True)
     full = full_cache(model, made)
     for index, example in enumerate(made[:2]):
@@ -284,8 +288,8 @@ def test_padding_with_nan_does_not_affect_texts(policies: str | None, tmp_path: 
     ]
     rules = None
     if policies:
-        wish = CachePolicy(alpha=0.9, budget=9, recent=2)
-        rules = [effective(wish, model, len(one.token_ids)) for one in made]
+        requested_policy = CachePolicy(alpha=0.9, budget=9, recent=2)
+        rules = [effective(requested_policy, model, len(one.token_ids)) for one in made]
     for found in teacher.predict(model, made, rules):
         assert found.logits.isfinite().all()
     spoiled: list[bool] = []

@@ -50,7 +50,7 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
             for layer in range(model.shape.num_layers)
         ),
     )
-    wishes = [
+    requested_policies = [
         CachePolicy(table="made-up", budget=16, recent=2, sinks=1),
         CachePolicy(preset="h2o", budget=12, prefill_chunk=5),
         CachePolicy(preset="window", budget=12),
@@ -60,13 +60,13 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
         request(
             str(index),
             prompt,
-            cache_policy=wish,
-            table=table if wish.table else None,
+            cache_policy=requested_policy,
+            table=table if requested_policy.table else None,
             max_new_tokens=12,
             sampling=Sampling(temperature=index % 2 * 0.8, seed=index),
         )
-        for index, (prompt, wish) in enumerate(
-            zip(prompts(4, low=20, high=40), wishes, strict=True)
+        for index, (prompt, requested_policy) in enumerate(
+            zip(prompts(4, low=20, high=40), requested_policies, strict=True)
         )
     ]
 

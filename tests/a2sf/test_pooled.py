@@ -16,9 +16,11 @@ from a2sf.pooled import pooled_budgets
 from a2sf.teacher import Example
 
 
-def settled(heads: int, layers: int = 1, length: int = 200, **wish: object) -> EffectivePolicy:
+def settled(
+    heads: int, layers: int = 1, length: int = 200, **requested_policy: object
+) -> EffectivePolicy:
     return resolve(
-        CachePolicy.model_validate({"alpha": 0.9, "recent": 2, "sinks": 1, **wish}),
+        CachePolicy.model_validate({"alpha": 0.9, "recent": 2, "sinks": 1, **requested_policy}),
         table=None,
         server=CachePolicy(),
         length=length,

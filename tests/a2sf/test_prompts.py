@@ -37,8 +37,8 @@ def examples() -> list[Example]:
 
 def policies(model: LoadedModel, examples: list[Example]) -> list[EffectivePolicy]:
     return [
-        effective(wish, model, len(example.token_ids))
-        for wish, example in zip(WISHES, examples, strict=True)
+        effective(requested_policy, model, len(example.token_ids))
+        for requested_policy, example in zip(WISHES, examples, strict=True)
     ]
 
 

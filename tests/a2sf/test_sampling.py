@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 VOCAB = 32
 
 # Each is off in about half of the rows, so that every filter is also tested alone.
-wishes = st.builds(
+requested_settings = st.builds(
     Sampling,
     repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
     temperature=st.just(1.0) | st.floats(0.2, 3.0),
@@ -35,7 +35,7 @@ wishes = st.builds(
     top_p=st.just(1.0) | st.floats(0.05, 0.99),
     min_p=st.just(0.0) | st.floats(0.01, 0.9),
 )
-greedy_wishes = st.builds(
+greedy_settings = st.builds(
     Sampling,
     repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
     temperature=st.just(0.0),
@@ -49,14 +49,16 @@ def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
 
 
 def row(
-    wish: Sampling, prompt_ids: list[int] | None = None, **fields: Any
+    requested: Sampling, prompt_ids: list[int] | None = None, **fields: Any
 ) -> sampling.SamplingState:
     settings = {"seed": 0, "vocab_size": VOCAB, "device": CPU, **fields}
-    return sampling.SamplingState.start(wish, prompt_ids=prompt_ids or [0], **settings)
+    return sampling.SamplingState.start(requested, prompt_ids=prompt_ids or [0], **settings)
 
 
-def probabilities(logits: Tensor, wish: Sampling) -> Tensor:
-    return sampling.Batch([row(wish, vocab_size=len(logits))], CPU).probabilities(logits[None])[0]
+def probabilities(logits: Tensor, requested: Sampling) -> Tensor:
+    return sampling.Batch([row(requested, vocab_size=len(logits))], CPU).probabilities(
+        logits[None]
+    )[0]
 
 
 def draw_and_note(
@@ -74,22 +76,22 @@ def draw(logits: Tensor, one: sampling.SamplingState) -> int | None:
 
 
 def transformers_scores(
-    logits: Tensor, wish: Sampling, prompt_ids: list[int], banned_tokens: list[int]
+    logits: Tensor, requested: Sampling, prompt_ids: list[int], banned_tokens: list[int]
 ) -> Tensor:
     """The result of transformers' filters for one row, in the order of its `generate`."""
     chain = LogitsProcessorList()
-    if wish.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
+    if requested.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(requested.repetition_penalty))
     if banned_tokens:
         chain.append(MinNewTokensLengthLogitsProcessor(len(prompt_ids), 1, banned_tokens))
-    if wish.temperature > 0:
-        chain.append(TemperatureLogitsWarper(wish.temperature))
-        if wish.top_k:
-            chain.append(TopKLogitsWarper(wish.top_k))
-        if wish.top_p < 1:
-            chain.append(TopPLogitsWarper(wish.top_p))
-        if wish.min_p > 0:
-            chain.append(MinPLogitsWarper(wish.min_p))
+    if requested.temperature > 0:
+        chain.append(TemperatureLogitsWarper(requested.temperature))
+        if requested.top_k:
+            chain.append(TopKLogitsWarper(requested.top_k))
+        if requested.top_p < 1:
+            chain.append(TopPLogitsWarper(requested.top_p))
+        if requested.min_p > 0:
+            chain.append(MinPLogitsWarper(requested.min_p))
     scores: Tensor = chain(torch.tensor([prompt_ids]), logits[None].clone())
     return scores[0]
 
@@ -97,15 +99,15 @@ def transformers_scores(
 @settings(max_examples=300)
 @given(
     st.integers(0, 10**6),
-    st.lists(st.tuples(wishes, ids, st.just([]) | ids), min_size=1, max_size=4),
+    st.lists(st.tuples(requested_settings, ids, st.just([]) | ids), min_size=1, max_size=4),
 )
 def test_the_distribution_equals_transformers_row_by_row(
     seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
     logits = random_logits(len(cases), seed=seed)
     rows = [
-        row(wish, prompt, banned_tokens=banned_tokens, banned_draws=1)
-        for wish, prompt, banned_tokens in cases
+        row(requested, prompt, banned_tokens=banned_tokens, banned_draws=1)
+        for requested, prompt, banned_tokens in cases
     ]
     found = sampling.Batch(rows, CPU).probabilities(logits)
     want = torch.stack(
@@ -116,15 +118,15 @@ def test_the_distribution_equals_transformers_row_by_row(
 
 @given(
     st.integers(0, 10**6),
-    st.lists(st.tuples(greedy_wishes, ids, st.just([]) | ids), min_size=1, max_size=4),
+    st.lists(st.tuples(greedy_settings, ids, st.just([]) | ids), min_size=1, max_size=4),
 )
 def test_greedy_rows_draw_the_most_likely_token_after_transformers_filters(
     seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
 ) -> None:
     logits = random_logits(len(cases), seed=seed)
     rows = [
-        row(wish, prompt, banned_tokens=banned_tokens, banned_draws=1)
-        for wish, prompt, banned_tokens in cases
+        row(requested, prompt, banned_tokens=banned_tokens, banned_draws=1)
+        for requested, prompt, banned_tokens in cases
     ]
     want = [
         int(transformers_scores(x, *case).argmax()) for x, case in zip(logits, cases, strict=True)
@@ -134,18 +136,18 @@ def test_greedy_rows_draw_the_most_likely_token_after_transformers_filters(
 
 def test_tokens_tied_with_the_kth_largest_stay_as_in_transformers() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
-    wish = Sampling(top_k=2)
-    found = probabilities(logits, wish)
+    requested = Sampling(top_k=2)
+    found = probabilities(logits, requested)
     assert (found > 0).tolist() == [False, True, True, True, True, False]
-    torch.testing.assert_close(found, transformers_scores(logits, wish, [0], []).softmax(-1))
+    torch.testing.assert_close(found, transformers_scores(logits, requested, [0], []).softmax(-1))
 
 
 def test_on_a_tie_at_top_p_the_lowest_ids_stay() -> None:
-    wish = Sampling(top_p=0.6)
-    found = probabilities(torch.zeros(4), wish)
+    requested = Sampling(top_p=0.6)
+    found = probabilities(torch.zeros(4), requested)
     # 1/2 is not enough and 3/4 is; transformers keeps the same number of tokens.
     assert (found > 0).tolist() == [True, True, True, False]
-    theirs = transformers_scores(torch.zeros(4), wish, [0], [])
+    theirs = transformers_scores(torch.zeros(4), requested, [0], [])
     assert int(theirs.isfinite().sum()) == 3
 
 
@@ -157,7 +159,7 @@ def test_the_token_that_reaches_top_p_is_the_last_to_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "requested",
     [
         Sampling(top_k=10**12),
         Sampling(top_p=1e-9),
@@ -166,10 +168,10 @@ def test_the_token_that_reaches_top_p_is_the_last_to_stay() -> None:
         Sampling(top_k=1),
     ],
 )
-def test_extreme_filters_keep_everything_or_only_the_top_token(wish: Sampling) -> None:
+def test_extreme_filters_keep_everything_or_only_the_top_token(requested: Sampling) -> None:
     logits = random_logits(1)[0]
-    kept = int((probabilities(logits, wish) > 0).sum())
-    assert kept == (VOCAB if wish.top_k > 1 else 1)
+    kept = int((probabilities(logits, requested) > 0).sum())
+    assert kept == (VOCAB if requested.top_k > 1 else 1)
 
 
 def noise_written_out(seed: int, draws: int, token: int) -> float:
@@ -212,21 +214,21 @@ def test_random_numbers_are_exponential_and_differ_by_draw() -> None:
     assert (correlation - torch.eye(41)).abs().max() < 0.03
 
 
-def one_row_written_out(logits: Tensor, wish: Sampling, seed: int, draws: int) -> int:
+def one_row_written_out(logits: Tensor, requested: Sampling, seed: int, draws: int) -> int:
     """The draw of one row, written out filter by filter."""
-    if wish.temperature == 0.0:
+    if requested.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.float() / wish.temperature
-    if 0 < wish.top_k < len(scaled):
-        least = scaled.topk(wish.top_k).values[-1]
+    scaled = logits.float() / requested.temperature
+    if 0 < requested.top_k < len(scaled):
+        least = scaled.topk(requested.top_k).values[-1]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    if wish.top_p < 1.0:
+    if requested.top_p < 1.0:
         descending, order = scaled.softmax(dim=-1).sort(descending=True, stable=True)
         before = descending.cumsum(dim=-1) - descending
-        scaled[order[before >= wish.top_p]] = -torch.inf
-    if wish.min_p > 0.0:
+        scaled[order[before >= requested.top_p]] = -torch.inf
+    if requested.min_p > 0.0:
         shares = scaled.softmax(dim=-1)
-        scaled = scaled.masked_fill(shares < wish.min_p * shares.max(), -torch.inf)
+        scaled = scaled.masked_fill(shares < requested.min_p * shares.max(), -torch.inf)
     race = rng.exponential([(seed, draws)], len(scaled), CPU)[0]
     return int((scaled.softmax(dim=-1) / race).argmax())
 
@@ -241,19 +243,19 @@ def test_batched_draws_equal_a_row_drawn_filter_by_filter(vocab: int, dtype: tor
         for top_p in (0.4, 0.9, 1.0)
         for min_p in (0.0, 0.05)
     ]
-    rows = [row(wish, seed=i, vocab_size=vocab) for i, wish in enumerate(made)]
+    rows = [row(requested, seed=i, vocab_size=vocab) for i, requested in enumerate(made)]
     batch = sampling.Batch(rows, CPU)
     for step in range(6):
         logits = random_logits(len(made), vocab, seed=step).to(dtype)
         assert draw_and_note(batch, rows, logits) == [
-            one_row_written_out(logits[i], wish, i, step) for i, wish in enumerate(made)
+            one_row_written_out(logits[i], requested, i, step) for i, requested in enumerate(made)
         ]
 
 
 @settings(max_examples=60)
 @given(
     st.integers(0, 10**6),
-    st.lists(st.tuples(wishes | greedy_wishes, ids, ids), min_size=2, max_size=7),
+    st.lists(st.tuples(requested_settings | greedy_settings, ids, ids), min_size=2, max_size=7),
     st.sampled_from([torch.float32, torch.float64]),
     st.sampled_from([VOCAB, 1000]),
 )
@@ -264,9 +266,14 @@ def test_a_row_draws_the_same_token_in_any_batch(
     vocab: int,
 ) -> None:
     def start(index: int) -> sampling.SamplingState:
-        wish, prompt, banned_tokens = cases[index]
+        requested, prompt, banned_tokens = cases[index]
         return row(
-            wish, prompt, seed=index, vocab_size=vocab, banned_tokens=banned_tokens, banned_draws=2
+            requested,
+            prompt,
+            seed=index,
+            vocab_size=vocab,
+            banned_tokens=banned_tokens,
+            banned_draws=2,
         )
 
     steps = [random_logits(len(cases), vocab, seed=seed + i).to(dtype) for i in range(5)]
@@ -280,7 +287,7 @@ def test_a_row_draws_the_same_token_in_any_batch(
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "requested",
     [
         Sampling(),
         Sampling(temperature=0.9, top_k=4),
@@ -288,13 +295,13 @@ def test_a_row_draws_the_same_token_in_any_batch(
         Sampling(temperature=2.0, min_p=0.2),
     ],
 )
-def test_draws_follow_the_distribution(wish: Sampling) -> None:
+def test_draws_follow_the_distribution(requested: Sampling) -> None:
     logits = torch.tensor([0.1, 2.0, -1.0, 1.0, 0.5, -0.5])
     count = 4000
-    want = probabilities(logits, wish)
-    one = row(wish, seed=1, vocab_size=6)
+    want = probabilities(logits, requested)
+    one = row(requested, seed=1, vocab_size=6)
     in_time = torch.tensor([draw(logits, one) or 0 for _ in range(count)])
-    rows = [row(wish, seed=seed, vocab_size=6) for seed in range(count)]
+    rows = [row(requested, seed=seed, vocab_size=6) for seed in range(count)]
     across = torch.tensor(sampling.Batch(rows, CPU).draw(logits.expand(count, -1)))
     for drawn in (in_time, across):
         seen = drawn.bincount(minlength=6)
@@ -316,12 +323,12 @@ def test_equal_seeds_repeat_draws_and_other_seeds_do_not() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40])
 def test_greedy_draws_the_most_likely_token_with_the_lowest_id(temperature: float) -> None:
-    wish = Sampling(temperature=temperature)
+    requested = Sampling(temperature=temperature)
     # Also together with a row that is not greedy.
-    rows = [row(wish, vocab_size=3), row(Sampling(), vocab_size=3)]
+    rows = [row(requested, vocab_size=3), row(Sampling(), vocab_size=3)]
     logits = torch.tensor([[0.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
     assert sampling.Batch(rows, CPU).draw(logits)[0] == 1
-    assert draw(logits[0], row(wish, vocab_size=3)) == 1
+    assert draw(logits[0], row(requested, vocab_size=3)) == 1
 
 
 def test_a_drawn_token_is_penalised_in_later_draws() -> None:
@@ -387,35 +394,37 @@ NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @NOT_FINITE
 @pytest.mark.parametrize("places", [[7], list(range(VOCAB))], ids=["one", "all"])
 @pytest.mark.parametrize("banned_tokens", [(), (7, 9)], ids=["free", "banned_tokens"])
-@pytest.mark.parametrize("wish", FILTERS, ids=str)
+@pytest.mark.parametrize("requested", FILTERS, ids=str)
 def test_no_token_is_drawn_from_logits_that_are_not_finite(
-    wish: dict[str, Any], banned_tokens: tuple[int, ...], places: list[int], value: float
+    requested: dict[str, Any], banned_tokens: tuple[int, ...], places: list[int], value: float
 ) -> None:
     """Even if a filter or a ban removes exactly the values that are not finite."""
     logits = random_logits(1)
     logits[0, places] = value
-    one = row(Sampling(**wish), banned_tokens=banned_tokens, banned_draws=1)
+    one = row(Sampling(**requested), banned_tokens=banned_tokens, banned_draws=1)
     assert sampling.Batch([one], CPU).draw(logits) == [None]
 
 
 @NOT_FINITE
 def test_a_row_with_nan_does_not_change_other_rows_draws(value: float) -> None:
-    wishes = [Sampling(**wish) for wish in FILTERS]
-    logits = random_logits(2 * len(wishes), seed=3)
+    requested_settings = [Sampling(**requested) for requested in FILTERS]
+    logits = random_logits(2 * len(requested_settings), seed=3)
     spoiled = logits.clone()
     spoiled[1::2] = value
-    rows = [row(wish, seed=i) for i, wish in enumerate(wishes) for _ in range(2)]
+    rows = [
+        row(requested, seed=i) for i, requested in enumerate(requested_settings) for _ in range(2)
+    ]
     want = sampling.Batch(rows, CPU).draw(logits)
     got = sampling.Batch(rows, CPU).draw(spoiled)
     assert got[::2] == want[::2]
-    assert got[1::2] == [None] * len(wishes)
+    assert got[1::2] == [None] * len(requested_settings)
 
 
-@pytest.mark.parametrize("wish", FILTERS, ids=str)
-def test_tokens_at_minus_infinity_are_never_drawn(wish: dict[str, Any]) -> None:
+@pytest.mark.parametrize("requested", FILTERS, ids=str)
+def test_tokens_at_minus_infinity_are_never_drawn(requested: dict[str, Any]) -> None:
     logits = random_logits(1)
     logits[0, 5:] = -torch.inf
-    one = row(Sampling(**wish), banned_tokens=(3, 8), banned_draws=1)
+    one = row(Sampling(**requested), banned_tokens=(3, 8), banned_draws=1)
     (token,) = sampling.Batch([one], CPU).draw(logits)
     assert token in {0, 1, 2, 4}
 

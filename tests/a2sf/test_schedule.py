@@ -181,9 +181,11 @@ def test_running_streams_get_a_token_in_every_step_while_long_prompts_wait(
     for name in ("one", "two"):
         engine.submit(request(name, (1, 2), max_new_tokens=100))
         engine.step()
-    wish = CachePolicy(preset="h2o", budget=32, prefill_chunk=prefill_chunk)
+    requested_policy = CachePolicy(preset="h2o", budget=32, prefill_chunk=prefill_chunk)
     for index in range(8):
-        engine.submit(request(f"long {index}", range(120), max_new_tokens=4, cache_policy=wish))
+        engine.submit(
+            request(f"long {index}", range(120), max_new_tokens=4, cache_policy=requested_policy)
+        )
     engine.step()
     got: Counter[str] = Counter()
     for _ in range(60):
@@ -201,8 +203,8 @@ def test_a_waiting_prompt_takes_the_first_free_row_and_advances_in_every_step(
     lengths = {"short": 10, "long": 60, "longer": 90}
     for name, length in lengths.items():
         engine.submit(request(name, (1, 2, 3), max_new_tokens=length))
-    wish = CachePolicy(preset="h2o", budget=24, prefill_chunk=16)
-    engine.submit(request("late", range(50), cache_policy=wish, max_new_tokens=5))
+    requested_policy = CachePolicy(preset="h2o", budget=24, prefill_chunk=16)
+    engine.submit(request("late", range(50), cache_policy=requested_policy, max_new_tokens=5))
     seen: dict[str, list[int]] = {}
     for step in range(1, 40):
         for event in engine.step():
@@ -302,13 +304,13 @@ def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: Load
     chunked = CachePolicy(preset="h2o", budget=31, prefill_chunk=10)
     wider = chunked.model_copy(update={"prefill_chunk": 11})
     exact = CachePolicy(preset="h2o", budget=31)
-    for wish, prompt in ((chunked, range(200)), (exact, range(40))):
-        one = request("r", prompt, cache_policy=wish)
+    for requested_policy, prompt in ((chunked, range(200)), (exact, range(40))):
+        one = request("r", prompt, cache_policy=requested_policy)
         engine.submit(one)
         assert told(run(engine)["r"]) == told(alone(tiny_model_64, one))
-    for wish, prompt in ((wider, range(200)), (exact, range(41))):
+    for requested_policy, prompt in ((wider, range(200)), (exact, range(41))):
         with pytest.raises(InvalidArgument, match=r"need 41 staging slots.*prefill_chunk"):
-            engine.submit(request("r", prompt, cache_policy=wish))
+            engine.submit(request("r", prompt, cache_policy=requested_policy))
 
 
 def test_cancelling_a_waiting_request_frees_its_place_in_the_queue(

@@ -17,9 +17,9 @@ TEXT = tuple(torch.randint(0, 256, (40,), generator=torch.Generator().manual_see
 PROMPT = 17
 
 
-def settle(model: LoadedModel, **wish: Any) -> EffectivePolicy:
+def settle(model: LoadedModel, **requested_policy: Any) -> EffectivePolicy:
     return resolve(
-        CachePolicy(**wish),
+        CachePolicy(**requested_policy),
         table=None,
         server=CachePolicy(),
         length=len(TEXT),
@@ -87,7 +87,7 @@ def written_out(
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "requested_policy",
     [
         {"alpha": 0.9, "budget": 10, "recent": 3, "sinks": 1},
         {"alpha": 0.5, "budget": 12, "prefill_chunk": 1},
@@ -97,10 +97,10 @@ def written_out(
     ],
 )
 def test_it_is_the_cosine_of_the_retained_row_and_the_full_row(
-    tiny_model_64: LoadedModel, wish: dict[str, Any]
+    tiny_model_64: LoadedModel, requested_policy: dict[str, Any]
 ) -> None:
     counted = (3, 15, *range(20, 39, 2))
-    policy = settle(tiny_model_64, **wish)
+    policy = settle(tiny_model_64, **requested_policy)
     other = settle(tiny_model_64, preset="h2o", budget=20, prefill_chunk=policy.prefill_chunk)
     example = Example(TEXT, PROMPT, counted)
     # Rows of other lengths and policies in the batch must have no effect.
@@ -116,9 +116,9 @@ def test_it_is_the_cosine_of_the_retained_row_and_the_full_row(
 
 def test_similarity_is_1_without_evictions(tiny_model: LoadedModel) -> None:
     example = Example(TEXT, PROMPT, tuple(range(39)))
-    for wish in ({"preset": "full"}, {"alpha": 0.5, "budget": 64, "prefill_chunk": 3}):
+    for requested_policy in ({"preset": "full"}, {"alpha": 0.5, "budget": 64, "prefill_chunk": 3}):
         (found,) = teacher.predict(
-            tiny_model, [example], [settle(tiny_model, **wish)], similarity=True
+            tiny_model, [example], [settle(tiny_model, **requested_policy)], similarity=True
         )
         assert found.similarity is not None
         torch.testing.assert_close(found.similarity, torch.ones(3, 2))

@@ -66,9 +66,11 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
         teacher.Example(tuple(t), prompt_tokens=len(t) // 2, counted=tuple(range(len(t))))
         for t in texts
     ]
-    wish = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
+    requested_policy = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
     policies = [
-        admission.check(request("r", t, cache_policy=wish), tiny_model, EngineConfig(slots=512))
+        admission.check(
+            request("r", t, cache_policy=requested_policy), tiny_model, EngineConfig(slots=512)
+        )
         for t in texts
     ]
     for predicted in (
@@ -94,8 +96,10 @@ def simulate_and_compare(
     """
     table = make_table(model.identity, **policy)
     engine = engine_for(model)
-    wish = CachePolicy(table=table.name)
-    engine.submit(request("r", prompt, max_new_tokens=steps, cache_policy=wish, table=table))
+    requested_policy = CachePolicy(table=table.name)
+    engine.submit(
+        request("r", prompt, max_new_tokens=steps, cache_policy=requested_policy, table=table)
+    )
     stream = run(engine)["r"]
     assert isinstance(stream[0], Started)
     budgets = stream[0].policy.head_budgets
@@ -164,7 +168,7 @@ def test_the_reference_model_matches_a_masking_simulation(reference_model: Loade
 
 def test_the_engine_equals_teacher_forcing(tiny_model_64: LoadedModel) -> None:
     table = make_table(tiny_model_64.identity, prefill_chunk=5, head_share=SHARES)
-    for index, wish in enumerate(
+    for index, requested_policy in enumerate(
         [
             CachePolicy(table=table.name),
             CachePolicy(table=table.name, budget=40, recent_share=0.4, prefill_chunk=0),
@@ -179,8 +183,8 @@ def test_the_engine_equals_teacher_forcing(tiny_model_64: LoadedModel) -> None:
         made = request(
             "r",
             prompt,
-            cache_policy=wish,
-            table=table if wish.table else None,
+            cache_policy=requested_policy,
+            table=table if requested_policy.table else None,
             max_new_tokens=30,
         )
         engine.submit(made)
@@ -206,7 +210,7 @@ def test_texts_of_different_lengths_predict_the_same_together_and_alone(
     for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
         prompt = rng.randint(1, len(text))
         examples.append(teacher.Example(tuple(text), prompt, counted=tuple(range(0, len(text), 2))))
-        wish = rng.choice(
+        requested_policy = rng.choice(
             [
                 CachePolicy(alpha=0.9, budget=rng.randint(8, 40), recent=3),
                 CachePolicy(preset="h2o", budget_ratio=0.6),
@@ -217,7 +221,10 @@ def test_texts_of_different_lengths_predict_the_same_together_and_alone(
         policies.append(
             admission.check(
                 request(
-                    "r", text, cache_policy=wish, table=table if wish.table is not None else None
+                    "r",
+                    text,
+                    cache_policy=requested_policy,
+                    table=table if requested_policy.table is not None else None,
                 ),
                 tiny_model_64,
                 EngineConfig(slots=512),
