@@ -217,11 +217,12 @@ class BlockPass:
         mine = self._slots = slots.whole
         self._in_order = in_order
         self._attention = attention
+        # Scores decay once per block, with its first piece.
+        self._decay = None if first else scoring.decay(policy.alpha, lengths)
         if first == 0:
             num_to_evict = (used - (policy.budget - 1)).clamp(min=0)
             num_to_evict = torch.where(lengths[:, None] > 0, num_to_evict, 0)
             mine.evict(num_to_evict, start, policy)
-            mine.score.mul_(scoring.decay(policy.alpha, lengths))
             used = used - num_to_evict
         self.used_after = used + (lengths - first).clamp(0, width)[:, None]
         """[layers, rows, H_kv] int64: tokens stored after this pass."""
@@ -271,8 +272,8 @@ class BlockPass:
             scale,
             in_order=self._in_order,
         )
-        if sums is not None:
-            slots.score[layer] += sums
+        decay = 1.0 if self._decay is None else self._decay[layer]
+        scoring.accumulate(slots.score[layer], decay, 0.0 if sums is None else sums)
         return output
 
 
@@ -349,8 +350,7 @@ class _Step:
         victim = slots.victim(start, policy)
         self._placed = torch.where(full, victim, used)[..., None]
         self._scored = policy.any_scored
-        if policy.any_scored:
-            slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
+        self._decay = scoring.decay(policy.alpha, torch.ones_like(start))
         slots.place(self._placed, start[:, None], policy)
         self._accumulating = policy.accumulating if policy.any_random else None
         in_use = torch.minimum(used + 1, policy.budget)
@@ -375,6 +375,6 @@ class _Step:
             gained = probabilities.float().sum(dim=2)
             if self._accumulating is not None:
                 gained = gained * self._accumulating
-            slots.score[layer].add_(gained)
+            scoring.accumulate(slots.score[layer], self._decay[layer], gained)
         output = probabilities.to(values.dtype) @ stored_values
         return output.view(rows, q_heads, 1, dim)

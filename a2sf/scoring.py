@@ -51,6 +51,22 @@ def decay(alpha: Tensor, lengths: Tensor) -> Tensor:
     return (alpha ** lengths[:, None]).float()[..., None]
 
 
+def accumulate(score: Tensor, decay: Tensor | float, attention_sum: Tensor | float) -> None:
+    """Apply the law to one layer's scores, in place: `A <- alpha^c * A + S`.
+
+    The numba and Triton kernels repeat this line, with the same rounding: first the product, then
+    the sum.
+
+    Args:
+        score: [rows, H_kv, slots] float32; the block's own tokens start at 0.
+        decay: one layer of the result of `decay`, [rows, H_kv, 1] float32. 1 for the later pieces
+            of a block.
+        attention_sum: [rows, H_kv, slots] float32, the attention weights summed over the block's
+            queries, each times its weight. 0 if no query has a weight.
+    """
+    score.mul_(decay).add_(attention_sum)
+
+
 def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
     """Mark the slots that a trim before position `start` may evict.
 

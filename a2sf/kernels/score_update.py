@@ -120,6 +120,7 @@ def update_scores(
             for g in tl.static_range(GROUP):
                 logit = tl.load(logits + g * room + n, mask=live, other=float("-inf"))
                 attention_sum += tl.exp2(logit - tl.load(lse + g))
+            # `scoring.accumulate`
             now = tl.where(is_new, fresh, now * factor) + attention_sum * counted
             tl.store(scores + n, now, mask=live)
         else:

@@ -342,6 +342,7 @@ def _accumulate(score, in_use, weights, group, room, shares, alpha):
         share, at = shares[g], g * room
         for s in range(in_use):
             weights[s] += weights[at + s] * share
+    # `scoring.accumulate`
     for s in range(in_use):
         score[s] = score[s] * alpha + weights[s]
 

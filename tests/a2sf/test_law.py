@@ -33,7 +33,7 @@ def test_scores_of_the_worked_example_are_82_and_44() -> None:
     one = torch.tensor([1])
     score = torch.zeros(1, 1, 1, 2)
     for row in ([0.4, 0.3], [0.5, 0.2]):
-        score = scoring.decay(alpha, one) * score + torch.tensor([row])
+        scoring.accumulate(score, scoring.decay(alpha, one), torch.tensor([row]))
     assert score[0, 0, 0].tolist() == pytest.approx([0.82, 0.44])
 
     weights = scoring.query_weights(alpha, torch.tensor([2]), 0, 2)
