@@ -1,6 +1,6 @@
 """The interface to transformers: loads models and replaces their attention.
 
-Owns loading, a model's identity, and the registered attention function; `outline` reads the
+Owns loading, a model's identity, and the registered attention function; `model_spec` reads the
 settings. The caller passes a `LayerAttention` to every forward pass; transformers hands it to each
 layer as a keyword argument. So nothing is patched and modules hold no state. Knows nothing of
 requests or schedules, and nothing of a particular family.
@@ -27,7 +27,7 @@ from a2sf import dtypes, families, files, gguf_file, linear, partial_decoder
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
-from a2sf.outline import (
+from a2sf.model_spec import (
     ModelShape,
     check_generation_settings,
     empty_module,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from a2sf.attention import attend_causally
+from a2sf.model_spec import ModelShape
 from a2sf.models import LayerAttention, LoadedModel
-from a2sf.outline import ModelShape
 
 
 @dataclass(frozen=True)

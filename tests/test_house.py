@@ -40,7 +40,7 @@ CORE = [
     "partial_decoder",
     "threads",
     "ranks",
-    "outline",
+    "model_spec",
     "models",
     "fused",
     "decoding",
@@ -77,7 +77,7 @@ ALONE = {
     "ray": "service/ray_serve/",
     "structlog": "service",
     "triton": "a2sf/kernels/",
-    "transformers": ("a2sf/models.py", "a2sf/outline.py", "a2sf/gguf_file/"),
+    "transformers": ("a2sf/models.py", "a2sf/model_spec.py", "a2sf/gguf_file/"),
 }
 
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from a2sf import dtypes, linear
 from a2sf.dtypes import bfloat16_unit, times_as_fast
 from a2sf.errors import InvalidArgument
+from a2sf.model_spec import read_model_spec
 from a2sf.models import load_model
-from a2sf.outline import read_outline
 
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, dtype=torch.float16)
 
@@ -133,13 +133,13 @@ def test_the_measurement_covers_both_dtypes_and_all_numbers_of_rows(
     assert len(given) == 2 * 2 * 6
 
 
-def test_a_model_and_its_outline_have_the_same_dtype_and_reason(
+def test_a_model_and_its_spec_have_the_same_dtype_and_reason(
     processor: Any, tiny_model_dir: Path
 ) -> None:
     processor(2.0, amx_bf16=True)
-    outline = read_outline(str(tiny_model_dir), device_type="cpu")
-    assert outline.dtype == torch.bfloat16
-    assert "AMX-BF16" in outline.dtype_reason
+    spec = read_model_spec(str(tiny_model_dir), device_type="cpu")
+    assert spec.dtype == torch.bfloat16
+    assert "AMX-BF16" in spec.dtype_reason
     model = load_model(str(tiny_model_dir), device="cpu", pack=False)
-    assert (model.dtype, model.dtype_reason) == (outline.dtype, outline.dtype_reason)
+    assert (model.dtype, model.dtype_reason) == (spec.dtype, spec.dtype_reason)
     assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}

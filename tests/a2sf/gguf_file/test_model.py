@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from a2sf.errors import NotFound, Unsupported
+from a2sf.model_spec import read_model_spec
 from a2sf.models import LoadedModel, load_model
-from a2sf.outline import read_outline
 from a2sf.policy import CachePolicy
 from tests.driving import engine_for, request, run, tokens
 from tests.gguf_files import TOKENS, VOCABULARY, interleave, save_checkpoint, save_gguf
@@ -189,7 +189,7 @@ def test_auto_loads_weights_in_the_stored_dtype_except_on_processors(
         assert model.dtype == torch.float32
         assert model.module.config.dtype == torch.float32
         assert load(path, dtype=dtype).dtype_name == dtype
-        assert str(read_outline(str(path), device_type="cuda").dtype) == f"torch.{dtype}"
+        assert str(read_model_spec(str(path), device_type="cuda").dtype) == f"torch.{dtype}"
 
 
 def test_the_only_file_of_a_directory_is_the_model(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_weights_that_are_missing_or_have_no_place_are_named(
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     path = save_gguf(checkpoint, tmp_path / "m.gguf", tensors=tensors)
-    for read in (load, lambda path: read_outline(str(path))):
+    for read in (load, lambda path: read_model_spec(str(path))):
         with pytest.raises((NotFound, Unsupported), match=says) as caught:
             read(path)
         assert "\n" not in str(caught.value)

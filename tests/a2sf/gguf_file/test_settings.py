@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from a2sf.errors import NotFound, Unsupported
+from a2sf.model_spec import read_model_spec
 from a2sf.models import load_model
-from a2sf.outline import read_outline
 from tests.gguf_files import save_checkpoint, save_gguf
 
 
@@ -43,7 +43,7 @@ def test_unsupported_settings_are_refused_by_name(
     settings: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf", **settings)
-    for read in (read_outline, load_model):
+    for read in (read_model_spec, load_model):
         with pytest.raises(Unsupported, match=says) as caught:
             read(str(path))
         assert "\n" not in str(caught.value)
@@ -51,7 +51,7 @@ def test_unsupported_settings_are_refused_by_name(
 
 def test_a_window_as_wide_as_the_context_is_served(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf", llama__attention__sliding_window=512)
-    assert read_outline(str(path)).shape.max_context == 512
+    assert read_model_spec(str(path)).shape.max_context == 512
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gemma2", "clip"])
@@ -92,7 +92,7 @@ def test_without_the_library_the_message_says_what_to_install(
 
 def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
-    told = read_outline(str(path), device_type="cpu")
+    told = read_model_spec(str(path), device_type="cpu")
     assert (told.shape.num_layers, told.shape.num_kv_heads, told.shape.vocab_size) == (3, 2, 272)
     # The weights are overwritten: a plan must not read them.
     from a2sf.gguf_file.header import Header
@@ -100,7 +100,7 @@ def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     first = min(tensor.start for tensor in Header("m", path).tensors.values())
     content = path.read_bytes()
     path.write_bytes(content[:first] + b"\xff" * (len(content) - first))
-    assert read_outline(str(path), device_type="cpu").shape == told.shape
+    assert read_model_spec(str(path), device_type="cpu").shape == told.shape
 
 
 def test_a_directory_without_any_model_says_what_is_accepted(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from a2sf import chat
 from a2sf.errors import NotFound, Unsupported
 from a2sf.gguf_file.header import Header
 from a2sf.gguf_file.vocabulary import RULES, Vocabulary
+from a2sf.model_spec import read_model_spec
 from a2sf.models import LoadedModel, load_model
-from a2sf.outline import read_outline
 from a2sf.requests import ChatMessage
 from tests.gguf_files import BYTE, CONTROL, NORMAL, TOKENS, save_checkpoint, save_gguf
 from tests.tiny import BOS, EOS
@@ -201,7 +201,7 @@ def test_an_unsupported_vocabulary_is_refused_by_name(
     assert "\n" not in str(caught.value)
     if "supported" in says:
         with pytest.raises(Unsupported, match=says):
-            read_outline(str(path))
+            read_model_spec(str(path))
 
 
 def test_the_libraries_read_the_same_strings(checkpoint: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSpec:
     """A model without weights, as its settings describe it."""
 
     shape: ModelShape
@@ -59,9 +59,9 @@ class Outline:
     """The model's GGUF file, if it is one."""
 
 
-def read_outline(
+def read_model_spec(
     id_or_path: str, *, revision: str | None = None, device_type: str = "cuda", dtype: str = "auto"
-) -> Outline:
+) -> ModelSpec:
     """Read a model's settings as `load_model` does, without its weights.
 
     The device need not exist on this machine. Files that `load_model` would refuse are refused here
@@ -92,7 +92,7 @@ def read_outline(
         stored = read_headers(id_or_path, directory, config, module)
         read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
-    return Outline(
+    return ModelSpec(
         shape=shape_of(config),
         architecture=config.architectures[0],
         device_type=device_type,
