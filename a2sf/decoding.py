@@ -74,10 +74,10 @@ class Decoder(Protocol):
 class SteppedDecoder:
     """Decodes with torch, or on a processor with numba."""
 
-    def __init__(self, model: LoadedModel, slab: Slots, chosen: Backend) -> None:
+    def __init__(self, model: LoadedModel, slab: Slots, backend: Backend) -> None:
         self._model = model
         self._slab = slab
-        self._chosen = chosen
+        self._backend = backend
         self._rows: dict[int, tuple[EffectivePolicy, int]] = {}
         """The policy of each row, and the most tokens that its sequence may reach."""
         self._batch: tuple[int, Steps] | None = None
@@ -111,7 +111,7 @@ class SteppedDecoder:
             # As narrow as the rows allow: torch computes over all slots of a view.
             slots = self._slab.view(slice(0, rows), most_of(policies))
             stacked = PolicyTensors.stack(policies, lengths, self._model.device)
-            self._batch = rows, make_steps(self._chosen, slots, stacked)
+            self._batch = rows, make_steps(self._backend, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
         forward = self._batch[1](start)
         hidden = self._model.hidden_states(ids[:, None], start[:, None], forward)
@@ -149,13 +149,13 @@ def choose_kernels(asked: Kernels, model: LoadedModel) -> Backend:
     raise InvalidArgument("kernels", f"{asked}, but {problems[asked]}; or take kernels torch")
 
 
-def make_steps(chosen: Backend, slots: Slots, policy: PolicyTensors) -> Steps:
+def make_steps(backend: Backend, slots: Slots, policy: PolicyTensors) -> Steps:
     """Return the decode steps of the rows of `slots`, one token of each row per step.
 
     For triton this is torch's implementation: the Triton kernels decode in `FusedDecoder` only
-    (see `make`).
+    (see `make_decoder`).
     """
-    if chosen == "numba":
+    if backend == "numba":
         from a2sf.kernels import walk
 
         return walk.Walker(slots, policy).begin
@@ -163,7 +163,7 @@ def make_steps(chosen: Backend, slots: Slots, policy: PolicyTensors) -> Steps:
 
 
 def walk_texts(
-    chosen: Backend,
+    backend: Backend,
     slots: Slots,
     policy: PolicyTensors,
     projected: tuple[Tensor, Tensor, Tensor],
@@ -177,7 +177,7 @@ def walk_texts(
     """Run given tokens through one layer, one after the other.
 
     Args:
-        chosen: the implementation of the law.
+        backend: the implementation of the law.
         slots, policy: the rows, and their policies in the layer.
         projected: queries [rows, H_q, width, D], keys and values [rows, H_kv, width, D] of whole
             texts.
@@ -186,14 +186,14 @@ def walk_texts(
         output: [rows, H_q, width, D]; receives the attention output of these tokens.
         recorder: records which tokens each query could attend to, or None.
     """
-    if chosen == "numba":
+    if backend == "numba":
         from a2sf.kernels import walk
 
         walker = walk.Walker(slots, policy)
         walker.begin_texts(start, end, recorder.table if recorder else None)
         walker.into(output, 0, *projected, scale)
         return
-    if chosen == "triton":
+    if backend == "triton":
         from a2sf.kernels import triton_walk
 
         triton_walk.walk(
@@ -220,9 +220,9 @@ def walk_texts(
             recorder.step(at, slots)
 
 
-def block_attention(chosen: Backend) -> BlockAttention:
+def block_attention(backend: Backend) -> BlockAttention:
     """Return the block attention for prompts."""
-    if chosen != "triton":
+    if backend != "triton":
         return attend_and_score
     # Kernels are imported where they are used: Triton may not be installed, and numba loads slowly.
     from a2sf.kernels import prefill
@@ -230,10 +230,10 @@ def block_attention(chosen: Backend) -> BlockAttention:
     return prefill.attend_and_score
 
 
-def make(model: LoadedModel, slab: Slots, chosen: Backend, *, graphs: bool) -> Decoder:
+def make_decoder(model: LoadedModel, slab: Slots, backend: Backend, *, graphs: bool) -> Decoder:
     """Return the decoder of a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
-    if chosen != "triton":
-        return SteppedDecoder(model, slab, chosen)
+    if backend != "triton":
+        return SteppedDecoder(model, slab, backend)
     from a2sf import fused
 
     return fused.FusedDecoder(model, slab, graphs=graphs)

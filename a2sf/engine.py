@@ -60,7 +60,7 @@ class Engine:
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
         self._slab = self._allocate(config.max_batch, held_of(slots, model.local_heads))
         graphs = config.cuda_graphs and model.device.type == "cuda"
-        self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
+        self._decoder = decoding.make_decoder(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
         equal = ((staging,) * model.shape.num_kv_heads,) * model.shape.num_layers
         row = self._allocate(1, equal)

@@ -38,9 +38,9 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     honest = decoding.walk_texts
 
-    def noting(chosen: decoding.Backend, slots: object, *rest: object, **named: object) -> None:
+    def noting(backend: decoding.Backend, slots: object, *rest: object, **named: object) -> None:
         rows.append(len(named["start"]))  # type: ignore[arg-type]
-        honest(chosen, slots, *rest, **named)  # type: ignore[arg-type]
+        honest(backend, slots, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decoding, "walk_texts", noting)
     return rows
