@@ -40,7 +40,7 @@ _ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Chosen:
+class DtypeChoice:
     """A dtype, and the reason for it, for people to read."""
 
     dtype: torch.dtype
@@ -63,7 +63,7 @@ def check(asked: str) -> None:
         raise InvalidArgument("dtype", f"{asked!r}; accepted: auto, {', '.join(DTYPES)}")
 
 
-def choose(asked: str, device_type: str, config: Any, *, processes: int = 1) -> Chosen:
+def choose(asked: str, device_type: str, config: Any, *, processes: int = 1) -> DtypeChoice:
     """Choose the dtype in which a model's weights are loaded.
 
     On a GPU, "auto" is the dtype in which the weights are stored. On a processor it is bfloat16 if
@@ -77,19 +77,19 @@ def choose(asked: str, device_type: str, config: Any, *, processes: int = 1) -> 
             without communication, so they do not measure.
     """
     if asked != "auto":
-        return Chosen(DTYPES[asked], "asked for")
+        return DtypeChoice(DTYPES[asked], "asked for")
     if device_type != "cpu":
         if config.dtype is None:
-            return Chosen(torch.bfloat16, "the model does not say how it is stored")
-        return Chosen(config.dtype, "as stored")
+            return DtypeChoice(torch.bfloat16, "the model does not say how it is stored")
+        return DtypeChoice(config.dtype, "as stored")
     if processes > 1:
-        return Chosen(torch.float32, "several processes share the model")
+        return DtypeChoice(torch.float32, "several processes share the model")
     unit, without = bfloat16_unit()
     if unit is None:
-        return Chosen(torch.float32, without)
-    slower = min(times_as_fast(config).values())
+        return DtypeChoice(torch.float32, without)
+    slower = min(bfloat16_speedups(config).values())
     chosen = torch.bfloat16 if slower >= _FASTER else torch.float32
-    return Chosen(chosen, f"with {unit}, bfloat16 is at least {slower:.2f} times as fast here")
+    return DtypeChoice(chosen, f"with {unit}, bfloat16 is at least {slower:.2f} times as fast here")
 
 
 def bfloat16_unit() -> tuple[str | None, str]:
@@ -107,7 +107,7 @@ def bfloat16_unit() -> tuple[str | None, str]:
     return None, "the processor does not multiply bfloat16 in hardware"
 
 
-def times_as_fast(config: Any) -> dict[int, float]:
+def bfloat16_speedups(config: Any) -> dict[int, float]:
     """Measure the speed-up of bfloat16 over float32 on this processor, by number of input rows.
 
     Takes tens of milliseconds: medians of alternating products, with the sizes of the model's

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from a2sf import dtypes, linear
-from a2sf.dtypes import bfloat16_unit, times_as_fast
+from a2sf.dtypes import bfloat16_speedups, bfloat16_unit
 from a2sf.errors import InvalidArgument
 from a2sf.model_spec import read_model_spec
 from a2sf.models import load_model
@@ -29,7 +29,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(linear, "packs", lambda _: packs)
         measured = dict(enumerate(ratios))
         monkeypatch.setattr(
-            dtypes, "times_as_fast", lambda _: measured or pytest.fail("something was measured")
+            dtypes, "bfloat16_speedups", lambda _: measured or pytest.fail("something was measured")
         )
 
     return let
@@ -128,7 +128,7 @@ def test_the_measurement_covers_both_dtypes_and_all_numbers_of_rows(
     monkeypatch.setattr(dtypes, "_seconds", seconds)
     plain = linear.PackedLinear(torch.zeros(0), None)
     monkeypatch.setattr(linear.PackedLinear, "of", lambda layer: plain)
-    assert times_as_fast(CONFIG) == {16: 1.5, 128: 1.5}
+    assert bfloat16_speedups(CONFIG) == {16: 1.5, 128: 1.5}
     assert given[:2] == [(torch.float32, (16, 64)), (torch.bfloat16, (16, 64))]
     assert len(given) == 2 * 2 * 6
 

@@ -308,7 +308,7 @@ def test_a_plan_for_a_processor_names_the_dtype_that_it_counted(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
-    monkeypatch.setattr(dtypes, "times_as_fast", lambda _: {16: 2.0, 128: 8.0})
+    monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
     said = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)
     told = planned(*said)
     # A server on another machine might choose another, of which the plan would not be true.
