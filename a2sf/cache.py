@@ -244,7 +244,7 @@ class Rectangle:
 
 
 @dataclass(frozen=True)
-class Places:
+class HeadLocations:
     """The location of each head's slots, as tensors on the device, for compiled kernels."""
 
     vectors: Tensor
@@ -327,7 +327,7 @@ class Slots:
         return rectangle
 
     @cached_property
-    def places(self) -> Places:
+    def head_locations(self) -> HeadLocations:
         """The location of the heads, as tensors."""
         layout = self.layout
 
@@ -336,7 +336,7 @@ class Slots:
 
         starts = torch.tensor(layout.starts, device=self.position.device)
         vectors, width = integers(layout.offsets), integers(layout.slots)
-        return Places(
+        return HeadLocations(
             vectors=vectors,
             marks=vectors + starts[:, None],
             width=width,

@@ -79,7 +79,7 @@ class FusedDecoder:
         """
         self._model = model
         self._slab = slab
-        rows, (layers, kv_heads) = len(slab.position), slab.places.width.shape
+        rows, (layers, kv_heads) = len(slab.position), slab.head_locations.width.shape
         self._policy = PolicyTensors.idle(layers, rows, kv_heads, slab.position.device)
         self._plan = torch.zeros(
             layers, rows, kv_heads, dtype=torch.int64, device=slab.position.device

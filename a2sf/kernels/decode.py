@@ -177,7 +177,7 @@ def decode_attention(
     kv_heads = keys.shape[1]
     assert query.dtype in kernels.DTYPES
     assert dim <= kernels.LARGEST_HEAD_DIM
-    score, position, places = slots.score, slots.position, slots.places
+    score, position, locations = slots.score, slots.position, slots.head_locations
     tables = (
         plan[layer],
         start,
@@ -228,10 +228,10 @@ def decode_attention(
             score,
             position,
             *tables,
-            places.vectors[layer],
-            places.marks[layer],
-            places.width[layer],
-            places.order[layer],
+            locations.vectors[layer],
+            locations.marks[layer],
+            locations.width[layer],
+            locations.order[layer],
             scale * math.log2(math.e),
             room,
             *query.stride()[:2],
@@ -254,9 +254,9 @@ def decode_attention(
                 score,
                 position,
                 *tables,
-                places.marks[layer],
-                places.width[layer],
-                places.order[layer],
+                locations.marks[layer],
+                locations.width[layer],
+                locations.order[layer],
                 room,
                 score.stride(0),
                 SPLITS_PAD=triton.next_power_of_2(splits),

@@ -53,21 +53,21 @@ class HeadSlots:
     @classmethod
     def of(cls, slots: Slots, layer: int) -> Self:
         """Return a view of one layer of `slots`."""
-        keys, values, places = slots.keys[layer], slots.values[layer], slots.places
+        keys, values, locations = slots.keys[layer], slots.values[layer], slots.head_locations
         rows, _, dim = keys.shape
         assert keys.stride() == values.stride()
         assert keys.stride()[1:] == (dim, 1), "slots of a row must be contiguous"
         assert slots.score.stride() == slots.position.stride()
         assert slots.score.stride(1) == 1
         row = torch.arange(rows, device=keys.device)[:, None]
-        width = places.width[layer]
+        width = locations.width[layer]
         return cls(
             keys=keys,
             values=values,
             position=slots.position,
             score=slots.score,
-            vectors=row * (keys.stride(0) // dim) + places.vectors[layer],
-            marks=row * slots.score.stride(0) + places.marks[layer],
+            vectors=row * (keys.stride(0) // dim) + locations.vectors[layer],
+            marks=row * slots.score.stride(0) + locations.marks[layer],
             width=width.expand(rows, -1).contiguous(),
             widest=max(slots.layout.slots[layer]),
         )

@@ -132,7 +132,7 @@ def test_a_copied_row_holds_each_head_s_tokens_in_its_first_slots(slots: Heads, 
 
 
 def test_heads_are_ordered_by_falling_number_of_slots() -> None:
-    places = make(((3, 9, 9, 1), (5, 5, 5, 6))).places
-    assert places.order.tolist() == [[1, 2, 0, 3], [3, 0, 1, 2]]
-    assert places.vectors.tolist() == [[0, 3, 12, 21], [0, 5, 10, 15]]
-    assert places.marks.tolist() == [[0, 3, 12, 21], [22, 27, 32, 37]]
+    locations = make(((3, 9, 9, 1), (5, 5, 5, 6))).head_locations
+    assert locations.order.tolist() == [[1, 2, 0, 3], [3, 0, 1, 2]]
+    assert locations.vectors.tolist() == [[0, 3, 12, 21], [0, 5, 10, 15]]
+    assert locations.marks.tolist() == [[0, 3, 12, 21], [22, 27, 32, 37]]
