@@ -88,21 +88,21 @@ def read(
         raise InvalidArgument("chat", f"{size} bytes; accepted: at most {max_bytes}")
     controls = _profile(tokenizer, _named(tokenizer)["default"]).controls
     if special_in_content:
-        return Conversation(text, controls.recognised(text))
-    marks = controls.marks([message.content for message in messages])
-    if not marks:
+        return Conversation(text, controls.encode_all(text))
+    placeholders = controls.placeholders([message.content for message in messages])
+    if not placeholders:
         return Conversation(text, controls.encode(text, {}))
     marked = [
-        message.model_copy(update={"content": controls.mark(message.content, marks)})
+        message.model_copy(update={"content": controls.replace(message.content, placeholders)})
         for message in messages
     ]
     rendered = _render(tokenizer, marked)
-    if controls.unmark(rendered, marks) != text:
+    if controls.restore(rendered, placeholders) != text:
         # The template searches the content for this token, or changes the content.
         raise InvalidArgument(
-            "chat", f"a message spells {controls.spelled(marks)}{_INDISTINGUISHABLE}"
+            "chat", f"a message spells {controls.describe(placeholders)}{_INDISTINGUISHABLE}"
         )
-    return Conversation(text, controls.encode(rendered, marks))
+    return Conversation(text, controls.encode(rendered, placeholders))
 
 
 _INDISTINGUISHABLE = (

@@ -36,7 +36,7 @@ class Controls:
         self._counted = set(self._ids.values()).difference(unknown)
         """Ids of the control tokens, without the unknown token, which any content may produce."""
 
-    def marks(self, contents: Sequence[str]) -> dict[str, str]:
+    def placeholders(self, contents: Sequence[str]) -> dict[str, str]:
         """Return a placeholder for each control token that `contents` spell out.
 
         No content contains a placeholder.
@@ -47,36 +47,36 @@ class Controls:
         word = f"mark{secrets.token_hex(8)}"
         return {name: f"{word}n{self._ids[name]}n" for name in found}
 
-    def mark(self, content: str, marks: Mapping[str, str]) -> str:
+    def replace(self, content: str, placeholders: Mapping[str, str]) -> str:
         """Replace control tokens by their placeholders."""
-        return self._pattern.sub(lambda match: marks[match[0]], content)
+        return self._pattern.sub(lambda match: placeholders[match[0]], content)
 
-    def unmark(self, text: str, marks: Mapping[str, str]) -> str:
+    def restore(self, text: str, placeholders: Mapping[str, str]) -> str:
         """Replace placeholders by their control tokens."""
-        names = {word: name for name, word in marks.items()}
+        names = {word: name for name, word in placeholders.items()}
         return _any_of(names).sub(lambda match: names[match[0]], text)
 
-    def spelled(self, marks: Mapping[str, str]) -> str:
-        """List up to three of the control tokens in `marks`, for a message."""
-        return ", ".join(sorted(marks)[:3]) + (", ..." if len(marks) > 3 else "")
+    def describe(self, placeholders: Mapping[str, str]) -> str:
+        """List up to three of the control tokens in `placeholders`, for a message."""
+        return ", ".join(sorted(placeholders)[:3]) + (", ..." if len(placeholders) > 3 else "")
 
-    def recognised(self, text: str) -> tuple[int, ...]:
+    def encode_all(self, text: str) -> tuple[int, ...]:
         """Encode `text`; every control token in it becomes a control token."""
         encoded = self._tokenizer(text, verbose=False, add_special_tokens=False)
         return tuple(encoded.input_ids)
 
-    def encode(self, text: str, marks: Mapping[str, str]) -> tuple[int, ...]:
+    def encode(self, text: str, placeholders: Mapping[str, str]) -> tuple[int, ...]:
         """Encode `text`. Placeholders become the text of their control tokens.
 
         Raises InvalidArgument if the tokenizer encodes one of them as a control token anyway.
         """
         own = Counter(self._ids[name] for name in self._pattern.findall(text))
-        if not marks:
-            ids = self.recognised(text)
+        if not placeholders:
+            ids = self.encode_all(text)
             # A tokenizer that normalises the text first may find more than the text spells out.
             if not self._exceeding(ids, own):
                 return ids
-        ids = self._apart.encode(text, self._pattern, marks)
+        ids = self._aliased.encode(text, self._pattern, placeholders)
         if exceeding := self._exceeding(ids, own):
             names = {index: name for name, index in self._ids.items()}
             raise InvalidArgument(
@@ -91,13 +91,13 @@ class Controls:
         return set(counts - own)
 
     @cached_property
-    def _apart(self) -> "_Apart":
+    def _aliased(self) -> "_AliasedTokenizer":
         # Made only when needed: it takes a second for a large vocabulary.
-        return _Apart.of(vocabulary(self._tokenizer).tokenizer, self._ids)
+        return _AliasedTokenizer.of(vocabulary(self._tokenizer).tokenizer, self._ids)
 
 
 @dataclass(frozen=True)
-class _Apart:
+class _AliasedTokenizer:
     """A copy of a tokenizer that knows control tokens only by secret aliases.
 
     A copy, because several threads use the tokenizer itself at the same time.
@@ -110,7 +110,7 @@ class _Apart:
     """Id of the alias -> id of the control token."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, ids: Mapping[str, int]) -> "_Apart":
+    def of(cls, tokenizer: Tokenizer, ids: Mapping[str, int]) -> "_AliasedTokenizer":
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -126,11 +126,11 @@ class _Apart:
         return cls(copy, aliases, {i: meant[t.content] for i, t in decoder if t.content in meant})
 
     def encode(
-        self, text: str, names: re.Pattern[str], marks: Mapping[str, str]
+        self, text: str, names: re.Pattern[str], placeholders: Mapping[str, str]
     ) -> tuple[int, ...]:
         """Encode `text`: its control tokens as control tokens, placeholders as plain text."""
         text = names.sub(lambda match: self.aliases[match[0]], text)
-        spelled = {word: name for name, word in marks.items()}
+        spelled = {word: name for name, word in placeholders.items()}
         if spelled:
             text = _any_of(spelled).sub(lambda match: spelled[match[0]], text)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
