@@ -37,7 +37,7 @@ from a2sf.model_spec import (
     reading,
     shape_of,
 )
-from a2sf.ranks import Ranks, expected, restrict_to_local_heads
+from a2sf.ranks import Ranks, num_processes, restrict_to_local_heads
 from a2sf.schema import LoadedIdentity, ModelIdentity
 
 ATTENTION_NAME = "a2sf"
@@ -227,7 +227,7 @@ def load_model(
             processes that do not share it.
         InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
-    if ranks is None and expected() > 1:
+    if ranks is None and num_processes() > 1:
         raise Unsupported(
             "this program does not divide a model among the processes that torchrun has started; "
             "start it without torchrun"

@@ -67,7 +67,7 @@ class LeadingEngine(Engine):
         self._commands: list[_Submit | _Cancel] = []
         self._drawn = _digest([])
         config = config.model_copy(update={"cuda_graphs": False})
-        ranks.tell(config.model_dump_json().encode())
+        ranks.send(config.model_dump_json().encode())
         super().__init__(model, config, clock=self._agreed)
 
     @property
@@ -99,8 +99,8 @@ class LeadingEngine(Engine):
 
     def step(self) -> list[StepEvent]:
         """As `Engine.step`, on all ranks. Raises RankLost if a rank has ended."""
-        told = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
-        self._ranks.tell(told.model_dump_json().encode())
+        step = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
+        self._ranks.send(step.model_dump_json().encode())
         with self._ranks.together():
             events = super().step()
         self._commands.clear()
@@ -109,7 +109,7 @@ class LeadingEngine(Engine):
 
     def close(self) -> None:
         """End the other ranks' engines. This engine cannot be used afterwards."""
-        self._ranks.tell(_END)
+        self._ranks.send(_END)
 
 
 class Follower:
@@ -122,7 +122,7 @@ class Follower:
         """
         self._ranks = ranks
         self._now = 0.0
-        config = EngineConfig.model_validate_json(ranks.hear())
+        config = EngineConfig.model_validate_json(ranks.receive())
         self._engine = Engine(model, config, clock=lambda: self._now)
 
     def run(self) -> None:
@@ -132,17 +132,17 @@ class Follower:
         from those of this rank.
         """
         drawn = _digest([])
-        while (message := self._ranks.hear()) != _END:
-            told = _Step.model_validate_json(message)
-            if told.drawn != drawn:
+        while (message := self._ranks.receive()) != _END:
+            step = _Step.model_validate_json(message)
+            if step.drawn != drawn:
                 raise RankLost(f"rank {self._ranks.rank} has drawn other tokens than rank 0")
-            for command in told.commands:
+            for command in step.commands:
                 if isinstance(command, _Submit):
                     self._now = command.now
                     self._engine.submit(command.request)
                 else:
                     self._engine.cancel(command.request_id)
-            self._now = told.now
+            self._now = step.now
             with self._ranks.together():
                 drawn = _digest(self._engine.step())
 

@@ -91,13 +91,13 @@ class Ranks:
         share = num_kv_heads // self.size
         return self.rank * share, (self.rank + 1) * share
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Send a message from the first rank to all others. Raises RankLost if one has ended."""
         self._broadcast(torch.tensor([len(message)]))
         if message:
             self._broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8))
 
-    def hear(self) -> bytes:
+    def receive(self) -> bytes:
         """Wait for the first rank's next message, without a practical timeout.
 
         Raises RankLost if that rank has ended.
@@ -158,15 +158,15 @@ def restrict_to_local_heads(attention: Attention, local_heads: tuple[int, int]) 
     return attend
 
 
-def expected() -> int:
+def num_processes() -> int:
     """Return the number of processes that torchrun started to share a model; 1 without torchrun."""
     # WORLD_SIZE alone proves nothing: other programs set it too.
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
-def leads() -> bool:
+def is_first_rank() -> bool:
     """Whether this process is the first rank, or the only process."""
-    return expected() == 1 or int(os.environ["RANK"]) == 0
+    return num_processes() == 1 or int(os.environ["RANK"]) == 0
 
 
 def leave() -> None:

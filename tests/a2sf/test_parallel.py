@@ -166,10 +166,10 @@ class Wire(Ranks):
 
     messages: list[bytes]
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         self.messages.append(message)
 
-    def hear(self) -> bytes:
+    def receive(self) -> bytes:
         if not self.messages:
             raise RankLost("the wire is cut")
         return self.messages.pop(0)
@@ -268,11 +268,11 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert ranks.expected() == 1
-    assert ranks.leads()
+    assert ranks.num_processes() == 1
+    assert ranks.is_first_rank()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
-    assert ranks.expected() == 4
-    assert not ranks.leads()
+    assert ranks.num_processes() == 4
+    assert not ranks.is_first_rank()
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu:1", "tpu"])
@@ -284,6 +284,6 @@ def test_a_device_that_all_ranks_would_share_is_refused(device: str) -> None:
 def test_loading_without_ranks_is_refused_under_torchrun(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("a2sf.models.expected", lambda: 2)
+    monkeypatch.setattr("a2sf.models.num_processes", lambda: 2)
     with pytest.raises(Unsupported, match="start it without torchrun"):
         load_model(str(tiny_model_dir))
