@@ -89,33 +89,33 @@ class _Decoder:
     """
 
     def __init__(self, known: Vocabulary, prompt_ids: Sequence[int]) -> None:
-        self._known = known
+        self._vocabulary = known
         self._context: list[int] = []
-        self._read = ""
+        self._context_text = ""
         """The text of the context."""
-        self._half = False
+        self._incomplete = False
         """Whether U+FFFD at its end is withheld, because it may become a character."""
-        self._run: list[int] = []
+        self._byte_run: list[int] = []
         """Byte tokens of an incomplete character."""
-        self._foreign = 0
+        self._prompt_bytes = 0
         """Number of those that belong to the prompt."""
         texts = (i for i in reversed(prompt_ids) if known.is_text(i))
         for token_id in reversed([*islice(texts, _PROMPT_TOKENS)]):
             self.push(token_id)
-        self._foreign = len(self._run)
+        self._prompt_bytes = len(self._byte_run)
         # An incomplete character of the prompt is not part of the completion.
-        self._half = False
+        self._incomplete = False
 
     def push(self, token_id: int) -> str:
         """Add one token; return the text that is now complete."""
-        if not self._known.is_text(token_id):
+        if not self._vocabulary.is_text(token_id):
             return ""
-        if token_id not in self._known.bytes:
-            return self._broken(len(self._run)) + self._step([token_id])
-        self._run.append(token_id)
+        if token_id not in self._vocabulary.bytes:
+            return self._replace_invalid(len(self._byte_run)) + self._decode_next([token_id])
+        self._byte_run.append(token_id)
         text = ""
-        while self._run:
-            run = bytes(self._known.bytes[i] for i in self._run)
+        while self._byte_run:
+            run = bytes(self._vocabulary.bytes[i] for i in self._byte_run)
             try:
                 run.decode()
             except UnicodeDecodeError as error:
@@ -123,50 +123,50 @@ class _Decoder:
                 # or invalid from its first byte.
                 if error.end == len(run) and error.reason == "unexpected end of data":
                     break
-                text += self._broken(error.end)
+                text += self._replace_invalid(error.end)
             else:
-                text += self._step(self._run)
-                self._run, self._foreign = [], 0
-                self._forget()
+                text += self._decode_next(self._byte_run)
+                self._byte_run, self._prompt_bytes = [], 0
+                self._reset_context()
         return text
 
     def flush(self) -> str:
         """Return the withheld text at the end; an incomplete character becomes U+FFFD."""
-        text = self._broken(len(self._run)) + _UNKNOWN * self._half
-        self._half = False
+        text = self._replace_invalid(len(self._byte_run)) + _UNKNOWN * self._incomplete
+        self._incomplete = False
         return text
 
-    def _broken(self, count: int) -> str:
+    def _replace_invalid(self, count: int) -> str:
         """Drop `count` invalid bytes from the run; return one U+FFFD for each, as the library."""
         if not count:
             return ""
-        del self._run[:count]
-        own = max(count - self._foreign, 0)
-        self._foreign = max(self._foreign - count, 0)
-        self._forget()
+        del self._byte_run[:count]
+        own = max(count - self._prompt_bytes, 0)
+        self._prompt_bytes = max(self._prompt_bytes - count, 0)
+        self._reset_context()
         return _UNKNOWN * own
 
-    def _forget(self) -> None:
+    def _reset_context(self) -> None:
         """Start a new context: bytes in the current one would join with new bytes."""
-        self._context = [*self._known.before]
-        self._read = self._decode(self._context)
+        self._context = [*self._vocabulary.before]
+        self._context_text = self._decode(self._context)
 
-    def _step(self, token_ids: list[int]) -> str:
+    def _decode_next(self, token_ids: list[int]) -> str:
         together = [*self._context, *token_ids]
         text = self._decode(together)
-        settled = self._read[:-1] if self._half else self._read
+        settled = self._context_text[:-1] if self._incomplete else self._context_text
         piece = text[_shared(settled, text) :]
         # Byte-level decoders return one U+FFFD for an incomplete character. With byte fallback,
         # U+FFFD here is real text.
-        self._half = piece.endswith(_UNKNOWN) and not self._known.bytes
+        self._incomplete = piece.endswith(_UNKNOWN) and not self._vocabulary.bytes
         if len(together) > 2 * _CONTEXT_TOKENS:
             together = together[-_CONTEXT_TOKENS:]
             text = self._decode(together)
-        self._context, self._read = together, text
-        return piece[:-1] if self._half else piece
+        self._context, self._context_text = together, text
+        return piece[:-1] if self._incomplete else piece
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._known.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._vocabulary.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 class TextStream:
@@ -186,8 +186,8 @@ class TextStream:
     ) -> None:
         self._decoder = _Decoder(vocabulary(tokenizer), prompt_ids)
         self._stop = tuple(stop)
-        self._held = ""
-        self._unstoppable = min_new_tokens
+        self._withheld = ""
+        self._tokens_without_stop = min_new_tokens
         """Number of next tokens that cannot complete a stop string."""
         self.matched: str | None = None
         """The matched stop string; after a match, `push` must not be called."""
@@ -195,34 +195,34 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Add one token; return the text that can be sent, up to a stop string if one matches."""
         assert self.matched is None, "the stream has ended"
-        self._unstoppable -= 1
-        return self._settle(self._decoder.push(token_id))
+        self._tokens_without_stop -= 1
+        return self._release(self._decoder.push(token_id))
 
     def flush(self) -> str:
         """Return the withheld text at the stream's end; an incomplete character becomes U+FFFD."""
         if self.matched is not None:
             return ""
-        text = self._settle(self._decoder.flush())
+        text = self._release(self._decoder.flush())
         if self.matched is None:
-            text, self._held = text + self._held, ""
+            text, self._withheld = text + self._withheld, ""
         return text
 
-    def _settle(self, piece: str) -> str:
+    def _release(self, piece: str) -> str:
         if not piece:
             return ""
-        text = self._held + piece
-        if self._unstoppable < 0:
+        text = self._withheld + piece
+        if self._tokens_without_stop < 0:
             # Ignore matches that end within the withheld text: min_new_tokens excluded them.
-            ends = len(self._held) + 1
+            ends = len(self._withheld) + 1
             places = [(text.find(stop, max(ends - len(stop), 0)), stop) for stop in self._stop]
             found = [(at, stop) for at, stop in places if at >= 0]
             if found:
                 # The match that starts first wins; on a tie, the stop string listed first.
                 at, self.matched = min(found, key=lambda match: match[0])
-                self._held = ""
+                self._withheld = ""
                 return text[:at]
         longest = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - longest :]
+        self._withheld = text[len(text) - longest :]
         return text[: len(text) - longest]
 
 
