@@ -136,8 +136,8 @@ def _check_lengths(request: GenerationRequest, max_context: int) -> None:
     if prompt >= max_context:
         raise InvalidArgument(
             "prompt",
-            f"{prompt} tokens; the model's context is {max_context}, one of them for the first "
-            "new token",
+            f"{prompt} tokens; accepted: at most {max_context - 1}, because the first new token "
+            f"must fit into the model's context of {max_context}",
         )
     length = prompt + request.max_new_tokens
     if length > max_context:

@@ -252,7 +252,7 @@ class BlockPass:
         """Attend and accumulate in one layer.
 
         Args:
-            layer: the layer, counted from the first of the slots'.
+            layer: the index of the layer within the slots.
             query: [rows, H_q, width, D], right-padded beyond each row's length.
             keys, values: [rows, H_kv, width, D], likewise.
             scale: factor on the logits.

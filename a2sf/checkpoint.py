@@ -55,7 +55,7 @@ def headers(paths: Sequence[Path]) -> dict[str, Stored]:
                         )
                     found[name] = Stored(path, tuple(piece.get_shape()), piece.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise NotFound(f"weights {path}: not whole ({first_line(error)})") from error
+            raise NotFound(f"weights {path}: truncated or damaged ({first_line(error)})") from error
     return found
 
 

@@ -48,12 +48,12 @@ class DtypeChoice:
 
     @property
     def name(self) -> str:
-        """The dtype as people write it, such as `bfloat16`."""
+        """The name of the dtype, such as `bfloat16`."""
         return name(self.dtype)
 
 
 def name(dtype: torch.dtype) -> str:
-    """Return a dtype as people write it, such as `bfloat16`."""
+    """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 

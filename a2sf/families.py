@@ -140,13 +140,13 @@ def _refuse_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     if heads and kv_heads and heads % kv_heads:
         raise Unsupported(
             f"model {name!r} has {heads} attention heads for {kv_heads} KV heads in config.json; "
-            "accepted: a multiple"
+            "accepted: a multiple of the KV heads"
         )
     hidden = sizes.get("hidden_size")
     if heads and hidden and not sizes.get("head_dim") and hidden % heads:
         raise Unsupported(
             f"model {name!r} has hidden_size {hidden} for {heads} attention heads and no head_dim "
-            "in config.json; accepted: a multiple"
+            "in config.json; accepted: a multiple of the attention heads"
         )
 
 
@@ -172,7 +172,7 @@ def _refuse_partial_views(name: str, config: Any) -> None:
     if len(kinds) != config.num_hidden_layers:
         raise Unsupported(
             f"model {name!r} has {len(kinds)} layer_types for {config.num_hidden_layers} layers in "
-            "config.json; accepted: one a layer"
+            "config.json; accepted: one per layer"
         )
     for kind in dict.fromkeys(kinds):
         layers = _spans([index for index, other in enumerate(kinds) if other == kind])

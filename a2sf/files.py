@@ -104,7 +104,9 @@ def weight_files(name: str, directory: Path) -> list[Path]:
             f"model {name!r}: {index.name} cannot be read ({one_line(error)})"
         ) from error
     if not beside:
-        raise NotFound(f"model {name!r}: {index.name} lists {listed}; accepted: files beside it")
+        raise NotFound(
+            f"model {name!r}: {index.name} lists {listed}; accepted: files in the same directory"
+        )
     missing = [file for file in listed if not (directory / file).is_file()]
     if missing:
         raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")

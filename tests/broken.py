@@ -196,12 +196,12 @@ BROKEN: dict[str, Broken] = {
     "a weight that is missing": Broken(
         weights(lambda tensors: tensors.pop(K_PROJ)), f"weights are missing: {K_PROJ}"
     ),
-    "weights cut short": Broken(cut(-100), "model.safetensors: not whole"),
-    "weights cut within the header": Broken(cut(100), "model.safetensors: not whole"),
-    "empty weights": Broken(cut(0), "model.safetensors: not whole"),
+    "weights cut short": Broken(cut(-100), "model.safetensors: truncated or damaged"),
+    "weights cut within the header": Broken(cut(100), "model.safetensors: truncated or damaged"),
+    "empty weights": Broken(cut(0), "model.safetensors: truncated or damaged"),
     "weights that are text": Broken(
         written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "model.safetensors: not whole",
+        "model.safetensors: truncated or damaged",
     ),
     "pickled weights": Broken(
         lambda directory: (
@@ -209,7 +209,7 @@ BROKEN: dict[str, Broken] = {
         ),
         "no *.safetensors",
     ),
-    "a shard cut short": Broken(sharded(half_a_shard), f"{SHARD}: not whole"),
+    "a shard cut short": Broken(sharded(half_a_shard), f"{SHARD}: truncated or damaged"),
     "a shard that is not there": Broken(
         sharded(lambda directory, _: (directory / SHARD).unlink()), f"are missing: {SHARD}"
     ),
@@ -219,7 +219,7 @@ BROKEN: dict[str, Broken] = {
     ),
     "an index that leads outside": Broken(
         sharded(lambda _, index: index["weight_map"].update(more="../other.safetensors")),
-        "accepted: files beside it",
+        "accepted: files in the same directory",
     ),
     "an index without a map": Broken(
         sharded(lambda _, index: index.pop("weight_map")), "index.json cannot be read (KeyError"
@@ -232,7 +232,8 @@ BROKEN: dict[str, Broken] = {
         "index.json cannot be read",
     ),
     "an index of no files": Broken(
-        sharded(lambda _, index: index["weight_map"].clear()), "accepted: files beside it"
+        sharded(lambda _, index: index["weight_map"].clear()),
+        "accepted: files in the same directory",
     ),
     "a tensor in two shards": Broken(
         sharded(

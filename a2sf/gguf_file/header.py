@@ -187,7 +187,7 @@ class Header:
         )
 
     def _not_whole(self) -> NotFound:
-        return NotFound(f"model {self._name!r}: {self.path.name} is not whole")
+        return NotFound(f"model {self._name!r}: {self.path.name} is truncated or damaged")
 
     def _take(self, count: int) -> bytes:
         end = self._at + count

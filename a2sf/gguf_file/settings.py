@@ -116,7 +116,9 @@ def configuration(name: str, header: Header) -> Any:
                 "for all layers"
             )
         if key in _SIZES and (not isinstance(value, int) or value < 1):
-            raise Unsupported(f"model {name!r}: the file sets {prefix}{key} to {value!r}")
+            raise Unsupported(
+                f"model {name!r}: the file sets {prefix}{key} to {value!r}; accepted: 1 or more"
+            )
     missing = {"block_count", "embedding_length", "attention.head_count"} - stated.keys()
     if missing or "token_embd.weight" not in header.tensors:
         what = ", ".join(f"{prefix}{key}" for key in sorted(missing)) or "token_embd.weight"
@@ -126,7 +128,7 @@ def configuration(name: str, header: Header) -> Any:
     if stated.get("attention.value_length", head_dim) != head_dim:
         raise Unsupported(
             f"model {name!r}: values of {stated['attention.value_length']} and keys of {head_dim} "
-            "numbers; supported: as many of both"
+            "numbers; supported: equal sizes"
         )
     if stated.get("rope.dimension_count", head_dim) != head_dim:
         raise Unsupported(

@@ -134,14 +134,14 @@ class Vocabulary:
         if len(self.ids) != len(tokens):
             raise NotFound(f"model {name!r}: {header.path.name} holds a token twice")
         if len(tokens) > header.tensors["token_embd.weight"].shape[0]:
-            raise NotFound(f"model {name!r}: {header.path.name} embeds fewer tokens than it names")
+            raise NotFound(f"model {name!r}: {header.path.name} has fewer embeddings than tokens")
         self.types: Sequence[int] = self._said("token_type") or [1] * len(tokens)
         self._rule = rule_of(name, header)
         adds_bos = self._rule is None or self._rule.adds_bos
         self.adds_bos = bool(self._said("add_bos_token", adds_bos))
         if self.adds_bos and self.special("bos") is None:
             raise NotFound(
-                f"model {name!r}: the file adds a beginning-of-sequence token and names none"
+                f"model {name!r}: the file asks for a beginning-of-sequence token but names none"
             )
 
     def special(self, role: str) -> str | None:
@@ -198,7 +198,7 @@ class Vocabulary:
     def _byte_level(self, rule: Rule) -> Tokenizer:
         merges = self._header.strings("tokenizer.ggml.merges")
         if merges is None:
-            raise NotFound(f"model {self._name!r}: the file holds a vocabulary and no merges")
+            raise NotFound(f"model {self._name!r}: the file has a vocabulary but no merges")
         # The first token may start with a space, so the separator is the first space after that.
         pairs = [(merge[: (cut := merge.index(" ", 1))], merge[cut + 1 :]) for merge in merges]
         inner = Tokenizer(models.BPE(vocab=self.ids, merges=pairs, ignore_merges=rule.whole_words))
@@ -217,7 +217,7 @@ class Vocabulary:
     def _sentencepiece(self) -> Tokenizer:
         scores = self._said("scores")
         if not isinstance(scores, list) or len(scores) != len(self.tokens):
-            raise NotFound(f"model {self._name!r}: the file does not score its tokens")
+            raise NotFound(f"model {self._name!r}: the file has no scores for its tokens")
         prefix = bool(self._said("add_space_prefix", True))
         inner = Tokenizer(
             models.BPE(

@@ -10,7 +10,7 @@ and loaded again after the softmax is normalised. They take `GROUP` floats per s
 L2; in registers, they would take 16 (a tensor core's minimum) for every slot of the row.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 

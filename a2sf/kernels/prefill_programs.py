@@ -6,7 +6,7 @@ attention weights. No matrix of queries x slots is stored. Knows nothing of valu
 law; `prefill` launches them.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 

@@ -4,7 +4,7 @@ Owns the functions of `scoring` for the slots of a row and KV head, given logits
 Knows nothing of keys, values or queries.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 

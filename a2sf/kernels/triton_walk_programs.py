@@ -8,7 +8,7 @@ A program reads keys, values, scores and positions that its own threads wrote fo
 token. Two barriers per token order these accesses. No other program uses the same head.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 

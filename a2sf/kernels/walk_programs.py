@@ -7,7 +7,7 @@ All compiled code must be in this file. numba's cache notices changes in the fil
 function, but not in the files of the functions that it calls.
 """
 
-# numba types its own.
+# numba infers types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from typing import Any

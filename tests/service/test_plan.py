@@ -220,7 +220,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "not whole" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
+    assert "truncated or damaged" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
 
 
 def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:

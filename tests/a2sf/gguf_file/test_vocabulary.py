@@ -185,10 +185,13 @@ def test_a_sentencepiece_vocabulary_merges_the_best_token_first(
         ({"tokens": None, "token_type": None}, "holds no vocabulary"),
         ({"merges": None}, "no merges"),
         ({"tokens": [*TOKENS, "a"], "token_type": None}, "a token twice"),
-        ({"tokens": [*TOKENS, *map(str, range(99, 199))], "token_type": None}, "embeds fewer"),
+        (
+            {"tokens": [*TOKENS, *map(str, range(99, 199))], "token_type": None},
+            "has fewer embeddings than tokens",
+        ),
         ({"bos_token_id": 999}, "bos_token_id is 999"),
         ({"bos_token_id": None, "add_bos_token": True}, "names none"),
-        ({**SPM, "scores": None}, "does not score"),
+        ({**SPM, "scores": None}, "has no scores for its tokens"),
     ],
 )
 def test_an_unsupported_vocabulary_is_refused_by_name(
