@@ -1,7 +1,7 @@
 """A2SF Serve's core: scoring, eviction, the slot cache and the engine that decodes with it.
 
-Owns the block law and everything that carries it out. Knows nothing of gRPC, Optuna or any
-other way in: `service` and `tuner` sit on top of it, side by side.
+Owns the block law and its implementations. Knows nothing of gRPC or Optuna: `service` and `tuner`
+both build on this package, and neither imports the other.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,7 @@
-"""What a request must satisfy to be served by a given model within given sizes.
+"""Checks that a model and an engine of given sizes can serve a request.
 
-Owns the checks that need the model's shape and the engine's sizes, and their messages; what a value
-may be by itself is checked where the value is made. Knows nothing of rows or schedules.
+Owns the checks that need the model's shape or the engine's sizes, and their messages. The request's
+own types check everything else. Knows nothing of rows or schedules.
 """
 
 from itertools import chain
@@ -22,7 +22,7 @@ from a2sf.policy import (
 )
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
-from a2sf.sequence import ending_tokens
+from a2sf.sequence import find_stop_reasons
 
 DEFAULT_MAX_PREFILL_TOKENS = 8192
 
@@ -31,28 +31,29 @@ class EngineConfig(Frozen):
     """Sizes that fix the engine's memory before it starts."""
 
     slots: Positive = 1024
-    """Slots of a row, the mean over heads: the largest budget a request may have."""
+    """Slots per head in a row, averaged over heads. This is the largest budget of a request."""
     head_share: tuple[tuple[Weight, ...], ...] | None = None
-    """One weight a layer and KV head, by which the slots of a row are dealt among heads; None:
-    equal. A row takes the same bytes either way; policies of other shares then have less room."""
+    """One weight per layer and KV head: a row's slots are split among heads in proportion. None:
+    equal. The bytes of a row are the same either way; a policy with other shares has less room."""
     max_batch: Positive = 8
-    """Rows: requests that decode together."""
+    """Number of rows: the most requests that decode together."""
     max_prefill_tokens: Positive | None = None
-    """Staging slots for the prompt being prefilled; None: the model's context, at most 8192."""
+    """Staging slots for the prompt in prefill. None: the model's context, at most 8192."""
     step_tokens: Positive = 512
-    """Prompt tokens computed in one step, between two tokens of the streams that run."""
+    """Prompt tokens computed per step, between two tokens of the running streams."""
     max_waiting: Count = 64
-    """Requests that may wait once every row is taken; one more is refused."""
+    """The most requests that wait while all rows are in use; the next one is refused."""
     kernels: Kernels = "auto"
-    """What carries out the law: torch's operations anywhere, Triton's programs on CUDA devices,
-    numba's on processors. auto: Triton's or numba's, where they serve the device, the dtype and the
-    head size."""
+    """The implementation of the law: torch on any device, triton on CUDA devices, numba on
+    processors. auto: triton or numba where it supports the device, the dtype and the head size,
+    else torch."""
     cuda_graphs: bool = True
-    """Whether Triton's programs run in graphs, captured at the start; not where several processes
-    share the model."""
+    """Whether the Triton kernels run in CUDA graphs, captured at the start. Never used when several
+    processes share the model."""
     default_policy: CachePolicy = DEFAULT_METHOD
-    """What a request's cache policy leaves open. Where it names no budget, a request without one
-    gets as many slots as every head of a row has, so that what fits into a row is exact."""
+    """Values for the fields that a request's cache policy does not set. If it names no budget, a
+    request without one gets as many slots as every head of a row has. So a sequence that fits into
+    a row is exact."""
 
     @model_validator(mode="after")
     def _default_fits(self) -> Self:
@@ -64,7 +65,7 @@ class EngineConfig(Frozen):
     def head_slots(self, num_layers: int, num_kv_heads: int) -> Heads:
         """Slots of a row in each layer and KV head, [num_layers][num_kv_heads].
 
-        Raises InvalidArgument where head_share is of a model with other layers or heads.
+        Raises InvalidArgument if head_share does not fit the numbers of layers and heads.
         """
         if self.head_share is None:
             return ((self.slots,) * num_kv_heads,) * num_layers
@@ -81,25 +82,25 @@ class EngineConfig(Frozen):
         return deal(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
 
     def staging_slots(self, max_context: int) -> int:
-        """Slots of the staging row for a model of this context."""
+        """Slots of the staging row for a model with this context, in tokens."""
         return self.max_prefill_tokens or min(max_context, DEFAULT_MAX_PREFILL_TOKENS)
 
 
 def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) -> EffectivePolicy:
-    """Return the policy in plain numbers under which the request can be served.
+    """Check a request and resolve its policy to plain numbers.
 
-    Raises InvalidArgument for what cannot be, naming the field and what is accepted, and
-    TableMismatch for a table of another model.
+    Raises InvalidArgument, naming the field and the accepted values, if the request cannot be
+    served, and TableMismatch if its table was made for another model.
     """
     _check_lengths(request, model.shape.max_context)
     _check_token_ids("prompt", request.prompt_ids, model.shape.vocab_size)
     _check_token_ids("stop_token_ids", request.stop_token_ids, model.shape.vocab_size)
-    ending = len(ending_tokens(request, model))
-    if request.min_new_tokens and ending >= model.shape.vocab_size:
+    num_stop_tokens = len(find_stop_reasons(request, model))
+    if request.min_new_tokens and num_stop_tokens >= model.shape.vocab_size:
         raise InvalidArgument(
             "min_new_tokens",
-            f"{request.min_new_tokens}, but all {ending} tokens of the model end the completion; "
-            "accepted here: 0",
+            f"{request.min_new_tokens}, but all {num_stop_tokens} tokens of the model end the "
+            "completion; accepted here: 0",
         )
     if request.table is not None:
         request.table.check_model(model.identity)
@@ -116,8 +117,8 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         num_layers=model.shape.num_layers,
         num_kv_heads=model.identity.num_kv_heads,
     )
-    if model.held is not None:
-        policy = policy.model_copy(update={"held": model.held})
+    if model.local_heads is not None:
+        policy = policy.model_copy(update={"held": model.local_heads})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:
@@ -135,8 +136,8 @@ def _check_lengths(request: GenerationRequest, max_context: int) -> None:
     if prompt >= max_context:
         raise InvalidArgument(
             "prompt",
-            f"{prompt} tokens; the model's context is {max_context}, one of them for the first "
-            "new token",
+            f"{prompt} tokens; accepted: at most {max_context - 1}, because the first new token "
+            f"must fit into the model's context of {max_context}",
         )
     length = prompt + request.max_new_tokens
     if length > max_context:

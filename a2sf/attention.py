@@ -1,10 +1,10 @@
-"""The block law carried out: one forward pass's trims, placements, attention and scores.
+"""The block law for one forward pass: trims, placements, attention and scores.
 
-Owns `attend` and `mass` (what a block's queries get, and what they pay) and the two passes built
-from them: `BlockPass` for the blocks of prompts, `DecodePass` for one token a row, `end_prompt`
-between them. A pass decides for all layers at once which slots the new tokens take; then each layer
-hands in its projected, rotated queries, keys and values and gets the attention output back. What
-attends in a block may be another `BlockAttention`.
+Owns `attend` (the output of a block's queries), `attention_sum` (the sum of their attention
+weights) and the two passes built from them: `BlockPass` for the blocks of prompts and `DecodePass`
+for one token per row, with `end_prompt` between them. A pass first chooses the slots of the new
+tokens in all layers. Then each layer passes in its projected, rotated queries, keys and values and
+receives the attention output. A faster `BlockAttention` can replace `attend` and `attention_sum`.
 Knows nothing of models.
 """
 
@@ -20,10 +20,10 @@ from a2sf.cache import PolicyTensors, Rectangle, Slots
 from a2sf.scoring import EMPTY
 
 QUERY_TILE = 256
-"""Queries attended at a time: a long block needs tile x slots of mask, not block x slots."""
+"""Queries per call of attention, so that the mask takes tile x slots and not block x slots."""
 
 SCORE_TILE = 32
-"""Queries scored at a time: their attention rows are written out, and should stay in the caches."""
+"""Queries scored at a time. Their attention rows are stored, and should fit the CPU's caches."""
 
 
 def attend(
@@ -34,13 +34,13 @@ def attend(
     position: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attend to the stored tokens at or before each query.
+    """Attend from each query to the stored tokens at or before its position.
 
     Args:
         query: [rows, H_q, width, D].
         query_position: [rows, width] integer; each must reach at least one stored token.
         keys, values: [rows, H_kv, slots, D].
-        position: [rows, H_kv, slots] int32, `EMPTY` where no token is.
+        position: [rows, H_kv, slots] int32, `EMPTY` in slots without a token.
         scale: factor on the logits.
 
     Returns:
@@ -49,8 +49,8 @@ def attend(
     rows, q_heads, width, dim = query.shape
     kv_heads, slots = position.shape[1:]
     group = q_heads // kv_heads
-    # Each KV head of a row is a batch entry of its own, for it alone knows what it still holds; its
-    # keys and values stand for the whole group without being copied.
+    # Each KV head of a row is a separate batch entry, because heads hold different tokens. `expand`
+    # shares its keys and values with the group's query heads without a copy.
     grouped = query.reshape(rows * kv_heads, group, width, dim)
     shared = (rows * kv_heads, group, slots, dim)
     k = keys.reshape(rows * kv_heads, 1, slots, dim).expand(shared)
@@ -58,13 +58,13 @@ def attend(
     outputs = []
     for first in range(0, width, QUERY_TILE):
         tile = slice(first, first + QUERY_TILE)
-        seen = position[:, :, None, :] <= query_position[:, None, tile, None]
+        visible = position[:, :, None, :] <= query_position[:, None, tile, None]
         outputs.append(
             scaled_dot_product_attention(
                 grouped[:, :, tile],
                 k,
                 v,
-                attn_mask=seen.view(rows * kv_heads, 1, -1, slots),
+                attn_mask=visible.view(rows * kv_heads, 1, -1, slots),
                 scale=scale,
             )
         )
@@ -73,10 +73,10 @@ def attend(
 
 
 def attend_causally(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attend plainly along whole texts, where nothing is evicted.
+    """Attend causally along whole texts, without eviction.
 
     Args:
-        query: [rows, H_q, width, D]; padding stands at the right, where no real token sees it.
+        query: [rows, H_q, width, D]; padded at the right, where no real token attends to it.
         keys, values: [rows, H_kv, width, D], likewise.
         scale: factor on the logits.
 
@@ -88,7 +88,7 @@ def attend_causally(query: Tensor, keys: Tensor, values: Tensor, scale: float) -
     )
 
 
-def mass(
+def attention_sum(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -96,14 +96,14 @@ def mass(
     weights: Tensor,
     scale: float,
 ) -> Tensor:
-    """Sum what the queries pay to each stored token.
+    """Sum the attention weights that each stored token receives from the queries.
 
-    Each query's row is normalised before anything is summed; a KV head's group of query heads is
-    summed, never averaged. Softmax runs in float32, or in float64 for float64 models.
+    Each query's row is normalised before the sum. The query heads of a group are summed, not
+    averaged. Softmax runs in float32, or in float64 for float64 models.
 
     Args:
         query, query_position, keys, position, scale: as for `attend`.
-        weights: [rows, H_kv, width] float32, how much each query counts.
+        weights: [rows, H_kv, width] float32, the factor of each query in the sum.
 
     Returns:
         [rows, H_kv, slots] float32: the weighted sum over queries and group.
@@ -121,13 +121,13 @@ def mass(
         unseen = position[:, :, None, :] > query_position[:, None, tile, None]
         logits = (q @ transposed).view(rows, kv_heads, group, -1, slots)
         logits = logits.masked_fill_(unseen[:, :, None], -math.inf)
-        paid = torch.softmax(logits, dim=-1, dtype=precision).float().sum(dim=2)
-        total += (weights[:, :, None, tile] @ paid).squeeze(2)
+        probabilities = torch.softmax(logits, dim=-1, dtype=precision).float().sum(dim=2)
+        total += (weights[:, :, None, tile] @ probabilities).squeeze(2)
     return total
 
 
 class BlockAttention(Protocol):
-    """How a block's queries attend and pay in one layer."""
+    """Computes attention and scores of a block in one layer."""
 
     def __call__(
         self,
@@ -142,23 +142,23 @@ class BlockAttention(Protocol):
         *,
         in_order: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, and sum what the last queries pay.
+        """Attend, and sum the attention weights of the last queries.
 
         Args:
             query, query_position, keys, values, position, scale: as for `attend`.
-            weights: [rows, H_kv, counted] float32, how much each of the last `counted` queries
-                counts; those before them do not.
-            in_order: whether slot i of each row holds position i, or padding, and the last slot the
-                last query: then who sees what is known without the positions.
+            weights: [rows, H_kv, counted] float32, the factors of the last `counted` queries in the
+                sum; earlier queries are not summed.
+            in_order: whether slot i of each row holds position i or padding, and the last slot
+                holds the last query's token. Then a plain causal mask is enough.
 
         Returns:
             The output [rows, H_q, width, D] in the query's dtype, and [rows, H_kv, slots] float32
-            as from `mass`, or None where `counted` is 0.
+            as from `attention_sum`, or None if `counted` is 0.
         """
         ...
 
 
-def attend_and_charge(
+def attend_and_score(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -170,20 +170,20 @@ def attend_and_charge(
     *,
     in_order: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend and sum in torch's operations; a `BlockAttention`."""
+    """The `BlockAttention` in plain torch."""
     output = attend(query, query_position, keys, values, position, scale)
     counted = weights.shape[2]
     if not counted:
         return output, None
     query, query_position = query[:, :, -counted:], query_position[:, -counted:]
-    return output, mass(query, query_position, keys, position, weights, scale)
+    return output, attention_sum(query, query_position, keys, position, weights, scale)
 
 
 class BlockPass:
-    """Carries a block of tokens a row, or a piece of it, through the layers of a cache.
+    """Runs a block of tokens per row, or a piece of a block, through the layers of a cache.
 
-    A block may be cut into pieces of any width, passed one after the other: that is scheduling,
-    and what is computed stays the same.
+    A block may be cut into pieces of any width that run one after the other. The cut is scheduling:
+    it does not change the result.
     """
 
     def __init__(
@@ -197,39 +197,40 @@ class BlockPass:
         width: int,
         first: int = 0,
         in_order: bool = False,
-        attention: BlockAttention = attend_and_charge,
+        attention: BlockAttention = attend_and_score,
     ) -> None:
-        """Trim, if the block begins here, and place the new tokens.
+        """Trim at the start of a block, then place the new tokens.
 
         Args:
-            slots: the rows, whose heads all have the same slots; each needs `width` empty ones
-                beside the tokens that it keeps.
+            slots: the rows; all heads have the same number of slots. Each head needs `width` empty
+                slots beside the tokens that it keeps.
             policy: the rows' policies in the same layers.
             start: [rows] int64, the position of each block's first token.
-            lengths: [rows] int64, the block's tokens; 0 leaves a row as it is.
+            lengths: [rows] int64, tokens of each block; a row with length 0 does not change.
             used: [layers, rows, H_kv] int64, tokens stored before this pass.
-            width: tokens of this pass; beyond a row's length they are padding.
-            first: how many of the block's tokens earlier pieces have passed.
-            in_order: whether nothing was evicted yet nor is now, and rows are just as wide as the
-                tokens that they hold once these are placed, padding among them.
-            attention: carries out what each layer asks for.
+            width: tokens of this pass; tokens beyond a row's length are padding.
+            first: tokens of the block that earlier pieces have processed.
+            in_order: True if nothing was evicted and this pass evicts nothing, and the rows are
+                exactly as wide as the tokens that they hold after this pass, padding included.
+            attention: computes attention and scores in each layer.
         """
         mine = self._slots = slots.whole
         self._in_order = in_order
         self._attention = attention
+        # Scores decay once per block, with its first piece.
+        self._decay = None if first else scoring.decay(policy.alpha, lengths)
         if first == 0:
-            excess = (used - (policy.budget - 1)).clamp(min=0)
-            excess = torch.where(lengths[:, None] > 0, excess, 0)
-            mine.evict(excess, start, policy)
-            mine.score.mul_(scoring.decay(policy.alpha, lengths))
-            used = used - excess
+            num_to_evict = (used - (policy.budget - 1)).clamp(min=0)
+            num_to_evict = torch.where(lengths[:, None] > 0, num_to_evict, 0)
+            mine.evict(num_to_evict, start, policy)
+            used = used - num_to_evict
         self.used_after = used + (lengths - first).clamp(0, width)[:, None]
         """[layers, rows, H_kv] int64: tokens stored after this pass."""
         offsets = first + torch.arange(width, device=start.device)
         self._position = start[:, None] + offsets
         padded = self._position.masked_fill(offsets >= lengths[:, None], EMPTY)
         if in_order:
-            # What `free` would find.
+            # The slots that `free` would find.
             shape = (*mine.position.shape[:3], width)
             self._placed = self._position[None, :, None].expand(shape)
         else:
@@ -242,7 +243,7 @@ class BlockPass:
             weights.zero_()
         self._weights = weights
         counted = (weights > 0).any(dim=2).any(dim=1)
-        # The first query of each layer that counts: only they and those after them are scored.
+        # The first query of each layer with a weight above 0: the scores start there.
         self._first_counted = torch.where(counted.any(1), counted.int().argmax(1), width).tolist()
 
     def __call__(
@@ -251,17 +252,17 @@ class BlockPass:
         """Attend and accumulate in one layer.
 
         Args:
-            layer: the layer, counted from the first of the slots'.
+            layer: the index of the layer within the slots.
             query: [rows, H_q, width, D], right-padded beyond each row's length.
             keys, values: [rows, H_kv, width, D], likewise.
             scale: factor on the logits.
 
         Returns:
-            The attention output, [rows, H_q, width, D]; padding's is meaningless.
+            The attention output, [rows, H_q, width, D]; undefined for padding.
         """
         slots = self._slots
         slots.write(layer, self._placed[layer], keys, values)
-        output, paid = self._attention(
+        output, sums = self._attention(
             query,
             self._position,
             slots.keys[layer],
@@ -271,16 +272,16 @@ class BlockPass:
             scale,
             in_order=self._in_order,
         )
-        if paid is not None:
-            slots.score[layer] += paid
+        decay = 1.0 if self._decay is None else self._decay[layer]
+        scoring.accumulate(slots.score[layer], decay, 0.0 if sums is None else sums)
         return output
 
 
 def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors) -> Tensor:
-    """Trim to the budget after the last block of a prompt, as the law says.
+    """Trim to the budget after the last block of a prompt, as the law requires.
 
     Args:
-        slots: the rows, whose heads all have the same slots.
+        slots: the rows; all heads have the same number of slots.
         used: [layers, rows, H_kv] int64, tokens stored.
         length: [rows] int64, the prompts' tokens.
         policy: the rows' policies in the same layers.
@@ -288,31 +289,31 @@ def end_prompt(slots: Slots, used: Tensor, length: Tensor, policy: PolicyTensors
     Returns:
         [layers, rows, H_kv] int64: tokens stored afterwards.
     """
-    excess = (used - policy.budget).clamp(min=0)
-    slots.whole.evict(excess, length, policy)
-    return used - excess
+    num_to_evict = (used - policy.budget).clamp(min=0)
+    slots.whole.evict(num_to_evict, length, policy)
+    return used - num_to_evict
 
 
 class DecodePass:
-    """Carries one token a row through the layers of a cache: it takes the victim's slot.
+    """Runs one token per row through the layers of a cache. The token takes the victim's slot.
 
-    Equal to a `BlockPass` of width 1. A head whose budget is b keeps to its first b slots, which
-    fill in order.
+    Equal to a `BlockPass` of width 1. A head with budget b uses only its first b slots, which fill
+    in order.
     """
 
     def __init__(self, slots: Slots, policy: PolicyTensors, start: Tensor) -> None:
         """Choose the victims and place the new tokens.
 
         Args:
-            slots: the rows, each head with as many slots as the largest budget there, or as any row
-                will ever fill.
+            slots: the rows. Each head needs as many slots as the largest budget of that head, or as
+                the tokens that any row will hold.
             policy: the rows' policies in the same layers.
-            start: [rows] int64, the position of each row's new token; a row that has seen fewer
-                tokens than a head's budget holds them all there.
+            start: [rows] int64, the position of each row's new token. A head holds all earlier
+                tokens of a row if they are fewer than its budget.
         """
         self._steps: list[list[tuple[slice, _Step, int]]] = [[] for _ in slots.keys]
-        """Of each layer: the heads that are worked on together, in order, what carries them, and
-        what it calls this layer."""
+        """For each layer, in head order: the heads computed together, their `_Step`, and the
+        layer's index in that step."""
         for run, part in slots.parts:
             step = _Step(part, policy.part(run), start)
             for index, layer in enumerate(range(run.layers.start, run.layers.stop)):
@@ -321,7 +322,7 @@ class DecodePass:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """Attend and accumulate in one layer; as `BlockPass`, with a width of 1."""
+        """Attend and accumulate in one layer, as `BlockPass` with width 1."""
         steps = self._steps[layer]
         if len(steps) == 1:
             _, step, index = steps[0]
@@ -340,7 +341,7 @@ class DecodePass:
 
 
 class _Step:
-    """What `DecodePass` does in heads that have equally many slots."""
+    """A `DecodePass` over heads with the same number of slots."""
 
     def __init__(self, slots: Rectangle, policy: PolicyTensors, start: Tensor) -> None:
         self._slots = slots
@@ -349,18 +350,17 @@ class _Step:
         victim = slots.victim(start, policy)
         self._placed = torch.where(full, victim, used)[..., None]
         self._scored = policy.any_scored
-        if policy.any_scored:
-            slots.score.mul_(scoring.decay(policy.alpha, torch.ones_like(start)))
+        self._decay = scoring.decay(policy.alpha, torch.ones_like(start))
         slots.place(self._placed, start[:, None], policy)
         self._accumulating = policy.accumulating if policy.any_random else None
-        held = torch.minimum(used + 1, policy.budget)
+        in_use = torch.minimum(used + 1, policy.budget)
         places = torch.arange(slots.position.shape[-1], device=start.device)
-        self._empty = (places >= held[..., None])[..., None, :]
+        self._empty = (places >= in_use[..., None])[..., None, :]
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        """As `DecodePass`, with the tensors of these heads; layers count from their first."""
+        """As `DecodePass`, for these heads. Layer 0 is the first layer of the slots."""
         slots = self._slots
         rows, q_heads, _, dim = query.shape
         kv_heads = keys.shape[1]
@@ -370,11 +370,11 @@ class _Step:
         logits = grouped @ stored_keys.transpose(2, 3)
         logits = logits.masked_fill_(self._empty[layer], -math.inf)
         precision = torch.promote_types(query.dtype, torch.float32)
-        paid = torch.softmax(logits, dim=-1, dtype=precision)
+        probabilities = torch.softmax(logits, dim=-1, dtype=precision)
         if self._scored:
-            gained = paid.float().sum(dim=2)
+            gained = probabilities.float().sum(dim=2)
             if self._accumulating is not None:
                 gained = gained * self._accumulating
-            slots.score[layer].add_(gained)
-        output = paid.to(values.dtype) @ stored_values
+            scoring.accumulate(slots.score[layer], self._decay[layer], gained)
+        output = probabilities.to(values.dtype) @ stored_values
         return output.view(rows, q_heads, 1, dim)

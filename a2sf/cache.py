@@ -1,10 +1,10 @@
-"""The slot cache: a row of slots for each sequence, cut among layers and KV heads.
+"""The slot cache: each sequence has a row of slots, split among layers and KV heads.
 
-Owns the tensors and the moves on them: place, write, evict, copy a row. A slot holds a key
-(rotated for its own position), a value, the token's position and its score; which tokens to keep
-is decided by `scoring`, where each head's slots lie by `layout`. Slot order means nothing: a slot
-is empty when its position says so. Heads that have equally many slots and lie side by side are
-worked on together, as a `Rectangle`. Knows nothing of queries, models or requests.
+Owns the tensors and the operations on them: place, write, evict, copy a row. A slot holds a key
+(rotated for its own position), a value, the token's position and its score. `scoring` decides which
+tokens to keep, `layout` where the slots of each head are. The order of slots has no meaning; a slot
+is empty if its position is `EMPTY`. Adjacent heads with the same number of slots are processed
+together, as a `Rectangle`. Knows nothing of queries, models or requests.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 
 SLOT_OVERHEAD_BYTES = 8
-"""Bytes of a slot beside its key and value: the position and the score."""
+"""Bytes per slot for the position and the score, in addition to key and value."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PolicyTensors:
     first_heads: Tensor
     """[layers] int64, the number of each layer's first head, from `scoring.first_heads`."""
     alpha: Tensor
-    """[layers, rows, H_kv] float64; double, so that powers of it agree wherever they are taken."""
+    """[layers, rows, H_kv] float64, so that powers of alpha agree on all devices."""
     budget: Tensor
     """[layers, rows, H_kv] int64, slots."""
     recent: Tensor
@@ -39,22 +39,22 @@ class PolicyTensors:
     sinks: Tensor
     """[rows] int64, tokens."""
     random_seed: Tensor
-    """[rows] int64; -1 where scores are accumulated."""
+    """[rows] int64; -1 for rows that accumulate attention."""
     scored: Tensor
-    """[rows] bool: whether a row's evictions hang on its attention."""
+    """[rows] bool: whether a row's evictions depend on its attention."""
     any_random: bool
-    """Whether any row has a random_seed; known without asking the device."""
+    """Whether any row has a random_seed; known without a device sync."""
     any_scored: bool
-    """Whether any row's evictions hang on its attention; known without asking the device."""
+    """Whether any row's evictions depend on its attention; known without a device sync."""
 
     @classmethod
     def stack(
         cls, policies: Sequence[EffectivePolicy], lengths: Sequence[int], device: torch.device
     ) -> Self:
-        """Put the policies of the rows side by side.
+        """Stack one policy per row.
 
-        `lengths` are the tokens that each row's sequence may reach: a row with room for all of
-        them evicts nothing, so nobody asks for its scores. All policies are for the same heads.
+        `lengths` are the most tokens of each row's sequence. A row with room for all of them never
+        evicts, so its scores are not computed. All policies must be for the same heads.
         """
 
         def integers(values: Sequence[int]) -> Tensor:
@@ -63,8 +63,8 @@ class PolicyTensors:
         def of_heads(values: Sequence[Heads]) -> Tensor:
             return torch.tensor(values, device=device).transpose(0, 1).contiguous()
 
-        held = [p.held_alpha for p in policies]
-        alpha = torch.tensor(held, dtype=torch.float64, device=device)
+        alphas = [p.held_alpha for p in policies]
+        alpha = torch.tensor(alphas, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
         scored = [
             p.scored and min(map(min, p.head_budgets)) < length
@@ -86,7 +86,7 @@ class PolicyTensors:
 
     @classmethod
     def idle(cls, layers: int, rows: int, num_kv_heads: int, device: torch.device) -> Self:
-        """Return room for the policies of rows; until then each keeps one token, unscored."""
+        """Allocate policies for rows without a sequence: each keeps one token and has no scores."""
 
         def integers(*shape: int, value: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int64, device=device)
@@ -104,7 +104,7 @@ class PolicyTensors:
         )
 
     def copy_row(self, row: int, source: Self, source_row: int) -> None:
-        """Make `row` follow the policy of `source_row`, but for what is known of all rows."""
+        """Copy the policy of `source_row` to `row`; `any_random` and `any_scored` do not change."""
         for name in ("alpha", "budget", "recent"):
             getattr(self, name)[:, row] = getattr(source, name)[:, source_row]
         for name in ("sinks", "random_seed", "scored"):
@@ -112,7 +112,7 @@ class PolicyTensors:
         self.first_heads.copy_(source.first_heads)
 
     def part(self, run: Run) -> Self:
-        """Return what concerns a run's layers and heads."""
+        """Return the policies of a run's layers and heads."""
         layers, _, heads = self.budget.shape
         if run.shape[:2] == (layers, heads):
             return self
@@ -127,11 +127,11 @@ class PolicyTensors:
 
     @property
     def accumulating(self) -> Tensor:
-        """[rows, 1, 1] bool: whether a row's scores grow with what its queries pay."""
+        """[rows, 1, 1] bool: whether a row's scores accumulate attention."""
         return (self.random_seed < 0)[:, None, None]
 
     def rows(self, rows: slice) -> Self:
-        """Return the policies of some rows, in the same memory."""
+        """Return a view of some rows."""
         return replace(
             self,
             alpha=self.alpha[:, rows],
@@ -143,7 +143,7 @@ class PolicyTensors:
         )
 
     def layer(self, index: int) -> Self:
-        """Return what concerns one layer, as a stack of one."""
+        """Return the policies of one layer; the layer dimension stays, with size 1."""
         one = slice(index, index + 1)
         return replace(
             self,
@@ -156,21 +156,21 @@ class PolicyTensors:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Slots of consecutive heads that have equally many, of some rows: a view of some `Slots`."""
+    """A view of `Slots`: some rows of consecutive heads with the same number of slots."""
 
     keys: tuple[Tensor, ...]
-    """Of each layer [rows, heads, slots, D] in the model's dtype."""
+    """One tensor per layer, [rows, heads, slots, D] in the model's dtype."""
     values: tuple[Tensor, ...]
-    """Of each layer [rows, heads, slots, D] in the model's dtype."""
+    """One tensor per layer, [rows, heads, slots, D] in the model's dtype."""
     position: Tensor
-    """[layers, rows, heads, slots] int32, `EMPTY` where no token is."""
+    """[layers, rows, heads, slots] int32, `EMPTY` in slots without a token."""
     score: Tensor
     """[layers, rows, heads, slots] float32."""
 
     def blank(self, slots: slice) -> None:
-        """Put zeros where keys and values were, in these slots of every head.
+        """Set keys and values to zero in these slots of every head.
 
-        An empty slot takes part in attention with the weight 0, and 0 x NaN is NaN.
+        Attention multiplies the value of an empty slot by 0, and 0 x NaN is NaN.
         """
         for tensor in (*self.keys, *self.values):
             tensor[:, :, slots].zero_()
@@ -181,9 +181,9 @@ class Rectangle:
         return taken.argsort(dim=-1, stable=True)[..., :count]
 
     def victim(self, start: Tensor, policy: PolicyTensors) -> Tensor:
-        """Find each head's slot to evict before a token is placed at `start`.
+        """Find the slot of each head to evict before a token is placed at `start`.
 
-        Only heads that hold more than sinks + recent tokens have one; others get any slot.
+        A head that holds at most sinks + recent tokens has no victim; its result is undefined.
 
         Returns:
             [layers, rows, heads] int64.
@@ -191,31 +191,31 @@ class Rectangle:
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         return scoring.eviction_key(self.score, self.position, allowed).argmin(dim=-1)
 
-    def evict(self, excess: Tensor, start: Tensor, policy: PolicyTensors) -> None:
-        """Evict each head's `excess` lowest tokens.
+    def evict(self, num_to_evict: Tensor, start: Tensor, policy: PolicyTensors) -> None:
+        """Evict the tokens with the lowest scores in each head.
 
         Args:
-            excess: [layers, rows, heads] int64, how many to evict; the head must hold that many
+            num_to_evict: [layers, rows, heads] int64; each head must hold at least that many
                 evictable tokens.
             start: [rows] int64, the position of the next token.
             policy: the rows' policies in these layers and heads.
         """
-        most = int(excess.max())
+        most = int(num_to_evict.max())
         if most <= 0:
             return
         allowed = scoring.evictable(self.position, start, policy.sinks, policy.recent)
         key = scoring.eviction_key(self.score, self.position, allowed)
         lowest = key.topk(most, dim=-1, largest=False).indices
-        gone = torch.arange(most, device=excess.device) < excess[..., None]
+        gone = torch.arange(most, device=num_to_evict.device) < num_to_evict[..., None]
         kept = self.position.gather(-1, lowest)
         self.position.scatter_(-1, lowest, torch.where(gone, EMPTY, kept))
 
     def place(self, slot: Tensor, position: Tensor, policy: PolicyTensors) -> None:
-        """Let new tokens take slots, over whatever was there, with the score that they start from.
+        """Place new tokens in slots, overwriting them, and set their initial scores.
 
         Args:
-            slot: [layers, rows, heads, width] int64, where each head puts each token.
-            position: [rows, width] integer; `EMPTY` marks padding, which leaves its slot empty.
+            slot: [layers, rows, heads, width] int64, the slot of each token in each head.
+            position: [rows, width] integer; `EMPTY` for padding, whose slot becomes empty.
             policy: the rows' policies in these layers and heads.
         """
         new = position.to(torch.int32)[:, None].expand_as(slot)
@@ -231,43 +231,43 @@ class Rectangle:
         """Write the keys and values of new tokens in one layer.
 
         Args:
-            layer: the layer, counted from the first of these.
-            slot: [rows, heads, width] int64, where each head puts each token.
+            layer: the index of the layer within this rectangle.
+            slot: [rows, heads, width] int64, the slot of each token in each head.
             keys, values: [rows, heads, width, D].
         """
         rows, heads, _ = slot.shape
         row = torch.arange(rows, device=slot.device)[:, None, None]
         head = torch.arange(heads, device=slot.device)[None, :, None]
-        # Not `scatter_`, which in 16-bit dtypes copies the whole layer.
+        # `scatter_` would copy the whole layer in 16-bit dtypes.
         self.keys[layer].index_put_((row, head, slot), keys)
         self.values[layer].index_put_((row, head, slot), values)
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where each head's slots lie, for programs that find them by themselves; on the device."""
+class HeadLocations:
+    """The location of each head's slots, as tensors on the device, for compiled kernels."""
 
     vectors: Tensor
-    """[layers, H_kv] int64: the first slot of each head in a row of its layer's keys and values."""
+    """[layers, H_kv] int64: index of each head's first slot in a row of the layer's keys/values."""
     marks: Tensor
-    """[layers, H_kv] int64: the same in a row of positions and scores."""
+    """[layers, H_kv] int64: index of each head's first slot in a row of positions and scores."""
     width: Tensor
-    """[layers, H_kv] int64: the slots of each head."""
+    """[layers, H_kv] int64: number of slots of each head."""
     order: Tensor
-    """[layers, H_kv] int64: the heads of each layer, those of most slots first."""
+    """[layers, H_kv] int64: the heads of each layer, sorted by falling number of slots."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots of some rows in some layers, as a `Layout` says: nothing lies between heads."""
+    """Slots of some rows in some layers, arranged by a `Layout`, without gaps between heads."""
 
     layout: Layout
     keys: tuple[Tensor, ...]
-    """Of each layer [rows, slots of the layer, D] in the model's dtype."""
+    """One tensor per layer, [rows, slots of the layer, D] in the model's dtype."""
     values: tuple[Tensor, ...]
-    """Of each layer [rows, slots of the layer, D] in the model's dtype."""
+    """One tensor per layer, [rows, slots of the layer, D] in the model's dtype."""
     position: Tensor
-    """[rows, slots of all layers] int32, `EMPTY` where no token is."""
+    """[rows, slots of all layers] int32, `EMPTY` in slots without a token."""
     score: Tensor
     """[rows, slots of all layers] float32."""
 
@@ -281,9 +281,9 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """Allocate slots that hold nothing, `slots` [layers][H_kv] of a row in each head.
+        """Allocate empty slots: `slots` [layers][H_kv] is the number per row and head.
 
-        Zeros, so that no NaN is ever read that nobody wrote.
+        Filled with zeros, so that unwritten memory is never read as NaN.
         """
         layout = Layout.packed(slots)
 
@@ -301,7 +301,7 @@ class Slots:
         )
 
     def view(self, rows: slice, slots: Heads | None = None) -> Self:
-        """Return a window of the same memory: some rows, each head's first `slots` (None: all)."""
+        """Return a view of some rows and of each head's first `slots` (None: all)."""
         return type(self)(
             self.layout if slots is None else self.layout.narrowed(slots),
             tuple(tensor[rows] for tensor in self.keys),
@@ -312,23 +312,23 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these rows, read off the tensors."""
+        """Bytes of these rows' tensors."""
         return sum(t.nbytes for t in (*self.keys, *self.values, self.position, self.score))
 
     @cached_property
     def parts(self) -> tuple[tuple[Run, Rectangle], ...]:
-        """The slots in as few rectangles as there can be: one where all heads have the same."""
+        """The slots as the fewest rectangles; one if all heads have the same number of slots."""
         return tuple((run, self._rectangle(run)) for run in self.layout.runs)
 
     @property
     def whole(self) -> Rectangle:
-        """The slots as one rectangle; for those of which all heads have the same."""
+        """The slots as one rectangle; all heads must have the same number of slots."""
         ((_, rectangle),) = self.parts
         return rectangle
 
     @cached_property
-    def places(self) -> Places:
-        """Where the heads lie, as tensors."""
+    def head_locations(self) -> HeadLocations:
+        """The location of the heads, as tensors."""
         layout = self.layout
 
         def integers(rows: Heads) -> Tensor:
@@ -336,7 +336,7 @@ class Slots:
 
         starts = torch.tensor(layout.starts, device=self.position.device)
         vectors, width = integers(layout.offsets), integers(layout.slots)
-        return Places(
+        return HeadLocations(
             vectors=vectors,
             marks=vectors + starts[:, None],
             width=width,
@@ -344,19 +344,19 @@ class Slots:
         )
 
     def clear(self) -> None:
-        """Forget every token and every score. Keys and values stay where they are."""
+        """Mark all slots empty and zero the scores. Keys and values are not erased."""
         self.position.fill_(EMPTY)
         self.score.zero_()
 
     def scrub(self, row: int) -> None:
-        """Make a row as it was when it was allocated, whatever it holds."""
+        """Reset a row to its state after allocation, keys and values included."""
         for tensor in (*self.keys, *self.values):
             tensor[row].zero_()
         self.position[row].fill_(EMPTY)
         self.score[row].zero_()
 
     def victim(self, start: Tensor, policy: PolicyTensors) -> Tensor:
-        """As `Rectangle.victim`, of all heads: [layers, rows, H_kv] int64."""
+        """As `Rectangle.victim`, for all heads: [layers, rows, H_kv] int64."""
         found = [(run, part.victim(start, policy.part(run))) for run, part in self.parts]
         if len(found) == 1:
             return found[0][1]
@@ -366,22 +366,23 @@ class Slots:
         return victims
 
     def move_row(self, row: int, source: int) -> None:
-        """Make `row` hold what the row `source` holds, slot by slot."""
+        """Copy all slots of the row `source` to `row`."""
         for tensor in (*self.keys, *self.values, self.position, self.score):
             tensor[row] = tensor[source]
 
     def copy_row(
         self, row: int, source: Self, source_row: int, counts: Sequence[Sequence[int]]
     ) -> None:
-        """Make `row` hold, in each head's first slots, the tokens that `source_row` holds.
+        """Copy the tokens of `source_row` to the first slots of each head of `row`.
 
         Args:
-            row: of these slots.
-            source, source_row: where the tokens are, in any slots of heads that all have the same.
-            counts: [layers][H_kv] tokens held there.
+            row: a row of these slots.
+            source, source_row: the row to copy from. All its heads have the same number of slots;
+                the tokens may be in any of them.
+            counts: [layers][H_kv] tokens in each head of that row.
         """
         theirs = source.whole
-        # Heads that hold fewer than the most copy empty slots after their tokens.
+        # Heads with fewer tokens than the maximum copy empty slots after their tokens.
         order = (theirs.position[:, source_row] == EMPTY).to(torch.int8)
         order = order.argsort(dim=-1, stable=True)[..., : max(map(max, counts))]
         found = [t[:, source_row].gather(-1, order) for t in (theirs.position, theirs.score)]
@@ -391,7 +392,7 @@ class Slots:
             most = max(max(layer[run.heads]) for layer in here)
             for tensor, copied in zip((mine.position, mine.score), found, strict=True):
                 tensor[:, row, :, :most] = copied[run.layers, run.heads, :most]
-            # Layer by layer, so that what is gathered on the way stays small.
+            # One layer at a time, to keep the gathered tensors small.
             for index, layer in enumerate(here):
                 count, at = max(layer[run.heads]), run.layers.start + index
                 slot = order[at, run.heads, :count, None]

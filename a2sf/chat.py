@@ -1,7 +1,7 @@
-"""From a conversation to what the model reads, by the template its tokenizer came with.
+"""Renders a conversation to a prompt, with the chat template of the model's tokenizer.
 
-Owns rendering, its refusals, and what ends an answer's turn. A template is the model's own and runs
-in transformers' sandbox. Knows nothing of schedules.
+Owns rendering, its errors, and the tokens that end an assistant turn. The template comes with the
+model and runs in transformers' sandbox. Knows nothing of schedules.
 """
 
 import logging
@@ -20,25 +20,25 @@ from a2sf.text import vocabulary
 log = logging.getLogger(__name__)
 
 _WORDS = 160
-"""Characters of a template's own words that a refusal repeats."""
+"""Longest excerpt of a template's error message that we quote, in characters."""
 
 _SAID = "lorem7ipsum"
-"""Stands for what somebody says. No template knows such a word."""
+"""Placeholder for a message's content. No template contains this word."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in one text that ends where the answer begins."""
+    """A rendered conversation. The text ends where the answer begins."""
 
     text: str
-    """Holds the special tokens that the template wants, spelled out."""
+    """Includes the template's special tokens, spelled out."""
     token_ids: tuple[int, ...]
 
 
 def choose_template(tokenizer: Any, name: str | None) -> None:
-    """Make `tokenizer` use the one of its chat templates that has this name; None: its default.
+    """Make `tokenizer` use its chat template of this name; None: its default.
 
-    Raises InvalidArgument where it has none of this name.
+    Raises InvalidArgument if it has no template of this name.
     """
     if name is None:
         return
@@ -52,13 +52,13 @@ def choose_template(tokenizer: Any, name: str | None) -> None:
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether conversations can be put into text: there is a template to use, and it is one."""
+    """Whether the tokenizer has a usable default chat template."""
     template = _named(tokenizer).get("default")
     return template is not None and _profile(tokenizer, template).sound
 
 
 def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens by which the template ends an answer; none where it shows none."""
+    """Return the tokens with which the template ends an answer; empty if none can be found."""
     return _profile(tokenizer, _named(tokenizer).get("default")).turn_ends
 
 
@@ -69,16 +69,17 @@ def read(
     max_bytes: int,
     special_in_content: bool = False,
 ) -> Conversation:
-    """Put `messages` into one text and encode it.
+    """Render `messages` to one text and encode it.
 
-    Only the template's own control tokens are read as such. One that a message's content spells out
-    is text, unless `special_in_content`; without any, the token ids are those of
-    `apply_chat_template(tokenize=True)`.
+    Control tokens of the template are encoded as control tokens. A control token that a message's
+    content spells out is encoded as text, unless `special_in_content` is set. If no content spells
+    one out, the token ids equal those of `apply_chat_template(tokenize=True)`.
 
-    Raises Unsupported where there is no template to use, and InvalidArgument for messages that the
-    template refuses, such as roles that it does not know or that do not take turns, for a text of
-    more than `max_bytes` of UTF-8, and for a control token in a content that cannot be told from
-    the template's.
+    Raises:
+        Unsupported: there is no usable template.
+        InvalidArgument: the template refuses the messages, for instance because of an unknown role
+            or the order of roles; the text has more than `max_bytes` of UTF-8; or a control token
+            in a content cannot be distinguished from the template's own.
     """
     if not has_template(tokenizer):
         raise Unsupported(_lacking(tokenizer))
@@ -87,40 +88,42 @@ def read(
         raise InvalidArgument("chat", f"{size} bytes; accepted: at most {max_bytes}")
     controls = _profile(tokenizer, _named(tokenizer)["default"]).controls
     if special_in_content:
-        return Conversation(text, controls.recognised(text))
-    marks = controls.marks([message.content for message in messages])
-    if not marks:
+        return Conversation(text, controls.encode_all(text))
+    placeholders = controls.placeholders([message.content for message in messages])
+    if not placeholders:
         return Conversation(text, controls.encode(text, {}))
     marked = [
-        message.model_copy(update={"content": controls.mark(message.content, marks)})
+        message.model_copy(update={"content": controls.replace(message.content, placeholders)})
         for message in messages
     ]
     rendered = _render(tokenizer, marked)
-    if controls.unmark(rendered, marks) != text:
-        # The template looks for it in what is said, or changes it.
-        raise InvalidArgument("chat", f"a message spells {controls.spelled(marks)}{_UNTOLD}")
-    return Conversation(text, controls.encode(rendered, marks))
+    if controls.restore(rendered, placeholders) != text:
+        # The template searches the content for this token, or changes the content.
+        raise InvalidArgument(
+            "chat", f"a message spells {controls.describe(placeholders)}{_INDISTINGUISHABLE}"
+        )
+    return Conversation(text, controls.encode(rendered, placeholders))
 
 
-_UNTOLD = (
-    ", which the model's chat template does not leave as it is, so that it cannot be told from the "
-    "template's own control tokens; leave it out, or set special_tokens_in_content"
+_INDISTINGUISHABLE = (
+    ", which the model's chat template changes, so it cannot be distinguished from the template's "
+    "own control tokens; leave it out, or set special_tokens_in_content"
 )
 
 
 @dataclass(frozen=True)
 class _Profile:
-    """What a template shows of itself."""
+    """What we learn about a template by rendering test conversations."""
 
     sound: bool
-    """Whether it can be compiled."""
+    """Whether the template compiles."""
     turn_ends: tuple[int, ...]
     controls: Controls
 
 
 @lru_cache(maxsize=8)
 def _profile(tokenizer: Any, template: str | None) -> _Profile:
-    """Look at what `template`, the one that `tokenizer` uses, makes of a conversation."""
+    """Render test conversations with `template`, which must be the one that `tokenizer` uses."""
     sound, ends, own = True, None, ""
     if template is not None:
         ends = next(_ends(tokenizer), None)
@@ -129,7 +132,7 @@ def _profile(tokenizer: Any, template: str | None) -> _Profile:
         except TemplateSyntaxError:
             sound = False
         except Exception:
-            # It wants another conversation, and shows its control tokens in the real ones.
+            # The template needs another conversation; real ones will show its control tokens.
             log.debug("the chat template does not begin with a user's message")
     turn_ends = () if ends is None else (ends,)
     added = vocabulary(tokenizer).added
@@ -138,9 +141,10 @@ def _profile(tokenizer: Any, template: str | None) -> _Profile:
 
 
 def _ends(tokenizer: Any) -> Iterator[int]:
-    """Yield the token that follows what the assistant has said, in one conversation or another.
+    """Yield the token that follows an assistant message, for several test conversations.
 
-    The last thing said comes first: some models end parts of an answer in another way.
+    The first conversation ends with that message, because some models end earlier answers with
+    another token.
     """
     added = vocabulary(tokenizer).added
     before = [("user", "a")]
@@ -165,9 +169,9 @@ def _render(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
     pairs = [(message.role, message.content) for message in messages]
     try:
         return _apply(tokenizer, pairs, to_answer=True)
-    # A template is a program: what it makes of a conversation may be any error of Python's.
+    # A template is a program, so it may raise any Python exception.
     except Exception as error:
-        # Not in the log, for a template's words may hold the messages.
+        # The error's text may quote the messages, so it is not logged.
         log.debug("the chat template refused a conversation: %s", type(error).__name__)
         words = type(error).__name__
         if isinstance(error, TemplateError):
@@ -193,7 +197,7 @@ def _apply(tokenizer: Any, messages: Sequence[tuple[str, str]], *, to_answer: bo
 
 
 def _named(tokenizer: Any) -> dict[str, str]:
-    """The tokenizer's templates by name; one without a name is the default."""
+    """The tokenizer's templates by name; a template without a name is the default."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         return templates

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's files hold what the model takes, no more and no less.
+"""Checks that a checkpoint's files hold exactly the tensors of the model.
 
-Owns reading the headers of safetensors files, and what is refused by them before any weight is
-read: tensors that nothing takes, that are missing, of another shape, or of numbers that are not
-served. Knows nothing of transformers: a model is any torch module, best on the meta device.
+Owns reading the headers of safetensors files, and the checks before any weight is read: unknown
+tensors, missing tensors, wrong shapes, unsupported number types. Knows nothing of transformers: a
+model is any torch module, best on the meta device.
 """
 
 import re
@@ -18,35 +18,35 @@ from torch import Tensor
 from a2sf.errors import NotFound, Unsupported, first_line
 
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Kinds of numbers that weights are served from, by their names in safetensors."""
+"""Supported number types of stored weights: name in safetensors -> name in torch."""
 
 _LISTED = 5
-"""The most tensors that a message names."""
+"""Number of tensors that an error message lists."""
 
 _FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file's header tells it."""
+    """A tensor's entry in a file's header."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors writes it, such as BF16."""
+    """The safetensors name, such as BF16."""
 
 
 def headers(paths: Sequence[Path]) -> dict[str, Stored]:
-    """Read which tensors the files hold, and no weights.
+    """Read the tensors' entries from the files' headers, without the weights.
 
-    Raises NotFound where a file cannot be read or is not whole, and Unsupported where two files
-    hold the same tensor.
+    Raises NotFound if a file cannot be read or is truncated, and Unsupported if two files hold the
+    same tensor.
     """
     found: dict[str, Stored] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     piece = file.get_slice(name)
                     if name in found:
                         raise Unsupported(
@@ -55,7 +55,7 @@ def headers(paths: Sequence[Path]) -> dict[str, Stored]:
                         )
                     found[name] = Stored(path, tuple(piece.get_shape()), piece.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise NotFound(f"weights {path}: not whole ({first_line(error)})") from error
+            raise NotFound(f"weights {path}: truncated or damaged ({first_line(error)})") from error
     return found
 
 
@@ -67,21 +67,21 @@ def check(
 ) -> None:
     """Raise unless the files hold exactly the tensors of the model.
 
-    Two kinds of tensors are left over and harmless. An output head that is tied to the embeddings
-    may be stored a second time, if it is equal to them. Older files store the frequencies of the
-    rotation, which are computed from the settings; they are compared.
+    Two kinds of additional tensors are accepted. An output head that is tied to the embeddings may
+    be stored too, if it equals them. Older files store the frequencies of the rotation, which are
+    computed from the settings; they must equal the computed ones.
 
     Args:
-        name: what the model was asked for by.
-        module: the model, on any device; of its tensors only names, shapes and ties are looked at.
-        stored: what `headers` gave.
-        rotations: gives the frequencies, [rotated dimensions / 2] each, that stored ones may be
-            equal to; called where there are stored ones.
+        name: the name under which the user asked for the model, for messages.
+        module: the model, on any device; only names, shapes and ties of its tensors are used.
+        stored: the result of `headers`.
+        rotations: returns the accepted frequencies, [rotated dimensions / 2] each; called only if
+            the files store frequencies.
 
     Raises:
         NotFound: tensors are missing.
-        Unsupported: tensors that the model does not take, or takes in another shape, or that are
-            not stored as floats.
+        Unsupported: tensors are unknown to the model, have another shape, or are not stored as
+            floats.
     """
     wanted: dict[str, Tensor] = module.state_dict(keep_vars=True)
     odd = [f"{tensor} as {s.dtype}" for tensor, s in stored.items() if s.dtype not in FLOATS]
@@ -95,9 +95,9 @@ def check(
     unknown = sorted(set(extra) - set(frequencies))
     if unknown:
         raise Unsupported(
-            f"model {name!r} stores tensors that its settings have no place for: {_some(unknown)}; "
-            "accepted: the weights of the model that config.json describes and no others; merge "
-            "adapters, and correct config.json where it leaves out biases or layers"
+            f"model {name!r} stores tensors that its config.json has no place for: "
+            f"{_some(unknown)}; accepted: only the weights of the model that config.json "
+            "describes; merge adapters, and correct config.json if it leaves out biases or layers"
         )
     ties: dict[int, list[str]] = {}
     for tensor, weight in wanted.items():
@@ -106,7 +106,7 @@ def check(
     if missing:
         raise NotFound(f"model {name!r}: weights are missing: {_some(sorted(missing))}")
     shapes = [
-        f"{tensor} is {list(stored[tensor].shape)} where {list(weight.shape)} is taken"
+        f"{tensor} is {list(stored[tensor].shape)}, expected {list(weight.shape)}"
         for tensor, weight in wanted.items()
         if tensor in stored and stored[tensor].shape != tuple(weight.shape)
     ]
@@ -138,7 +138,7 @@ def _refuse_other_frequencies(
 ) -> None:
     for tensor, found in stored.items():
         frequencies = _read(tensor, found)
-        # They were rounded to the dtype that the checkpoint was saved in.
+        # The stored frequencies were rounded to the checkpoint's dtype.
         tolerance = 2 * torch.finfo(frequencies.dtype).eps + 1e-5
         if not any(
             frequencies.shape == rotation.shape

@@ -1,7 +1,7 @@
-"""Control tokens that a message's content spells out: read as text, not as what they control.
+"""Control tokens that a message's content spells out are encoded as text.
 
-Owns telling a template's own control tokens from those in contents, and encoding the two apart in
-one piece, so that merges across what divides them stay as they are. Knows nothing of templates.
+Owns distinguishing the template's own control tokens from those in contents, and encoding both in
+one call, so that merges across their borders do not change. Knows nothing of templates.
 """
 
 import re
@@ -21,8 +21,8 @@ from a2sf.text import vocabulary
 class Controls:
     """The control tokens of one tokenizer.
 
-    They are its special tokens and `further` ones, which the template uses though they are not
-    marked as special.
+    They are its special tokens, and the tokens `further`: those that the template uses although
+    they are not marked as special.
     """
 
     def __init__(self, tokenizer: Any, further: Iterable[int]) -> None:
@@ -34,46 +34,49 @@ class Controls:
         model = known.tokenizer.model
         unknown = (tokenizer.unk_token_id, known.tokenizer.token_to_id(_unknown(model)))
         self._counted = set(self._ids.values()).difference(unknown)
-        """Without what stands for unknown text, which any content may hold."""
+        """Ids of the control tokens, without the unknown token, which any content may produce."""
 
-    def marks(self, contents: Sequence[str]) -> dict[str, str]:
-        """Return a word for each control token that `contents` spell out; the word is in none."""
+    def placeholders(self, contents: Sequence[str]) -> dict[str, str]:
+        """Return a placeholder for each control token that `contents` spell out.
+
+        No content contains a placeholder.
+        """
         found = {name for content in contents for name in self._pattern.findall(content)}
         if not found:
             return {}
         word = f"mark{secrets.token_hex(8)}"
         return {name: f"{word}n{self._ids[name]}n" for name in found}
 
-    def mark(self, content: str, marks: Mapping[str, str]) -> str:
-        """Put marks in the place of control tokens."""
-        return self._pattern.sub(lambda match: marks[match[0]], content)
+    def replace(self, content: str, placeholders: Mapping[str, str]) -> str:
+        """Replace control tokens by their placeholders."""
+        return self._pattern.sub(lambda match: placeholders[match[0]], content)
 
-    def unmark(self, text: str, marks: Mapping[str, str]) -> str:
-        """Put the names of control tokens in the place of marks."""
-        names = {word: name for name, word in marks.items()}
+    def restore(self, text: str, placeholders: Mapping[str, str]) -> str:
+        """Replace placeholders by their control tokens."""
+        names = {word: name for name, word in placeholders.items()}
         return _any_of(names).sub(lambda match: names[match[0]], text)
 
-    def spelled(self, marks: Mapping[str, str]) -> str:
-        """Name the control tokens that have marks, a few of them."""
-        return ", ".join(sorted(marks)[:3]) + (", ..." if len(marks) > 3 else "")
+    def describe(self, placeholders: Mapping[str, str]) -> str:
+        """List up to three of the control tokens in `placeholders`, for a message."""
+        return ", ".join(sorted(placeholders)[:3]) + (", ..." if len(placeholders) > 3 else "")
 
-    def recognised(self, text: str) -> tuple[int, ...]:
-        """Encode `text` with every control token in it read as such."""
+    def encode_all(self, text: str) -> tuple[int, ...]:
+        """Encode `text`; every control token in it becomes a control token."""
         encoded = self._tokenizer(text, verbose=False, add_special_tokens=False)
         return tuple(encoded.input_ids)
 
-    def encode(self, text: str, marks: Mapping[str, str]) -> tuple[int, ...]:
-        """Encode `text`, in which marks stand for the control tokens that are to be read as text.
+    def encode(self, text: str, placeholders: Mapping[str, str]) -> tuple[int, ...]:
+        """Encode `text`. Placeholders become the text of their control tokens.
 
-        Raises InvalidArgument where the tokenizer makes control tokens of them in any case.
+        Raises InvalidArgument if the tokenizer encodes one of them as a control token anyway.
         """
         own = Counter(self._ids[name] for name in self._pattern.findall(text))
-        if not marks:
-            ids = self.recognised(text)
-            # More than are spelled out, where a tokenizer changes a text before it looks for them.
+        if not placeholders:
+            ids = self.encode_all(text)
+            # A tokenizer that normalises the text first may find more than the text spells out.
             if not self._exceeding(ids, own):
                 return ids
-        ids = self._apart.encode(text, self._pattern, marks)
+        ids = self._aliased.encode(text, self._pattern, placeholders)
         if exceeding := self._exceeding(ids, own):
             names = {index: name for name, index in self._ids.items()}
             raise InvalidArgument(
@@ -88,33 +91,33 @@ class Controls:
         return set(counts - own)
 
     @cached_property
-    def _apart(self) -> "_Apart":
-        # Only for who spells control tokens: of a large vocabulary it takes a second.
-        return _Apart.of(vocabulary(self._tokenizer).tokenizer, self._ids)
+    def _aliased(self) -> "_AliasedTokenizer":
+        # Made only when needed: it takes a second for a large vocabulary.
+        return _AliasedTokenizer.of(vocabulary(self._tokenizer).tokenizer, self._ids)
 
 
 @dataclass(frozen=True)
-class _Apart:
-    """A copy of a tokenizer that knows control tokens by other names alone.
+class _AliasedTokenizer:
+    """A copy of a tokenizer that knows control tokens only by secret aliases.
 
-    Not a switch of the tokenizer itself, which several threads use at a time.
+    A copy, because several threads use the tokenizer itself at the same time.
     """
 
     tokenizer: Tokenizer
     aliases: Mapping[str, str]
-    """Of each control token's name; nobody outside can know them."""
+    """The alias of each control token's name; random, so no user can guess it."""
     ids: Mapping[int, int]
-    """From those of the aliases to those of the tokens."""
+    """Id of the alias -> id of the control token."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, ids: Mapping[str, int]) -> "_Apart":
+    def of(cls, tokenizer: Tokenizer, ids: Mapping[str, int]) -> "_AliasedTokenizer":
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.no_truncation()
         copy.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         word = f"alias{secrets.token_hex(16)}"
         aliases = {name: f"{word}n{index}n" for name, index in ids.items()}
-        # Special ones are passed over then, those that were not marked as such included.
+        # Then encoding ignores special tokens. Mark all control tokens as special.
         copy.encode_special_tokens = True
         copy.add_special_tokens([_like(added[i], name, special=True) for name, i in ids.items()])
         copy.add_tokens([_like(added[i], aliases[name], special=False) for name, i in ids.items()])
@@ -123,11 +126,11 @@ class _Apart:
         return cls(copy, aliases, {i: meant[t.content] for i, t in decoder if t.content in meant})
 
     def encode(
-        self, text: str, names: re.Pattern[str], marks: Mapping[str, str]
+        self, text: str, names: re.Pattern[str], placeholders: Mapping[str, str]
     ) -> tuple[int, ...]:
-        """Encode `text` with the control tokens in it read as such, and marks as their names."""
+        """Encode `text`: its control tokens as control tokens, placeholders as plain text."""
         text = names.sub(lambda match: self.aliases[match[0]], text)
-        spelled = {word: name for name, word in marks.items()}
+        spelled = {word: name for name, word in placeholders.items()}
         if spelled:
             text = _any_of(spelled).sub(lambda match: spelled[match[0]], text)
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -146,7 +149,7 @@ def _like(token: AddedToken, name: str, *, special: bool) -> AddedToken:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Match the longest of `names` at a place; nothing at all where there are none."""
+    """Match the longest of `names` at a position; without names, match nothing."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

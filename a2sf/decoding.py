@@ -1,9 +1,9 @@
-"""What carries out the law where tokens come one after the other.
+"""Decoding token by token, with the fastest implementation of the law.
 
-Owns the choice between torch's operations, on any device, numba's programs for processors
-(`kernels.walk`) and the Triton kernels: for the rows that decode together, one token of each
-through the model, on GPUs in CUDA graphs (`fused`), and for texts that are given, all tokens
-through one layer at a time. Knows nothing of requests or of when a row begins and ends.
+Owns the choice between torch (any device), numba (`kernels.walk`, processors) and the Triton
+kernels, for two jobs. Serving: one token of each row through the model, on GPUs in CUDA graphs
+(`fused`). Teacher forcing: all tokens of given texts through one layer. Knows nothing of requests
+or of when a row starts and ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from a2sf import kernels
-from a2sf.attention import BlockAttention, DecodePass, attend_and_charge
+from a2sf.attention import BlockAttention, DecodePass, attend_and_score
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.errors import InvalidArgument
-from a2sf.kept import Kept
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
+from a2sf.retention import RetentionRecorder
 
 Kernels = Literal["auto", "torch", "triton", "numba"]
-"""What may be asked for."""
+"""The accepted values of the option `kernels`."""
 
-Carrier = Literal["torch", "triton", "numba"]
-"""What carries out the law."""
+Backend = Literal["torch", "triton", "numba"]
+"""An implementation of the law."""
 
 Steps = Callable[[Tensor], LayerAttention]
-"""Given where each row's next token stands, [rows] int64, what carries these through the layers."""
+"""Positions of the rows' next tokens, [rows] int64 -> the attention that runs these tokens."""
 
 
 class Decoder(Protocol):
-    """Runs the first rows of a slab, and remembers what each needs beside its slots."""
+    """Decodes the first rows of a slab, and stores each row's policy."""
 
     def join(
         self,
@@ -41,29 +41,29 @@ class Decoder(Protocol):
         source_row: int,
         counts: Heads,
         policy: EffectivePolicy,
-        longest: int,
+        max_len: int,
     ) -> None:
-        """Let `row` hold what `source_row` of other slots holds, and decode under a policy.
+        """Copy a sequence from other slots to `row`, to decode it under a policy.
 
         Args:
-            row: of the slab.
-            source, source_row: where the tokens are.
-            counts: [layers][H_kv] tokens held there.
-            policy: the row's own.
-            longest: tokens that its sequence may reach.
+            row: the row of the slab.
+            source, source_row: the slots and the row that hold the sequence's tokens.
+            counts: [layers][H_kv] tokens in each head there.
+            policy: the sequence's policy.
+            max_len: the most tokens that the sequence may reach.
         """
         ...
 
     def move(self, row: int, source: int) -> None:
-        """Let `row` be what the row `source` was."""
+        """Move the sequence of row `source` to `row`."""
         ...
 
     def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Run one token of each of the first rows; evict what it displaces.
+        """Decode one token of each of the first rows, with evictions.
 
         Args:
             token_ids: [rows] the tokens.
-            positions: [rows] where each stands in its sequence.
+            positions: [rows] the position of each token in its sequence.
 
         Returns:
             [rows, vocab] logits in the model's dtype; valid until the next step.
@@ -72,16 +72,16 @@ class Decoder(Protocol):
 
 
 class SteppedDecoder:
-    """Decodes by torch's operations, or on a processor by numba's programs."""
+    """Decodes with torch, or on a processor with numba."""
 
-    def __init__(self, model: LoadedModel, slab: Slots, chosen: Carrier) -> None:
+    def __init__(self, model: LoadedModel, slab: Slots, backend: Backend) -> None:
         self._model = model
         self._slab = slab
-        self._chosen = chosen
+        self._backend = backend
         self._rows: dict[int, tuple[EffectivePolicy, int]] = {}
-        """The policy of each row and the length that its sequence may reach."""
+        """The policy of each row, and the most tokens that its sequence may reach."""
         self._batch: tuple[int, Steps] | None = None
-        """How many rows decode, and their steps; None when rows have changed since then."""
+        """The number of decoding rows and their steps; None after rows have changed."""
 
     def join(
         self,
@@ -90,11 +90,11 @@ class SteppedDecoder:
         source_row: int,
         counts: Heads,
         policy: EffectivePolicy,
-        longest: int,
+        max_len: int,
     ) -> None:
         """As `Decoder.join`."""
         self._slab.copy_row(row, source, source_row, counts)
-        self._rows[row] = (policy, longest)
+        self._rows[row] = (policy, max_len)
         self._batch = None
 
     def move(self, row: int, source: int) -> None:
@@ -108,10 +108,10 @@ class SteppedDecoder:
         rows = len(token_ids)
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
-            # No wider than the rows need: torch's operations go over all of a view's slots.
+            # As narrow as the rows allow: torch computes over all slots of a view.
             slots = self._slab.view(slice(0, rows), most_of(policies))
             stacked = PolicyTensors.stack(policies, lengths, self._model.device)
-            self._batch = rows, make_steps(self._chosen, slots, stacked)
+            self._batch = rows, make_steps(self._backend, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
         forward = self._batch[1](start)
         hidden = self._model.hidden_states(ids[:, None], start[:, None], forward)
@@ -119,43 +119,43 @@ class SteppedDecoder:
 
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
-    """Return the largest budget among policies in each layer and head that this process holds."""
+    """Return the largest budget of any policy, for each layer and head of this process."""
     layers = zip(*(policy.held_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 
-def choose_kernels(asked: Kernels, model: LoadedModel) -> Carrier:
-    """Return which kernels a model is served with, ready to run.
+def choose_kernels(asked: Kernels, model: LoadedModel) -> Backend:
+    """Choose the kernels for a model, and compile them if needed.
 
-    `auto` takes Triton's or numba's where there is a program for the device, the dtype and the head
-    size. The first program of a dtype on a machine takes seconds to compile.
-    Raises InvalidArgument where `triton` or `numba` is asked for and there is none.
+    `auto` takes triton or numba if it supports the device, the dtype and the head size. The first
+    compilation for a dtype on a machine takes seconds.
+    Raises InvalidArgument if `triton` or `numba` is asked for and cannot be used.
     """
     if asked == "torch":
         return "torch"
-    problems: dict[Carrier, str | None] = {
+    problems: dict[Backend, str | None] = {
         "triton": kernels.problem(model.device, model.dtype, model.shape.head_dim),
         "numba": kernels.processor_problem(model.device, model.dtype),
     }
-    for carrier, problem in problems.items():
-        if asked in ("auto", carrier) and problem is None:
-            if carrier == "numba":
+    for backend, problem in problems.items():
+        if asked in ("auto", backend) and problem is None:
+            if backend == "numba":
                 from a2sf.kernels import walk
 
                 walk.program(model.dtype)
-            return carrier
+            return backend
     if asked == "auto":
         return "torch"
     raise InvalidArgument("kernels", f"{asked}, but {problems[asked]}; or take kernels torch")
 
 
-def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
-    """Return what carries the rows of `slots` on through their layers, a token of each at a time.
+def make_steps(backend: Backend, slots: Slots, policy: PolicyTensors) -> Steps:
+    """Return the decode steps of the rows of `slots`, one token of each row per step.
 
-    Triton's programs have a decoder of their own (`make`); beside it, torch's operations take
-    their place.
+    For triton this is torch's implementation: the Triton kernels decode in `FusedDecoder` only
+    (see `make_decoder`).
     """
-    if chosen == "numba":
+    if backend == "numba":
         from a2sf.kernels import walk
 
         return walk.Walker(slots, policy).begin
@@ -163,7 +163,7 @@ def make_steps(chosen: Carrier, slots: Slots, policy: PolicyTensors) -> Steps:
 
 
 def walk_texts(
-    chosen: Carrier,
+    backend: Backend,
     slots: Slots,
     policy: PolicyTensors,
     projected: tuple[Tensor, Tensor, Tensor],
@@ -172,29 +172,28 @@ def walk_texts(
     start: Tensor,
     end: Tensor,
     output: Tensor,
-    watch: Kept | None,
+    recorder: RetentionRecorder | None,
 ) -> None:
-    """Carry given tokens through one layer, one after the other.
+    """Run given tokens through one layer, one after the other.
 
     Args:
-        chosen: what carries out the law.
+        backend: the implementation of the law.
         slots, policy: the rows, and their policies in the layer.
         projected: queries [rows, H_q, width, D], keys and values [rows, H_kv, width, D] of whole
             texts.
         scale: factor on the logits.
-        start, end: [rows] int64: the first token of each text that goes through, and the first
-            behind them that does not.
-        output: [rows, H_q, width, D], to which the attention output of these tokens is written.
-        watch: told what each query was given, or None.
+        start, end: [rows] int64: the tokens start .. end - 1 of each text are run.
+        output: [rows, H_q, width, D]; receives the attention output of these tokens.
+        recorder: records which tokens each query could attend to, or None.
     """
-    if chosen == "numba":
+    if backend == "numba":
         from a2sf.kernels import walk
 
         walker = walk.Walker(slots, policy)
-        walker.begin_texts(start, end, watch.table if watch else None)
+        walker.begin_texts(start, end, recorder.table if recorder else None)
         walker.into(output, 0, *projected, scale)
         return
-    if chosen == "triton":
+    if backend == "triton":
         from a2sf.kernels import triton_walk
 
         triton_walk.walk(
@@ -205,37 +204,36 @@ def walk_texts(
             end=end,
             scale=scale,
             output=output,
-            seen=watch.table if watch else None,
+            visible=recorder.table if recorder else None,
         )
         return
     rows = torch.arange(len(start), device=start.device)
     for ahead in range(int((end - start).max())):
         at = start + ahead
-        # Rows that have ended run on, and what was said of their last token stays.
+        # Rows that have ended keep running, but their stored output does not change.
         index = at.clamp(max=output.shape[2] - 1)
         query, keys, values = (t[rows, :, index, None] for t in projected)
         found = DecodePass(slots, policy, at)(0, query, keys, values, scale)[:, :, 0]
         going = (at < end)[:, None, None]
         output[rows, :, index] = torch.where(going, found, output[rows, :, index])
-        if watch:
-            watch.step(at, slots)
+        if recorder:
+            recorder.step(at, slots)
 
 
-def block_attention(chosen: Carrier) -> BlockAttention:
-    """Return what attends in the blocks of prompts."""
-    if chosen != "triton":
-        return attend_and_charge
-    # Here and elsewhere, because it brings Triton, which not every machine has, or numba, which
-    # takes a moment to load.
+def block_attention(backend: Backend) -> BlockAttention:
+    """Return the block attention for prompts."""
+    if backend != "triton":
+        return attend_and_score
+    # Kernels are imported where they are used: Triton may not be installed, and numba loads slowly.
     from a2sf.kernels import prefill
 
-    return prefill.attend_and_charge
+    return prefill.attend_and_score
 
 
-def make(model: LoadedModel, slab: Slots, chosen: Carrier, *, graphs: bool) -> Decoder:
-    """Return what decodes a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
-    if chosen != "triton":
-        return SteppedDecoder(model, slab, chosen)
+def make_decoder(model: LoadedModel, slab: Slots, backend: Backend, *, graphs: bool) -> Decoder:
+    """Return the decoder of a slab's rows; `graphs` asks for CUDA graphs of the Triton kernels."""
+    if backend != "triton":
+        return SteppedDecoder(model, slab, backend)
     from a2sf import fused
 
     return fused.FusedDecoder(model, slab, graphs=graphs)

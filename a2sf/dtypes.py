@@ -1,8 +1,7 @@
-"""Which dtype weights are loaded in: the one that was asked for, or what suits the device.
+"""The dtype in which weights are loaded: the requested one, or the best one for the device.
 
-Owns the one rule of dtype "auto", for everything that loads a model or plans for one: what a
-processor can multiply, and a short measurement of what it multiplies faster. Knows nothing of
-weights.
+Owns the rule of dtype "auto", for loading and for planning: which dtypes a processor multiplies in
+hardware, and a short measurement of which is faster. Knows nothing of weights.
 """
 
 import statistics
@@ -24,77 +23,78 @@ DTYPES = {
 }
 
 _UNITS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
-"""What multiplies bfloat16 in hardware: as torch names it, and as people do. Without it, oneDNN
-converts to float32 first, which costs more than the smaller weights save."""
+"""Processor units that multiply bfloat16: torch's name -> usual name. Without one, oneDNN converts
+to float32 first, which costs more than the smaller weights save."""
 
 _FASTER = 1.2
-"""So many times as fast bfloat16 must be: its rounding costs something, and noise must not decide
-differently at every start."""
+"""The speed-up from which bfloat16 is chosen. Above 1, because bfloat16 rounds more, and because
+noise in the measurement must not change the choice from start to start."""
 
 _ROWS = (16, 128)
-"""Input rows of the products that are timed: a decode step's, and a piece of a prompt's."""
+"""Input rows of the timed products: as in a decode step, and as in a piece of a prompt."""
 
 _LARGEST = 2048
-"""Sides of the matrices that are timed, at most: larger ones take the same ways through oneDNN."""
+"""Largest side of the timed matrices. oneDNN handles larger ones in the same way."""
 
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A dtype, and why it was taken, for people to read."""
+class DtypeChoice:
+    """A dtype, and the reason for it, for people to read."""
 
     dtype: torch.dtype
     reason: str
 
     @property
     def name(self) -> str:
-        """The dtype as people write it, such as `bfloat16`."""
+        """The name of the dtype, such as `bfloat16`."""
         return name(self.dtype)
 
 
 def name(dtype: torch.dtype) -> str:
-    """Return a dtype as people write it, such as `bfloat16`."""
+    """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def check(asked: str) -> None:
-    """Raise InvalidArgument for what is neither "auto" nor a dtype's name."""
+    """Raise InvalidArgument unless `asked` is "auto" or the name of a dtype."""
     if asked != "auto" and asked not in DTYPES:
         raise InvalidArgument("dtype", f"{asked!r}; accepted: auto, {', '.join(DTYPES)}")
 
 
-def choose(asked: str, device_type: str, config: Any, *, processes: int = 1) -> Chosen:
-    """Choose the dtype that a model's weights are loaded in.
+def choose(asked: str, device_type: str, config: Any, *, processes: int = 1) -> DtypeChoice:
+    """Choose the dtype in which a model's weights are loaded.
 
-    "auto" is, on a GPU, the dtype in which the weights are stored. On a processor it is bfloat16
-    where this processor multiplies it in hardware and a measurement finds it faster; else float32.
+    On a GPU, "auto" is the dtype in which the weights are stored. On a processor it is bfloat16 if
+    the processor multiplies bfloat16 in hardware and a measurement finds it faster, else float32.
 
     Args:
         asked: "auto" or the name of a dtype.
-        device_type: "cuda" or "cpu", which then is the processor of this machine.
+        device_type: "cuda" or "cpu"; "cpu" means the processor of this machine.
         config: the model's settings, a transformers configuration.
-        processes: how many share the model; several must agree without asking each other.
+        processes: number of processes that share the model. Several must choose the same dtype
+            without communication, so they do not measure.
     """
     if asked != "auto":
-        return Chosen(DTYPES[asked], "asked for")
+        return DtypeChoice(DTYPES[asked], "asked for")
     if device_type != "cpu":
         if config.dtype is None:
-            return Chosen(torch.bfloat16, "the model does not say how it is stored")
-        return Chosen(config.dtype, "as stored")
+            return DtypeChoice(torch.bfloat16, "the model does not say how it is stored")
+        return DtypeChoice(config.dtype, "as stored")
     if processes > 1:
-        return Chosen(torch.float32, "several processes share the model")
+        return DtypeChoice(torch.float32, "several processes share the model")
     unit, without = bfloat16_unit()
     if unit is None:
-        return Chosen(torch.float32, without)
-    slower = min(times_as_fast(config).values())
+        return DtypeChoice(torch.float32, without)
+    slower = min(bfloat16_speedups(config).values())
     chosen = torch.bfloat16 if slower >= _FASTER else torch.float32
-    return Chosen(chosen, f"with {unit}, bfloat16 is at least {slower:.2f} times as fast here")
+    return DtypeChoice(chosen, f"with {unit}, bfloat16 is at least {slower:.2f} times as fast here")
 
 
 def bfloat16_unit() -> tuple[str | None, str]:
-    """Name what multiplies bfloat16 in this processor, or None; and if None, say why."""
-    # Added in a version later than the oldest that is supported.
+    """Return the unit that multiplies bfloat16 in this processor, or None and the reason."""
+    # The oldest supported torch does not have this function.
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
         return None, f"torch {torch.__version__} does not say whether the processor has bfloat16"
@@ -107,11 +107,11 @@ def bfloat16_unit() -> tuple[str | None, str]:
     return None, "the processor does not multiply bfloat16 in hardware"
 
 
-def times_as_fast(config: Any) -> dict[int, float]:
-    """Measure how many times as fast as float32 this processor multiplies bfloat16, by input rows.
+def bfloat16_speedups(config: Any) -> dict[int, float]:
+    """Measure the speed-up of bfloat16 over float32 on this processor, by number of input rows.
 
-    Takes some tens of milliseconds: medians of alternating products of the model's own layers, cut
-    to a size.
+    Takes tens of milliseconds: medians of alternating products, with the sizes of the model's
+    layers up to a limit.
     """
     wide = min(config.hidden_size, _LARGEST)
     long = min(getattr(config, "intermediate_size", None) or 4 * wide, _LARGEST)

@@ -1,14 +1,14 @@
-"""Requests in, tokens out: the loop that admits, prefills, decodes and emits.
+"""The engine: a loop that admits requests, prefills, decodes and emits events.
 
-Owns the slab of decode rows, the staging row where a prompt is read, and the sequences in them. One
-`step` is the whole story. Not thread-safe: one thread owns an engine. Knows nothing of transport;
-what the law computes does not depend on how it schedules.
+Owns the slab of decode rows, the staging row for prefill, and the sequences in them. `step` is the
+whole loop. Not thread-safe: one thread owns an engine. Knows nothing of transport. Scheduling never
+changes what the law computes.
 
-An error of one request ends that request with `Failed`, and no other. Only what computes for all
-rows at once may end the engine: the decoder's step, and a prompt's forward pass where several
-processes share the model. NaN and infinity count as errors of the request whose logits they are in,
-and never reach another one. A row of the slab is scrubbed when its request fails: as long as logits
-are finite, so are all values in the row, because each was weighed in them.
+An error of one request ends only that request, with `Failed`. Only code that computes for all rows
+together can end the engine: the decoder's step, and a prompt's forward pass if several processes
+share the model. NaN or infinity in a request's logits is an error of that request, and never
+reaches another one. When a request fails, its row is scrubbed. A row whose logits are finite needs
+no scrub: every value in it was weighed into the logits, so all are finite.
 """
 
 import math
@@ -41,8 +41,8 @@ Result = TypeVar("Result")
 class Engine:
     """Continuous batching over rows of constant size.
 
-    Active rows stand compactly at the front of the slab, so a batch is a view of it: a row that
-    ends is replaced by the last one. `clock` tells seconds, for time limits and timings.
+    Active rows are kept at the front of the slab without gaps, so a batch is a view: when a row
+    ends, the last row moves into its place. `clock` returns seconds, for time limits and timings.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Engine:
         self.config = config
         self._clock = clock
         self.kernels = decoding.choose_kernels(config.kernels, model)
-        """Which carry out the law: torch's operations, or Triton's or numba's programs."""
+        """The chosen implementation of the law: torch, triton or numba."""
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-        self._slab = self._allocate(config.max_batch, held_of(slots, model.held))
+        self._slab = self._allocate(config.max_batch, held_of(slots, model.local_heads))
         graphs = config.cuda_graphs and model.device.type == "cuda"
-        self._decoder = decoding.make(model, self._slab, self.kernels, graphs=graphs)
+        self._decoder = decoding.make_decoder(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
         equal = ((staging,) * model.shape.num_kv_heads,) * model.shape.num_layers
         row = self._allocate(1, equal)
@@ -70,13 +70,13 @@ class Engine:
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
         self._draws: sampling.Batch | None = None
-        """The draws of the active rows; None when rows have changed since then."""
+        """The sampling batch of the active rows; None after rows have changed."""
         self._failures: list[Failed] = []
-        """What the next step, or the one under way, has to tell of requests that failed."""
+        """Failures that the current or next step will report."""
 
     @property
     def has_work(self) -> bool:
-        """Whether a `step` would do anything."""
+        """Whether there is anything to do in `step`."""
         return bool(self._waiting or self._prefilling or self._active or self._failures)
 
     @property
@@ -91,29 +91,29 @@ class Engine:
 
     @property
     def kv_slab_bytes(self) -> int:
-        """Bytes of the decode slab, read off the tensors; constant."""
+        """Bytes of the decode slab's tensors; constant."""
         return self._slab.nbytes
 
     @property
     def kv_staging_bytes(self) -> int:
-        """Bytes of the prefill staging row, read off the tensors; constant."""
+        """Bytes of the staging row's tensors; constant."""
         return self._staging.row.nbytes
 
     @property
     def kv_bytes_used(self) -> int:
-        """Bytes of the slots that hold tokens, of running requests and of the one being read.
+        """Bytes of the slots that hold tokens, for all running requests and the one in prefill.
 
-        Where several processes share the model, of all of them together.
+        If several processes share the model, the sum over all processes.
         """
-        # A copy in one go: another thread may ask while this one changes the list.
+        # Copy the list first: another thread may call this while the engine's thread changes it.
         running = [*tuple(self._active), self._prefilling]
         return sum(self._bytes_of(sequence) for sequence in running if sequence is not None)
 
     def submit(self, request: GenerationRequest) -> None:
         """Check a request and queue it.
 
-        Raises InvalidArgument for a value that cannot be served, naming field and range, and
-        ResourceExhausted when the queue is full.
+        Raises InvalidArgument, naming the field and the accepted range, if a value cannot be
+        served, and ResourceExhausted if the queue is full.
         """
         policy = admission.check(request, self.model, self.config)
         names = [s.request.request_id for s in self._sequences()]
@@ -127,7 +127,7 @@ class Engine:
         self._waiting.append(Sequence.queued(request, policy, self.model, self._clock()))
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and free its row at once; unknown ids are ignored. No event follows."""
+        """Drop a request and free its row at once, without an event. Ignores unknown ids."""
         self._failures = [one for one in self._failures if one.request_id != request_id]
         for sequence in self._sequences():
             if sequence.request.request_id == request_id:
@@ -137,14 +137,14 @@ class Engine:
     def step(self) -> list[StepEvent]:
         """Admit one request, decode one token of every row, prefill a piece of a prompt.
 
-        Before that, requests whose time limit is over end with what they have. What is raised on
-        behalf of one request becomes its `Failed`, and its row is free after the step. What is
-        raised by the forward pass of all rows is raised here; the engine is of no use afterwards.
+        First, requests past their time limit end with the tokens that they have. An exception in
+        the work for one request becomes its `Failed` event, and its row is free after the step. An
+        exception in the forward pass of all rows is raised; the engine cannot be used afterwards.
         """
         events: list[Event] = []
         self._end_overdue(events)
         self._admit(events)
-        # First, for a row that joins in this step decodes from the next one on.
+        # Before the prefill: a row that joins in this step decodes from the next step on.
         if self._active:
             self._decode(events)
         if self._prefilling is not None:
@@ -169,7 +169,7 @@ class Engine:
     def _admit(self, events: list[Event]) -> None:
         if self._prefilling or not self._waiting or len(self._active) >= self.config.max_batch:
             return
-        # The first of those with the highest priority.
+        # The oldest of those with the highest priority.
         sequence = self._prefilling = max(self._waiting, key=lambda s: s.request.priority)
         self._waiting.remove(sequence)
         try:
@@ -183,7 +183,7 @@ class Engine:
     def _end_overdue(self, events: list[Event]) -> None:
         now = self._clock()
         for sequence in self._sequences():
-            # Its row may have been lost to another one's end.
+            # It may have failed when another sequence ended and its row had to move.
             if sequence.failure is not None:
                 continue
             last: list[Event] = []
@@ -202,7 +202,7 @@ class Engine:
             self._forget(sequence)
 
     def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
-        """Run the next piece of a prompt; after its last one, give it a row and a first token."""
+        """Run the next piece of a prompt; after the last piece, assign a row and draw a token."""
         try:
             logits = self._staging.read(sequence)
         except BatchWide as error:
@@ -217,11 +217,13 @@ class Engine:
         try:
             slots = self._staging.finish(sequence)
             sequence.running = True
-            self._decoder.join(row, slots, 0, sequence.held, sequence.policy, sequence.longest)
+            self._decoder.join(
+                row, slots, 0, sequence.local_stored, sequence.policy, sequence.max_len
+            )
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)
-            # Part of it may be there already.
+            # The row may be partly written.
             self._slab.scrub(row)
             return
         self._prefilling = None
@@ -231,14 +233,14 @@ class Engine:
 
     def _decode(self, events: list[Event]) -> None:
         logits = self._decoder.step(
-            [s.generated[-1] for s in self._active], [s.seen for s in self._active]
+            [s.generated[-1] for s in self._active], [s.num_cached_tokens for s in self._active]
         )
         self._emit(0, logits, events)
 
     def _emit(self, first: int, logits: Tensor, events: list[Event]) -> None:
-        """Draw a token for each row of `logits` [rows, vocab], the row `first` and those after it.
+        """Draw a token for the rows from `first` on; `logits` are theirs, [rows, vocab].
 
-        Reports the tokens, and frees the rows of sequences that end with theirs or fail.
+        Emits the tokens, and frees the rows of sequences that end or fail.
         """
         rows = range(first, first + len(logits))
         sequences = self._active[first:]
@@ -257,16 +259,18 @@ class Engine:
                     events.append(sequence.finished(self._statistics(sequence), now))
             except BaseException as error:
                 self._fail(sequence, error)
-        # From the back, so that the row that moves into a freed one is never itself to be freed.
+        # In reverse, so that the row that moves into a freed one never has to be freed itself.
         for row in reversed(rows):
             if self._active[row].reason is not None or self._active[row].failure is not None:
                 self._free(row)
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[int | None]:
         if len(sequences) < len(self._active):
-            return sampling.Batch([s.row for s in sequences], self.model.device).draw(logits)
+            return sampling.Batch([s.sampling_state for s in sequences], self.model.device).draw(
+                logits
+            )
         if self._draws is None:
-            self._draws = sampling.Batch([s.row for s in sequences], self.model.device)
+            self._draws = sampling.Batch([s.sampling_state for s in sequences], self.model.device)
         return self._draws.draw(logits)
 
     def _logprobs(
@@ -293,10 +297,10 @@ class Engine:
     def _rowwise(
         self, sequences: list[Sequence], work: Callable[[slice], Iterable[Result]]
     ) -> list[Result | None]:
-        """Do for all sequences at once what each could do alone, and let those at fault fail.
+        """Call `work` for all sequences together; if it raises, for each one alone.
 
-        `work` returns a result for each sequence of a slice, the same whatever the slice. Only
-        where it raises is it called for each sequence alone. A sequence that fails gets None.
+        So only the sequences at fault fail; they get None. `work` returns one result per sequence
+        of a slice; a result must not depend on the slice.
         """
         try:
             return [*work(slice(0, len(sequences)))]
@@ -318,13 +322,13 @@ class Engine:
         return CacheStatistics(
             budget=sequence.policy.budget,
             kept_tokens=kept_tokens,
-            evicted_tokens=sequence.seen - kept_tokens,
+            evicted_tokens=sequence.num_cached_tokens - kept_tokens,
             kv_bytes=self._bytes_of(sequence),
-            kv_bytes_full=sequence.seen * heads * self._token_bytes,
+            kv_bytes_full=sequence.num_cached_tokens * heads * self._token_bytes,
         )
 
     def _bytes_of(self, sequence: Sequence) -> int:
-        """Bytes of the slots that hold its tokens, in all processes together."""
+        """Bytes of the slots that hold its tokens, summed over all processes."""
         return sum(map(sum, sequence.stored)) * self._slot_bytes
 
     @property
@@ -338,13 +342,13 @@ class Engine:
         return 2 * self.model.shape.head_dim * self.model.dtype.itemsize
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        """Note that an error has ended a sequence; whatever that holds is still to be freed."""
+        """Record that an error ended a sequence; the caller must still free its row."""
         raise_if_fatal(error)
         sequence.failure = error
         self._failures.append(Failed(request_id=sequence.request.request_id, error=error))
 
     def _forget(self, sequence: Sequence) -> None:
-        """Take back the place of a sequence, wherever it is."""
+        """Remove a sequence from the queue, from prefill, or from its row."""
         if sequence is self._prefilling:
             self._prefilling = None
         elif sequence in self._waiting:
@@ -353,7 +357,7 @@ class Engine:
             self._free(self._active.index(sequence))
 
     def _free(self, row: int) -> None:
-        """Let the last row move into `row`."""
+        """Free `row` by moving the last row into it."""
         self._draws = None
         if self._active[row].failure is not None:
             self._slab.scrub(row)
@@ -362,7 +366,7 @@ class Engine:
             try:
                 self._decoder.move(row, last)
             except BaseException as error:
-                # It cannot stay where it is, because rows have no gaps: the one before it moves.
+                # It cannot stay, because rows have no gaps: try the row before it.
                 self._fail(moving, error)
                 self._active.pop()
                 self._slab.scrub(last)

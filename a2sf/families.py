@@ -1,8 +1,8 @@
-"""Which model families are served, and what is refused by name because it would be served wrongly.
+"""The supported model families, and the settings that are refused by name.
 
-Owns the list of families, what of a model's settings the block law cannot honour (windows, chunks,
-rotations that look at the batch), and which arguments a layer may hand to its attention. Reads
-settings as they come; knows nothing of loading or of transformers.
+Owns the list of families, the settings that the block law cannot honour (windows, chunks, rotations
+that depend on the batch), and the arguments that a layer may pass to its attention. Reads settings
+as plain values; knows nothing of loading or of transformers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ SUPPORTED_ARCHITECTURES = (
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
 )
-"""Families whose logits are tested equal to transformers' own; the tests take them from here."""
+"""Families whose logits equal those of transformers; the tests run over this list."""
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotations that depend on the position alone. The others (dynamic, longrope) pick their factors
-by the longest position in the batch, which would let one request change another's logits."""
+"""Rotations that depend only on the position. The others (dynamic, longrope) choose their factors
+by the longest position in the batch, so one request would change another's logits."""
 
 _ONE_WINDOW = frozenset({"MistralForCausalLM", "Phi3ForCausalLM"})
-"""Families whose layers all have the window of `sliding_window`, whatever `layer_types` says."""
+"""Families whose layers all use the window `sliding_window` and ignore `layer_types`."""
 
 _SIZES = (
     "num_hidden_layers",
@@ -56,18 +56,18 @@ ROTATE_IN_PART = frozenset(
 """Families whose default rotation reads `partial_rotary_factor`; the others rotate whole heads."""
 
 _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "use_cache"})
-"""Arguments of attention that change nothing: queries and keys come rotated, the cache is ours."""
+"""Attention arguments without effect: queries and keys are already rotated, the cache is ours."""
 
 _SWITCHED_OFF: dict[str, object] = {"dropout": 0.0, "output_attentions": False}
-"""Arguments of attention that change nothing at this value, beside None, which never does."""
+"""Attention arguments that have no effect at this value. None has no effect for any argument."""
 
 
 def refuse_by_name(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise Unsupported for what need not be tried: other families, quantised weights, no sizes.
+    """Raise Unsupported for other families, quantised weights and missing or invalid sizes.
 
     Args:
-        name: what the model was asked for by.
-        settings: config.json as it stands.
+        name: the name under which the user asked for the model, for messages.
+        settings: the content of config.json.
     """
     named = settings.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else named
@@ -93,11 +93,11 @@ def refuse_by_name(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def refuse_unsupported(name: str, config: Any) -> None:
-    """Raise Unsupported, naming the model and the reason, unless its settings can be honoured.
+    """Raise Unsupported, naming the model and the reason, for settings that we cannot honour.
 
     Args:
-        name: what the model was asked for by.
-        config: its settings, as transformers reads them.
+        name: the name under which the user asked for the model, for messages.
+        config: its settings, a transformers configuration.
     """
     _refuse_sizes(name, {size: getattr(config, size, None) for size in _SIZES})
     architecture = config.architectures[0]
@@ -108,7 +108,7 @@ def refuse_unsupported(name: str, config: Any) -> None:
     rope = config.rope_parameters
     if not isinstance(rope, dict):
         raise Unsupported(f"model {name!r} has rope settings {rope!r}; accepted: an object")
-    # Some families rotate by kind of layer, and their settings are one level deeper.
+    # Some families have one rotation per kind of layer; their settings are one level deeper.
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
     for kind in kinds:
         rope_type = kind.get("rope_type", "default")
@@ -129,7 +129,7 @@ def refuse_unsupported(name: str, config: Any) -> None:
 
 def _refuse_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     for size, value in sizes.items():
-        # These two may be left to be derived from others.
+        # These two may be derived from other settings.
         if size in ("head_dim", "num_key_value_heads") and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -140,13 +140,13 @@ def _refuse_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     if heads and kv_heads and heads % kv_heads:
         raise Unsupported(
             f"model {name!r} has {heads} attention heads for {kv_heads} KV heads in config.json; "
-            "accepted: a multiple"
+            "accepted: a multiple of the KV heads"
         )
     hidden = sizes.get("hidden_size")
     if heads and hidden and not sizes.get("head_dim") and hidden % heads:
         raise Unsupported(
             f"model {name!r} has hidden_size {hidden} for {heads} attention heads and no head_dim "
-            "in config.json; accepted: a multiple"
+            "in config.json; accepted: a multiple of the attention heads"
         )
 
 
@@ -172,7 +172,7 @@ def _refuse_partial_views(name: str, config: Any) -> None:
     if len(kinds) != config.num_hidden_layers:
         raise Unsupported(
             f"model {name!r} has {len(kinds)} layer_types for {config.num_hidden_layers} layers in "
-            "config.json; accepted: one a layer"
+            "config.json; accepted: one per layer"
         )
     for kind in dict.fromkeys(kinds):
         layers = _spans([index for index, other in enumerate(kinds) if other == kind])
@@ -191,12 +191,12 @@ def _refuse_partial_views(name: str, config: Any) -> None:
 
 
 def refuse_effects(layer: int, config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise Unsupported for an argument of attention that asks for what is not carried out.
+    """Raise Unsupported for an attention argument whose effect is not implemented.
 
     Args:
         layer: the layer's index.
         config: the model's settings.
-        arguments: what the layer hands to its attention beyond tensors, mask and scale.
+        arguments: the layer's arguments to attention, without tensors, mask and scale.
     """
     for name, value in arguments.items():
         if value is None or name in _WITHOUT_EFFECT:
@@ -206,19 +206,18 @@ def refuse_effects(layer: int, config: Any, arguments: Mapping[str, Any]) -> Non
         if name == "sliding_window" and _sees_everything(value, config):
             continue
         raise Unsupported(
-            f"layer {layer} attends with {name!r}, which is not carried out here; supported: "
+            f"layer {layer} attends with {name!r}, which is not implemented here; supported: "
             "causal attention with a scale"
         )
 
 
 def _sees_everything(window: int | None, config: Any) -> bool:
-    # No text is longer than max_position_embeddings (admission sees to it), so that a window of as
-    # many tokens reaches from its last query back to its first key.
+    # Admission limits every text to max_position_embeddings, so a window of that size covers it.
     return window is not None and window >= int(config.max_position_embeddings)
 
 
 def _spans(indices: Sequence[int]) -> str:
-    """Write ascending indices with their runs closed up: 0-3, 5, 7-8."""
+    """Format ascending indices as ranges: 0-3, 5, 7-8."""
     spans: list[list[int]] = []
     for index in indices:
         if spans and spans[-1][-1] == index - 1:

@@ -1,7 +1,7 @@
-"""Where a model's files are: the packaged model, a directory, or the Hugging Face hub.
+"""Finds a model's files: the packaged model, a directory, or the Hugging Face hub.
 
-Owns finding them and the messages where they cannot be found. Knows nothing of what is in them, but
-for the list of weight files.
+Owns the search and its error messages. Of the files' contents it reads only config.json and the
+list of weight files.
 """
 
 import json
@@ -17,7 +17,7 @@ from a2sf.errors import NotFound, first_line, one_line
 from a2sf.tablefile import refuse_constant
 
 REFERENCE = "reference"
-"""The name under which the packaged model is asked for."""
+"""The name of the packaged model."""
 
 _SETTINGS = ["*.json"]
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth"]
@@ -25,11 +25,11 @@ _FILES = [*_SETTINGS, "*.safetensors", "*.model", "*.jinja"]
 
 
 def directory(id_or_path: str, revision: str | None, *, weights: bool = True) -> Path:
-    """Find a model's directory: the packaged one, one that is there, or one from the hub.
+    """Find a model's directory: the packaged one, a local one, or a download from the hub.
 
-    Without `weights` none are fetched from the hub; those that are there already stay.
+    Without `weights`, no weights are downloaded; already downloaded ones stay.
 
-    Raises NotFound with what was looked for and what is accepted.
+    Raises NotFound, with what we looked for and what is accepted.
     """
     if id_or_path == REFERENCE:
         return reference.path()
@@ -47,21 +47,21 @@ def directory(id_or_path: str, revision: str | None, *, weights: bool = True) ->
                 id_or_path,
                 revision=revision,
                 allow_patterns=_FILES if weights else _SETTINGS,
-                # Some repositories hold the same weights twice, a second time in this format.
+                # Some repositories store the weights a second time in this format.
                 ignore_patterns=["consolidated*"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotFound(
-            f"model {id_or_path!r}: no such directory, and the Hugging Face hub did not give it "
-            f"({first_line(error)}); accepted: {REFERENCE}, a directory, or a hub id"
+            f"model {id_or_path!r}: no such directory, and the download from the Hugging Face hub "
+            f"failed ({first_line(error)}); accepted: {REFERENCE}, a directory, or a hub id"
         ) from error
 
 
 def settings(name: str, directory: Path) -> dict[str, Any]:
-    """Read config.json as it stands.
+    """Read config.json.
 
-    Raises NotFound where it is not there or is no JSON object.
+    Raises NotFound if it does not exist or is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -79,14 +79,14 @@ def settings(name: str, directory: Path) -> dict[str, Any]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether any weights lie there, of whatever format; a plan needs none."""
+    """Whether the directory holds weights of any format; a plan needs none."""
     return any(path for kind in _WEIGHTS for path in directory.glob(kind))
 
 
 def weight_files(name: str, directory: Path) -> list[Path]:
-    """The files that transformers would read, which need not be all that lie there.
+    """The weight files that transformers would read; the directory may hold more.
 
-    Raises NotFound where there are none, or not all that the index lists.
+    Raises NotFound if there are none, or if a file in the index is missing.
     """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
@@ -104,7 +104,9 @@ def weight_files(name: str, directory: Path) -> list[Path]:
             f"model {name!r}: {index.name} cannot be read ({one_line(error)})"
         ) from error
     if not beside:
-        raise NotFound(f"model {name!r}: {index.name} lists {listed}; accepted: files beside it")
+        raise NotFound(
+            f"model {name!r}: {index.name} lists {listed}; accepted: files in the same directory"
+        )
     missing = [file for file in listed if not (directory / file).is_file()]
     if missing:
         raise NotFound(f"model {name!r}: weights are missing: {', '.join(missing)}")

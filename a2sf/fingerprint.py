@@ -1,9 +1,8 @@
-"""A model's fingerprint: what an alpha table is tied to.
+"""A model's fingerprint, which ties an alpha table to a model.
 
-Owns the digest over a model's settings in one spelling and the start of every layer's key
-projection as stored on disk, so that it depends neither on how a configuration spells what it
-means, nor on the dtype a model is loaded in, nor on how it is sharded. Knows nothing of
-transformers.
+Owns the digest over a model's settings in canonical form and the first bytes of every layer's key
+projection as stored on disk. So it does not depend on the spelling of the configuration, on the
+dtype in which the model is loaded, or on sharding. Knows nothing of transformers.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ _ROTATION_SETTINGS: dict[str, frozenset[str]] = {
         {"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"}
     ),
 }
-"""What each rotation reads beside the base, the rotated share of a head, and YaRN's scale."""
+"""Settings of each rotation, besides its base, the rotated share of a head, and YaRN's scale."""
 
 _DEFAULTS: dict[str, object] = {
     "partial_rotary_factor": 1.0,
@@ -44,20 +43,20 @@ _DEFAULTS: dict[str, object] = {
     "beta_slow": 1.0,
     "truncate": True,
 }
-"""What a setting is where it is absent, null, or (the two betas) 0."""
+"""Values of settings that are absent, null, or (the two betas) 0."""
 
 
 def canonical_rotation(
     rope: Mapping[str, Any], max_context: int, *, partial: bool
 ) -> dict[str, Any]:
-    """Write a rotation's settings in one spelling: equal ones compute the same rotation.
+    """Return a rotation's settings in canonical form: equal forms compute the same rotation.
 
-    Numbers are floats, a count of positions is an integer; what has its default is left out, and
-    so is what the rotation does not read, such as the `type` that older files have.
+    Numbers are floats; a number of positions is an integer. Settings with their default value are
+    left out, and so are settings that the rotation does not read, such as `type` in older files.
 
     Args:
-        rope: the settings as transformers reads them; by kind of layer where they are nested.
-        max_context: positions the model was made for; YaRN without a factor reads it.
+        rope: the settings as transformers reads them; if nested, by kind of layer.
+        max_context: the model's context in tokens; YaRN without a factor reads it.
         partial: whether the family's default rotation reads `partial_rotary_factor`.
     """
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -79,7 +78,7 @@ def canonical_rotation(
         )
         scale = _yarn_scale(given)
         if not math.isclose(scale, _magnitude(given["factor"], 1.0), rel_tol=1e-9):
-            # The last digits of a logarithm are the machine's.
+            # The last digits of a logarithm differ between machines.
             reads.add("attention_factor")
             given["attention_factor"] = float(f"{scale:.9g}")
     found = {name: _canonical(name, value) for name, value in given.items() if name in reads}
@@ -89,7 +88,7 @@ def canonical_rotation(
         if value != _DEFAULTS.get(name) and not (name.startswith("beta_") and not value)
     }
     if rope_type == "linear" and kept.get("factor") == 1.0:
-        # Positions divided by one.
+        # A linear factor of 1 changes nothing.
         del kept["factor"]
         rope_type = "default"
     return {**kept, "rope_type": rope_type}
@@ -118,10 +117,10 @@ def _magnitude(factor: float, scale: float) -> float:
 def _earlier_spellings(
     rope: Mapping[str, Any], canonical: Mapping[str, Any], *, partial: bool
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the spellings of one rotation that were hashed as they stood, before one was chosen.
+    """Yield other spellings of one rotation: older versions hashed the spelling of the file.
 
-    They are the file's own, and those in which files differ: whole numbers as integers or floats,
-    with and without the older key `type`, and a whole head's share written out or not.
+    These are the file's own spelling and the common variants: whole numbers as integers or floats,
+    with and without the older key `type`, with and without a `partial_rotary_factor` of 1.
     """
     yield rope
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -148,18 +147,18 @@ def fingerprints(
     max_context: int,
     partial: bool,
 ) -> tuple[str, ...]:
-    """A model's fingerprint, then those that the same model had while spelling counted.
+    """Return a model's fingerprint, then the fingerprints that older versions gave it.
 
-    Each is the SHA-256 (hex) over the settings as canonical JSON, then what the layers' key
-    projections start with, in order.
+    Each is the SHA-256 (hex) over the settings as canonical JSON, followed by the first bytes of
+    the layers' key projections, in order.
 
     Args:
         sizes: the model's shape, as JSON values.
         rope, max_context, partial: as for `canonical_rotation`.
-        starts: by layer, as `key_starts` reads them.
-        num_layers: how many layers there must be.
+        starts: by layer, the result of `key_starts`.
+        num_layers: the model's number of layers.
 
-    Raises Unsupported where `starts` lacks a layer.
+    Raises Unsupported if `starts` lacks a layer.
     """
     if sorted(starts) != list(range(num_layers)):
         raise Unsupported(
@@ -176,10 +175,10 @@ def fingerprints(
 
 
 def key_starts(stored: Mapping[str, Stored]) -> dict[int, bytes]:
-    """Read the first 4 KiB of each layer's k_proj weight, by layer, as they are stored.
+    """Read the first 4 KiB of each layer's k_proj weight as stored, by layer.
 
-    A family that stores queries, keys and values as one (Phi-3) has no k_proj: there it is the
-    first 4 KiB of qkv_proj, which hold queries. `stored` are the tensors of the safetensors files.
+    A family that stores queries, keys and values in one tensor (Phi-3) has no k_proj: there we read
+    the first 4 KiB of qkv_proj, which hold queries. `stored` are the safetensors files' tensors.
     """
     places: dict[Path, dict[int, str]] = {}
     for name, tensor in stored.items():
@@ -194,6 +193,6 @@ def key_starts(stored: Mapping[str, Stored]) -> dict[int, bytes]:
 
 def _first_bytes(stored: Any) -> bytes:
     _, columns = stored.get_shape()
-    # No stored element is under one byte wide, so these rows always hold enough.
+    # A stored element has at least one byte, so these rows always hold enough bytes.
     rows: Tensor = stored[: -(-BYTES_A_WEIGHT // columns)]
     return bytes(rows.contiguous().view(torch.uint8).flatten()[:BYTES_A_WEIGHT].numpy())

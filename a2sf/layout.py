@@ -1,7 +1,7 @@
-"""Where the slots of each layer and KV head lie in a row of the cache.
+"""The layout of a cache row: the location of each layer's and KV head's slots.
 
-Owns the arithmetic: the heads of a layer lie one after the other, each with its own number of slots
-and nothing between them. Knows nothing of tensors.
+Owns the arithmetic. The heads of a layer are stored one after the other without gaps, each with its
+own number of slots. Knows nothing of tensors.
 """
 
 from collections.abc import Iterator
@@ -15,68 +15,68 @@ from a2sf.policy import Heads
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive heads with equally many slots: some of one layer, or all of several layers."""
+    """Consecutive heads with the same number of slots: in one layer, or all heads of several."""
 
     layers: slice
     heads: slice
     width: int
-    """Slots of each head."""
+    """Number of slots of each head."""
     pitch: int
-    """Slots from the first one of a head to the first one of the next."""
+    """Number of slots from the first slot of a head to the first slot of the next head."""
     begin: int
-    """The first slot of the first head, counted over the row's slots in all layers."""
+    """Index of the first head's first slot, over the row's slots in all layers."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """How many layers and heads, and the pitch: how a row's slots from `begin` are cut."""
+        """(layers, heads, pitch): the shape of the row's slots from `begin` on."""
         layers, heads = self.layers, self.heads
         return layers.stop - layers.start, heads.stop - heads.start, self.pitch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of slots, head by head."""
+    """The slots of a row, by layer and head."""
 
     slots: Heads
-    """[layers][H_kv] how many each head has; it uses its first ones first."""
+    """[layers][H_kv] number of slots of each head; a head uses its first slots first."""
     pitches: Heads
-    """[layers][H_kv] slots from the first one of a head to the first one of the next: more than it
-    has where this is a view of a wider row."""
+    """[layers][H_kv] slots from the first slot of a head to the first slot of the next head. More
+    than `slots` in a view of a wider row."""
 
     @classmethod
     def packed(cls, slots: Heads) -> Self:
-        """Lay out heads of so many slots, [layers][H_kv]."""
+        """Return a layout without gaps; `slots` [layers][H_kv] is the number of each head."""
         return cls(slots, slots)
 
     def narrowed(self, slots: Heads) -> Self:
-        """Return the same row, of which each head has only its first `slots` [layers][H_kv]."""
+        """Return a view of this row with only the first `slots` [layers][H_kv] of each head."""
         pairs = zip(slots, self.slots, strict=True)
         assert all(n <= m for new, old in pairs for n, m in zip(new, old, strict=True))
         return type(self)(slots, self.pitches)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """[layers] slots of the whole row in each layer."""
+        """[layers] number of slots of the row in each layer."""
         return tuple(map(sum, self.pitches))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """[layers] slots of the row in the layers before each."""
+        """[layers] number of slots of the row before each layer."""
         return tuple(accumulate(self.sizes, initial=0))[:-1]
 
     @cached_property
     def offsets(self) -> Heads:
-        """[layers][H_kv] the first slot of each head, counted over the row's slots in its layer."""
+        """[layers][H_kv] index of each head's first slot, over the row's slots in its layer."""
         return tuple(tuple(accumulate(row, initial=0))[:-1] for row in self.pitches)
 
     @property
     def widest(self) -> int:
-        """The most slots of a head."""
+        """The largest number of slots of any head."""
         return max(map(max, self.slots))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The row cut into as few runs as there can be, in order."""
+        """The row as the fewest runs, in order."""
         return tuple(self._runs())
 
     def _runs(self) -> Iterator[Run]:

@@ -1,8 +1,8 @@
-"""Linear layers whose weights lie in memory as the processor multiplies them fastest.
+"""Linear layers with weights packed for fast multiplication on a processor.
 
-Owns one replacement for torch's `Linear`: weights laid out once for oneDNN, one of the libraries
-of matrix kernels inside torch. By itself torch takes another for float32, which is several times
-slower on some processors. Decoding reads every weight once a step, so this is most of a step there.
+Owns one replacement for torch's `Linear`, with weights packed once for oneDNN, one of torch's
+matrix libraries. For float32, torch itself uses another library, which is several times slower on
+some processors. A decode step reads every weight once, so this dominates the step's time there.
 Knows nothing of models.
 """
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-"""float64 is for exact comparisons, and float16 kernels are missing on most processors."""
+"""float64 is only for exact comparisons, and most processors have no float16 kernels."""
 
 _ROWS_EXPECTED = 16
-"""The input rows that the layout is chosen for; measured good from 1 row to thousands."""
+"""The number of input rows for which oneDNN chooses the layout; good from 1 row to thousands."""
 
 _STEPS = ((16, 1), (64, 16), (512, 64))
-"""Up to so many input rows, the numbers of rows that are computed lie so far apart."""
+"""(max_rows, multiple): up to max_rows input rows, pad to this multiple."""
 
 _LARGEST_STEP = 512
+"""The multiple for more input rows."""
 
 
 class PackedLinear(torch.nn.Module):
-    """A frozen `Linear` with a packed weight: the same function, up to rounding."""
+    """A frozen `Linear` with a packed weight. Results are equal up to rounding."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -35,14 +36,14 @@ class PackedLinear(torch.nn.Module):
 
     @classmethod
     def of(cls, linear: torch.nn.Linear) -> Self:
-        """Pack a layer's weight [out, in]; its own stays as it is."""
+        """Pack a copy of a layer's weight [out, in]; the layer does not change."""
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_EXPECTED)
         return cls(packed, None if linear.bias is None else linear.bias.detach())
 
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        # A decode step comes here some hundred times: every call of Python's shows, so that what
-        # needs no padding goes straight on. That makes a step of one row 5 to 8 % shorter.
+        # A decode step calls this about a hundred times, so Python's overhead matters: skipping
+        # `pad` where it is not needed makes a step of one row 5 to 8 % faster.
         rows = values.numel() // values.shape[-1]
         padding = computed_rows(rows) - rows
         if not padding:
@@ -57,11 +58,10 @@ class PackedLinear(torch.nn.Module):
 
 
 def computed_rows(rows: int) -> int:
-    """Return how many input rows are computed for so many: that many, or a few more.
+    """Return the number of rows to compute for `rows` input rows: `rows`, or a few more.
 
-    oneDNN makes a kernel of half a megabyte for every number of rows that it meets, and keeps a
-    thousand of them. Prompts have every length, so without this a server would grow by hundreds of
-    megabytes before it stops growing.
+    oneDNN compiles a kernel of half a megabyte for every number of rows, and caches a thousand of
+    them. Prompts have all lengths, so without padding a server would grow by hundreds of megabytes.
     """
     step = next((step for most, step in _STEPS if rows <= most), _LARGEST_STEP)
     return -(-rows // step) * step
@@ -70,7 +70,7 @@ def computed_rows(rows: int) -> int:
 def packs(dtype: torch.dtype) -> bool:
     """Whether layers of `dtype` can be packed on this machine's processor.
 
-    oneDNN lays bfloat16 out only for processors with instructions for it (AVX-512 and newer).
+    oneDNN packs bfloat16 only on processors with instructions for it (AVX-512 and newer).
     """
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if dtype == torch.bfloat16:
@@ -81,12 +81,12 @@ def packs(dtype: torch.dtype) -> bool:
 def pack(module: torch.nn.Module) -> None:
     """Replace, in place, every linear layer inside `module` by a packed one.
 
-    Only on processors, and only where `packs` says so; elsewhere `module` stays as it is. A weight
-    shared with an embedding stays there too, so it is held twice.
+    Only on processors, and only if `packs` is true; otherwise `module` does not change. A weight
+    tied to an embedding is then in memory twice.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            # Subclasses may do more than multiply.
+            # Subclasses may compute something else.
             if type(child) is not torch.nn.Linear:
                 continue
             if child.weight.device.type == "cpu" and packs(child.weight.dtype):

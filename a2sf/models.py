@@ -1,9 +1,9 @@
-"""The seam with transformers: loading models and plugging in attention.
+"""The interface to transformers: loads models and replaces their attention.
 
-Owns loading, a model's identity, and the registered attention function; what settings say by
-themselves is read in `outline`. A caller hands every forward pass a `LayerAttention`, which
-transformers carries to each layer as a keyword argument; nothing is patched and no state hangs on a
-module. Knows nothing of requests or schedules, and nothing of any one family.
+Owns loading, a model's identity, and the registered attention function; `model_spec` reads the
+settings. The caller passes a `LayerAttention` to every forward pass; transformers hands it to each
+layer as a keyword argument. So nothing is patched and modules hold no state. Knows nothing of
+requests or schedules, and nothing of a particular family.
 """
 
 import re
@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from a2sf import dtypes, families, files, gguf_file, linear, span
+from a2sf import dtypes, families, files, gguf_file, linear, partial_decoder
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.files import REFERENCE
 from a2sf.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
-from a2sf.outline import (
+from a2sf.model_spec import (
     ModelShape,
     check_generation_settings,
     empty_module,
@@ -37,15 +37,15 @@ from a2sf.outline import (
     reading,
     shape_of,
 )
-from a2sf.ranks import Ranks, expected, of_own_heads
+from a2sf.ranks import Ranks, num_processes, restrict_to_local_heads
 from a2sf.schema import LoadedIdentity, ModelIdentity
 
 ATTENTION_NAME = "a2sf"
-"""Of our attention function, as transformers knows it: it hands on to a `LayerAttention`."""
+"""The name under which transformers knows our attention function."""
 
 
 class LayerAttention(Protocol):
-    """What a forward pass does in the place of attention."""
+    """Replaces the attention of every layer in a forward pass."""
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
@@ -91,9 +91,9 @@ class LoadedModel:
     """A model ready to run, with its tokenizer and its identity."""
 
     identity: ModelIdentity
-    """Of the whole model, whoever holds it."""
+    """The identity of the whole model, even if several processes share it."""
     shape: ModelShape
-    """Of what this process holds: where ranks share the model, its heads are this rank's."""
+    """The sizes in this process: if ranks share the model, it counts only this rank's heads."""
     module: Any
     """The transformers model, in evaluation mode; its linear layers may be packed."""
     tokenizer: Any
@@ -101,35 +101,35 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
-    held: tuple[int, int] | None = None
-    """The KV heads of each layer that this process holds, from the first up to the second, and the
-    query heads that share them; None: all."""
+    local_heads: tuple[int, int] | None = None
+    """(first, end): this process holds the KV heads first .. end - 1 of each layer, and their query
+    heads. None: all heads."""
     dtype_reason: str = "asked for"
-    """Why this dtype, for people to read."""
+    """The reason for this dtype, for people to read."""
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as people write it, such as `bfloat16`."""
+        """The name of the dtype, such as `bfloat16`."""
         return dtypes.name(self.dtype)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Turn text into token ids, with the beginning-of-sequence token if the model has one.
+        """Encode text to token ids, with the beginning-of-sequence token if the model has one.
 
-        Special tokens that the text spells out are read as such. One that is the beginning of the
-        sequence already gets no second one. Without `special` none is added: a chat template has
-        written it into the text already.
+        Special tokens that the text spells out are encoded as special tokens. A text that already
+        starts with the beginning-of-sequence token gets no second one. Without `special`, none is
+        added; use this for the output of a chat template, which already has it.
         """
         ids = self._encode(text, special=special)
         begin = self.tokenizer.bos_token_id
         if special and ids[:2] == (begin, begin):
-            # One of the two may be the text's, or both.
+            # The text may have spelled out one of the two, or both.
             own = self._encode(text, special=False)
             if own[:1] == (begin,) and ids[1 : 1 + len(own)] == own:
                 return ids[1:]
         return ids
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        # Not verbose: who asks has an answer of their own for texts beyond the model's context.
+        # verbose=False: callers report texts that are longer than the model's context themselves.
         encoded = self.tokenizer(text, verbose=False, add_special_tokens=special)
         return tuple(encoded.input_ids)
 
@@ -138,48 +138,54 @@ class LoadedModel:
         token_ids: Tensor,
         positions: Tensor,
         attention: LayerAttention,
-        entering: tuple[int, Tensor] | None = None,
+        layer_input: tuple[int, Tensor] | None = None,
         *,
         differentiable: bool = False,
     ) -> Tensor:
-        """Run the layers with `attention` in each, from [rows, width] ids and positions.
+        """Run the layers with `attention` in each.
 
-        `entering` says what enters a layer, as `layer_input` gave it; those below are not run.
-        `differentiable` asks for gradients with respect to what `attention` returns, for which the
-        model must have been loaded with `pack=False`.
-        Returns [rows, width, hidden], normalised and ready for `logits`.
+        Args:
+            token_ids, positions: [rows, width] integer.
+            attention: computes the attention of every layer.
+            layer_input: a layer's index and its input, from `compute_layer_input`. The layers below
+                it are not run.
+            differentiable: whether gradients flow to the results of `attention`. The model must
+                have been loaded with `pack=False`.
+
+        Returns:
+            [rows, width, hidden], after the final norm, for `logits`.
         """
-        # torch would only warn, and give gradients that leave out what those layers pass on.
+        # torch would only warn, and return gradients that ignore the packed layers.
         packed = any(isinstance(part, linear.PackedLinear) for part in self.module.modules())
         assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
-            if self.held is not None:
-                attention = of_own_heads(attention, self.held)
+            if self.local_heads is not None:
+                attention = restrict_to_local_heads(attention, self.local_heads)
             hidden: Tensor = _decode(
-                self._decoder(entering), token_ids, positions, attention
+                self._decoder(layer_input), token_ids, positions, attention
             ).last_hidden_state
         return hidden
 
     @torch.inference_mode()
-    def layer_input(
+    def compute_layer_input(
         self,
         token_ids: Tensor,
         positions: Tensor,
         attention: LayerAttention,
         layer: int,
-        entering: tuple[int, Tensor] | None = None,
+        layer_input: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        """Run the layers below `layer` only; return what enters it, [rows, width, hidden]."""
-        decoder, noted = span.up_to_layer(self._decoder(entering), layer)
+        """Run only the layers below `layer`; return the layer's input, [rows, width, hidden]."""
+        decoder, placeholder = partial_decoder.up_to_layer(self._decoder(layer_input), layer)
         _decode(decoder, token_ids, positions, attention)
-        assert noted.entered is not None
-        return noted.entered
+        assert placeholder.input is not None
+        return placeholder.input
 
-    def _decoder(self, entering: tuple[int, Tensor] | None) -> Any:
+    def _decoder(self, layer_input: tuple[int, Tensor] | None) -> Any:
         decoder = self.module.get_decoder()
-        if entering is None or entering[0] == 0:
+        if layer_input is None or layer_input[0] == 0:
             return decoder
-        return span.from_layer(decoder, *entering)
+        return partial_decoder.from_layer(decoder, *layer_input)
 
     def logits(self, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
         """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""
@@ -203,25 +209,25 @@ def load_model(
     pack: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load a model with its tokenizer, from safetensors or GGUF and without remote code.
+    """Load a model with its tokenizer, from safetensors or GGUF, without remote code.
 
     Args:
         id_or_path: "reference" for the packaged model, a directory, a GGUF file, or a hub id.
         revision: branch, tag or commit, for a hub id.
-        device: "auto" (CUDA where there is one, else the processor), "cpu", "cuda" or "cuda:N".
-        dtype: "auto", for which `dtypes.choose` has the rule, or a name such as "bfloat16".
-        pack: whether to lay the weights out as a processor multiplies them fastest; gradients do
-            not flow through such layers, so that who wants them asks for False.
-        ranks: the processes among which the model's heads are divided, all of which call this;
-            each computes where its rank says, and packs nothing. None: this process holds all.
+        device: "auto" (CUDA if available, else the processor), "cpu", "cuda" or "cuda:N".
+        dtype: "auto", see `dtypes.choose`, or a name such as "bfloat16".
+        pack: whether to pack the weights for a processor. Packed layers have no gradients; pass
+            False for gradients.
+        ranks: the processes that share the model's heads; all of them must call this function.
+            Each uses its rank's device, and weights are not packed. None: one process holds all.
 
     Raises:
         NotFound: there is no such model, or it cannot be reached.
-        Unsupported: the model is of a kind that this program would run wrongly, or torchrun has
-            started several processes that are not to share it.
+        Unsupported: this program would run the model wrongly, or torchrun has started several
+            processes that do not share it.
         InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
     """
-    if ranks is None and expected() > 1:
+    if ranks is None and num_processes() > 1:
         raise Unsupported(
             "this program does not divide a model among the processes that torchrun has started; "
             "start it without torchrun"
@@ -239,11 +245,11 @@ def load_model(
     choice = dtypes.choose(dtype, target.type, config, processes=ranks.size if ranks else 1)
     chosen = choice.dtype
     shape = shape_of(config)
-    # What is wrong with the files is said before weights are read.
+    # Check the files before reading weights.
     if gguf:
         vocabulary = gguf.vocabulary()
         tokenizer, ends = vocabulary.tokenizer(), vocabulary.end_ids()
-        # Mixed quantisations differ in other tensors than the key projections.
+        # Mixed quantisations may differ only outside the key projections, so hash all types.
         starts, stored = gguf.key_starts(BYTES_A_WEIGHT), {"stored": gguf.header.type_counts()}
         identity = _identity(gguf.id, revision, config, starts, stored)
     else:
@@ -252,13 +258,13 @@ def load_model(
         tokenizer = read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
         ends = _eos_token_ids(directory, config, tokenizer)
-        # A local model goes by its folder's name: the path to it is nobody else's business.
+        # The id of a local model is its folder's name; its path must not leak.
         local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
         name = directory.resolve().name if local else id_or_path
         identity = _identity(name, revision, config, starts)
-    held = None
+    local_heads = None
     if ranks:
-        held = ranks.share(shape.num_kv_heads)
+        local_heads = ranks.share(shape.num_kv_heads)
         shape = replace(
             shape,
             num_attention_heads=shape.num_attention_heads // ranks.size,
@@ -278,7 +284,7 @@ def load_model(
                 output_loading_info=True,
                 **_divided(id_or_path, config) if ranks else {},
             )
-    # transformers fills what is missing with random numbers and only warns.
+    # transformers fills missing weights with random numbers and only warns.
     for kind in ("missing", "unexpected", "mismatched"):
         if loaded[f"{kind}_keys"]:
             raise NotFound(
@@ -286,7 +292,7 @@ def load_model(
                 f"{', '.join(sorted(map(str, loaded[f'{kind}_keys'])))}"
             )
     module = module.to(target).eval().requires_grad_(False)
-    # A packed layer would leave out the sum over ranks that transformers hooks to it.
+    # transformers hooks the sum over ranks to these layers; packing would remove it.
     if pack and not ranks:
         linear.pack(module)
     model = LoadedModel(
@@ -297,7 +303,7 @@ def load_model(
         device=target,
         dtype=chosen,
         eos_token_ids=ends,
-        held=held,
+        local_heads=local_heads,
         dtype_reason=choice.reason,
     )
     try:
@@ -318,7 +324,7 @@ def _identity(
     starts: Mapping[int, bytes],
     stored: Mapping[str, Any] = MappingProxyType({}),
 ) -> LoadedIdentity:
-    """Return a model's identity; `stored` is hashed beside the settings, where there is any."""
+    """Return a model's identity; `stored` is hashed in addition to the settings."""
     shape, architecture = shape_of(config), config.architectures[0]
     partial = architecture in families.ROTATE_IN_PART
     sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
@@ -353,24 +359,26 @@ def _identity(
 
 
 def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:
-    """Return what asks transformers to divide the model among the ranks by the model's own plan.
+    """Return the arguments with which transformers divides the model among the ranks.
 
-    Raises Unsupported where that plan does not have each process project its own heads' output.
+    Raises Unsupported unless, in the model's plan, each process projects its own heads' output.
     """
     plan = config.base_model_tp_plan or {}
     outputs = [how for part, how in plan.items() if re.search(r"self_attn\.(o_proj|dense)$", part)]
     if not outputs or not set(outputs) <= {"rowwise", "rowwise_split_input"}:
         raise Unsupported(
-            f"model {name!r} is a {config.architectures[0]}, of which transformers has no "
+            f"model {name!r} is a {config.architectures[0]}, for which transformers has no "
             "tensor-parallel plan that divides the heads; serve it with one process"
         )
     if find_spec("accelerate") is None:
-        raise Unsupported("a model is divided with accelerate; install a2sf-serve[parallel]")
+        raise Unsupported(
+            "several processes need accelerate to share a model; install a2sf-serve[parallel]"
+        )
     return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
 def _try_out(model: LoadedModel) -> None:
-    """Run one token, so that a layer that asks for too much is refused before anyone waits."""
+    """Run one token, so that a layer with unsupported attention is refused at load time."""
     shape = model.shape
     attended = []
 
@@ -396,7 +404,7 @@ def _device(name: str) -> torch.device:
 
 
 def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the ends of sequence that settings, generation settings and tokenizer name."""
+    """Return the end-of-sequence tokens of settings, generation settings and tokenizer."""
     named = [config.eos_token_id, tokenizer.eos_token_id]
     if (directory / "generation_config.json").is_file():
         named.append(GenerationConfig.from_pretrained(directory).eos_token_id)
@@ -404,5 +412,5 @@ def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[in
     for ids in named:
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
-    # Some settings say with a negative number that there is none.
+    # In some settings, a negative number means that there is none.
     return frozenset(index for index in found if index >= 0)

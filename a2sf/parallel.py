@@ -1,8 +1,8 @@
-"""One model, several processes: the first is asked, and all do the same at the same time.
+"""Engines of several processes that share one model and run in lockstep.
 
-Owns what keeps the ranks' engines in lockstep: the first rank's engine tells the others which
-requests came and went since its last step and what its clock said, and each does that step on its
-own heads. Knows nothing of transport, of how processes meet (`ranks`), or of what a step computes.
+Owns the protocol. Before each step, the first rank's engine sends the others the requests submitted
+and cancelled since the last step, and its clock's time. Then each rank runs the step on its own
+heads. Knows nothing of transport, of process groups (`ranks`), or of what a step computes.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class _Submit(Frozen):
     kind: Literal["submit"] = "submit"
     request: GenerationRequest
     now: float
-    """What the first rank's clock said, seconds."""
+    """The time on the first rank's clock, in seconds."""
 
 
 class _Cancel(Frozen):
@@ -34,24 +34,24 @@ class _Cancel(Frozen):
 
 
 class _Step(Frozen):
-    """What one step hangs on, but for what all ranks know already."""
+    """The inputs of one step that the other ranks do not have yet."""
 
     commands: tuple[Annotated[_Submit | _Cancel, Field(discriminator="kind")], ...]
-    """Accepted by the first rank since the step before, in order."""
+    """Commands that the first rank accepted since the previous step, in order."""
     now: float
     drawn: str
-    """The digest of what the first rank drew in the step before, and of what failed there."""
+    """Digest of the tokens and failures of the first rank's previous step."""
 
 
 _END = b""
-"""What the first rank says last."""
+"""The last message of the first rank."""
 
 
 class LeadingEngine(Engine):
-    """The first rank's engine: the others follow what is asked of it.
+    """The first rank's engine; the other ranks' engines follow it.
 
-    The other ranks must be in `Follower`. Bytes are those of all ranks together. CUDA graphs are
-    left out, whatever the config says: sums over ranks have not been tried in them.
+    The other ranks must run a `Follower`. Numbers of bytes are sums over all ranks. CUDA graphs are
+    never used, because we have not tested sums over ranks in them.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class LeadingEngine(Engine):
         self._commands: list[_Submit | _Cancel] = []
         self._drawn = _digest([])
         config = config.model_copy(update={"cuda_graphs": False})
-        ranks.tell(config.model_dump_json().encode())
+        ranks.send(config.model_dump_json().encode())
         super().__init__(model, config, clock=self._agreed)
 
     @property
     def kv_slab_bytes(self) -> int:
-        """As in `Engine`, of all ranks: some hold wider heads than others."""
+        """As in `Engine`, summed over ranks, whose heads may have different numbers of slots."""
         identity = self.model.identity
         slots = self.config.head_slots(identity.num_layers, identity.num_kv_heads)
         return self.config.max_batch * sum(map(sum, slots)) * self._slot_bytes
@@ -84,7 +84,7 @@ class LeadingEngine(Engine):
 
     def submit(self, request: GenerationRequest) -> None:
         """As `Engine.submit`."""
-        # A seed that each rank chose for itself would be another one on each.
+        # All ranks must use the same seed, so the first rank chooses it.
         seed = sampling.choose_seed(request.sampling)
         seeded = request.sampling.model_copy(update={"seed": seed})
         request = request.model_copy(update={"sampling": seeded})
@@ -98,9 +98,9 @@ class LeadingEngine(Engine):
         self._commands.append(_Cancel(request_id=request_id))
 
     def step(self) -> list[StepEvent]:
-        """As `Engine.step`, on all ranks. Raises RankLost where one has ended."""
-        told = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
-        self._ranks.tell(told.model_dump_json().encode())
+        """As `Engine.step`, on all ranks. Raises RankLost if a rank has ended."""
+        step = _Step(commands=tuple(self._commands), now=self._agreed.agree(), drawn=self._drawn)
+        self._ranks.send(step.model_dump_json().encode())
         with self._ranks.together():
             events = super().step()
         self._commands.clear()
@@ -108,47 +108,50 @@ class LeadingEngine(Engine):
         return events
 
     def close(self) -> None:
-        """Let the other ranks' engines end. This one is of no use afterwards."""
-        self._ranks.tell(_END)
+        """End the other ranks' engines. This engine cannot be used afterwards."""
+        self._ranks.send(_END)
 
 
 class Follower:
-    """Any other rank: an engine that does what the first rank's does."""
+    """The engine of another rank; it repeats the steps of the first rank's engine."""
 
     def __init__(self, model: LoadedModel, ranks: Ranks) -> None:
-        """Wait for the first rank's engine, and make one like it. Raises RankLost if it ends."""
+        """Wait for the first rank's configuration and make an engine with it.
+
+        Raises RankLost if the first rank has ended.
+        """
         self._ranks = ranks
         self._now = 0.0
-        config = EngineConfig.model_validate_json(ranks.hear())
+        config = EngineConfig.model_validate_json(ranks.receive())
         self._engine = Engine(model, config, clock=lambda: self._now)
 
     def run(self) -> None:
         """Follow until the first rank closes.
 
-        Raises RankLost where it ends without, and where it draws other tokens than this one or
-        other requests fail there.
+        Raises RankLost if the first rank ends without closing, or if its tokens or failures differ
+        from those of this rank.
         """
         drawn = _digest([])
-        while (message := self._ranks.hear()) != _END:
-            told = _Step.model_validate_json(message)
-            if told.drawn != drawn:
-                raise RankLost(f"rank {self._ranks.rank} has drawn other tokens than the first")
-            for command in told.commands:
+        while (message := self._ranks.receive()) != _END:
+            step = _Step.model_validate_json(message)
+            if step.drawn != drawn:
+                raise RankLost(f"rank {self._ranks.rank} has drawn other tokens than rank 0")
+            for command in step.commands:
                 if isinstance(command, _Submit):
                     self._now = command.now
                     self._engine.submit(command.request)
                 else:
                     self._engine.cancel(command.request_id)
-            self._now = told.now
+            self._now = step.now
             with self._ranks.together():
                 drawn = _digest(self._engine.step())
 
 
 class _AgreedClock:
-    """A clock of which one reading can be fixed before it is asked for.
+    """A clock whose next reading can be fixed in advance.
 
-    What a submission or a step decides hangs on the first time that it reads the clock; that is the
-    one that other ranks are told. Later readings only time what was done.
+    Decisions in a submission or a step depend only on its first reading of the clock, which is sent
+    to the other ranks. Later readings only measure times.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -156,7 +159,7 @@ class _AgreedClock:
         self._next: float | None = None
 
     def agree(self) -> float:
-        """Return what the next call will return, seconds."""
+        """Fix and return the next reading, in seconds."""
         self._next = self._clock()
         return self._next
 
@@ -166,7 +169,7 @@ class _AgreedClock:
 
 
 def _digest(events: list[StepEvent]) -> str:
-    """Tell what was drawn, and what failed, in few bytes, the same on every rank."""
+    """Hash the drawn tokens and the failures; ranks in agreement get the same digest."""
     drawn = [(event.request_id, event.token_ids) for event in events if isinstance(event, Delta)]
     failed = [event.request_id for event in events if isinstance(event, Failed)]
     return hashlib.sha256(repr((drawn, failed)).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Dealing a layer's slots among its heads by a prompt's own scores, once the prompt has been read.
+"""Splits a layer's slots among its heads by the scores of the prompt, after prefill.
 
-Owns AdaKV's rule (arXiv 2407.11550): the highest scores of all heads of a layer win its slots, and
-each head is sure of a part of what it would have alone. For teacher forcing, to compare with: the
-engine's rows are shaped before a prompt is known. Knows nothing of how scores come about.
+Owns AdaKV's rule (arXiv 2407.11550): the highest scores over all heads of a layer win the slots,
+and each head has a guaranteed minimum. Used only in teacher forcing, as a baseline: the shape of
+the engine's rows is fixed before a prompt is known. Knows nothing of how scores are computed.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,24 @@ from a2sf.scoring import EMPTY
 def pooled_budgets(
     slots: Slots, length: Tensor, policy: PolicyTensors, floors: Sequence[float | None]
 ) -> Tensor:
-    """Deal anew what a layer's heads have together.
+    """Split the slots of a layer's heads again, by the scores of the prompt.
 
-    Sinks and the recent window are every head's own. Of the other slots, as many as all heads have
-    together go to the highest scores among all heads' tokens (of equal ones, to the newest of the
-    first head). So many slots count as 1 - floor, and what a head has under its policy as floor.
-    Whole numbers come from rounding the running total, so that the sum stays what it was.
+    Every head keeps the slots for its sinks, its recent window and the next token. The other slots
+    of all heads form a pool. A head's win is the number of its tokens among the pool-size highest
+    scores of all heads (ties: the newest token of the first head). A head receives (1 - floor) x
+    its win + floor x its pooled slots under the policy. Rounding the running total gives whole
+    numbers with an unchanged sum.
 
     Args:
-        slots: one layer with what is left of the prompts, scored; all heads have the same slots.
-        length: [rows] int64, the prompts' tokens.
+        slots: one layer with the retained tokens of the prompts and their scores; all heads have
+            the same number of slots.
+        length: [rows] int64, tokens of the prompts.
         policy: the rows' policies in that layer.
-        floors: [rows] between 0 and 1; None leaves a row as it is, and so does a prompt that has
-            fewer tokens to choose among than slots.
+        floors: [rows] between 0 and 1; None for a row that must not change. A row whose prompt has
+            no more tokens to choose from than the pool has slots does not change either.
 
     Returns:
-        [1, rows, H_kv] int64 slots.
+        [1, rows, H_kv] int64, number of slots.
     """
     budgets = policy.budget.clone()
     lowest = slots.whole.victim(length, policy)[0]
@@ -43,18 +45,18 @@ def pooled_budgets(
         sinks, end = policy.sinks[row], length[row]
         position = slots.whole.position[0, row]
         competes = (position != EMPTY) & (position >= sinks) & (position < (end - recent)[:, None])
-        # A head that has evicted along the prompt cannot hold more than it does: the slot of the
-        # token that is being placed must be one of those.
+        # A head that has evicted during the prompt cannot grow: the next token must replace one of
+        # its tokens.
         lost = (position != EMPTY).sum(dim=-1) < end
         competes[lost, lowest[row, lost]] = False
-        # One more for the token that is being placed.
+        # One more for the next token.
         reserved = sinks + recent + 1
         free = own - reserved
         pool = int(free.sum())
         scores = slots.whole.score[0, row].masked_fill(~competes, -torch.inf).flatten()
         if int(competes.sum()) <= pool:
             continue
-        # Later positions win a tie within a head, as the law evicts the oldest first.
+        # On a tie within a head the later position wins, because the law evicts the oldest first.
         order = torch.argsort(position.flatten(), descending=True, stable=True)
         ranked = order[torch.argsort(scores[order], descending=True, stable=True)][:pool]
         heads = torch.arange(len(own), device=own.device).repeat_interleave(position.shape[1])

@@ -1,8 +1,8 @@
-"""What a model makes of the prompts of given texts, once for all policies that read them exactly.
+"""Prompts of given texts, computed once for all policies with an exact prefill.
 
-A prompt that is read as one block sees all of itself, whatever is evicted after it: its queries,
-keys and values are the same in every layer under every such policy. Owns what is kept of them, and
-how the tokens after them run alone. Knows nothing of policies.
+In an exact prefill a prompt is one block, so nothing is evicted before its end: its queries, keys
+and values in every layer are the same under all these policies. Owns these cached tensors, and the
+forward pass of only the tokens after the prompts. Knows nothing of policies.
 """
 
 from collections.abc import Sequence
@@ -12,39 +12,39 @@ import torch
 from torch import Tensor
 
 from a2sf.attention import attend_causally
+from a2sf.model_spec import ModelShape
 from a2sf.models import LayerAttention, LoadedModel
-from a2sf.outline import ModelShape
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model makes of one prompt."""
+    """The computed tensors of one prompt."""
 
     projected: tuple[tuple[Tensor, Tensor, Tensor], ...]
     """By layer: queries [H_q, tokens, D], keys and values [H_kv, tokens, D]; rotated."""
     hidden: Tensor
-    """[tokens, hidden], ready for `logits`."""
+    """[tokens, hidden], the final hidden states, for `logits`."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self.hidden)
 
 
 def nbytes(shape: ModelShape, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that are kept of prompts of so many tokens, but for what leaves the last layer."""
+    """Bytes of `Prompt.projected` for prompts of `tokens` tokens in total."""
     heads = shape.num_attention_heads + 2 * shape.num_kv_heads
     return tokens * shape.num_layers * heads * shape.head_dim * dtype.itemsize
 
 
 def read(model: LoadedModel, texts: Sequence[Sequence[int]], *, batch: int) -> list[Prompt]:
-    """Read prompts, up to `batch` at once. Each is at least one token."""
+    """Compute prompts of at least one token each, up to `batch` in one forward pass."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, Prompt] = {}
     for first in range(0, len(order), batch):
         members = order[first : first + batch]
         width = max(len(texts[i]) for i in members)
-        # Padded with its own last token: any other might be one of which the model makes NaN.
+        # Pad with the row's last token: for another token the model might return NaN.
         rows = [[*texts[i], *[texts[i][-1]] * (width - len(texts[i]))] for i in members]
         ids = torch.tensor(rows, device=model.device)
         positions = torch.arange(width, device=model.device).expand(len(members), -1)
@@ -57,7 +57,7 @@ def read(model: LoadedModel, texts: Sequence[Sequence[int]], *, batch: int) -> l
 
 
 class _Noting:
-    """Plain causal attention that keeps what each layer projects of each row."""
+    """Causal attention that records the queries, keys and values of each row and layer."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.layers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in lengths]
@@ -69,17 +69,17 @@ class _Noting:
         for row, length in enumerate(self._lengths):
             q, k, v = (t[row, :, :length].clone() for t in (query, keys, values))
             self.layers[row].append((q, k, v))
-        # Padding stands at the right, where no real token sees it.
+        # Padding is at the right, where no real token attends to it.
         return attend_causally(query, keys, values, scale)
 
 
 class AfterPrompts:
-    """Lets an attention over whole texts be handed the tokens after their prompts alone."""
+    """Wraps an attention over whole texts, for a forward pass of only the tokens after prompts."""
 
     def __init__(
         self, attention: LayerAttention, prompts: Sequence[Prompt], lengths: Sequence[int]
     ) -> None:
-        """Take an attention over rows that begin with `prompts` and have `lengths` tokens."""
+        """`attention` runs over rows that start with `prompts` and have `lengths` tokens."""
         self._attention = attention
         self._rows = [(one, length) for one, length in zip(prompts, lengths, strict=True)]
         self._width = max(lengths)
@@ -89,7 +89,7 @@ class AfterPrompts:
     ) -> Tensor:
         """Attend from the tokens after the prompts, [rows, H, width, D]; padded at the right.
 
-        What is returned for padding is 0, and the attention is given 0 in its place.
+        Padding is 0 in the input of the wrapped attention and in the result.
         """
         whole = [self._empty(tensor, self._width) for tensor in (query, keys, values)]
         for row, (prompt, length) in enumerate(self._rows):
@@ -109,6 +109,6 @@ class AfterPrompts:
 
     @staticmethod
     def _empty(like: Tensor, width: int) -> Tensor:
-        """Zeros [rows, heads, width, D], laid out as a model hands them over."""
+        """Zeros [rows, heads, width, D], with the memory layout of a model's projections."""
         rows, heads, _, dim = like.shape
         return like.new_zeros(rows, width, heads, dim).transpose(1, 2)

@@ -1,7 +1,8 @@
-"""The processes that share one model: who they are, what each holds, how the first leads the rest.
+"""The processes (ranks) that share one model.
 
-Owns joining the processes that torchrun started, dividing KV heads among them, and the messages by
-which the first tells the others what to do. Knows nothing of models, requests or what is told.
+Owns the process group of torchrun's processes, the split of KV heads among them, and the transport
+of messages from the first rank to the others. Knows nothing of models, requests or the messages'
+content.
 """
 
 import os
@@ -18,40 +19,40 @@ from torch import Tensor
 from a2sf.errors import InvalidArgument
 
 LONGEST_STEP = timedelta(minutes=10)
-"""How long a rank waits for another in the middle of a computation, at most."""
+"""Timeout for another rank during a computation."""
 
 _LONGEST_IDLE = timedelta(days=365)
-"""How long one waits to be told something. A rank that ends is noticed at once all the same."""
+"""Idle broadcast timeout; a dead peer still fails at once."""
 
 
 class RankLost(RuntimeError):
-    """Another of the processes that share the model has ended, or goes another way."""
+    """Another process that shares the model has ended, or has drawn other tokens."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a model."""
+    """This process, as one of the processes that share a model."""
 
     rank: int
     size: int
     device: torch.device
-    """Where this process computes."""
+    """The device of this process."""
     channel: dist.ProcessGroup | None = None
-    """What messages go through; of one rank alone there is none."""
+    """The process group for messages; None for a single rank."""
 
     @classmethod
     def join(cls, device: str) -> Self:
-        """Meet the other processes; returns once all are there.
+        """Join the other processes; returns after all have joined.
 
-        `device` is the kind that the user wants, as for `load_model`; each rank takes the one of
-        its own number. Raises InvalidArgument for a kind that would not be so.
+        `device` is the user's choice, as for `load_model`; each rank uses the device with its own
+        number. Raises InvalidArgument for a device that this machine or torchrun rules out.
         """
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("auto", kind):
             raise InvalidArgument(
                 "device",
                 f"{device!r}; accepted under torchrun on this machine: auto, {kind}; each process "
-                "takes the device of its own number",
+                "takes the device with its own number",
             )
         place = torch.device(kind)
         if kind == "cuda":
@@ -59,7 +60,7 @@ class Ranks:
             if place.index >= torch.cuda.device_count():
                 raise InvalidArgument(
                     "--nproc-per-node",
-                    f"process {place.index + 1} finds no CUDA device of its own; accepted on this "
+                    f"there is no CUDA device for process {place.index + 1}; accepted on this "
                     f"machine: at most {torch.cuda.device_count()}",
                 )
             torch.cuda.set_device(place)
@@ -76,9 +77,9 @@ class Ranks:
         )
 
     def share(self, num_kv_heads: int) -> tuple[int, int]:
-        """Return which of so many KV heads this rank holds: from the first up to the second.
+        """Return (first, end): of `num_kv_heads`, this rank holds first .. end - 1.
 
-        Raises InvalidArgument where they cannot be divided evenly.
+        Raises InvalidArgument if the heads cannot be divided evenly.
         """
         if num_kv_heads % self.size:
             accepted = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
@@ -90,16 +91,16 @@ class Ranks:
         share = num_kv_heads // self.size
         return self.rank * share, (self.rank + 1) * share
 
-    def tell(self, message: bytes) -> None:
-        """Send a message from the first rank to all others. Raises RankLost where one is gone."""
+    def send(self, message: bytes) -> None:
+        """Send a message from the first rank to all others. Raises RankLost if one has ended."""
         self._broadcast(torch.tensor([len(message)]))
         if message:
             self._broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8))
 
-    def hear(self) -> bytes:
-        """Wait for the first rank's next message, however long it takes.
+    def receive(self) -> bytes:
+        """Wait for the first rank's next message, without a practical timeout.
 
-        Raises RankLost where that rank is gone.
+        Raises RankLost if that rank has ended.
         """
         length = torch.zeros(1, dtype=torch.int64)
         self._broadcast(length)
@@ -110,15 +111,15 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Compute with the other ranks. Raises RankLost where one ends meanwhile."""
+        """Compute together with the other ranks. Raises RankLost if one ends meanwhile."""
         try:
             yield
         except RuntimeError as error:
-            # Of NCCL a type of its own; of gloo a RuntimeError that names the file it comes from.
+            # NCCL raises a DistError, gloo a RuntimeError whose text names gloo's source file.
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise RankLost(
-                f"rank {self.rank} of {self.size} has lost another, which must have ended"
+                f"rank {self.rank} of {self.size} has lost another rank, which must have ended"
             ) from error
 
     def _broadcast(self, tensor: Tensor) -> None:
@@ -127,7 +128,7 @@ class Ranks:
 
 
 class Attention(Protocol):
-    """What attends in one layer, as `a2sf.models.LayerAttention` has it."""
+    """The same protocol as `a2sf.models.LayerAttention`."""
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
@@ -135,15 +136,15 @@ class Attention(Protocol):
         """Return the output, [rows, H_q, width, D]."""
 
 
-def of_own_heads(attention: Attention, held: tuple[int, int]) -> Attention:
-    """Let `attention` see the `held` KV heads alone, and the query heads that share them.
+def restrict_to_local_heads(attention: Attention, local_heads: tuple[int, int]) -> Attention:
+    """Restrict `attention` to the KV heads `local_heads` (first, end), and to their query heads.
 
-    Some plans of transformers put all heads together in every process, and let each project its
-    own heads' output: what is returned for the others is 0, and nobody reads it.
+    In some transformers plans every process computes all heads but projects only its own heads'
+    output. The output of the other heads is 0 and is never read.
     """
 
     def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /) -> Tensor:
-        first, end = held
+        first, end = local_heads
         if keys.shape[1] == end - first:
             return attention(layer, query, keys, values, scale)
         group = query.shape[1] // keys.shape[1]
@@ -157,17 +158,17 @@ def of_own_heads(attention: Attention, held: tuple[int, int]) -> Attention:
     return attend
 
 
-def expected() -> int:
-    """Return how many processes torchrun has started to share a model; 1 without torchrun."""
-    # Other programs set WORLD_SIZE too, for purposes of their own.
+def num_processes() -> int:
+    """Return the number of processes that torchrun started to share a model; 1 without torchrun."""
+    # WORLD_SIZE alone proves nothing: other programs set it too.
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
-def leads() -> bool:
-    """Whether this process is the first of them, or alone."""
-    return expected() == 1 or int(os.environ["RANK"]) == 0
+def is_first_rank() -> bool:
+    """Whether this process is the first rank, or the only process."""
+    return num_processes() == 1 or int(os.environ["RANK"]) == 0
 
 
 def leave() -> None:
-    """Part from the other processes, all of which must do so; this one is alone afterwards."""
+    """Leave the process group. All processes must call this."""
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What goes into the engine and what comes out: the values that cross its front door.
+"""The engine's input and output: requests and events.
 
-Owns the request, the stream's events and the figures in them, all frozen. Knows nothing of
-tensors or of transport; the service converts these to and from messages.
+Owns the request, the events of a stream and the statistics in them; all are frozen. Knows nothing
+of tensors or of transport; the service converts these values to and from messages.
 """
 
 import enum
@@ -19,21 +19,21 @@ MAX_TOP_LOGPROBS = 20
 
 
 class Sampling(Given):
-    """How the next token is drawn. Filters apply in the order of the fields here."""
+    """Settings for drawing the next token. Filters apply in the order of these fields."""
 
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0, allow_inf_nan=False)] = 1.0
-    """Divides the positive logits of tokens in the prompt or completion, multiplies the negative
-    ones; 1 does nothing, more discourages repeating. The greedy choice heeds it too."""
+    """Divides the positive logits of tokens in the prompt or completion, and multiplies the
+    negative ones. 1: no effect; above 1: less repetition. Applies to greedy decoding too."""
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
-    """0 is greedy: the most likely token, the lowest id on a tie."""
+    """0 is greedy: the most likely token; on a tie, the lowest id."""
     top_k: Count = 0
-    """Draw from the k most likely tokens, and those as likely as the k-th; 0 means all."""
+    """Draw from the k most likely tokens and all tokens tied with the k-th. 0: all tokens."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 1.0
-    """Draw from the fewest tokens whose probabilities reach this sum, the lowest ids of equals."""
+    """Draw from the fewest tokens whose probabilities sum to top_p; on a tie, the lowest ids."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.0
-    """Leave out tokens less likely than this share of the most likely one."""
+    """Drop tokens whose probability is below min_p times the highest probability."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """None lets the engine choose one; the stream's first event tells which."""
+    """None: the engine chooses a seed and reports it in the stream's first event."""
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -43,42 +43,42 @@ class ChatMessage(Given):
     """One message of a conversation."""
 
     role: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
-    """Who says it, as the model's template names them: `system`, `user`, `assistant`, ..."""
+    """The role, by the name in the model's template: `system`, `user`, `assistant`, ..."""
     content: str
 
 
 class GenerationRequest(Frozen):
-    """One completion to make. `table` is the alpha table that the policy names, looked up."""
+    """A request for one completion. `table` is the alpha table that the policy names."""
 
     request_id: str
     prompt_ids: Annotated[tuple[Count, ...], Field(min_length=1)]
     max_new_tokens: Positive
     min_new_tokens: Count = 0
-    """Tokens before which nothing but the time limit ends the completion; at most max_new_tokens.
-    A token that would end it is not drawn among them, and a stop string counts only where a later
+    """The completion has at least this many tokens, at most max_new_tokens, unless the time limit
+    ends it. Tokens that would end it are not drawn before, and a stop string counts only if a later
     token completes it."""
     priority: int = 0
-    """Of the requests that wait, the highest goes first, and among equals the oldest. A lower one
-    waits as long as higher ones come; none that runs is interrupted."""
+    """The waiting request with the highest priority starts first; on a tie, the oldest. A lower one
+    waits as long as higher ones arrive. Running requests are not interrupted."""
     time_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Seconds from submission after which the stream ends with what it has: in the step that finds
-    them over, before anything is drawn in it. A request that has no token by then, or still waits,
-    ends too, with `Started` and `Finished` like any other."""
+    """Seconds from submission until the stream ends with the tokens that it has. The engine checks
+    this at the start of a step. A request that is still waiting or has no token yet ends too, with
+    `Started` and `Finished` like any other."""
     sampling: Sampling = Sampling()
     stop: Annotated[tuple[StopString, ...], Field(max_length=MAX_STOP_STRINGS)] = ()
-    """Strings that end the completion and are left out of its text. One that is the name of a
-    special token ends it by that token too, which is never part of the text."""
+    """Strings that end the completion and are left out of its text. A stop string that is the name
+    of a special token also matches that token, which is never part of the text."""
     stop_token_ids: Annotated[tuple[Count, ...], Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     """Tokens that end the completion and are left out of its text."""
     turn_end_ids: tuple[Count, ...] = ()
-    """Tokens that end the answer's turn in a conversation, and so the completion, beside the
-    model's end-of-sequence tokens."""
+    """Tokens that end an assistant turn. They end the completion like the model's end-of-sequence
+    tokens."""
     ignore_eos: bool = False
-    """Write on past those and the model's end-of-sequence tokens."""
+    """Continue after turn_end_ids and the model's end-of-sequence tokens."""
     logprobs: bool = False
-    """Tell each token's logprob: the log-softmax of the raw logits, before any setting above."""
+    """Return each token's logprob: the log-softmax of the raw logits, before any setting above."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    """Most likely tokens to tell at each step, with their logprobs; needs `logprobs`."""
+    """Number of most likely tokens to return per step, with their logprobs; needs `logprobs`."""
     cache_policy: CachePolicy = CachePolicy()
     table: AlphaTable | None = None
 
@@ -99,7 +99,7 @@ class GenerationRequest(Frozen):
 
 
 class FinishReason(enum.Enum):
-    """Why a stream ended in the ordinary way. A failure is `Failed`, never a reason."""
+    """Why a stream ended normally. A failure is a `Failed` event, not a reason."""
 
     LENGTH = "length"
     STOP = "stop"
@@ -108,29 +108,29 @@ class FinishReason(enum.Enum):
 
 
 class Usage(Frozen):
-    """Tokens read and written."""
+    """Number of prompt tokens and of generated tokens."""
 
     prompt_tokens: Count
     completion_tokens: Count
 
 
 class CacheStatistics(Frozen):
-    """What the row held when it ended, and in how many bytes of the cache's tensors."""
+    """The content of the row at the end, and its size in the cache."""
 
     budget: Positive
-    """Slots of the row for each head, the mean over layers and heads."""
+    """Slots of the row per head, averaged over layers and heads."""
     kept_tokens: Count
-    """Tokens that each head stored at the end, the mean over layers and heads, rounded."""
+    """Tokens stored per head at the end, averaged over layers and heads, rounded."""
     evicted_tokens: Count
-    """Tokens that it dropped on the way: all but those that are kept."""
+    """Tokens evicted per head: all tokens in the cache so far minus kept_tokens."""
     kv_bytes: Count
-    """Bytes of the slots that hold them: keys, values, positions and scores of every layer."""
+    """Bytes of the slots in use: keys, values, positions and scores of all layers."""
     kv_bytes_full: Count
-    """Bytes of keys and values that a cache without eviction would hold now."""
+    """Bytes of the keys and values in a cache without eviction."""
 
 
 class Timings(Frozen):
-    """Seconds on the engine's clock; 0 for a part that the request did not live to see."""
+    """Seconds on the engine's clock; 0 for a phase that the request did not reach."""
 
     queue_s: float
     """From submission to the start of the prefill."""
@@ -141,7 +141,7 @@ class Timings(Frozen):
 
 
 class Started(Frozen):
-    """The first event: the request was admitted, under this very policy and seed."""
+    """The first event: the request was admitted, with this policy and seed."""
 
     request_id: str
     policy: EffectivePolicy
@@ -150,32 +150,32 @@ class Started(Frozen):
 
 
 class TokenLogprob(Frozen):
-    """A token that might have been chosen, and the natural logarithm of its probability."""
+    """A candidate token and the natural logarithm of its probability."""
 
     token_id: Count
     logprob: float
 
 
 class TokenLogprobs(Frozen):
-    """How likely the model found a chosen token, and what it found most likely."""
+    """The logprob of a drawn token, and the most likely tokens at that step."""
 
     logprob: float
-    """Of the chosen token."""
+    """The logprob of the drawn token."""
     top: tuple[TokenLogprob, ...]
-    """The `top_logprobs` most likely tokens by falling logprob, the lowest id first on a tie."""
+    """The `top_logprobs` most likely tokens by falling logprob; on a tie, the lowest id first."""
 
 
 class Delta(Frozen):
-    """What one decode step added. `text` ends at a character's boundary and may be empty.
+    """The output of one decode step. `text` consists of whole characters and may be empty.
 
-    The text withheld at a time limit comes without a token.
+    A delta with the text that was withheld until a time limit has no token.
     """
 
     request_id: str
     text: str
     token_ids: tuple[Count, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each of `token_ids` where the request asked; else none."""
+    """One for each of `token_ids` if the request asked for logprobs, else empty."""
 
 
 class Finished(Frozen):
@@ -184,23 +184,23 @@ class Finished(Frozen):
     request_id: str
     reason: FinishReason
     matched_stop: str | None
-    """The stop string that ended the stream, where one did."""
+    """The stop string that ended the stream, if any."""
     matched_stop_token_id: int | None = None
-    """The one of `stop_token_ids` that ended the stream, where one did."""
+    """The id in `stop_token_ids` that ended the stream, if any."""
     usage: Usage
     cache: CacheStatistics
     timings: Timings
 
 
 class Failed(Frozen):
-    """The last event of a stream that failed, and no other stream did. It may be the only one."""
+    """The last event of a stream that failed; it may be the only event. Other streams go on."""
 
     request_id: str
     error: InstanceOf[BaseException]
-    """What was raised, with its traceback. Its text may hold anything, so show it to no client."""
+    """The exception, with its traceback. Never send its text to a client: it may hold anything."""
 
 
 Event = Started | Delta | Finished
 
 StepEvent = Event | Failed
-"""What a step of the engine has to tell."""
+"""An event that a step of the engine returns."""

@@ -1,7 +1,7 @@
-"""From logits to tokens: penalty, bans, temperature, the filters and the draw, many rows at once.
+"""Draws tokens from logits for many rows: penalty, bans, temperature, filters and the draw.
 
-Owns the arithmetic of the choice and what a request's draws remember. A row's token depends on its
-own logits, settings and noise alone, never on its neighbours: every operation here works along the
+Owns the arithmetic, and the state of each request's draws. A row's token depends only on its own
+logits, settings and random numbers, never on other rows: every operation here works along the
 vocabulary. Knows nothing of caches or schedules.
 """
 
@@ -14,38 +14,40 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from a2sf import noise
+from a2sf import rng
 from a2sf.requests import Sampling, TokenLogprob, TokenLogprobs
 
 _GREEDY_BELOW = 1e-30
-"""Temperatures below are greedy: dividing by them would overflow float32."""
+"""Temperatures below this are greedy: a division by them would overflow float32."""
 
 _MOST = 2**31 - 1
-"""Stands for every larger top_k: no vocabulary has as many tokens."""
+"""Cap for top_k; no vocabulary has so many tokens."""
 
 _Rows: TypeAlias = slice | Tensor
-"""Which rows: all as a slice, for a view; some as int64 indices [n]."""
+"""An index of rows: a full slice for all (a view), or int64 indices [n]."""
 
 
 def choose_seed(sampling: Sampling) -> int:
-    """Return the request's seed, or a fresh one from 0 to 2^63 - 1."""
+    """Return the request's seed, or a new one from 0 to 2^63 - 1."""
     return secrets.randbelow(2**63) if sampling.seed is None else sampling.seed
 
 
 @dataclass(eq=False, kw_only=True)
-class Row:
-    """What one request's draws depend on besides its logits; `note` brings it up to date."""
+class SamplingState:
+    """The state of one request's draws; `note` updates it after each draw."""
 
     sampling: Sampling
     seed: int
     """From 0 to 2^63 - 1."""
     draws: int = 0
-    """How many it has made."""
+    """Number of draws so far."""
     seen: Tensor | None = None
-    """[vocab] bool on the logits' device: tokens that repetition_penalty counts; None without."""
-    barred: Sequence[int] = ()
-    """Tokens that may not be drawn as long as `barred_draws` is above 0."""
-    barred_draws: int = 0
+    """[vocab] bool on the logits' device: the tokens to penalise for repetition; None: no
+    penalty."""
+    banned_tokens: Sequence[int] = ()
+    """Tokens that must not be drawn while `banned_draws` is above 0."""
+    banned_draws: int = 0
+    """Number of draws for which the ban still holds."""
 
     @classmethod
     def start(
@@ -56,10 +58,10 @@ class Row:
         prompt_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
-        barred: Sequence[int] = (),
-        barred_draws: int = 0,
-    ) -> "Row":
-        """Return the state before the first draw; `barred` holds for the first `barred_draws`."""
+        banned_tokens: Sequence[int] = (),
+        banned_draws: int = 0,
+    ) -> "SamplingState":
+        """Return the state before the first draw; the ban holds for `banned_draws` draws."""
         seen = None
         if sampling.repetition_penalty != 1.0:
             seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -68,32 +70,32 @@ class Row:
             sampling=sampling,
             seed=seed,
             seen=seen,
-            barred=barred,
-            barred_draws=barred_draws,
+            banned_tokens=banned_tokens,
+            banned_draws=banned_draws,
         )
 
     def note(self, token: int) -> None:
-        """Take into account that `token` was drawn."""
+        """Update the state after `token` was drawn."""
         if self.seen is not None:
             self.seen[token] = True
-        self.barred_draws = max(self.barred_draws - 1, 0)
+        self.banned_draws = max(self.banned_draws - 1, 0)
         self.draws += 1
 
 
 class Batch:
-    """Several rows that draw together, their settings side by side as tensors.
+    """Several rows that draw together, with their settings as tensors.
 
-    Stays good for as long as the rows do. Work that no row asks for is left out: greedy rows take
-    the largest logit and nothing else, and nothing is sorted unless a row sets top_p.
+    Valid until a row joins or leaves. It skips work that no row needs: greedy rows only take the
+    largest logit, and it sorts only if a row sets top_p.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self._rows = tuple(rows)
-        settings = [row.sampling for row in rows]
+    def __init__(self, states: Sequence[SamplingState], device: torch.device) -> None:
+        self._states = tuple(states)
+        settings = [state.sampling for state in states]
         self._penalty = _Setting.of([s.repetition_penalty for s in settings], 1.0, device)
         random = [i for i, s in enumerate(settings) if s.temperature >= _GREEDY_BELOW]
         self._random = _select(random, len(settings), device)
-        self._racing = [rows[i] for i in random]
+        self._racing = [states[i] for i in random]
         drawn = [settings[i] for i in random]
         self._temperature = torch.tensor(
             [[s.temperature] for s in drawn], dtype=torch.float32, device=device
@@ -107,27 +109,27 @@ class Batch:
             )
             if setting is not None
         ]
-        # Kept from step to step: fresh memory may cost more than the arithmetic that fills it.
+        # Reused in every step: allocating may cost more than the arithmetic.
         self._scaled = torch.empty(0, dtype=torch.float32, device=device)
         self._probabilities = torch.empty(0, dtype=torch.float32, device=device)
 
     def draw(self, logits: Tensor) -> list[int | None]:
-        """Choose a token for every row from `logits` [rows, vocab] of any float type.
+        """Draw a token for every row from `logits` [rows, vocab] of any float type.
 
-        None for a row whose logits hold NaN or plus infinity, or nothing above minus infinity: no
-        token can be drawn from them. Changes nothing, so that it may be called again; `Row.note`
-        takes a draw into account.
+        Returns None for a row whose logits hold NaN or plus infinity, or only minus infinity: no
+        token can be drawn. Changes no state, so it may be called again. `SamplingState.note`
+        updates the state after a draw.
 
-        Draws by the exponential race: the least of `e_i / p_i`, with e_i exponential, falls on i
-        with probability p_i. It takes one number of noise a token of the vocabulary, whatever the
+        Draws by the exponential race: the minimum of `e_i / p_i`, with e_i exponential, is at i
+        with probability p_i. This takes one random number per token of the vocabulary, for any
         filters.
         """
-        # In float32 at least: finding the largest of 16-bit numbers takes four times as long.
+        # At least float32: `max` of 16-bit numbers takes four times as long.
         scores, banned = self._allowed(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        # What is won by tells whether all was finite: NaN wins over everything.
+        # The maximum shows whether all were finite: NaN is larger than any number in `max`.
         if not self._racing:
             best, tokens = scores.max(dim=-1)
-        elif len(self._racing) == len(self._rows):
+        elif len(self._racing) == len(self._states):
             best, tokens = self._race(scores)
         else:
             best, tokens = scores.max(dim=-1)
@@ -140,47 +142,47 @@ class Batch:
         return [token if math.isfinite(by) else None for token, by in zip(chosen, won, strict=True)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return what `draw` would draw from: [n, vocab] float32 for the n rows not greedy.
+        """Return the distribution of `draw`: [n, vocab] float32 for the n rows that are not greedy.
 
-        `logits` is [rows, vocab]. Filters apply in turn, each to what the one before left:
-        repetition_penalty, bans, temperature, top_k, top_p, min_p.
+        `logits` is [rows, vocab]. The order is repetition_penalty, bans, temperature, top_k, top_p,
+        min_p; each filter applies to the result of the one before.
         """
         scores, _ = self._allowed(logits)
         probabilities, _ = self._distribution(scores)
         return probabilities.clone()
 
     def _allowed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Penalise and ban. Also `_spoiled` of what is banned, [rows], or None if nothing is."""
-        barred = [i for i, row in enumerate(self._rows) if row.barred_draws and row.barred]
-        if self._penalty is None and not barred:
+        """Apply penalty and bans. Also returns `_spoiled` of the banned logits, [rows], or None."""
+        banning = [i for i, s in enumerate(self._states) if s.banned_draws and s.banned_tokens]
+        if self._penalty is None and not banning:
             return logits, None
-        # A copy: the caller's logits stay raw, for logprobs.
+        # Copy: the caller needs the raw logits for logprobs.
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self._penalty is not None:
             rows, penalty = self._penalty.rows, self._penalty.value
-            seen = torch.stack([row.seen for row in self._rows if row.seen is not None])
+            seen = torch.stack([state.seen for state in self._states if state.seen is not None])
             scores[rows] = penalize_repetition(scores[rows], penalty, seen)
-        if not barred:
+        if not banning:
             return scores, None
         banned = scores.new_zeros(len(scores))
-        for i in barred:
-            ids = list(self._rows[i].barred)
+        for i in banning:
+            ids = list(self._states[i].banned_tokens)
             banned[i] = _spoiled(scores[i, ids])
             scores[i, ids] = -torch.inf
         return scores, banned
 
     def _race(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rows that are not greedy win by, and their tokens: both [n]."""
+        """The winning ratios and tokens of the rows that are not greedy: both [n]."""
         ratios, filtered = self._distribution(scores)
-        streams = [(row.seed, row.draws) for row in self._racing]
-        ratios /= noise.exponential(streams, ratios.shape[1], ratios.device)
+        streams = [(state.seed, state.draws) for state in self._racing]
+        ratios /= rng.exponential(streams, ratios.shape[1], ratios.device)
         best, tokens = ratios.max(dim=-1)
         return best if filtered is None else best + filtered, tokens
 
     def _distribution(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Probabilities [n, vocab], and `_spoiled` of what went in, [n], if filters may hide it.
+        """Probabilities [n, vocab], and `_spoiled` of the input, [n], if filters could hide it.
 
-        Without filters there is no need: softmax makes NaN of a whole row with NaN or infinity.
+        Without filters None: softmax turns a whole row with NaN or infinity into NaN.
         """
         scaled = self._scaled
         torch.div(scores[self._random].float(), self._temperature, out=scaled)
@@ -191,14 +193,14 @@ class Batch:
 
 
 def _spoiled(scores: Tensor) -> Tensor:
-    """NaN where `scores` [..., n] hold NaN or plus infinity, else 0: [...]."""
+    """NaN if `scores` [..., n] hold NaN or plus infinity, else 0: [...]."""
     most = scores.amax(dim=-1).clamp(min=0.0)
     return most - most
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One setting of the rows that ask for it."""
+    """The values of one setting, for the rows that use it."""
 
     rows: _Rows
     value: Tensor
@@ -231,9 +233,9 @@ def penalize_repetition(scores: Tensor, penalty: Tensor, seen: Tensor) -> Tensor
 
 
 def keep_top_k(scaled: Tensor, top_k: Tensor) -> Tensor:
-    """Put all but the `top_k` [rows, 1] largest of `scaled` [rows, vocab] at minus infinity.
+    """Set all but the `top_k` [rows, 1] largest of `scaled` [rows, vocab] to minus infinity.
 
-    All that equal the k-th largest stay, as in transformers.
+    All tokens tied with the k-th largest stay, as in transformers.
     """
     top_k = top_k.clamp(max=scaled.shape[-1])
     largest = scaled.topk(int(top_k.max()), dim=-1).values
@@ -243,23 +245,23 @@ def keep_top_k(scaled: Tensor, top_k: Tensor) -> Tensor:
 def keep_top_p(scaled: Tensor, top_p: Tensor) -> Tensor:
     """Keep of `scaled` [rows, vocab] the fewest tokens whose probabilities reach `top_p` [rows, 1].
 
-    A token stays where those before it, by falling probability and rising id, sum to less than
-    top_p. So of equals at the edge the lowest ids stay, where transformers, which sums from below,
-    keeps whichever its sort puts last.
+    In order of falling probability and rising id, a token stays if the sum of the tokens before it
+    is below top_p. So on a tie at the border the lowest ids stay. transformers sums from below, and
+    keeps the ids that its sort puts last.
     """
     probabilities = scaled.softmax(dim=-1)
-    # Those of less than an equal share of what may be left out never stay; half, for rounding.
+    # Tokens below an equal share of the dropped mass never stay. Half of it, for rounding.
     least = ((1.0 - top_p - 1e-5) / (2 * scaled.shape[-1])).clamp(min=0.0)
     descending, order = _descending(probabilities, least.float())
     before = descending.cumsum(dim=-1) - descending
     kept = torch.zeros_like(scaled, dtype=torch.bool)
-    # A top_p that is 0 in float32 would keep nothing, where the likeliest token always stays.
+    # The most likely token must stay even if top_p is 0 in float32.
     top_p = top_p.float().clamp(min=torch.finfo(torch.float32).tiny)
     return _keep(scaled, kept.scatter_(-1, order, before < top_p))
 
 
 def keep_min_p(scaled: Tensor, min_p: Tensor) -> Tensor:
-    """Drop from `scaled` [rows, vocab] what is less likely than `min_p` [rows, 1] of the top."""
+    """Drop tokens of `scaled` [rows, vocab] below `min_p` [rows, 1] x the highest probability."""
     probabilities = scaled.softmax(dim=-1)
     least = min_p.float() * probabilities.amax(dim=-1, keepdim=True)
     return _keep(scaled, probabilities >= least)
@@ -271,12 +273,12 @@ def _keep(scaled: Tensor, kept: Tensor) -> Tensor:
 
 
 def _descending(probabilities: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort [rows, vocab] stably; what is not above `least` [rows, 1] may be left out."""
-    # At least one: of a row of NaN nothing is above anything.
+    """Sort [rows, vocab] stably; values not above `least` [rows, 1] may be left out."""
+    # At least one: a row of NaN has no value above `least`.
     width = max(int((probabilities > least).sum(dim=-1).max()), 1)
     if 4 * width > probabilities.shape[-1]:
         return probabilities.sort(dim=-1, descending=True, stable=True)
-    # Finding a few costs a fraction of sorting them all. The second sort is stable, so ids rise.
+    # `topk` of a few is much cheaper than a full sort. The second sort is stable, so ids rise.
     ids = probabilities.topk(width, dim=-1).indices.sort(dim=-1).values
     descending, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return descending, ids.gather(-1, order)
@@ -285,8 +287,9 @@ def _descending(probabilities: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprobs]:
     """Return each row's logprob of its token and its `top` most likely tokens.
 
-    `logits` [rows, vocab] are raw, before any penalty or filter; their log-softmax is taken in
-    float32, or float64 where they are. Alternatives fall by logprob, the lowest id first on a tie.
+    `logits` [rows, vocab] are raw, before penalty and filters. The log-softmax runs in float32, or
+    in float64 for float64 logits. Alternatives are sorted by falling logprob; on a tie, the lowest
+    id first.
     """
     lowest = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(lowest).log_softmax(dim=-1)
@@ -300,7 +303,7 @@ def _most_likely(scores: Tensor, count: int) -> Iterable[TokenLogprob]:
     count = min(count, len(scores))
     if not count:
         return
-    # In order of their ids, so that the stable sort leaves equals in it.
+    # Sorted by id first, so that the stable sort keeps ties in this order.
     ids = (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
     values, order = scores[ids].sort(descending=True, stable=True)
     pairs = zip(ids[order[:count]].tolist(), values[:count].tolist(), strict=True)

@@ -1,8 +1,8 @@
 """The law of forgetting, as pure functions on tensors.
 
-Owns how scores decay and accumulate, who may be evicted, and in which order. Knows nothing of
-where slots live or how attention is computed. Faster code elsewhere (compiled, Triton) is tested
-against these functions, and they against a reference written out token by token in the tests.
+Owns the decay and accumulation of scores, which tokens may be evicted, and in which order. Knows
+nothing of the layout of slots or of attention. Faster implementations (numba, Triton) are tested
+against these functions, and these against a reference in the tests, written out token by token.
 
 Source: A2SF, arXiv 2407.20485, `A <- alpha * A + S[n]`, with a factor for each layer and KV head.
 """
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 WEIGHT_CUTOFF = 1e-6
-"""Queries that weigh less than this in a block's score are dropped, here and in every fast path.
+"""Queries with a smaller weight in a block's score are dropped, here and in every fast path.
 
-It bounds the window of queries that count to ln(1e-6) / ln(alpha): 132 tokens at alpha .9, 1,375
-at .99. alpha = 1 keeps every query.
+So the score of a block depends on its last ln(1e-6) / ln(alpha) queries: 132 at alpha .9, 1,375 at
+.99. alpha = 1 keeps every query.
 """
 
 EMPTY = 2**31 - 1
-"""The position of a slot that holds no token. No query reaches it, no window excludes it."""
+"""The position of an empty slot. It is above every query's position, so it is always masked."""
 
 
 def query_weights(alpha: Tensor, lengths: Tensor, first: int, width: int) -> Tensor:
-    """Weigh queries of a block in the block's score: `alpha^(c-1-j)`, with `0^0 = 1`.
+    """Return the weights of queries in their block's score: `alpha^(c-1-j)`, with `0^0 = 1`.
 
     Args:
         alpha: [layers, rows, H_kv] float64.
         lengths: [rows] integer, the block's tokens (c).
-        first, width: the queries wanted, j = first .. first + width - 1.
+        first, width: the queries j = first .. first + width - 1.
 
     Returns:
         [layers, rows, H_kv, width] float32; 0 beyond a block's tokens and below `WEIGHT_CUTOFF`.
@@ -39,16 +39,32 @@ def query_weights(alpha: Tensor, lengths: Tensor, first: int, width: int) -> Ten
 
 
 def decay(alpha: Tensor, lengths: Tensor) -> Tensor:
-    """Return what a block leaves of the scores before it: `alpha^c`.
+    """Return the factor of a block on the earlier scores: `alpha^c`.
 
     Args:
         alpha: [layers, rows, H_kv] float64.
         lengths: [rows] integer, the block's tokens (c).
 
     Returns:
-        [layers, rows, H_kv, 1] float32, to multiply scores with.
+        [layers, rows, H_kv, 1] float32.
     """
     return (alpha ** lengths[:, None]).float()[..., None]
+
+
+def accumulate(score: Tensor, decay: Tensor | float, attention_sum: Tensor | float) -> None:
+    """Apply the law to one layer's scores, in place: `A <- alpha^c * A + S`.
+
+    The numba and Triton kernels repeat this line, with the same rounding: first the product, then
+    the sum.
+
+    Args:
+        score: [rows, H_kv, slots] float32; the block's own tokens start at 0.
+        decay: one layer of the result of `decay`, [rows, H_kv, 1] float32. 1 for the later pieces
+            of a block.
+        attention_sum: [rows, H_kv, slots] float32, the attention weights summed over the block's
+            queries, each times its weight. 0 if no query has a weight.
+    """
+    score.mul_(decay).add_(attention_sum)
 
 
 def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) -> Tensor:
@@ -63,18 +79,18 @@ def evictable(position: Tensor, start: Tensor, sinks: Tensor, recent: Tensor) ->
     Returns:
         [layers, rows, H_kv, slots] bool.
     """
-    # In the positions' own dtype: comparing across dtypes would first convert them all.
+    # In the dtype of `position`: a comparison of different dtypes would convert all of it first.
     first = sinks.to(position.dtype)[:, None, None]
     end = (start[:, None] - recent).to(position.dtype)[..., None]
     return (position >= first) & (position < end)
 
 
 def eviction_key(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
-    """Order slots for eviction: the smallest key goes first.
+    """Return sort keys for eviction: the slot with the smallest key is evicted first.
 
-    A non-negative float's bits order as the float does, so the score's bits above the position
-    give the order (score, then position) in one integer, without ties. Slots that are not
-    `allowed` get the largest key: protection is a mask, the scores stay untouched.
+    The bits of non-negative floats sort like the floats. So one integer with the score's bits above
+    the position gives the order (score, then position), without ties. Slots that are not `allowed`
+    get the largest key. Protection is a mask; scores do not change.
 
     Args:
         score: [layers, rows, H_kv, slots] float32, not negative.
@@ -89,16 +105,16 @@ def eviction_key(score: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
 
 
 def first_heads(layers: Tensor, head: int = 0) -> Tensor:
-    """Number a head of each layer, counted over the whole model, for `random_scores`.
+    """Return a model-wide number for one head of each layer, for `random_scores`.
 
-    `layers` [layers] int64 are the layers' indices, `head` that of the head in its layer: not 0
-    where other processes hold those before it. Returns [layers] int64.
+    `layers` [layers] int64 are the layers' indices. `head` is the head's index in its layer; it is
+    above 0 if other processes hold the heads before it. Returns [layers] int64.
     """
     return (layers << 16) + head
 
 
 def random_scores(seed: Tensor, first: Tensor, kv_heads: int, position: Tensor) -> Tensor:
-    """Scores of the `random` baseline: a hash of (seed, layer, head, position) in [0, 1).
+    """Return the scores of the `random` baseline: a hash of (seed, layer, head, position).
 
     Args:
         seed: [rows] int64, from 0 to 2^31 - 1.
@@ -107,7 +123,7 @@ def random_scores(seed: Tensor, first: Tensor, kv_heads: int, position: Tensor) 
         position: [rows, tokens] integer.
 
     Returns:
-        [layers, rows, H_kv, tokens] float32.
+        [layers, rows, H_kv, tokens] float32 in [0, 1).
     """
     heads = torch.arange(kv_heads, device=position.device) + first[:, None] + 1
     mixed = _mix(seed[:, None] ^ _mix(heads)[:, None, :])
@@ -116,7 +132,7 @@ def random_scores(seed: Tensor, first: Tensor, kv_heads: int, position: Tensor) 
 
 
 def _mix(value: Tensor) -> Tensor:
-    """Scramble 32 bits held in int64: xor-shifts and odd multipliers, as 32-bit hashes do."""
+    """Mix 32 bits held in int64, by xor-shifts and odd multipliers, as in 32-bit hashes."""
     mask = 0xFFFFFFFF
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & mask
     value = ((value ^ (value >> 15)) * 0x846CA68B) & mask

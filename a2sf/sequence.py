@@ -1,7 +1,7 @@
-"""One request on its way through the engine: what it has drawn, and when and why it ends.
+"""The state of one request in the engine: its tokens so far, and when and why it ends.
 
-Owns a sequence's progress and the events that tell of it. Knows nothing of rows, caches or models:
-the engine tells it which token was drawn and what its row holds.
+Owns a sequence's progress and its events. Knows nothing of rows or caches: the engine passes in the
+drawn tokens and the cache statistics.
 """
 
 from dataclasses import dataclass, field
@@ -31,70 +31,70 @@ class Sequence:
     request: GenerationRequest
     policy: EffectivePolicy
     seed: int
-    row: sampling.Row
-    """What its draws depend on and remember."""
+    sampling_state: sampling.SamplingState
+    """The state of its draws."""
     text: TextStream
-    ending: dict[int, FinishReason]
-    """The tokens that end it, and the reason to give."""
+    stop_reasons: dict[int, FinishReason]
+    """Token that ends the sequence -> the reason to report."""
     named_stops: dict[int, str]
-    """The special tokens among them that stop strings name."""
+    """Special token that a stop string names -> that string."""
     submitted_at: float
     prefill_at: float | None = None
     first_token_at: float | None = None
     prefilled: int = 0
     """Prompt tokens in the cache so far."""
     running: bool = False
-    """Whether the prompt is done and the row decodes."""
+    """Whether prefill is complete and the row decodes."""
     generated: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
-    """Why it ended in the ordinary way; None while it goes on."""
+    """Why it ended normally; None before that."""
     failure: BaseException | None = None
-    """What it failed of; None while it goes on."""
+    """The error that ended it; None if there was none."""
 
     @classmethod
     def queued(
         cls, request: GenerationRequest, policy: EffectivePolicy, model: LoadedModel, now: float
     ) -> Self:
-        """Return the state of a request that was just accepted, to be served under `policy`."""
-        ending = ending_tokens(request, model)
+        """Return the initial state of an accepted request with its resolved policy."""
+        stop_reasons = find_stop_reasons(request, model)
         seed = sampling.choose_seed(request.sampling)
         return cls(
             request=request,
             policy=policy,
             seed=seed,
-            row=sampling.Row.start(
+            sampling_state=sampling.SamplingState.start(
                 request.sampling,
                 seed=seed,
                 prompt_ids=request.prompt_ids,
                 vocab_size=model.shape.vocab_size,
                 device=model.device,
-                barred=tuple(ending),
-                barred_draws=request.min_new_tokens,
+                banned_tokens=tuple(stop_reasons),
+                banned_draws=request.min_new_tokens,
             ),
             text=TextStream(
                 model.tokenizer, request.prompt_ids, request.stop, request.min_new_tokens
             ),
-            ending=ending,
+            stop_reasons=stop_reasons,
             named_stops=vocabulary(model.tokenizer).special_named(request.stop),
             submitted_at=now,
         )
 
     @property
-    def seen(self) -> int:
-        """Tokens that have entered the cache: the position of the next one."""
-        # The newest token has been drawn but not yet run through the model.
+    def num_cached_tokens(self) -> int:
+        """Number of tokens that have entered the cache, and so the position of the next one."""
+        # The newest token is drawn but has not run through the model yet.
         return self.prefilled + max(len(self.generated) - 1, 0)
 
     @property
     def stored(self) -> Heads:
-        """[layers][H_kv] tokens that each head holds: the law leaves no choice in their number.
+        """[layers][H_kv] number of tokens stored in each head; it follows from the law alone.
 
-        Of all heads, those that other processes hold among them.
+        Includes the heads of other processes.
         """
-        seen = self.seen
+        cached = self.num_cached_tokens
         if self.running:
-            return tuple(tuple(min(seen, b) for b in layer) for layer in self.policy.head_budgets)
-        # Where the block began that the last token belongs to.
+            return tuple(tuple(min(cached, b) for b in layer) for layer in self.policy.head_budgets)
+        # The start of the block with the last token.
         start = max(self.prefilled - 1, 0) // self._chunk * self._chunk
         since = self.prefilled - start
         return tuple(
@@ -102,24 +102,24 @@ class Sequence:
         )
 
     @property
-    def held(self) -> Heads:
-        """As `stored`, of the heads that this process holds."""
+    def local_stored(self) -> Heads:
+        """As `stored`, for the heads of this process."""
         return held_of(self.stored, self.policy.held)
 
     @property
     def block(self) -> tuple[int, int]:
-        """The prompt's block that comes next, or goes on: its start and its length, in tokens."""
+        """The current or next block of the prompt: its start and its length, in tokens."""
         start = self.prefilled // self._chunk * self._chunk
         return start, min(self._chunk, len(self.request.prompt_ids) - start)
 
     @property
     def in_order(self) -> bool:
-        """Whether nothing has been evicted of the prompt, nor will be before its next block."""
+        """Whether nothing is evicted from the prompt before the end of the current block."""
         return self.block[0] < min(map(min, self.policy.held_budgets))
 
     @property
-    def longest(self) -> int:
-        """Tokens that the sequence may reach."""
+    def max_len(self) -> int:
+        """The most tokens that the sequence may reach."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
     @property
@@ -127,7 +127,7 @@ class Sequence:
         return self.policy.prefill_chunk or len(self.request.prompt_ids)
 
     def overdue(self, now: float) -> bool:
-        """Whether the request's time limit is over."""
+        """Whether the request has reached its time limit."""
         limit = self.request.time_limit_s
         return limit is not None and now - self.submitted_at >= limit
 
@@ -141,12 +141,12 @@ class Sequence:
         )
 
     def accept(self, token: int, logprobs: TokenLogprobs | None, now: float) -> Delta:
-        """Take the token that was drawn; afterwards `reason` tells whether it was the last."""
+        """Append a drawn token; afterwards `reason` is set if it was the last."""
         if self.first_token_at is None:
             self.first_token_at = now
-        self.row.note(token)
+        self.sampling_state.note(token)
         self.generated.append(token)
-        self.reason = self.ending.get(token)
+        self.reason = self.stop_reasons.get(token)
         text = ""
         if self.reason is None:
             text = self.text.push(token)
@@ -164,7 +164,7 @@ class Sequence:
         )
 
     def time_out(self) -> Delta | None:
-        """End for the time limit; return the text withheld so far, if there is any."""
+        """End the sequence at its time limit; return a delta with the withheld text, if any."""
         self.reason = FinishReason.TIME_LIMIT
         text = self._withheld()
         if not text:
@@ -172,7 +172,7 @@ class Sequence:
         return Delta(request_id=self.request.request_id, text=text, token_ids=())
 
     def finished(self, cache: CacheStatistics, now: float) -> Finished:
-        """Return the stream's last event, once there is a `reason`."""
+        """Return the stream's last event; `reason` must be set."""
         assert self.reason is not None, "the sequence goes on"
         prefill_at = now if self.prefill_at is None else self.prefill_at
         first_token_at = now if self.first_token_at is None else self.first_token_at
@@ -195,14 +195,14 @@ class Sequence:
 
     @property
     def _matched_stop(self) -> str | None:
-        """The stop string that ended the sequence: in its text, or as a token's name."""
+        """The stop string that ended the sequence, in its text or as the name of a token."""
         if self.text.matched is not None or self.reason is not FinishReason.STOP:
             return self.text.matched
         return self.named_stops.get(self.generated[-1])
 
     @property
     def _matched_token(self) -> int | None:
-        """The stop token that ended the sequence; a stop string may end it at the same reason."""
+        """The stop token that ended the sequence; None if a stop string did."""
         stopped = self.reason is FinishReason.STOP and self.text.matched is None
         last = self.generated[-1] if stopped else None
         return last if last in self.request.stop_token_ids else None
@@ -210,19 +210,19 @@ class Sequence:
     def _withheld(self) -> str:
         text = self.text.flush()
         if self.text.matched is not None:
-            # The last, withheld characters completed a stop string.
+            # The withheld characters completed a stop string.
             self.reason = FinishReason.STOP
         return text
 
 
-def ending_tokens(request: GenerationRequest, model: LoadedModel) -> dict[int, FinishReason]:
+def find_stop_reasons(request: GenerationRequest, model: LoadedModel) -> dict[int, FinishReason]:
     """Return the tokens that end this request, each with its reason."""
-    ending = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
+    stop_reasons = dict.fromkeys(request.stop_token_ids, FinishReason.STOP)
     if not request.ignore_eos:
         ends = {*model.eos_token_ids, *request.turn_end_ids}
         eos = (i for i in ends if i < model.shape.vocab_size)
-        ending |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
-    # Last, for the request has asked to be told of these.
+        stop_reasons |= dict.fromkeys(eos, FinishReason.END_OF_SEQUENCE)
+    # Last, so that STOP wins over END_OF_SEQUENCE for tokens that the request names.
     named = vocabulary(model.tokenizer).special_named(request.stop)
-    held = (i for i in named if i < model.shape.vocab_size)
-    return ending | dict.fromkeys(held, FinishReason.STOP)
+    known = (i for i in named if i < model.shape.vocab_size)
+    return stop_reasons | dict.fromkeys(known, FinishReason.STOP)

@@ -1,11 +1,11 @@
-"""Where prompts are read: one at a time, a piece a step, in a row outside the slab.
+"""Prefill: one prompt at a time, one piece per step, in a staging row outside the slab.
 
-Owns that row: what the present prompt has written or blanked in it, and whether all that the model
-made of the prompt was finite. Knows nothing of the rows that decode, nor of events.
+Owns the staging row: which slots the current prompt has written or blanked, and whether all hidden
+states of the prompt were finite. Knows nothing of the decode rows or of events.
 
-Finite last logits do not prove that a prompt was finite all along: it may have evicted what was not
-before its last token. So the final hidden states of all positions are looked at, and a prompt's
-view never includes a slot that the prompt has neither written nor blanked.
+Finite logits at the last token do not prove that the whole prompt was finite: values that are not
+finite may have been evicted earlier. So we check the final hidden states of all positions. A
+prompt's view never includes a slot that it has neither written nor blanked.
 """
 
 import math
@@ -28,7 +28,7 @@ NOT_FINITE = (
 
 
 class BatchWide(Exception):
-    """What was raised where no single request can be blamed for it."""
+    """An error that no single request caused."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class BatchWide(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens of a prompt on their way through the model."""
+    """A piece of a prompt, with the inputs of its forward pass."""
 
     slots: Slots
-    """Those that the prompt needs once they are placed."""
+    """The slots that the prompt needs after this piece."""
     policy: PolicyTensors
     ids: Tensor
     """[1, width] int64."""
@@ -50,26 +50,26 @@ class Piece:
 
 
 class Staging:
-    """The row of the prompt that is being read."""
+    """The staging row, with the prompt in prefill."""
 
     def __init__(
-        self, model: LoadedModel, kernels: decoding.Carrier, row: Slots, step_tokens: int
+        self, model: LoadedModel, kernels: decoding.Backend, row: Slots, step_tokens: int
     ) -> None:
-        """Take a row of slots for prompts, of which a step computes at most `step_tokens`."""
+        """`row` holds the prompt's slots; a step computes at most `step_tokens` tokens."""
         self.row = row
         self._model = model
         self._kernels = kernels
         self._block_attention = decoding.block_attention(kernels)
         self._step_tokens = step_tokens
         self._piece: Piece | None = None
-        """What was read last."""
+        """The last piece."""
         self._known = 0
-        """Slots that the prompt has written or blanked."""
+        """Number of first slots that the prompt has written or blanked."""
         self._largest = torch.zeros((), device=model.device)
-        """Largest magnitude in the final hidden states of the prompt so far; NaN wins."""
+        """Largest magnitude in the prompt's final hidden states so far; NaN if any is NaN."""
 
     def clear(self) -> None:
-        """Forget the prompt before, for another one."""
+        """Empty the row for the next prompt."""
         self.row.clear()
         self._piece = None
         self._known = 0
@@ -78,32 +78,32 @@ class Staging:
     def read(self, sequence: Sequence) -> Tensor | None:
         """Run the next piece of a prompt; after the last one, return the logits [1, vocab].
 
-        Raises BatchWide where the model's pass fails that several processes share.
+        Raises BatchWide if the forward pass fails and several processes share the model.
         """
         piece = self._piece = self._lay_out(sequence)
         return self._run(sequence, piece)
 
     def finish(self, sequence: Sequence) -> Slots:
-        """Trim a prompt that was read to its end; return what holds it.
+        """Trim a complete prompt to its budget; return its slots.
 
-        Raises NonFinite where NaN or infinity came up in it.
+        Raises NonFinite if a hidden state was NaN or infinity.
         """
         assert self._piece is not None, "nothing was read"
         if not math.isfinite(self._largest):
             raise NonFinite(NOT_FINITE)
-        stored = self._integers(sequence.held)[:, None]
+        stored = self._integers(sequence.local_stored)[:, None]
         length = self._integers([len(sequence.request.prompt_ids)])
         end_prompt(self._piece.slots, stored, length, self._piece.policy)
         return self._piece.slots
 
     def _lay_out(self, sequence: Sequence) -> Piece:
-        """Say where the next piece goes, under which policy, and what the model needs for it."""
+        """Prepare the next piece: its slots, its policy and the inputs of the forward pass."""
         prompt = sequence.request.prompt_ids
         first = sequence.prefilled
         start, length = sequence.block
         width = min(start + length - first, self._step_tokens)
-        policy = PolicyTensors.stack([sequence.policy], [sequence.longest], self._model.device)
-        # Slots fill in order until the first eviction, so none of those beyond is needed yet.
+        policy = PolicyTensors.stack([sequence.policy], [sequence.max_len], self._model.device)
+        # Slots fill in order until the first eviction, so later slots are not needed yet.
         most = sequence.policy.staging_slots(len(prompt))
         needed = min(most, first + width)
         if sequence.in_order:
@@ -115,7 +115,7 @@ class Staging:
         every_head = ((needed,) * shape.num_kv_heads,) * shape.num_layers
         slots = self.row.view(slice(None), every_head)
         forward: LayerAttention
-        # Blocks of one token are decode steps, which choose their slots in less time.
+        # A block of one token equals a decode step, which is faster.
         if sequence.policy.prefill_chunk == 1:
             steps = decoding.make_steps(self._kernels, slots, policy)
             forward = steps(self._integers([first]))
@@ -125,7 +125,7 @@ class Staging:
                 policy,
                 start=self._integers([start]),
                 lengths=self._integers([length]),
-                used=self._integers(sequence.held)[:, None],
+                used=self._integers(sequence.local_stored)[:, None],
                 width=width,
                 first=first - start,
                 in_order=sequence.in_order,
@@ -142,8 +142,8 @@ class Staging:
             last = sequence.prefilled == len(sequence.request.prompt_ids)
             logits = self._model.logits(hidden[:, -1]) if last else None
         except Exception as error:
-            if self._model.held is not None:
-                # The other processes are still in the middle of this pass.
+            if self._model.local_heads is not None:
+                # The other processes are still in this forward pass.
                 raise BatchWide(error) from error
             raise
         torch.maximum(self._largest, hidden.abs().amax().float(), out=self._largest)

@@ -1,10 +1,9 @@
-"""Teacher forcing through eviction: what a model predicts along a given text under a policy.
+"""Teacher forcing with eviction: a model's predictions along a given text under a policy.
 
-Owns the layer-by-layer scan: every position of a layer is projected at once, and only its
-attention rows are walked in order, by the very functions that the engine decodes with. That is
-exact, because a layer's evictions depend on nothing above it. On request it also says how much of
-each attention row eviction has left, and walks a single layer. Knows nothing of what the
-predictions are compared with.
+Owns the layer-by-layer scan. All positions of a layer are projected at once; only the attention
+rows run in order, with the same functions as in the engine. This is exact, because a layer's
+evictions do not depend on the layers above. It can also compare attention rows with and without
+eviction, and scan a single layer. Knows nothing of how the predictions are evaluated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from a2sf import decoding
 from a2sf.attention import BlockPass, attend_causally, end_prompt
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kept import Kept, Similarity
 from a2sf.models import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy
 from a2sf.pooled import pooled_budgets
 from a2sf.prompts import AfterPrompts, Prompt, read
+from a2sf.retention import RetentionRecorder, Similarity
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 """A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
@@ -30,14 +29,14 @@ _Projected = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """One text to run along."""
+    """A text for teacher forcing."""
 
     token_ids: tuple[int, ...]
     """The whole text, prompt first."""
     prompt_tokens: int
-    """So many tokens are prefilled by prefill_chunk; each later one is a decode step."""
+    """Number of tokens that are prefilled by prefill_chunk; each later token is a decode step."""
     counted: tuple[int, ...]
-    """The positions whose predictions are wanted; position t predicts token t + 1."""
+    """The positions whose predictions are returned; position t predicts token t + 1."""
 
     def __post_init__(self) -> None:
         assert 1 <= self.prompt_tokens <= len(self.token_ids)
@@ -46,31 +45,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says along one example."""
+    """A model's predictions along one example."""
 
     logits: Tensor
     """[counted, vocab] in float32, or float64 for float64 models."""
     similarity: Tensor | None
-    """[num_layers, H_kv] float32, mean over the counted positions and the query heads of a group:
-    the cosine between the attention row over the kept tokens and the row that the same query pays
-    to all tokens before it. 1 where nothing is lost."""
+    """[num_layers, H_kv] float32: the cosine between a query's attention row over the retained
+    tokens and its row over all earlier tokens, averaged over the counted positions and the query
+    heads of a group. 1 if nothing is lost."""
 
 
 @dataclass(frozen=True)
-class Entering:
-    """What enters one layer along some examples."""
+class LayerInput:
+    """The input of one layer along some examples."""
 
     layer: int
     hidden: tuple[Tensor, ...]
-    """[tokens, hidden] an example; of the tokens after the prompts where those were known."""
+    """One tensor per example, [tokens, hidden]; with given prompts only the tokens after them."""
 
     def stacked(self, rows: Sequence[int]) -> tuple[int, Tensor]:
-        """The layer, and what enters it in the chosen examples: [rows, width, hidden]."""
+        """The layer, and its input for the given examples: [rows, width, hidden]."""
         return self.layer, pad_sequence([self.hidden[row] for row in rows], batch_first=True)
 
 
 def prepare(model: LoadedModel) -> None:
-    """Compile what carries this model's texts, so that no later figure or progress bar holds it."""
+    """Compile the kernels for this model now, so that no later timing includes it."""
     decoding.choose_kernels("auto", model)
 
 
@@ -81,21 +80,21 @@ def predict(
     *,
     batch: int = 32,
     similarity: bool = False,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
 ) -> list[Prediction]:
     """Predict along each example, under its policy or (None) with the full cache.
 
     Args:
         model: the model.
-        examples: the texts; they are batched inside, by prefill_chunk and length.
-        policies: one an example, or None for plain attention over everything.
+        examples: the texts; batched internally by prefill_chunk and length.
+        policies: one per example, or None for attention over all tokens.
         batch: the most examples in one forward pass.
-        similarity: whether to compare attention rows; a full cache has nothing to compare.
-        entering: what `enter` said of a layer, under policies that agree below it: those layers
-            are not run.
-        prompts: what `read_prompts` said of each example, where all policies have prefill_chunk 0:
-            the prompts are not run. What enters a layer was then made with prompts as well.
+        similarity: whether to compare attention rows; not for a full cache.
+        layer_input: the result of `compute_layer_input` for a layer, under policies that agree
+            below that layer. The layers below it are not run.
+        prompts: the result of `read_prompts`; only if all policies have prefill_chunk 0. The
+            prompts are not run. `layer_input` must then have been computed with prompts too.
     """
     found = predictions(
         model,
@@ -103,7 +102,7 @@ def predict(
         policies,
         batch=batch,
         similarity=similarity,
-        entering=entering,
+        layer_input=layer_input,
         prompts=prompts,
     )
     results = dict(found)
@@ -117,50 +116,50 @@ def predictions(
     *,
     batch: int = 32,
     similarity: bool = False,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
 ) -> Iterator[tuple[int, Prediction]]:
-    """As `predict`, one after the other: yields the number of an example and its prediction.
+    """As `predict`, but yields (index of the example, its prediction), in any order.
 
-    Whoever drops each before asking for the next needs memory for the logits of one.
+    A caller that drops each prediction before the next one needs memory for one example's logits.
     """
     for one in _passes(model, examples, policies, batch, similarity, prompts):
-        start = entering.stacked(one.rows) if entering else None
+        start = layer_input.stacked(one.rows) if layer_input else None
         hidden = model.hidden_states(*one.inputs(), one.attention(), start)
         for at, index in enumerate(one.rows):
             yield index, one.prediction(at, hidden)
 
 
-def enter(
+def compute_layer_input(
     model: LoadedModel,
     examples: Sequence[Example],
     policies: Sequence[EffectivePolicy] | None,
     layer: int,
     *,
     batch: int = 32,
-    entering: Entering | None = None,
+    layer_input: LayerInput | None = None,
     prompts: Sequence[Prompt] | None = None,
-) -> Entering:
-    """Say what enters `layer` along each example; arguments as for `predict`.
+) -> LayerInput:
+    """Return the input of `layer` along each example; arguments as for `predict`.
 
-    From what entered a lower layer, only the layers between are run: so one who goes from layer to
-    layer, say to let a head of each evict while all others keep everything (None below it), takes
-    one pass for all layers together.
+    With `layer_input` of a lower layer, only the layers between the two are run. So a caller that
+    goes up layer by layer, for instance to evict in one head of each while all others keep every
+    token (policies None below it), runs each layer once.
     Memory of the result: tokens of the examples x hidden x bytes of the model's dtype.
     """
     results: dict[int, Tensor] = {}
     for one in _passes(model, examples, policies, batch, False, prompts):
-        start = entering.stacked(one.rows) if entering else None
-        hidden = model.layer_input(*one.inputs(), one.attention(), layer, start)
+        start = layer_input.stacked(one.rows) if layer_input else None
+        hidden = model.compute_layer_input(*one.inputs(), one.attention(), layer, start)
         for at, index in enumerate(one.rows):
             results[index] = hidden[at, : one.run(at)]
-    return Entering(layer, tuple(results[i] for i in range(len(examples))))
+    return LayerInput(layer, tuple(results[i] for i in range(len(examples))))
 
 
 def read_prompts(
     model: LoadedModel, examples: Sequence[Example], *, batch: int = 32
 ) -> list[Prompt]:
-    """Say what the model makes of each example's prompt; `prompts.nbytes` tells the memory."""
+    """Compute each example's prompt; `prompts.nbytes` gives the memory that this takes."""
     texts = [example.token_ids[: example.prompt_tokens] for example in examples]
     return read(model, texts, batch=batch)
 
@@ -173,19 +172,19 @@ def walk(
     projected: tuple[Tensor, Tensor, Tensor],
     scale: float,
 ) -> Tensor:
-    """Walk one layer's attention rows under policies of one prefill_chunk.
+    """Run one layer's attention under policies, which must all have the same prefill_chunk.
 
     Args:
         model: the model.
         examples: the texts of the rows.
-        policies: one an example.
-        layer: the layer that the rows are of.
-        projected: queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D], keys
-            and queries rotated, padded at the right.
+        policies: one per example.
+        layer: the index of the layer.
+        projected: queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]; keys
+            and queries are rotated; padded at the right.
         scale: factor on the logits.
 
     Returns:
-        The attention output [rows, H_q, width, D]; padding's is meaningless.
+        The attention output [rows, H_q, width, D]; undefined for padding.
     """
     scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, None)
     return scan(layer, *projected, scale)
@@ -193,27 +192,27 @@ def walk(
 
 @dataclass(frozen=True)
 class _Pass:
-    """Examples that go through the model together."""
+    """A batch of examples for one forward pass."""
 
     model: LoadedModel
     rows: list[int]
-    """Their numbers among all."""
+    """The indices of the examples among all."""
     examples: list[Example]
     scan: "_Scan | _Full"
     prompts: list[Prompt] | None
-    """What is known of each, so that only the tokens after it are run."""
+    """The computed prompts; then only the tokens after them are run."""
 
     def run(self, row: int) -> int:
-        """How many tokens of a row are run."""
+        """Number of tokens of a row that are run."""
         known = self.prompts[row].tokens if self.prompts else 0
         return len(self.examples[row].token_ids) - known
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Token ids and positions of the tokens that are run, as from `inputs`."""
+        """Token ids and positions of the tokens to run, as from `inputs`."""
         ids, positions = inputs(self.model, self.examples)
         if not self.prompts:
             return ids, positions
-        # A text that ends with its prompt still has a column, of padding.
+        # At least one column, even if every text ends with its prompt.
         width = max(1, *(self.run(row) for row in range(len(self.rows))))
         first = torch.tensor([[prompt.tokens] for prompt in self.prompts], device=ids.device)
         at = first + torch.arange(width, device=ids.device)
@@ -221,22 +220,22 @@ class _Pass:
         return ids.gather(1, at), positions.gather(1, at)
 
     def attention(self) -> LayerAttention:
-        """What attends from the tokens that are run."""
+        """The attention of the tokens to run."""
         if not self.prompts:
             return without_padding(self.examples, self.scan)
         lengths = [len(example.token_ids) for example in self.examples]
         return AfterPrompts(self.scan, self.prompts, lengths)
 
     def prediction(self, row: int, hidden: Tensor) -> Prediction:
-        """What is predicted along a row, of what [rows, width, hidden] leaves the last layer."""
+        """The prediction along a row, from the final hidden states [rows, width, hidden]."""
         mine = hidden[row]
         if self.prompts:
             mine = torch.cat([self.prompts[row].hidden, mine])
         precision = torch.promote_types(self.model.dtype, torch.float32)
-        watch = self.scan.watch if isinstance(self.scan, _Scan) else None
+        recorder = self.scan.recorder if isinstance(self.scan, _Scan) else None
         return Prediction(
             logits=self.model.logits(mine[list(self.examples[row].counted)]).to(precision),
-            similarity=watch.of(row) if isinstance(watch, Similarity) else None,
+            similarity=recorder.of(row) if isinstance(recorder, Similarity) else None,
         )
 
 
@@ -248,30 +247,30 @@ def _passes(
     similarity: bool,
     prompts: Sequence[Prompt] | None,
 ) -> Iterator[_Pass]:
-    """Yield which examples go through the model together, and how they attend."""
+    """Yield batches of examples with the same prefill_chunk, and their attention."""
 
     def chunk(index: int) -> int:
         return policies[index].prefill_chunk if policies else 0
 
     order = sorted(range(len(examples)), key=lambda i: (chunk(i), len(examples[i].token_ids)))
     for prefill_chunk, group in groupby(order, key=chunk):
-        assert prompts is None or prefill_chunk == 0, "prompts are known where they are read whole"
+        assert prompts is None or prefill_chunk == 0, "prompts need an exact prefill"
         members = list(group)
         for first in range(0, len(members), batch):
             rows = members[first : first + batch]
             part = [examples[i] for i in rows]
             scan: _Scan | _Full = _Full()
             if policies:
-                watch = Similarity([example.counted for example in part]) if similarity else None
+                recorder = Similarity([example.counted for example in part]) if similarity else None
                 mine = [policies[i] for i in rows]
-                scan = _Scan.over(model, part, mine, prefill_chunk, watch)
+                scan = _Scan.over(model, part, mine, prefill_chunk, recorder)
             yield _Pass(model, rows, part, scan, [prompts[i] for i in rows] if prompts else None)
 
 
 def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids of examples, padded at the right, and positions: both [rows, width].
+    """Return token ids of examples, padded at the right, and positions: both [rows, width].
 
-    A row is padded with its own last token: any other might be one of which the model makes NaN.
+    A row is padded with its last token: for another token the model might return NaN.
     """
     width = max(len(e.token_ids) for e in examples)
     rows = [(*e.token_ids, *e.token_ids[-1:] * (width - len(e.token_ids))) for e in examples]
@@ -281,10 +280,10 @@ def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Ten
 
 
 def without_padding(examples: Sequence[Example], attention: LayerAttention) -> LayerAttention:
-    """Let `attention` see zeros where the padding of examples is, in queries, keys and values.
+    """Wrap `attention` so that queries, keys and values of padding are zero.
 
-    What a model makes of padding need not be finite, and a masked token still takes part with the
-    weight 0: 0 x NaN is NaN.
+    The model's values for padding may be NaN. Attention multiplies a masked token by 0, and 0 x NaN
+    is NaN.
     """
     lengths = [len(e.token_ids) for e in examples]
     if len(set(lengths)) == 1:
@@ -300,7 +299,7 @@ def without_padding(examples: Sequence[Example], attention: LayerAttention) -> L
 
 
 class _Full:
-    """Plain causal attention. Padding stands at the right, where no real token sees it."""
+    """Causal attention without eviction. Padding is at the right: no real token attends to it."""
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
@@ -314,21 +313,22 @@ class _Scan:
 
     policy: PolicyTensors
     prompt: Tensor
-    """[rows] int64: tokens that go by blocks; none where blocks are of one token, as steps are."""
+    """[rows] int64: tokens that run in blocks; 0 if prefill_chunk is 1, because such blocks are
+    decode steps."""
     lengths: Tensor
     """[rows] int64: tokens of the whole texts."""
     chunk: int
-    """Tokens of one prompt block, never 0: an exact prompt is one block of the longest prompt."""
+    """Tokens of a prompt block, never 0: for an exact prefill, the length of the longest prompt."""
     block_slots: tuple[int, ...]
-    """[layers] slots that the prompt's blocks need."""
-    longest: int
+    """[layers] number of slots that the prompt's blocks need."""
+    max_len: int
     """Tokens of the longest text, or a few more."""
     evicts: tuple[bool, ...]
     """[layers] whether any head of any row has fewer slots than its text has tokens."""
-    watch: Kept | None
-    kernels: decoding.Carrier
+    recorder: RetentionRecorder | None
+    kernels: decoding.Backend
     pooled: tuple[float | None, ...]
-    """[rows] the floor, where slots are dealt anew at the end of the prompt."""
+    """[rows] the floor for `pooled_budgets` at the end of the prompt, or None."""
 
     @classmethod
     def over(
@@ -337,7 +337,7 @@ class _Scan:
         examples: Sequence[Example],
         policies: Sequence[EffectivePolicy],
         prefill_chunk: int,
-        watch: Kept | None,
+        recorder: RetentionRecorder | None,
     ) -> "_Scan":
         prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
         lengths = [len(e.token_ids) for e in examples]
@@ -350,8 +350,8 @@ class _Scan:
             for mine in layers
         ]
         chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
-        # A row whose prompt is done waits for its last trim while longer ones append blocks, which
-        # for it are padding but still need the room.
+        # A row with a shorter prompt waits for its last trim while longer prompts append blocks.
+        # These blocks are padding in that row, but they still need slots.
         one_block = chunk == longest_prompt
         waiting = [min(longest_prompt, budget - 1 + chunk) for budget in budgets]
         return cls(
@@ -359,10 +359,12 @@ class _Scan:
             prompt=torch.tensor(prompts, device=model.device),
             lengths=torch.tensor(lengths, device=model.device),
             chunk=chunk,
-            block_slots=tuple(longest_prompt if one_block else held + chunk for held in waiting),
-            longest=longest_prompt + steps,
+            block_slots=tuple(
+                longest_prompt if one_block else stored + chunk for stored in waiting
+            ),
+            max_len=longest_prompt + steps,
             evicts=tuple(evicts),
-            watch=watch,
+            recorder=recorder,
             kernels=decoding.choose_kernels("auto", model),
             pooled=tuple(policy.pooled_floor for policy in policies),
         )
@@ -370,15 +372,15 @@ class _Scan:
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        if not self.evicts[layer] and not self.watch:
-            # The law without evictions, in one operation.
+        if not self.evicts[layer] and not self.recorder:
+            # Without evictions the law is plain attention.
             return _Full()(layer, query, keys, values, scale)
         policy = self.policy.layer(layer)
         rows, heads, width, dim = query.shape
-        # As the model takes it up again, a token's heads side by side.
+        # In the memory layout that the model reads: the heads of a token are adjacent.
         output = query.new_zeros(rows, width, heads, dim).transpose(1, 2)
-        if self.watch:
-            self.watch.begin(keys)
+        if self.recorder:
+            self.recorder.begin(keys)
         projected = (query, keys, values)
         slots, policy = self._prompts(layer, policy, projected, scale, output)
         decoding.walk_texts(
@@ -390,10 +392,10 @@ class _Scan:
             start=self.prompt,
             end=self.lengths,
             output=output,
-            watch=self.watch,
+            recorder=self.recorder,
         )
-        if self.watch:
-            self.watch.end(query, keys, scale)
+        if self.recorder:
+            self.recorder.end(query, keys, scale)
         return output
 
     def _prompts(
@@ -404,9 +406,9 @@ class _Scan:
         scale: float,
         output: Tensor,
     ) -> tuple[Slots, PolicyTensors]:
-        """Run the prompts' blocks into `output` [rows, H_q, width, D].
+        """Run the prompts' blocks; writes to `output` [rows, H_q, width, D].
 
-        Returns what each row then holds, and the policies that it decodes under.
+        Returns each row's slots afterwards, and the policies for decoding.
         """
         keys = projected[1]
         staging = self._empty(keys, (self.block_slots[layer],) * keys.shape[1])
@@ -426,14 +428,14 @@ class _Scan:
             q, k, v = (t[:, :, tile] for t in projected)
             output[:, :, first : first + q.shape[2]] = block(0, q, k, v, scale)
             used = block.used_after
-            if self.watch:
-                self.watch.block(first, self.chunk, staging)
+            if self.recorder:
+                self.recorder.block(first, self.chunk, staging)
         if any(floor is not None for floor in self.pooled):
             budgets = pooled_budgets(staging, self.prompt, policy, self.pooled)
             policy = replace(policy, budget=budgets)
         used = end_prompt(staging, used, self.prompt, policy)
-        # As many as the largest budget of each head, or as all that rows ever see.
-        most = policy.budget[0].amax(dim=0).clamp(max=self.longest)
+        # The largest budget of each head, but no more than the longest text.
+        most = policy.budget[0].amax(dim=0).clamp(max=self.max_len)
         slots = self._empty(keys, tuple(most.tolist()))
         for row, counts in enumerate(used[0].tolist()):
             slots.copy_row(row, staging, row, [counts])

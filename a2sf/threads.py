@@ -1,7 +1,7 @@
-"""How many threads torch computes with on a processor, and how they wait for each other.
+"""The number of torch's threads on a processor, and how they wait for each other.
 
-Owns the count: what torch finds, cut to the processors that a container is granted. torch counts
-the machine's cores, and more threads than granted processors wait for each other at every step.
+Owns the number: torch's default, limited to a container's processor quota. torch counts the
+machine's cores; with more threads than the quota allows, threads wait for each other in every step.
 """
 
 import math
@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""Where the kernel tells a container its processor quota."""
+"""The file with a container's processor quota."""
 
 
 def set_threads(count: int | None = None) -> int:
-    """Set and return the threads of torch's operations, for the whole process.
+    """Set and return the number of torch's threads, for the whole process.
 
-    None takes what torch would (OMP_NUM_THREADS, else the cores), but no more than a cgroup's
+    None: torch's default (OMP_NUM_THREADS, else the number of cores), limited to the cgroup's
     processor quota.
     """
-    # Here, because what comes before `wait_passively` must not bring torch.
+    # Imported here, because torch must not be imported before `wait_passively`.
     import torch
 
     found = torch.get_num_threads()
@@ -28,19 +28,18 @@ def set_threads(count: int | None = None) -> int:
 
 
 def wait_passively() -> None:
-    """Have threads that wait for each other sleep, unless OMP_WAIT_POLICY says otherwise.
+    """Make waiting threads sleep instead of spin, unless OMP_WAIT_POLICY is set.
 
-    By default those of libgomp, which torch's wheel brings, spin for a while. Where other work
-    wants the cores, that takes the time of the very threads that are waited for: a decode step of
-    two threads beside two busy processes takes seven times as long and more
-    (benchmarks/results/waiting-cpu.json). libgomp reads its environment when it is loaded, so this
-    must come before torch is imported.
+    By default, waiting threads of libgomp (part of torch's wheel) spin for a while. On busy cores
+    they take time from the threads that they wait for: a decode step of two threads next to two
+    busy processes takes more than seven times as long (benchmarks/results/waiting-cpu.json).
+    libgomp reads its environment when it is loaded, so call this before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def granted(limit: Path) -> int | None:
-    """Return the processors that a cgroup's cpu.max grants, rounded up; None without a quota.
+    """Return the number of processors in a cgroup's cpu.max, rounded up; None without a quota.
 
     Source: the kernel's documentation of control groups, version 2: "$MAX $PERIOD", "max" for none.
     """

@@ -20,7 +20,7 @@ from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
 from a2sf.policy import CachePolicy, Heads, left_out, resolve, slots_for
-from a2sf.ranks import Ranks, expected, leave
+from a2sf.ranks import Ranks, leave, num_processes
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
 from service.options import ServerOptions, Shares, heads_of
@@ -59,7 +59,7 @@ def load_core(options: ServerOptions) -> Core:
         # Said before the model is loaded, which takes a while.
         raise NotFound(f"tables directory {directory}: no such directory")
     threads = set_threads(options.threads)
-    ranks = Ranks.join(options.device) if expected() > 1 else None
+    ranks = Ranks.join(options.device) if num_processes() > 1 else None
     model = _load_model(options, ranks)
     chat.choose_template(model.tokenizer, options.chat_template)
     shipped = reference.path() / "tables"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.ranks import RankLost, leads, leave
+from a2sf.ranks import RankLost, is_first_rank, leave
 from service.core import load_follower
 from service.options import ServerOptions
 from service.server import Server
@@ -43,7 +43,7 @@ async def run(options: ServerOptions, announce: Announce) -> int:
     Raises what starting raises. The first SIGTERM or SIGINT drains, the second ends the process at
     once.
     """
-    if not leads():
+    if not is_first_rank():
         return _follow(options)
     stopping, served = asyncio.Event(), False
     with _signals(stopping), _port_file(options.port_file) as write_port:

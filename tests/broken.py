@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or not served, each made of a whole tiny one by one change."""
+"""Broken or unsupported checkpoints, each made from a complete tiny one by one change."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ SHARD = "model-00001-of-00002.safetensors"
 
 
 class Broken(NamedTuple):
-    """What is done to a checkpoint, and what its user must be told."""
+    """A change to a checkpoint, and the expected part of the error message."""
 
     change: Callable[[Path], None]
     told: str
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
-    """Change settings in config.json; those that are ... are removed."""
+    """Change settings in config.json; the value ... removes a setting."""
 
     def change(directory: Path) -> None:
         path = directory / "config.json"
@@ -47,7 +47,7 @@ def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Change the tensors that are stored."""
+    """Change the stored tensors."""
 
     def rewrite(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
@@ -58,12 +58,12 @@ def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], N
 
 
 def added(name: str, tensor: Tensor) -> Callable[[Path], None]:
-    """Store a tensor beside the others, or in place of one."""
+    """Add or replace a stored tensor."""
     return weights(lambda tensors: tensors.__setitem__(name, tensor))
 
 
 def cut(length: int) -> Callable[[Path], None]:
-    """Cut the file of weights short; below 0 the bytes that are left out."""
+    """Truncate the weight file; a negative number is the number of removed bytes."""
 
     def change(directory: Path) -> None:
         path = directory / "model.safetensors"
@@ -149,7 +149,9 @@ BROKEN: dict[str, Broken] = {
     "biases without attention_bias": Broken(
         weights(biases), "model.layers.0.self_attn.k_proj.bias, "
     ),
-    "many biases": Broken(weights(biases), " and 4 more; accepted: the weights of the model that"),
+    "many biases": Broken(
+        weights(biases), " and 4 more; accepted: only the weights of the model that"
+    ),
     "biases that are missing": Broken(
         config(attention_bias=True), "weights are missing: model.layers.0.self_attn.k_proj.bias"
     ),
@@ -158,11 +160,12 @@ BROKEN: dict[str, Broken] = {
     ),
     "leftovers of an adapter": Broken(
         added("base_model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(2, 32)),
-        "lora_A.weight; accepted: the weights of the model that config.json describes",
+        "lora_A.weight; accepted: only the weights of the model that config.json describes",
     ),
     "an adapter": Broken(
         written("adapter_config.json", '{"base_model_name_or_path": "x"}'),
-        "comes with an adapter (adapter_config.json); supported: weights that it is merged into",
+        "comes with an adapter (adapter_config.json); supported: weights with the adapter merged "
+        "into them",
     ),
     "fewer layers": Broken(config(num_hidden_layers=2), "no place for: model.layers.2."),
     "more layers": Broken(config(num_hidden_layers=4), "weights are missing: model.layers.3."),
@@ -182,21 +185,23 @@ BROKEN: dict[str, Broken] = {
         f"stores {INV_FREQ}, which is not the rotation that config.json describes",
     ),
     "a weight of another shape": Broken(
-        added(K_PROJ, torch.ones(32, 32)), f"{K_PROJ} is [32, 32] where [16, 32] is taken"
+        added(K_PROJ, torch.ones(32, 32)), f"{K_PROJ} is [32, 32], expected [16, 32]"
     ),
     "another hidden size": Broken(config(hidden_size=64), "of other shapes than config.json says"),
-    "another vocabulary": Broken(config(vocab_size=300), "is [258, 32] where [300, 32] is taken"),
+    "another vocabulary": Broken(config(vocab_size=300), "is [258, 32], expected [300, 32]"),
     "another head_dim": Broken(config(head_dim=16), "of other shapes than config.json says"),
-    "another number of KV heads": Broken(config(num_key_value_heads=4), "is [16, 32] where [32,"),
+    "another number of KV heads": Broken(
+        config(num_key_value_heads=4), "is [16, 32], expected [32,"
+    ),
     "a weight that is missing": Broken(
         weights(lambda tensors: tensors.pop(K_PROJ)), f"weights are missing: {K_PROJ}"
     ),
-    "weights cut short": Broken(cut(-100), "model.safetensors: not whole"),
-    "weights cut within the header": Broken(cut(100), "model.safetensors: not whole"),
-    "empty weights": Broken(cut(0), "model.safetensors: not whole"),
+    "weights cut short": Broken(cut(-100), "model.safetensors: truncated or damaged"),
+    "weights cut within the header": Broken(cut(100), "model.safetensors: truncated or damaged"),
+    "empty weights": Broken(cut(0), "model.safetensors: truncated or damaged"),
     "weights that are text": Broken(
         written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "model.safetensors: not whole",
+        "model.safetensors: truncated or damaged",
     ),
     "pickled weights": Broken(
         lambda directory: (
@@ -204,7 +209,7 @@ BROKEN: dict[str, Broken] = {
         ),
         "no *.safetensors",
     ),
-    "a shard cut short": Broken(sharded(half_a_shard), f"{SHARD}: not whole"),
+    "a shard cut short": Broken(sharded(half_a_shard), f"{SHARD}: truncated or damaged"),
     "a shard that is not there": Broken(
         sharded(lambda directory, _: (directory / SHARD).unlink()), f"are missing: {SHARD}"
     ),
@@ -214,7 +219,7 @@ BROKEN: dict[str, Broken] = {
     ),
     "an index that leads outside": Broken(
         sharded(lambda _, index: index["weight_map"].update(more="../other.safetensors")),
-        "accepted: files beside it",
+        "accepted: files in the same directory",
     ),
     "an index without a map": Broken(
         sharded(lambda _, index: index.pop("weight_map")), "index.json cannot be read (KeyError"
@@ -227,7 +232,8 @@ BROKEN: dict[str, Broken] = {
         "index.json cannot be read",
     ),
     "an index of no files": Broken(
-        sharded(lambda _, index: index["weight_map"].clear()), "accepted: files beside it"
+        sharded(lambda _, index: index["weight_map"].clear()),
+        "accepted: files in the same directory",
     ),
     "a tensor in two shards": Broken(
         sharded(
@@ -357,4 +363,4 @@ BROKEN: dict[str, Broken] = {
         written("generation_config.json", "{"), "generation_config.json cannot be read"
     ),
 }
-"""By what is wrong with them. All are refused with one sentence."""
+"""By their fault. All are refused with one sentence."""

@@ -31,10 +31,10 @@ def request(name: str, prompt: Iterable[int], **fields: Any) -> GenerationReques
     return GenerationRequest(request_id=name, prompt_ids=tuple(prompt), **settings)
 
 
-def effective(model: LoadedModel, wish: CachePolicy, length: int) -> EffectivePolicy:
+def effective(model: LoadedModel, requested_policy: CachePolicy, length: int) -> EffectivePolicy:
     """The policy in plain numbers of a sequence of `length` tokens, with slots for all of them."""
     return resolve(
-        wish,
+        requested_policy,
         table=None,
         server=CachePolicy(),
         length=length,
@@ -122,14 +122,14 @@ def any_sampling(rng: random.Random) -> Sampling:
 
 
 def any_requests(
-    model: LoadedModel, count: int, seed: int, *, longest: int = 120, most: int = 40
+    model: LoadedModel, count: int, seed: int, *, max_len: int = 120, most: int = 40
 ) -> list[GenerationRequest]:
     """Requests of every kind: policies, lengths, draws and ends as different as they may be."""
     rng = random.Random(seed)
     made = []
-    for index, prompt in enumerate(prompts(count, high=longest, seed=seed)):
+    for index, prompt in enumerate(prompts(count, high=max_len, seed=seed)):
         max_new = rng.randint(1, most)
-        wish = any_policy(rng, len(prompt) + max_new)
+        requested_policy = any_policy(rng, len(prompt) + max_new)
         alpha = [
             tuple(rng.choice([0.0, 0.5, 0.99, 1.0]) for _ in range(model.shape.num_kv_heads))
             for _ in range(model.shape.num_layers)
@@ -140,8 +140,8 @@ def any_requests(
             request(
                 str(index),
                 prompt,
-                cache_policy=wish,
-                table=table if wish.table else None,
+                cache_policy=requested_policy,
+                table=table if requested_policy.table else None,
                 max_new_tokens=max_new,
                 min_new_tokens=rng.choice([0, 0, rng.randint(0, max_new)]),
                 sampling=any_sampling(rng),

@@ -1,6 +1,6 @@
-"""GGUF files written from tiny checkpoints, as llama.cpp's converter writes them.
+"""Writes GGUF files from tiny checkpoints, as llama.cpp's converter does.
 
-Owns the other direction of what `a2sf.gguf_file` reads, with formulas of its own.
+Owns the inverse of `a2sf.gguf_file`, with separate formulas.
 """
 
 import json
@@ -27,7 +27,7 @@ TOKENS = [
     "<think>",
 ]
 VOCABULARY = 272
-"""Rows of the embedding: some are no token's."""
+"""Rows of the embedding; some have no token."""
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
@@ -39,7 +39,7 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 def save_checkpoint(
     directory: Path, family: type[PreTrainedConfig] = LlamaConfig, **settings: Any
 ) -> Path:
-    """Write a tiny checkpoint whose rows are whole blocks of 32 numbers."""
+    """Write a tiny checkpoint whose rows are multiples of 32 numbers, the quantisation block."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
     return save_tiny(family, directory, vectors=0.3, **{**sizes, "head_dim": 16, **settings})
 
@@ -57,9 +57,9 @@ def save_gguf(
     Args:
         checkpoint: directory of a tiny checkpoint.
         path: the file to write.
-        kind: the type of all matrices; vectors are float32, as everywhere.
-        tensors: more tensors, or None to leave one out.
-        settings: over those of the checkpoint, dots as two underscores; None leaves one out.
+        kind: the type of all matrices; vectors are always float32.
+        tensors: additional tensors; None removes one.
+        settings: override the checkpoint's; `__` stands for a dot, None removes one.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
@@ -116,13 +116,13 @@ def stored_tensors(
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Move row i of a head's second half beside row i of its first."""
+    """Move row i of a head's second half next to row i of its first half."""
     halves = tensor.view(heads, 2, -1, *tensor.shape[1:])
     return torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(tensor.shape).contiguous()
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, Any]:
-    """What each frequency is divided by, one after another."""
+    """The divisor of each frequency, computed one by one."""
     factors = []
     original = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

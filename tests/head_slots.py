@@ -1,4 +1,4 @@
-"""One head's slots in one row, however they lie."""
+"""Views of one head's slots in one row, for any layout."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from a2sf.scoring import EMPTY
 
 @dataclass
 class HeadSlots:
-    """Views of a head's own slots: keys and values [slots, D], position and score [slots]."""
+    """Views of a head's slots: keys and values [slots, D], position and score [slots]."""
 
     keys: Tensor
     values: Tensor
@@ -18,13 +18,13 @@ class HeadSlots:
     score: Tensor
 
     def stored(self) -> dict[int, float]:
-        """The score of each token that is held, by position."""
+        """The score of each stored token, by position."""
         held = self.position != EMPTY
         return dict(zip(self.position[held].tolist(), self.score[held].tolist(), strict=True))
 
 
 def head_of(slots: Slots, layer: int, row: int, head: int) -> HeadSlots:
-    """The slots of a head, found by the sums of those before it."""
+    """The slots of a head; its offset is the sum of the slots before it."""
     before = slots.layout.pitches
     first = sum(before[layer][:head])
     mark = sum(map(sum, before[:layer])) + first

@@ -1,7 +1,7 @@
-"""Running Triton's programs in tests: on the device, or in the interpreter where there is none.
+"""Runs Triton programs in tests: on the device, or without one in the interpreter.
 
-Owns the switch, and memory that shows what was never written. Needs Triton; pytest only for
-interpreting.
+Owns the switch, and memory that reveals unwritten elements. Needs Triton, and pytest for the
+interpreter.
 """
 
 import warnings
@@ -15,15 +15,15 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 SCORE_TOLERANCE = 2e-4 if CUDA else 2e-5
-"""Relative, of scores: tensor cores cut off what they add up, and a logit of 30 feels it."""
+"""Relative tolerance of scores: tensor cores truncate sums, which shows at a logit of 30."""
 
 ALIGNMENT = 16
-"""What sizes must be multiples of for Triton to compile one program for all of them."""
+"""Sizes must be multiples of this, so that Triton compiles one program for all of them."""
 
 
 @contextmanager
 def interpreting(*modules: ModuleType) -> Iterator[None]:
-    """Run the modules' programs on the processor, although others imported Triton to compile."""
+    """Run the modules' programs in the interpreter, even if Triton was imported to compile."""
     if CUDA:
         yield
         return
@@ -34,7 +34,7 @@ def interpreting(*modules: ModuleType) -> Iterator[None]:
 
     dot = InterpreterBuilder.create_dot
 
-    # The interpreter holds bfloat16 as bits, and would multiply them as integers.
+    # The interpreter stores bfloat16 as bits, and would multiply the bits as integers.
     def widened(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object
     ) -> object:
@@ -55,9 +55,9 @@ def interpreting(*modules: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Let what `torch.empty` gives be NaN, so that whatever is not written shows."""
+    """Fill the result of `torch.empty` with NaN, to detect unwritten memory."""
     with warnings.catch_warnings():
-        # The reference's products on a device go through cuBLAS, which only warns.
+        # On a device the reference uses cuBLAS, which only warns.
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

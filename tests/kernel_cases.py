@@ -1,6 +1,6 @@
-"""The judges of a decode step's kernel: one step, and a chain.
+"""Checks of a decode kernel: one step, and a chain of steps.
 
-Runs where there is a CUDA device and, in Triton's interpreter, where there is none.
+Runs on a CUDA device, or without one in Triton's interpreter.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from tests.row_cases import TOLERANCE, Case, check_state, exact, make
 
 
 def check(case: Case, steps: int, splits: int) -> None:
-    """Decode some steps; after each, everything equals the reference's step from the same state."""
+    """Decode some steps; compare each with the reference's step from the same state."""
     slots, policy, start = case.slots, case.policy, case.start.clone()
     kv_heads = policy.alpha.shape[2]
     workspace = decode.Workspace.empty(slots, kv_heads * case.group, splits)
@@ -48,7 +48,7 @@ def check(case: Case, steps: int, splits: int) -> None:
         every = torch.ones_like(start, dtype=torch.bool)
         check_state(case, witness, start + 1, every, SCORE_TOLERANCE)
         start += 1
-        # From scores equal to the last bit the same slots must follow.
+        # From bit-equal scores, the plans must be equal.
         following = decode.plan_slots(slots, policy, start)
         evicting = start[:, None] >= policy.budget
         room = torch.tensor(slots.layout.slots, device=DEVICE)[:, None]
@@ -76,16 +76,16 @@ def random_case(seed: int) -> tuple[Case, int, int]:
 
 
 SERVED = (
-    # As in models of 8 and of 1 billion weights, and one that fills no tile.
+    # As in models with 8 and 1 billion weights, and a shape that fills no tile.
     (4, 8, 128, torch.bfloat16),
     (4, 8, 64, torch.bfloat16),
     (7, 2, 80, torch.float16),
 )
-"""Query heads a KV head, KV heads, head size, dtype: few, for each is compiled on its own."""
+"""(query heads per KV head, KV heads, head size, dtype). Few, because each is compiled."""
 
 
 def served_case(seed: int, most: int = 300) -> tuple[Case, int, int]:
-    """As `random_case`, of the kinds that are served and in full tiles; rows of up to `most`."""
+    """As `random_case`, with served shapes and full tiles; rows of up to `most` slots."""
     choose = random.Random(seed)
     group, kv_heads, dim, dtype = choose.choice(SERVED)
     case = make(
@@ -105,11 +105,11 @@ def served_case(seed: int, most: int = 300) -> tuple[Case, int, int]:
 
 
 NEAR_TIE = 1e-4
-"""The widest relative gap of two scores that rounding may swap, after hundreds of steps."""
+"""Largest relative gap of two scores that rounding may swap, after hundreds of steps."""
 
 
 def _scores(slots: Slots, plan: torch.Tensor) -> torch.Tensor:
-    """The scores of a slot of each head; `plan` [layers, rows, H_kv] says which."""
+    """The score of one slot of each head, chosen by `plan` [layers, rows, H_kv]."""
     found = torch.zeros_like(plan, dtype=torch.float32)
     for layer, row, head in itertools.product(*map(range, plan.shape)):
         at = int(plan[layer, row, head])
@@ -118,10 +118,10 @@ def _scores(slots: Slots, plan: torch.Tensor) -> torch.Tensor:
 
 
 def check_chain(case: Case, steps: int, splits: int) -> int | None:
-    """Decode on and on beside a reference that is never corrected.
+    """Decode many steps in parallel with a reference that is never corrected.
 
-    Returns the step in which two scores within rounding of each other were taken in another order,
-    after which the two have different tokens for good reason; None where that never was.
+    Returns the step in which the two evict differently at a near-tie, after which they hold
+    different tokens for a valid reason; None if that never happens.
     """
     slots, policy = case.slots, case.policy
     witness, start = exact(slots), case.start.clone()
@@ -134,7 +134,7 @@ def check_chain(case: Case, steps: int, splits: int) -> int | None:
         if not torch.equal(plan, wanted):
             mine, theirs = (_scores(witness, p) for p in (plan, wanted))
             gap = float(((mine - theirs).abs() / torch.maximum(mine, theirs).clamp(1e-30)).max())
-            assert gap <= NEAR_TIE, f"step {step}: the slots parted by a gap of {gap}"
+            assert gap <= NEAR_TIE, f"step {step}: the slots differ at a gap of {gap}"
             return step
         reference = DecodePass(witness, policy, start)
         query, keys, values = (t.double() for t in tokens)

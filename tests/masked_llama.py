@@ -1,8 +1,8 @@
-"""A Llama that keeps every key and masks what the written definition has evicted.
+"""A Llama that keeps every key and masks the tokens that the written definition has evicted.
 
 Owns an independent simulation of greedy decoding under a policy: its own forward pass from the
-checkpoint's tensors, full-length keys and scores, and a mask of the living by layer and head. It
-shares no code with `a2sf`.
+checkpoint's tensors, full-length keys and scores, and a mask of the retained tokens by layer and
+head. It shares no code with `a2sf`.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class MaskedLlama:
-    """Greedy decoding of one sequence; nothing is ever freed, the dead are masked."""
+    """Greedy decoding of one sequence; nothing is freed, evicted tokens are masked."""
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         self.config = json.loads((directory / "config.json").read_text())
@@ -54,7 +54,8 @@ class MaskedLlama:
     ) -> list[tuple[int, float]]:
         """Return each greedy token with its gap to the runner-up, relative to the top logit.
 
-        `alpha`, `budgets` and `recents` are of each layer and KV head, the latter in tokens.
+        `alpha`, `budgets` and `recents` have one number per layer and KV head; budgets and recents
+        are in tokens.
         """
         total = len(prompt) + steps
         shape = (self.layers, self.kv_heads, total)

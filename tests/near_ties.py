@@ -1,8 +1,8 @@
-"""Where two runs of one request part, and how near the tie was that decided it.
+"""Finds where two runs of one request first differ, and how close the decision was.
 
-Rounding differs with the shape of a batch, so below float64 a run may part from another where two
-choices are as good as equal: which of two tokens a head forgets, or which token is drawn. What
-follows a first parting differs for good reason; the parting itself must be a near-tie.
+Rounding depends on the shape of a batch. So below float64 two runs may differ if two choices are
+almost equal: which of two tokens a head evicts, or which token is drawn. After the first difference
+the runs may differ freely, but the first difference must be a near-tie.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ TOLERANCE = {
     # 16 times its epsilon: logits are rounded to 8 bits, and a score is a sum of their powers.
     torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,
 }
-"""The widest relative gap that is a near-tie, by the model's type."""
+"""Largest relative gap of a near-tie, by the model's dtype."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A token drawn, and all that it was drawn from."""
+    """A drawn token, and everything that it was drawn from."""
 
     token: int
     logits: Tensor
     """[vocab]."""
-    row: sampling.Row
-    """As it was before the draw."""
+    state: sampling.SamplingState
+    """The state before the draw."""
 
     def again(self, logits: Tensor) -> int:
-        """What the same settings, noise and history draw from other logits [vocab]."""
-        (token,) = sampling.Batch([_copy(self.row)], logits.device).draw(logits[None])
+        """The token that the same settings, random numbers and history draw from other logits."""
+        (token,) = sampling.Batch([_copy(self.state)], logits.device).draw(logits[None])
         assert token is not None, "the logits are finite"
         return token
 
 
 @dataclass
 class Step:
-    """What a request held after one step of the engine, and what it drew in it."""
+    """The tokens that a request held after one step of the engine, and its draw in that step."""
 
     position: Tensor
     """[layers, H_kv, tokens], in order; `EMPTY` at the end of layers that keep fewer."""
@@ -60,7 +60,7 @@ class Step:
     draw: Draw | None = None
 
     def scores(self, layer: int, head: int) -> dict[int, float]:
-        """The score of each position that a head keeps."""
+        """The score of each position that a head holds."""
         places = self.position[layer, head].tolist()
         scores = self.score[layer, head].tolist()
         return {p: score for p, score in zip(places, scores, strict=True) if p != EMPTY}
@@ -73,16 +73,16 @@ class Parting:
     kind: Literal["eviction", "draw"]
     step: int
     gap: float
-    """Relative: of the scores of tokens treated differently, or of the logits to another draw."""
+    """Relative gap of the scores of tokens that differ, or of the logits to another draw."""
 
 
 class Recorder:
-    """Steps an engine, and notes what every request keeps and draws."""
+    """Steps an engine, and records the tokens that every request holds and draws."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.steps: dict[str, list[Step]] = {}
-        """Of each request, from its admission on: one entry for each step of the engine."""
+        """For each request, one entry per step of the engine from its admission on."""
 
     def step(self) -> list[StepEvent]:
         noted: dict[str, Step] = {}
@@ -90,13 +90,15 @@ class Recorder:
         draw_really = sampling.Batch.draw
 
         def draw(batch: sampling.Batch, logits: Tensor) -> list[int | None]:
-            # Rows that end with this draw are gone after the step.
+            # Rows that end with this draw are free after the step.
             noted.update(self._held())
-            rows = [_copy(row) for row in batch._rows]
+            states = [_copy(state) for state in batch._states]
             tokens = draw_really(batch, logits)
-            for token, drawn_from, row in zip(tokens, logits.detach().clone(), rows, strict=True):
+            for token, drawn_from, state in zip(
+                tokens, logits.detach().clone(), states, strict=True
+            ):
                 assert token is not None, "the logits are finite"
-                draws.append(Draw(token, drawn_from, row))
+                draws.append(Draw(token, drawn_from, state))
             return tokens
 
         with patch.object(sampling.Batch, "draw", draw):
@@ -115,7 +117,7 @@ class Recorder:
 
 
 def parting(alone: list[Step], together: list[Step]) -> Parting | None:
-    """Find where two runs of a request part, as far as both go; None if they do not."""
+    """Find where two runs of a request first differ, up to the shorter one; None if never."""
     for index, (one, other) in enumerate(zip(alone, together, strict=False)):
         before = (alone[index - 1], together[index - 1]) if index else None
         gap = _eviction_gap(one, other, before)
@@ -136,7 +138,7 @@ def _eviction_gap(one: Step, other: Step, before: tuple[Step, Step] | None) -> f
             for head in range(one.position.shape[1])
             if (gap := _gap_in_head(one, other, before, layer, head)) is not None
         ]
-        # Later layers attend to what this one made of it.
+        # Later layers depend on this one, so they may differ too.
         if gaps:
             return max(gaps)
     return float("inf")
@@ -151,10 +153,10 @@ def _gap_in_head(
     if len(mine) != len(theirs):
         return float("inf")
     parted = mine.keys() ^ theirs.keys()
-    # Decided after the step, by a prompt's last trim: each run knows the score of what it kept.
+    # Decided after the step, by a prompt's last trim: each run has the scores of its own tokens.
     gap = _spread([(mine | theirs)[position] for position in parted])
     if before is not None:
-        # Or decided before the step, among what both runs held then.
+        # Or decided before the step, among the tokens that both runs held then.
         held = [step.scores(layer, head) for step in before]
         if all(position in scores for position in parted for scores in held):
             gap = min(gap, _spread([scores[p] for p in parted for scores in held]))
@@ -167,10 +169,10 @@ def _spread(values: list[float]) -> float:
 
 
 def _draw_gap(one: Draw, other: Draw) -> float:
-    """The least move of one run's logits towards the other's that changes what it draws.
+    """The smallest move of one run's logits towards the other's that changes the drawn token.
 
-    Relative to the largest logit. Infinite if the logits do not account for the other's token: then
-    the noise or what a row remembers is at fault.
+    Relative to the largest logit. Infinite if the logits do not explain the other token: then the
+    random numbers or the row's state are wrong.
     """
     if one.again(one.logits) != one.token or one.again(other.logits) != other.token:
         return float("inf")
@@ -185,23 +187,23 @@ def _draw_gap(one: Draw, other: Draw) -> float:
     return high * float((end - start).abs().max() / start.abs().max())
 
 
-def _copy(row: sampling.Row) -> sampling.Row:
-    seen = None if row.seen is None else row.seen.clone()
-    return dataclasses.replace(row, seen=seen)
+def _copy(state: sampling.SamplingState) -> sampling.SamplingState:
+    seen = None if state.seen is None else state.seen.clone()
+    return dataclasses.replace(state, seen=seen)
 
 
 SIZES: dict[str, Any] = {"slots": 168, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
-"""Of the engines that are compared."""
+"""The sizes of the compared engines."""
 
 
 def check_against_torch(
     model: LoadedModel, kernels: Kernels, count: int, seed: int, *, most: int
 ) -> int:
-    """Requests that come and go at random get what torch's operations give each alone.
+    """Check that requests with random arrivals equal their solo runs in torch.
 
-    Returns how many evicted, or fails if a run parts from its witness without a near-tie.
+    Returns the number of requests that evicted. Fails if a run differs without a near-tie.
     """
-    made = any_requests(model, count, seed=seed, longest=45, most=most)
+    made = any_requests(model, count, seed=seed, max_len=45, most=most)
     together = Recorder(engine_for(model, kernels=kernels, **SIZES))
     assert together.engine.kernels == kernels
     streams = run_at_random(

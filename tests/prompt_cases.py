@@ -1,7 +1,6 @@
-"""Cases that the kernels of a prompt's blocks are held to, and the judges.
+"""Test cases and checks for the kernels of a prompt's blocks.
 
-Runs where there is a CUDA device and, in Triton's interpreter, where there is none; flash attention
-on CUDA devices alone.
+Runs on a CUDA device, or without one in Triton's interpreter; flash attention only on CUDA devices.
 """
 
 import random
@@ -18,9 +17,9 @@ from tests.interpreting import ALIGNMENT, DEVICE, SCORE_TOLERANCE
 def check_mass(
     seed: int, kind: tuple[int, int, int, torch.dtype] | None = None, *, known: bool = False
 ) -> None:
-    """A block of several rows, ragged, over slots that hold older tokens, the block, or nothing.
+    """Blocks of different lengths in several rows, over slots with older tokens, or empty ones.
 
-    `kind` as in `SERVED`, or one that the seed decides; `known` hands in the normalisers.
+    `kind` as in `SERVED`, or chosen by the seed; `known` passes in the normalisers.
     """
     choose = random.Random(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -45,7 +44,7 @@ def check_mass(
             old = torch.randperm(int(start[row]), generator=rng)[:older]
             new = int(start[row]) + torch.arange(int(lengths[row]))
             tokens = torch.cat([old, new]).int()
-            # In order, as in an exact prompt, or in none, as after evictions.
+            # In order, as in an exact prompt, or in random order, as after evictions.
             where = torch.arange(slots) if seed % 2 else torch.randperm(slots, generator=rng)
             position[row, head, where[: len(tokens)]] = tokens
     position = position[:, :, :slots].to(DEVICE)
@@ -53,7 +52,7 @@ def check_mass(
     alpha = factors[torch.randint(0, 5, (1, rows, kv_heads), generator=rng)]
     weights = scoring.query_weights(alpha, lengths, 0, width)[0].to(DEVICE)
 
-    # As a model hands them in: heads and width swapped by a view.
+    # In the layout of a model's projections: heads and width swapped by a view.
     query = torch.randn(rows, width, kv_heads * group, dim, generator=rng)
     query = query.to(dtype).to(DEVICE).transpose(1, 2)
     keys = torch.randn(rows, kv_heads, slots, dim, generator=rng).to(dtype).to(DEVICE)
@@ -62,16 +61,18 @@ def check_mass(
     if known:
         exact = query.double(), at, keys.double(), position
         lse = _normalisers(*exact, 0.4).float()
-    want = attention.mass(query.double().contiguous(), at, keys.double(), position, weights, 0.4)
-    # What is beyond a row's length or in an empty slot is nobody's.
+    want = attention.attention_sum(
+        query.double().contiguous(), at, keys.double(), position, weights, 0.4
+    )
+    # Elements beyond a row's length or in an empty slot must not be used.
     query[(weights == 0).all(dim=1)[:, None].expand(-1, kv_heads * group, -1)] = torch.nan
     keys[position == EMPTY] = torch.nan
-    got = prefill.mass(query, at, keys, position, weights, 0.4, lse)
+    got = prefill.attention_sum(query, at, keys, position, weights, 0.4, lse)
     torch.testing.assert_close(got, want, rtol=SCORE_TOLERANCE, atol=1e-6)
 
 
 def check_flash(dtype: torch.dtype, width: int, slots: int) -> None:
-    """The last `width` tokens of `slots` that lie in order, four query heads a KV head."""
+    """The last `width` tokens of `slots` tokens in order, with four query heads per KV head."""
     rng = torch.Generator().manual_seed(7)
     query = torch.randn(1, 8, width, 128, generator=rng).to(DEVICE, dtype)
     keys, values = (torch.randn(1, 2, slots, 128, generator=rng).to(DEVICE, dtype) for _ in "kv")

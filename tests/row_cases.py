@@ -1,6 +1,6 @@
-"""Rows at any point of their lives, that what carries out a decode step is held to.
+"""Random rows in any state, for tests of decode steps.
 
-Owns the drawing of them. Slots that nobody uses hold NaN, so that whoever reads one is found out.
+Owns their generation. Unused slots hold NaN, to detect reads of them.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from a2sf.policy import EffectivePolicy
 from tests.head_slots import HeadSlots, head_of
 from tests.interpreting import ALIGNMENT, DEVICE
 
-# Rounding of the output, as a share of the largest value; scores are float32 whatever the model.
+# Rounding of the output relative to the largest value; scores are float32 for every dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass
 class Case:
-    """Rows that decode side by side, at any point of their lives."""
+    """Rows that decode together, in any state."""
 
     slab: Slots
     slots: Slots
@@ -33,7 +33,7 @@ class Case:
     scale: float
 
     def normal(self, heads: int) -> torch.Tensor:
-        """Vectors as a model hands them in: heads and width swapped by a view."""
+        """Vectors in the layout of a model's projections: heads and width swapped by a view."""
         rows, dim = len(self.start), self.slots.keys[0].shape[2]
         drawn = torch.randn(rows, 1, heads, dim, generator=self.rng)
         return drawn.to(self.slots.keys[0].dtype).to(DEVICE).transpose(1, 2)
@@ -59,10 +59,10 @@ def make(
     seen: int | None = None,
     aligned: bool = False,
 ) -> Case:
-    """Draw rows that have seen fewer tokens than a head's budget, as many, or more.
+    """Make random rows with fewer tokens than a head's budget, as many, or more.
 
-    Heads differ in their budgets. Slots in use hold random tokens in random order, all others NaN.
-    `aligned` makes widths multiples of `ALIGNMENT`, beyond what the rows' budgets need.
+    Heads have different budgets. Slots in use hold random tokens in random order, all others NaN.
+    `aligned` rounds widths up to multiples of `ALIGNMENT`.
     """
     choose = random.Random(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def make(
         some = choose.choice([0, 1, least - 1, least, most, 500])
         lengths.append(some if seen is None else seen)
     policy = PolicyTensors.stack(policies, [10**6] * rows, DEVICE)
-    # As a rank numbers heads that is not the first.
+    # Head numbers as on a rank that is not the first.
     policy = replace(
         policy,
         scored=policy.scored & scored,
@@ -111,7 +111,7 @@ def make(
     beside = ALIGNMENT if aligned else 3
     if aligned:
         widths = tuple(tuple(-(-w // ALIGNMENT) * ALIGNMENT for w in row) for row in widths)
-    # A view of a larger slab, as the engine's batches are.
+    # A view of a larger slab, as in the engine.
     slab = Slots.empty(
         rows=rows + 1,
         slots=tuple(tuple(w + beside for w in row) for row in widths),
@@ -128,7 +128,7 @@ def make(
                 mine = head_of(slab, layer, row, head)
                 kept = torch.randperm(max(length, 1), generator=rng)[:held]
                 mine.position[:held] = kept.int()
-                # Few distinct scores, so that many tie.
+                # Few distinct scores, so that there are many ties.
                 mine.score[:held] = torch.randint(0, 4, (held,), generator=rng) / 4
                 vectors = torch.randn(2, held, dim, generator=rng)
                 if same_keys:
@@ -147,7 +147,7 @@ def make(
 
 
 def exact(slots: Slots) -> Slots:
-    """The same tokens in float64; empty slots hold zeros, for the reference multiplies by them."""
+    """The same tokens in float64. Empty slots are zero, because the reference multiplies them."""
 
     def wide(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(t.nan_to_num(0.0).double() for t in tensors)
@@ -162,16 +162,16 @@ def exact(slots: Slots) -> Slots:
 
 
 def heads_of(slots: Slots) -> Iterator[tuple[tuple[int, int, int], HeadSlots]]:
-    """Every head of every row: its layer, row and number, and its slots."""
+    """All heads of all rows: layer, row, head number, and slots."""
     for layer, row in itertools.product(range(len(slots.keys)), range(len(slots.position))):
         for head in range(len(slots.layout.slots[layer])):
             yield (layer, row, head), head_of(slots, layer, row, head)
 
 
 def owned(case: Case) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Which slots of the slab belong to a head of a row of the case.
+    """Masks of the slab's slots that belong to a head of a row of the case.
 
-    Of each layer [rows, slots] bool, for keys and values; [rows, slots of all layers] bool.
+    For each layer [rows, slots] bool, for keys and values; and [rows, slots of all layers] bool.
     """
     slab = case.slab
     vectors = [torch.zeros(keys.shape[:2], dtype=torch.bool, device=DEVICE) for keys in slab.keys]
@@ -189,9 +189,9 @@ def owned(case: Case) -> tuple[list[torch.Tensor], torch.Tensor]:
 def check_state(
     case: Case, witness: Slots, seen: torch.Tensor, judged: torch.Tensor, tolerance: float
 ) -> None:
-    """Slots hold what the witness holds after `seen` [rows] tokens, and nothing was touched beside.
+    """Check that slots equal the witness after `seen` [rows] tokens, and no other memory changed.
 
-    Scores of rows that are `judged` [rows] bool are equal within a relative tolerance.
+    Scores of the rows `judged` [rows] bool must be equal within a relative tolerance.
     """
     slots, budget = case.slots, case.policy.budget
     for (layer, row, head), theirs in heads_of(witness):
@@ -202,7 +202,7 @@ def check_state(
             torch.testing.assert_close(
                 mine.score[:held], theirs.score[:held], rtol=tolerance, atol=1e-7
             )
-        # Unused slots are nobody's, and no more are those of other rows and beside the view.
+        # Unused slots, other rows and memory outside the view must not change.
         assert mine.score[held:].isnan().all()
         assert torch.equal(mine.keys.nan_to_num(0.0).double(), theirs.keys)
         assert torch.equal(mine.values.nan_to_num(0.0).double(), theirs.values)

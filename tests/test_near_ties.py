@@ -1,4 +1,4 @@
-"""The judge of near-ties lets rounding pass, and no fault."""
+"""The check for near-ties accepts rounding, and detects faults."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from tests.driving import GREEDY, engine_for, request
 from tests.near_ties import Draw, Parting, Recorder, Step, parting
 
 
-def test_a_fault_is_not_taken_for_a_near_tie(tiny_model: LoadedModel) -> None:
+def test_a_fault_is_not_accepted_as_a_near_tie(tiny_model: LoadedModel) -> None:
     def steps(one: GenerationRequest) -> list[Step]:
         recorder = Recorder(engine_for(tiny_model, slots=128))
         recorder.engine.submit(one)
@@ -22,12 +22,12 @@ def test_a_fault_is_not_taken_for_a_near_tie(tiny_model: LoadedModel) -> None:
             recorder.step()
         return recorder.steps["r"]
 
-    wish = CachePolicy(alpha=0.9, budget=12, recent=3, prefill_chunk=8)
+    requested_policy = CachePolicy(alpha=0.9, budget=12, recent=3, prefill_chunk=8)
     draws = Sampling(seed=1)
-    one = request("r", range(30), cache_policy=wish, sampling=draws, max_new_tokens=30)
+    one = request("r", range(30), cache_policy=requested_policy, sampling=draws, max_new_tokens=30)
     right = steps(one)
     assert parting(right, steps(one)) is None
-    forgetful = wish.model_copy(update={"recent": 2})
+    forgetful = requested_policy.model_copy(update={"recent": 2})
     parted = parting(right, steps(one.model_copy(update={"cache_policy": forgetful})))
     assert parted is not None
     assert parted.kind == "eviction"
@@ -37,9 +37,9 @@ def test_a_fault_is_not_taken_for_a_near_tie(tiny_model: LoadedModel) -> None:
     assert parted == Parting("draw", 3, math.inf)
 
 
-def test_a_near_tie_is_found_and_its_gap_told() -> None:
+def test_a_near_tie_is_found_with_its_gap() -> None:
     def draw(*logits: float) -> Draw:
-        row = sampling.Row(sampling=GREEDY, seed=0)
+        row = sampling.SamplingState(sampling=GREEDY, seed=0)
         values = torch.tensor(logits)
         return Draw(int(values.argmax()), values, row)
 

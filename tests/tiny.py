@@ -18,7 +18,7 @@ BOS, EOS = BYTES, BYTES + 1
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that characters of several bytes span tokens."""
+    """One token per byte, so that multi-byte characters span several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -41,10 +41,10 @@ def save_tiny(
 
     Args:
         config_class: the family.
-        directory: where to.
-        seed: of the weights.
-        vectors: deviation of the noise on biases and norms, which start as zeros and ones.
-        dtype: of the weights as stored.
+        directory: the output directory.
+        seed: the seed of the weights.
+        vectors: standard deviation of the noise on biases and norms, which start as zeros and ones.
+        dtype: the dtype of the stored weights.
         shard: the most bytes in one file.
         overrides: the family's settings.
     """
@@ -60,7 +60,7 @@ def save_tiny(
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "tie_word_embeddings": True,
-        # Larger than usual, so that attention is peaked and evictions change the tokens.
+        # Larger than usual: attention is peaked, so evictions change the tokens.
         "initializer_range": 0.4,
         **overrides,
     }
@@ -84,9 +84,9 @@ def save_tiny_llama(directory: Path, *, seed: int = 0, **overrides: Any) -> Path
 def save_poisoned_llama(
     directory: Path, token: int, *, value: float = torch.nan, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Write `save_tiny_llama` with an embedding of `value` for one token, which it never prefers.
+    """As `save_tiny_llama`, with an embedding of `value` for one token, which is never drawn.
 
-    Every request that reads the token gets NaN from there on; no other request does.
+    Every request with this token gets NaN from there on; no other request does.
     """
     save_tiny_llama(directory, seed=seed, tie_word_embeddings=False, **overrides)
     path = directory / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that models come with, as transformers' fast tokenizers."""
+"""Tiny tokenizers of the common kinds, as transformers' fast tokenizers."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def _finish(tokenizer: Tokenizer, begin: bool = True) -> PreTrainedTokenizerFast
 
 
 def _merges(vocabulary: dict[str, int], words: list[str]) -> list[tuple[str, str]]:
-    """Add what leads to each word, from its left, to a vocabulary."""
+    """Add all prefixes of each word to a vocabulary."""
     merges = []
     for word in words:
         for end in range(2, len(word) + 1):
@@ -45,10 +45,10 @@ def _merges(vocabulary: dict[str, int], words: list[str]) -> list[tuple[str, str
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Like GPT-2, Llama 3 and Qwen: bytes, merged within words that keep their leading space."""
+    """Like GPT-2, Llama 3 and Qwen: byte-level merges in words with their leading space."""
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     words = [f"{space}{piece}" for piece in PIECES for space in ("", "Ġ")]
-    # Merges across a line's end, and a character in pieces that are none.
+    # Merges across a line end, and a character in incomplete pieces.
     words += ["ĊĊ", ">Ċ", "ä½", "ðŁĺ"]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(vocabulary, words)))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,7 +64,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback(scheme: str | None = None) -> PreTrainedTokenizerFast:
-    """Like Llama 2, Mistral and Phi-3: spaces are `▁`, unknown characters fall back on bytes.
+    """Like Llama 2, Mistral and Phi-3: spaces are `▁`, unknown characters become byte tokens.
 
     `scheme` is that of a Metaspace pre-tokenizer; without it, a normalizer writes the spaces.
     """
@@ -109,7 +109,7 @@ def metaspace_unigram() -> PreTrainedTokenizerFast:
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
-    """Like BERT: whole words, and `##` before what goes on."""
+    """Like BERT: whole words, and `##` before the other pieces of a word."""
     vocabulary = {"[UNK]": 0}
     for token in (*PIECES, *SYMBOLS):
         for written in (token, f"##{token}"):
@@ -121,7 +121,7 @@ def word_pieces() -> PreTrainedTokenizerFast:
 
 
 def words() -> PreTrainedTokenizerFast:
-    """Whole words of a plain vocabulary, without a decoder; U+FFFD is one of them."""
+    """Whole words, without a decoder; U+FFFD is one of the words."""
     known = dict.fromkeys(("[UNK]", *PIECES, *SYMBOLS[:15], "\ufffd"))
     vocabulary = {word: index for index, word in enumerate(known)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -138,4 +138,4 @@ KINDS: dict[str, Any] = {
     "word_pieces": word_pieces(),
     "words": words(),
 }
-"""One of each."""
+"""One tokenizer of each kind."""

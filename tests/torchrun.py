@@ -1,4 +1,4 @@
-"""Starting the processes of one model in tests, as torchrun does, on this machine alone."""
+"""Starts the processes of one model in tests, as torchrun does, only on this machine."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ LAUNCH = (
     *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
     *("--nproc-per-node", "2"),
 )
-"""What stands before the program and its arguments."""
+"""The command before the program and its arguments."""
 
 
 def command(*program: str) -> list[str]:
@@ -16,5 +16,5 @@ def command(*program: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, with the ranks kept to the loopback interface."""
+    """Return this process's environment, with ranks restricted to the loopback interface."""
     return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}

@@ -1,6 +1,6 @@
-"""Cases that the kernel of a walk is held to, and the judge: token by token, head by head.
+"""Test cases and a check for the walk kernel: token by token, head by head.
 
-Runs where there is a CUDA device and, in Triton's interpreter, where there is none.
+Runs on a CUDA device, or without one in Triton's interpreter.
 """
 
 import random
@@ -27,7 +27,7 @@ from tests.written_out import Head, Stored
 
 @dataclass
 class Case:
-    """Rows, at any point of their lives, and the tokens that come next."""
+    """Rows in any state, and their next tokens."""
 
     slots: HeadSlots
     policy: PolicyTensors
@@ -38,14 +38,14 @@ class Case:
     values: Tensor
     scale: float
 
-    def walk(self, *, watched: bool) -> tuple[Tensor, Tensor | None]:
-        """Carry the tokens through; returns the output and which tokens each query was given."""
+    def walk(self, *, recorded: bool) -> tuple[Tensor, Tensor | None]:
+        """Run the tokens; return the output and which tokens each query could attend to."""
         output = torch.full_like(self.query, torch.nan)
         rows, kv_heads, side, _ = self.keys.shape
-        seen = None
-        if watched:
-            # What blocks of a prompt noted of their padding stands there before.
-            seen = torch.ones(rows, kv_heads, side, side, dtype=torch.bool, device=DEVICE)
+        visible = None
+        if recorded:
+            # Blocks of a prompt leave records of their padding there.
+            visible = torch.ones(rows, kv_heads, side, side, dtype=torch.bool, device=DEVICE)
         triton_walk.walk(
             self.query,
             self.keys,
@@ -56,16 +56,16 @@ class Case:
             end=self.end,
             scale=self.scale,
             output=output,
-            seen=seen,
+            visible=visible,
         )
-        return output, seen
+        return output, visible
 
 
 def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> Case:
-    """Draw rows as `row_cases.make` does, and up to `most` tokens of each; no row may have none.
+    """Make random rows as `row_cases.make`, with up to `most` tokens each; rows may have none.
 
-    `dealt` deals every head slots and a window of its own, packed into one slab with gaps between
-    the heads. All that no token belongs to is NaN.
+    `dealt` gives every head its own number of slots and window, packed into one slab with gaps
+    between the heads. Memory without a token is NaN.
     """
     drawn = row_cases.make(seed, layers=1, **kind)  # type: ignore[arg-type]
     choose = random.Random(seed + 1)
@@ -78,7 +78,7 @@ def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> C
     spoken = (spoken >= drawn.start[:, None]) & (spoken < end[:, None])
 
     def vectors(heads: int) -> Tensor:
-        # As a model hands them in: heads and width swapped by a view.
+        # In the layout of a model's projections: heads and width swapped by a view.
         normal = torch.randn(len(counts), side, heads, dim, generator=drawn.rng)
         normal = normal.to(drawn.slots.keys[0].dtype).to(DEVICE)
         return normal.masked_fill(~spoken[..., None, None], torch.nan).transpose(1, 2)
@@ -99,7 +99,7 @@ def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> C
 
 
 def random_case(seed: int) -> Case:
-    """A case of any kind that compiles."""
+    """A case of any shape that compiles."""
     choose = random.Random(seed)
     return make(
         seed,
@@ -117,7 +117,7 @@ def random_case(seed: int) -> Case:
 
 
 def served_case(seed: int, most: int = 300) -> Case:
-    """A case of the kinds that are served, in full tiles; rows of up to `most` slots."""
+    """A case with served shapes and full tiles; rows of up to `most` slots."""
     choose = random.Random(seed)
     group, kv_heads, dim, dtype = choose.choice(SERVED[:2])
     return make(
@@ -238,12 +238,12 @@ class Witness(Protocol):
         ...
 
     def step(self, at: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Take query [group, D], key and value [D] in; returns the output [group, D]."""
+        """Process query [group, D], key and value [D]; return the output [group, D]."""
         ...
 
 
 class WrittenOut:
-    """The law as the tests write it out."""
+    """The law as written out in the tests."""
 
     def __init__(self, head: Of) -> None:
         def hashed(position: int) -> float:
@@ -276,7 +276,7 @@ class WrittenOut:
 
 
 class InTorch:
-    """The law in torch's operations, which also has rows that nobody scores."""
+    """The law in torch, which also supports rows without scores."""
 
     def __init__(self, head: Of, any_scored: bool) -> None:
         def filled(tensor: Tensor) -> Tensor:
@@ -315,22 +315,22 @@ class InTorch:
 
 
 def check(case: Case, *, written: bool = False) -> int:
-    """Every query was given the tokens that the law keeps, and got what it says; so scores end.
+    """Check each query's visible tokens and output, and the final scores, against the law.
 
     Args:
-        case: of which nothing has been walked.
-        written: whether to ask the law as it is written out, which is slow; else torch's, which is
-            tested against it.
+        case: a case before its walk.
+        written: whether to use the written-out law, which is slow; else torch's, which is tested
+            against it.
 
     Returns:
-        How many heads parted from the law at a near-tie; what follows in them is not compared.
+        The number of heads that differ from the law at a near-tie; they are not compared further.
     """
     rows, kv_heads = case.keys.shape[:2]
     group = case.query.shape[1] // kv_heads
     befores = {(r, h): Of.case(case, r, h) for r in range(rows) for h in range(kv_heads)}
-    found, seen = case.walk(watched=True)
-    assert seen is not None
-    output, table = found.double().cpu(), seen.cpu()
+    found, visible = case.walk(recorded=True)
+    assert visible is not None
+    output, table = found.double().cpu(), visible.cpu()
     query, keys, values = (t.double().cpu() for t in (case.query, case.keys, case.values))
     tolerance = TOLERANCE[case.query.dtype]
     parted = 0
@@ -340,7 +340,7 @@ def check(case: Case, *, written: bool = False) -> int:
         witness = WrittenOut(before) if written_out else InTorch(before, case.policy.any_scored)
         heads = slice(head * group, (head + 1) * group)
         begin, end = int(case.start[row]), int(case.end[row])
-        # What is not a token's is left as it was.
+        # Memory without a token does not change.
         assert output[row, heads, :begin].isnan().all()
         assert output[row, heads, end:].isnan().all()
         assert table[row, head, :begin].all()

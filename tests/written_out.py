@@ -1,7 +1,7 @@
-"""The block law and a whole Llama, written out token by token in plain Python: the law's witness.
+"""The block law and a whole Llama, written out token by token in plain Python: the reference.
 
-Owns a second, independent telling of the definitions, slow and without shortcuts. It shares no code
-with `a2sf`, so that both cannot be wrong in the same way. Numbers are Python floats (double).
+Owns a second, independent implementation of the definitions, slow and without shortcuts. It shares
+no code with `a2sf`, so both cannot have the same fault. Numbers are Python floats (double).
 """
 
 import math
@@ -12,9 +12,9 @@ CUTOFF = 1e-6
 
 Vector = Sequence[float]
 Group = Sequence[Vector]
-"""A vector for each query head that shares the KV head."""
+"""One vector for each query head of the KV head's group."""
 Outputs = list[list[float]]
-"""The same of what attention gives one token."""
+"""One attention output for each query head of the group."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Stored:
 
 @dataclass
 class Head:
-    """One KV head of one layer of one sequence, with a budget and window of its own."""
+    """One KV head of one layer of one sequence, with its own budget and window."""
 
     alpha: float
     budget: int

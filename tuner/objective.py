@@ -23,7 +23,7 @@ from a2sf.models import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.prompts import Prompt, nbytes
 from a2sf.schema import TablePolicy
-from a2sf.teacher import Entering, Example, Prediction
+from a2sf.teacher import Example, LayerInput, Prediction
 from tuner.rivals import AdaKV, Pyramid
 
 DESCRIPTION = (
@@ -82,7 +82,7 @@ class Objective:
         self.examples = examples
         self._label = label
         self._watch = watch
-        self._anchor: tuple[TablePolicy, Entering] | None = None
+        self._anchor: tuple[TablePolicy, LayerInput] | None = None
 
     @cached_property
     def _full(self) -> list[Tensor]:
@@ -110,16 +110,16 @@ class Objective:
         if self._anchor is not None and self._anchor[0] == below:
             return 0.0
         policies = [effective(policy, self.model, len(e.token_ids)) for e in self.examples]
-        known = self._entering([policy])
+        known = self._layer_input([policy])
         if known is not None and known.layer > layer:
             known = None
-        found = teacher.enter(
+        found = teacher.compute_layer_input(
             self.model,
             self.examples,
             policies,
             layer,
             batch=ROWS_PER_PASS,
-            entering=known,
+            layer_input=known,
             prompts=self._known_prompts(policies),
         )
         self._anchor = (below, found)
@@ -127,19 +127,20 @@ class Objective:
 
     def share_of_layers(self, candidate: Candidate) -> float:
         """The share of the model's layers that measuring a candidate would run."""
-        known = self._entering([candidate])
+        known = self._layer_input([candidate])
         layers = self.model.shape.num_layers
         return 1.0 if known is None else (layers - known.layer) / layers
 
-    def _entering(self, candidates: Sequence[Candidate]) -> Entering | None:
-        """What is known to enter a layer under all of these candidates."""
+    def _layer_input(self, candidates: Sequence[Candidate]) -> LayerInput | None:
+        """The known input of a layer that is the same under all of these candidates."""
         if self._anchor is None:
             return None
-        policy, entering = self._anchor
+        policy, layer_input = self._anchor
         agree = all(
-            isinstance(c, TablePolicy) and _below(c, entering.layer) == policy for c in candidates
+            isinstance(c, TablePolicy) and _below(c, layer_input.layer) == policy
+            for c in candidates
         )
-        return entering if agree else None
+        return layer_input if agree else None
 
     def costs(
         self, candidates: Sequence[Candidate], examples: range | None = None
@@ -173,17 +174,17 @@ class Objective:
             effective(candidate, self.model, len(example.token_ids))
             for (candidate, _), example in zip(rows, examples, strict=True)
         ]
-        known = self._entering([candidate for candidate, _ in rows])
+        known = self._layer_input([candidate for candidate, _ in rows])
         if known is not None:
             hidden = tuple(known.hidden[index] for _, index in rows)
-            known = Entering(known.layer, hidden)
+            known = LayerInput(known.layer, hidden)
         prompts = self._known_prompts(policies)
         predicted = teacher.predictions(
             self.model,
             examples,
             policies,
             batch=ROWS_PER_PASS,
-            entering=known,
+            layer_input=known,
             prompts=[prompts[index] for _, index in rows] if prompts else None,
         )
         found = {

@@ -1,12 +1,12 @@
 """GGUF files as models: one file with settings, vocabulary and weights, often quantised.
 
-Owns finding such a file and what the seam with transformers needs of it: a configuration, weights
-by the names that transformers has for them, a tokenizer, and what a fingerprint is made of. Weights
-are unpacked to a plain dtype, one tensor at a time. Knows nothing of attention or of devices.
+Owns finding the file, and its conversion for transformers: a configuration, weights by their names
+in transformers, a tokenizer, and the inputs of the fingerprint. Weights are unpacked to a plain
+dtype, one tensor at a time. Knows nothing of attention or of devices.
 
-transformers reads GGUF files too (`gguf_file=`). It leaves out what it does not know (a scaled
-rotation, biases, the rule that cuts text) without a word, and reads the header three times, so that
-only the `gguf` library is used here; the tests compare with it.
+transformers reads GGUF files too (`gguf_file=`), but it silently ignores what it does not know (a
+scaled rotation, biases, the pre-tokenizer rule) and reads the header three times. So only the
+`gguf` library is used here; the tests compare with transformers.
 """
 
 from importlib.util import find_spec
@@ -29,11 +29,11 @@ _KEY_PROJECTION = "blk.{}.attn_k.weight"
 
 
 def open_model(id_or_path: str) -> "GgufModel | None":
-    """Read the header of the GGUF file that a model is; None where it is something else.
+    """Read the header of a model's GGUF file; None if the model is not a GGUF file.
 
     Raises:
-        NotFound: there is no such file, more than one in a directory, or it is not whole.
-        Unsupported: it is of a kind that this program would run wrongly.
+        NotFound: there is no such file, a directory holds several, or the file is truncated.
+        Unsupported: this program would run the model wrongly.
     """
     path = _find(id_or_path)
     return None if path is None else GgufModel(id_or_path, path)
@@ -61,10 +61,10 @@ def _find(id_or_path: str) -> Path | None:
 
 
 class GgufModel:
-    """A model in a GGUF file, of whose weights nobody has read a byte."""
+    """A model in a GGUF file. Only the header is read."""
 
     def __init__(self, name: str, path: Path) -> None:
-        """Read the header of the file at `path`; `name` is what the model was asked for by.
+        """Read the header of the file at `path`; `name` is the user's name for the model.
 
         Raises NotFound or Unsupported, with the reason.
         """
@@ -85,7 +85,7 @@ class GgufModel:
 
     @property
     def id(self) -> str:
-        """What the model goes by: the file's name, with the quantisation if that lacks it."""
+        """The model's id: the file's name, plus the quantisation if the name lacks it."""
         from gguf import LlamaFileType
 
         stem = self.header.path.stem
@@ -96,7 +96,7 @@ class GgufModel:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the weights are, by the header."""
+        """Number of parameters, by the header."""
         from a2sf.gguf_file.settings import ROPE_FACTORS
 
         stored = self.header.tensors.items()
@@ -112,9 +112,9 @@ class GgufModel:
         }
 
     def load(self, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-        """Make the transformers model in `dtype`; return it, and what transformers says of it.
+        """Make the transformers model in `dtype`; return it and transformers' loading info.
 
-        `options` are those of `from_pretrained`. Raises as `places` does, before weights are read.
+        `options` are those of `from_pretrained`. Raises as `places`, before weights are read.
         """
         from a2sf.gguf_file.weights import state_dict
 
@@ -132,9 +132,9 @@ class GgufModel:
         return module, told
 
     def places(self, module: Any) -> dict[str, str]:
-        """Return where each of the file's tensors belongs in `module`, on any device.
+        """Return the name in `module` (on any device) of each of the file's tensors.
 
-        Raises Unsupported where one has no place, and NotFound where one is missing.
+        Raises Unsupported if a tensor has no place in `module`, and NotFound if one is missing.
         """
         from a2sf.gguf_file.weights import places
 

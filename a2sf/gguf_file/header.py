@@ -1,9 +1,9 @@
-"""The header of a GGUF file, and its tensors as they are stored.
+"""The header of a GGUF file, and its tensors as stored.
 
-Owns the container format: settings, the list of tensors, where their bytes lie, and what about the
-container is refused. Strings are decoded when they are asked for: the `gguf` library's own reader
-takes seconds and hundreds of megabytes for a vocabulary, of which a plan needs only the size. The
-library says what the types of tensors are and unpacks them. Knows nothing of models.
+Owns the container format: settings, the list of tensors, the location of their bytes, and the
+errors of the container. Strings are decoded on demand: the `gguf` library's own reader takes
+seconds and hundreds of megabytes for a vocabulary, but a plan needs only its size. The library
+defines the tensor types and unpacks tensors. Knows nothing of models.
 """
 
 import mmap
@@ -46,7 +46,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 @cache
 def _unpacked_types() -> frozenset[int]:
-    """The types that the library unpacks, which it says only by doing it: a block of zeros each."""
+    """The tensor types that the library can unpack, found by unpacking a block of zeros of each."""
     unpacked = set()
     for kind in GGMLQuantizationType:
         with suppress(KeyError, NotImplementedError):
@@ -57,34 +57,34 @@ def _unpacked_types() -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Strings:
-    """An array of strings that nobody has decoded yet."""
+    """An array of strings that is not decoded yet."""
 
     count: int
     start: int
-    """Of the first string's length, in bytes from the start of the file."""
+    """Offset in the file, in bytes, of the first string's length field."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the file, and how it is stored."""
+    """A tensor's location in the file, and how it is stored."""
 
     shape: tuple[int, ...]
-    """As torch counts: the dimension whose elements lie side by side is the last."""
+    """In torch's order: the contiguous dimension is the last."""
     type: GGMLQuantizationType
     start: int
     nbytes: int
 
 
 class Header:
-    """What stands before the weights of a file, which stays mapped."""
+    """The header of a file. The file stays memory-mapped."""
 
     def __init__(self, name: str, path: Path) -> None:
-        """Read the header of the file at `path`; `name` is what the model was asked for by.
+        """Read the header of the file at `path`; `name` is the user's name for the model.
 
         Raises:
-            NotFound: it is not a GGUF file, or not whole.
-            Unsupported: its version, byte order, a type of its tensors, or that it is one of
-                several parts.
+            NotFound: it is not a GGUF file, or it is truncated.
+            Unsupported: its version, its byte order or a tensor type is not supported, or it is one
+                of several parts.
         """
         self.path = path
         self._name = name
@@ -99,7 +99,7 @@ class Header:
             raise NotFound(f"model {name!r}: {path.name} is not a GGUF file")
         self._at = 4
         self.settings: dict[str, Any] = {}
-        """By GGUF's own keys; arrays of strings are `Strings`."""
+        """Settings by GGUF key; an array of strings is a `Strings`."""
         version = self._scalar("I")
         if version not in VERSIONS:
             big = version & 0xFFFF == 0
@@ -117,7 +117,7 @@ class Header:
         self.tensors = self._tensor_table(tensors)
 
     def strings(self, key: str) -> list[str] | None:
-        """Decode an array of strings; None where the file has none under `key`."""
+        """Decode the array of strings under `key`; None if there is none."""
         stored = self.settings.get(key)
         if not isinstance(stored, Strings):
             return None
@@ -125,19 +125,19 @@ class Header:
         return [self._string() for _ in range(stored.count)]
 
     def type_counts(self) -> dict[str, int]:
-        """How many tensors are stored in each type, by the type's name."""
+        """Number of tensors of each type, by the type's name."""
         return dict(Counter(tensor.type.name for tensor in self.tensors.values()))
 
     def first_bytes(self, tensor: str, count: int) -> bytes:
-        """At most `count` bytes of a tensor, as stored, from its start."""
+        """The first bytes of a tensor as stored, at most `count`."""
         stored = self.tensors[tensor]
         return bytes(self._bytes[stored.start : stored.start + min(count, stored.nbytes)])
 
     def read(self, tensor: str) -> NDArray[np.float32]:
-        """Unpack a tensor to float32, in its own shape."""
+        """Unpack a tensor to float32, in its shape."""
         stored = self.tensors[tensor]
         raw = np.frombuffer(self._bytes, np.uint8, stored.nbytes, stored.start)
-        # Blocks lie within rows.
+        # A quantisation block never crosses a row.
         unpacked = dequantize(raw.reshape(*stored.shape[:-1], -1), stored.type)
         return unpacked.reshape(stored.shape)
 
@@ -187,7 +187,7 @@ class Header:
         )
 
     def _not_whole(self) -> NotFound:
-        return NotFound(f"model {self._name!r}: {self.path.name} is not whole")
+        return NotFound(f"model {self._name!r}: {self.path.name} is truncated or damaged")
 
     def _take(self, count: int) -> bytes:
         end = self._at + count

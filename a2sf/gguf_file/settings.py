@@ -1,12 +1,12 @@
-"""From a GGUF file's settings to a transformers configuration.
+"""Converts a GGUF file's settings to a transformers configuration.
 
-Owns which GGUF architectures are served, what each of their keys means, and what of a file is
-refused because it would be computed wrongly: a key that is not understood may change the result,
-so that it is refused by name. Knows nothing of tokens, and reads no weights but the factors of a
-rotation, which are a setting that is stored as a tensor.
+Owns the list of supported GGUF architectures, the meaning of their keys, and the settings that are
+refused because the result would be wrong. An unknown key may change the result, so it is refused by
+name. Knows nothing of tokens. The only tensor it reads are the rotation's factors, which are a
+setting stored as a tensor.
 
-The keys are described with llama.cpp, the program that GGUF was made for (gguf-py/gguf/constants.py
-and src/llama-model.cpp there).
+The keys are documented in llama.cpp, the program for which GGUF was made
+(gguf-py/gguf/constants.py and src/llama-model.cpp there).
 """
 
 import math
@@ -22,22 +22,22 @@ from a2sf.errors import Unsupported
 from a2sf.gguf_file.header import Header
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor that holds what each frequency of the rotation is divided by."""
+"""The tensor with the divisors of the rotation's frequencies."""
 
 _LLAMA3_ORIGINS = tuple(2**power for power in range(5, 18))
-"""Contexts that a llama 3 rotation may have been stretched from; of all published models 8192."""
+"""Candidates for the original context of a llama 3 rotation; 8192 in all published models."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a GGUF architecture is to transformers."""
+    """A GGUF architecture, as transformers knows it."""
 
     model_type: str
     class_name: str
     interleaved: bool = False
-    """Whether rows of the query and key projections are stored in pairs, as llama.cpp rotates."""
+    """Whether rows of the query and key projections are interleaved in pairs, as in llama.cpp."""
     biases: tuple[tuple[str, str], ...] = ()
-    """Settings that are true where the first layer has the bias named beside them."""
+    """(setting, tensor): the setting is true if the first layer has a bias of this tensor."""
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -50,7 +50,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", biases=(("attention_bias", "attn_q"),)),
 }
-"""Those whose logits are tested equal to the transformers model that a file was written from."""
+"""Architectures whose logits equal those of the transformers model; the tests check each."""
 
 _SIZES = frozenset(
     {
@@ -78,13 +78,13 @@ _UNDERSTOOD = _SIZES | {
 
 
 def architecture_of(name: str, header: Header) -> Architecture:
-    """Return what `header` is of; `name` is what the model was asked for by.
+    """Return the file's architecture; `name` is the user's name for the model.
 
-    Raises Unsupported, naming what it is and what is supported.
+    Raises Unsupported, naming the architecture and the supported ones.
     """
     kind = header.settings.get("general.type", "model")
     if kind != "model":
-        raise Unsupported(f"model {name!r}: {header.path.name} holds a {kind}, which is no model")
+        raise Unsupported(f"model {name!r}: {header.path.name} is of type {kind}; supported: model")
     found = header.settings.get("general.architecture", "nothing that it names")
     if found not in ARCHITECTURES:
         raise Unsupported(
@@ -96,7 +96,7 @@ def architecture_of(name: str, header: Header) -> Architecture:
 def configuration(name: str, header: Header) -> Any:
     """Return the transformers configuration of a file.
 
-    Raises Unsupported for what would be computed wrongly.
+    Raises Unsupported for settings that would give wrong results.
     """
     architecture = architecture_of(name, header)
     prefix = f"{header.settings['general.architecture']}."
@@ -108,26 +108,27 @@ def configuration(name: str, header: Header) -> Any:
     for key, value in stated.items():
         if key not in _UNDERSTOOD:
             raise Unsupported(
-                f"model {name!r}: the file sets {prefix}{key} to {value!r}, which is not carried "
-                "out here"
+                f"model {name!r}: the file sets {prefix}{key} to {value!r}, which is not supported"
             )
         if isinstance(value, list):
             raise Unsupported(
-                f"model {name!r}: the file sets {prefix}{key} for each layer; supported: layers "
-                "that are all alike"
+                f"model {name!r}: the file sets {prefix}{key} for each layer; supported: one value "
+                "for all layers"
             )
         if key in _SIZES and (not isinstance(value, int) or value < 1):
-            raise Unsupported(f"model {name!r}: the file sets {prefix}{key} to {value!r}")
+            raise Unsupported(
+                f"model {name!r}: the file sets {prefix}{key} to {value!r}; accepted: 1 or more"
+            )
     missing = {"block_count", "embedding_length", "attention.head_count"} - stated.keys()
     if missing or "token_embd.weight" not in header.tensors:
         what = ", ".join(f"{prefix}{key}" for key in sorted(missing)) or "token_embd.weight"
-        raise Unsupported(f"model {name!r}: the file has no {what}; is it a vocabulary alone?")
+        raise Unsupported(f"model {name!r}: the file has no {what}; is it only a vocabulary?")
     heads, hidden = stated["attention.head_count"], stated["embedding_length"]
     head_dim = stated.get("attention.key_length", hidden // heads)
     if stated.get("attention.value_length", head_dim) != head_dim:
         raise Unsupported(
             f"model {name!r}: values of {stated['attention.value_length']} and keys of {head_dim} "
-            "numbers; supported: as many of both"
+            "numbers; supported: equal sizes"
         )
     if stated.get("rope.dimension_count", head_dim) != head_dim:
         raise Unsupported(
@@ -160,7 +161,7 @@ def configuration(name: str, header: Header) -> Any:
         if settings[key] is None:
             raise Unsupported(f"model {name!r}: the file does not state its {key}")
     config = AutoConfig.for_model(architecture.model_type, **settings)
-    # Families that do not slide have no such setting, and are refused where a file has it.
+    # Only families with a sliding window have this setting; a file that sets it is refused later.
     if window := stated.get("attention.sliding_window"):
         config.sliding_window, config.layer_types = window, None
         config.use_sliding_window = True
@@ -168,9 +169,9 @@ def configuration(name: str, header: Header) -> Any:
 
 
 def stored_dtype(header: Header) -> str:
-    """The dtype that the weights are served in where they are asked for as stored.
+    """The dtype of the weights if the user asks for the stored dtype.
 
-    Blocks are unpacked to bfloat16, which most models were trained in.
+    For quantised blocks this is bfloat16, the dtype in which most models were trained.
     """
     types = {tensor.type for tensor in header.tensors.values()}
     if types == {GGMLQuantizationType.F32}:
@@ -212,10 +213,10 @@ def _rope(name: str, stated: Mapping[str, Any], head_dim: int, header: Header) -
 
 
 def _llama3(name: str, factors: Any, theta: float, head_dim: int) -> dict[str, Any]:
-    """Find the settings that made `factors` [head_dim / 2], which llama.cpp keeps in their place.
+    """Find the llama 3 settings that give `factors` [head_dim / 2]; llama.cpp stores only these.
 
-    They are those of transformers' `_compute_llama3_parameters`; low and high frequencies part at
-    factors of 1 and 4 in all published models, and no other split is looked for.
+    The formula is that of transformers' `_compute_llama3_parameters`. `low_freq_factor` and
+    `high_freq_factor` are 1 and 4 in all published models, so we try no others.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if np.allclose(factors, 1.0):

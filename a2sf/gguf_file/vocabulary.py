@@ -1,11 +1,11 @@
-"""From a GGUF file's vocabulary to the tokenizer that the model was trained with.
+"""Builds a tokenizer from a GGUF file's vocabulary.
 
-Owns which kinds of vocabulary are read, the rules by which text is cut before byte-level merges,
-and where an answer ends. A file names its rule (`tokenizer.ggml.pre`) and holds no more of it;
-transformers 5.23 cuts as GPT-2 does where it does not know the name, without a word. Here an
-unknown rule is refused. Knows nothing of weights.
+Owns the supported kinds of vocabulary, the pre-tokenizer rules for byte-level merges, and the
+tokens that end an answer. A file holds only the name of its rule (`tokenizer.ggml.pre`). For an
+unknown name, transformers 5.23 silently splits like GPT-2; here it is refused. Knows nothing of
+weights.
 
-The rules are those of llama.cpp (src/llama-vocab.cpp) in the words of the models' own
+The rules are those of llama.cpp (src/llama-vocab.cpp), written as in the models' own
 tokenizer.json.
 """
 
@@ -43,18 +43,18 @@ TEKKEN_SPLIT = (
 
 @dataclass(frozen=True)
 class Rule:
-    """How text is cut before the merges of a byte-level vocabulary."""
+    """How text is split before the merges of a byte-level vocabulary."""
 
     split: str | None = None
-    """The pieces, as a regular expression; None: those of GPT-2."""
+    """Regular expression of the pieces; None: that of GPT-2."""
     digits: bool = False
-    """Whether every digit is a piece of its own before that."""
+    """Whether each digit is a separate piece; applied before `split`."""
     whole_words: bool = False
-    """Whether a piece that is a token by itself is taken as it is, whatever the merges say."""
+    """Whether a piece that is in the vocabulary becomes one token, without merges."""
     adds_bos: bool = False
-    """Whether text begins with the beginning-of-sequence token where the file does not say."""
+    """Whether to add the beginning-of-sequence token if the file does not say."""
     composes: bool = False
-    """Whether characters are composed first (NFC)."""
+    """Whether to compose characters first (NFC)."""
 
 
 _LLAMA3 = Rule(LLAMA3_SPLIT, whole_words=True, adds_bos=True)
@@ -68,7 +68,7 @@ RULES: Mapping[str, Rule] = {
     "qwen2": Rule(QWEN2_SPLIT, composes=True),
     "tekken": Rule(TEKKEN_SPLIT, whole_words=True, adds_bos=True),
 }
-"""By the name in `tokenizer.ggml.pre`."""
+"""Rules by their name in `tokenizer.ggml.pre`."""
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
@@ -84,15 +84,15 @@ _ENDS = frozenset(
         "<end_of_turn>",
     }
 )
-"""Control tokens that end an answer by their name: files state one end, and chat models have two.
-llama.cpp ends at them too."""
+"""Names of control tokens that end an answer. Needed because a file names one end token, and chat
+models have two. llama.cpp stops at them too."""
 
 
 def rule_of(name: str, header: Header) -> Rule | None:
-    """Return how `header`'s vocabulary cuts text; None: as sentencepiece does.
+    """Return the pre-tokenizer rule of a file's vocabulary; None for sentencepiece.
 
-    Raises Unsupported for a kind of vocabulary or a rule that is not read here, and for one that
-    ends every prompt.
+    Raises Unsupported for an unsupported kind of vocabulary or rule, and if the file adds an
+    end-of-sequence token to every prompt.
     """
     kind, pre = (header.settings.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if header.settings.get("tokenizer.ggml.add_eos_token"):
@@ -109,21 +109,21 @@ def rule_of(name: str, header: Header) -> Rule | None:
         )
     if not isinstance(pre, str) or pre not in RULES:
         raise Unsupported(
-            f"model {name!r} cuts text by rule {pre!r} (tokenizer.ggml.pre); supported: "
+            f"model {name!r} splits text by rule {pre!r} (tokenizer.ggml.pre); supported: "
             f"{', '.join(RULES)}"
         )
     return RULES[pre]
 
 
 class Vocabulary:
-    """The tokens of a file, and what it says of them."""
+    """The vocabulary of a file, with its settings."""
 
     def __init__(self, name: str, header: Header) -> None:
-        """Read the tokens; `name` is what the model was asked for by.
+        """Read the tokens; `name` is the user's name for the model.
 
         Raises:
-            NotFound: there are none, one of them twice, or more than the model embeds.
-            Unsupported: as `rule_of` says.
+            NotFound: there are no tokens, duplicates, or more tokens than embeddings.
+            Unsupported: as `rule_of`.
         """
         self._name, self._header = name, header
         tokens = header.strings("tokenizer.ggml.tokens")
@@ -134,18 +134,18 @@ class Vocabulary:
         if len(self.ids) != len(tokens):
             raise NotFound(f"model {name!r}: {header.path.name} holds a token twice")
         if len(tokens) > header.tensors["token_embd.weight"].shape[0]:
-            raise NotFound(f"model {name!r}: {header.path.name} embeds fewer tokens than it names")
+            raise NotFound(f"model {name!r}: {header.path.name} has fewer embeddings than tokens")
         self.types: Sequence[int] = self._said("token_type") or [1] * len(tokens)
         self._rule = rule_of(name, header)
         adds_bos = self._rule is None or self._rule.adds_bos
         self.adds_bos = bool(self._said("add_bos_token", adds_bos))
         if self.adds_bos and self.special("bos") is None:
             raise NotFound(
-                f"model {name!r}: the file adds a beginning-of-sequence token and names none"
+                f"model {name!r}: the file asks for a beginning-of-sequence token but names none"
             )
 
     def special(self, role: str) -> str | None:
-        """The token of a role, such as "bos" or "eos"; None where the file names none."""
+        """The token of a role, such as "bos" or "eos"; None if the file names none."""
         index: int | None = self._said(f"{role}_token_id")
         if index is None:
             return None
@@ -157,7 +157,7 @@ class Vocabulary:
         return self.tokens[index]
 
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end an answer: those the file names, and control tokens by their name."""
+        """The tokens that end an answer: those that the file names, and those in `_ENDS`."""
         named = {self.special(role) for role in ("eos", "eot", "eom")} - {None}
         by_name = {
             token
@@ -198,8 +198,8 @@ class Vocabulary:
     def _byte_level(self, rule: Rule) -> Tokenizer:
         merges = self._header.strings("tokenizer.ggml.merges")
         if merges is None:
-            raise NotFound(f"model {self._name!r}: the file holds a vocabulary and no merges")
-        # A token may begin with a blank, so that the one that parts two tokens is a later one.
+            raise NotFound(f"model {self._name!r}: the file has a vocabulary but no merges")
+        # The first token may start with a space, so the separator is the first space after that.
         pairs = [(merge[: (cut := merge.index(" ", 1))], merge[cut + 1 :]) for merge in merges]
         inner = Tokenizer(models.BPE(vocab=self.ids, merges=pairs, ignore_merges=rule.whole_words))
         steps: list[Any] = []
@@ -217,7 +217,7 @@ class Vocabulary:
     def _sentencepiece(self) -> Tokenizer:
         scores = self._said("scores")
         if not isinstance(scores, list) or len(scores) != len(self.tokens):
-            raise NotFound(f"model {self._name!r}: the file does not score its tokens")
+            raise NotFound(f"model {self._name!r}: the file has no scores for its tokens")
         prefix = bool(self._said("add_space_prefix", True))
         inner = Tokenizer(
             models.BPE(
@@ -240,7 +240,7 @@ class Vocabulary:
 
 
 def _merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that sentencepiece's scores imply: the best token first, however it is made."""
+    """The merges that sentencepiece's scores imply: all splits of the best token come first."""
     found = []
     for token, index in ids.items():
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file, unpacked, under the names that transformers has for them.
+"""The weights of a GGUF file, unpacked, under their names in transformers.
 
 Owns names and layout. Knows nothing of settings.
 """
@@ -16,11 +16,11 @@ from a2sf.gguf_file.settings import ARCHITECTURES, ROPE_FACTORS
 
 
 def places(name: str, header: Header, module: Any) -> dict[str, str]:
-    """Return where each of the file's tensors belongs in `module`, which may be without numbers.
+    """Return the name in `module` (which may be on the meta device) of each of the file's tensors.
 
     Raises:
-        Unsupported: a tensor has no place there.
-        NotFound: a place has no tensor, or one of another shape.
+        Unsupported: a tensor has no place in the module.
+        NotFound: a tensor is missing or has another shape.
     """
     config, wanted = module.config, module.state_dict()
     names = _names(header.settings["general.architecture"], config.num_hidden_layers)
@@ -50,12 +50,12 @@ def places(name: str, header: Header, module: Any) -> dict[str, str]:
 def state_dict(
     header: Header, config: Any, where: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Unpack all weights to `dtype`, one tensor at a time, to the names that `places` gave them."""
+    """Unpack all weights to `dtype`, one tensor at a time, under the names from `places`."""
     architecture = ARCHITECTURES[header.settings["general.architecture"]]
     weights = {}
     for stored, place in where.items():
         values = header.read(stored)
-        # What is stored as float32 is a read-only view of the file.
+        # A tensor stored as float32 is a read-only view of the file.
         tensor = torch.from_numpy(values if values.flags.writeable else np.array(values))
         if architecture.interleaved:
             if ".attn_q." in stored:
@@ -67,17 +67,17 @@ def state_dict(
 
 
 def _halves(stored: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put the rows of a projection back as transformers rotates them: first halves, then second.
+    """Reorder a projection's rows for transformers: the first halves of pairs, then the second.
 
-    llama.cpp rotates neighbouring numbers of a head, so that it stores row i of the first half
-    beside row i of the second.
+    llama.cpp rotates adjacent numbers of a head, so a file stores row i of the first half next to
+    row i of the second half.
     """
     paired = stored.reshape(heads, -1, 2, *stored.shape[1:])
     return paired.transpose(1, 2).reshape(stored.shape)
 
 
 def _names(architecture: str, layers: int) -> dict[str, str]:
-    """Names in transformers, by names in the file, both without `.weight` and `.bias`."""
+    """Name in the file -> name in transformers, both without `.weight` and `.bias`."""
     (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     known = get_tensor_name_map(arch, layers)
     ours = ["model.embed_tokens", "model.norm", "lm_head"]

@@ -1,7 +1,7 @@
-"""The law in Triton, for devices that it compiles for, and in numba, for processors.
+"""The law in Triton, for GPUs, and in numba, for processors.
 
-Owns what each of them serves. The modules that import Triton or numba are imported by who is
-about to run them.
+Owns the conditions under which each can be used. Modules that need Triton or numba are imported
+only where they are used.
 """
 
 import importlib.util
@@ -10,23 +10,23 @@ import os
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of the model; scores and softmax are float32 in all of them."""
+"""Model dtypes of the Triton kernels; scores and softmax are always float32."""
 
 PROCESSOR_DTYPES = (torch.bfloat16, torch.float32)
-"""Of the model, in numba's programs; they compute in float32."""
+"""Model dtypes of the numba kernels; they compute in float32."""
 
 LARGEST_HEAD_DIM = 256
 
 LEAST_CAPABILITY = (8, 0)
-"""Of a CUDA device: Ampere, the first that multiplies matrices of bfloat16."""
+"""Lowest CUDA compute capability: Ampere, the first with bfloat16 matrix products."""
 
 
 def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why there are no Triton kernels for a model, with what is accepted; None: there are."""
+    """Return why the Triton kernels cannot run a model, and what is accepted; None: they can."""
     if dtype not in DTYPES:
         return f"the model is in {_name(dtype)}; accepted: {_names(DTYPES)}"
     if head_dim > LARGEST_HEAD_DIM:
-        return f"its heads are of {head_dim}; accepted: up to {LARGEST_HEAD_DIM}"
+        return f"the model's head_dim is {head_dim}; accepted: up to {LARGEST_HEAD_DIM}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'a2sf-serve[gpu]'"
     if device.type == "cuda":
@@ -41,7 +41,7 @@ def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def processor_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why there are no numba programs for a model, with what is accepted; None: there are."""
+    """Return why the numba kernels cannot run a model, and what is accepted; None: they can."""
     if device.type != "cpu":
         return f"the device is {device.type}; accepted: cpu"
     if dtype not in PROCESSOR_DTYPES:
@@ -49,7 +49,7 @@ def processor_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     from a2sf.kernels import compiling
 
     if not compiling.available():
-        return "torch is built without an OpenMP that has GNU's entry points"
+        return "torch's OpenMP library has no GNU entry points (GOMP_parallel)"
     return None
 
 

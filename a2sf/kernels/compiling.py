@@ -1,12 +1,12 @@
-"""Programs for processors, compiled by numba once and kept on disk, and the threads that run them.
+"""Compiles numba kernels for processors, caches them on disk, and runs them in threads.
 
-Owns where compiled programs are kept and how one is run: by the threads of torch's own OpenMP, so
-that a step has one pool of threads and not two that wait for each other's processors. Needs no
-compiler beside numba. Knows nothing of what the programs do.
+Owns the cache's location and the threads. Kernels run in the threads of torch's OpenMP, so that
+there is only one thread pool: two would compete for the processor. Needs no other compiler. Knows
+nothing of what the kernels compute.
 
-numba keeps what it has compiled beside the source, else in the user's cache folder, or where
-NUMBA_CACHE_DIR says. Where none of them can be written, it is kept in a folder of the user's own
-among the temporary files; where that cannot be had either, each process compiles for itself.
+numba caches next to the source, else in the user's cache folder, or in NUMBA_CACHE_DIR. If none of
+these is writable, we use a private folder among the temporary files. If that fails too, each
+process compiles again.
 """
 
 import ctypes
@@ -24,9 +24,9 @@ import torch
 
 @cache
 def _parallel() -> Any:
-    """Find `GOMP_parallel` of the OpenMP library that torch runs on; None where it has another.
+    """Find `GOMP_parallel` in the OpenMP library that torch uses; None if it has none.
 
-    Looked for by way of torch's own library: another copy of OpenMP may be in the process.
+    Searched through torch's library, because the process may have loaded another copy of OpenMP.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -39,26 +39,26 @@ def _parallel() -> Any:
 
 
 def available() -> bool:
-    """Whether programs can run here: whether torch runs on an OpenMP with GNU's entry points."""
+    """Whether kernels can run: whether torch's OpenMP library has GNU's entry points."""
     return _parallel() is not None
 
 
 def run(program: int, data: int, threads: int) -> None:
-    """Run a program in so many threads, this one among them; other Python threads go on meanwhile.
+    """Run a kernel in `threads` threads, including this one, without holding the GIL.
 
     Args:
         program: the address of a C function that takes a pointer.
-        data: what each thread calls it with.
+        data: the argument for each thread.
         threads: at least 1.
     """
     _parallel()(program, data, threads, 0)
 
 
 def compiled(function: Callable[[Any], None], signature: Any) -> int:
-    """Compile a program, or load what was compiled before; return its address.
+    """Compile a kernel, or load it from the cache; return its address.
 
-    Takes seconds the first time on a machine, and a fraction of one later. The program lives as
-    long as the process.
+    Takes seconds the first time on a machine, and a fraction of a second later. The kernel stays
+    loaded until the process ends.
     """
     try:
         return _kept(numba.cfunc(signature, cache=True)(function))
@@ -76,7 +76,7 @@ def compiled(function: Callable[[Any], None], signature: Any) -> int:
 
 
 _programs: list[Any] = []
-"""That are never freed: their addresses were given away."""
+"""Compiled kernels. They are never freed, because callers hold their addresses."""
 
 
 def _kept(program: Any) -> int:
@@ -86,9 +86,9 @@ def _kept(program: Any) -> int:
 
 
 def _own_folder() -> Path | None:
-    """A folder for this user alone among the temporary files, or None.
+    """A private folder of this user among the temporary files, or None.
 
-    What lies there is run, so that it must be nobody else's to write.
+    The process runs code from this folder, so no other user may have write access.
     """
     folder = Path(tempfile.gettempdir()) / f"a2sf-numba-{os.getuid()}"
     try:

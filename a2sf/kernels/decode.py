@@ -1,12 +1,12 @@
 """A decode step's attention in one pass over the slots of a layer.
 
-Owns `decode_attention` (what `attention.DecodePass` does in one layer, and the choice of the slots
-that the next step's tokens take), `Workspace` (its scratch memory) and `plan_slots` (the first such
-choice of a row). Needs Triton, which the extra `gpu` brings. Knows nothing of models or requests.
+Owns `decode_attention` (an `attention.DecodePass` in one layer, which also chooses the slots of the
+next step's tokens), `Workspace` (its scratch memory) and `plan_slots` (the first choice for a row).
+Needs Triton (extra `gpu`). Knows nothing of models or requests.
 
-A step reads each key and value in use once: 2 D x itemsize bytes a slot. Beside them go the score
-(read and written) and the position (read), 12 bytes, and 4 bytes of logits a query head, written
-and read back.
+A step reads each key and value in use once: 2 D x itemsize bytes per slot. In addition it reads and
+writes the score and reads the position, 12 bytes per slot, and it writes and reads 4 bytes of
+logits per slot and query head.
 """
 
 import math
@@ -22,31 +22,31 @@ from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import decode_programs
 
 TILE_BYTES = 32 * 1024
-"""Keys and values loaded at a time by a program: with the two tiles that the compiler loads ahead,
-two programs fit into a Hopper multiprocessor's shared memory."""
+"""Size of a tile of keys and values. With the two tiles that the compiler prefetches, two programs
+fit into the shared memory of a Hopper multiprocessor."""
 
-SETTLE_BLOCK = 512
-"""Slots whose scores are updated at a time."""
+SCORE_BLOCK = 512
+"""Slots per block of the score update."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""At least, as far as a row's slots can be split: one alone would leave the memory idle whenever it
-computes."""
+"""Lower limit, if a row's slots can be split so far. With one program, the memory would be idle
+while the program computes."""
 
 MOST_SPLITS = 32
-"""Of a row's slots: what the closing program joins, it holds in registers."""
+"""Most splits of a row's slots; the `close` program holds one result per split in registers."""
 
 LEAST_DOT = 16
 """Rows, columns and depth of the smallest tensor core product."""
 
 NUM_WARPS = 4
-"""That share a program's work."""
+"""Warps per program."""
 
 NUM_STAGES = 3
-"""Tiles in flight: one is worked on while two are loaded."""
+"""Pipeline stages: one tile is computed while two are loaded."""
 
 
 def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
-    """Return how many slots a program loads at a time: a power of two from 16 to 128."""
+    """Return the number of slots per tile: a power of two from 16 to 128."""
     slot_bytes = 2 * triton.next_power_of_2(head_dim) * dtype.itemsize
     fits = max(TILE_BYTES // slot_bytes, 1)
     power: int = 1 << (fits.bit_length() - 1)
@@ -54,15 +54,15 @@ def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:
-    """Return how many programs should share the slots of a row and KV head.
+    """Return the number of programs that share the slots of a row and KV head.
 
-    As few as keep every multiprocessor busy, and one where rows and heads are enough for that;
-    no more than leave each a tile.
+    The fewest that keep every multiprocessor busy (one if there are enough rows and heads), but at
+    most one per tile.
 
     Args:
         programs: rows x KV heads.
-        tiles: of a row's slots.
-        multiprocessors: of the device.
+        tiles: number of tiles of a row's slots.
+        multiprocessors: number of multiprocessors of the device.
     """
     wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / programs)
     each = math.ceil(tiles / min(wanted, tiles, MOST_SPLITS))
@@ -71,26 +71,26 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int) -> int:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Scratch memory of a decode step, shared by its layers: what a step leaves in it is no matter.
+    """Scratch memory of a decode step; its content does not matter between steps.
 
-    Kept from step to step, so that a captured graph finds it where it was; and shared by the
-    layers, so that the logits stay in the device's L2 cache.
+    It stays allocated, because captured graphs need fixed addresses. All layers share it, so that
+    the logits stay in the device's L2 cache.
     """
 
     splits: int
-    """How many programs share the slots of a row and KV head."""
+    """Number of programs that share the slots of a row and KV head."""
     logits: Tensor
     """[rows, H_q, slots of the widest head] float32, in base 2."""
     lse: Tensor
-    """[rows, H_q] float32: the logarithms, in base 2, of the softmax's normalisers."""
+    """[rows, H_q] float32: log2 of the softmax's normalisers."""
     split_lse: Tensor
-    """[rows, H_q, splits] float32, the same of each split; empty where there is one."""
+    """[rows, H_q, splits] float32: log2 of each split's normaliser; empty for one split."""
     split_output: Tensor
-    """[rows, H_q, splits, D] float32: each split's attention; empty where there is one."""
+    """[rows, H_q, splits, D] float32: each split's attention output; empty for one split."""
 
     @classmethod
     def empty(cls, slots: Slots, num_attention_heads: int, splits: int | None = None) -> Self:
-        """Allocate what decoding `slots` needs; `splits` None chooses by the device."""
+        """Allocate the memory for decoding `slots`; `splits` None chooses by the device."""
         rows, kv_heads = len(slots.position), len(slots.layout.slots[0])
         dim, device, widest = slots.keys[0].shape[2], slots.score.device, slots.layout.widest
         tiles = triton.cdiv(widest, tile_slots(dim, slots.keys[0].dtype))
@@ -112,20 +112,20 @@ class Workspace:
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
-        # The interpreter runs one program after the other.
+        # Triton's interpreter runs one program at a time.
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
 
 def plan_slots(slots: Slots, policy: PolicyTensors, start: Tensor) -> Tensor:
-    """Choose the slots that tokens placed at `start` take, as `DecodePass` does.
+    """Choose the slots of the tokens at `start`, as `DecodePass` does.
 
-    Needed once for a row, when it begins to decode or its slots were moved; from then on
-    `decode_attention` keeps the plan.
+    Needed once per row, when it starts to decode or has moved; after that, `decode_attention`
+    updates the plan.
 
     Args:
-        slots, policy: the rows and their policies, of the same layers.
+        slots, policy: the rows and their policies, in the same layers.
         start: [rows] int64, the position of each row's next token.
 
     Returns:
@@ -148,26 +148,26 @@ def decode_attention(
     scale: float,
     workspace: Workspace,
 ) -> Tensor:
-    """Carry one token a row through one layer: place, attend, accumulate, plan the next eviction.
+    """Run one token per row through one layer: place, attend, accumulate, plan the next eviction.
 
     Writes the token's key, value, position and score into its slot, updates the scores of the
-    layer, and replaces the layer's plan by that for the tokens at `start + 1`. Nothing is asked of
-    the device and nothing allocated but the output, so that a graph may capture it; `start` and the
+    layer, and replaces the layer's plan by the one for the tokens at `start + 1`. There is no
+    device sync and no allocation except the output, so a graph can capture it. `start` and the
     policy's tensors are read on the device.
 
     Args:
         query: [rows, H_q, 1, D] in the cache's dtype, rotated; its last dimension contiguous.
         keys, values: [rows, H_kv, 1, D], likewise.
         slots: the rows, as for `DecodePass`: the first min(start, budget) slots of each head hold
-            its tokens. Slots of a row and head lie one after the other.
-        layer: the layer, counted from the first of the slots'.
-        policy: the rows' policies in the same layers. `any_scored` decides which program runs, so
-            that a captured graph serves one value of it.
+            its tokens. The slots of a row and head are contiguous.
+        layer: the index of the layer within the slots.
+        policy: the rows' policies in the same layers. `any_scored` selects the program, so a
+            captured graph is valid for one value of it.
         start: [rows] int64, the position of each row's new token.
-        plan: [layers, rows, H_kv] int64, the slots that the new tokens take, from `plan_slots` or
-            the step before; each below the layer's width, also in rows that merely pad a batch.
+        plan: [layers, rows, H_kv] int64, the slots of the new tokens, from `plan_slots` or the
+            previous step; each must be below the layer's width, also in padding rows.
         scale: factor on the logits.
-        workspace: made for these slots, or for more rows or wider ones.
+        workspace: made for these slots, or for more rows or wider slots.
 
     Returns:
         The attention output, [rows, H_q, 1, D] in the query's dtype.
@@ -177,7 +177,7 @@ def decode_attention(
     kv_heads = keys.shape[1]
     assert query.dtype in kernels.DTYPES
     assert dim <= kernels.LARGEST_HEAD_DIM
-    score, position, places = slots.score, slots.position, slots.places
+    score, position, locations = slots.score, slots.position, slots.head_locations
     tables = (
         plan[layer],
         start,
@@ -191,7 +191,7 @@ def decode_attention(
     assert stored_keys.dtype == keys.dtype == values.dtype == query.dtype
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert stored_keys.stride() == stored_values.stride()
-    assert stored_keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
+    assert stored_keys.stride()[1:] == (dim, 1), "slots of a row must be contiguous"
     assert score.stride() == position.stride()
     assert score.stride(1) == 1
     assert all(table.is_contiguous() for table in tables)
@@ -207,14 +207,14 @@ def decode_attention(
         "GROUP": q_heads // kv_heads,
         "DIM": dim,
         "DIM_PAD": max(triton.next_power_of_2(dim), LEAST_DOT),
-        "SETTLE_BLOCK": SETTLE_BLOCK,
+        "SCORE_BLOCK": SCORE_BLOCK,
         "SPLITS": splits,
         "SCORED": policy.any_scored,
         "num_warps": NUM_WARPS,
-        # Scores round as the reference's do: after the decay, and after the sum.
+        # Scores must round like the reference: after the decay, and after the sum.
         "enable_fp_fusion": False,
     }
-    # Triton launches on the current device, whichever the tensors are on; -1 is the processor.
+    # Triton launches on the current device, not on the tensors' device; -1 is the processor.
     with torch.cuda.device(query.get_device()):
         decode_programs.attend[rows * kv_heads, splits](
             query,
@@ -228,10 +228,10 @@ def decode_attention(
             score,
             position,
             *tables,
-            places.vectors[layer],
-            places.marks[layer],
-            places.width[layer],
-            places.order[layer],
+            locations.vectors[layer],
+            locations.marks[layer],
+            locations.width[layer],
+            locations.order[layer],
             scale * math.log2(math.e),
             room,
             *query.stride()[:2],
@@ -254,9 +254,9 @@ def decode_attention(
                 score,
                 position,
                 *tables,
-                places.marks[layer],
-                places.width[layer],
-                places.order[layer],
+                locations.marks[layer],
+                locations.width[layer],
+                locations.order[layer],
                 room,
                 score.stride(0),
                 SPLITS_PAD=triton.next_power_of_2(splits),

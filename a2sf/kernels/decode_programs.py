@@ -1,26 +1,26 @@
 """Triton programs of one decode step in one layer.
 
-Owns what runs on the device for a row and KV head: the new token's key and value, attention over
-the slots, and the order of it all; `settling` has the scores. Knows nothing of tensors' shapes
-beyond the strides that it is given; `decode` launches it.
+Owns the device code for a row and KV head: it writes the new token's key and value, attends to the
+slots, and then updates the scores with `score_update`. Knows only the strides of the tensors;
+`decode` launches it.
 
-`attend` runs once for each row, KV head and split of the slots. With one split it also settles the
-scores; otherwise `close` does, after joining the splits. Both write the logits of each slot out and
-read them back once the softmax is normalised: `GROUP` floats a slot, few enough to stay in L2,
-where registers would have to hold 16 (a tensor core's least) for every slot of the row.
+`attend` runs once for each row, KV head and split of the slots. With one split it also updates the
+scores; with several, `close` joins the splits and then updates the scores. The logits are stored,
+and loaded again after the softmax is normalised. They take `GROUP` floats per slot, so they stay in
+L2; in registers, they would take 16 (a tensor core's minimum) for every slot of the row.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
 import triton
 import triton.language as tl
 
-from a2sf.kernels.settling import settle_step, slots_in_use
+from a2sf.kernels.score_update import finish_step, slots_in_use
 
-# A layer's part of the rows' tables begins at any alignment, and a prompt's rows have any width:
-# by itself Triton would compile a program for each kind that occurs, in the middle of serving.
+# A layer's slice of the policy tables has any alignment, and a prompt's rows have any width. By
+# default, Triton would compile a program for each case, while serving.
 _TABLES = (
     *("start", "plan", "alpha", "budget", "recent", "sinks", "random_seed", "first_head"),
     *("marks", "width", "order"),
@@ -30,8 +30,8 @@ _ANYWHERE = (*_TABLES, "score", "position")
 
 @triton.jit
 def pair_of(order, KV_HEADS: tl.constexpr):
-    """The row and the KV head that this program works on: heads of most slots begin first."""
-    # 64 bits: a slab's elements are more than 32 bits count.
+    """The row and KV head of this program. Heads with the most slots start first."""
+    # 64 bits: a slab may have more than 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0) // KV_HEADS
     return program % rows, tl.load(order + program // rows)
@@ -59,22 +59,22 @@ def attend_slots(
     SCORED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Attend to slots begin .. end - 1, once the new token is in its slot.
+    """Write the new token to its slot, and attend to slots begin .. end - 1.
 
-    The token is this call's to write, and to attend to, where its slot is one of begin .. stop - 1.
-    `q` [GROUP_PAD, DIM_PAD], `new_key` and `new_value` [DIM_PAD] are zero where padded; `keys`,
-    `values` and `logits` [GROUP, room] point to the head's own. Returns the output, normalised
-    within these slots, and [GROUP_PAD] in base 2 what by; -inf where they hold nothing.
+    This call writes the token, and attends to it, only if its slot is in begin .. stop - 1. `q`
+    [GROUP_PAD, DIM_PAD], `new_key` and `new_value` [DIM_PAD] are zero in the padding; `keys`,
+    `values` and `logits` [GROUP, room] point to this head's part. Returns the output, normalised
+    over these slots, and log2 of the normalisers, [GROUP_PAD]; -inf if the slots are empty.
     """
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
     heads = g < GROUP
     dims = d < DIM
-    # The new token is where the running softmax starts from, out of registers. Its slot is left out
-    # of the loads below: what was there, and when the stores land, is no matter.
+    # The running softmax starts with the new token, from registers. The loads below skip its slot,
+    # so neither its old content nor the timing of the stores matters.
     mine = (slot >= begin) & (slot < stop)
     new = slot.to(tl.int64) * DIM + d
-    # Not `dims & mine`: the interpreter makes integers of a scalar truth value.
+    # Not `dims & mine`: the interpreter turns a scalar bool into an integer.
     placed = d < tl.where(mine, DIM, 0)
     tl.store(keys + new, new_key, mask=placed)
     tl.store(values + new, new_value, mask=placed)
@@ -100,13 +100,13 @@ def attend_slots(
                 tile,
                 mask=heads[:, None] & live[None, :],
             )
-        # Never -inf: a tile has a live slot, or these slots the new token.
+        # Never -inf: there is a live slot in the tile, or the new token.
         higher = tl.maximum(highest, tl.max(tile, axis=1))
         shrink = tl.exp2(highest - higher)
-        paid = tl.exp2(tile - higher[:, None])
-        total = total * shrink + tl.sum(paid, axis=1)
+        weights = tl.exp2(tile - higher[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(values + there, mask=loaded, other=0.0, eviction_policy=EVICTION)
-        got = tl.dot(paid.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
+        got = tl.dot(weights.to(v.dtype), v, got * shrink[:, None], input_precision="ieee")
         highest = higher
 
     divisor = tl.where(total > 0.0, total, 1.0)
@@ -153,25 +153,25 @@ def attend(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """Attend to one split's slots of a row and KV head, the new token among them.
+    """Attend to one split of the slots of a row and KV head, and write the new token.
 
-    `output` [pairs, GROUP, SPLITS, DIM] is normalised within the split, `lse` [pairs, GROUP,
-    SPLITS] says in base 2 what by; -inf where the split holds nothing. `scale` is in base 2.
+    `output` [pairs, GROUP, SPLITS, DIM] is normalised over the split; `lse` [pairs, GROUP, SPLITS]
+    is log2 of its normaliser, -inf for an empty split. `scale` includes the factor log2(e).
     """
     row, head = pair_of(order, KV_HEADS)
     pair = row * KV_HEADS + head
     split = tl.program_id(1)
     slots = tl.load(width + head).to(tl.int32)
-    held = slots_in_use(start, budget, row, pair, slots)
+    in_use = slots_in_use(start, budget, row, pair, slots)
     slot = tl.load(plan + pair).to(tl.int32)
-    # A head's slots are shared evenly, in whole tiles: those of few slots leave splits idle.
+    # Slots are divided evenly in whole tiles. In a head with few slots, some splits are idle.
     chunk = BLOCK * tl.cdiv(slots, BLOCK * SPLITS)
     begin = split * chunk
-    end = tl.minimum(begin + chunk, held)
+    end = tl.minimum(begin + chunk, in_use)
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, DIM_PAD)
@@ -211,16 +211,16 @@ def attend(
         DIM_PAD,
         BLOCK,
         SCORED,
-        # Read once a step: they should not push the logits out of L2.
+        # Keys and values are read once per step: they should not evict the logits from L2.
         "evict_first",
     )
     at = query_heads * SPLITS + split
     tl.store(output + at[:, None] * DIM + d[None, :], got, mask=both)
     tl.store(lse + at, normaliser, mask=heads)
     if SPLITS == 1:
-        # Other threads of this program read the logits back.
+        # Other threads of this program load the logits.
         tl.debug_barrier()
-        settle_step(
+        finish_step(
             logits,
             lse,
             score,
@@ -241,7 +241,7 @@ def attend(
             score_row,
             KV_HEADS,
             GROUP,
-            SETTLE_BLOCK,
+            SCORE_BLOCK,
             SCORED,
         )
 
@@ -272,12 +272,12 @@ def close(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """Join the splits of a row and KV head, and settle it. Tensors as `attend` wrote them."""
+    """Join the splits of a row and KV head, and update its scores; tensors as in `attend`."""
     row, head = pair_of(order, KV_HEADS)
     pair = row * KV_HEADS + head
     s = tl.arange(0, SPLITS_PAD)
@@ -288,7 +288,7 @@ def close(
         at = query_head * SPLITS + s
         some = s < SPLITS
         each = tl.load(split_lse + at, mask=some, other=float("-inf"))
-        # Never -inf: one split holds the new token.
+        # Never -inf: one of the splits has the new token.
         highest = tl.max(each, axis=0)
         joined = highest + tl.log2(tl.sum(tl.exp2(each - highest), axis=0))
         got = tl.load(
@@ -299,9 +299,9 @@ def close(
         share = tl.exp2(each - joined)
         tl.store(output + query_head * DIM + d, tl.sum(got * share[:, None], axis=0), mask=dims)
         tl.store(lse + query_head, joined)
-    # Other threads of this program read the joined normalisers back.
+    # Other threads of this program load the joined normalisers.
     tl.debug_barrier()
-    settle_step(
+    finish_step(
         logits,
         lse,
         score,
@@ -322,6 +322,6 @@ def close(
         score_row,
         KV_HEADS,
         GROUP,
-        SETTLE_BLOCK,
+        SCORE_BLOCK,
         SCORED,
     )

@@ -1,9 +1,8 @@
-"""A prompt's blocks in one layer: what their queries get, and what they pay to each stored token.
+"""Attention and scores of a prompt's blocks in one layer, on GPUs.
 
-Owns `attend_and_charge`, an `attention.BlockAttention` for devices that Triton compiles for: flash
-attention where tokens lie in order, and `mass`, the same function as `attention.mass` without its
-rows of attention. The extra `gpu` brings Triton. Knows nothing of the block law: the queries'
-weights say who counts.
+Owns `attend_and_score`, an `attention.BlockAttention` with flash attention for tokens in order,
+and `attention_sum`, the same function as in `attention` without storing attention rows. Needs
+Triton (extra `gpu`). Knows nothing of the block law: the caller passes the weights of the queries.
 """
 
 import math
@@ -18,22 +17,22 @@ from a2sf.kernels import prefill_programs
 from a2sf.kernels.decode import LEAST_DOT, NUM_WARPS
 
 TILE_ELEMENTS = 8192
-"""Of a tile of keys: 64 slots of a head of 128."""
+"""Elements of a tile of keys: 64 slots at head_dim 128."""
 
 QUERIES = 64
-"""Queries multiplied at a time: the rows of Hopper's own matrix instruction."""
+"""Queries per tile: the rows of Hopper's matrix instruction."""
 
 NUM_STAGES = 2
-"""Tiles in flight: one is worked on while the next is loaded."""
+"""Pipeline stages: one tile is computed while the next is loaded."""
 
 
 def tile_slots(head_dim: int) -> int:
-    """Return how many slots a program works on at a time: a power of two from 32 to 128."""
+    """Return the number of slots per tile: a power of two from 32 to 128."""
     padded: int = triton.next_power_of_2(head_dim)
     return min(TILE_ELEMENTS // max(padded, LEAST_DOT), 128)
 
 
-def attend_and_charge(
+def attend_and_score(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -45,7 +44,7 @@ def attend_and_charge(
     *,
     in_order: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend and sum without rows of attention; an `attention.BlockAttention`."""
+    """An `attention.BlockAttention` that does not store attention rows."""
     lse = None
     if in_order and flash_serves(query):
         output, lse = flash(query, keys, values, scale)
@@ -54,7 +53,7 @@ def attend_and_charge(
     counted = weights.shape[2]
     if not counted:
         return output, None
-    return output, mass(
+    return output, attention_sum(
         query[:, :, -counted:],
         query_position[:, -counted:],
         keys,
@@ -66,15 +65,15 @@ def attend_and_charge(
 
 
 def flash_serves(query: Tensor) -> bool:
-    """Whether torch has flash attention for such queries, [rows, H_q, width, D]."""
+    """Whether torch's flash attention supports these queries, [rows, H_q, width, D]."""
     return query.is_cuda and query.dtype.itemsize == 2 and query.shape[3] % 8 == 0
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend causally to tokens that lie in order, the last query's own in the last slot.
+    """Attend causally to tokens in order; the last slot holds the last query's token.
 
     Args:
-        query: [rows, H_q, width, D], for which flash attention `flash_serves`.
+        query: [rows, H_q, width, D], for which `flash_serves` is true.
         keys, values: [rows, H_kv, slots, D], slots >= width.
         scale: factor on the logits.
 
@@ -82,15 +81,15 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Te
         The output [rows, H_q, width, D] in the query's dtype, and [rows, H_q, width] float32, the
         natural logarithms of the softmax's normalisers.
     """
-    # What `scaled_dot_product_attention` calls, which keeps the normalisers to itself. Its causal
-    # mask is aligned with the last slot, and it shares keys among a group of heads.
+    # `scaled_dot_product_attention` calls this operation, but does not return the normalisers. Its
+    # causal mask is aligned with the last slot, and it supports grouped heads.
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         query, keys, values, dropout_p=0.0, is_causal=True, scale=scale
     )
     return output, lse
 
 
-def mass(
+def attention_sum(
     query: Tensor,
     query_position: Tensor,
     keys: Tensor,
@@ -99,23 +98,22 @@ def mass(
     scale: float,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Sum what the queries pay to each stored token, in float32.
+    """Sum the attention weights that each stored token receives from the queries, in float32.
 
-    A query of weight w adds w x softmax: `exp(qk - (LSE_q - ln w))`. Time goes with the slots times
-    the queries that count in each KV head, so that decay makes long blocks cheap. Nothing is asked
-    of the device.
+    A query of weight w adds w x softmax: `exp(qk - (LSE_q - ln w))`. The time is proportional to
+    slots x queries with a weight above 0 in each KV head, so decay makes long blocks cheap. There
+    is no device sync.
 
     Args:
         query: [rows, H_q, width, D], its last dimension contiguous.
         query_position: [rows, width] int64, consecutive in each row.
-        keys: [rows, H_kv, slots, D] in the query's dtype; slots of a head one after the other.
-        position: [rows, H_kv, slots] int32, `EMPTY` where no token is.
-        weights: [rows, H_kv, width] float32, how much each query counts, as
-            `scoring.query_weights` gives them: 0 or more, and from the first that counts on, all of
-            a row's own tokens count.
+        keys: [rows, H_kv, slots, D] in the query's dtype; the slots of a head are contiguous.
+        position: [rows, H_kv, slots] int32, `EMPTY` in slots without a token.
+        weights: [rows, H_kv, width] float32, from `scoring.query_weights`: not negative, and after
+            the first weight above 0, the weights of all the row's own tokens are above 0.
         scale: factor on the logits.
-        lse: [rows, H_q, width] float32, the natural logarithms of the softmax's normalisers; None
-            where they are to be found, which takes as long as the sums.
+        lse: [rows, H_q, width] float32, the natural logarithms of the softmax's normalisers. None:
+            compute them, which takes as long as the sums.
 
     Returns:
         [rows, H_kv, slots] float32: the weighted sum over queries and group.
@@ -126,7 +124,7 @@ def mass(
     assert dim <= kernels.LARGEST_HEAD_DIM
     assert keys.dtype == query.dtype
     assert query.stride(3) == 1
-    assert keys.stride()[2:] == (dim, 1), "slots of a head lie one after the other"
+    assert keys.stride()[2:] == (dim, 1), "slots of a head must be contiguous"
     assert position.stride(2) == 1
     weights, query_position = weights.contiguous(), query_position.contiguous()
     counted = weights > 0
@@ -136,7 +134,7 @@ def mass(
     else:
         each = weights.log2().repeat_interleave(q_heads // kv_heads, dim=1)
         normalisers = (lse * math.log2(math.e) - each).contiguous()
-    paid = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
+    sums = torch.empty(rows, kv_heads, slots, dtype=torch.float32, device=query.device)
     tile = tile_slots(dim)
     sizes = (scale * math.log2(math.e), width, slots)
     strides = (*query.stride()[:3], *keys.stride()[:2], *position.stride()[:2])
@@ -151,7 +149,7 @@ def mass(
         "num_stages": NUM_STAGES,
         "enable_fp_fusion": False,
     }
-    # Triton launches on the current device, whichever the tensors are on; -1 is the processor.
+    # Triton launches on the current device, not on the tensors' device; -1 is the processor.
     with torch.cuda.device(query.get_device()):
         if lse is None:
             prefill_programs.normalise[rows * q_heads, triton.cdiv(width, QUERIES)](
@@ -165,16 +163,16 @@ def mass(
                 *strides,
                 **common,
             )
-        prefill_programs.charge[rows * kv_heads, triton.cdiv(slots, tile)](
+        prefill_programs.sum_attention[rows * kv_heads, triton.cdiv(slots, tile)](
             query,
             query_position,
             keys,
             position,
             normalisers,
             first_counted,
-            paid,
+            sums,
             *sizes,
             *strides,
             **common,
         )
-    return paid
+    return sums

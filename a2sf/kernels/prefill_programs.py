@@ -1,19 +1,19 @@
-"""Triton programs that score a prompt's block: what its queries pay to each slot.
+"""Triton programs for the scores of a prompt's block: attention weights summed over queries.
 
-`normalise` reads the keys once for each tile of queries and finds the softmax's normalisers;
-`charge` reads the queries that count once for each tile of slots and adds up what they pay there.
-No matrix of queries x slots is ever stored. Knows nothing of values or of the block law; `prefill`
-launches them.
+`normalise` reads the keys once per tile of queries and computes the softmax's normalisers.
+`sum_attention` reads the queries with a weight above 0 once per tile of slots and sums their
+attention weights. No matrix of queries x slots is stored. Knows nothing of values or of the block
+law; `prefill` launches them.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
 import triton
 import triton.language as tl
 
-# Blocks and what is stored have any length: one program serves all.
+# Blocks and rows have any length: one program must work for all.
 _ANY_VALUE = ("width", "slots")
 
 
@@ -42,7 +42,7 @@ def normalise(
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Write, for a tile of one head's queries, log2(sum of exp / weight); inf where it is 0."""
+    """Write log2(sum of exp / weight) for a tile of one head's queries; inf if the weight is 0."""
     q_pair = tl.program_id(0).to(tl.int64)
     pair = q_pair // GROUP
     row = pair // KV_HEADS
@@ -52,7 +52,7 @@ def normalise(
     dims = d < DIM
     real = j < width
     weight = tl.load(weights + pair * width + j, mask=real, other=0.0)
-    # Queries that do not count see nothing, whatever is in them.
+    # Queries with weight 0 attend to nothing, whatever their values.
     at = tl.load(query_position + row * width + j, mask=real & (weight > 0.0), other=-1)
     q = tl.load(
         query
@@ -80,7 +80,7 @@ def normalise(
         tile = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         tile = tl.where(where[None, :] <= at[:, None], tile, float("-inf"))
         higher = tl.maximum(highest, tl.max(tile, axis=1))
-        # Slots lie in no order: a query may have seen nothing yet.
+        # Slots are in no order, so there may be no visible slot so far.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(tile - base[:, None]), axis=1)
         highest = higher
@@ -94,14 +94,14 @@ def normalise(
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
-def charge(
+def sum_attention(
     query,
     query_position,
     keys,
     position,
     normalisers,
     first_counted,
-    paid,
+    sums,
     scale,
     width,
     slots,
@@ -119,7 +119,7 @@ def charge(
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Write what a group's queries pay to a tile of slots: `paid` [pairs, slots] float32."""
+    """Write the summed attention weights of a tile of slots: `sums` [pairs, slots] float32."""
     pair = tl.program_id(0).to(tl.int64)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
@@ -135,7 +135,7 @@ def charge(
         mask=live[:, None] & dims[None, :],
         other=0.0,
     )
-    # Queries before the tile's oldest token see none of it; their positions are consecutive.
+    # Queries before the tile's oldest token attend to none of it. Their positions are consecutive.
     oldest = tl.min(where, axis=0) - tl.load(query_position + row * width).to(tl.int32)
     begin = tl.maximum(oldest, tl.load(first_counted + pair).to(tl.int32))
     total = tl.zeros([SLOTS], tl.float32)
@@ -161,4 +161,4 @@ def charge(
             counts = (where[None, :] <= at[:, None]) & (normaliser < float("inf"))[:, None]
             tile = tl.where(counts, tile - normaliser[:, None], float("-inf"))
             total += tl.sum(tl.exp2(tile), axis=0)
-    tl.store(paid + pair * slots + n, total, mask=live)
+    tl.store(sums + pair * slots + n, total, mask=live)

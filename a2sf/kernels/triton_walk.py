@@ -1,11 +1,11 @@
-"""The tokens of some texts through one layer, one after the other, in one launch.
+"""Runs the tokens of texts through one layer, one after the other, in one kernel launch.
 
-Owns `walk` (what `attention.DecodePass` does, token by token, in one layer) and `HeadSlots` (where
-each head's slots lie). Needs Triton, which the extra `gpu` brings. Knows nothing of models.
+Owns `walk` (an `attention.DecodePass` per token, in one layer) and `HeadSlots` (the location of
+each head's slots). Needs Triton (extra `gpu`). Knows nothing of models.
 
-A program carries one row and KV head from its first token to its last, and no two touch the same
-slots; those with the most to do begin first. What is read again with every token, the keys and
-values in use, comes from the device's L2 cache where that is large enough.
+A program processes all tokens of one row and KV head, so no two programs use the same slots. The
+programs with the most work start first. Every token reads all keys and values in use again; they
+come from the device's L2 cache if it is large enough.
 """
 
 import math
@@ -19,55 +19,55 @@ from torch import Tensor
 from a2sf import kernels
 from a2sf.cache import PolicyTensors, Slots
 from a2sf.kernels import triton_walk_programs
-from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, SETTLE_BLOCK, tile_slots
+from a2sf.kernels.decode import LEAST_DOT, NUM_STAGES, SCORE_BLOCK, tile_slots
 
 NUM_WARPS = 8
-"""That share a program's work: twice a decode step's, for there are only as many programs as heads.
-With four, some shapes do not fit into their registers."""
+"""Warps per program: twice as many as in a decode step, because there is only one program per row
+and head. With four warps, some shapes do not fit into registers."""
 
 
 @dataclass(frozen=True)
 class HeadSlots:
-    """The slots of one layer, head by head: each head's begin anywhere and are of any number.
+    """The slots of one layer. Each head may start anywhere and have any number of slots.
 
-    The slots of a head lie one after the other. What lies between heads is nobody's.
+    The slots of a head are contiguous. Memory between heads is not used.
     """
 
     keys: Tensor
-    """In memory from the first element on: slots of D numbers each, in the model's dtype."""
+    """Used as flat memory: D numbers per slot, in the model's dtype."""
     values: Tensor
-    """Likewise, in the same places."""
+    """The same layout as `keys`."""
     position: Tensor
-    """int32, `EMPTY` where no token is: in memory from the first element on, one a slot."""
+    """int32, used as flat memory: one number per slot, `EMPTY` in slots without a token."""
     score: Tensor
-    """float32, in the same places."""
+    """float32, the same layout as `position`."""
     vectors: Tensor
-    """[rows, H_kv] int64: each head's first slot in `keys` and `values`, counted in slots."""
+    """[rows, H_kv] int64: index of each head's first slot in `keys` and `values`, in slots."""
     marks: Tensor
-    """[rows, H_kv] int64: the same in `position` and `score`."""
+    """[rows, H_kv] int64: index of each head's first slot in `position` and `score`."""
     width: Tensor
-    """[rows, H_kv] int64: each head's slots."""
+    """[rows, H_kv] int64: number of slots of each head."""
     widest: int
-    """The most of them."""
+    """The largest of these numbers."""
 
     @classmethod
     def of(cls, slots: Slots, layer: int) -> Self:
-        """Return a layer of slots, in the same memory."""
-        keys, values, places = slots.keys[layer], slots.values[layer], slots.places
+        """Return a view of one layer of `slots`."""
+        keys, values, locations = slots.keys[layer], slots.values[layer], slots.head_locations
         rows, _, dim = keys.shape
         assert keys.stride() == values.stride()
-        assert keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
+        assert keys.stride()[1:] == (dim, 1), "slots of a row must be contiguous"
         assert slots.score.stride() == slots.position.stride()
         assert slots.score.stride(1) == 1
         row = torch.arange(rows, device=keys.device)[:, None]
-        width = places.width[layer]
+        width = locations.width[layer]
         return cls(
             keys=keys,
             values=values,
             position=slots.position,
             score=slots.score,
-            vectors=row * (keys.stride(0) // dim) + places.vectors[layer],
-            marks=row * slots.score.stride(0) + places.marks[layer],
+            vectors=row * (keys.stride(0) // dim) + locations.vectors[layer],
+            marks=row * slots.score.stride(0) + locations.marks[layer],
             width=width.expand(rows, -1).contiguous(),
             widest=max(slots.layout.slots[layer]),
         )
@@ -84,27 +84,26 @@ def walk(
     end: Tensor,
     scale: float,
     output: Tensor,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> None:
-    """Carry tokens of each row through one layer: place, attend, accumulate, evict, in turn.
+    """Run tokens of each row through one layer; for each: place, attend, accumulate, evict.
 
-    Writes keys, values, positions and scores into the slots. Nothing is asked of the device.
+    Writes keys, values, positions and scores into the slots. There is no device sync.
 
     Args:
         query: [rows, H_q, width, D] in the slots' dtype, rotated; the last dimension contiguous.
         keys, values: [rows, H_kv, width, D], likewise.
         slots: the rows; the first min(start, budget) slots of each head hold its tokens, and it has
-            as many as min(end, budget).
-        policy: the rows' policies in this one layer.
-        start: [rows] int64, the first token of each row that goes through: its place in `query`,
-            `keys` and `values`, and its position.
-        end: [rows] int64, the first token behind them that does not; from `start` down it leaves a
-            row as it is.
+            at least min(end, budget) slots.
+        policy: the rows' policies in this layer.
+        start, end: [rows] int64: the tokens start .. end - 1 of each row are run. These are both
+            their indices in `query`, `keys` and `values` and their positions. If end <= start, the
+            row does not change.
         scale: factor on the logits.
-        output: [rows, H_q, width, D] in the query's dtype, which gets the attention output; what
-            belongs to no token is left as it is.
-        seen: [rows, H_kv, side, side] bool, or None. For each of these queries, place [.., its
-            position, position of a token] becomes whether it was given that token.
+        output: [rows, H_q, width, D] in the query's dtype; receives the attention output of these
+            tokens. Other elements do not change.
+        visible: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether query i
+            could attend to the token at position p, for the queries of these tokens.
     """
     rows, q_heads, _, dim = query.shape
     kv_heads = keys.shape[1]
@@ -114,15 +113,15 @@ def walk(
     assert output.dtype == query.dtype
     assert all(t.stride(3) == 1 for t in (query, keys, values, output))
     assert len(policy.alpha) == 1
-    assert seen is None or (seen.is_contiguous() and seen.dtype == torch.bool)
+    assert visible is None or (visible.is_contiguous() and visible.dtype == torch.bool)
 
     budget = policy.budget[0].contiguous()
-    # Slots that each head reads, all its tokens together, or nearly.
+    # Estimate of the slots that each head reads, summed over its tokens.
     work = torch.minimum(budget, end[:, None]) * (end - start).clamp(min=0)[:, None]
     device = query.device
     logits = torch.empty(rows, q_heads, slots.widest, dtype=torch.float32, device=device)
     lse = torch.empty(rows, q_heads, dtype=torch.float32, device=device)
-    # Triton launches on the current device, whichever the tensors are on; -1 is the processor.
+    # Triton launches on the current device, not on the tensors' device; -1 is the processor.
     with torch.cuda.device(query.get_device()):
         triton_walk_programs.walk[rows * kv_heads,](
             query,
@@ -135,7 +134,7 @@ def walk(
             slots.position,
             logits,
             lse,
-            None if seen is None else seen.view(torch.uint8),
+            None if visible is None else visible.view(torch.uint8),
             work.flatten().argsort(descending=True),
             slots.vectors,
             slots.marks,
@@ -150,7 +149,7 @@ def walk(
             policy.first_heads,
             scale * math.log2(math.e),
             slots.widest,
-            0 if seen is None else seen.shape[-1],
+            0 if visible is None else visible.shape[-1],
             *query.stride()[:3],
             *keys.stride()[:3],
             *values.stride()[:3],
@@ -161,11 +160,11 @@ def walk(
             DIM=dim,
             DIM_PAD=max(triton.next_power_of_2(dim), LEAST_DOT),
             BLOCK=tile_slots(dim, query.dtype),
-            SETTLE_BLOCK=SETTLE_BLOCK,
+            SCORE_BLOCK=SCORE_BLOCK,
             SCORED=policy.any_scored,
-            WATCHED=seen is not None,
+            RECORDED=visible is not None,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            # Scores round as the reference's do: after the decay, and after the sum.
+            # Scores must round like the reference: after the decay, and after the sum.
             enable_fp_fusion=False,
         )

@@ -1,14 +1,14 @@
-"""The Triton program that carries many tokens through one layer, one after the other.
+"""The Triton program that runs many tokens through one layer, one after the other.
 
-Owns the loop over the tokens of a row and KV head. What happens to each is the decode step's own:
-`decode_programs.attend_slots`, then `settling.settle`. Knows nothing of tensors' shapes beyond the
-strides and tables that it is given; `triton_walk` launches it.
+Owns the loop over the tokens of a row and KV head. Each token uses the functions of a decode step:
+`decode_programs.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables
+of the tensors; `triton_walk` launches it.
 
-A program reads what its own threads wrote a token before: keys, values, scores and positions. Two
-barriers a token put those in order, and no other program touches the head.
+A program reads keys, values, scores and positions that its own threads wrote for the previous
+token. Two barriers per token order these accesses. No other program uses the same head.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from a2sf.kernels.decode_programs import attend_slots
-from a2sf.kernels.settling import fresh_score, lowest, next_slot, settle
+from a2sf.kernels.score_update import fresh_score, lowest, next_slot, update_scores
 
-# Tables begin at any alignment, and texts have any length: one program serves all.
+# Tables have any alignment, and texts any length: one program must work for all.
 _ANYWHERE = (
     *("order", "vectors", "marks", "width", "start", "end", "alpha", "budget", "recent", "sinks"),
-    *("random_seed", "first_head", "score", "position", "seen"),
+    *("random_seed", "first_head", "score", "position", "visible"),
 )
 _ANY_VALUE = ("room", "side")
 
@@ -38,7 +38,7 @@ def walk(
     position,
     logits,
     lse,
-    seen,
+    visible,
     order,
     vectors,
     marks,
@@ -72,15 +72,16 @@ def walk(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SETTLE_BLOCK: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
-    WATCHED: tl.constexpr,
+    RECORDED: tl.constexpr,
 ):
-    """Carry the tokens start .. end - 1 of a row through the slots of one KV head.
+    """Run the tokens start .. end - 1 of a row through the slots of one KV head.
 
-    Tables are of each row and KV head, [pairs], but for `start`, `end` and `random_seed` of each
-    row. `order` says which pair a program takes. `scale` is in base 2. If `WATCHED`, `seen`
-    [pairs, side, side] uint8 is 1 where the query of a position was given the token of another.
+    Tables have one entry per row and KV head, [pairs]; `start`, `end` and `random_seed` have one
+    per row. `order` maps programs to pairs. `scale` includes the factor log2(e). If `RECORDED`,
+    element [pair, i, p] of `visible` [pairs, side, side] uint8 becomes 1 if query i could attend to
+    the token at position p, else 0.
     """
     pair = tl.load(order + tl.program_id(0))
     row = pair // KV_HEADS
@@ -107,21 +108,21 @@ def walk(
     new_keys += row * new_keys_row + head * new_keys_head
     new_values += row * new_values_row + head * new_values_head
 
-    held = tl.minimum(tl.minimum(begin, most), slots)
+    in_use = tl.minimum(tl.minimum(begin, most), slots)
     victim = lowest(
         scores,
         positions,
-        held,
+        in_use,
         tl.load(sinks + pair),
         begin - tl.load(recent + pair),
-        SETTLE_BLOCK,
+        SCORE_BLOCK,
     )
     slot = next_slot(victim, begin, most, slots)
     for t in tl.range(0, tokens):
         at = begin + t
-        # 64 bits: a text's elements are more than 32 bits count.
+        # 64 bits: a batch of texts may have more than 2^31 elements.
         token = at.to(tl.int64)
-        held = tl.minimum(tl.minimum(at + 1, most), slots)
+        in_use = tl.minimum(tl.minimum(at + 1, most), slots)
         q = tl.load(queries + token * query_token, mask=both, other=0.0)
         new_key = tl.load(new_keys + token * new_keys_token + d, mask=dims, other=0.0)
         new_value = tl.load(new_values + token * new_values_token + d, mask=dims, other=0.0)
@@ -134,7 +135,7 @@ def walk(
             logits,
             slot,
             0,
-            held,
+            in_use,
             room,
             scale,
             room,
@@ -144,23 +145,23 @@ def walk(
             DIM_PAD,
             BLOCK,
             SCORED,
-            # The next token reads them again.
+            # No eviction hint: the next token reads keys and values again.
             "",
         )
         tl.store(outputs + token * output_token, got, mask=both)
         tl.store(lse + g, normaliser, mask=heads)
-        # Other threads read back the logits now, and the new key and value with the next token.
+        # Other threads load the logits next, and the new key and value with the next token.
         tl.debug_barrier()
-        # Loaded again for each token, so that they take no registers from attention.
+        # Loaded again for each token, so that they take no registers during attention.
         seed = tl.load(random_seed + row)
-        victim = settle(
+        victim = update_scores(
             logits,
             lse,
             scores,
             positions,
             slot,
             token,
-            held,
+            in_use,
             tl.load(alpha + pair).to(tl.float32),
             fresh_score(seed, tl.load(first_head) + head, token),
             tl.where(seed >= 0, 0.0, 1.0),
@@ -168,21 +169,21 @@ def walk(
             token + 1 - tl.load(recent + pair),
             room,
             GROUP,
-            SETTLE_BLOCK,
+            SCORE_BLOCK,
             SCORED,
         )
         slot = next_slot(victim, at + 1, most, slots)
-        # Other threads read back the new position, and write over the logits.
+        # Other threads load the new position, and overwrite the logits.
         tl.debug_barrier()
-        if WATCHED:
-            given = seen + (pair * side + at) * side
-            for i in tl.range(0, side, SETTLE_BLOCK):
-                n = i + tl.arange(0, SETTLE_BLOCK)
-                tl.store(given + n, tl.zeros([SETTLE_BLOCK], tl.uint8), mask=n < side)
-            # Other threads note over those zeros.
+        if RECORDED:
+            given = visible + (pair * side + at) * side
+            for i in tl.range(0, side, SCORE_BLOCK):
+                n = i + tl.arange(0, SCORE_BLOCK)
+                tl.store(given + n, tl.zeros([SCORE_BLOCK], tl.uint8), mask=n < side)
+            # Other threads overwrite these zeros.
             tl.debug_barrier()
-            for i in tl.range(0, held, SETTLE_BLOCK):
-                n = i + tl.arange(0, SETTLE_BLOCK)
-                live = n < held
+            for i in tl.range(0, in_use, SCORE_BLOCK):
+                n = i + tl.arange(0, SCORE_BLOCK)
+                live = n < in_use
                 where = tl.load(positions + n, mask=live, other=0)
-                tl.store(given + where, tl.full([SETTLE_BLOCK], 1, tl.uint8), mask=live)
+                tl.store(given + where, tl.full([SCORE_BLOCK], 1, tl.uint8), mask=live)

@@ -1,11 +1,11 @@
-"""The law on processors: the next tokens of each row through a layer, one or many, in one call.
+"""The law on processors: runs one or many tokens of each row through a layer in one call.
 
-Owns `Walker`, which hands the compiled programs the slots of some rows, their policies and what
-their tokens bring. They carry out what `attention.DecodePass` does, token after token. Knows
-nothing of models or requests.
+Owns `Walker`, which calls the compiled kernels with the slots of some rows, their policies and the
+projections of their tokens. The kernels compute an `attention.DecodePass` per token. Knows nothing
+of models or requests.
 
-A row and KV head is the work of one thread, and those that take longest begin first. Each head has
-an offset and a budget of slots of its own.
+One thread processes a row and KV head; the heads with the most work start first. Each head has its
+own offset and budget.
 """
 
 from functools import cache
@@ -25,32 +25,33 @@ _PROGRAMS = {
 }
 
 _WORTH_A_THREAD = 1 << 16
-"""Numbers of keys for which one more thread is woken: reading them takes about as long as that."""
+"""Numbers of keys per additional thread: reading them takes about as long as waking a thread."""
 
 _LINE_BYTES = 64
 
 _LINE = _LINE_BYTES // 4
-"""float32 numbers of a cache line: the scratch of two threads shares none."""
+"""float32 numbers per cache line. The scratch memory of two threads never shares a line."""
 
 
 @cache
 def program(dtype: torch.dtype) -> int:
-    """Compile the program for slots of a dtype, or load it; return its address."""
+    """Compile the kernel for slots of a dtype, or load it; return its address."""
     return compiling.compiled(_PROGRAMS[dtype], walk_programs.SIGNATURE)
 
 
 class Walker:
-    """Carries rows through the layers of some slots; a `models.LayerAttention` once it has begun.
+    """Runs tokens of rows through layers. A `models.LayerAttention` after `begin`.
 
-    One thread at a time may use it.
+    Not thread-safe.
     """
 
     def __init__(self, slots: Slots, policy: PolicyTensors) -> None:
-        """Take rows as they are; their policies are read here and never again.
+        """Prepare the calls. The policies are read only here.
 
         Args:
-            slots: in float32 or bfloat16, on the processor, each head with as many slots as the
-                largest budget there, or as any row will ever fill; it uses its first ones.
+            slots: in float32 or bfloat16, on the processor. Each head needs as many slots as the
+                largest budget of that head, or as the tokens that any row will hold. A head uses
+                its first slots.
             policy: the rows' policies in the same layers.
         """
         self._slots = slots
@@ -61,8 +62,8 @@ class Walker:
         self._begun, self._working = np.zeros((2, 1), np.int64)
         self._order = np.zeros((layers, rows * kv_heads), np.int64)
         self._given: set[tuple[int, int]] = set()
-        """The threads, and the query heads a KV head, that the scratch is enough for."""
-        self._kept = torch.zeros(0)
+        """(threads, query heads per KV head) for which the scratch memory is large enough."""
+        self._retained = torch.zeros(0)
         self._calls = np.zeros(layers, CALL)
         for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
             call = self._calls[layer]
@@ -79,43 +80,45 @@ class Walker:
         self._share_work()
 
     def begin(self, start: Tensor) -> Self:
-        """Say where each row's next token stands in its sequence, [rows] integer; returns this."""
+        """Set the positions of the rows' next tokens, [rows] integer; return self."""
         self._heads["start"] = start.numpy()[:, None]
         return self
 
-    def begin_texts(self, start: Tensor, end: Tensor, kept: Tensor | None) -> None:
-        """Say which tokens of texts are given, when the layers are handed whole texts.
+    def begin_texts(self, start: Tensor, end: Tensor, retained: Tensor | None) -> None:
+        """Set the tokens to run, for calls with whole texts.
 
         Args:
-            start: [rows] integer, the first of each text that is to go through.
-            end: [rows] integer, the first that is not.
-            kept: [rows, H_kv, side, side] bool, where what query i is given is noted as true in
-                place [.., i, position of the token], or None.
+            start, end: [rows] integer: the tokens start .. end - 1 of each text are run.
+            retained: [rows, H_kv, side, side] bool, or None. Element [.., i, p] becomes whether
+                query i could attend to the token at position p.
         """
         self._heads["start"] = self._heads["first"] = start.numpy()[:, None]
         self._heads["tokens"] = (end - start).clamp(min=0).numpy()[:, None]
-        if kept is not None:
-            assert kept.is_contiguous()
-            assert kept.dtype == torch.bool
-            self._kept = kept
-            self._calls["kept"], self._calls["kept_side"] = kept.data_ptr(), kept.shape[3]
+        if retained is not None:
+            assert retained.is_contiguous()
+            assert retained.dtype == torch.bool
+            self._retained = retained
+            self._calls["retained"], self._calls["retained_side"] = (
+                retained.data_ptr(),
+                retained.shape[3],
+            )
         self._share_work()
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
     ) -> Tensor:
-        """Place the tokens one after the other, attend and accumulate; as `DecodePass`.
+        """Place the tokens one after the other, attend and accumulate, as `DecodePass`.
 
         Args:
-            layer: the layer, counted from the first of the slots'.
+            layer: the index of the layer within the slots.
             query: [rows, H_q, width, D] in the dtype of the slots, rotated; its last dimension
                 contiguous. The width is 1, or that of the texts.
             keys, values: [rows, H_kv, width, D], likewise.
             scale: factor on the logits.
 
         Returns:
-            The attention output, [rows, H_q, width, D], laid out as [rows, width, H_q, D]; zeros
-            where no token went through.
+            The attention output, [rows, H_q, width, D], in memory as [rows, width, H_q, D]; zeros
+            for tokens that are not run.
         """
         rows, q_heads, width, dim = query.shape
         make = query.new_empty if width == 1 else query.new_zeros
@@ -132,7 +135,7 @@ class Walker:
         values: Tensor,
         scale: float,
     ) -> None:
-        """As a call, writing to the places of the tokens in `output` [rows, H_q, width, D]."""
+        """As `__call__`, but write the tokens' output to `output` [rows, H_q, width, D]."""
         for tensor in (query, keys, values, output):
             assert tensor.dtype == self._dtype
             assert tensor.stride(3) == 1
@@ -140,7 +143,7 @@ class Walker:
         group = query.shape[1] // keys.shape[1]
         if (threads, group) not in self._given:
             self._give_scratch(threads, group)
-        # In the order of CALL.
+        # In the order of the fields of CALL.
         self._brought[layer] = (
             query.data_ptr(),
             keys.data_ptr(),
@@ -156,7 +159,7 @@ class Walker:
         compiling.run(self._program, self._addresses[layer], threads)
 
     def _share_work(self) -> None:
-        """Order the heads of each layer by what their tokens take, the most first."""
+        """Sort the heads of each layer by their work, the largest first."""
         layers = len(self._heads)
         work = (self._heads["budget"] * self._heads["tokens"]).reshape(layers, -1)
         self._order[:] = np.argsort(-work, axis=1, kind="stable")
@@ -164,7 +167,7 @@ class Walker:
         self._most_threads = np.minimum(1 + more, self._calls["pairs"]).tolist()
 
     def _give_scratch(self, threads: int, group: int) -> None:
-        """Let each thread have room for a token's logits, queries, output and normalisers."""
+        """Allocate each thread's memory for a token's logits, queries, output and normalisers."""
         room = _whole_lines(self._slots.layout.widest)
         size = _whole_lines(group * (room + 2 * int(self._calls["dim"][0]) + 1))
         self._scratch = np.empty(threads * size + _LINE, np.float32)
@@ -175,12 +178,12 @@ class Walker:
 
 
 def _whole_lines(numbers: int) -> int:
-    """So many float32 numbers, or a few more: those of whole cache lines."""
+    """Round a count of float32 numbers up to whole cache lines."""
     return -(-numbers // _LINE) * _LINE
 
 
 def _heads(slots: Slots, policy: PolicyTensors) -> np.ndarray:
-    """Return [layers, rows, H_kv] HEAD, of one token each."""
+    """Return [layers, rows, H_kv] HEAD, with one token each."""
     layers, rows, kv_heads = policy.alpha.shape
     layout = slots.layout
     assert slots.score.stride() == slots.position.stride()
@@ -193,9 +196,9 @@ def _heads(slots: Slots, policy: PolicyTensors) -> np.ndarray:
     for layer, (keys, values) in enumerate(zip(slots.keys, slots.values, strict=True)):
         dim = keys.shape[2]
         assert keys.stride() == values.stride()
-        assert keys.stride()[1:] == (dim, 1), "slots of a row lie one after the other"
+        assert keys.stride()[1:] == (dim, 1), "slots of a row must be contiguous"
         heads["vectors"][layer] = row * keys.stride(0) + offsets[layer] * dim
-    # A row that will never fill its budget has no more slots than it needs.
+    # A row that never fills its budget may have fewer slots than its budget.
     heads["budget"] = np.minimum(policy.budget.numpy(), np.array(layout.slots)[:, None])
     heads["recent"] = policy.recent.numpy()
     heads["sinks"] = policy.sinks.numpy()[:, None]

@@ -1,14 +1,13 @@
-"""The law for processors, compiled by numba: a row and KV head at a time, token after token.
+"""numba kernels of the law for processors: one row and KV head at a time, token after token.
 
-Owns what happens to one head's slots when tokens come: the victim, the new key and value, attention
-over the slots in use, and the scores. `walk` launches it. Knows nothing of tensors beyond addresses
-and strides.
+Owns the update of one head's slots by new tokens: the victim, the new key and value, attention over
+the slots in use, and the scores. `walk` calls it. Knows only addresses and strides of tensors.
 
-Everything compiled stands in this one file: numba notices a change in the file of the function that
-it has stored, and not in the files of the functions that this one calls.
+All compiled code must be in this file. numba's cache notices changes in the file of the cached
+function, but not in the files of the functions that it calls.
 """
 
-# numba types its own.
+# numba infers types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from typing import Any
@@ -20,16 +19,16 @@ from numba.extending import intrinsic, overload
 
 HEAD = np.dtype(
     [
-        ("vectors", np.int64),  # the head's first slot in the layer's keys and values, in numbers
-        ("marks", np.int64),  # the same in its positions and scores
+        ("vectors", np.int64),  # offset of the head's first slot in keys and values, in numbers
+        ("marks", np.int64),  # index of the head's first slot in positions and scores
         ("budget", np.int64),  # slots
         ("recent", np.int64),  # tokens
         ("sinks", np.int64),  # tokens
-        ("random_seed", np.int64),  # -1 where scores do not come from a hash
-        ("number", np.int64),  # of the head, counted over the whole model
+        ("random_seed", np.int64),  # -1 if scores accumulate attention
+        ("number", np.int64),  # the model-wide head number
         ("start", np.int64),  # the position of the first token
-        ("first", np.int64),  # where that stands in the queries, keys and values
-        ("tokens", np.int64),  # how many
+        ("first", np.int64),  # the index of the first token in queries, keys and values
+        ("tokens", np.int64),  # number of tokens
         ("alpha", np.float32),
         ("scored", np.int32),  # whether the scores depend on attention
     ]
@@ -40,12 +39,12 @@ CALL = np.dtype(
     [
         (name, np.int64)
         for name in (
-            # Addresses of what the tokens bring and get.
+            # Addresses of the tokens' projections and output.
             "query",
             "keys",
             "values",
             "output",
-            # Their strides, in numbers.
+            # Their strides, in elements.
             "query_row",
             "query_head",
             "query_token",
@@ -63,19 +62,20 @@ CALL = np.dtype(
             "stored_values",
             "score",
             "position",
-            # Of [pairs] HEAD, of [pairs] int64 (the heads in the order of work), of one int64 each
-            # that counts the heads and the workers that have begun.
+            # Addresses: [pairs] HEAD; [pairs] int64, the heads in the order of work; one int64
+            # each, the counters of started heads and of started workers.
             "heads",
             "order",
             "begun",
             "working",
-            # Of bytes [pairs, kept_side, kept_side] for which tokens each query saw, or 0.
-            "kept",
-            "kept_side",
-            # Of a float32 scratch for each worker, and how many numbers that is.
+            # Address of bytes [pairs, retained_side, retained_side], 1 for tokens that a query
+            # could attend to; address 0 for no record.
+            "retained",
+            "retained_side",
+            # Address of float32 scratch memory, and its size per worker in numbers.
             "scratch",
             "scratch_size",
-            "room",  # slots that the scratch has room for
+            "room",  # slots that fit into a worker's scratch
             "pairs",
             "kv_heads",
             "group",
@@ -84,16 +84,16 @@ CALL = np.dtype(
     ]
     + [("scale", np.float64)]
 )
-"""What a launch is given."""
+"""The arguments of a launch."""
 
 BROUGHT = 16
-"""The first numbers of a CALL: what changes from one to the next."""
+"""Number of first fields of a CALL that change with every call."""
 
 SIGNATURE = types.void(types.voidptr)
 
 _CALL = from_dtype(CALL)
 
-# These neither assume that there is no NaN nor that there is no infinity.
+# Fast-math flags that stay correct for NaN and infinity.
 _SUMS = {"reassoc", "contract"}
 
 _NEVER = np.int32(2**31 - 1)
@@ -115,8 +115,8 @@ _to_bits = _bits(types.float32, types.int32, ir.IntType(32))
 
 
 def _pointer(element: Any) -> Any:
-    # Not arrays: numba looks at every index whether it counts from the end, which keeps LLVM from
-    # making vector instructions of a loop.
+    # Not arrays: numba checks every array index for negative values, and this prevents LLVM from
+    # vectorising loops.
     @intrinsic
     def at(context, address):
         pointer = element if element == types.voidptr else types.CPointer(element)
@@ -139,7 +139,7 @@ _anything = _pointer(types.voidptr)
 
 @intrinsic
 def _next(context, counter):
-    """Count one further, whoever else does so at the same time; returns the count before."""
+    """Increment a counter atomically; return its previous value."""
 
     def generate(context, builder, signature, arguments):
         one = ir.Constant(ir.IntType(64), 1)
@@ -160,7 +160,7 @@ def _wide_of(number):
 
 
 def _put(numbers, index, value):
-    """Store a float32; in bfloat16 rounded to the nearest, halves to even."""
+    """Store a float32; bfloat16 is rounded to nearest, ties to even."""
 
 
 @overload(_put, inline="always")
@@ -175,7 +175,7 @@ def _put_of(numbers, index, value):
         def put(numbers, index, value):
             bits = uint32(_to_bits(value))
             rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
-            # What is not a number could be rounded up to one.
+            # Rounding could turn a NaN into infinity.
             numbers[index] = uint16(rounded) if value == value else uint16(0x7FC0)
 
     return put
@@ -183,7 +183,7 @@ def _put_of(numbers, index, value):
 
 @njit
 def _mix(value):
-    """As `scoring._mix`; numba would widen what is not cast."""
+    """As `scoring._mix`. Without the casts numba would widen to 64 bits."""
     value = uint32((value ^ (value >> uint32(16))) * uint32(0x7FEB352D))
     value = uint32((value ^ (value >> uint32(15))) * uint32(0x846CA68B))
     return uint32(value ^ (value >> uint32(16)))
@@ -191,7 +191,7 @@ def _mix(value):
 
 @njit
 def random_score(seed, head, position):
-    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    """As `scoring.random_scores`, for one token; `head` is the model-wide head number."""
     mixed = _mix(uint32(uint32(seed) ^ _mix(uint32(head + 1))))
     mixed = _mix(uint32(mixed ^ uint32(position)))
     return float32(mixed >> uint32(8)) / float32(16777216.0)
@@ -199,15 +199,15 @@ def random_score(seed, head, position):
 
 @njit
 def exponential(x):
-    """e^x in float32 for x <= 0, NaN for NaN: 2^n e^r with |r| <= ln(2) / 2, as Cephes' expf does.
+    """e^x in float32 for x <= 0, NaN for NaN: 2^n e^r with |r| <= ln(2) / 2, as in Cephes' expf.
 
-    A loop over it becomes vector instructions, which a call to the C library would not.
+    LLVM vectorises a loop over this function, but not over a call to the C library.
     """
     lowest = float32(-87.0)
     clamped = x if x > lowest else lowest
     n = int32(clamped * float32(1.44269504) - float32(0.5))
     whole = float32(n)
-    # ln(2) in two parts, the first of which times n is exact.
+    # ln(2) as a sum of two constants; the product of n and the first is exact.
     r = (x - whole * float32(0.693359375)) + whole * float32(2.12194440e-4)
     p = float32(1.9875691500e-4)
     p = p * r + float32(1.3981999507e-3)
@@ -221,43 +221,43 @@ def exponential(x):
 
 @njit
 def _ordered(bits):
-    """Of a float's bits, an integer in the same order; its own inverse."""
+    """Map a float's bits to an integer with the same order; self-inverse."""
     return int32(bits ^ ((bits >> int32(31)) & _NEVER))
 
 
 @njit
-def _unless(barred, value):
-    """A value that is not negative, or where it is barred the largest there is.
+def _unless(excluded, value):
+    """Return `value` (not negative), or the largest int32 if `excluded`.
 
-    Without a branch, or the loops below would not become vector instructions.
+    Has no branch, so that LLVM vectorises the loops below.
     """
-    return int32(value | (int32(-int32(barred)) & _NEVER))
+    return int32(value | (int32(-int32(excluded)) & _NEVER))
 
 
 @njit
-def _victim(score_bits, position, held, low, high):
+def _victim(score_bits, position, in_use, low, high):
     """The slot with the lowest (score, position) among positions low <= position < high.
 
-    Scores are not negative, so that their bits are in their order.
+    Scores are not negative, so their bits have the same order.
     """
     least = _NEVER
-    for s in range(held):
+    for s in range(in_use):
         p = position[s]
         least = min(least, _unless((p < low) | (p >= high), score_bits[s]))
     oldest = _NEVER
-    for s in range(held):
+    for s in range(in_use):
         p = position[s]
         oldest = min(oldest, _unless((score_bits[s] != least) | (p < low) | (p >= high), p))
-    for s in range(held):
+    for s in range(in_use):
         if position[s] == oldest:
             return s
     return 0
 
 
 @njit(fastmath=_SUMS)
-def _logits(query, group, dim, keys, held, logits, room):
-    """Write query [group, dim] times keys [held, dim] to logits [group, room]."""
-    whole = held & ~3
+def _logits(query, group, dim, keys, in_use, logits, room):
+    """Write query [group, dim] times keys [in_use, dim] to logits [group, room]."""
+    whole = in_use & ~3
     for s in range(0, whole, 4):
         k0 = s * dim
         k1, k2, k3 = k0 + dim, k0 + 2 * dim, k0 + 3 * dim
@@ -275,7 +275,7 @@ def _logits(query, group, dim, keys, held, logits, room):
             logits[at + 1] = t1
             logits[at + 2] = t2
             logits[at + 3] = t3
-    for s in range(whole, held):
+    for s in range(whole, in_use):
         for g in range(group):
             total = float32(0.0)
             for d in range(dim):
@@ -284,15 +284,15 @@ def _logits(query, group, dim, keys, held, logits, room):
 
 
 @njit(fastmath=_SUMS)
-def _exponentials(logits, bits, first, held):
+def _exponentials(logits, bits, first, in_use):
     """Replace logits by e^(logit - highest); returns their sum."""
     top = int32(-(2**31))
-    for s in range(first, first + held):
+    for s in range(first, first + in_use):
         mine = _ordered(bits[s])
         top = mine if mine > top else top
     highest = _to_float(uint32(_ordered(top)))
     total = float32(0.0)
-    for s in range(first, first + held):
+    for s in range(first, first + in_use):
         e = exponential(logits[s] - highest)
         logits[s] = e
         total += e
@@ -300,16 +300,16 @@ def _exponentials(logits, bits, first, held):
 
 
 @njit(fastmath=_SUMS)
-def _weighted(paid, group, room, dim, values, held, total):
-    """Write paid [group, room] times values [held, dim] to total [group, dim]."""
+def _weighted(weights, group, room, dim, values, in_use, total):
+    """Write weights [group, room] times values [in_use, dim] to total [group, dim]."""
     for i in range(group * dim):
         total[i] = float32(0.0)
-    whole = held & ~7
+    whole = in_use & ~7
     for s in range(0, whole, 8):
         for g in range(group):
             at = g * room + s
-            p0, p1, p2, p3 = paid[at], paid[at + 1], paid[at + 2], paid[at + 3]
-            p4, p5, p6, p7 = paid[at + 4], paid[at + 5], paid[at + 6], paid[at + 7]
+            p0, p1, p2, p3 = weights[at], weights[at + 1], weights[at + 2], weights[at + 3]
+            p4, p5, p6, p7 = weights[at + 4], weights[at + 5], weights[at + 6], weights[at + 7]
             to = g * dim
             for d in range(dim):
                 v = s * dim + d
@@ -323,32 +323,33 @@ def _weighted(paid, group, room, dim, values, held, total):
                     + p6 * _wide(values[v + 6 * dim])
                     + p7 * _wide(values[v + 7 * dim])
                 )
-    for s in range(whole, held):
+    for s in range(whole, in_use):
         for g in range(group):
-            p = paid[g * room + s]
+            p = weights[g * room + s]
             for d in range(dim):
                 total[g * dim + d] += p * _wide(values[s * dim + d])
 
 
 @njit
-def _accumulate(score, held, paid, group, room, shares, alpha):
-    """Let scores decay, and add what the group pays; `shares` [group] normalise `paid`.
+def _accumulate(score, in_use, weights, group, room, shares, alpha):
+    """Decay the scores and add the group's attention weights; `shares` [group] normalise `weights`.
 
-    Rounds as the reference does: after the decay, and after the sum of the group.
+    Rounds like the reference: after the decay, and after the sum over the group.
     """
-    for s in range(held):
-        paid[s] = paid[s] * shares[0]
+    for s in range(in_use):
+        weights[s] = weights[s] * shares[0]
     for g in range(1, group):
         share, at = shares[g], g * room
-        for s in range(held):
-            paid[s] += paid[at + s] * share
-    for s in range(held):
-        score[s] = score[s] * alpha + paid[s]
+        for s in range(in_use):
+            weights[s] += weights[at + s] * share
+    # `scoring.accumulate`
+    for s in range(in_use):
+        score[s] = score[s] * alpha + weights[s]
 
 
 @njit
 def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_values, scratch):
-    """Carry the tokens of one row and KV head through a layer.
+    """Run the tokens of one row and KV head through a layer.
 
     Vectors are float32, or bfloat16 as bits; `scratch` is an address.
     """
@@ -356,16 +357,16 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
     score = _floats(call.score + 4 * head.marks)
     score_bits = _integers(call.score + 4 * head.marks)
     position = _integers(call.position + 4 * head.marks)
-    paid, paid_bits = _floats(scratch), _integers(scratch)
+    weights, weight_bits = _floats(scratch), _integers(scratch)
     scaled = _floats(scratch + 4 * group * room)
     total = _floats(scratch + 4 * group * (room + dim))
     shares = _floats(scratch + 4 * group * (room + 2 * dim))
     for t in range(head.tokens):
         at, place = head.start + t, head.first + t
-        held = min(at + 1, head.budget)
+        in_use = min(at + 1, head.budget)
         slot = at
         if at >= head.budget:
-            slot = _victim(score_bits, position, held, int32(head.sinks), int32(at - head.recent))
+            slot = _victim(score_bits, position, in_use, int32(head.sinks), int32(at - head.recent))
         to = slot * dim
         for d in range(dim):
             stored_keys[to + d] = keys[place * call.keys_token + d]
@@ -375,10 +376,10 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
             q = g * call.query_head + place * call.query_token
             for d in range(dim):
                 scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
-        _logits(scaled, group, dim, stored_keys, held, paid, room)
+        _logits(scaled, group, dim, stored_keys, in_use, weights, room)
         for g in range(group):
-            shares[g] = float32(1.0) / _exponentials(paid, paid_bits, g * room, held)
-        _weighted(paid, group, room, dim, stored_values, held, total)
+            shares[g] = float32(1.0) / _exponentials(weights, weight_bits, g * room, in_use)
+        _weighted(weights, group, room, dim, stored_values, in_use, total)
         for g in range(group):
             o = g * call.output_head + place * call.output_token
             for d in range(dim):
@@ -388,20 +389,20 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         if head.random_seed >= 0:
             score[slot] = random_score(head.random_seed, head.number, at)
         if head.scored:
-            _accumulate(score, held, paid, group, room, shares, head.alpha)
-        if call.kept:
-            seen = _bytes(call.kept + (pair * call.kept_side + at) * call.kept_side)
-            for s in range(call.kept_side):
-                seen[s] = 0
-            for s in range(held):
-                seen[position[s]] = 1
+            _accumulate(score, in_use, weights, group, room, shares, head.alpha)
+        if call.retained:
+            visible = _bytes(call.retained + (pair * call.retained_side + at) * call.retained_side)
+            for s in range(call.retained_side):
+                visible[s] = 0
+            for s in range(in_use):
+                visible[position[s]] = 1
 
 
 @njit
 def _work(data, numbers, size):
-    """Take heads, one after the other, until none is left; `numbers` makes pointers of addresses.
+    """Process heads, one after the other, until none is left; OpenMP runs this in every thread.
 
-    What it is that OpenMP runs in every thread; `size` is a number's, in bytes.
+    `numbers` turns addresses into pointers; `size` is the size of a number in bytes.
     """
     call = carray(data, 1, CALL)[0]
     heads = carray(_anything(call.heads), call.pairs, HEAD)
@@ -429,10 +430,10 @@ def _work(data, numbers, size):
 
 
 def walk_float32(data):
-    """Carry tokens through a layer of float32; `data` is the address of a CALL."""
+    """Run tokens through a layer in float32; `data` is the address of a CALL."""
     _work(data, _floats, 4)
 
 
 def walk_bfloat16(data):
-    """Carry tokens through a layer of bfloat16; `data` is the address of a CALL."""
+    """Run tokens through a layer in bfloat16; `data` is the address of a CALL."""
     _work(data, _halves, 2)

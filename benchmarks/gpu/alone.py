@@ -103,7 +103,9 @@ def host(run: Run) -> None:
 
     def bare() -> None:
         active = engine._active
-        logits = engine._decoder.step([s.generated[-1] for s in active], [s.seen for s in active])
+        logits = engine._decoder.step(
+            [s.generated[-1] for s in active], [s.num_cached_tokens for s in active]
+        )
         for sequence, token in zip(active, logits.argmax(dim=-1).tolist(), strict=True):
             sequence.generated.append(token)
 

@@ -156,7 +156,7 @@ def engine_kernels(run: Run) -> str:
     """The engine on Triton against the engine on torch's operations, request by request."""
     model = build(CHECKED, run.device, torch.float32, deviation=DEVIATION)
     _needs_kernels(run, model.shape.head_dim)
-    made = any_requests(model, run.sizes.requests, seed=2, longest=40, most=16)
+    made = any_requests(model, run.sizes.requests, seed=2, max_len=40, most=16)
     witness: dict[str, list[Step]] = {}
     for one in made:
         witness |= _steps(run, model, [one], kernels="torch")
@@ -168,7 +168,7 @@ def engine_graphs(run: Run) -> str:
     if run.device.type != "cuda":
         raise NotSupported("CUDA graphs need a CUDA device")
     model = build(CHECKED, run.device, torch.bfloat16, deviation=DEVIATION)
-    made = any_requests(model, run.sizes.requests, seed=5, longest=30, most=25)
+    made = any_requests(model, run.sizes.requests, seed=5, max_len=30, most=25)
     launched, captured = (
         _steps(run, model, made, kernels="triton", cuda_graphs=graphs) for graphs in (False, True)
     )

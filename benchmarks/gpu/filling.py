@@ -115,7 +115,9 @@ class Rows:
         asked: decoding.Kernels = "torch" if kernels == "torch" else "auto"
         self.kernels = decoding.choose_kernels(asked, model)
         on_gpu = model.device.type == "cuda"
-        self.decoder = decoding.make(model, self.slab, self.kernels, graphs=graphs and on_gpu)
+        self.decoder = decoding.make_decoder(
+            model, self.slab, self.kernels, graphs=graphs and on_gpu
+        )
         self.positions: list[int] = []
         self.tokens: list[int] = []
         self.policy: EffectivePolicy | None = None

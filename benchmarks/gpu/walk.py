@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2sf import decoding
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.decoding import Carrier
+from a2sf.decoding import Backend
 from a2sf.models import LoadedModel
 from benchmarks.gpu.filling import policies
 from benchmarks.gpu.run import Run, Texts
@@ -52,7 +52,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
     Each gives the attention output [rows, H_q, tokens, D].
     """
     shape, device = model.shape, model.device
-    chosen = decoding.choose_kernels("auto", model)
+    backend = decoding.choose_kernels("auto", model)
     rng = torch.Generator(device).manual_seed(0)
 
     def vectors(heads: int) -> Tensor:
@@ -82,7 +82,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
     def in_one() -> Tensor:
         output = torch.zeros_like(projected[0])
         decoding.walk_texts(
-            chosen,
+            backend,
             slots,
             policy,
             projected,
@@ -90,13 +90,13 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
             start=at[0],
             end=at[-1],
             output=output,
-            watch=None,
+            recorder=None,
         )
         return output
 
     def by_token() -> Tensor:
         output = torch.zeros_like(projected[0])
-        step = _steps(chosen, slots, policy, shape.num_attention_heads, scale)
+        step = _steps(backend, slots, policy, shape.num_attention_heads, scale)
         for token, start in enumerate(at[:-1]):
             one = slice(token, token + 1)
             query, keys, values = (t[:, :, one] for t in projected)
@@ -107,11 +107,11 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
 
 
 def _steps(
-    chosen: Carrier, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
+    backend: Backend, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return what carries a token of each row through the layer, given where they stand."""
-    if chosen != "triton":
-        steps = decoding.make_steps(chosen, slots, policy)
+    if backend != "triton":
+        steps = decoding.make_steps(backend, slots, policy)
         return lambda query, keys, values, start: steps(start)(0, query, keys, values, scale)
     from a2sf.kernels.decode import Workspace, decode_attention, plan_slots
 

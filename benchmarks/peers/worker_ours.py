@@ -50,7 +50,7 @@ class CopyingEngine(Engine):
         sequence.generated = list(first.generated)
         sequence.running = True
         self._decoder.join(
-            len(self._active), self._slab, 0, first.stored, sequence.policy, sequence.longest
+            len(self._active), self._slab, 0, first.stored, sequence.policy, sequence.max_len
         )
         self._active.append(sequence)
         self._prefilling = None

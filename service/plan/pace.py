@@ -98,7 +98,7 @@ def check_lengths(sizing: Sizing, load: Load) -> None:
     """Refuse requests that the planned server would refuse. Raises InvalidArgument."""
     if not (load.prompt_tokens and load.completion_tokens):
         return
-    longest, length = sizing.outline.shape.max_context, load.prompt_tokens + load.completion_tokens
+    longest, length = sizing.spec.shape.max_context, load.prompt_tokens + load.completion_tokens
     if length > longest:
         raise InvalidArgument(
             "--prompt-tokens",
@@ -115,15 +115,15 @@ def check_lengths(sizing: Sizing, load: Load) -> None:
 def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
     """The planned server with every row at its budget; None: no times are asked for."""
     tokens = sizing.held
-    operations = capacity.attention_operations(sizing.outline, tokens) + sum(
-        capacity.scoring_operations(sizing.outline, tokens)
+    operations = capacity.attention_operations(sizing.spec, tokens) + sum(
+        capacity.scoring_operations(sizing.spec, tokens)
     )
     return _pace(
         sizing,
         means,
         load,
         rows=sizing.rows,
-        row_nbytes=capacity.held_nbytes(sizing.outline, tokens),
+        row_nbytes=capacity.held_nbytes(sizing.spec, tokens),
         row_scores_nbytes=tokens * capacity.SCORED_SLOT_BYTES,
         row_operations=operations,
     )
@@ -144,7 +144,7 @@ def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
         rows=sizing.full_rows,
         row_nbytes=sizing.full_sequence,
         row_scores_nbytes=0,
-        row_operations=capacity.attention_operations(sizing.outline, sizing.full_tokens),
+        row_operations=capacity.attention_operations(sizing.spec, sizing.full_tokens),
     )
 
 
@@ -200,5 +200,5 @@ def _prompt_s(sizing: Sizing, means: Means, load: Load) -> float | None:
     if means.prefill_tokens_per_s is not None:
         return load.prompt_tokens / means.prefill_tokens_per_s
     assert means.compute is not None
-    operations = capacity.prompt_operations(sizing.outline, sizing.weights, load.prompt_tokens)
+    operations = capacity.prompt_operations(sizing.spec, sizing.weights, load.prompt_tokens)
     return operations / means.compute

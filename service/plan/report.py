@@ -61,18 +61,18 @@ def for_programs(plan: Plan) -> str:
     """Write the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
     sizing = plan.sizing
     tokens = sizing.held
-    multiplications, additions = capacity.scoring_operations(sizing.outline, tokens)
-    shape = sizing.outline.shape
+    multiplications, additions = capacity.scoring_operations(sizing.spec, tokens)
+    shape = sizing.spec.shape
     return json.dumps(
         {
             "model": {
                 "name": sizing.options["model"],
-                "architecture": sizing.outline.architecture,
+                "architecture": sizing.spec.architecture,
                 **asdict(shape),
             },
-            "device": sizing.outline.device_type,
+            "device": sizing.spec.device_type,
             "dtype": _dtype(sizing),
-            "dtype_reason": sizing.outline.dtype_reason,
+            "dtype_reason": sizing.spec.dtype_reason,
             "weights": asdict(sizing.weights),
             "memory": {
                 "device_bytes": sizing.memory,
@@ -80,7 +80,7 @@ def for_programs(plan: Plan) -> str:
                 "staging_bytes": sizing.staging,
                 "slab_bytes": sizing.slab,
                 "reserve_bytes": sizing.reserve,
-                "logits_bytes": capacity.logits_nbytes(sizing.outline, sizing.rows),
+                "logits_bytes": capacity.logits_nbytes(sizing.spec, sizing.rows),
                 "free_bytes": None if sizing.memory is None else sizing.free,
             },
             "this_cache": {
@@ -91,7 +91,7 @@ def for_programs(plan: Plan) -> str:
                 "staging_slots": sizing.staging_slots,
                 "scoring_multiplications": multiplications,
                 "scoring_additions": additions,
-                "attention_operations": capacity.attention_operations(sizing.outline, tokens),
+                "attention_operations": capacity.attention_operations(sizing.spec, tokens),
                 "pace": _pace(plan.ours),
             },
             "full_cache": {
@@ -109,12 +109,12 @@ def for_programs(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    sizing, shape = plan.sizing, plan.sizing.outline.shape
+    sizing, shape = plan.sizing, plan.sizing.spec.shape
     group = shape.num_attention_heads // shape.num_kv_heads
-    yield f"{sizing.options['model']}: {sizing.outline.architecture}, {shape.num_layers} layers,"
+    yield f"{sizing.options['model']}: {sizing.spec.architecture}, {shape.num_layers} layers,"
     yield (
         f"{shape.num_kv_heads} KV heads of {shape.head_dim} with {group} query heads each, "
-        f"{_dtype(sizing)} on {sizing.outline.device_type} ({sizing.outline.dtype_reason})"
+        f"{_dtype(sizing)} on {sizing.spec.device_type} ({sizing.spec.dtype_reason})"
     )
 
 
@@ -132,7 +132,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"{sizing.rows:,} {'row' if sizing.rows == 1 else 'rows'} of {_slots(sizing)}",
     )
     if sizing.memory is not None:
-        logits = binary(capacity.logits_nbytes(sizing.outline, sizing.rows))
+        logits = binary(capacity.logits_nbytes(sizing.spec, sizing.rows))
         note = f"--reserve {plan.reserve_said}; a step's logits take {logits} of it"
         yield _bytes("reserve", sizing.reserve, note)
         yield _bytes("left over", sizing.free, f"of {sizing.memory:,}")
@@ -155,7 +155,7 @@ def _heads(plan: Plan) -> Iterator[str]:
 
 def _sides(plan: Plan) -> Iterator[str]:
     sizing = plan.sizing
-    vectors = capacity.vectors_nbytes(sizing.outline, sum(chain(*sizing.head_slots)))
+    vectors = capacity.vectors_nbytes(sizing.spec, sum(chain(*sizing.head_slots)))
     full = sizing.full_sequence
     yield _row("Sequences", "this cache", "full cache")
     yield _row("  tokens of a sequence kept", f"{sizing.budget:,}", f"{sizing.context:,}")
@@ -168,10 +168,10 @@ def _sides(plan: Plan) -> Iterator[str]:
 
 
 def _scoring(plan: Plan) -> Iterator[str]:
-    outline, tokens = plan.sizing.outline, plan.sizing.held
-    multiplications, additions = capacity.scoring_operations(outline, tokens)
-    attention = capacity.attention_operations(outline, tokens)
-    full = capacity.attention_operations(outline, plan.sizing.full_tokens)
+    spec, tokens = plan.sizing.spec, plan.sizing.held
+    multiplications, additions = capacity.scoring_operations(spec, tokens)
+    attention = capacity.attention_operations(spec, tokens)
+    full = capacity.attention_operations(spec, plan.sizing.full_tokens)
     yield _row("Operations of a token", "this cache", "full cache")
     yield _row("  attention", f"{attention:,}", f"{full:,}")
     yield _row("  multiplications by alpha", f"{multiplications:,}", "0")
@@ -242,7 +242,7 @@ def _slots(sizing: Sizing) -> str:
 
 
 def _dtype(sizing: Sizing) -> str:
-    return dtypes.name(sizing.outline.dtype)
+    return dtypes.name(sizing.spec.dtype)
 
 
 def _pace(pace: Pace | None) -> dict[str, Any] | None:

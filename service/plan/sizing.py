@@ -13,7 +13,7 @@ from a2sf import capacity, dtypes, reference
 from a2sf.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.files import REFERENCE
-from a2sf.outline import Outline, read_outline
+from a2sf.model_spec import ModelSpec, read_model_spec
 from a2sf.policy import DEFAULT_SINKS, Heads, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
@@ -62,7 +62,7 @@ class Wish:
 class Sizing:
     """What the server would take. All sizes in bytes."""
 
-    outline: Outline
+    spec: ModelSpec
     weights: Weights
     options: dict[str, Any]
     """What the server would be started with, by the settings' names."""
@@ -90,7 +90,7 @@ class Sizing:
     @property
     def full_tokens(self) -> int:
         """Tokens of a full cache's sequence, summed over layers and KV heads."""
-        shape = self.outline.shape
+        shape = self.spec.shape
         return shape.num_layers * shape.num_kv_heads * self.context
 
     @property
@@ -124,14 +124,14 @@ def size(wish: Wish) -> Sizing:
         raise InvalidArgument(
             "--slots", f"{wish.slots}; accepted: {wish.budget} (the budget) or more"
         )
-    outline = read_outline(
+    spec = read_model_spec(
         wish.model, revision=wish.revision, device_type=wish.device, dtype=wish.dtype
     )
-    options = _options(wish, outline)
-    shape = outline.shape
+    options = _options(wish, spec)
+    shape = spec.shape
     shares: Shares | None = None
     if wish.default_table is not None:
-        table = _table(wish, outline)
+        table = _table(wish, spec)
         if len(set(chain(*heads_of(options["slots"], table.policy.head_share)))) == 1:
             options["default_budget"] = wish.budget
         server = ServerOptions(**options)
@@ -144,12 +144,12 @@ def size(wish: Wish) -> Sizing:
     head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
     staging_slots = config.staging_slots(shape.max_context)
     context, context_from = _context(wish, shape.max_context)
-    weights = capacity.weights(outline)
+    weights = capacity.weights(spec)
     heads = shape.num_layers * shape.num_kv_heads
-    row = capacity.slots_nbytes(outline, 1, head_slots)
+    row = capacity.slots_nbytes(spec, 1, head_slots)
     equal = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
-    staging = capacity.slots_nbytes(outline, 1, heads_of(staging_slots, equal))
-    full_sequence = capacity.vectors_nbytes(outline, heads * context)
+    staging = capacity.slots_nbytes(spec, 1, heads_of(staging_slots, equal))
+    full_sequence = capacity.vectors_nbytes(spec, heads * context)
     if wish.memory is None:
         assert wish.max_batch is not None
         reserve, rows, full_rows = 0, wish.max_batch, wish.max_batch
@@ -161,7 +161,7 @@ def size(wish: Wish) -> Sizing:
         full_rows = most if wish.max_batch is None else min(most, wish.max_batch)
     budgets = deal(wish.budget, shares or equal, context)
     return Sizing(
-        outline=outline,
+        spec=spec,
         weights=weights,
         options={**options, "max_batch": rows},
         budget=wish.budget,
@@ -197,17 +197,17 @@ def _context(wish: Wish, longest: int) -> tuple[int, str]:
     return usual, f"of the model's {longest:,}; --context says otherwise"
 
 
-def _options(wish: Wish, outline: Outline) -> dict[str, Any]:
+def _options(wish: Wish, spec: ModelSpec) -> dict[str, Any]:
     """What was said of the server's own settings, in the order in which they are written.
 
     On a processor the dtype is always among them: another machine might choose another.
     """
-    chosen = wish.dtype != "auto" or outline.device_type == "cpu"
+    chosen = wish.dtype != "auto" or spec.device_type == "cpu"
     said = {
         "model": wish.model,
         "revision": wish.revision,
         "device": wish.device,
-        "dtype": dtypes.name(outline.dtype) if chosen else None,
+        "dtype": dtypes.name(spec.dtype) if chosen else None,
         "tables": wish.tables,
         "default_table": wish.default_table,
         "slots": wish.slots or wish.budget,
@@ -242,7 +242,7 @@ def _most(rows: int) -> str:
     return f"at most {rows}" if rows > 0 else "none, so give more memory or a smaller --budget"
 
 
-def _table(wish: Wish, outline: Outline) -> AlphaTable:
+def _table(wish: Wish, spec: ModelSpec) -> AlphaTable:
     """Find the default table as the server would, but for the fingerprint: no weights are read."""
     directory = wish.tables
     if directory is None and wish.model == REFERENCE:
@@ -263,7 +263,7 @@ def _table(wish: Wish, outline: Outline) -> AlphaTable:
             f"{', '.join(sorted(found)) or 'none'}"
         )
     table = found[wish.default_table]
-    shape = outline.shape
+    shape = spec.shape
     if (table.model.num_layers, table.model.num_kv_heads) != (shape.num_layers, shape.num_kv_heads):
         raise TableMismatch(
             f"alpha table {table.name!r} is for {table.model.num_layers} layers of "

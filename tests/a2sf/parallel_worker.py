@@ -1,6 +1,6 @@
-"""One rank of a test: serves the requests of a job file, or tells why it will not.
+"""One rank of a test: serves the requests of a job file, or reports why it refuses.
 
-The first rank writes what came of them. Run as `torchrun ... -m tests.a2sf.parallel_worker`.
+The first rank writes the results. Run as `torchrun ... -m tests.a2sf.parallel_worker`.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.driving import run_at_random
 
 
 def config_for(model: LoadedModel) -> EngineConfig:
-    """Rows of which each head has more slots than those before it: ranks hold unlike ones."""
+    """Shares in which each head has more slots than the one before, so ranks hold unequal heads."""
     heads, layers = model.identity.num_kv_heads, model.identity.num_layers
     shares = tuple(tuple(heads + layer + head for head in range(heads)) for layer in range(layers))
     return EngineConfig(
@@ -31,7 +31,7 @@ def config_for(model: LoadedModel) -> EngineConfig:
 
 
 def outcome(stream: list[Event]) -> dict[str, Any]:
-    """What of a stream must not depend on the number of processes."""
+    """The parts of a stream that must not depend on the number of processes."""
     deltas = [event for event in stream if isinstance(event, Delta)]
     ends = [event for event in stream if isinstance(event, Finished)]
     return {
@@ -49,7 +49,7 @@ def serve(engine: Engine, requests: list[GenerationRequest], cancel: list[str]) 
 
 
 def work(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Do one job on this rank; the result is of use on the first one only."""
+    """Do one job on this rank; only the first rank's result is used."""
     try:
         model = load_model(job["model"], dtype="float64", ranks=ranks)
     except A2SFError as error:
@@ -63,7 +63,7 @@ def work(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine.close()
     return {
         "streams": done,
-        "held": model.held,
+        "local_heads": model.local_heads,
         "slab_bytes": [engine.kv_slab_bytes, Engine.kv_slab_bytes.fget(engine)],  # type: ignore[attr-defined]
         "weights": sum(getattr(p, "_local_tensor", p).numel() for p in model.module.parameters()),
     }

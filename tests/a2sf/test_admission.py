@@ -1,4 +1,4 @@
-"""What cannot be served is refused before it begins, by field and with what is accepted."""
+"""Requests that cannot be served are refused early, with the field and the accepted values."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.tables import make_table
 from tests.tiny import BYTES, save_tiny_llama
 
 
-def test_a_request_that_all_tokens_end_cannot_have_a_least_length(tmp_path: Any) -> None:
+def test_min_new_tokens_is_refused_if_every_token_ends_the_completion(tmp_path: Any) -> None:
     # Every token of this model ends a completion.
     everything = list(range(BYTES + 2))
     directory = save_tiny_llama(tmp_path, eos_token_id=everything)
@@ -34,9 +34,7 @@ def test_a_request_that_all_tokens_end_cannot_have_a_least_length(tmp_path: Any)
         ({"sampling": {"repetition_penalty": 0.0}}, "greater than or equal to 0.01"),
     ],
 )
-def test_values_that_contradict_themselves_make_no_request(
-    fields: dict[str, Any], says: str
-) -> None:
+def test_contradictory_values_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says) as caught:
         request("r", (1, 2), **fields)
     assert caught.value.errors()[0]["loc"][0] in fields
@@ -45,7 +43,7 @@ def test_values_that_contradict_themselves_make_no_request(
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({"prompt_ids": tuple([1] * 512)}, "prompt", "context is 512"),
+        ({"prompt_ids": tuple([1] * 512)}, "prompt", "at most 511, because .* context of 512"),
         ({"max_new_tokens": 500, "prompt_ids": (1,) * 20}, "max_new_tokens", "at most 492"),
         ({"prompt_ids": (1, 258)}, "prompt", "0 to 257"),
         ({"stop_token_ids": (999,)}, "stop_token_ids", "0 to 257"),
@@ -82,7 +80,9 @@ def test_a_request_that_cannot_be_served_is_refused_by_field(
     assert not engine.has_work
 
 
-def test_a_shaped_slab_refuses_what_a_head_has_no_slots_for(tiny_model: LoadedModel) -> None:
+def test_a_shaped_slab_refuses_policies_with_too_many_slots_for_a_head(
+    tiny_model: LoadedModel,
+) -> None:
     shares = ((6.0, 2.0), (1.0, 1.0), (1.0, 1.0))
     engine = engine_for(
         tiny_model, slots=60, head_share=shares, default_policy=CachePolicy(alpha=1.0)
@@ -94,17 +94,19 @@ def test_a_shaped_slab_refuses_what_a_head_has_no_slots_for(tiny_model: LoadedMo
         (mine, CachePolicy(table=table.name, budget=60)),
         (mine | {"prompt_ids": (1,) * 5}, CachePolicy(table=table.name, budget=30)),
     ]
-    for fields, wish in fits:
-        engine.submit(request("r", (1, 2, 3), cache_policy=wish).model_copy(update=fields))
+    for fields, requested_policy in fits:
+        engine.submit(
+            request("r", (1, 2, 3), cache_policy=requested_policy).model_copy(update=fields)
+        )
         run(engine)
     refused = [
         ({}, fits[0][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
         (mine, fits[1][1], "61 tokens.* gives layer 0 head 0 183 slots; layer 0 head 0 has 180"),
-        # A short request keeps everything, in the narrow heads too.
+        # A short request keeps all tokens, also in heads with few slots.
         (fits[2][0], fits[2][1], "31 tokens in every head; layer 1 head 0 has 30 slots"),
     ]
-    for fields, wish, says in refused:
-        more = wish.model_copy(update={"budget": (wish.budget or 0) + 1})
+    for fields, requested_policy, says in refused:
+        more = requested_policy.model_copy(update={"budget": (requested_policy.budget or 0) + 1})
         one = request("r", (1, 2, 3), cache_policy=more).model_copy(update=fields)
         with pytest.raises(InvalidArgument, match=says) as caught:
             engine.submit(one)
@@ -123,12 +125,12 @@ def test_a_slab_shaped_for_another_number_of_layers_or_heads_is_refused(
 
 def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, max_prefill_tokens=40)
-    wish = CachePolicy(preset="h2o", budget=24, prefill_chunk=10)
-    engine.submit(request("r", range(200), cache_policy=wish))
+    requested_policy = CachePolicy(preset="h2o", budget=24, prefill_chunk=10)
+    engine.submit(request("r", range(200), cache_policy=requested_policy))
     assert len(tokens(run(engine)["r"])) == 20
 
 
-def test_a_doubled_name_is_refused(tiny_model: LoadedModel) -> None:
+def test_a_duplicate_request_id_is_refused(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model)
     engine.submit(request("a", (1, 2)))
     with pytest.raises(InvalidArgument, match="already in use"):
@@ -136,7 +138,7 @@ def test_a_doubled_name_is_refused(tiny_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("max_waiting", [0, 2])
-def test_a_request_is_refused_once_rows_and_queue_are_full(
+def test_a_request_is_refused_if_rows_and_queue_are_full(
     tiny_model: LoadedModel, max_waiting: int
 ) -> None:
     engine = engine_for(tiny_model, max_batch=2, max_waiting=max_waiting)

@@ -1,4 +1,4 @@
-"""Broken checkpoints end in one sentence, before any weight is read; harmless leftovers do not."""
+"""Broken checkpoints give a one-sentence error before weights are read; harmless extras pass."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ HARMLESS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_changes_nothing_is_no_reason_to_refuse(
+def test_harmless_differences_are_accepted(
     name: str, checkpoint: Path, tiny_model_dir: Path
 ) -> None:
     HARMLESS[name](checkpoint)
@@ -100,7 +100,7 @@ def test_stored_frequencies_may_be_with_or_without_scaling(scale: float, checkpo
         load_model(str(checkpoint), device="cpu")
 
 
-def test_a_token_for_padding_alone_may_lie_beyond_the_vocabulary(checkpoint: Path) -> None:
+def test_only_the_padding_token_may_be_beyond_the_vocabulary(checkpoint: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(checkpoint)
@@ -112,13 +112,13 @@ def test_a_token_for_padding_alone_may_lie_beyond_the_vocabulary(checkpoint: Pat
         load_model(str(checkpoint), device="cpu")
 
 
-def test_headers_are_read_without_the_numbers(tmp_path: Path) -> None:
+def test_headers_are_read_without_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.zeros(3, 4, dtype=torch.bfloat16)}, path)
     assert checkpoints.headers([path]) == {"x": checkpoints.Stored(path, (3, 4), "BF16")}
 
 
-def test_the_libraries_warnings_come_back_after_reading(checkpoint: Path) -> None:
+def test_transformers_warnings_are_restored_after_reading(checkpoint: Path) -> None:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -130,7 +130,7 @@ def test_the_libraries_warnings_come_back_after_reading(checkpoint: Path) -> Non
     assert logging.is_progress_bar_enabled()
 
 
-def test_what_fails_at_the_first_token_is_one_sentence(
+def test_a_failure_at_the_first_token_is_one_sentence(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -143,7 +143,7 @@ def test_what_fails_at_the_first_token_is_one_sentence(
         load_model(str(checkpoint), device="cpu")
 
 
-def test_a_tensor_that_transformers_drops_is_refused_beyond_the_headers(
+def test_a_tensor_that_transformers_drops_is_refused(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = load_file(checkpoint / "model.safetensors")

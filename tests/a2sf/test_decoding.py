@@ -1,4 +1,4 @@
-"""Decoding by numba's programs: rows join, move and end, and get what torch's operations give."""
+"""Decoding with numba: rows join, move and end, and results equal those of torch."""
 
 import random
 from dataclasses import replace
@@ -14,18 +14,18 @@ from tests.driving import effective
 from tests.near_ties import check_against_torch
 
 
-def test_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel) -> None:
+def test_requests_equal_their_solo_runs_in_torch(tiny_model: LoadedModel) -> None:
     assert check_against_torch(tiny_model, "numba", 6, seed=1, most=12) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_many_requests_get_what_torch_gives_each_alone(tiny_model: LoadedModel, seed: int) -> None:
+def test_many_requests_equal_their_solo_runs_in_torch(tiny_model: LoadedModel, seed: int) -> None:
     assert check_against_torch(tiny_model, "numba", 24, seed=seed, most=14) > 8
 
 
-def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
+def test_auto_chooses_numba_on_a_processor_if_it_supports_the_dtype(
     tiny_model: LoadedModel, tiny_model_64: LoadedModel
 ) -> None:
     assert decoding.choose_kernels("auto", tiny_model) == "numba"
@@ -39,7 +39,7 @@ def test_on_a_processor_numba_carries_out_what_it_has_programs_for(
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 5])
-def test_texts_run_along_get_what_torch_gives(
+def test_teacher_forcing_equals_torch(
     tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     rng = random.Random(2)
@@ -49,14 +49,15 @@ def test_texts_run_along_get_what_torch_gives(
         )
         for length, prompt in ((14, 9), (40, 12), (30, 30), (25, 1))
     ]
-    wishes = (
+    requested_policies = (
         {"alpha": 0.9, "budget": 7, "recent": 2},
         {"preset": "window", "budget": 8},
         {"preset": "random", "budget": 9, "random_seed": 5},
         {"alpha": 0.0, "budget": 40},
     )
     policies = [
-        effective(tiny_model, CachePolicy(**wish, prefill_chunk=chunk), 40) for wish in wishes
+        effective(tiny_model, CachePolicy(**requested_policy, prefill_chunk=chunk), 40)
+        for requested_policy in requested_policies
     ]
     got = teacher.predict(tiny_model, examples, policies, similarity=True)
     with monkeypatch.context() as patch:
@@ -66,20 +67,20 @@ def test_texts_run_along_get_what_torch_gives(
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
     differ = [not torch.equal(a.logits, b.logits) for a, b in zip(got, want, strict=True)]
-    assert any(differ), "other programs round otherwise"
+    assert any(differ), "other kernels round differently"
 
 
-def test_texts_in_bfloat16_get_what_they_get_in_float32_up_to_its_rounding(
+def test_teacher_forcing_in_bfloat16_equals_float32_up_to_rounding(
     tiny_model_dir, tiny_model: LoadedModel
 ) -> None:
-    # Weights that bfloat16 holds exactly, so that only what is computed is rounded.
+    # The weights are exact in bfloat16, so only computed values are rounded.
     half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
     assert decoding.choose_kernels("auto", half) == "numba"
     rng = random.Random(3)
     example = teacher.Example(tuple(rng.randrange(256) for _ in range(60)), 20, tuple(range(59)))
-    # Nothing is evicted, for whom rounding makes go is another question.
-    wish = effective(tiny_model, CachePolicy(preset="full"), 60)
-    (walked,) = teacher.predict(half, [example], [wish])
+    # Nothing is evicted: rounding may change which token is evicted.
+    requested_policy = effective(tiny_model, CachePolicy(preset="full"), 60)
+    (walked,) = teacher.predict(half, [example], [requested_policy])
     (whole,) = teacher.predict(half, [example], None)
     spread = float(whole.logits.std())
     assert float((walked.logits - whole.logits).abs().max()) < 0.2 * spread

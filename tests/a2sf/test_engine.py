@@ -1,4 +1,4 @@
-"""The engine gives each request what it asked for, ends it where it should, and counts truly."""
+"""The engine serves each request as asked, ends it correctly, and reports correct counts."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from tests.tiny import save_tiny_llama
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
-def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
+def test_step_tokens_changes_only_the_number_of_steps(
     tiny_model_64: LoadedModel, piece: int
 ) -> None:
-    made = any_requests(tiny_model_64, 24, seed=5, longest=60, most=25)
+    made = any_requests(tiny_model_64, 24, seed=5, max_len=60, most=25)
     engines = [engine_for(tiny_model_64, step_tokens=tokens) for tokens in (512, piece)]
     streams = []
     for engine in engines:
@@ -33,10 +33,10 @@ def test_the_size_of_a_step_changes_nothing_but_the_number_of_steps(
         assert finished(whole).cache == finished(cut).cache
 
 
-def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: LoadedModel) -> None:
-    made = any_requests(tiny_model_64, 24, seed=8, longest=60, most=25)
+def test_the_shape_of_the_slab_does_not_change_results(tiny_model_64: LoadedModel) -> None:
+    made = any_requests(tiny_model_64, 24, seed=8, max_len=60, most=25)
     streams = []
-    # Every head of the shaped one has at least the 90 slots that these need.
+    # Every head of the shaped slab has at least the 90 slots that these requests need.
     shares = ((3.0, 1.0), (1.2, 1.0), (1.0, 2.0))
     for shape in ({}, {"head_share": shares, "slots": 160}):
         engine = engine_for(tiny_model_64, **shape)
@@ -49,7 +49,7 @@ def test_the_shape_of_the_slab_changes_nothing_but_what_fits(tiny_model_64: Load
         assert finished(flat[one.request_id]).cache == finished(shaped[one.request_id]).cache
 
 
-def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
+def test_the_oldest_request_of_the_highest_priority_starts_first(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=1)
@@ -59,7 +59,7 @@ def test_the_highest_priority_goes_first_and_the_oldest_of_equals(
     assert order == ["c", "e", "a", "d", "b"]
 
 
-def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: LoadedModel) -> None:
+def test_an_exact_prompt_takes_one_step_per_piece(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, step_tokens=16)
     exact = CachePolicy(alpha=0.9, budget=20)
     engine.submit(request("r", [7] * 100, cache_policy=exact, max_new_tokens=2))
@@ -67,10 +67,10 @@ def test_an_exact_prompt_takes_as_many_steps_as_it_has_pieces(tiny_model: Loaded
     assert events == [[Started], [], [], [], [], [], [Delta], [Delta, Finished]]
 
 
-def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
+def test_a_cancelled_request_frees_its_row_without_effect_on_others(
     tiny_model_64: LoadedModel,
 ) -> None:
-    wishes = [
+    requested_policies = [
         CachePolicy(alpha=0.9, budget=20, recent=5, prefill_chunk=4),
         CachePolicy(preset="h2o", budget=32),
         CachePolicy(preset="window", budget=16),
@@ -78,8 +78,10 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
         CachePolicy(preset="random", budget=18, recent=3, random_seed=7),
     ]
     made = [
-        request(str(index), prompt, cache_policy=wish, max_new_tokens=60)
-        for index, (prompt, wish) in enumerate(zip(prompts(5, high=60), wishes, strict=True))
+        request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=60)
+        for index, (prompt, requested_policy) in enumerate(
+            zip(prompts(5, high=60), requested_policies, strict=True)
+        )
     ]
     engine = engine_for(tiny_model_64, max_batch=3)
     for one in made:
@@ -103,7 +105,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_no_other(
         assert tokens(run(alone)[one.request_id]) == tokens(streams[one.request_id])
 
 
-def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
+def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
     tiny_model: LoadedModel,
 ) -> None:
     held = []
@@ -118,7 +120,7 @@ def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
             )
         )
         cache = finished(run(engine)["r"]).cache
-        # The last token drawn is never run through the model.
+        # The last drawn token never runs through the model.
         assert cache.kept_tokens + cache.evicted_tokens == 30 + length - 1
         assert cache.evicted_tokens == 30 + length - 1 - 24
         assert cache.kv_bytes_full == (30 + length - 1) * 3 * 2 * 2 * 8 * 4
@@ -126,19 +128,25 @@ def test_bytes_held_do_not_grow_with_length_and_evictions_are_counted(
     assert held == [24 * 3 * 2 * (2 * 8 * 4 + 8)] * 3
 
 
-def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length(
+def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(
     tiny_model: LoadedModel,
 ) -> None:
-    wish = CachePolicy(preset="full")
+    requested_policy = CachePolicy(preset="full")
     engine = engine_for(tiny_model)
-    engine.submit(request("plain", range(65, 90), cache_policy=wish, max_new_tokens=60))
+    engine.submit(request("plain", range(65, 90), cache_policy=requested_policy, max_new_tokens=60))
     plain = run(engine)["plain"]
     assert finished(plain).reason is FinishReason.LENGTH
     ids = tokens(plain)
     text = "".join(event.text for event in plain if isinstance(event, Delta))
 
     engine.submit(
-        request("id", range(65, 90), cache_policy=wish, max_new_tokens=60, stop_token_ids=(ids[4],))
+        request(
+            "id",
+            range(65, 90),
+            cache_policy=requested_policy,
+            max_new_tokens=60,
+            stop_token_ids=(ids[4],),
+        )
     )
     stream = run(engine)["id"]
     assert finished(stream).reason is FinishReason.STOP
@@ -148,7 +156,13 @@ def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length
 
     stop = text[5:8]
     engine.submit(
-        request("text", range(65, 90), cache_policy=wish, max_new_tokens=60, stop=("\0\0", stop))
+        request(
+            "text",
+            range(65, 90),
+            cache_policy=requested_policy,
+            max_new_tokens=60,
+            stop=("\0\0", stop),
+        )
     )
     stream = run(engine)["text"]
     assert finished(stream).reason is FinishReason.STOP
@@ -157,10 +171,8 @@ def test_a_stream_ends_at_eos_at_a_stop_token_at_a_stop_string_and_at_its_length
     assert sent == text[: text.index(stop)]
 
 
-def test_the_end_of_sequence_token_ends_a_stream_unless_it_is_to_be_ignored(
-    tmp_path: Any, tiny_model: LoadedModel
-) -> None:
-    # The same weights, but the token that they produce first is declared to be the end.
+def test_eos_ends_a_stream_unless_ignore_eos_is_set(tmp_path: Any, tiny_model: LoadedModel) -> None:
+    # The same weights, but the first generated token is declared to be EOS.
     engine = engine_for(tiny_model)
     engine.submit(request("r", range(65, 90)))
     first = tokens(run(engine)["r"])
@@ -182,7 +194,7 @@ def logprobs_of(stream: list[Event]) -> list[TokenLogprobs]:
     return [one for event in stream if isinstance(event, Delta) for one in event.logprobs]
 
 
-def test_no_token_that_would_end_the_stream_comes_before_min_new_tokens(
+def test_no_token_ends_the_stream_before_min_new_tokens(
     tmp_path: Any, tiny_model: LoadedModel
 ) -> None:
     engine = engine_for(tiny_model)
@@ -209,20 +221,20 @@ def test_no_token_that_would_end_the_stream_comes_before_min_new_tokens(
         assert (got[-1] in ends) == ended_by_token
         assert not ends & set(got[least:-1])
     engine.submit(request("go", range(65, 90), ignore_eos=True, min_new_tokens=9))
-    # What does not end the stream is not barred.
+    # Tokens that do not end the stream are not banned.
     assert tokens(run(engine)["go"]) == first
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: LoadedModel) -> list[str]:
-    """What each token of a completion without stop strings settles."""
+    """The text that each token of a completion without stop strings adds."""
     engine = engine_for(tiny_model)
     engine.submit(request("plain", range(65, 90), max_new_tokens=40))
     return [event.text for event in run(engine)["plain"] if isinstance(event, Delta)]
 
 
 @given(st.data(), st.integers(0, 40))
-def test_the_pieces_join_to_the_completion_up_to_the_stop(
+def test_deltas_join_to_the_completion_before_the_stop(
     tiny_model: LoadedModel, plain: list[str], data: st.DataObject, least: int
 ) -> None:
     text = "".join(plain)
@@ -245,13 +257,13 @@ def test_the_pieces_join_to_the_completion_up_to_the_stop(
     assert end.reason is FinishReason.LENGTH
 
 
-def test_logprobs_come_to_those_who_ask_and_are_the_model_s_own(
+def test_logprobs_are_those_of_the_model_and_only_on_request(
     tiny_model: LoadedModel, tiny_model_dir: Any
 ) -> None:
     prompt = tuple(range(65, 90))
-    # Settings change the choice, never the logprobs.
-    wish = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
-    common = {"cache_policy": CachePolicy(preset="full"), "sampling": wish}
+    # Sampling settings change the drawn token, never the logprobs.
+    requested = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.5, seed=3)
+    common = {"cache_policy": CachePolicy(preset="full"), "sampling": requested}
     engine = engine_for(tiny_model)
     engine.submit(request("quiet", prompt, **common))
     engine.submit(request("asks", prompt, **common, logprobs=True, top_logprobs=20))
@@ -280,7 +292,7 @@ def test_logprobs_come_to_those_who_ask_and_are_the_model_s_own(
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -289,7 +301,7 @@ class Clock:
         return self.now
 
 
-def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
+def test_a_time_limit_ends_a_request_in_any_state_with_its_text_so_far(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model)
@@ -306,7 +318,7 @@ def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
             streams.setdefault(event.request_id, []).append(event)
 
     limit = {"time_limit_s": 5.0, "max_new_tokens": 60}
-    # The last character so far may begin this stop string, so it is withheld.
+    # The last character may start this stop string, so it is withheld.
     stop = (text_of(alone["six"])[-1] + "and so on",)
     engine.submit(request("active", range(65, 90), stop=stop, **limit))
     for _ in range(4):
@@ -340,21 +352,21 @@ def test_a_time_limit_ends_a_request_wherever_it_is_with_all_it_has(
     for name in ("prefilling", "waiting"):
         assert [type(event) for event in streams[name]] == [Started, Finished]
         assert ended[name].usage.completion_tokens == 0
-    # The others' rows serve the next request as if nothing had been.
+    # The freed rows serve the next request normally.
     assert tokens(streams["patient"]) == tokens(alone["ten"])
     for stream in streams.values():
         finished(stream)
 
 
 @pytest.mark.gpu
-def test_a_gpu_decodes_what_the_processor_decodes(tiny_model_dir: Any) -> None:
+def test_a_gpu_decodes_the_same_tokens_as_the_processor(tiny_model_dir: Any) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     answers = []
     for device in ("cpu", "cuda"):
         model = load_model(str(tiny_model_dir), device=device, dtype="float64")
         engine = engine_for(model)
-        for one in any_requests(model, 12, seed=5, longest=60, most=25):
+        for one in any_requests(model, 12, seed=5, max_len=60, most=25):
             engine.submit(one)
         answers.append({name: tokens(stream) for name, stream in run(engine).items()})
     assert answers[0] == answers[1]

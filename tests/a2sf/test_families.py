@@ -1,4 +1,4 @@
-"""Every supported family computes what transformers computes, and what would differ is refused."""
+"""Every supported family equals transformers, and unsupported settings are refused."""
 
 import json
 import random
@@ -21,8 +21,8 @@ from tests.driving import engine_for, finished, prompts, request, run, tokens
 from tests.tables import make_table
 from tests.tiny import EOS, save_tiny
 
-# What makes a family more than a Llama, where its defaults leave that out: biases, heads wider than
-# hidden / heads (which is 8), clipping, layers without rotation, heads that rotate in part.
+# Settings in which families differ from Llama and that their defaults leave out: biases, heads
+# wider than hidden / heads (which is 8), clipping, layers without rotation, partial rotation.
 SETTINGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "ApertusForCausalLM": {
@@ -77,7 +77,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 class Family(NamedTuple):
-    """A random model, by us and by transformers, in float64, where near-ties cannot hide."""
+    """A random model, loaded by us and by transformers, in float64 to avoid near-ties."""
 
     directory: Path
     model: LoadedModel
@@ -110,7 +110,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_no_norm_and_no_bias_is_left_at_a_value_that_does_nothing(family: Family) -> None:
+def test_norms_and_biases_of_test_models_have_an_effect(family: Family) -> None:
     vectors = {n: p for n, p in family.plain.named_parameters() if p.ndim == 1 and p.numel() > 1}
     assert all(vector.std() > 0.1 for vector in vectors.values())
     assert family.model.module.config.tie_word_embeddings == (
@@ -121,14 +121,14 @@ def test_no_norm_and_no_bias_is_left_at_a_value_that_does_nothing(family: Family
 def assert_generates_what_transformers_generates(family: Family) -> None:
     engine = engine_for(family.model)
     texts = prompts(2, low=20, high=60)
-    wishes = [
+    requested_policies = [
         CachePolicy(preset="full"),
         CachePolicy(preset="h2o", budget=90),
         CachePolicy(alpha=0.5, budget=90, prefill_chunk=7),
     ]
     for index, text in enumerate(texts):
-        for number, wish in enumerate(wishes):
-            engine.submit(request(f"{index}{number}", text, cache_policy=wish))
+        for number, requested_policy in enumerate(requested_policies):
+            engine.submit(request(f"{index}{number}", text, cache_policy=requested_policy))
     streams = run(engine)
     for index, text in enumerate(texts):
         want = family.plain.generate(
@@ -144,7 +144,7 @@ def assert_generates_what_transformers_generates(family: Family) -> None:
         )
         first, second = torch.cat(want.logits).topk(2).values.T
         assert (first - second).min() > 1e-5, "a near-tie: pick other texts"
-        for number in range(len(wishes)):
+        for number in range(len(requested_policies)):
             stream = streams[f"{index}{number}"]
             assert tokens(stream) == want.sequences[0, len(text) :].tolist()
             assert finished(stream).cache.evicted_tokens == 0
@@ -153,10 +153,16 @@ def assert_generates_what_transformers_generates(family: Family) -> None:
 def assert_predicts_what_transformers_predicts(family: Family) -> None:
     texts = prompts(3, low=10)
     examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
-    for wish in (CachePolicy(preset="full"), CachePolicy(preset="h2o", budget=90), None):
-        policies = wish and [
+    for requested_policy in (
+        CachePolicy(preset="full"),
+        CachePolicy(preset="h2o", budget=90),
+        None,
+    ):
+        policies = requested_policy and [
             admission.check(
-                request("r", t, cache_policy=wish), family.model, EngineConfig(slots=512)
+                request("r", t, cache_policy=requested_policy),
+                family.model,
+                EngineConfig(slots=512),
             )
             for t in texts
         ]
@@ -175,27 +181,31 @@ def test_teacher_forcing_with_room_equals_transformers_logits(family: Family) ->
     assert_predicts_what_transformers_predicts(family)
 
 
-def test_starting_at_a_layer_predicts_what_the_whole_model_predicts(family: Family) -> None:
+def test_starting_at_a_layer_equals_the_whole_model(family: Family) -> None:
     texts = prompts(3, low=20, high=60)
     examples = [teacher.Example(tuple(t), len(t) // 2, tuple(range(len(t)))) for t in texts]
-    wish = CachePolicy(alpha=0.5, budget=12)
+    requested_policy = CachePolicy(alpha=0.5, budget=12)
     policies = [
-        admission.check(request("r", t, cache_policy=wish), family.model, EngineConfig(slots=512))
+        admission.check(
+            request("r", t, cache_policy=requested_policy), family.model, EngineConfig(slots=512)
+        )
         for t in texts
     ]
     whole = teacher.predict(family.model, examples, policies)
     below = None
     for layer in range(family.model.shape.num_layers):
-        # Batches of two, so that what was kept is put together anew.
-        below = teacher.enter(family.model, examples, policies, layer, batch=2, entering=below)
-        parts = teacher.predict(family.model, examples, policies, entering=below)
+        # Batches of two, so that the stored inputs are batched differently.
+        below = teacher.compute_layer_input(
+            family.model, examples, policies, layer, batch=2, layer_input=below
+        )
+        parts = teacher.predict(family.model, examples, policies, layer_input=below)
         for part, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(part.logits, expected.logits, rtol=1e-9, atol=1e-9)
     other = [
         p.model_copy(update={"alpha": ((0.99,) * len(p.alpha[0]),) * len(p.alpha)})
         for p in policies
     ]
-    changed = teacher.predict(family.model, examples, other, entering=below)
+    changed = teacher.predict(family.model, examples, other, layer_input=below)
     assert not torch.allclose(changed[0].logits, whole[0].logits), "the last layer is run"
 
 
@@ -210,14 +220,14 @@ def test_every_supported_rotation_equals_transformers(
     assert_predicts_what_transformers_predicts(family)
 
 
-def test_a_window_no_shorter_than_the_context_is_no_window(tmp_path: Path) -> None:
+def test_a_window_as_long_as_the_context_is_accepted(tmp_path: Path) -> None:
     family = family_of(save("MistralForCausalLM", tmp_path, sliding_window=512))
     assert_generates_what_transformers_generates(family)
 
 
-def test_under_eviction_the_engine_predicts_what_teacher_forcing_predicts(family: Family) -> None:
+def test_with_eviction_the_engine_equals_teacher_forcing(family: Family) -> None:
     table = make_table(family.model.identity, prefill_chunk=5)
-    for index, wish in enumerate(
+    for index, requested_policy in enumerate(
         [
             CachePolicy(table=table.name),
             CachePolicy(preset="h2o", budget=20),
@@ -226,8 +236,8 @@ def test_under_eviction_the_engine_predicts_what_teacher_forcing_predicts(family
     ):
         prompt = prompts(1, low=30, high=50, seed=index)[0]
         engine = engine_for(family.model)
-        used = table if wish.table else None
-        engine.submit(request("r", prompt, cache_policy=wish, table=used))
+        used = table if requested_policy.table else None
+        engine.submit(request("r", prompt, cache_policy=requested_policy, table=used))
         stream = run(engine)["r"]
         assert isinstance(stream[0], Started)
         assert finished(stream).cache.evicted_tokens > 0
@@ -244,21 +254,21 @@ def test_under_eviction_the_engine_predicts_what_teacher_forcing_predicts(family
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_it_generates_in_every_precision_with_a_cache_of_the_same(
+def test_it_generates_in_every_dtype_with_a_cache_of_that_dtype(
     architecture: str, dtype: str, tmp_path: Path
 ) -> None:
     model = load_model(str(save(architecture, tmp_path)), device="cpu", dtype=dtype)
     engine = engine_for(model)
     for index, prompt in enumerate(prompts(2, low=30)):
-        wish = CachePolicy(alpha=0.9, budget=20, recent=4, prefill_chunk=6)
-        engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=5))
+        requested_policy = CachePolicy(alpha=0.9, budget=20, recent=4, prefill_chunk=6)
+        engine.submit(request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=5))
     streams = run(engine)
     assert [len(tokens(stream)) for stream in streams.values()] == [5, 5]
     stored = {t.dtype for t in (*engine._slab.keys, *engine._slab.values)}
     assert stored == {getattr(torch, dtype)} == {model.dtype}
 
 
-def test_the_fingerprint_is_of_the_weights_whatever_their_files_and_precision(
+def test_the_fingerprint_does_not_depend_on_sharding_or_loaded_dtype(
     architecture: str, tmp_path: Path
 ) -> None:
     def fingerprint(name: str, dtype: str = "auto", **options: Any) -> str:
@@ -288,7 +298,7 @@ def test_a_fused_projection_is_fingerprinted_in_every_layer(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_sharded_checkpoint_is_the_whole_one(
+def test_a_sharded_checkpoint_equals_the_whole_one(
     architecture: str, tie: bool, tmp_path: Path
 ) -> None:
     whole, sharded = (
@@ -299,14 +309,14 @@ def test_a_sharded_checkpoint_is_the_whole_one(
         for name, shard in (("whole", "1GB"), ("sharded", "10KB"))
     )
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
-    # In float64, where every weight can be read off the module.
+    # In float64, weights are not packed, so the module shows all of them.
     state = whole.module.state_dict()
     assert len(state) > 20
     for name, weight in sharded.module.state_dict().items():
         assert torch.equal(weight, state[name])
 
 
-def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save("Qwen3ForCausalLM", tmp_path, shard="10KB")
     shard = max(tmp_path.glob("*.safetensors"))
     shard.unlink()
@@ -317,7 +327,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path), device="cpu")
 
 
-def test_a_checkpoint_stored_in_bfloat16_is_run_in_float32_on_a_processor(
+def test_a_bfloat16_checkpoint_can_run_in_float32_on_a_processor(
     architecture: str, tmp_path: Path
 ) -> None:
     save(architecture, tmp_path, dtype=torch.bfloat16)
@@ -339,7 +349,7 @@ def test_several_ends_of_sequence_and_a_padding_token_are_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_chat_template_is_kept_wherever_it_stands(where: str, tmp_path: Path) -> None:
+def test_a_chat_template_is_found_in_any_file(where: str, tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     save("Qwen2ForCausalLM", tmp_path)
     if where.endswith(".json"):
@@ -427,7 +437,7 @@ LONGROPE = {
         ),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(
+def test_settings_that_we_would_compute_wrongly_are_refused_by_name(
     architecture: str, changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     save(architecture, tmp_path)
@@ -447,9 +457,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
     ],
     ids=["off", "in no layer", "as long as the context"],
 )
-def test_a_window_without_effect_is_no_reason_to_refuse(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_window_without_effect_is_accepted(changes: dict[str, Any], tmp_path: Path) -> None:
     save("Qwen2ForCausalLM", tmp_path, max_window_layers=0)
     edit(tmp_path / "config.json", **changes)
     assert load_model(str(tmp_path), device="cpu").shape.max_context == 512
@@ -481,7 +489,7 @@ def test_an_argument_with_an_effect_is_refused_in_any_layer(argument: str, value
         families.refuse_effects(3, config, {"dropout": 0.0, argument: value})
 
 
-def test_arguments_without_an_effect_pass() -> None:
+def test_arguments_without_an_effect_are_accepted() -> None:
     families.refuse_effects(
         0,
         SimpleNamespace(max_position_embeddings=512),
@@ -497,7 +505,7 @@ def test_arguments_without_an_effect_pass() -> None:
     )
 
 
-def test_spans_of_layers_are_written_short() -> None:
+def test_layers_are_listed_as_ranges() -> None:
     rng = random.Random(0)
     assert families._spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""An error that belongs to one request ends that request, and no other notices."""
+"""An error of one request ends that request, without effect on others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +26,11 @@ from tests.driving import engine_for, prompts, request, run, tokens
 TEXTS = prompts(6, low=30, high=40, seed=4)
 
 TOP = 7
-"""The alternatives that the victim alone asks for, by which its logprobs are known."""
+"""A number of alternatives that only the victim asks for; it identifies its logprobs."""
 
 
 class Panic(BaseException):
-    """Like what tokenizers raises where its Rust code panics: no Exception."""
+    """Like a panic in tokenizers' Rust code: not an Exception."""
 
 
 def victim(**fields: Any) -> GenerationRequest:
@@ -50,8 +50,8 @@ NEIGHBOURS = [
     request("long", TEXTS[2], max_new_tokens=30, sampling=Sampling(seed=9, top_p=0.9)),
 ]
 LATER = [
-    request(f"later {i}", text, max_new_tokens=8, logprobs=True, cache_policy=wish)
-    for i, (text, wish) in enumerate(
+    request(f"later {i}", text, max_new_tokens=8, logprobs=True, cache_policy=requested_policy)
+    for i, (text, requested_policy) in enumerate(
         zip(
             TEXTS[3:],
             (
@@ -66,7 +66,7 @@ LATER = [
 
 
 class Clock:
-    """A second a step."""
+    """A clock that advances one second per step."""
 
     now = 0.0
 
@@ -75,7 +75,7 @@ class Clock:
 
 
 class Trial:
-    """An engine in which something raises as soon as it is done for the victim."""
+    """An engine in which a chosen function raises when it works for the victim."""
 
     def __init__(self, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -84,7 +84,7 @@ class Trial:
         self.patch = monkeypatch
         self.raised = 0
         self.patched_decoding = False
-        """Whether all rows are being decoded, and not a prompt read."""
+        """Whether the engine decodes all rows now, rather than prefilling a prompt."""
 
     @property
     def sequence(self) -> Sequence | None:
@@ -94,7 +94,7 @@ class Trial:
     def break_(
         self, owner: Any, name: str, concerns: Callable[..., bool], *, after: bool = False
     ) -> None:
-        """Let a function raise, at its begin or its end, where it concerns the victim."""
+        """Make a function raise, at its start or its end, when it works for the victim."""
         really = getattr(owner, name)
         prop = isinstance(really, property)
         function = really.fget if prop else really
@@ -146,8 +146,8 @@ def of_text(name: str) -> Break:
 def of_batch(name: str) -> Break:
     def install(trial: Trial) -> None:
         def concerns(batch: sampling.Batch, rows: Any, *_: Any) -> bool:
-            mine = rows if name == "__init__" else batch._rows
-            return trial.sequence is not None and trial.sequence.row in mine
+            mine = rows if name == "__init__" else batch._states
+            return trial.sequence is not None and trial.sequence.sampling_state in mine
 
         trial.break_(sampling.Batch, name, concerns)
 
@@ -155,7 +155,7 @@ def of_batch(name: str) -> Break:
 
 
 def while_prefilling(owner: Any, name: str, *, after: bool = False) -> Break:
-    """For what says nothing of whom it concerns, but is done only for a prompt being read."""
+    """For functions that do not know their request, but run only during a prefill."""
 
     def install(trial: Trial) -> None:
         def concerns(*_: Any, **__: Any) -> bool:
@@ -198,10 +198,10 @@ CALLS: dict[str, Break] = {
     "Sequence.in_order": method("in_order"),
     "TextStream.push": of_text("push"),
     "TextStream.flush": of_text("flush"),
-    "Row.note": lambda trial: trial.break_(
-        sampling.Row,
+    "SamplingState.note": lambda trial: trial.break_(
+        sampling.SamplingState,
         "note",
-        lambda row, *_: trial.sequence is not None and trial.sequence.row is row,
+        lambda row, *_: trial.sequence is not None and trial.sequence.sampling_state is row,
     ),
     "Batch.__init__": of_batch("__init__"),
     "Batch.draw": of_batch("draw"),
@@ -228,9 +228,9 @@ CALLS: dict[str, Break] = {
 
 FIELDS: dict[str, dict[str, Any]] = {
     "Sequence.overdue": {"time_limit_s": 100.0},
-    # Before its own length ends it.
+    # Before it reaches its own length.
     "Sequence.time_out": {"time_limit_s": 9.0, "max_new_tokens": 40},
-    # The short one ends first, and the victim is the last.
+    # The short request ends first; the victim is in the last row.
     "Decoder.move": {"max_new_tokens": 40},
     "Decoder.move, afterwards": {"max_new_tokens": 40},
 }
@@ -238,7 +238,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def alone(tiny_model_64: LoadedModel) -> dict[str, list[int]]:
-    """What each healthy request gives when it is served alone."""
+    """The tokens of each healthy request when it is served alone."""
     found = {}
     for one in (*NEIGHBOURS, *LATER):
         engine = engine_for(tiny_model_64)
@@ -264,7 +264,7 @@ def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Trial:
 def check_neighbours(
     trial: Trial, streams: dict[str, list[StepEvent]], alone: dict[str, list[int]]
 ) -> None:
-    """Neighbours and those who come later get what they get alone; nothing is left behind."""
+    """Check that concurrent and later requests equal their solo runs, and that no state is left."""
     for one in NEIGHBOURS:
         assert isinstance(streams[one.request_id][-1], Finished)
         assert tokens(streams[one.request_id]) == alone[one.request_id]
@@ -273,7 +273,7 @@ def check_neighbours(
     engine = trial.engine
     assert (engine.running, engine.waiting, engine.kv_bytes_used) == (0, 0, 0)
     assert not engine.has_work
-    # As many as there are rows, the victim's among them; and its name is free.
+    # As many requests as rows, so one uses the victim's row; its id is free again.
     for one in LATER:
         engine.submit(one)
     again = run(engine)
@@ -285,7 +285,7 @@ def check_neighbours(
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_raised_for_one_request_ends_that_one_alone(
+def test_an_error_of_one_request_ends_only_that_request(
     call: str, trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     CALLS[call](trial)
@@ -305,19 +305,19 @@ def test_what_is_raised_for_one_request_ends_that_one_alone(
     check_neighbours(trial, streams, alone)
 
 
-def test_a_decode_pass_of_a_prompt_that_raises_ends_that_request_alone(
+def test_an_error_in_a_step_by_step_prefill_ends_only_that_request(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     while_prefilling(DecodePass, "__init__")(trial)
-    wish = CachePolicy(preset="window", budget=12, prefill_chunk=1)
-    for one in (*NEIGHBOURS, victim(cache_policy=wish)):
+    requested_policy = CachePolicy(preset="window", budget=12, prefill_chunk=1)
+    for one in (*NEIGHBOURS, victim(cache_policy=requested_policy)):
         trial.engine.submit(one)
     streams = trial.run()
     assert isinstance(streams["victim"][-1], Failed)
     check_neighbours(trial, streams, alone)
 
 
-def test_a_request_that_cannot_even_be_queued_leaves_no_trace(
+def test_a_request_that_fails_in_submit_leaves_no_trace(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     trial.break_(TextStream, "__init__", lambda text, model, prompt, *_: prompt == tuple(TEXTS[0]))
@@ -328,7 +328,7 @@ def test_a_request_that_cannot_even_be_queued_leaves_no_trace(
     check_neighbours(trial, trial.run(), alone)
 
 
-def test_a_row_that_cannot_move_when_another_is_cancelled_is_told_in_the_next_step(
+def test_a_failed_move_during_a_cancel_is_reported_in_the_next_step(
     trial: Trial, alone: dict[str, list[int]]
 ) -> None:
     of_move(trial, after=False)
@@ -350,7 +350,7 @@ def test_a_row_that_cannot_move_when_another_is_cancelled_is_told_in_the_next_st
     check_neighbours(trial, streams, alone)
 
 
-def test_who_cancels_a_request_that_has_failed_hears_nothing_of_it(trial: Trial) -> None:
+def test_cancelling_a_failed_request_drops_its_event(trial: Trial) -> None:
     of_move(trial, after=False)
     engine = trial.engine
     for one in (request("gone", TEXTS[3], max_new_tokens=50), victim(max_new_tokens=50)):
@@ -363,7 +363,7 @@ def test_who_cancels_a_request_that_has_failed_hears_nothing_of_it(trial: Trial)
     assert not engine.has_work
 
 
-def test_what_ends_the_process_is_no_request_s_fault(trial: Trial) -> None:
+def test_exceptions_that_end_the_process_are_raised(trial: Trial) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -373,7 +373,7 @@ def test_what_ends_the_process_is_no_request_s_fault(trial: Trial) -> None:
         trial.run()
 
 
-def test_what_computes_for_all_rows_ends_the_engine(trial: Trial) -> None:
+def test_an_error_in_the_pass_of_all_rows_ends_the_engine(trial: Trial) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
@@ -384,7 +384,7 @@ def test_what_computes_for_all_rows_ends_the_engine(trial: Trial) -> None:
         trial.run()
 
 
-def test_a_request_that_fails_on_all_ranks_leaves_them_in_step(
+def test_ranks_stay_in_step_after_a_request_fails_on_all(
     tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push = TextStream.push
@@ -406,25 +406,25 @@ def test_a_request_that_fails_on_all_ranks_leaves_them_in_step(
         assert isinstance(streams["victim"][-1], Failed)
         assert isinstance(streams["short"][-1], Finished)
         Follower(tiny_model_64, wire).run()
-    # One where it does not fail goes another way, and says so.
+    # A rank on which it does not fail differs, and raises.
     wire.messages[:] = told
     with pytest.raises(RankLost):
         Follower(tiny_model_64, wire).run()
 
 
-def test_an_error_within_a_pass_that_processes_share_ends_the_engine(
+def test_an_error_in_a_pass_shared_by_processes_ends_the_engine(
     trial: Trial, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other processes are in the middle of it, and would wait for ever."""
+    """The other processes are still in the pass and would wait for ever."""
 
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    object.__setattr__(tiny_model_64, "held", (0, 2))
+    object.__setattr__(tiny_model_64, "local_heads", (0, 2))
     try:
         trial.engine.submit(victim())
         monkeypatch.setattr(LoadedModel, "hidden_states", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             trial.run()
     finally:
-        object.__setattr__(tiny_model_64, "held", None)
+        object.__setattr__(tiny_model_64, "local_heads", None)

@@ -1,4 +1,4 @@
-"""The same model has the same fingerprint however its settings are spelled."""
+"""A model's fingerprint does not depend on the spelling of its settings."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
 
-# Each list spells one rotation: as transformers 5 writes it, as older files have it, by whole
-# numbers, with settings at their defaults, and with settings that nothing reads.
+# Each list has spellings of one rotation: of transformers 5, of older files, with whole numbers,
+# with settings at their defaults, and with settings that are not read.
 SAME: dict[str, list[dict[str, Any]]] = {
     "default": [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -157,7 +157,7 @@ SAME: dict[str, list[dict[str, Any]]] = {
 
 
 def write_rope(directory: Path, spelling: dict[str, Any]) -> Path:
-    """Spell the rotation in a checkpoint's config.json as told, and no other way."""
+    """Replace the rotation in a checkpoint's config.json by this spelling."""
     path = directory / "config.json"
     told = json.loads(path.read_text())
     for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
@@ -176,7 +176,7 @@ def identity_of(directory: Path) -> ModelIdentity:
 
 
 def earlier_rule(directory: Path) -> str:
-    """The fingerprint as it was while spelling counted, written out."""
+    """The fingerprint of older versions, which hashed the spelling, written out."""
     config = AutoConfig.from_pretrained(directory)
     settings = {
         "architecture": config.architectures[0],
@@ -200,7 +200,7 @@ WHOLE_HEADS = [name for name in SAME if name not in ("half of each head", "all o
 
 
 @pytest.mark.parametrize("name", WHOLE_HEADS)
-def test_one_model_has_one_fingerprint_however_its_rotation_is_spelled(
+def test_the_fingerprint_does_not_depend_on_the_spelling_of_the_rotation(
     name: str, checkpoint: Path
 ) -> None:
     found = {identity_of(write_rope(checkpoint, told)).fingerprint for told in SAME[name]}
@@ -214,11 +214,11 @@ def test_one_model_has_one_fingerprint_however_its_rotation_is_spelled(
 
 
 @pytest.mark.parametrize("architecture", families.SUPPORTED_ARCHITECTURES)
-def test_rotations_are_spelled_the_same_exactly_where_they_compute_the_same(
+def test_canonical_rotations_are_equal_exactly_if_their_frequencies_are(
     architecture: str, tmp_path: Path
 ) -> None:
     config_class = getattr(transformers, architecture).config_class
-    # Heads of 64, so that two rotations that differ do so in some frequency.
+    # head_dim 64, so that different rotations differ in at least one frequency.
     directory = save_tiny(config_class, tmp_path, num_hidden_layers=1, hidden_size=256, head_dim=64)
     found: dict[str, set[tuple[Any, ...]]] = {}
     computed: dict[tuple[Any, ...], set[str]] = {}
@@ -227,7 +227,7 @@ def test_rotations_are_spelled_the_same_exactly_where_they_compute_the_same(
             config = AutoConfig.from_pretrained(write_rope(directory, told))
             rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
         except Exception:
-            # Phi-3 takes no rotation but the default.
+            # Phi-3 accepts only the default rotation.
             assert architecture == "Phi3ForCausalLM"
             continue
         spelled = canonical_json(
@@ -244,7 +244,7 @@ def test_rotations_are_spelled_the_same_exactly_where_they_compute_the_same(
     assert [spelled for spelled in computed.values() if len(spelled) > 1] == []
 
 
-def test_a_head_s_width_may_be_given_or_derived(tmp_path: Path) -> None:
+def test_head_dim_may_be_given_or_derived(tmp_path: Path) -> None:
     given = {"head_dim": 8}, {"head_dim": None}, {}
     found = set()
     for index, head_dim in enumerate(given):
@@ -263,7 +263,7 @@ def test_every_supported_rotation_has_its_settings_listed() -> None:
 
 @pytest.mark.parametrize("fitted", range(len(SAME["linear"])))
 @pytest.mark.parametrize("served", range(len(SAME["linear"])))
-def test_a_table_from_before_is_served_however_either_file_spells_the_model(
+def test_an_older_table_is_served_for_any_spelling_of_the_model(
     fitted: int, served: int, checkpoint: Path, tmp_path: Path
 ) -> None:
     write_rope(checkpoint, SAME["linear"][fitted])
@@ -284,7 +284,7 @@ def test_a_table_from_before_is_served_however_either_file_spells_the_model(
     assert not core.tables.now.refused
 
 
-def test_a_table_keeps_one_fingerprint_and_no_more(checkpoint: Path) -> None:
+def test_a_table_stores_only_one_fingerprint(checkpoint: Path) -> None:
     identity = identity_of(checkpoint)
     assert isinstance(identity, LoadedIdentity)
     assert identity.earlier
@@ -294,7 +294,7 @@ def test_a_table_keeps_one_fingerprint_and_no_more(checkpoint: Path) -> None:
     assert identity.earlier[0] not in table.model_dump_json()
 
 
-def test_the_tables_that_are_shipped_fit_the_packaged_model() -> None:
+def test_the_packaged_tables_fit_the_packaged_model() -> None:
     identity = load_model("reference", device="cpu").identity
     paths = [*(reference.path() / "tables").glob("*.json")]
     paths += (ROOT / "benchmarks" / "tables").glob("*.json")
@@ -303,7 +303,7 @@ def test_the_tables_that_are_shipped_fit_the_packaged_model() -> None:
         assert load_table(path, identity).model.fingerprint == identity.fingerprint
 
 
-def test_a_table_of_another_rotation_is_told_the_model_s_settings(checkpoint: Path) -> None:
+def test_a_table_of_another_rotation_is_refused_with_the_model_s_settings(checkpoint: Path) -> None:
     table = make_table(identity_of(checkpoint))
     other = identity_of(write_rope(checkpoint, {"rope_theta": 500000}))
     with pytest.raises(TableMismatch) as caught:
@@ -315,7 +315,7 @@ def test_a_table_of_another_rotation_is_told_the_model_s_settings(checkpoint: Pa
     )
 
 
-def test_another_revision_of_one_model_is_told_as_such() -> None:
+def test_another_revision_of_a_model_is_named_in_the_message() -> None:
     fitted = IDENTITY.model_copy(update={"revision": "v1"})
     served = IDENTITY.model_copy(update={"revision": "v2", "fingerprint": "b" * 64})
     with pytest.raises(TableMismatch, match="revision is 'v1' in the table and 'v2' in the"):

@@ -1,7 +1,6 @@
-"""Decoding by the fused kernels: rows join, move, end and pad a batch, and nothing else changes.
+"""Decoding with fused kernels: rows join, move, end and pad a batch, and results do not change.
 
-Where there is no CUDA device the programs run in Triton's interpreter, on the processor, and
-nothing is captured.
+Without a CUDA device the programs run in Triton's interpreter on the processor, without graphs.
 """
 
 import random
@@ -25,7 +24,7 @@ from a2sf.kernels import (
     decode,
     decode_programs,
     prefill_programs,
-    settling,
+    score_update,
     triton_walk,
     triton_walk_programs,
 )
@@ -38,7 +37,7 @@ from tests.near_ties import SIZES, check_against_torch
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs, prefill_programs, triton_walk_programs):
+    with interpreting(score_update, decode_programs, prefill_programs, triton_walk_programs):
         yield
 
 
@@ -49,10 +48,10 @@ def model(tiny_model_dir: Any) -> LoadedModel:
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 40])
-def test_requests_get_what_torch_gives_each_alone(
+def test_requests_equal_their_solo_runs_in_torch(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, multiprocessors: int
 ) -> None:
-    # So that rows are split among programs, or not.
+    # With and without splitting rows among programs.
     monkeypatch.setattr(decode, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     assert check_against_torch(model, "triton", 4, seed=1, most=12) > 1
@@ -61,11 +60,11 @@ def test_requests_get_what_torch_gives_each_alone(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_many_requests_get_what_torch_gives_each_alone(model: LoadedModel, seed: int) -> None:
+def test_many_requests_equal_their_solo_runs_in_torch(model: LoadedModel, seed: int) -> None:
     assert check_against_torch(model, "triton", 24, seed=seed, most=14) > 8
 
 
-def test_rows_that_pad_a_batch_are_nobodys(model: LoadedModel) -> None:
+def test_padding_rows_do_not_affect_real_rows(model: LoadedModel) -> None:
     # Three rows of five run as four; when the first ends, the last takes its place.
     sizes = {**SIZES, "max_batch": 5}
     made = [
@@ -100,7 +99,7 @@ def test_batches_run_as_the_next_larger_power_of_two() -> None:
 
 
 class Asked(TorchDispatchMode):
-    """Refuses what would make the processor wait for the device, or cannot be captured."""
+    """Fails on operations that sync with the device or cannot be captured."""
 
     WAITING = ("item", "_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "equal")
 
@@ -112,29 +111,29 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_nothing_of_the_device(
+def test_a_step_does_not_sync_with_the_device(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # But for the kernels, which the interpreter runs by means of its own.
+    # Except the kernels, which the interpreter runs by its own operations.
     monkeypatch.setattr(fused, "decode_attention", lambda query, *_, **__: query)
     engine = engine_for(model, kernels="triton", **SIZES)
     decoder = engine._decoder
     assert isinstance(decoder, fused.FusedDecoder)
-    for rung in decoder._rungs.values():
+    for batch in decoder._graph_batches.values():
         with Asked():
-            logits = decoder._run(rung, scored=True)
-        assert logits.shape == (rung.inputs.shape[1], model.shape.vocab_size)
+            logits = decoder._run(batch, scored=True)
+        assert logits.shape == (batch.inputs.shape[1], model.shape.vocab_size)
     with pytest.raises(AssertionError, match="waits"), Asked():
         int(logits[0, 0])
 
 
-def test_what_has_no_kernel_is_refused_by_name(
+def test_unsupported_models_are_refused_by_name(
     model: LoadedModel, tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InvalidArgument, match="float64; accepted: bfloat16, float16, float32"):
         decoding.choose_kernels("triton", tiny_model_64)
     wide = replace(model, shape=replace(model.shape, head_dim=512))
-    with pytest.raises(InvalidArgument, match="heads are of 512; accepted: up to 256"):
+    with pytest.raises(InvalidArgument, match="the model's head_dim is 512; accepted: up to 256"):
         decoding.choose_kernels("triton", wide)
     assert decoding.choose_kernels("auto", wide) == ("torch" if CUDA else "numba")
     if not CUDA:
@@ -145,7 +144,7 @@ def test_what_has_no_kernel_is_refused_by_name(
 
 
 def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
-    """A prompt of 40 tokens in two pieces, in slots just as wide; the output of the second."""
+    """A prompt of 40 tokens in two pieces, in exactly as many slots; output of the second piece."""
     rng = torch.Generator().manual_seed(5)
     kv_heads, dim = 2, 16
     slots = Slots.empty(
@@ -155,8 +154,8 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    wish = effective(model, CachePolicy(alpha=0.9, budget=50), 90)
-    policy = PolicyTensors.stack([wish], [90], slots.position.device).layer(0)
+    requested_policy = effective(model, CachePolicy(alpha=0.9, budget=50), 90)
+    policy = PolicyTensors.stack([requested_policy], [90], slots.position.device).layer(0)
     assert policy.any_scored
     for first, width in ((0, 25), (25, 15)):
         piece = BlockPass(
@@ -174,7 +173,7 @@ def block(model: LoadedModel, in_order: bool) -> tuple[Tensor, Slots]:
     return output, slots
 
 
-def test_what_lies_in_order_lies_where_a_search_would_have_put_it(model: LoadedModel) -> None:
+def test_tokens_in_order_are_in_the_slots_that_a_search_would_find(model: LoadedModel) -> None:
     if CUDA:
         pytest.skip("the processor's own")
     (want, there), (got, here) = block(model, False), block(model, True)
@@ -191,20 +190,18 @@ def cuda_engine(model: LoadedModel, **config: Any) -> Engine:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_the_step(model: LoadedModel) -> None:
+def test_a_captured_step_equals_an_uncaptured_step(model: LoadedModel) -> None:
     answers = []
     for graphs in (False, True):
         engine = cuda_engine(model, kernels="triton", cuda_graphs=graphs)
-        for one in any_requests(model, 12, seed=5, longest=30, most=25):
+        for one in any_requests(model, 12, seed=5, max_len=30, most=25):
             engine.submit(one)
         answers.append({name: tokens(stream) for name, stream in run(engine).items()})
     assert answers[0] == answers[1]
 
 
 @pytest.mark.slow
-def test_texts_run_along_get_what_torch_gives(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_teacher_forcing_equals_torch(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(2)
     examples = [
         teacher.Example(
@@ -221,11 +218,11 @@ def test_texts_run_along_get_what_torch_gives(
 
     monkeypatch.setattr(triton_walk, "walk", counted)
     for chunk in (0, 5, 1):
-        wish = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
-        policies = [effective(model, wish, 20)] * len(examples)
+        requested_policy = CachePolicy(alpha=0.9, budget=7, recent=2, prefill_chunk=chunk)
+        policies = [effective(model, requested_policy, 20)] * len(examples)
         walks.clear()
         got = teacher.predict(model, examples, policies, similarity=True)
-        # One launch a layer, however many tokens follow the prompts.
+        # One launch per layer, for any number of tokens after the prompts.
         assert [one.tolist() for one in walks] == [
             [14, 20] if chunk == 1 else [5, 8]
         ] * model.shape.num_layers
@@ -234,7 +231,7 @@ def test_texts_run_along_get_what_torch_gives(
             want = teacher.predict(model, examples, policies, similarity=True)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
-            assert not torch.equal(one.logits, other.logits), "other programs round otherwise"
+            assert not torch.equal(one.logits, other.logits), "other kernels round differently"
             assert one.similarity is not None
             torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-4, atol=1e-5)
             assert one.similarity.min() < 0.999

@@ -1,4 +1,4 @@
-"""The preset h2o against H2O written separately, with masks over all positions."""
+"""The preset h2o equals a separate H2O implementation with masks over all positions."""
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ def heavy_hitters(
 ) -> tuple[np.ndarray, list[set[int]]]:
     """H2O for one KV head: q [group, N, D], k and v [N, D] -> outputs [group, N, D], kept sets.
 
-    Summed attention decides; half of what is not a sink is for the most recent tokens. The prompt
-    is attended whole and cut at its end; then every token makes room for itself.
+    The score is the summed attention; half of the slots besides the sinks hold the most recent
+    tokens. The prompt is one block and is trimmed at its end; then each token evicts one.
     """
     group, length, dim = q.shape
     recent = (budget - sinks) // 2
@@ -39,10 +39,10 @@ def heavy_hitters(
         for member in range(group):
             seen = np.flatnonzero(alive[: now + 1])
             logits = k[seen] @ q[member, now] / np.sqrt(dim)
-            paid = np.exp(logits - logits.max())
-            paid /= paid.sum()
-            outputs[member, now] = paid @ v[seen]
-            total[seen] += paid
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            outputs[member, now] = weights @ v[seen]
+            total[seen] += weights
         if now == prompt - 1:
             shrink(prompt, budget)
         kept.append(set(np.flatnonzero(alive).tolist()))

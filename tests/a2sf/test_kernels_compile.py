@@ -1,7 +1,7 @@
-"""The programs compile for GPUs, on machines that have none.
+"""The kernels compile for GPUs, on machines without one.
 
-The interpreter takes what a compiler refuses: shapes that are no powers of two, operations that a
-GPU lacks. Whether they are fast, and whether their memory operations are in order, this cannot say.
+The interpreter accepts code that the compiler refuses: shapes that are not powers of two,
+operations that a GPU lacks. These tests cannot check speed or the order of memory operations.
 """
 
 import os
@@ -17,15 +17,15 @@ pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 ARCHITECTURES = (80, 90)
 
 SHARED_BYTES = 99 * 1024
-"""What a program may take of a multiprocessor's shared memory on the smallest GPUs of the kind."""
+"""Largest shared memory per program, in bytes, on the smallest GPUs of each capability."""
 
 POINTERS = {
     "*i64": "plan start budget recent sinks random_seed first_head query_position first_counted"
     " order vectors marks width end",
     "*i32": "position",
-    "*u8": "seen",
+    "*u8": "visible",
     "*fp64": "alpha",
-    "*fp32": "score logits lse split_lse split_output weights normalisers paid",
+    "*fp32": "score logits lse split_lse split_output weights normalisers sums",
 }
 TABLES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
@@ -34,8 +34,8 @@ MODELS = ("query", "new_keys", "new_values", "keys", "values", "output")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kind_of_program_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
-    # A process of its own, for in this one Triton may be interpreting.
+def test_every_program_compiles_without_spilling(architecture: int, tmp_path: Path) -> None:
+    # In a separate process, because Triton may be interpreting in this one.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -51,12 +51,12 @@ def test_every_kind_of_program_compiles_without_spilling(architecture: int, tmp_
     for line in lines:
         shared, stack = map(int, line.split()[-2:])
         assert shared <= SHARED_BYTES, line
-        # float32 has no tensor cores of its own, and nobody serves with it there.
+        # float32 has no tensor cores, and is not served there.
         assert stack == 0 or "torch.float32" in line, line
 
 
 def compile_all(architecture: int) -> None:
-    """Print a line for each program: what it is, and its bytes of shared memory and of stack."""
+    """Print one line per program: its name, and its bytes of shared memory and of stack."""
     import torch
     import triton
 
@@ -80,25 +80,25 @@ def compile_all(architecture: int) -> None:
             "DIM": dim,
             "DIM_PAD": triton.next_power_of_2(dim),
             "BLOCK": decode.tile_slots(dim, dtype),
-            "SETTLE_BLOCK": decode.SETTLE_BLOCK,
+            "SCORE_BLOCK": decode.SCORE_BLOCK,
             "SPLITS": splits,
             "SPLITS_PAD": triton.next_power_of_2(splits),
             "SCORED": scored,
             "QUERIES": prefill.QUERIES,
             "SLOTS": prefill.tile_slots(dim),
-            "WATCHED": group == 4,
+            "RECORDED": group == 4,
         }
         decoding = (decode_programs.attend, decode_programs.close)[: 1 + (splits > 1)]
         for program, stages, warps in (
             *((program, decode.NUM_STAGES, decode.NUM_WARPS) for program in decoding),
             (prefill_programs.normalise, prefill.NUM_STAGES, prefill.NUM_WARPS),
-            (prefill_programs.charge, prefill.NUM_STAGES, prefill.NUM_WARPS),
+            (prefill_programs.sum_attention, prefill.NUM_STAGES, prefill.NUM_WARPS),
             (walking.walk, triton_walk.NUM_STAGES, triton_walk.NUM_WARPS),
         ):
             compiled = compile_one(program, str(dtype), constants, architecture, stages, warps)
             name = f"sm_{architecture} {program.fn.__name__} {dtype} {dim} {group} {splits}"
             if program is walking.walk:
-                # It reads what it has written, which caches for what never changes would not show.
+                # It loads values that it has stored, so it must not use the read-only cache.
                 assert ".nc" not in compiled.asm["ptx"], name
             print(name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
 
@@ -117,14 +117,14 @@ def compile_one(
         if name in constants:
             types[name] = "constexpr"
         elif name == "width" and "order" not in names:
-            # Of a block's queries; elsewhere it is a table, of each head's slots.
+            # Here the width of a block's queries; elsewhere a table of the heads' slots.
             types[name] = "i32"
         elif name in MODELS:
             split = name == "output" and "split_output" not in names and constants["SPLITS"] > 1
             types[name] = "*fp32" if split else model
         else:
             types[name] = TABLES.get(name, "fp32" if name == "scale" else "i32")
-        # As at run time: what the slab's own sizes are multiples of.
+        # As at run time: the alignment of the slab's sizes.
         if name in MODELS or name.endswith(("_row", "_head", "_token")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
@@ -140,7 +140,7 @@ def compile_one(
 
 
 def stack_bytes(cubin: bytes) -> int:
-    """What a program spills out of registers."""
+    """Bytes that a program spills out of registers."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,4 +1,4 @@
-"""Compiled programs: kept where they may be kept, and run beside Python's other threads."""
+"""Compiled kernels are cached in a safe folder, and run in parallel with Python's threads."""
 
 import ctypes
 import tempfile
@@ -21,13 +21,13 @@ def answer(data):  # type: ignore[no-untyped-def]
 
 
 def wait(data):  # type: ignore[no-untyped-def]
-    """Count up, for seconds if nobody else writes a higher number."""
+    """Count up; stop early when another thread writes a higher number."""
     counter = carray(data, 1, np.int64)
     while walk_programs._next(walk_programs._longs(counter.ctypes.data)) < TURNS:
         pass
 
 
-def test_a_program_runs_in_as_many_threads_as_are_asked_for() -> None:
+def test_a_kernel_runs_in_the_requested_number_of_threads() -> None:
     number = ctypes.c_int64(0)
     program = compiling.compiled(answer, SIGNATURE)
     for threads in (1, 2):
@@ -36,7 +36,7 @@ def test_a_program_runs_in_as_many_threads_as_are_asked_for() -> None:
         assert number.value == 42
 
 
-def test_other_threads_go_on_while_a_program_runs() -> None:
+def test_other_python_threads_run_while_a_kernel_runs() -> None:
     count = ctypes.c_int64(0)
     program = compiling.compiled(wait, SIGNATURE)
     at_work = threading.Thread(target=compiling.run, args=(program, ctypes.addressof(count), 1))
@@ -45,13 +45,13 @@ def test_other_threads_go_on_while_a_program_runs() -> None:
         pass
     count.value = 2 * TURNS
     at_work.join()
-    # The program was there to see it.
+    # The kernel was still running and has seen the number.
     assert count.value == 2 * TURNS + 1
 
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Neither the package's folder nor the user's can be written; only temporary files."""
+    """Only the folder of temporary files is writable, not the package's or the user's folder."""
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
@@ -64,7 +64,7 @@ def runs(program: int) -> bool:
     return number.value == 42
 
 
-def test_where_nothing_else_can_be_written_programs_are_kept_for_this_user_alone(
+def test_without_another_writable_folder_kernels_are_cached_in_a_private_one(
     nowhere: Path,
 ) -> None:
     assert runs(compiling.compiled(answer, SIGNATURE))
@@ -74,7 +74,9 @@ def test_where_nothing_else_can_be_written_programs_are_kept_for_this_user_alone
 
 
 @pytest.mark.parametrize("kind", ["open to others", "a link", "a file"])
-def test_programs_are_not_taken_from_where_others_may_write(nowhere: Path, kind: str) -> None:
+def test_kernels_are_not_loaded_from_a_folder_that_others_can_write(
+    nowhere: Path, kind: str
+) -> None:
     folder = compiling._own_folder()
     assert folder is not None
     folder.rmdir()

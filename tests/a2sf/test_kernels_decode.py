@@ -1,6 +1,6 @@
-"""The fused decode step equals `DecodePass`: outputs, scores, positions, and who is evicted next.
+"""The fused decode step equals `DecodePass`: outputs, scores, positions and next victims.
 
-Where there is no CUDA device the programs run in Triton's interpreter, on the processor.
+Without a CUDA device the programs run in Triton's interpreter on the processor.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kernels import decode, decode_programs, settling
+from a2sf.kernels import decode, decode_programs, score_update
 from a2sf.scoring import EMPTY
 from tests.head_slots import head_of
 from tests.interpreting import interpreting, poisoned
@@ -25,22 +25,22 @@ from tests.row_cases import owned
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted() -> Iterator[None]:
-    with interpreting(settling, decode_programs):
+    with interpreting(score_update, decode_programs):
         yield
 
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_poisoned() -> Iterator[None]:
-    """What `torch.empty` gives is NaN, so that whatever is not written shows."""
+    """Fill the result of `torch.empty` with NaN, to detect unwritten memory."""
     with poisoned():
         yield
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that rows of tens of slots take several."""
+    """Use tiles so small that rows with tens of slots take several."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
-    monkeypatch.setattr(decode, "SETTLE_BLOCK", 32)
+    monkeypatch.setattr(decode, "SCORE_BLOCK", 32)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -58,13 +58,13 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_chain_of_evictions_is_the_references_own(splits: int) -> None:
+def test_a_chain_of_evictions_equals_the_reference(splits: int) -> None:
     case = make(7, rows=2, slots=(9, 20), seen=8)
     assert check_chain(case, 24, splits) is None
     assert (case.start + 24 > case.policy.budget).all(), "every row has evicted"
 
 
-def test_a_chain_that_goes_another_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_chain_of_evictions_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(7, rows=2, slots=(9, 20), methods=("a2sf",), seen=20)
     assert case.policy.sinks.max() < 8
     monkeypatch.setattr(DecodePass, "__init__", partialmethod(other_alpha, DecodePass.__init__))
@@ -83,11 +83,11 @@ def other_alpha(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_step_of_what_is_served_equals_the_reference(seed: int) -> None:
+def test_a_step_with_served_shapes_equals_the_reference(seed: int) -> None:
     check(*served_case(seed, most=16))
 
 
-def test_among_equal_scores_the_oldest_goes_first() -> None:
+def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     case = make(3, rows=1, kv_heads=1, slots=(20, 20), methods=("a2sf",), seen=20)
     slots, policy = case.slots, case.policy
     policy.alpha.fill_(1.0)
@@ -101,7 +101,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
     query, keys, values = case.tokens()
     for evicted in (2, 3, 4, 5):
         assert int(slots.position[0, int(plan)]) == evicted
-        # Equal keys are paid alike, in sums that are exact.
+        # Equal keys get equal attention, in sums that are exact.
         decode.decode_attention(
             torch.full_like(query, 0.5),
             torch.ones_like(keys),
@@ -120,7 +120,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_tiles: None) -> None:
+def test_a_row_with_too_few_slots_never_writes_beyond_them(splits: int, small_tiles: None) -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
     _, mine = owned(case)
@@ -140,7 +140,7 @@ def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them(splits: int, small_ti
         )
         start += 1
         assert (plan < case.slots.layout.widest).all()
-    # Of one layer, keys lie as scores do.
+    # With one layer, keys have the same layout as scores.
     assert case.slab.keys[0][~mine].isnan().all()
     assert case.slab.score[~mine].isnan().all()
     assert (case.slab.position[~mine] == EMPTY).all()

@@ -1,4 +1,4 @@
-"""The fused scoring of a prompt's block equals `attention.mass`, without its rows of attention."""
+"""The fused `attention_sum` of a prompt's block equals torch's, without attention rows."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles so small that tens of tokens take several; fresh memory holds NaN."""
+    """Use tiles so small that tens of tokens take several, and fill new memory with NaN."""
     monkeypatch.setattr(prefill, "QUERIES", 16)
     monkeypatch.setattr(prefill, "TILE_ELEMENTS", 512)
     with poisoned():
@@ -31,23 +31,23 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_the_mass_of_a_block_equals_the_reference(seed: int) -> None:
+def test_the_attention_sum_of_a_block_equals_the_reference(seed: int) -> None:
     check_mass(seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_normalisers_that_flash_attention_found_serve_as_well(seed: int) -> None:
+def test_normalisers_from_flash_attention_give_the_same_sums(seed: int) -> None:
     check_mass(seed, known=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16, 116))
-def test_the_mass_of_any_block_equals_the_reference(seed: int) -> None:
+def test_the_attention_sum_of_any_block_equals_the_reference(seed: int) -> None:
     check_mass(seed)
 
 
 @pytest.mark.skipif(CUDA, reason="counts the interpreter's products")
-def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_with_weight_0_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     dot = InterpreterBuilder.create_dot
     monkeypatch.setattr(
@@ -62,20 +62,18 @@ def test_queries_too_old_to_count_cost_nothing(monkeypatch: pytest.MonkeyPatch) 
             torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([width]), 0, width
         )[0]
         products.clear()
-        got = prefill.mass(query, at, query, position, weights, 0.4)
-        want = attention.mass(query, at, query, position, weights, 0.4)
+        got = prefill.attention_sum(query, at, query, position, weights, 0.4)
+        want = attention.attention_sum(query, at, query, position, weights, 0.4)
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
-        # Of four tiles of queries and two of slots: at .3 and 0 only the last queries count, and at
-        # 1 all do, but the later slots are out of the earlier queries' sight.
+        # There are four tiles of queries and two of slots. At .3 and 0 only the last queries have a
+        # weight. At 1 all have one, but the earlier queries do not attend to the later slots.
         assert len(products) == count
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("slots", [64, 200])
-def test_flash_attention_sees_what_attention_by_position_sees(
-    dtype: torch.dtype, slots: int
-) -> None:
+def test_flash_attention_equals_attention_by_position(dtype: torch.dtype, slots: int) -> None:
     if not CUDA:
         pytest.skip("no CUDA device on this machine")
     check_flash(dtype, 64, slots)

@@ -1,4 +1,4 @@
-"""What the fused decode step takes, and how its work is cut."""
+"""The fused decode step's tile sizes and splits."""
 
 import pytest
 import torch
@@ -22,12 +22,14 @@ def test_a_tile_fits_its_bytes_and_a_tensor_core(dtype: torch.dtype, dim: int) -
 @pytest.mark.parametrize(
     ("programs", "tiles", "splits"),
     [
-        (8, 16, 16),  # one row of an 8B model: a tile each
-        (8, 100, 25),  # at most 32, and 4 tiles each need only 25
-        (64, 16, 4),  # wanted are 5: with 4 tiles each, 4 do as well
+        (8, 16, 16),  # one row of an 8B model: one tile per split
+        (8, 100, 25),  # at most 32 splits; with 4 tiles each, 25 are enough
+        (64, 16, 4),  # 5 splits would be used; with 4 tiles each, 4 are enough
         (512, 16, 1),
         (8, 1, 1),
     ],
 )
-def test_slots_are_split_until_the_device_is_busy(programs: int, tiles: int, splits: int) -> None:
+def test_slots_are_split_only_until_the_device_is_busy(
+    programs: int, tiles: int, splits: int
+) -> None:
     assert decode.choose_splits(programs, tiles, multiprocessors=132) == splits

@@ -1,4 +1,4 @@
-"""numba's programs equal `DecodePass`: outputs, scores, positions, and who is evicted."""
+"""numba's kernels equal `DecodePass`: outputs, scores, positions and victims."""
 
 import math
 import random
@@ -12,10 +12,10 @@ import torch
 from a2sf import decoding, scoring
 from a2sf.attention import DecodePass
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.kept import Kept
 from a2sf.kernels import walk, walk_programs
 from a2sf.kernels.walk import Walker
 from a2sf.policy import EffectivePolicy
+from a2sf.retention import RetentionRecorder
 from tests.head_slots import head_of
 from tests.interpreting import CUDA
 from tests.row_cases import TOLERANCE, Case, check_state, exact, make, owned
@@ -28,7 +28,7 @@ SCORE_TOLERANCE = 2e-5
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads, however little there is to do."""
+    """Use two threads even for little work."""
     monkeypatch.setattr(walk, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -56,7 +56,7 @@ def close(output: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def check_steps(case: Case, steps: int) -> None:
-    """Decode some steps; after each, everything equals the reference's step from the same state."""
+    """Decode some steps; compare each with the reference's step from the same state."""
     slots, policy, start = case.slots, case.policy, case.start.clone()
     walker = Walker(slots, policy)
     for _ in range(steps):
@@ -69,7 +69,7 @@ def check_steps(case: Case, steps: int) -> None:
             assert output.dtype == slots.keys[0].dtype
             close(output, reference(layer, *(t.double() for t in tokens), case.scale))
         start += 1
-        # Scores count where evictions hang on them, or come from a hash.
+        # Scores are compared if evictions depend on them, or if they come from a hash.
         judged = policy.scored | (policy.random_seed >= 0)
         check_state(case, witness, start, judged, SCORE_TOLERANCE)
 
@@ -93,7 +93,7 @@ def test_any_step_equals_the_reference(seed: int) -> None:
 
 
 def texts(case: Case, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of texts of so many tokens, as a model hands them in."""
+    """Queries, keys and values of texts, in the memory layout of a model's projections."""
     heads, dim = case.policy.alpha.shape[2], case.slots.keys[0].shape[2]
 
     def normal(count: int) -> torch.Tensor:
@@ -105,7 +105,7 @@ def texts(case: Case, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("seed", range(30))
-def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
+def test_a_walk_along_texts_of_different_lengths_equals_single_steps(seed: int) -> None:
     choose = random.Random(seed)
     dtype = choose.choice([torch.float32, torch.bfloat16])
     case = make(
@@ -121,10 +121,10 @@ def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
         case.slots.position.clone(),
         case.slots.score.clone(),
     )
-    outputs, watches = [], []
+    outputs, records = [], []
     for slots, many in ((stepped, False), (case.slots, True)):
-        output, watch = torch.zeros_like(query), Kept()
-        watch.begin(keys)
+        output, recorder = torch.zeros_like(query), RetentionRecorder()
+        recorder.begin(keys)
         if many:
             decoding.walk_texts(
                 "numba",
@@ -135,7 +135,7 @@ def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
                 start=start,
                 end=end,
                 output=output,
-                watch=watch,
+                recorder=recorder,
             )
         else:
             for row in range(len(start)):
@@ -148,11 +148,11 @@ def test_a_walk_along_ragged_texts_equals_as_many_steps(seed: int) -> None:
                     for head in range(keys.shape[1]):
                         here = head_of(slots, 0, row, head).position
                         kept = here[here <= at].long()
-                        watch.table[row, head, at, kept] = True
+                        recorder.table[row, head, at, kept] = True
         outputs.append(output)
-        watches.append(watch.table)
+        records.append(recorder.table)
     assert torch.equal(*outputs)
-    assert torch.equal(*watches)
+    assert torch.equal(*records)
     assert torch.equal(stepped.position, case.slots.position)
     torch.testing.assert_close(stepped.score, case.slots.score, rtol=0, atol=0, equal_nan=True)
 
@@ -174,13 +174,13 @@ def one_head(
     return slots, PolicyTensors.stack([rule], [10**6], CPU)
 
 
-def test_among_equal_scores_the_oldest_goes_first() -> None:
+def test_on_a_tie_the_oldest_token_is_evicted_first() -> None:
     slots, policy = one_head(8, 16, torch.float32, sinks=2)
     walker = Walker(slots, policy)
     alike = torch.ones(1, 1, 1, 16)
     for position in range(8):
         walker.begin(torch.tensor([position]))(0, 0.5 * alike, alike, alike, 0.1)
-    # From here on what each is paid is the same, and they begin as equals.
+    # From here on all tokens have equal scores and get equal attention.
     for position, evicted in zip(range(8, 12), (2, 3, 4, 5), strict=True):
         slots.score.fill_(0.25)
         walker.begin(torch.tensor([position]))(0, 0.5 * alike, alike, alike, 0.1)
@@ -188,7 +188,7 @@ def test_among_equal_scores_the_oldest_goes_first() -> None:
         assert {0, 1, position} <= set(slots.position.flatten().tolist())
 
 
-def test_a_token_that_is_not_a_number_is_passed_on_and_harms_no_other_row() -> None:
+def test_nan_reaches_the_output_of_its_row_only() -> None:
     case = make(3, rows=2, kv_heads=1, slots=(9, 9), methods=("a2sf",), seen=20)
     walker = Walker(case.slots, case.policy)
     query, keys, values = case.tokens()
@@ -198,13 +198,13 @@ def test_a_token_that_is_not_a_number_is_passed_on_and_harms_no_other_row() -> N
     assert output[1].isfinite().all()
 
 
-def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_halves_to_even() -> None:
+def test_bfloat16_outputs_are_rounded_to_nearest_ties_to_even() -> None:
     slots, policy = one_head(4, 256, torch.bfloat16)
     walker = Walker(slots, policy)
     rng = torch.Generator().manual_seed(2)
     alike = torch.ones(1, 1, 1, 256, dtype=torch.bfloat16)
     values = torch.randn(2, 1, 1, 1, 256, generator=rng).bfloat16()
-    # Half a unit in the last place, up to an even number and down to one.
+    # Ties: half a unit in the last place, rounded up or down to the even number.
     values[:, 0, 0, 0, :2] = torch.tensor([[1.0, 1.0078125], [1.0078125, 1.015625]])
     for position in range(2):
         start = torch.tensor([position])
@@ -214,19 +214,19 @@ def test_outputs_in_bfloat16_are_rounded_to_the_nearest_and_halves_to_even() -> 
     assert torch.equal(output, want.bfloat16())
 
 
-def test_a_row_that_runs_on_beyond_its_slots_keeps_to_them() -> None:
+def test_a_row_with_too_few_slots_never_writes_beyond_them() -> None:
     case = make(5, rows=2, kv_heads=2, slots=(40, 40), methods=("a2sf",), seen=38)
     case.policy.budget.fill_(100)
     _, mine = owned(case)
     walker = Walker(case.slots, case.policy)
     for ahead in range(4):
         walker.begin(case.start + ahead)(0, *case.tokens(), case.scale)
-    # Of one layer, keys lie as scores do.
+    # With one layer, keys have the same layout as scores.
     assert case.slab.keys[0][~mine].isnan().all()
     assert case.slab.score[~mine].isnan().all()
 
 
-def test_the_exponential_is_right_to_float32() -> None:
+def test_the_exponential_is_accurate_to_float32() -> None:
     x = np.concatenate([np.linspace(-87.0, 0.0, 40001), -np.logspace(-8, 0, 2000)])
     x = x.astype(np.float32)
     found = np.array([walk_programs.exponential(one) for one in x], dtype=np.float64)
@@ -237,7 +237,7 @@ def test_the_exponential_is_right_to_float32() -> None:
     assert math.isnan(walk_programs.exponential(np.float32(np.nan)))
 
 
-def test_hashes_are_those_of_the_reference() -> None:
+def test_random_scores_equal_the_reference() -> None:
     position = torch.arange(200)
     for seed in (0, 5, 2**31 - 1):
         for layer in (0, 3):
@@ -249,7 +249,7 @@ def test_hashes_are_those_of_the_reference() -> None:
                 assert found == want[0, 0, head].tolist()
 
 
-def test_engines_of_two_threads_do_not_meet() -> None:
+def test_engines_in_two_threads_do_not_interfere() -> None:
     ready = threading.Barrier(2)
 
     def chain(seed: int) -> Slots:

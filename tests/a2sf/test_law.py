@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from a2sf import attention, decoding, scoring
 from a2sf.attention import BlockPass, end_prompt
 from a2sf.cache import PolicyTensors, Slots
-from a2sf.decoding import Carrier
+from a2sf.decoding import Backend
 from a2sf.policy import EffectivePolicy, Heads
 from a2sf.scoring import EMPTY
 from tests.head_slots import head_of
@@ -33,7 +33,7 @@ def test_scores_of_the_worked_example_are_82_and_44() -> None:
     one = torch.tensor([1])
     score = torch.zeros(1, 1, 1, 2)
     for row in ([0.4, 0.3], [0.5, 0.2]):
-        score = scoring.decay(alpha, one) * score + torch.tensor([row])
+        scoring.accumulate(score, scoring.decay(alpha, one), torch.tensor([row]))
     assert score[0, 0, 0].tolist() == pytest.approx([0.82, 0.44])
 
     weights = scoring.query_weights(alpha, torch.tensor([2]), 0, 2)
@@ -44,7 +44,7 @@ def test_scores_of_the_worked_example_are_82_and_44() -> None:
 @pytest.mark.parametrize(
     ("alpha", "window"), [(0.0, 1), (0.9, 132), (0.95, 270), (0.99, 1375), (0.999, 13809)]
 )
-def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int) -> None:
+def test_the_window_of_queries_has_the_documented_size(alpha: float, window: int) -> None:
     weights = scoring.query_weights(
         torch.tensor([[[alpha]]], dtype=torch.float64), torch.tensor([15000]), 0, 15000
     )
@@ -52,7 +52,7 @@ def test_the_window_of_queries_that_count_is_as_stated(alpha: float, window: int
     assert weights[0, 0, 0, -1] == 1.0
 
 
-def test_a_tie_goes_to_the_oldest() -> None:
+def test_the_oldest_token_loses_a_tie() -> None:
     position = torch.tensor([[[[7, 3, 5, EMPTY]]]], dtype=torch.int32)
     score = torch.tensor([[[[0.25, 0.25, 0.5, 0.0]]]])
     none = torch.tensor([0])
@@ -62,7 +62,7 @@ def test_a_tie_goes_to_the_oldest() -> None:
     assert not allowed[0, 0, 0, 3]
 
 
-def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
+def test_random_scores_are_uniform_and_depend_on_every_input() -> None:
     position = torch.arange(4000).expand(2, -1)
     first = scoring.first_heads(torch.tensor([2, 3]))
     scores = scoring.random_scores(torch.tensor([0, 1]), first, 3, position)
@@ -78,7 +78,7 @@ def test_random_scores_are_uniform_and_differ_by_every_part() -> None:
 
 
 def of_heads(kv_heads: int, number: st.SearchStrategy[int]) -> st.SearchStrategy[Heads]:
-    """A number of each head in each of two layers."""
+    """One number per head in each of two layers."""
     return st.tuples(*[st.tuples(*[number] * kv_heads)] * 2)
 
 
@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn) -> dict:
     policies = []
     for _ in range(rows):
         sinks = draw(st.integers(0, 3))
-        # Of each head in each of two layers; the sequence has 22 tokens at most.
+        # One number per head in each of two layers; a sequence has at most 22 tokens.
         recents = draw(of_heads(kv_heads, st.integers(0, 4)))
         spare = draw(of_heads(kv_heads, st.integers(0, 20)))
         budgets = tuple(
@@ -127,13 +127,13 @@ def test_blocks_and_decode_steps_equal_the_written_out_law(case: dict) -> None:
 
 @settings(max_examples=100)
 @given(cases())
-def test_decode_steps_of_the_compiled_programs_equal_the_written_out_law(case: dict) -> None:
+def test_compiled_decode_steps_equal_the_written_out_law(case: dict) -> None:
     hold_to_the_law("numba", case)
 
 
-def hold_to_the_law(carrier: Carrier, case: dict) -> None:
+def hold_to_the_law(backend: Backend, case: dict) -> None:
     dim, scale = 4, 0.7
-    dtype = torch.float64 if carrier == "torch" else torch.float32
+    dtype = torch.float64 if backend == "torch" else torch.float32
     policies, kv_heads, group = case["policies"], case["kv_heads"], case["group"]
     rows, steps = len(policies), case["steps"]
     rng = torch.Generator().manual_seed(case["seed"])
@@ -145,7 +145,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
 
     query, keys, values = normal(kv_heads * group), normal(kv_heads), normal(kv_heads)
 
-    # Written out, head by head; the first of two layers has one alpha.
+    # Written out, head by head. The first of two layers has one alpha for all heads.
     witness = {}
     for layer, row, head in itertools.product(range(2), range(rows), range(kv_heads)):
         policy = policies[row]
@@ -180,11 +180,11 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
     effective = [
         EffectivePolicy(
             method="table" if p["random_seed"] is None else "random",
-            # Nothing of the random baseline decays.
+            # Scores of the random baseline do not decay.
             alpha=((0.5,) * kv_heads, tuple(p["alpha"]))
             if p["random_seed"] is None
             else ((1.0,) * kv_heads,) * 2,
-            # What the law is carried out with is the heads' own, whatever the mean.
+            # The law uses each head's own numbers; the mean budget has no effect.
             budget=1,
             head_budgets=p["budgets"],
             recent=0,
@@ -234,7 +234,7 @@ def hold_to_the_law(carrier: Carrier, case: dict) -> None:
     used = end_prompt(staging, used, prompt, stacked)
     for row, counts in enumerate(used.transpose(0, 1).tolist()):
         slots.copy_row(row, staging, row, counts)
-    begin = decoding.make_steps(carrier, slots, stacked)
+    begin = decoding.make_steps(backend, slots, stacked)
     for ahead in range(steps):
         at = (prompt + ahead)[:, None, None, None]
         step = begin(prompt + ahead)
@@ -266,7 +266,7 @@ def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
         return (
             attention.attend(query, at, keys, keys, position, 0.3),
-            attention.mass(query, at, keys, position, weights, 0.3),
+            attention.attention_sum(query, at, keys, position, weights, 0.3),
         )
 
     monkeypatch.setattr(attention, "SCORE_TILE", 50)
@@ -289,11 +289,11 @@ def test_a_long_block_in_tiles_equals_one_tile(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("piece", [300, 64])
-def test_only_the_queries_that_count_are_scored(
+def test_only_queries_with_a_weight_are_scored(
     monkeypatch: pytest.MonkeyPatch, policy: dict, length: int, scored: int, piece: int
 ) -> None:
     fields = policy | {"alpha": ((policy["alpha"],) * 2,)}
-    wish = EffectivePolicy(
+    requested_policy = EffectivePolicy(
         budget=50,
         head_budgets=((50, 50),),
         recent=0,
@@ -302,7 +302,7 @@ def test_only_the_queries_that_count_are_scored(
         prefill_chunk=0,
         **fields,
     )
-    stacked = PolicyTensors.stack([wish], [length], CPU)
+    stacked = PolicyTensors.stack([requested_policy], [length], CPU)
     slots = Slots.empty(
         rows=1,
         slots=((300, 300),),
@@ -311,9 +311,11 @@ def test_only_the_queries_that_count_are_scored(
         device=CPU,
     )
     widths = []
-    mass = attention.mass
+    attention_sum = attention.attention_sum
     monkeypatch.setattr(
-        attention, "mass", lambda q, *rest: widths.append(q.shape[2]) or mass(q, *rest)
+        attention,
+        "attention_sum",
+        lambda q, *rest: widths.append(q.shape[2]) or attention_sum(q, *rest),
     )
     used = torch.tensor([[[0, 0]]])
     for first in range(0, 300, piece):

@@ -1,4 +1,4 @@
-"""A row of slots is cut head by head, with nothing between them."""
+"""A row of slots is split among heads without gaps."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 rows_of_heads = st.integers(1, 4).flatmap(
     lambda heads: st.lists(
-        # Few widths, so that neighbours are often equal.
+        # Few distinct widths, so that neighbours are often equal.
         st.tuples(*[st.integers(1, 3)] * heads),
         min_size=1,
         max_size=5,
@@ -31,7 +31,7 @@ def make(slots: Heads, rows: int = 2) -> Slots:
 
 
 @given(rows_of_heads)
-def test_runs_cover_each_head_once_and_join_all_equal_neighbours(slots: Heads) -> None:
+def test_runs_cover_each_head_once_and_merge_equal_neighbours(slots: Heads) -> None:
     layout = Layout.packed(slots)
     covered = []
     for run in layout.runs:
@@ -46,7 +46,7 @@ def test_runs_cover_each_head_once_and_join_all_equal_neighbours(slots: Heads) -
 
 
 @given(rows_of_heads)
-def test_rectangles_are_the_heads_own_memory(slots: Heads) -> None:
+def test_rectangles_are_views_of_the_heads_memory(slots: Heads) -> None:
     cache = make(slots)
     for tensor in (*cache.keys, *cache.values, cache.score):
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
@@ -72,7 +72,7 @@ def test_slots_take_the_bytes_of_the_formula(dtype: torch.dtype, slots: Heads, r
     assert cache.nbytes == rows * sum(map(sum, slots)) * slot
 
 
-def test_equal_heads_are_one_run_and_so_is_a_narrower_view_of_them() -> None:
+def test_equal_heads_and_a_narrower_view_of_them_are_one_run() -> None:
     layout = Layout.packed(((8, 8), (8, 8), (8, 8)))
     assert [run.shape for run in layout.runs] == [(3, 2, 8)]
     narrow = layout.narrowed(((5, 5), (5, 5), (5, 5)))
@@ -80,7 +80,7 @@ def test_equal_heads_are_one_run_and_so_is_a_narrower_view_of_them() -> None:
     assert narrow.offsets == layout.offsets
 
 
-def test_a_view_of_narrower_heads_leaves_the_rest_of_the_row_alone() -> None:
+def test_writes_to_a_narrower_view_do_not_change_the_rest_of_the_row() -> None:
     cache = make(((4, 6), (5, 5)))
     view = cache.view(slice(1, 2), ((4, 2), (1, 5)))
     for _, part in view.parts:
@@ -94,7 +94,7 @@ def test_a_view_of_narrower_heads_leaves_the_rest_of_the_row_alone() -> None:
 
 
 def filled(counts: Heads, width: int, rng: random.Random) -> Slots:
-    """A rectangle, whose row holds so many tokens in any of each head's slots."""
+    """Slots whose row holds the given number of tokens, in any slots of each head."""
     cache = make(tuple((width,) * len(row) for row in counts), rows=1)
     for layer, row in enumerate(counts):
         for head, count in enumerate(row):
@@ -131,8 +131,8 @@ def test_a_copied_row_holds_each_head_s_tokens_in_its_first_slots(slots: Heads, 
         assert torch.equal(getattr(cache, name)[0], getattr(cache, name)[1])
 
 
-def test_the_heads_of_most_slots_come_first() -> None:
-    places = make(((3, 9, 9, 1), (5, 5, 5, 6))).places
-    assert places.order.tolist() == [[1, 2, 0, 3], [3, 0, 1, 2]]
-    assert places.vectors.tolist() == [[0, 3, 12, 21], [0, 5, 10, 15]]
-    assert places.marks.tolist() == [[0, 3, 12, 21], [22, 27, 32, 37]]
+def test_heads_are_ordered_by_falling_number_of_slots() -> None:
+    locations = make(((3, 9, 9, 1), (5, 5, 5, 6))).head_locations
+    assert locations.order.tolist() == [[1, 2, 0, 3], [3, 0, 1, 2]]
+    assert locations.vectors.tolist() == [[0, 3, 12, 21], [0, 5, 10, 15]]
+    assert locations.marks.tolist() == [[0, 3, 12, 21], [22, 27, 32, 37]]

@@ -1,4 +1,4 @@
-"""A packed linear layer is the layer that it replaces, up to rounding."""
+"""A packed linear layer equals the layer that it replaces, up to rounding."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [dtype for dtype in PACKED_DTYPES if packs(dtype)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 96), (1, 96), (3, 7, 96), (300, 96)])
-def test_a_packed_layer_maps_as_the_layer_does(
+def test_a_packed_layer_equals_the_layer(
     dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_a_packed_layer_maps_as_the_layer_does(
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_of_any_dtype_is_packed_where_the_processor_can_and_computes(
+def test_a_layer_of_any_dtype_computes_the_same_after_pack(
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def test_a_model_of_any_dtype_is_packed_where_the_processor_can_and_computes(
     torch.testing.assert_close(got.double(), want, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_few_numbers_of_rows_are_computed_and_little_is_wasted() -> None:
+def test_few_distinct_row_counts_are_computed_with_little_padding() -> None:
     sizes = {rows: computed_rows(rows) for rows in range(1, 5000)}
     assert all(rows <= computed for rows, computed in sizes.items())
     assert all(computed == rows for rows, computed in sizes.items() if rows <= 16)
@@ -56,14 +56,14 @@ def test_few_numbers_of_rows_are_computed_and_little_is_wasted() -> None:
 
 
 class Scaled(Linear):
-    """A layer that does more than multiply."""
+    """A subclass that computes something else."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(values)
 
 
 @needs_onednn
-def test_what_is_no_plain_layer_of_a_packed_dtype_stays() -> None:
+def test_other_layers_and_dtypes_are_not_packed() -> None:
     module = Sequential(
         Linear(8, 8), Sequential(Linear(8, 8)), Scaled(8, 8), Linear(8, 8, dtype=torch.float64)
     )
@@ -73,7 +73,7 @@ def test_what_is_no_plain_layer_of_a_packed_dtype_stays() -> None:
 
 
 @needs_onednn
-def test_an_embedding_that_shares_its_weight_goes_on_working() -> None:
+def test_a_tied_embedding_still_works_after_packing() -> None:
     class Tied(Module):
         def __init__(self) -> None:
             super().__init__()
@@ -89,7 +89,7 @@ def test_an_embedding_that_shares_its_weight_goes_on_working() -> None:
 
 
 @needs_onednn
-def test_every_layer_of_a_float32_model_is_packed_and_none_in_float64(
+def test_all_layers_are_packed_in_float32_and_none_in_float64(
     tiny_model: LoadedModel, tiny_model_64: LoadedModel
 ) -> None:
     assert not any(type(child) is Linear for child in tiny_model.module.modules())

@@ -1,4 +1,4 @@
-"""The engine's memory is fixed before the first token and stays where it is, whatever is asked."""
+"""The engine's memory is fixed before the first token and does not grow for any request."""
 
 import multiprocessing
 import random
@@ -25,7 +25,7 @@ MIB = 2**20
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(("rows", "slots"), [(1, 7), (3, 50), (8, 168)])
-def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_times(
+def test_the_cache_always_takes_the_bytes_of_the_formula(
     tiny_model_dir: Path, dtype: str, rows: int, slots: int
 ) -> None:
     model = load_model(str(tiny_model_dir), device="cpu", dtype=dtype)
@@ -48,8 +48,8 @@ def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_t
     check()
     rng = random.Random(slots)
     for index, prompt in enumerate(prompts(3 * rows, high=staging)):
-        wish = CachePolicy(preset="h2o", budget=rng.randint(5, slots))
-        engine.submit(request(str(index), prompt, cache_policy=wish, max_new_tokens=12))
+        requested_policy = CachePolicy(preset="h2o", budget=rng.randint(5, slots))
+        engine.submit(request(str(index), prompt, cache_policy=requested_policy, max_new_tokens=12))
     while engine.has_work:
         for event in engine.step():
             if isinstance(event, Finished):
@@ -68,7 +68,7 @@ def test_keys_values_positions_and_scores_take_the_bytes_of_the_formula_at_all_t
     ],
 )
 @pytest.mark.parametrize(("rows", "slots"), [(1, 31), (3, 50)])
-def test_a_shaped_slab_takes_exactly_the_bytes_of_a_flat_one(
+def test_a_shaped_slab_takes_the_same_bytes_as_an_equal_one(
     tiny_model: LoadedModel, rows: int, slots: int, shares: tuple[tuple[float, ...], ...]
 ) -> None:
     shape = tiny_model.shape
@@ -83,8 +83,8 @@ def test_a_shaped_slab_takes_exactly_the_bytes_of_a_flat_one(
 
     assert sum(map(sum, heads)) == 3 * shape.num_kv_heads * slots
     table = make_table(tiny_model.identity, head_share=shares, recent=0, sinks=0)
-    wish = CachePolicy(table=table.name, budget=slots)
-    shaped.submit(request("r", range(200), table=table, cache_policy=wish))
+    requested_policy = CachePolicy(table=table.name, budget=slots)
+    shaped.submit(request("r", range(200), table=table, cache_policy=requested_policy))
     cache = finished(run(shaped)["r"]).cache
     assert (cache.budget, cache.kept_tokens) == (slots, slots)
     assert cache.kept_tokens + cache.evicted_tokens == 219
@@ -92,22 +92,26 @@ def test_a_shaped_slab_takes_exactly_the_bytes_of_a_flat_one(
     assert shaped.kv_slab_bytes == slab_bytes
 
 
-def test_kept_tokens_are_the_mean_over_layers_in_whole_tokens(tiny_model: LoadedModel) -> None:
+def test_kept_tokens_are_averaged_over_heads_and_rounded(tiny_model: LoadedModel) -> None:
     table = make_table(tiny_model.identity, layer_share=(4.0, 1.0, 1.0))
-    wish = CachePolicy(table=table.name, budget=20)
-    # Budgets of 40, 10 and 10: after 19 tokens 19 + 10 + 10 are held.
+    requested_policy = CachePolicy(table=table.name, budget=20)
+    # Budgets of 40, 10 and 10: after 19 tokens, the heads hold 19 + 10 + 10.
     engine = engine_for(tiny_model)
-    engine.submit(request("r", range(10), max_new_tokens=10, table=table, cache_policy=wish))
+    engine.submit(
+        request("r", range(10), max_new_tokens=10, table=table, cache_policy=requested_policy)
+    )
     cache = finished(run(engine)["r"]).cache
     assert (cache.kept_tokens, cache.evicted_tokens) == (19, 0)
-    engine.submit(request("r", range(15), max_new_tokens=15, table=table, cache_policy=wish))
+    engine.submit(
+        request("r", range(15), max_new_tokens=15, table=table, cache_policy=requested_policy)
+    )
     cache = finished(run(engine)["r"]).cache
-    # Capped at 30 tokens the budgets are 30, 15 and 15, and 29 + 15 + 15 are held.
+    # With at most 30 tokens the budgets are 30, 15 and 15; the heads hold 29 + 15 + 15.
     assert (cache.kept_tokens, cache.evicted_tokens) == (20, 9)
     assert cache.kv_bytes == 59 * 2 * (2 * 8 * 4 + 8)
 
 
-def test_a_prompt_cut_short_tells_the_bytes_that_it_held_in_the_staging_row(
+def test_a_prompt_that_ends_early_reports_its_bytes_in_the_staging_row(
     tiny_model: LoadedModel,
 ) -> None:
     now = 0.0
@@ -124,7 +128,7 @@ def test_a_prompt_cut_short_tells_the_bytes_that_it_held_in_the_staging_row(
 
 
 def in_a_fresh_process(measure: Callable[..., list[float]], *arguments: Any) -> list[float]:
-    """Run where nothing but `measure` takes memory."""
+    """Run `measure` in a separate process, where nothing else takes memory."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as processes:
         return processes.submit(measure, *arguments).result()
@@ -145,10 +149,16 @@ def along_one_long_request(every: int, count: int) -> list[float]:
     """Resident MiB after each of `count` times `every` tokens of one request."""
     model = make_model(every * count + 100)
     engine = engine_for(model, max_prefill_tokens=100)
-    wish = CachePolicy(preset="h2o", budget=64)
+    requested_policy = CachePolicy(preset="h2o", budget=64)
     sampling = Sampling(seed=1, top_p=0.9, repetition_penalty=1.1)
     engine.submit(
-        request("r", range(100), max_new_tokens=every * count, cache_policy=wish, sampling=sampling)
+        request(
+            "r",
+            range(100),
+            max_new_tokens=every * count,
+            cache_policy=requested_policy,
+            sampling=sampling,
+        )
     )
     measured = []
     for _ in range(count):
@@ -160,11 +170,11 @@ def along_one_long_request(every: int, count: int) -> list[float]:
 
 
 def along_many_requests(every: int, count: int) -> list[float]:
-    """Resident MiB after each of `count` times `every` requests that come and go at random."""
+    """Resident MiB after each of `count` times `every` requests with random arrivals."""
     model = make_model(512)
     engine = engine_for(model, slots=168, max_batch=5)
     rng = random.Random(0)
-    made = any_requests(model, every * count, seed=0, longest=60)[::-1]
+    made = any_requests(model, every * count, seed=0, max_len=60)[::-1]
     measured = []
     while made or engine.has_work:
         while made and engine.waiting < 3 and rng.random() < 0.5:
@@ -179,14 +189,14 @@ def along_many_requests(every: int, count: int) -> list[float]:
 
 
 def peak_over_a_prompt(length: int) -> list[float]:
-    """MiB above idle at the most while a prompt of this many tokens is served in chunks."""
+    """Peak MiB above idle while a prompt of this many tokens is served in chunks."""
     model = make_model(17_000, hidden_size=128, intermediate_size=256, head_dim=32)
     engine = engine_for(model, slots=512, max_batch=1, max_prefill_tokens=1024)
-    wish = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
+    requested_policy = CachePolicy(preset="h2o", budget=512, prefill_chunk=256)
     rng = random.Random(0)
     prompt = [rng.randrange(BYTES) for _ in range(length)]
-    engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=wish))
-    # From here on the kernel's high-water mark of resident memory starts anew.
+    engine.submit(request("r", prompt, max_new_tokens=10, cache_policy=requested_policy))
+    # Reset the kernel's high-water mark of resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     idle = resident()
     run(engine)
@@ -196,33 +206,34 @@ def peak_over_a_prompt(length: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_thousand_tokens_of_one_request_leave_resident_memory_where_it_was() -> None:
+def test_resident_memory_does_not_grow_over_ten_thousand_tokens() -> None:
     measured = in_a_fresh_process(along_one_long_request, 1000, 11)
-    # A cache of all tokens would take 4 MiB; 0.45 were measured, the answer's own tokens among it.
+    # A full cache would take 4 MiB; we measured 0.45, which includes the list of tokens.
     assert measured[-1] - measured[0] < 1.0, f"MiB after each 1,000 tokens: {measured}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_hundreds_of_requests_that_come_and_go_leave_resident_memory_where_it_was() -> None:
+def test_resident_memory_does_not_grow_over_hundreds_of_requests() -> None:
     measured = in_a_fresh_process(along_many_requests, 20, 16)
-    # By 60 to 160 requests, as the seed has it, oneDNN has met every number of rows it computes.
-    # After those, nothing was measured to be added at all.
+    # After 60 to 160 requests, depending on the seed, oneDNN has compiled for all row counts. After
+    # that, we measured no growth.
     assert measured[-1] - measured[8] < 1.0, f"MiB after each 20 requests: {measured}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_prompt_in_chunks_takes_the_same_memory_at_its_peak_however_long_it_is(
+def test_peak_memory_of_a_chunked_prompt_does_not_depend_on_its_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not tell a process's peak anew")
-    # Else the allocator learns to keep what was freed, now more of it and now less.
+        pytest.skip("this system cannot reset a process's peak memory")
+    # Otherwise the allocator keeps a varying amount of freed memory.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     (short,) = in_a_fresh_process(peak_over_a_prompt, 2_000)
     (long,) = in_a_fresh_process(peak_over_a_prompt, 16_000)
-    # 12.1 to 12.3 and 12.3 to 12.4 were measured; exact, the long prompt's cache alone takes 24.
+    # We measured 12.1 to 12.3 and 12.3 to 12.4. In an exact prefill, the long prompt's cache alone
+    # would take 24.
     assert long < 1.15 * short, (
         f"{short:.1f} MiB above idle for 2,000 tokens, {long:.1f} for 16,000"
     )

@@ -1,4 +1,4 @@
-"""Models load from whole checkpoints of supported families, and everything else is refused."""
+"""Models load from complete checkpoints of supported families; everything else is refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_checkpoint_is_described_as_it_is(tiny_model: LoadedModel) -> None:
+def test_a_loaded_checkpoint_has_the_right_identity_and_shape(tiny_model: LoadedModel) -> None:
     shape = tiny_model.shape
     assert (shape.num_layers, shape.num_attention_heads, shape.num_kv_heads) == (3, 4, 2)
     assert (shape.head_dim, shape.vocab_size, shape.max_context) == (8, 258, 512)
@@ -31,7 +31,7 @@ def test_a_checkpoint_is_described_as_it_is(tiny_model: LoadedModel) -> None:
     assert tiny_model.dtype == torch.float32
 
 
-def test_the_fingerprint_is_of_the_stored_weights_and_the_rotation(
+def test_the_fingerprint_depends_on_the_stored_weights_and_the_rotation(
     tiny_model_dir: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     def fingerprint(directory: Path, **options: Any) -> str:
@@ -48,7 +48,7 @@ def test_the_fingerprint_is_of_the_stored_weights_and_the_rotation(
     assert fingerprint(checkpoint) != original
 
 
-def test_a_sharded_checkpoint_has_the_fingerprint_of_the_whole_one(
+def test_sharding_does_not_change_the_fingerprint(
     tiny_model: LoadedModel, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -63,33 +63,33 @@ def test_a_sharded_checkpoint_has_the_fingerprint_of_the_whole_one(
     assert sharded.identity.fingerprint == tiny_model.identity.fingerprint
 
 
-def test_the_ends_of_sequence_are_all_that_settings_and_tokenizer_name(checkpoint: Path) -> None:
+def test_eos_tokens_come_from_settings_and_tokenizer(checkpoint: Path) -> None:
     edit(checkpoint / "config.json", eos_token_id=7)
     edit(checkpoint / "generation_config.json", eos_token_id=[3, 0])
     assert load_model(str(checkpoint), device="cpu").eos_token_ids == {7, 3, 0, EOS}
-    # Neither token 0 nor a number that stands for none is overlooked.
+    # Token 0 is a valid id, and a negative number means none.
     edit(checkpoint / "config.json", eos_token_id=-1)
     edit(checkpoint / "generation_config.json", eos_token_id=0)
     edit(checkpoint / "tokenizer_config.json", eos_token=None)
     assert load_model(str(checkpoint), device="cpu").eos_token_ids == {0}
 
 
-def test_a_bos_token_that_is_there_is_not_doubled(reference_model: LoadedModel) -> None:
+def test_a_bos_token_is_not_added_twice(reference_model: LoadedModel) -> None:
     begin = reference_model.tokenizer.bos_token
     first = reference_model.tokenizer.bos_token_id
     assert reference_model.encode(f"{begin}a") == reference_model.encode("a")
-    # Whoever writes two gets two, and without special tokens a text is as it is.
+    # A text with two gets two; without special tokens the text does not change.
     assert reference_model.encode(f"{begin}{begin}a")[:3].count(first) == 2
     assert reference_model.encode(f"{begin}a", special=False)[:2].count(first) == 1
 
 
-def test_a_bos_token_is_added_where_the_tokenizer_does(reference_model: LoadedModel) -> None:
+def test_a_bos_token_is_added_if_the_tokenizer_adds_one(reference_model: LoadedModel) -> None:
     assert reference_model.encode("a")[0] == reference_model.tokenizer.bos_token_id
     assert BOS not in reference_model.encode("a")[1:]
 
 
 @pytest.mark.parametrize("name", ["no/such/directory", "./nothing", "org/name", "nobody-has-this"])
-def test_a_model_that_is_nowhere_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NotFound, match=name) as caught:
         load_model(name)
@@ -115,7 +115,7 @@ def test_truncated_weights_are_named(checkpoint: Path) -> None:
         load_model(str(checkpoint))
 
 
-def test_another_family_is_refused_by_name(checkpoint: Path) -> None:
+def test_an_unsupported_family_is_refused_by_name(checkpoint: Path) -> None:
     edit(checkpoint / "config.json", architectures=["GPT2LMHeadModel"])
     with pytest.raises(Unsupported, match="is a GPT2LMHeadModel; supported: LlamaForCausalLM"):
         load_model(str(checkpoint))
@@ -144,7 +144,7 @@ def test_an_unknown_device_or_dtype_is_refused(
         load_model(str(tiny_model_dir), **options)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_and_never_filled_up(checkpoint: Path) -> None:
+def test_a_checkpoint_without_all_weights_is_refused(checkpoint: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint / "model.safetensors")

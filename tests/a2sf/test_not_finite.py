@@ -1,4 +1,4 @@
-"""NaN and infinity end the request that they come from, and never reach another one."""
+"""NaN and infinity end the request that caused them, and never reach another one."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SIZES = {"slots": 64, "max_batch": 3, "step_tokens": 8, "cuda_graphs": False}
 TEXTS = [[t % POISON for t in text] for text in prompts(4, low=36, high=44, seed=6)]
 
 EVICTING = CachePolicy(preset="window", budget=6, sinks=0, prefill_chunk=4)
-"""Of a prompt of 40 tokens, whatever the first few leave behind is evicted before the last."""
+"""A policy under which the first tokens of a prompt of 40 tokens are evicted before its end."""
 
 
 @pytest.fixture(scope="module", params=[torch.nan, torch.inf], ids=["nan", "inf"])
@@ -45,9 +45,9 @@ SHARES = ((0.5, 1.2), (1.0, 0.8), (1.5, 1.0))
 
 
 def healthy(model: LoadedModel) -> list[GenerationRequest]:
-    """Requests that read slots of others: wide rows, blocks after evictions, unequal heads."""
+    """Requests that reuse slots of others: wide rows, blocks after evictions, unequal heads."""
     unequal = make_table(model.identity, head_share=SHARES, sinks=1, recent=1)
-    wishes = [
+    requested_policies = [
         CachePolicy(preset="full"),
         CachePolicy(alpha=0.9, budget=12, recent=2, prefill_chunk=5),
         CachePolicy(table=unequal.name, budget=12, prefill_chunk=1),
@@ -56,12 +56,14 @@ def healthy(model: LoadedModel) -> list[GenerationRequest]:
         request(
             f"healthy {i}",
             text,
-            cache_policy=wish,
-            table=unequal if wish.table else None,
+            cache_policy=requested_policy,
+            table=unequal if requested_policy.table else None,
             max_new_tokens=8,
             logprobs=True,
         )
-        for i, (text, wish) in enumerate(zip(TEXTS[1:], wishes, strict=True))
+        for i, (text, requested_policy) in enumerate(
+            zip(TEXTS[1:], requested_policies, strict=True)
+        )
     ]
 
 
@@ -71,7 +73,7 @@ def said(stream: list[StepEvent]) -> list[tuple[int, float]]:
 
 
 def check_the_next(engine: Engine, model: LoadedModel) -> None:
-    """What the engine serves next is, bit for bit, what an engine that is new serves."""
+    """Check that the engine's next results equal those of a new engine bit for bit."""
     new = engine_for(model, kernels=engine.kernels, **SIZES)
     streams = []
     for one in (engine, new):
@@ -108,7 +110,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_a_prompt_that_is_not_finite_fails_alone_and_spoils_no_later_request(
+def test_a_prompt_with_nan_fails_alone_and_does_not_affect_later_requests(
     kind: str, model: LoadedModel
 ) -> None:
     engine = engine_for(model, **SIZES)
@@ -136,7 +138,7 @@ def wait_for_too_long(engine: Engine, clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("end", [cancel, wait_for_too_long])
-def test_a_prompt_left_in_the_middle_spoils_no_later_request(
+def test_a_cancelled_prompt_with_nan_does_not_affect_later_requests(
     end: Callable[[Engine, list[float]], None], model: LoadedModel
 ) -> None:
     clock = [0.0]
@@ -146,7 +148,7 @@ def test_a_prompt_left_in_the_middle_spoils_no_later_request(
     engine.submit(one.model_copy(update={"time_limit_s": 50.0}))
     engine.step()
     engine.step()
-    # Two of the five pieces are read.
+    # Two of the five pieces have run.
     assert engine._prefilling is not None
     assert not engine._staging.row.values[1].isfinite().all()
     end(engine, clock)
@@ -157,7 +159,7 @@ def test_a_prompt_left_in_the_middle_spoils_no_later_request(
 
 @pytest.fixture(scope="module")
 def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, int]:
-    """A model that goes wrong in the middle of a completion, and after how many tokens it does."""
+    """A model that returns NaN in the middle of a completion, and after how many tokens."""
     plain = tmp_path_factory.mktemp("plain")
     save_poisoned_llama(plain, POISON, value=0.0)
     engine = engine_for(load_model(str(plain), device="cpu", dtype="float32"), **SIZES)
@@ -179,7 +181,7 @@ def turning(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, int]
 
 
 def check_turning(model: LoadedModel, count: int, kernels: str, turns: range) -> None:
-    """Requests go wrong while they decode, in the first, a middle and the last row."""
+    """Requests get NaN while they decode, in the first, a middle and the last row."""
     sizes = {**SIZES, "kernels": kernels}
     neighbour = healthy(model)[1]
     alone = engine_for(model, **sizes)
@@ -197,13 +199,13 @@ def check_turning(model: LoadedModel, count: int, kernels: str, turns: range) ->
         for name in ("turning 0", "turning 1"):
             check_failed(streams[name])
             assert len(tokens(streams[name])) == count
-        # In float32 logprobs may differ by the batch's size in the last bits; tokens do not.
+        # In float32 the last bits of logprobs may depend on the batch size; tokens do not.
         assert [t for t, _ in said(streams[neighbour.request_id])] == [t for t, _ in want]
     assert all_finite(engine)
     check_the_next(engine, model)
 
 
-def test_a_completion_that_turns_not_finite_fails_alone_and_leaves_a_clean_row(
+def test_a_completion_with_nan_fails_alone_and_leaves_a_clean_row(
     turning: tuple[LoadedModel, int],
 ) -> None:
     check_turning(*turning, "torch", range(3))
@@ -211,15 +213,17 @@ def test_a_completion_that_turns_not_finite_fails_alone_and_leaves_a_clean_row(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_so_it_does_in_the_triton_kernels(turning: tuple[LoadedModel, int]) -> None:
+def test_a_completion_with_nan_fails_alone_in_the_triton_kernels(
+    turning: tuple[LoadedModel, int],
+) -> None:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
-    from a2sf.kernels import decode_programs, prefill_programs, settling
+    from a2sf.kernels import decode_programs, prefill_programs, score_update
     from tests.interpreting import DEVICE, interpreting
 
     if DEVICE.type == "cuda":
         pytest.skip("the model is on the processor")
-    with interpreting(settling, decode_programs, prefill_programs):
-        # The interpreter takes its time: the first and the last row, between which one goes on.
+    with interpreting(score_update, decode_programs, prefill_programs):
+        # The interpreter is slow, so only the first and the last row, with one between them.
         check_turning(*turning, "triton", range(1, 2))
 
 
@@ -233,19 +237,21 @@ def test_sampled_and_penalised_completions_fail_too(turning: tuple[LoadedModel, 
         if not row.isfinite().all()
     )
     text[7] = bad
-    wishes = [
+    requested_policies = [
         Sampling(seed=1),
         Sampling(seed=1, top_k=3, top_p=0.9, min_p=0.1),
         Sampling(temperature=0.0, repetition_penalty=1.3),
     ]
-    for i, wish in enumerate(wishes):
-        engine.submit(request(str(i), text, sampling=wish, min_new_tokens=2, ignore_eos=False))
+    for i, requested_policy in enumerate(requested_policies):
+        engine.submit(
+            request(str(i), text, sampling=requested_policy, min_new_tokens=2, ignore_eos=False)
+        )
     for stream in run(engine).values():
         check_failed(stream)
 
 
 def examples() -> list[Example]:
-    """Of unequal lengths, so that batches are padded."""
+    """Texts of unequal lengths, so that batches are padded."""
     return [
         Example(tuple(TEXTS[1][:20]), 12, tuple(range(8, 19))),
         Example(tuple(TEXTS[2][:34]), 25, tuple(range(8, 33))),
@@ -254,10 +260,10 @@ def examples() -> list[Example]:
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 1])
-def test_texts_run_along_spoil_no_other_in_their_batch(model: LoadedModel, chunk: int) -> None:
-    wish = CachePolicy(alpha=0.9, budget=9, recent=2, prefill_chunk=chunk)
+def test_texts_with_nan_do_not_affect_others_in_their_batch(model: LoadedModel, chunk: int) -> None:
+    requested_policy = CachePolicy(alpha=0.9, budget=9, recent=2, prefill_chunk=chunk)
     made = examples()
-    policies = [effective(wish, model, len(one.token_ids)) for one in made]
+    policies = [effective(requested_policy, model, len(one.token_ids)) for one in made]
     together = teacher.predict(model, made, policies, similarity=True)
     full = full_cache(model, made)
     for index, example in enumerate(made[:2]):
@@ -272,8 +278,8 @@ def test_texts_run_along_spoil_no_other_in_their_batch(model: LoadedModel, chunk
 
 
 @pytest.mark.parametrize("policies", [None, "evicting"])
-def test_what_pads_a_batch_spoils_nothing(policies: str | None, tmp_path: Path) -> None:
-    """Not even where the model makes NaN of every token that may pad, and of what follows."""
+def test_padding_with_nan_does_not_affect_texts(policies: str | None, tmp_path: Path) -> None:
+    """Even if the model returns NaN for every possible padding token and for all later tokens."""
     save_poisoned_llama(tmp_path, 0)
     model = load_model(str(tmp_path), device="cpu", dtype="float32")
     made = [
@@ -282,14 +288,14 @@ def test_what_pads_a_batch_spoils_nothing(policies: str | None, tmp_path: Path) 
     ]
     rules = None
     if policies:
-        wish = CachePolicy(alpha=0.9, budget=9, recent=2)
-        rules = [effective(wish, model, len(one.token_ids)) for one in made]
+        requested_policy = CachePolicy(alpha=0.9, budget=9, recent=2)
+        rules = [effective(requested_policy, model, len(one.token_ids)) for one in made]
     for found in teacher.predict(model, made, rules):
         assert found.logits.isfinite().all()
     spoiled: list[bool] = []
 
     class Spoiling:
-        """What enters attention is NaN where the shorter text is padded."""
+        """The inputs of attention are NaN in the padding of the shorter text."""
 
         def __call__(self, layer, query, keys, values, scale):  # type: ignore[no-untyped-def]
             spoiled.append(True)
@@ -303,7 +309,7 @@ def test_what_pads_a_batch_spoils_nothing(policies: str | None, tmp_path: Path) 
     assert spoiled
 
 
-def test_what_a_model_rules_out_costs_nothing() -> None:
+def test_logits_of_minus_infinity_are_accepted() -> None:
     example = Example((1, 2, 0), 1, (0, 1))
     logits = torch.tensor([[0.5, 1.0, 2.0, -torch.inf], [0.1, 1.0, 2.0, -torch.inf]])
     found = teacher.Prediction(logits=logits, similarity=None)
@@ -312,7 +318,7 @@ def test_what_a_model_rules_out_costs_nothing() -> None:
     assert math.isfinite(nll)
 
 
-def test_the_last_event_of_a_healthy_request_is_finished_as_ever(model: LoadedModel) -> None:
+def test_a_healthy_request_ends_with_finished(model: LoadedModel) -> None:
     engine = engine_for(model, **SIZES)
     for one in healthy(model):
         engine.submit(one)

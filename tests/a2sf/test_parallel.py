@@ -1,4 +1,4 @@
-"""A model that processes share answers as it does in one, and what cannot be shared is refused."""
+"""A model shared by processes gives the same results; models that cannot be shared are refused."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ JOBS = (*LLAMAS, *families.SUPPORTED_ARCHITECTURES, "odd")
 
 
 def mixed(model: LoadedModel) -> list[GenerationRequest]:
-    """Few requests of as many methods, all of which evict."""
+    """A few requests with different methods, all of which evict."""
     table = make_table(
         model.identity,
         alpha=tuple(
@@ -50,7 +50,7 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
             for layer in range(model.shape.num_layers)
         ),
     )
-    wishes = [
+    requested_policies = [
         CachePolicy(table="made-up", budget=16, recent=2, sinks=1),
         CachePolicy(preset="h2o", budget=12, prefill_chunk=5),
         CachePolicy(preset="window", budget=12),
@@ -60,20 +60,20 @@ def mixed(model: LoadedModel) -> list[GenerationRequest]:
         request(
             str(index),
             prompt,
-            cache_policy=wish,
-            table=table if wish.table else None,
+            cache_policy=requested_policy,
+            table=table if requested_policy.table else None,
             max_new_tokens=12,
             sampling=Sampling(temperature=index % 2 * 0.8, seed=index),
         )
-        for index, (prompt, wish) in enumerate(
-            zip(prompts(4, low=20, high=40), wishes, strict=True)
+        for index, (prompt, requested_policy) in enumerate(
+            zip(prompts(4, low=20, high=40), requested_policies, strict=True)
         )
     ]
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each job serves: a model, requests as JSON, and which of them to cancel."""
+    """The jobs: a model, requests as JSON, and which of them to cancel."""
     made = {}
     for name in JOBS:
         directory = tmp_path_factory.mktemp("model")
@@ -103,7 +103,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def results(
     jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What two processes make of the jobs."""
+    """The results of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "jobs").write_text(json.dumps(jobs))
     worker = ("-m", "tests.a2sf.parallel_worker", str(folder / "jobs"), str(folder / "results"))
@@ -122,7 +122,7 @@ def results(
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "odd"])
-def test_two_processes_draw_the_tokens_of_one(
+def test_two_processes_draw_the_same_tokens_as_one(
     name: str, jobs: dict[str, dict[str, Any]], results: dict[str, Any]
 ) -> None:
     job, got = jobs[name], results[name]
@@ -135,10 +135,10 @@ def test_two_processes_draw_the_tokens_of_one(
     caches = [cache for stream in want.values() for cache in stream["cache"]]
     assert sum(cache["evicted_tokens"] > 0 for cache in caches) >= 4
     heads = model.shape.num_kv_heads
-    assert got["held"] == [0, heads // 2]
+    assert got["local_heads"] == [0, heads // 2]
     slots = config.head_slots(model.shape.num_layers, heads)
     mine, whole = (sum(sum(row[:end]) for row in slots) for end in (heads // 2, heads))
-    assert mine < whole - mine, "the other rank holds the wider heads"
+    assert mine < whole - mine, "the other rank holds the heads with more slots"
     slot_bytes = 2 * model.shape.head_dim * model.dtype.itemsize + 8
     assert alone.kv_slab_bytes == config.max_batch * whole * slot_bytes
     assert got["slab_bytes"] == [alone.kv_slab_bytes, config.max_batch * mine * slot_bytes]
@@ -148,7 +148,9 @@ def test_two_processes_draw_the_tokens_of_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_kv_heads_that_cannot_be_divided_are_refused_with_what_can(results: dict[str, Any]) -> None:
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(
+    results: dict[str, Any],
+) -> None:
     assert results["odd"]["refused"] == (
         "--nproc-per-node: 2 processes cannot divide 3 KV heads evenly; accepted for this model: "
         "1, 3"
@@ -156,7 +158,7 @@ def test_kv_heads_that_cannot_be_divided_are_refused_with_what_can(results: dict
 
 
 class Wire(Ranks):
-    """Messages of one process to itself: what the first rank tells is heard afterwards."""
+    """Messages of one process to itself: each sent message is received later."""
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, device=torch.device("cpu"))
@@ -164,10 +166,10 @@ class Wire(Ranks):
 
     messages: list[bytes]
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         self.messages.append(message)
 
-    def hear(self) -> bytes:
+    def receive(self) -> bytes:
         if not self.messages:
             raise RankLost("the wire is cut")
         return self.messages.pop(0)
@@ -188,14 +190,14 @@ def ticking(step_s: float) -> Iterator[float]:
         yield now
 
 
-def test_a_follower_ends_what_is_overdue_by_the_first_ranks_clock(
+def test_a_follower_applies_time_limits_by_the_first_ranks_clock(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     clock = ticking(1.0)
     engine = LeadingEngine(tiny_model_64, SMALL, wire, clock=lambda: next(clock))
     texts = prompts(3, low=20, high=30)
     for name, text in enumerate(texts):
-        # No seed: the first rank chooses one for all.
+        # Without a seed, the first rank chooses one for all.
         engine.submit(
             request(str(name), text, time_limit_s=20.0 + 9 * name, sampling=Sampling(temperature=1))
         )
@@ -204,22 +206,22 @@ def test_a_follower_ends_what_is_overdue_by_the_first_ranks_clock(
     reasons = {finished(stream).reason for stream in streams.values()}
     assert FinishReason.TIME_LIMIT in reasons
     assert 0 < min(len(tokens(stream)) for stream in streams.values()) < 20
-    # It compares what it draws with what the first rank has drawn, at every step.
+    # It compares its tokens with those of the first rank in every step.
     Follower(tiny_model_64, wire).run()
     assert not wire.messages
 
 
-def test_a_follower_that_draws_other_tokens_says_so(tiny_model_64: LoadedModel, wire: Wire) -> None:
+def test_a_follower_that_draws_other_tokens_raises(tiny_model_64: LoadedModel, wire: Wire) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
     engine.submit(request("a", prompts(1)[0], sampling=Sampling(temperature=1, seed=7)))
     run(engine)
     engine.close()
     wire.messages[:] = [message.replace(b'"seed":7', b'"seed":8') for message in wire.messages]
-    with pytest.raises(RankLost, match="has drawn other tokens than the first"):
+    with pytest.raises(RankLost, match="has drawn other tokens than rank 0"):
         Follower(tiny_model_64, wire).run()
 
 
-def test_a_request_that_is_refused_or_cancelled_leaves_the_ranks_in_step(
+def test_ranks_stay_in_step_after_a_refused_or_cancelled_request(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
@@ -238,7 +240,7 @@ def test_a_request_that_is_refused_or_cancelled_leaves_the_ranks_in_step(
     Follower(tiny_model_64, wire).run()
 
 
-def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
+def test_a_follower_ends_if_the_first_rank_ends_without_closing(
     tiny_model_64: LoadedModel, wire: Wire
 ) -> None:
     engine = LeadingEngine(tiny_model_64, SMALL, wire)
@@ -251,37 +253,37 @@ def test_a_follower_whose_first_rank_ends_without_a_word_ends_too(
 @pytest.mark.parametrize(
     "plan", [None, {"layers.*.self_attn.o_proj": "colwise", "layers.*.mlp.o_proj": "rowwise"}]
 )
-def test_a_model_without_a_plan_that_divides_heads_is_refused_by_name(
+def test_a_model_without_a_tensor_parallel_plan_is_refused_by_name(
     plan: dict[str, str] | None,
     tiny_model_dir: Path,
     wire: Wire,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", plan)
-    with pytest.raises(Unsupported, match="is a LlamaForCausalLM, of which transformers has no"):
+    with pytest.raises(Unsupported, match="is a LlamaForCausalLM, for which transformers has no"):
         load_model(str(tiny_model_dir), ranks=wire)
 
 
-def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert ranks.expected() == 1
-    assert ranks.leads()
+    assert ranks.num_processes() == 1
+    assert ranks.is_first_rank()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
-    assert ranks.expected() == 4
-    assert not ranks.leads()
+    assert ranks.num_processes() == 4
+    assert not ranks.is_first_rank()
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu:1", "tpu"])
-def test_a_device_that_all_ranks_would_have_to_share_is_refused(device: str) -> None:
+def test_a_device_that_all_ranks_would_share_is_refused(device: str) -> None:
     with pytest.raises(InvalidArgument, match="accepted under torchrun on this machine: auto, "):
         Ranks.join(device)
 
 
-def test_a_program_that_divides_no_model_says_so_under_torchrun(
+def test_loading_without_ranks_is_refused_under_torchrun(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("a2sf.models.expected", lambda: 2)
+    monkeypatch.setattr("a2sf.models.num_processes", lambda: 2)
     with pytest.raises(Unsupported, match="start it without torchrun"):
         load_model(str(tiny_model_dir))

@@ -1,4 +1,4 @@
-"""AdaKV's rule: the highest scores of all heads win a layer's slots, and the sum stays."""
+"""AdaKV's rule: the highest scores of all heads win a layer's slots; the sum does not change."""
 
 from dataclasses import replace
 
@@ -16,9 +16,11 @@ from a2sf.pooled import pooled_budgets
 from a2sf.teacher import Example
 
 
-def settled(heads: int, layers: int = 1, length: int = 200, **wish: object) -> EffectivePolicy:
+def settled(
+    heads: int, layers: int = 1, length: int = 200, **requested_policy: object
+) -> EffectivePolicy:
     return resolve(
-        CachePolicy.model_validate({"alpha": 0.9, "recent": 2, "sinks": 1, **wish}),
+        CachePolicy.model_validate({"alpha": 0.9, "recent": 2, "sinks": 1, **requested_policy}),
         table=None,
         server=CachePolicy(),
         length=length,
@@ -29,7 +31,7 @@ def settled(heads: int, layers: int = 1, length: int = 200, **wish: object) -> E
 
 
 def prompts(scores: np.ndarray) -> Slots:
-    """Whole prompts [rows, heads, tokens], in order, with such scores."""
+    """Whole prompts in order, with these scores [rows, heads, tokens]."""
     rows, heads, tokens = scores.shape
     slots = Slots.empty(
         rows=rows,
@@ -72,8 +74,10 @@ def written_out(scores: np.ndarray, policy: EffectivePolicy, floor: float) -> li
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(5, 30), st.floats(0, 1))
-def test_it_is_the_rule_written_out(seed: int, heads: int, budget: int, floor: float) -> None:
-    # No two scores alike: the sum of slots would be the same, but not who has them.
+def test_budgets_equal_the_rule_written_out(
+    seed: int, heads: int, budget: int, floor: float
+) -> None:
+    # All scores differ: ties would change the split between heads, but not the sum.
     scores = np.random.default_rng(seed).permutation(heads * 40).reshape(1, heads, 40) / 7
     policy = settled(heads, budget=budget)
     (found,) = dealt(scores, policy, floor)
@@ -82,24 +86,24 @@ def test_it_is_the_rule_written_out(seed: int, heads: int, budget: int, floor: f
     assert min(found) >= policy.sinks + policy.recent + 1
 
 
-def test_a_head_whose_tokens_all_score_higher_gets_the_pool_but_for_the_floor() -> None:
+def test_a_head_with_all_the_highest_scores_gets_the_pool_minus_the_floor() -> None:
     scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None]
-    # 20 slots of which 4 are each head's own; of 32 the loser is sure of a fifth of 16.
+    # 20 slots per head, 4 of them reserved. Of the pool of 32, the loser gets a fifth of 16.
     assert dealt(scores, settled(2, budget=20), 0.2) == [[33, 7]]
     assert dealt(scores, settled(2, budget=20), 0.0) == [[36, 4]]
 
 
-def test_rows_without_the_rule_and_short_prompts_keep_what_they_have() -> None:
+def test_rows_without_the_rule_and_short_prompts_keep_their_slots() -> None:
     scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None].repeat(2, axis=0)
     assert dealt(scores, settled(2, budget=20), None, 0.2) == [[20, 20], [33, 7]]
     assert dealt(scores[:1, :, :15], settled(2, budget=20), 0.2) == [[20, 20]]
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(8, 30), st.integers(1, 9))
-def test_a_head_that_evicted_along_the_prompt_gets_no_more_than_it_holds(
+def test_a_head_that_evicted_during_the_prompt_does_not_grow(
     seed: int, heads: int, budget: int, block: int
 ) -> None:
-    # What the last block of a prompt of 100 tokens leaves: of the older ones the newest, say.
+    # The state after the last block of a prompt of 100 tokens, with older tokens evicted.
     stored = budget - 1 + block
     scores = np.random.default_rng(seed).permutation(heads * stored).reshape(1, heads, stored) / 7
     policy = settled(heads, budget=budget)
@@ -118,7 +122,7 @@ def example() -> Example:
     return Example(token_ids=tokens, prompt_tokens=40, counted=tuple(range(40, 59)))
 
 
-def test_texts_are_forced_under_it_and_their_rows_stay_strangers(
+def test_teacher_forcing_applies_the_rule_to_each_row_separately(
     tiny_model: LoadedModel, example: Example
 ) -> None:
     heads, layers = tiny_model.shape.num_kv_heads, tiny_model.shape.num_layers

@@ -1,4 +1,4 @@
-"""Texts whose prompts are known are predicted as those whose prompts are run."""
+"""Predictions with given prompts equal those with prompts that are run."""
 
 import random
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.tiny import save_poisoned_llama
 from tuner.objective import effective
 
 LENGTHS = ((14, 9), (40, 12), (30, 30), (25, 1))
-"""Tokens of each text and of its prompt; one ends with its prompt."""
+"""Number of tokens of each text and of its prompt; one text ends with its prompt."""
 
 WISHES = (
     CachePolicy(alpha=0.9, budget=7, recent=2),
@@ -29,7 +29,7 @@ WISHES = (
 def examples() -> list[Example]:
     rng = random.Random(2)
     return [
-        # Positions count in the prompt and behind it.
+        # Counted positions are in the prompt and after it.
         Example(tuple(rng.randrange(1, 256) for _ in range(length)), prompt, tuple(range(length)))
         for length, prompt in LENGTHS
     ]
@@ -37,21 +37,21 @@ def examples() -> list[Example]:
 
 def policies(model: LoadedModel, examples: list[Example]) -> list[EffectivePolicy]:
     return [
-        effective(wish, model, len(example.token_ids))
-        for wish, example in zip(WISHES, examples, strict=True)
+        effective(requested_policy, model, len(example.token_ids))
+        for requested_policy, example in zip(WISHES, examples, strict=True)
     ]
 
 
-@pytest.mark.parametrize("carrier", ["numba", "torch"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_predictions_after_known_prompts_are_those_of_whole_texts(
+def test_predictions_with_given_prompts_equal_those_of_whole_texts(
     tiny_model: LoadedModel,
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
-    carrier: str,
+    backend: str,
     batch: int,
 ) -> None:
-    monkeypatch.setattr(decoding, "choose_kernels", lambda *_: carrier)
+    monkeypatch.setattr(decoding, "choose_kernels", lambda *_: backend)
     rules = policies(tiny_model, examples)
     want = teacher.predict(tiny_model, examples, rules, batch=batch, similarity=True)
     known = teacher.read_prompts(tiny_model, examples, batch=batch)
@@ -64,7 +64,7 @@ def test_predictions_after_known_prompts_are_those_of_whole_texts(
     assert not torch.allclose(got[1].logits, full[1].logits), "something was evicted"
 
 
-def test_in_float64_they_are_the_same_to_rounding(
+def test_in_float64_they_are_equal_up_to_rounding(
     tiny_model_64: LoadedModel, examples: list[Example]
 ) -> None:
     rules = policies(tiny_model_64, examples)
@@ -77,7 +77,7 @@ def test_in_float64_they_are_the_same_to_rounding(
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-11, atol=1e-11)
 
 
-def test_only_what_follows_the_prompts_is_run(
+def test_only_the_tokens_after_the_prompts_are_run(
     tiny_model: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rules = policies(tiny_model, examples)
@@ -94,7 +94,7 @@ def test_only_what_follows_the_prompts_is_run(
     assert widths == [max(length - prompt for length, prompt in LENGTHS)]
 
 
-def test_what_enters_a_layer_goes_with_known_prompts(
+def test_a_layer_input_can_be_combined_with_given_prompts(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     rules = policies(tiny_model, examples)
@@ -102,19 +102,19 @@ def test_what_enters_a_layer_goes_with_known_prompts(
     want = teacher.predict(tiny_model, examples, rules)
     below = None
     for layer in range(3):
-        below = teacher.enter(
-            tiny_model, examples, rules, layer, batch=2, entering=below, prompts=known
+        below = teacher.compute_layer_input(
+            tiny_model, examples, rules, layer, batch=2, layer_input=below, prompts=known
         )
         assert [len(one) for one in below.hidden] == [length - prompt for length, prompt in LENGTHS]
-        got = teacher.predict(tiny_model, examples, rules, entering=below, prompts=known)
+        got = teacher.predict(tiny_model, examples, rules, layer_input=below, prompts=known)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_what_pads_a_batch_spoils_nothing_where_prompts_are_known(
+def test_padding_does_not_affect_texts_with_given_prompts(
     tmp_path: Path, examples: list[Example]
 ) -> None:
-    # Token 0 makes NaN of all that follows; no text has it, and padding would.
+    # Token 0 makes all later values NaN. No text has it; padding with 0 would.
     save_poisoned_llama(tmp_path, 0)
     model = load_model(str(tmp_path), device="cpu", dtype="float32")
     known = teacher.read_prompts(model, examples)
@@ -122,7 +122,7 @@ def test_what_pads_a_batch_spoils_nothing_where_prompts_are_known(
         assert found.logits.isfinite().all()
 
 
-def test_prompts_take_the_memory_that_is_told(
+def test_prompts_take_the_documented_memory(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     known = teacher.read_prompts(tiny_model, examples)

@@ -1,4 +1,4 @@
-"""Whatever else happens in the engine, and when: a request gets what it would get alone."""
+"""A request gets the tokens of its solo run, whatever else the engine does."""
 
 import math
 import random
@@ -28,10 +28,10 @@ from tests.near_ties import TOLERANCE, Parting, Recorder, parting
 SIZES: dict[str, Any] = {"slots": 168, "max_batch": 5, "max_waiting": 1000, "step_tokens": 50}
 
 SHAPED = SIZES | {"slots": 216, "head_share": ((1.0, 1.5), (2.0, 1.0), (1.0, 1.2))}
-"""Rows dealt among heads, of which the narrowest has as many slots as every head has of `SIZES`."""
+"""Rows with unequal heads; the narrowest head has as many slots as every head of `SIZES`."""
 
 SHARE = {torch.float64: 0.0, torch.float32: 0.01, torch.bfloat16: 0.05}
-"""Of the requests, the most that may part from their solo runs at near-ties."""
+"""Largest share of requests that may differ from their solo runs at near-ties."""
 
 
 def alone(model: LoadedModel, one: GenerationRequest) -> list[Event]:
@@ -41,7 +41,7 @@ def alone(model: LoadedModel, one: GenerationRequest) -> list[Event]:
 
 
 def told(stream: list[Event]) -> list[object]:
-    """All that a stream says, but for times, logprobs and the seed, which may be a fresh one."""
+    """The content of a stream without times, logprobs and the seed, which may be new."""
     said: list[object] = []
     for event in stream:
         if isinstance(event, Finished):
@@ -61,9 +61,9 @@ def logprobs(stream: list[Event]) -> list[float]:
 def hold_to_the_promise(
     model: LoadedModel, count: int, seed: int, sizes: dict[str, Any] = SIZES
 ) -> list[Parting]:
-    """Serve random requests together and alone; return the near-ties at which they part.
+    """Serve random requests together and alone; return the near-ties at which they differ.
 
-    `sizes` are those of the engine where they are together.
+    `sizes` are the sizes of the engine that serves them together.
     """
     made = any_requests(model, count, seed)
     rng = random.Random(seed)
@@ -80,7 +80,7 @@ def hold_to_the_promise(
         cancelled = not stream or not isinstance(stream[-1], Finished)
         assert name in doomed or not cancelled
         ends[state(stream) if cancelled else finished(stream).reason] += 1
-        # With rounding out of play it does not even matter in which pieces a prompt is read.
+        # In float64 even the pieces of a prompt do not matter.
         pieces = {"step_tokens": 512} if exact else {}
         solo = Recorder(engine_for(model, **SIZES | pieces))
         solo.engine.submit(one)
@@ -94,7 +94,7 @@ def hold_to_the_promise(
                 assert parted.gap <= TOLERANCE[model.dtype], f"request {name}: {parted}"
                 partings.append(parted)
                 continue
-        # Of a cancelled request nothing more is said, but what was said holds.
+        # A cancelled request emits nothing more, but its earlier events are correct.
         said, whole = told(stream), told(own)
         assert said == (whole[: len(said)] if cancelled else whole), f"request {name}"
         if exact:
@@ -118,14 +118,14 @@ def models(tiny_model_dir, tiny_model, tiny_model_64):  # type: ignore[no-untype
 
 
 @pytest.mark.parametrize(("seed", "sizes"), [(1, SIZES), (2, SHAPED)], ids=["equal", "shaped"])
-def test_a_request_gets_exactly_what_it_would_get_alone(
+def test_a_request_gets_exactly_the_tokens_of_its_solo_run(
     tiny_model_64: LoadedModel, seed: int, sizes: dict[str, Any]
 ) -> None:
     assert hold_to_the_promise(tiny_model_64, 60, seed, sizes) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_below_float64_it_parts_from_what_it_would_get_alone_only_at_near_ties(
+def test_below_float64_it_differs_from_its_solo_run_only_at_near_ties(
     models: dict[str, LoadedModel], dtype: str
 ) -> None:
     hold_to_the_promise(models[dtype], 60, seed=3, sizes=SHAPED)
@@ -135,13 +135,13 @@ def test_below_float64_it_parts_from_what_it_would_get_alone_only_at_near_ties(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("seed", [4, 5])
-def test_hundreds_of_requests_get_what_they_would_get_alone(
+def test_hundreds_of_requests_get_the_tokens_of_their_solo_runs(
     models: dict[str, LoadedModel], dtype: str, seed: int
 ) -> None:
     hold_to_the_promise(models[dtype], 300, seed)
 
 
-def test_every_step_moves_every_request_that_holds_a_row(tiny_model: LoadedModel) -> None:
+def test_every_step_advances_every_running_request(tiny_model: LoadedModel) -> None:
     engine = engine_for(tiny_model, **SIZES)
     made = {one.request_id: one for one in any_requests(tiny_model, 40, seed=6)}
     order = list(made)
@@ -174,35 +174,37 @@ def test_every_step_moves_every_request_that_holds_a_row(tiny_model: LoadedModel
 
 
 @pytest.mark.parametrize(("prefill_chunk", "served"), [(0, 8), (1, 0), (16, 7)])
-def test_running_streams_get_a_token_at_every_step_while_long_prompts_queue(
+def test_running_streams_get_a_token_in_every_step_while_long_prompts_wait(
     tiny_model: LoadedModel, prefill_chunk: int, served: int
 ) -> None:
     engine = engine_for(tiny_model, slots=128, max_batch=4)
     for name in ("one", "two"):
         engine.submit(request(name, (1, 2), max_new_tokens=100))
         engine.step()
-    wish = CachePolicy(preset="h2o", budget=32, prefill_chunk=prefill_chunk)
+    requested_policy = CachePolicy(preset="h2o", budget=32, prefill_chunk=prefill_chunk)
     for index in range(8):
-        engine.submit(request(f"long {index}", range(120), max_new_tokens=4, cache_policy=wish))
+        engine.submit(
+            request(f"long {index}", range(120), max_new_tokens=4, cache_policy=requested_policy)
+        )
     engine.step()
     got: Counter[str] = Counter()
     for _ in range(60):
         got.update(e.request_id for e in engine.step() if isinstance(e, Delta) and e.token_ids)
         assert got["one"] == got["two"]
     assert got["one"] == 60
-    # One block a step: beside them the queue moves as fast as it would without them.
+    # One block per step: the queue advances as fast as without running streams.
     assert len(got) - 2 == served
 
 
-def test_a_waiting_prompt_takes_the_first_free_row_and_advances_at_every_step(
+def test_a_waiting_prompt_takes_the_first_free_row_and_advances_in_every_step(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=3)
     lengths = {"short": 10, "long": 60, "longer": 90}
     for name, length in lengths.items():
         engine.submit(request(name, (1, 2, 3), max_new_tokens=length))
-    wish = CachePolicy(preset="h2o", budget=24, prefill_chunk=16)
-    engine.submit(request("late", range(50), cache_policy=wish, max_new_tokens=5))
+    requested_policy = CachePolicy(preset="h2o", budget=24, prefill_chunk=16)
+    engine.submit(request("late", range(50), cache_policy=requested_policy, max_new_tokens=5))
     seen: dict[str, list[int]] = {}
     for step in range(1, 40):
         for event in engine.step():
@@ -210,13 +212,13 @@ def test_a_waiting_prompt_takes_the_first_free_row_and_advances_at_every_step(
             seen.setdefault(f"{event.request_id} {kind}", []).append(step)
     assert seen["short Finished"] == [10]
     assert seen["late Started"] == [11]
-    # Four blocks: 16 + 16 + 16 + 2 tokens, the last of which brings the first token.
+    # Four blocks of 16 + 16 + 16 + 2 tokens; the last one gives the first token.
     assert seen["late Delta"] == [14, 15, 16, 17, 18]
     assert seen["longer Delta"] == list(range(3, 40))
 
 
 @pytest.mark.parametrize("where", STATES)
-def test_a_request_can_be_cancelled_in_every_state_and_its_name_used_again(
+def test_a_request_can_be_cancelled_in_every_state_and_its_id_reused(
     tiny_model_64: LoadedModel, where: str
 ) -> None:
     chunks = CachePolicy(preset="h2o", budget=20, prefill_chunk=4)
@@ -246,7 +248,9 @@ def test_a_request_can_be_cancelled_in_every_state_and_its_name_used_again(
     assert told(run(engine)["r"]) == told(streams["r"])
 
 
-def test_a_request_may_answer_the_events_of_a_step(tiny_model_64: LoadedModel) -> None:
+def test_requests_may_be_submitted_while_the_events_of_a_step_are_read(
+    tiny_model_64: LoadedModel,
+) -> None:
     made = {one.request_id: one for one in any_requests(tiny_model_64, 12, seed=7)}
     order = iter(made.values())
     engine = engine_for(tiny_model_64, **SIZES | {"max_batch": 2})
@@ -257,7 +261,7 @@ def test_a_request_may_answer_the_events_of_a_step(tiny_model_64: LoadedModel) -
         for event in engine.step():
             streams[event.request_id].append(event)
             if isinstance(event, Finished):
-                # Its name is free already, and so is its row.
+                # Its id and its row are already free.
                 engine.submit(made[event.request_id])
                 engine.cancel(event.request_id)
                 if (one := next(order, None)) is not None:
@@ -266,7 +270,7 @@ def test_a_request_may_answer_the_events_of_a_step(tiny_model_64: LoadedModel) -
         assert told(streams[name]) == told(alone(tiny_model_64, one))
 
 
-def test_equal_seeds_draw_alike_side_by_side_and_greedy_rows_take_no_noise(
+def test_equal_seeds_draw_equal_tokens_and_greedy_rows_use_no_random_numbers(
     tiny_model_64: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model_64, max_batch=4)
@@ -279,7 +283,7 @@ def test_equal_seeds_draw_alike_side_by_side_and_greedy_rows_take_no_noise(
     assert streams["warm"] != streams["cold"]
 
 
-def test_a_budget_of_the_whole_slab_is_served_and_one_more_refused(
+def test_the_largest_budget_is_the_slab_s_slots(
     tiny_model_64: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model_64, slots=40, max_batch=2, default_policy=CachePolicy(alpha=1.0))
@@ -295,21 +299,21 @@ def test_a_budget_of_the_whole_slab_is_served_and_one_more_refused(
         assert told(streams[one.request_id]) == told(alone(tiny_model_64, one))
 
 
-def test_a_prompt_may_fill_the_staging_row_and_not_outgrow_it(tiny_model_64: LoadedModel) -> None:
+def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: LoadedModel) -> None:
     engine = engine_for(tiny_model_64, max_prefill_tokens=40)
     chunked = CachePolicy(preset="h2o", budget=31, prefill_chunk=10)
     wider = chunked.model_copy(update={"prefill_chunk": 11})
     exact = CachePolicy(preset="h2o", budget=31)
-    for wish, prompt in ((chunked, range(200)), (exact, range(40))):
-        one = request("r", prompt, cache_policy=wish)
+    for requested_policy, prompt in ((chunked, range(200)), (exact, range(40))):
+        one = request("r", prompt, cache_policy=requested_policy)
         engine.submit(one)
         assert told(run(engine)["r"]) == told(alone(tiny_model_64, one))
-    for wish, prompt in ((wider, range(200)), (exact, range(41))):
+    for requested_policy, prompt in ((wider, range(200)), (exact, range(41))):
         with pytest.raises(InvalidArgument, match=r"need 41 staging slots.*prefill_chunk"):
-            engine.submit(request("r", prompt, cache_policy=wish))
+            engine.submit(request("r", prompt, cache_policy=requested_policy))
 
 
-def test_a_place_in_the_queue_is_free_again_once_its_request_is_cancelled(
+def test_cancelling_a_waiting_request_frees_its_place_in_the_queue(
     tiny_model: LoadedModel,
 ) -> None:
     engine = engine_for(tiny_model, max_batch=1, max_waiting=1)

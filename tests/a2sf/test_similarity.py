@@ -1,4 +1,4 @@
-"""How much of an attention row eviction leaves: against rows written out one by one."""
+"""The similarity of attention rows equals a computation with rows written out one by one."""
 
 import math
 from typing import Any
@@ -17,9 +17,9 @@ TEXT = tuple(torch.randint(0, 256, (40,), generator=torch.Generator().manual_see
 PROMPT = 17
 
 
-def settle(model: LoadedModel, **wish: Any) -> EffectivePolicy:
+def settle(model: LoadedModel, **requested_policy: Any) -> EffectivePolicy:
     return resolve(
-        CachePolicy(**wish),
+        CachePolicy(**requested_policy),
         table=None,
         server=CachePolicy(),
         length=len(TEXT),
@@ -73,9 +73,9 @@ def written_out(
                     kept = [token.position for token in head.tokens if token.position <= t]
                     for q in mine[:, t].tolist():
                         logits = [scale * sum(map(float.__mul__, q, k[s])) for s in range(t + 1)]
-                        paid = softmax([logits[s] for s in kept])
+                        weights = softmax([logits[s] for s in kept])
                         row = [0.0] * (t + 1)
-                        for s, p in zip(kept, paid, strict=True):
+                        for s, p in zip(kept, weights, strict=True):
                             row[s] = p
                         cosines.append(cosine(row, softmax(logits)))
             means.append(sum(cosines) / len(cosines))
@@ -87,7 +87,7 @@ def written_out(
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "requested_policy",
     [
         {"alpha": 0.9, "budget": 10, "recent": 3, "sinks": 1},
         {"alpha": 0.5, "budget": 12, "prefill_chunk": 1},
@@ -96,14 +96,14 @@ def written_out(
         {"preset": "tova_per_head", "budget": 11},
     ],
 )
-def test_it_is_the_cosine_of_the_kept_row_with_the_whole_row(
-    tiny_model_64: LoadedModel, wish: dict[str, Any]
+def test_it_is_the_cosine_of_the_retained_row_and_the_full_row(
+    tiny_model_64: LoadedModel, requested_policy: dict[str, Any]
 ) -> None:
     counted = (3, 15, *range(20, 39, 2))
-    policy = settle(tiny_model_64, **wish)
+    policy = settle(tiny_model_64, **requested_policy)
     other = settle(tiny_model_64, preset="h2o", budget=20, prefill_chunk=policy.prefill_chunk)
     example = Example(TEXT, PROMPT, counted)
-    # Rows of other lengths and policies ride along, which must leave no trace.
+    # Rows of other lengths and policies in the batch must have no effect.
     beside = [Example(TEXT[:30], 29, (5, 28)), Example(TEXT + TEXT[:8], 4, (9,))]
     mine, *_ = teacher.predict(
         tiny_model_64, [example, *beside], [policy, other, other], similarity=True
@@ -114,11 +114,11 @@ def test_it_is_the_cosine_of_the_kept_row_with_the_whole_row(
     assert 0.1 < float(want.min()) < 0.99
 
 
-def test_nothing_lost_is_one(tiny_model: LoadedModel) -> None:
+def test_similarity_is_1_without_evictions(tiny_model: LoadedModel) -> None:
     example = Example(TEXT, PROMPT, tuple(range(39)))
-    for wish in ({"preset": "full"}, {"alpha": 0.5, "budget": 64, "prefill_chunk": 3}):
+    for requested_policy in ({"preset": "full"}, {"alpha": 0.5, "budget": 64, "prefill_chunk": 3}):
         (found,) = teacher.predict(
-            tiny_model, [example], [settle(tiny_model, **wish)], similarity=True
+            tiny_model, [example], [settle(tiny_model, **requested_policy)], similarity=True
         )
         assert found.similarity is not None
         torch.testing.assert_close(found.similarity, torch.ones(3, 2))

@@ -1,4 +1,4 @@
-"""Passes of which most is known: heads that evict alone, from their layer upward."""
+"""Partial passes: heads that evict alone, from their layer upward."""
 
 import random
 
@@ -25,7 +25,7 @@ def examples() -> list[Example]:
 
 
 def alone(model: LoadedModel, layer: int, head: int) -> EffectivePolicy:
-    """One head keeps eight tokens, by its scores; all others keep everything."""
+    """One head keeps eight tokens by score; all others keep everything."""
     policy = effective(CachePolicy(alpha=0.9, budget=LENGTH, recent=2, sinks=1), model, LENGTH)
     budgets = [list(row) for row in policy.head_budgets]
     budgets[layer][head] = 8
@@ -34,13 +34,13 @@ def alone(model: LoadedModel, layer: int, head: int) -> EffectivePolicy:
 
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows went through each layer that was walked."""
+    """The number of rows in each layer that was scanned."""
     rows: list[int] = []
     honest = decoding.walk_texts
 
-    def noting(chosen: decoding.Carrier, slots: object, *rest: object, **named: object) -> None:
+    def noting(backend: decoding.Backend, slots: object, *rest: object, **named: object) -> None:
         rows.append(len(named["start"]))  # type: ignore[arg-type]
-        honest(chosen, slots, *rest, **named)  # type: ignore[arg-type]
+        honest(backend, slots, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decoding, "walk_texts", noting)
     return rows
@@ -50,7 +50,7 @@ def logits(found: list[teacher.Prediction]) -> Tensor:
     return torch.stack([one.logits for one in found])
 
 
-def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
+def test_heads_that_evict_alone_share_one_pass_from_their_layer_on(
     tiny_model_64: LoadedModel, examples: list[Example], walked: list[int]
 ) -> None:
     shape = tiny_model_64.shape
@@ -58,7 +58,9 @@ def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
     known = teacher.read_prompts(tiny_model_64, examples)
     below = None
     for layer in range(shape.num_layers):
-        below = teacher.enter(tiny_model_64, examples, None, layer, entering=below, prompts=known)
+        below = teacher.compute_layer_input(
+            tiny_model_64, examples, None, layer, layer_input=below, prompts=known
+        )
         heads = range(shape.num_kv_heads)
         rows = [index for _ in heads for index in range(len(examples))]
         policies = [alone(tiny_model_64, layer, head) for head in heads for _ in examples]
@@ -67,10 +69,10 @@ def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
             tiny_model_64,
             [examples[i] for i in rows],
             policies,
-            entering=teacher.Entering(layer, tuple(below.hidden[i] for i in rows)),
+            layer_input=teacher.LayerInput(layer, tuple(below.hidden[i] for i in rows)),
             prompts=[known[i] for i in rows],
         )
-        assert walked == [len(rows)], "one layer is walked"
+        assert walked == [len(rows)], "only one layer is scanned"
         for head in heads:
             part = together[head * len(examples) : (head + 1) * len(examples)]
             whole = teacher.predict(
@@ -80,13 +82,13 @@ def test_heads_that_evict_alone_start_at_their_layer_and_share_a_pass(
             assert not torch.allclose(logits(part), full, atol=1e-3), "the head evicts"
 
 
-def test_layers_without_evictions_attend_as_the_law_does(
+def test_layers_without_evictions_equal_the_law(
     tiny_model_64: LoadedModel, examples: list[Example], walked: list[int]
 ) -> None:
     policy = alone(tiny_model_64, 1, 0)
     plain = teacher.predict(tiny_model_64, examples, [policy] * 2)
     assert walked == [2]
-    # Where attention rows are compared, the law is carried out in every layer.
+    # With similarity, the law runs in every layer.
     lawful = teacher.predict(tiny_model_64, examples, [policy] * 2, similarity=True)
     assert walked == [2] * 4
     torch.testing.assert_close(logits(plain), logits(lawful), rtol=1e-11, atol=1e-11)
@@ -101,7 +103,7 @@ def test_layers_without_evictions_attend_as_the_law_does(
 def test_a_head_with_fewer_slots_than_the_mean_is_scored(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
-    """Though the mean budget is the whole text, one head's evictions hang on its attention."""
+    """The mean budget is the whole text, but one head evicts by its attention."""
     by_alpha = [
         alone(tiny_model, 1, 0).model_copy(update={"alpha": ((alpha,) * 2,) * 3})
         for alpha in (0.0, 1.0)

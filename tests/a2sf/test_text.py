@@ -1,4 +1,4 @@
-"""Text comes out whole: every character, no stop string, whatever the tokens."""
+"""Streamed text has whole characters and no stop string, for any tokens."""
 
 import codecs
 from typing import Any
@@ -28,7 +28,7 @@ def stream_of(
 
 
 @given(st.text(max_size=40))
-def test_the_pieces_join_to_the_text_and_never_split_a_character(text: str) -> None:
+def test_pieces_join_to_the_text_and_never_split_a_character(text: str) -> None:
     joined, pieces, matched = stream_of(TOKENIZER(text).input_ids)
     assert joined == text
     assert matched is None
@@ -59,15 +59,15 @@ def test_a_stop_string_ends_the_text_before_it_and_never_leaks(text: str, stop: 
     st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
     st.integers(0, 20),
 )
-@example("aab", ["ab", "aab"], 2)  # "ab" begins before the second token ends and counts
-@example("xab!", ["ab", "xab!"], 3)  # "ab" is complete too early, what holds it is not
-def test_a_stop_string_counts_once_a_token_after_the_first_few_completes_it(
+@example("aab", ["ab", "aab"], 2)  # "ab" ends after the second token, so it counts
+@example("xab!", ["ab", "xab!"], 3)  # "ab" ends too early, "xab!" does not
+def test_a_stop_string_counts_only_after_min_new_tokens(
     text: str, stop: list[str], min_new_tokens: int
 ) -> None:
     tokens = TOKENIZER(text).input_ids
     joined, _, matched = stream_of(tokens, tuple(stop), min_new_tokens)
     for end in range(1, len(text) + 1):
-        # A character is settled by the last of its tokens.
+        # A character is complete after the last of its tokens.
         read = text[:end]
         found = [s for s in stop if read.endswith(s)]
         if found and len(TOKENIZER(read).input_ids) > min_new_tokens:
@@ -99,7 +99,7 @@ def pieces_of(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
 
 
 def at_once(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
-    """What the tokenizer makes of `ids` behind a prompt: what they add to the prompt's own text."""
+    """The tokenizer's decoding of `ids` after a prompt: the text that they add."""
     before = tokenizer.backend_tokenizer.decode(prompt)
     both: str = tokenizer.backend_tokenizer.decode([*prompt, *ids])
     shared = (i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b)
@@ -107,7 +107,7 @@ def at_once(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
 
 
 def by_characters(tokenizer: Any, ids: list[int]) -> str:
-    """What tokens read as behind a text, where each byte that belongs to no character is U+FFFD."""
+    """The decoding of tokens after a text, with U+FFFD for each byte outside any character."""
     text, run = "", b""
     for token in ids:
         name = tokenizer.convert_ids_to_tokens(token)
@@ -124,11 +124,11 @@ def by_characters(tokenizer: Any, ids: list[int]) -> str:
 @pytest.mark.parametrize("kind", WITHOUT_BYTES)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_what_is_streamed_joins_to_what_the_tokenizer_makes_of_all_tokens(
+def test_pieces_join_to_the_tokenizer_s_decoding_of_all_tokens(
     kind: str, data: st.DataObject
 ) -> None:
     tokenizer = KINDS[kind]
-    # A few more ids than there are tokens: models have padded vocabularies.
+    # A few more ids than tokens, because models have padded vocabularies.
     ids = st.lists(st.integers(0, len(tokenizer) + 3), max_size=40)
     prompt, new = data.draw(ids), data.draw(ids)
     joined = "".join(pieces_of(tokenizer, prompt, new))
@@ -139,7 +139,7 @@ def test_what_is_streamed_joins_to_what_the_tokenizer_makes_of_all_tokens(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 @example(data=None)
-def test_byte_tokens_in_any_order_leave_every_whole_character_as_it_is(
+def test_byte_tokens_in_any_order_keep_every_whole_character(
     kind: str, data: st.DataObject | None
 ) -> None:
     tokenizer = KINDS[kind]
@@ -159,20 +159,20 @@ def test_byte_tokens_in_any_order_leave_every_whole_character_as_it_is(
         max_size=12,
     )
 )
-def test_bytes_that_are_all_right_or_all_wrong_read_as_the_tokenizer_reads_them(
+def test_valid_or_invalid_byte_runs_equal_the_tokenizer_s_decoding(
     kind: str, parts: list[str | bytes]
 ) -> None:
     tokenizer = KINDS[kind]
     ids: list[int] = []
     for part in parts:
         known = isinstance(part, str) and part in tokenizer.get_vocab()
-        # A word after each, for the tokenizer judges all bytes in a row together.
+        # Followed by a word, because the tokenizer decodes a run of bytes together.
         ids += word_ids(str(part)) if known else [*byte_ids(part), *word_ids("b")]
     prompt = tokenizer("hi there").input_ids
     assert "".join(pieces_of(tokenizer, prompt, ids)) == at_once(tokenizer, prompt, ids)
 
 
-def test_a_byte_that_begins_no_character_costs_none_of_the_text_around_it() -> None:
+def test_an_invalid_byte_does_not_affect_the_text_around_it() -> None:
     ids = [*byte_ids("你"), *byte_ids(b"\xe5"), *word_ids("▁hi")]
     pieces = pieces_of(BYTE_FALLBACK, BYTE_FALLBACK("hi").input_ids, ids)
     assert pieces == ["", "", "你", "", "\ufffd hi", ""]
@@ -184,7 +184,7 @@ def test_the_first_new_word_keeps_the_space_before_it(prompt: str) -> None:
     assert "".join(pieces_of(BYTE_FALLBACK, ids, word_ids("▁hi"))) == " hi"
 
 
-def test_behind_nothing_but_control_tokens_a_text_begins_without_a_space() -> None:
+def test_after_only_control_tokens_a_text_starts_without_a_space() -> None:
     begin = [BYTE_FALLBACK.bos_token_id]
     assert "".join(pieces_of(BYTE_FALLBACK, begin, word_ids("▁hi", "▁there"))) == "hi there"
 
@@ -193,37 +193,37 @@ def test_behind_nothing_but_control_tokens_a_text_begins_without_a_space() -> No
     ("tokenizer", "cut"),
     [(TOKENIZER, TOKENIZER("☃").input_ids), (BYTE_FALLBACK, byte_ids("☃"))],
 )
-def test_a_character_that_the_prompt_begins_comes_out_whole_where_the_answer_ends_it(
+def test_a_character_that_starts_in_the_prompt_is_returned_whole(
     tokenizer: Any, cut: list[int]
 ) -> None:
     letter = tokenizer.convert_tokens_to_ids("a")
     prompt = [letter, *cut[:2]]
     assert pieces_of(tokenizer, prompt, [cut[2], letter]) == ["☃", "a", ""]
-    # Where it does not, the half is the prompt's own.
+    # Otherwise the incomplete character belongs to the prompt.
     assert pieces_of(tokenizer, prompt, [letter]) == ["a", ""]
 
 
-def test_half_a_character_at_the_end_comes_out_as_such() -> None:
+def test_an_incomplete_character_at_the_end_is_returned() -> None:
     assert pieces_of(TOKENIZER, [65], TOKENIZER("☃").input_ids[:2]) == ["", "", "\ufffd"]
     assert pieces_of(BYTE_FALLBACK, word_ids("a"), byte_ids("☃")[:2]) == ["", "", "\ufffd\ufffd"]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "words"])
-def test_a_text_that_truly_ends_in_the_replacement_character_is_sent(kind: str) -> None:
+def test_a_real_replacement_character_at_the_end_is_sent(kind: str) -> None:
     tokenizer = KINDS[kind]
     prompt, ids = tokenizer("hi").input_ids, tokenizer("\ufffd").input_ids
     assert "".join(pieces_of(tokenizer, prompt, ids)).strip() == "\ufffd"
     assert "".join(pieces_of(tokenizer, prompt, ids * 9)).count("\ufffd") == 9
 
 
-def test_what_is_wrong_for_long_does_not_pile_up() -> None:
-    # Each byte is settled by the next one, whatever came before.
+def test_invalid_bytes_are_not_withheld_for_long() -> None:
+    # Each byte is returned when the next one arrives.
     wrong = TOKENIZER.convert_tokens_to_ids("ÿ")
     assert pieces_of(TOKENIZER, [65], [wrong] * 50) == ["", *["\ufffd"] * 50]
     assert pieces_of(BYTE_FALLBACK, [1], byte_ids(b"\xff") * 50) == [*["\ufffd"] * 50, ""]
 
 
-def test_a_token_alone_reads_as_it_does_within_a_text() -> None:
+def test_the_text_of_a_single_token_is_that_inside_a_text() -> None:
     texts = [vocabulary(BYTE_FALLBACK).token_text(i) for i in word_ids("▁hi", "hi", "▁", "</s>")]
     assert texts == [" hi", "hi", " ", "</s>"]
     assert [vocabulary(BYTE_FALLBACK).token_text(i) for i in byte_ids("a☃")] == ["a", *"\ufffd" * 3]
@@ -233,7 +233,7 @@ def test_a_token_alone_reads_as_it_does_within_a_text() -> None:
     assert vocabulary(word).token_text(len(word)) == ""
 
 
-def test_a_tokenizer_without_any_byte_tokens_but_such_names_is_taken_at_its_word() -> None:
+def test_names_of_byte_tokens_without_a_byte_decoder_are_plain_text() -> None:
     tokenizer = byte_fallback()
     tokenizer.backend_tokenizer.decoder = KINDS["metaspace_unigram"].backend_tokenizer.decoder
     joined = "".join(pieces_of(tokenizer, word_ids("▁hi"), byte_ids("é")))

@@ -1,4 +1,4 @@
-"""torch gets the processors that it is granted, not those that it sees."""
+"""torch uses the processors of the container's quota, not all of the machine."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("restored")
-def test_the_quota_cuts_what_torch_would_take_and_a_wish_goes_before_both(
+def test_the_quota_limits_torch_s_default_and_an_explicit_count_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "cpu.max"
@@ -54,7 +54,7 @@ def test_the_quota_cuts_what_torch_would_take_and_a_wish_goes_before_both(
         ({"GOMP_SPINCOUNT": "77"}, "'77'"),
     ],
 )
-def test_threads_wait_without_spinning_unless_told_otherwise(
+def test_threads_sleep_while_waiting_unless_the_environment_says_otherwise(
     given: dict[str, str], spins: str
 ) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}

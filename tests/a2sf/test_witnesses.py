@@ -1,4 +1,4 @@
-"""With room for all tokens the engine equals transformers; without, it equals the definitions."""
+"""With room for all tokens the engine equals transformers; with evictions, the definitions."""
 
 import random
 from typing import Any
@@ -66,9 +66,11 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
         teacher.Example(tuple(t), prompt_tokens=len(t) // 2, counted=tuple(range(len(t))))
         for t in texts
     ]
-    wish = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
+    requested_policy = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
     policies = [
-        admission.check(request("r", t, cache_policy=wish), tiny_model, EngineConfig(slots=512))
+        admission.check(
+            request("r", t, cache_policy=requested_policy), tiny_model, EngineConfig(slots=512)
+        )
         for t in texts
     ]
     for predicted in (
@@ -82,20 +84,22 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
 
 
 SHARES = ((0.8, 1.7), (1.0, 0.7), (2.5, 1.0))
-"""Of the tiny models' layers and heads."""
+"""One number per layer and head of the tiny models."""
 
 
 def simulate_and_compare(
     model: LoadedModel, directory: Any, prompt: list[int], steps: int, **policy: Any
 ) -> int:
-    """Compare with the masking simulation; return how many tokens were decided clearly.
+    """Compare with the masking simulation; return the number of tokens without a near-tie.
 
-    `directory` is the model's, or the simulation that was made of it.
+    `directory` is the model's directory, or a simulation made from it.
     """
     table = make_table(model.identity, **policy)
     engine = engine_for(model)
-    wish = CachePolicy(table=table.name)
-    engine.submit(request("r", prompt, max_new_tokens=steps, cache_policy=wish, table=table))
+    requested_policy = CachePolicy(table=table.name)
+    engine.submit(
+        request("r", prompt, max_new_tokens=steps, cache_policy=requested_policy, table=table)
+    )
     stream = run(engine)["r"]
     assert isinstance(stream[0], Started)
     budgets = stream[0].policy.head_budgets
@@ -113,7 +117,7 @@ def simulate_and_compare(
     )
     for index, (mine, (theirs, gap)) in enumerate(zip(tokens(stream), simulated, strict=True)):
         if gap <= 1e-5:
-            return index  # a near-tie may fall either way, and all that follows with it
+            return index  # a near-tie may go either way, and so may all later tokens
         assert mine == theirs, f"token {index} differs at a gap of {gap:.2g}"
     return steps
 
@@ -162,9 +166,9 @@ def test_the_reference_model_matches_a_masking_simulation(reference_model: Loade
     assert clear >= 60
 
 
-def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: LoadedModel) -> None:
+def test_the_engine_equals_teacher_forcing(tiny_model_64: LoadedModel) -> None:
     table = make_table(tiny_model_64.identity, prefill_chunk=5, head_share=SHARES)
-    for index, wish in enumerate(
+    for index, requested_policy in enumerate(
         [
             CachePolicy(table=table.name),
             CachePolicy(table=table.name, budget=40, recent_share=0.4, prefill_chunk=0),
@@ -179,8 +183,8 @@ def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: Loaded
         made = request(
             "r",
             prompt,
-            cache_policy=wish,
-            table=table if wish.table else None,
+            cache_policy=requested_policy,
+            table=table if requested_policy.table else None,
             max_new_tokens=30,
         )
         engine.submit(made)
@@ -197,7 +201,7 @@ def test_the_engine_predicts_what_teacher_forcing_predicts(tiny_model_64: Loaded
 
 
 @pytest.mark.parametrize("prefill_chunk", [0, 1, 3, 16])
-def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
+def test_texts_of_different_lengths_predict_the_same_together_and_alone(
     tiny_model_64: LoadedModel, prefill_chunk: int
 ) -> None:
     rng = random.Random(prefill_chunk)
@@ -206,7 +210,7 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
     for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
         prompt = rng.randint(1, len(text))
         examples.append(teacher.Example(tuple(text), prompt, counted=tuple(range(0, len(text), 2))))
-        wish = rng.choice(
+        requested_policy = rng.choice(
             [
                 CachePolicy(alpha=0.9, budget=rng.randint(8, 40), recent=3),
                 CachePolicy(preset="h2o", budget_ratio=0.6),
@@ -217,7 +221,10 @@ def test_texts_of_different_lengths_predict_together_what_they_predict_alone(
         policies.append(
             admission.check(
                 request(
-                    "r", text, cache_policy=wish, table=table if wish.table is not None else None
+                    "r",
+                    text,
+                    cache_policy=requested_policy,
+                    table=table if requested_policy.table is not None else None,
                 ),
                 tiny_model_64,
                 EngineConfig(slots=512),

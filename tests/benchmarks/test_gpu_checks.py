@@ -13,7 +13,7 @@ from a2sf.kernels import (
     decode_programs,
     prefill,
     prefill_programs,
-    settling,
+    score_update,
     triton_walk,
     triton_walk_programs,
 )
@@ -32,7 +32,7 @@ CUDA = torch.cuda.is_available()
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Small tiles, so that the interpreter has less to do.
     monkeypatch.setattr(prefill, "QUERIES", 16)
-    with interpreting(settling, decode_programs, prefill_programs, triton_walk_programs):
+    with interpreting(score_update, decode_programs, prefill_programs, triton_walk_programs):
         yield
 
 

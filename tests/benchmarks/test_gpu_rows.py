@@ -65,10 +65,10 @@ def test_heads_of_other_budgets_hold_as_many_as_theirs() -> None:
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
-    from a2sf.kernels import decode_programs, settling
+    from a2sf.kernels import decode_programs, score_update
     from tests.interpreting import interpreting
 
-    with interpreting(settling, decode_programs):
+    with interpreting(score_update, decode_programs):
         yield
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from a2sf import dtypes, families
+from a2sf.model_spec import read_model_spec
 from a2sf.models import LoadedModel, load_model
-from a2sf.outline import read_outline
 from a2sf.tablefile import save_table
 from service.core import load_core
 from service.options import heads_of
@@ -209,18 +209,18 @@ def test_no_weights_are_fetched_from_the_hub(
     assert told["command"][3:5] == ["--model", "org/name"]
 
 
-def test_reading_the_outline_makes_no_tensor_with_numbers() -> None:
-    outline = read_outline(str(ROOT / "docs" / "models" / "8b"))
-    tensors: list[Tensor] = [*outline.module.parameters(), *outline.module.buffers()]
+def test_reading_a_model_spec_allocates_no_data() -> None:
+    spec = read_model_spec(str(ROOT / "docs" / "models" / "8b"))
+    tensors: list[Tensor] = [*spec.module.parameters(), *spec.module.buffers()]
     assert {tensor.device for tensor in tensors} == {torch.device("meta")}
-    assert outline.dtype == torch.bfloat16
+    assert spec.dtype == torch.bfloat16
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "not whole" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
+    assert "truncated or damaged" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
 
 
 def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_plan_for_a_processor_names_the_dtype_that_it_counted(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
-    monkeypatch.setattr(dtypes, "times_as_fast", lambda _: {16: 2.0, 128: 8.0})
+    monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
     said = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)
     told = planned(*said)
     # A server on another machine might choose another, of which the plan would not be true.

@@ -153,7 +153,7 @@ async def test_a_process_that_is_killed_ends_the_server_and_its_streams_with_a_c
                 pass
     assert await process.ended() == 1
     assert await gone(processes)
-    assert f"rank {1 - number} of 2 has lost another, which must have ended" in process.log
+    assert f"rank {1 - number} of 2 has lost another rank, which must have ended" in process.log
 
 
 async def test_a_process_that_is_killed_while_nothing_runs_ends_the_server_too(
@@ -165,7 +165,7 @@ async def test_a_process_that_is_killed_while_nothing_runs_ends_the_server_too(
     rank(process, 1).kill()
     assert await process.ended() == 1
     assert await gone(processes)
-    assert "rank 0 of 2 has lost another, which must have ended" in process.log
+    assert "rank 0 of 2 has lost another rank, which must have ended" in process.log
 
 
 async def test_what_no_process_can_do_is_told_and_ends_all(start_ranks: StartRanks) -> None:

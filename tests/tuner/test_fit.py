@@ -112,7 +112,7 @@ def test_a_study_is_measured_in_one_dtype_by_all_workers(
 ) -> None:
     fit(settings(dtype="auto"))
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
-    monkeypatch.setattr(dtypes, "times_as_fast", lambda _: {16: 2.0, 128: 8.0})
+    monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
     with pytest.raises(InvalidArgument) as told:
         fit(settings(dtype="auto"))
     assert str(told.value) == (

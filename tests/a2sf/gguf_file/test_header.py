@@ -1,4 +1,4 @@
-"""A GGUF file's header is read as the gguf library reads it, and what is not whole is named."""
+"""A GGUF file's header is read as in the gguf library, and truncated files are refused."""
 
 import struct
 from pathlib import Path
@@ -20,7 +20,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_gguf(checkpoint, directory / "tiny.gguf", kind=GGMLQuantizationType.Q8_0)
 
 
-def test_settings_and_tensors_are_those_that_the_library_reads(path: Path) -> None:
+def test_settings_and_tensors_equal_those_of_the_library(path: Path) -> None:
     header, reader = Header("m", path), GGUFReader(path)
     for key, field in reader.fields.items():
         if key.startswith("GGUF."):
@@ -52,26 +52,27 @@ def test_any_alignment_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.1, 0.5, 0.99])
-def test_a_file_that_was_cut_short_is_named(share: float, path: Path, tmp_path: Path) -> None:
+def test_truncated_files_are_refused_by_name(share: float, path: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(NotFound, match=r"cut\.gguf (is not|cannot be read)") as caught:
+    says = r"cut\.gguf (is not a GGUF file|is truncated or damaged|cannot be read)"
+    with pytest.raises(NotFound, match=says) as caught:
         Header("m", cut)
     assert "\n" not in str(caught.value)
 
 
-def test_lengths_that_lie_are_not_believed(path: Path, tmp_path: Path) -> None:
+def test_wrong_lengths_are_refused(path: Path, tmp_path: Path) -> None:
     lying = tmp_path / "lying.gguf"
-    for field in (8, 16, 24):  # how many tensors, how many settings, the length of the first key
+    for field in (8, 16, 24):  # number of tensors, number of settings, length of the first key
         content = bytearray(path.read_bytes())
         content[field : field + 8] = struct.pack("<Q", 2**62)
         lying.write_bytes(content)
-        with pytest.raises(NotFound, match="is not whole"):
+        with pytest.raises(NotFound, match="is truncated or damaged"):
             Header("m", lying)
 
 
-def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(NotFound, match=r"m\.gguf is not a GGUF file"):
         Header("m", tmp_path / "m.gguf")
@@ -104,10 +105,10 @@ def test_a_part_of_a_split_file_is_refused_by_name(path: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("number", "name"), [(24, "I8"), (4, "type 4"), (999, "type 999")])
-def test_a_type_that_is_not_unpacked_is_refused_by_name(
+def test_an_unsupported_tensor_type_is_refused_by_name(
     number: int, name: str, path: Path, tmp_path: Path
 ) -> None:
-    # The type of the first tensor stands behind its name and two sizes.
+    # The type of the first tensor follows its name and two sizes.
     content = bytearray(path.read_bytes())
     tensor = GGUFReader(path).tensors[0]
     at = content.index(tensor.name.encode(), 1000) + len(tensor.name) + 4 + 8 * len(tensor.shape)

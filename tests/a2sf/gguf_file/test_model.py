@@ -1,4 +1,4 @@
-"""A model in a GGUF file computes what the checkpoint computes that the file was written from."""
+"""A model in a GGUF file computes the same as the checkpoint from which the file was written."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from a2sf.errors import NotFound, Unsupported
+from a2sf.model_spec import read_model_spec
 from a2sf.models import LoadedModel, load_model
-from a2sf.outline import read_outline
 from a2sf.policy import CachePolicy
 from tests.driving import engine_for, request, run, tokens
 from tests.gguf_files import TOKENS, VOCABULARY, interleave, save_checkpoint, save_gguf
@@ -39,7 +39,7 @@ TEXT = [5, 80, 17, 200, 41, 99, 3, 3, 120, 64, 250, 7]
 
 
 def logits(model: LoadedModel, text: list[int] = TEXT) -> torch.Tensor:
-    """Ours along `text` [tokens, vocab], with plain attention in the place of a cache."""
+    """Our logits along `text` [tokens, vocab], with plain attention instead of a cache."""
 
     def attend(
         layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -80,7 +80,7 @@ def load(path: Path, **options: Any) -> LoadedModel:
     ],
     ids=["llama", "llama-biases", "llama-wide", "qwen2", "qwen3", "qwen3-wide"],
 )
-def test_it_computes_what_its_checkpoint_computes(
+def test_its_logits_equal_those_of_its_checkpoint(
     family: type[PreTrainedConfig], settings: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
     checkpoint = save_checkpoint(
@@ -93,7 +93,7 @@ def test_it_computes_what_its_checkpoint_computes(
 
 @pytest.mark.parametrize("rope_type", ROPES)
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
-def test_a_scaled_rotation_is_carried_out(
+def test_a_scaled_rotation_is_supported(
     rope_type: str, family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
     rope = {"rope_type": rope_type, "rope_theta": 1e4, **ROPES[rope_type]}
@@ -107,7 +107,7 @@ def test_a_scaled_rotation_is_carried_out(
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config], ids=["llama", "qwen2"])
-def test_quantised_weights_are_unpacked_to_what_they_stand_for(
+def test_quantised_weights_are_unpacked_to_their_values(
     kind: str, family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family)
@@ -127,7 +127,7 @@ def test_quantised_weights_are_unpacked_to_what_they_stand_for(
 def test_transformers_reads_the_same_model_from_the_same_file(
     family: type[PreTrainedConfig], tmp_path: Path
 ) -> None:
-    # Its reader is another program's work; it takes the size of a head from this key alone.
+    # transformers' reader takes the size of a head only from this key.
     checkpoint = save_checkpoint(tmp_path / "checkpoint", family)
     own = {"llama__rope__dimension_count": 16} if family is LlamaConfig else {}
     path = save_gguf(
@@ -138,7 +138,7 @@ def test_transformers_reads_the_same_model_from_the_same_file(
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_k_quants_are_unpacked_as_another_library_unpacks_them(kind: str, tmp_path: Path) -> None:
+def test_k_quants_are_unpacked_as_in_another_library(kind: str, tmp_path: Path) -> None:
     from transformers.integrations.gguf.dequant import dequantize
 
     checkpoint = save_checkpoint(tmp_path / "checkpoint", hidden_size=256, num_hidden_layers=1)
@@ -151,7 +151,7 @@ def test_k_quants_are_unpacked_as_another_library_unpacks_them(kind: str, tmp_pa
     for start in where:
         blocks[:, start : start + 2] = scale
     path = save_gguf(checkpoint, tmp_path / "m.gguf", tensors={"blk.0.ffn_up.weight": None})
-    # The library quantises to no K-quant, so that the blocks are made here.
+    # The library cannot quantise to K-quants, so the blocks are made here.
     path = with_raw_tensor(path, tmp_path / "k.gguf", "blk.0.ffn_up.weight", blocks, type_)
     want = dequantize(torch.from_numpy(blocks.reshape(-1)), type_.value).reshape(96, 256)
     weight = load(path, pack=False).module.model.layers[0].mlp.up_proj.weight
@@ -162,7 +162,7 @@ def test_k_quants_are_unpacked_as_another_library_unpacks_them(kind: str, tmp_pa
 def with_raw_tensor(
     source: Path, path: Path, name: str, blocks: Any, kind: GGMLQuantizationType
 ) -> Path:
-    """Copy a GGUF file and add a tensor that is packed already."""
+    """Copy a GGUF file and add an already packed tensor."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, "llama")
     for key, field in reader.fields.items():
@@ -179,7 +179,7 @@ def with_raw_tensor(
     return path
 
 
-def test_without_a_word_weights_are_loaded_in_the_dtype_they_are_stored_in_but_on_processors(
+def test_auto_loads_weights_in_the_stored_dtype_except_on_processors(
     tmp_path: Path,
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
@@ -189,7 +189,7 @@ def test_without_a_word_weights_are_loaded_in_the_dtype_they_are_stored_in_but_o
         assert model.dtype == torch.float32
         assert model.module.config.dtype == torch.float32
         assert load(path, dtype=dtype).dtype_name == dtype
-        assert str(read_outline(str(path), device_type="cuda").dtype) == f"torch.{dtype}"
+        assert str(read_model_spec(str(path), device_type="cuda").dtype) == f"torch.{dtype}"
 
 
 def test_the_only_file_of_a_directory_is_the_model(tmp_path: Path) -> None:
@@ -202,18 +202,20 @@ def test_the_only_file_of_a_directory_is_the_model(tmp_path: Path) -> None:
         load(path.parent)
 
 
-def test_a_checkpoint_goes_before_a_file_beside_it(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_precedence_over_a_gguf_file_in_the_same_directory(
+    tmp_path: Path,
+) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     save_gguf(checkpoint, checkpoint / "m.gguf")
     assert load(checkpoint).identity.id == "checkpoint"
 
 
-def test_a_file_that_is_nowhere_is_named() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(NotFound, match=r"'no/such\.gguf': no such file"):
         load(Path("no/such.gguf"))
 
 
-def test_a_model_goes_by_its_file_and_quantisation(tmp_path: Path) -> None:
+def test_the_id_is_the_file_name_with_the_quantisation(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     said = save_gguf(checkpoint, tmp_path / "tiny.q8_0.gguf", kind=GGMLQuantizationType.Q8_0)
     unsaid = save_gguf(checkpoint, tmp_path / "tiny.gguf", kind=GGMLQuantizationType.Q8_0)
@@ -222,7 +224,7 @@ def test_a_model_goes_by_its_file_and_quantisation(tmp_path: Path) -> None:
     assert load(said).identity.fingerprint == load(unsaid).identity.fingerprint
 
 
-def test_the_fingerprint_tells_weights_quantisations_and_mixtures_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_differs_by_weights_quantisation_and_mixture(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     other = save_checkpoint(tmp_path / "other", seed=1)
     q8 = GGMLQuantizationType.Q8_0
@@ -295,12 +297,12 @@ def test_weights_that_are_missing_or_have_no_place_are_named(
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     path = save_gguf(checkpoint, tmp_path / "m.gguf", tensors=tensors)
-    for read in (load, lambda path: read_outline(str(path))):
+    for read in (load, lambda path: read_model_spec(str(path))):
         with pytest.raises((NotFound, Unsupported), match=says) as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
 
-def test_rows_are_stored_in_pairs_as_they_are_rotated() -> None:
+def test_rows_are_stored_in_rotation_pairs() -> None:
     rows = torch.arange(8)[:, None]
     assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,4 +1,4 @@
-"""A file's settings become a configuration, and what would be computed wrongly is refused."""
+"""A file's settings become a configuration, and unsupported settings are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from a2sf.errors import NotFound, Unsupported
+from a2sf.model_spec import read_model_spec
 from a2sf.models import load_model
-from a2sf.outline import read_outline
 from tests.gguf_files import save_checkpoint, save_gguf
 
 
@@ -20,8 +20,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"general__type": "adapter"}, "holds a adapter, which is no model"),
-        ({"llama__expert_count": 8}, r"sets llama\.expert_count to 8, which is not carried out"),
+        ({"general__type": "adapter"}, "is of type adapter; supported: model"),
+        ({"llama__expert_count": 8}, r"sets llama\.expert_count to 8, which is not supported"),
         ({"llama__attention__causal": False}, r"llama\.attention\.causal to False"),
         ({"llama__attention__head_count_kv": [2, 2, 2]}, r"head_count_kv for each layer"),
         ({"llama__attention__value_length": 8}, "values of 8 and keys of 16 numbers"),
@@ -34,16 +34,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"llama__attention__sliding_window": 64}, "a sliding window of 64 tokens in layers 0-2"),
         ({"llama__attention__head_count": 0}, r"sets llama\.attention\.head_count to 0"),
         ({"llama__block_count": "three"}, r"sets llama\.block_count to 'three'"),
-        ({"llama__block_count": None}, r"has no llama\.block_count; is it a vocabulary alone"),
+        ({"llama__block_count": None}, r"has no llama\.block_count; is it only a vocabulary"),
         ({"llama__feed_forward_length": None}, "does not state its intermediate_size"),
     ],
     ids=str,
 )
-def test_what_a_file_asks_for_and_is_not_carried_out_is_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     settings: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf", **settings)
-    for read in (read_outline, load_model):
+    for read in (read_model_spec, load_model):
         with pytest.raises(Unsupported, match=says) as caught:
             read(str(path))
         assert "\n" not in str(caught.value)
@@ -51,7 +51,7 @@ def test_what_a_file_asks_for_and_is_not_carried_out_is_refused_by_name(
 
 def test_a_window_as_wide_as_the_context_is_served(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf", llama__attention__sliding_window=512)
-    assert read_outline(str(path)).shape.max_context == 512
+    assert read_model_spec(str(path)).shape.max_context == 512
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gemma2", "clip"])
@@ -81,7 +81,7 @@ def test_factors_of_one_scale_nothing(checkpoint: Path, tmp_path: Path) -> None:
     )
 
 
-def test_without_the_library_it_is_told_what_to_install(
+def test_without_the_library_the_message_says_what_to_install(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
@@ -90,17 +90,17 @@ def test_without_the_library_it_is_told_what_to_install(
         load_model(str(path))
 
 
-def test_a_plan_reads_the_header_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
-    told = read_outline(str(path), device_type="cpu")
+    told = read_model_spec(str(path), device_type="cpu")
     assert (told.shape.num_layers, told.shape.num_kv_heads, told.shape.vocab_size) == (3, 2, 272)
-    # Weights that say nothing are weights that nobody has read.
+    # The weights are overwritten: a plan must not read them.
     from a2sf.gguf_file.header import Header
 
     first = min(tensor.start for tensor in Header("m", path).tensors.values())
     content = path.read_bytes()
     path.write_bytes(content[:first] + b"\xff" * (len(content) - first))
-    assert read_outline(str(path), device_type="cpu").shape == told.shape
+    assert read_model_spec(str(path), device_type="cpu").shape == told.shape
 
 
 def test_a_directory_without_any_model_says_what_is_accepted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A GGUF file's vocabulary cuts text as the model that it was trained with, or is refused."""
+"""A GGUF file's vocabulary splits text as in the model's training, or is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from a2sf import chat
 from a2sf.errors import NotFound, Unsupported
 from a2sf.gguf_file.header import Header
 from a2sf.gguf_file.vocabulary import RULES, Vocabulary
+from a2sf.model_spec import read_model_spec
 from a2sf.models import LoadedModel, load_model
-from a2sf.outline import read_outline
 from a2sf.requests import ChatMessage
 from tests.gguf_files import BYTE, CONTROL, NORMAL, TOKENS, save_checkpoint, save_gguf
 from tests.tiny import BOS, EOS
 
 TEXT = "I'LL see\n\n12 1234  x"
 
-# By hand, from the regular expressions that llama.cpp and the models' own tokenizer.json have.
+# Derived by hand from the regular expressions in llama.cpp and in the models' tokenizer.json.
 PIECES = {
     "gpt-2": "I|'|LL| see|\n|\n|12| 1234| | x",
     "smollm": "I|'|LL| see|\n\n|1|2| |1|2|3|4| | x",
@@ -45,22 +45,20 @@ def load(path: Path) -> LoadedModel:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_text_is_cut_by_the_rule_that_the_file_names(
-    rule: str, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_text_is_split_by_the_rule_in_the_file(rule: str, checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = vocabulary(checkpoint, tmp_path, pre=rule).tokenizer()
     cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
     assert [TEXT[start:end] for _, (start, end) in cut] == PIECES[rule].split("|")
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].split])
-def test_the_rules_are_those_of_another_library(rule: str) -> None:
+def test_the_rules_equal_those_of_another_library(rule: str) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     assert RULES[rule].split == GGUF_PRE_TOKENIZER_SPLITS[rule]
 
 
-def test_digits_after_line_ends_make_other_tokens_by_each_rule(
+def test_each_rule_splits_digits_after_line_ends_differently(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     def tokens(rule: str) -> list[str]:
@@ -72,7 +70,7 @@ def test_digits_after_line_ends_make_other_tokens_by_each_rule(
     assert tokens("llama-bpe") == ["ĊĊ", "12", "Ġ", "12"]
 
 
-def test_a_token_that_no_merge_makes_is_found_where_the_rule_takes_whole_words(
+def test_rules_with_whole_words_find_tokens_without_merges(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     tokens = ["whole" if token == "ĠĠ" else token for token in TOKENS]
@@ -84,15 +82,13 @@ def test_a_token_that_no_merge_makes_is_found_where_the_rule_takes_whole_words(
     assert len(spelled("whole").input_ids) == 5
 
 
-def test_characters_are_composed_where_the_models_were_trained_so(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_characters_are_composed_if_the_rule_says_so(checkpoint: Path, tmp_path: Path) -> None:
     for rule, same in [("qwen2", True), ("gpt-2", False)]:
         tokenizer = vocabulary(checkpoint, tmp_path, pre=rule).tokenizer()
         assert (tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids) is same
 
 
-def test_control_tokens_and_those_that_users_defined_stay_whole(
+def test_control_tokens_and_user_defined_tokens_are_not_split(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     tokenizer = vocabulary(checkpoint, tmp_path).tokenizer()
@@ -113,7 +109,7 @@ def test_control_tokens_and_those_that_users_defined_stay_whole(
         ("llama-bpe", False, False),
     ],
 )
-def test_the_beginning_of_a_sequence_is_added_as_the_file_says(
+def test_the_bos_token_is_added_if_the_file_says_so(
     rule: str, said: bool | None, adds: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = save_gguf(
@@ -128,7 +124,7 @@ def test_the_beginning_of_a_sequence_is_added_as_the_file_says(
     assert model.tokenizer.bos_token == "<bos>"
 
 
-def test_the_chat_template_is_the_files(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_chat_template_comes_from_the_file(checkpoint: Path, tmp_path: Path) -> None:
     talk = [ChatMessage(role="user", content="Hi")]
     model = load(save_gguf(checkpoint, tmp_path / "m.gguf"))
     assert chat.read(model.tokenizer, talk, max_bytes=100).text == "<bos>user: Hi<eos>"
@@ -147,7 +143,7 @@ SPM = {
     "pre": "default",
     "tokens": SPM_TOKENS,
     "token_type": [2, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 10],
-    # Of "abc" the half "bc" is better than "ab", and what is made of "▁" and "a" comes last.
+    # In "abc", the token "bc" is better than "ab", and "▁a" is the worst.
     "scores": [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -3.0, -1.0, -5.0, -8.0, -4.0, -2.0],
     "merges": None,
     "bos_token_id": 1,
@@ -189,13 +185,16 @@ def test_a_sentencepiece_vocabulary_merges_the_best_token_first(
         ({"tokens": None, "token_type": None}, "holds no vocabulary"),
         ({"merges": None}, "no merges"),
         ({"tokens": [*TOKENS, "a"], "token_type": None}, "a token twice"),
-        ({"tokens": [*TOKENS, *map(str, range(99, 199))], "token_type": None}, "embeds fewer"),
+        (
+            {"tokens": [*TOKENS, *map(str, range(99, 199))], "token_type": None},
+            "has fewer embeddings than tokens",
+        ),
         ({"bos_token_id": 999}, "bos_token_id is 999"),
         ({"bos_token_id": None, "add_bos_token": True}, "names none"),
-        ({**SPM, "scores": None}, "does not score"),
+        ({**SPM, "scores": None}, "has no scores for its tokens"),
     ],
 )
-def test_a_vocabulary_that_is_not_read_is_refused_by_name(
+def test_an_unsupported_vocabulary_is_refused_by_name(
     settings: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     said = {f"tokenizer__ggml__{key}": value for key, value in settings.items()}
@@ -205,7 +204,7 @@ def test_a_vocabulary_that_is_not_read_is_refused_by_name(
     assert "\n" not in str(caught.value)
     if "supported" in says:
         with pytest.raises(Unsupported, match=says):
-            read_outline(str(path))
+            read_model_spec(str(path))
 
 
 def test_the_libraries_read_the_same_strings(checkpoint: Path, tmp_path: Path) -> None:

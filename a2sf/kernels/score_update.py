@@ -1,10 +1,10 @@
-"""The scores of one token's step in one layer, and who is evicted next, on the device.
+"""Device code that updates the scores after one token in one layer, and finds the next victim.
 
-Owns what `scoring` does for the tokens of a row and KV head once the softmax is known. Knows
-nothing of keys, values or queries.
+Owns the functions of `scoring` for the slots of a row and KV head, given logits and normalisers.
+Knows nothing of keys, values or queries.
 """
 
-# Triton types its own; what it takes as constants at compile time is capitalised.
+# Triton infers types; compile-time constants are capitalised.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
@@ -22,34 +22,34 @@ def _mix(value):
 
 @triton.jit
 def _random_score(seed, head, position):
-    """As `scoring.random_scores`, of one token; `head` is counted over the whole model."""
+    """As `scoring.random_scores`, for one token; `head` is the model-wide head number."""
     mixed = _mix(seed ^ _mix(head + 1))
     return (_mix(mixed ^ position) >> 8).to(tl.float32) / 16777216.0
 
 
 @triton.jit
 def slots_in_use(start, budget, row, pair, width):
-    """Slots in use once the new token is placed; never beyond the head's, whatever is asked."""
-    held = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
-    return tl.minimum(held, width).to(tl.int32)
+    """Number of slots in use after the new token is placed; at most `width`."""
+    in_use = tl.minimum(tl.load(start + row) + 1, tl.load(budget + pair))
+    return tl.minimum(in_use, width).to(tl.int32)
 
 
 @triton.jit
 def next_slot(victim, at, budget, width):
-    """The slot that the token at position `at` takes; never one beyond the head's."""
+    """The slot of the token at position `at`; always below `width`."""
     following = tl.minimum(at, width - 1).to(tl.int32)
     return tl.where(at >= budget, victim, following)
 
 
 @triton.jit
 def fresh_score(seed, head, at):
-    """The score that a token starts from; `head` is counted over the whole model."""
+    """The initial score of a token; `head` is the model-wide head number."""
     return tl.where(seed >= 0, _random_score(seed, head, at), 0.0)
 
 
 @triton.jit
 def _lower(best, place, score, where, allowed, n):
-    """Keep, element by element, the lower in the order of `scoring.eviction_key`."""
+    """Keep the lower of two candidates per element, in the order of `scoring.eviction_key`."""
     bits = score.to(tl.int32, bitcast=True).to(tl.int64)
     key = tl.where(allowed, (bits << 32) | where, 0x7FFFFFFFFFFFFFFF)
     lower = key < best
@@ -58,24 +58,24 @@ def _lower(best, place, score, where, allowed, n):
 
 @triton.jit
 def _slot_of(best, place):
-    """The slot of the least key."""
-    # No two tokens share a position, so that only where nothing is open the least is not alone.
+    """The slot of the smallest key."""
+    # Positions are distinct, so there is a tie only if no slot is evictable.
     least = tl.min(best, axis=0)
     return tl.min(tl.where(best == least, place, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit
-def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
+def lowest(scores, positions, in_use, first_open, end_open, BLOCK: tl.constexpr):
     """The slot of the lowest (score, position) with first_open <= position < end_open.
 
-    `scores` and `positions` point to a head's own slots, of which the first `held` hold tokens. Any
-    of them where none is open.
+    `scores` and `positions` point to a head's slots; the first `in_use` slots hold tokens. If no
+    slot is in the range, the result is any of these slots.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, held, BLOCK):
+    for first in tl.range(0, in_use, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        live = n < held
+        live = n < in_use
         now = tl.load(scores + n, mask=live, other=0.0)
         where = tl.load(positions + n, mask=live, other=0).to(tl.int64)
         open_ = live & (where >= first_open) & (where < end_open)
@@ -84,14 +84,14 @@ def lowest(scores, positions, held, first_open, end_open, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def settle(
+def update_scores(
     logits,
     lse,
     scores,
     positions,
     slot,
     at,
-    held,
+    in_use,
     factor,
     fresh,
     counted,
@@ -104,23 +104,24 @@ def settle(
 ):
     """Place the token at position `at` in `slot`, update a head's scores, return the next victim.
 
-    Tensors are the head's own: `logits` [GROUP, room] and `lse` [GROUP], both in base 2, `scores`
-    and `positions` [held or more]. Scores become `factor` times themselves, that of the new token
-    `fresh`; `counted` (0 or 1) times what the queries pay is added.
+    Tensors are those of the head: `logits` [GROUP, room] and `lse` [GROUP], both in base 2,
+    `scores` and `positions` [in_use or more]. Scores are multiplied by `factor`; the score of the
+    new token is `fresh`. Then `counted` (0 or 1) x the attention weights is added.
     """
     best = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
     place = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, held, BLOCK):
+    for first in tl.range(0, in_use, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        live = n < held
+        live = n < in_use
         is_new = n == slot
         now = tl.load(scores + n, mask=live, other=0.0)
         if SCORED:
-            mass = tl.zeros([BLOCK], tl.float32)
+            attention_sum = tl.zeros([BLOCK], tl.float32)
             for g in tl.static_range(GROUP):
                 logit = tl.load(logits + g * room + n, mask=live, other=float("-inf"))
-                mass += tl.exp2(logit - tl.load(lse + g))
-            now = tl.where(is_new, fresh, now * factor) + mass * counted
+                attention_sum += tl.exp2(logit - tl.load(lse + g))
+            # `scoring.accumulate`
+            now = tl.where(is_new, fresh, now * factor) + attention_sum * counted
             tl.store(scores + n, now, mask=live)
         else:
             now = tl.where(is_new, fresh, now)
@@ -135,7 +136,7 @@ def settle(
 
 
 @triton.jit
-def settle_step(
+def finish_step(
     logits,
     lse,
     score,
@@ -159,16 +160,16 @@ def settle_step(
     BLOCK: tl.constexpr,
     SCORED: tl.constexpr,
 ):
-    """End a decode step of a row and KV head: `settle` by the rows' tables, and the next plan.
+    """End a decode step of a row and KV head: call `update_scores` and write the next plan.
 
     Needs `logits` [pairs, GROUP, room] and `lse` [pairs, GROUP], both in base 2. `mark` is the
-    head's first slot in a row of scores, `width` how many it has.
+    index of the head's first slot in a row of scores, `width` its number of slots.
     """
     pair = row * KV_HEADS + head
     at = tl.load(start + row)
     seed = tl.load(random_seed + row)
     marks = row * score_row + mark
-    victim = settle(
+    victim = update_scores(
         logits + pair * GROUP * room,
         lse + pair * GROUP,
         score + marks,

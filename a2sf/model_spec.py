@@ -1,7 +1,7 @@
-"""What a model's settings alone say: its sizes, its dtype, and whether it can be served.
+"""A model's settings: its sizes, its dtype, and whether it can be served.
 
-Owns reading them, and a model of whose weights nobody has read a byte. Beside `models` the only
-seam with transformers. Knows nothing of weights, devices or attention.
+Owns reading the settings, and a model without weights. Together with `models` this is the only
+interface to transformers. Knows nothing of weights, devices or attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that caches and checks need."""
+    """A model's sizes, for caches and checks."""
 
     num_layers: int
     num_attention_heads: int
@@ -34,42 +34,43 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     max_context: int
-    """Positions the model was made for, in tokens."""
+    """The model's context, in tokens."""
 
 
 @dataclass(frozen=True)
-class Outline:
-    """A model whose weights nobody has read: what its settings alone say."""
+class ModelSpec:
+    """A model without weights, as its settings describe it."""
 
     shape: ModelShape
     architecture: str
     device_type: str
-    """What it would run on: "cuda" or "cpu"."""
+    """The device it is planned for: "cuda" or "cpu"."""
     dtype: torch.dtype
-    """What its weights would be loaded in."""
+    """The dtype in which its weights would be loaded."""
     dtype_reason: str
-    """Why, for people to read."""
+    """The reason for the dtype, for people to read."""
     module: Any
-    """The transformers model on the meta device: sizes and dtypes without numbers."""
+    """The transformers model on the meta device: sizes and dtypes without data."""
     directory: Path
-    """Where its settings were found, and its weights if they are there."""
+    """The directory of its settings, and of its weights if it has them."""
     stored: Mapping[str, Stored] | None = None
-    """The tensors of its safetensors files by their headers; None: it has no such files."""
+    """The headers of its safetensors files; None if there are no such files."""
     gguf: gguf_file.GgufModel | None = None
-    """The GGUF file that the model is, where it is one."""
+    """The model's GGUF file, if it is one."""
 
 
-def read_outline(
+def read_model_spec(
     id_or_path: str, *, revision: str | None = None, device_type: str = "cuda", dtype: str = "auto"
-) -> Outline:
-    """Read a model's settings as `load_model` does, and no weights, for a device that need not be.
+) -> ModelSpec:
+    """Read a model's settings as `load_model` does, without its weights.
 
-    What `load_model` would refuse of the files is refused here too. A directory of settings alone
-    is accepted: then nothing is said of weights and tokenizer.
+    The device need not exist on this machine. Files that `load_model` would refuse are refused here
+    too. A directory with only the settings is accepted; then weights and tokenizer are not checked.
 
     Args:
         id_or_path, revision, dtype: as for `load_model`.
-        device_type: "cuda" or "cpu"; dtype "auto" depends on it, and on this machine's processor.
+        device_type: "cuda" or "cpu". It decides dtype "auto", for "cpu" with this machine's
+            processor.
 
     Raises:
         NotFound, Unsupported, InvalidArgument: as `load_model` does.
@@ -91,7 +92,7 @@ def read_outline(
         stored = read_headers(id_or_path, directory, config, module)
         read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
-    return Outline(
+    return ModelSpec(
         shape=shape_of(config),
         architecture=config.architectures[0],
         device_type=device_type,
@@ -105,9 +106,9 @@ def read_outline(
 
 
 def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | None = None) -> Any:
-    """Read a model's settings, a transformers configuration, and refuse what cannot be served.
+    """Read a model's settings as a transformers configuration, and check them.
 
-    Where the model is a GGUF file, its settings are those of `gguf`.
+    If `gguf` is given, the settings are those of the GGUF file.
     Raises NotFound or Unsupported.
     """
     if gguf is not None:
@@ -117,13 +118,13 @@ def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | 
     if (directory / "adapter_config.json").is_file():
         raise Unsupported(
             f"model {id_or_path!r} comes with an adapter (adapter_config.json); supported: weights "
-            "that it is merged into"
+            "with the adapter merged into them"
         )
     with reading(id_or_path, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     families.refuse_unsupported(id_or_path, config)
     if "quantization_config" in vars(config):
-        # It is null, which transformers 5.2 cannot load.
+        # The value is null here, and transformers 5.2 cannot load null.
         del config.quantization_config
     if config.dtype not in (None, *DTYPES.values()):
         raise Unsupported(
@@ -134,14 +135,14 @@ def read_settings(id_or_path: str, directory: Path, gguf: gguf_file.GgufModel | 
 
 
 def empty_module(id_or_path: str, config: Any, dtype: torch.dtype) -> Any:
-    """Make a model of a configuration on the meta device: sizes and dtypes without numbers.
+    """Build the model of a configuration on the meta device: sizes and dtypes without data.
 
-    Raises NotFound where transformers cannot make one, and Unsupported where it makes one of
-    another family than the configuration names.
+    Raises NotFound if transformers cannot build it, and Unsupported if transformers builds another
+    family than the configuration names.
     """
     with reading(id_or_path, "config.json"), torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    # The class is picked by the config's model_type, which may disagree with its architectures.
+    # transformers chooses the class by model_type, which may disagree with architectures.
     if type(module).__name__ != config.architectures[0]:
         raise Unsupported(
             f"model {id_or_path!r} calls itself a {config.architectures[0]}, but its model_type "
@@ -153,15 +154,15 @@ def empty_module(id_or_path: str, config: Any, dtype: torch.dtype) -> Any:
 def read_headers(
     id_or_path: str, directory: Path, config: Any, module: Any
 ) -> Mapping[str, Stored]:
-    """Read which tensors a model's files hold; raise as `checkpoint.check` where not its own."""
+    """Read the headers of a model's weight files; raise as `checkpoint.check`."""
     stored = checkpoint.headers(files.weight_files(id_or_path, directory))
     checkpoint.check(id_or_path, module, stored, lambda: _rotations(config, module))
     return stored
 
 
 def _rotations(config: Any, module: Any) -> Sequence[Tensor]:
-    """Return the frequencies of a model's rotation, [rotated dimensions / 2], with and without
-    scaling: files from before transformers scaled them hold them unscaled."""
+    """Return the frequencies of a model's rotation, [rotated dimensions / 2], scaled and unscaled:
+    files from older versions of transformers hold unscaled frequencies."""
     scaled: Tensor = type(module.get_decoder().rotary_emb)(config).inv_freq
     count = scaled.shape[-1]
     exponents = torch.arange(count, dtype=torch.float64) / count
@@ -169,12 +170,12 @@ def _rotations(config: Any, module: Any) -> Sequence[Tensor]:
 
 
 def read_tokenizer(id_or_path: str, directory: Path, config: Any) -> Any:
-    """Read a model's tokenizer, a transformers one.
+    """Read a model's transformers tokenizer.
 
-    Raises NotFound where it cannot be read, and Unsupported where it is not a fast one or makes
-    tokens that the model does not have.
+    Raises NotFound if it cannot be read, and Unsupported if it is not a fast tokenizer or has ids
+    beyond the model's vocabulary.
     """
-    # Some versions of transformers make one of nothing.
+    # Without these files, some versions of transformers return an empty tokenizer.
     if not any((directory / file).is_file() for file in _TOKENIZERS):
         raise NotFound(
             f"model {id_or_path!r}: no tokenizer in {directory}; accepted: one of "
@@ -187,7 +188,7 @@ def read_tokenizer(id_or_path: str, directory: Path, config: Any) -> Any:
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise NotFound(f"model {id_or_path!r}: its tokenizer is empty; is tokenizer.json missing?")
-    # Fine-tunes add a token for padding and nothing else, and leave the embeddings as they are.
+    # Fine-tuned models often add a padding token without an embedding.
     vocabulary.pop(tokenizer.pad_token, None)
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocabulary[last] >= config.vocab_size:
@@ -200,7 +201,7 @@ def read_tokenizer(id_or_path: str, directory: Path, config: Any) -> Any:
 
 
 def check_generation_settings(id_or_path: str, directory: Path) -> None:
-    """Raise NotFound unless generation_config.json, where it is there, can be read."""
+    """Raise NotFound if there is a generation_config.json and it cannot be read."""
     if (directory / "generation_config.json").is_file():
         with reading(id_or_path, "generation_config.json"):
             GenerationConfig.from_pretrained(directory)
@@ -208,10 +209,10 @@ def check_generation_settings(id_or_path: str, directory: Path) -> None:
 
 @contextmanager
 def reading(id_or_path: str, part: str) -> Iterator[None]:
-    """Tell whatever a library makes of a broken checkpoint in one sentence, as NotFound.
+    """Turn any error that a library raises for a broken checkpoint into one NotFound sentence.
 
-    Meanwhile transformers is silent: what it would warn of either fails or is checked here, and an
-    error stays one line.
+    transformers' own log is off meanwhile: its warnings concern problems that we check ourselves,
+    and the user should see one line.
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -220,11 +221,11 @@ def reading(id_or_path: str, part: str) -> Iterator[None]:
         yield
     except A2SFError:
         raise
-    # There is no telling what a library raises at a damaged file.
+    # A library may raise any exception for a damaged file.
     except Exception as error:
         raise NotFound(
-            f"model {id_or_path!r}: {part} cannot be read ({one_line(error)}); correct it, or take "
-            "the checkpoint anew"
+            f"model {id_or_path!r}: {part} cannot be read ({one_line(error)}); correct it, or "
+            "download the checkpoint again"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
