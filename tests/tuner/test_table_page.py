@@ -343,5 +343,6 @@ def test_the_command_writes_the_page_or_says_why_not(
     assert html.read_text(encoding="utf-8") == render(table, together(table))
     assert command(monkeypatch, file, "--html", html) == 0
     assert html.read_text(encoding="utf-8") == render(table)
-    assert command(monkeypatch, file, "--html", "/nowhere/x.html") == 2
-    assert "there is no directory /nowhere" in capsys.readouterr().err
+    assert command(monkeypatch, file, "--html", "/proc/nowhere/x.html") == 2
+    told = "--html: /proc/nowhere/x.html cannot be written"
+    assert told in capsys.readouterr().err
