@@ -109,10 +109,11 @@ def test_without_room_it_matches_the_masking_simulation(
     assert clear >= 4, "too few tokens were compared"
 
 
+@pytest.mark.parametrize("name", ["wikitext2", "general"])
 def test_the_table_fitted_on_it_is_for_it_and_keeps_what_its_heads_are_dealt(
-    real_loaded: LoadedModel, witness: MaskedLlama
+    real_loaded: LoadedModel, witness: MaskedLlama, name: str
 ) -> None:
-    table = load_table(ROOT / "benchmarks/tables/smollm2/wikitext2.json", real_loaded.identity)
+    table = load_table(ROOT / f"benchmarks/tables/smollm2/{name}.json", real_loaded.identity)
     shares = [share for row in table.policy.head_share for share in row]
     assert max(shares) > 3 * min(shares), "the table deals nearly equal slots"
     prompt = real_loaded.encode(
