@@ -1,9 +1,9 @@
-"""The client: one method for each RPC, typed results, errors of the project's own tree.
+"""The client: one method per RPC, typed results, and errors of the project's own classes.
 
-Owns the names that a program needs of a client: those for asyncio are in `service.client.aio`,
-those for threads in `service.client.sync`. Knows nothing of the server's insides. Run as a program
-(`python -m service.client "prompt"`) it is the command line of `service.client.cli`, which must
-hear Ctrl-C before anything heavy is loaded; so a name loads its module when it is first asked for.
+Owns the public names of the client: `service.client.aio` has those for asyncio, and
+`service.client.sync` those for threads. Knows nothing of the server's internals. As a program
+(`python -m service.client "prompt"`) it runs `service.client.cli`, which must handle Ctrl-C before
+any slow import; so each name imports its module on first use.
 """
 
 from importlib import import_module

@@ -6,10 +6,10 @@ from service.client.interrupt import Interrupt
 
 
 def main() -> None:
-    """Run it."""
+    """Handle Ctrl-C, then run the command line."""
     interrupt = Interrupt()
     signal.signal(signal.SIGINT, interrupt)
-    # After that, for it takes a while to load.
+    # Imported after that, because it is slow to load.
     from service.client.cli import app
 
     app(prog_name="a2sf-client", obj=interrupt)

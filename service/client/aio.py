@@ -1,6 +1,6 @@
-"""The clients for asyncio: one method for each RPC, and how long each may take.
+"""The asyncio clients: one method per RPC, each with a timeout.
 
-Owns the methods alone; `service.client.sync` has the same ones for threads. Knows nothing of how a
+Owns only the methods; `service.client.sync` has the same ones for threads. Knows nothing of how a
 call is made.
 """
 
@@ -28,9 +28,9 @@ class Client(AsyncTransport):
     """A client of one server or several. Use it as an async context manager, or call `close`.
 
     `target` is HOST:PORT; a name with several addresses, dns:///NAME:PORT; or a list of addresses,
-    IP:PORT,IP:PORT. Several servers take turns, those alone whose health says SERVING.
+    IP:PORT,IP:PORT. Several servers take turns; servers that are not SERVING are skipped.
     Every method raises the error that the server raised, as a class of `a2sf.errors`, or
-    `service.status.RemoteError` where the server failed or the deadline passed.
+    `service.status.RemoteError` if the server failed or the deadline passed.
     """
 
     def stream_generate(
@@ -41,9 +41,9 @@ class Client(AsyncTransport):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Yield a completion as it grows; `options` are those of `GenerationOptions`.
+        """Yield the events of a completion; `options` are those of `GenerationOptions`.
 
-        To leave early, close the generator (`contextlib.aclosing`): that cancels the call.
+        To leave early, close the generator (`contextlib.aclosing`); that cancels the call.
         """
         call = calls.stream_generate(prompt, max_new_tokens, options)
         return self.stream(call, timeout_s)
@@ -56,7 +56,7 @@ class Client(AsyncTransport):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         **options: Unpack[GenerationOptions],
     ) -> Completion:
-        """Return a whole completion; `options` are those of `GenerationOptions`."""
+        """Return the whole completion; `options` are those of `GenerationOptions`."""
         return await self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
 
     async def tokenize(
@@ -66,12 +66,12 @@ class Client(AsyncTransport):
         special_tokens_in_content: bool = False,
         timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> TokenizedPrompt:
-        """Return the token ids that a completion of `prompt` would read."""
+        """Return the text and token ids of `prompt`, as a completion would read it."""
         call = calls.tokenize(prompt, special_tokens_in_content)
         return await self.unary(call, timeout_s)
 
     async def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
-        """Describe what the server serves."""
+        """Describe the model and the server's sizes."""
         return await self.unary(calls.get_model(), timeout_s)
 
     async def list_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> TableListing:
@@ -81,14 +81,14 @@ class Client(AsyncTransport):
     async def get_alpha_table(
         self, name: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S
     ) -> AlphaTable:
-        """Fetch one alpha table, its digest checked."""
+        """Fetch one alpha table and check its digest."""
         return await self.unary(calls.get_alpha_table(name), timeout_s)
 
 
 class AdminClient(AsyncTransport):
-    """A client of one server's admin port, which has a credential of its own.
+    """A client of one server's admin port, which needs a separate token.
 
-    What it changes is of that server alone, so a list of several is refused.
+    Changes apply to that server only, so a list of several servers is refused.
     """
 
     _balanced = False
@@ -96,15 +96,15 @@ class AdminClient(AsyncTransport):
     async def activate_alpha_table(
         self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S
     ) -> Activated:
-        """Make `name` the table of requests that name no method; None: no table.
+        """Make `name` the table for requests that name no method; None: no table.
 
-        `etag` is that of the listing which the caller has seen. Raises Conflict where the tables
-        are no longer in that state.
+        `etag` must come from the listing on which the caller decided. Raises Conflict if the tables
+        have changed since.
         """
         return await self.unary(calls.activate_alpha_table(name, etag), timeout_s)
 
     async def reload_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Reloaded:
-        """Have the directory of tables read again."""
+        """Make the server read its directory of tables again."""
         return await self.unary(calls.reload_alpha_tables(), timeout_s)
 
     async def abort_requests(
@@ -114,9 +114,9 @@ class AdminClient(AsyncTransport):
         all_requests: bool = False,
         timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> tuple[str, ...]:
-        """End requests under way, those named or all; return the ids of those that were."""
+        """Abort requests, the named ones or all; return the ids of those that were under way."""
         return await self.unary(calls.abort_requests(request_ids, all_requests), timeout_s)
 
     async def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
-        """Tell how much of the server is taken."""
+        """Return the server's current load."""
         return await self.unary(calls.get_load(), timeout_s)

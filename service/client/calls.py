@@ -1,6 +1,6 @@
-"""Each RPC as a value: what is sent, where, and how the answer is read.
+"""Describes each RPC as a value: the request, the method, and how to read the response.
 
-Owns what the clients of asyncio and of threads have in common, which is all but waiting. Knows
+Owns what the asyncio and the threaded clients share, which is everything except waiting. Knows
 nothing of channels.
 """
 
@@ -28,17 +28,17 @@ from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 
 DEFAULT_TIMEOUT_S = 300.0
-"""Deadline of a completion, in seconds."""
+"""Default deadline of a completion, in seconds."""
 
 DESCRIBE_TIMEOUT_S = 10.0
-"""Deadline of the other calls, in seconds."""
+"""Default deadline of the other calls, in seconds."""
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
 class Call(Generic[T_co]):
-    """One call to make, once. `read` turns its answer, or each event of it, into a result."""
+    """One call, made once. `read` converts its response, or each event of it, to a result."""
 
     stub: type
     method: str
@@ -49,7 +49,7 @@ class Call(Generic[T_co]):
 def stream_generate(
     prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> Call[StreamEvent | None]:
-    """A completion as it grows; an event newer than this client reads as None."""
+    """Build the call of a streamed completion; an unknown kind of event reads as None."""
     request = pb.StreamGenerateRequest(
         input=conversions.generation_input(prompt, max_new_tokens, options)
     )
@@ -58,7 +58,7 @@ def stream_generate(
     def read(message: pb.StreamGenerateResponse) -> StreamEvent | None:
         nonlocal name
         event = conversions.stream_event(message, name)
-        # The first event brings the name, and the others leave it to be known.
+        # Only the first event carries the request id.
         name = event.request_id if event is not None else name
         return event
 
@@ -68,7 +68,7 @@ def stream_generate(
 def generate(
     prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> Call[Completion]:
-    """A whole completion."""
+    """Build the call of a whole completion."""
     request = pb.GenerateRequest(
         input=conversions.generation_input(prompt, max_new_tokens, options)
     )
@@ -76,45 +76,45 @@ def generate(
 
 
 def tokenize(prompt: str | Chat, special_tokens_in_content: bool) -> Call[TokenizedPrompt]:
-    """A prompt's token ids."""
+    """Build the call that tokenizes a prompt."""
     request = conversions.tokenize_request(prompt, special_tokens_in_content)
     return Call(pb_grpc.InferenceServiceStub, "Tokenize", request, conversions.tokenized_prompt)
 
 
 def get_model() -> Call[ModelDescription]:
-    """What the server serves."""
+    """Build the call that describes the model and the server's sizes."""
     request = pb.GetModelRequest()
     return Call(pb_grpc.ModelServiceStub, "GetModel", request, conversions.model_description)
 
 
 def list_alpha_tables() -> Call[TableListing]:
-    """The server's tables."""
+    """Build the call that lists the tables."""
     request = pb.ListAlphaTablesRequest()
     return Call(pb_grpc.ModelServiceStub, "ListAlphaTables", request, conversions.table_listing)
 
 
 def get_alpha_table(name: str) -> Call[AlphaTable]:
-    """One table whole."""
+    """Build the call that fetches one table."""
     request = pb.GetAlphaTableRequest(name=name)
     return Call(pb_grpc.ModelServiceStub, "GetAlphaTable", request, conversions.alpha_table)
 
 
 def activate_alpha_table(name: str | None, etag: str) -> Call[Activated]:
-    """Another default table."""
+    """Build the call that changes the default table."""
     request = pb.ActivateAlphaTableRequest(name=name or "", etag=etag)
     return Call(pb_grpc.AdminServiceStub, "ActivateAlphaTable", request, conversions.activated)
 
 
 def reload_alpha_tables() -> Call[Reloaded]:
-    """The directory of tables, read again."""
+    """Build the call that reloads the directory of tables."""
     request = pb.ReloadAlphaTablesRequest()
     return Call(pb_grpc.AdminServiceStub, "ReloadAlphaTables", request, conversions.reloaded)
 
 
 def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple[str, ...]]:
-    """The end of requests under way."""
+    """Build the call that aborts requests."""
     if isinstance(request_ids, str):
-        # A string is a sequence too, of ids that nobody has.
+        # A string is a sequence too, but of one-character ids.
         raise InvalidArgument("request_ids", "one string; give a list of ids")
     request = pb.AbortRequestsRequest(request_ids=request_ids, all=all_requests)
     return Call(
@@ -126,6 +126,6 @@ def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple
 
 
 def get_load() -> Call[Load]:
-    """How much of the server is taken."""
+    """Build the call that returns the current load."""
     request = pb.GetLoadRequest()
     return Call(pb_grpc.AdminServiceStub, "GetLoad", request, conversions.load)

@@ -1,7 +1,7 @@
-"""How a client reaches a server: address, encryption, token, retries, balancing.
+"""Opens channels to a server: address, encryption, token, retries, load balancing.
 
-Owns the settings of a channel and the rule of where a token may go. Both kinds of channel, of
-asyncio and of threads, are opened here, alike. Knows nothing of calls.
+Owns the options of a channel and the rule about which targets may get a token. The channels for
+asyncio and for threads are opened in the same way. Knows nothing of calls.
 """
 
 import json
@@ -25,8 +25,8 @@ ADMIN = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 RETRIES: dict[str, Any] = {
     "methodConfig": [
         {
-            # Of the admin calls only the one that changes nothing: whether a lost call took
-            # effect is for the caller to find out.
+            # Of the admin calls, only the one that changes nothing: if another one is lost, the
+            # caller must find out whether it took effect.
             "name": [
                 {"service": INFERENCE},
                 {"service": MODEL},
@@ -41,53 +41,54 @@ RETRIES: dict[str, Any] = {
             },
         }
     ],
-    # Every failed attempt takes one of these, every success gives one back, and below half of them
-    # nothing is retried: servers that are down are not stormed. The most that gRPC allows, for a
-    # server that dies fails all its calls at once, and each of them may need another server.
+    # Each failed attempt takes one token and each success returns one; below half of them, gRPC
+    # does not retry, so servers that are down are not flooded. We use the largest number that gRPC
+    # allows, because a server that dies fails all its calls at once, and each may need another
+    # server.
     "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
 }
-"""What gRPC retries by itself: calls that failed before anything of their answer arrived. What
-found no room is for `service.client.rounds`."""
+"""Retries by gRPC itself, for calls that failed before any part of their response arrived.
+`service.client.rounds` retries calls that found no room."""
 
 BALANCING: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": INFERENCE},
 }
-"""For a target of several addresses: in turn to those whose health says SERVING."""
+"""For a target with several addresses: round robin over servers whose health is SERVING."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # A server whose machine vanished is told from one that thinks for long. The server allows
-    # pings each second; without the last line they end where a long prompt sends nothing.
+    # Distinguishes a vanished machine from a slow server. Our server allows pings every second.
+    # Without the last option, pings stop while a long prompt sends no data.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # A table, or a completion with its logprobs, may pass the default of 4 MiB.
+    # A table, or a completion with its logprobs, may exceed the default of 4 MiB.
     ("grpc.max_receive_message_length", -1),
-    # A server that comes back is found within that; by default it may take two minutes.
+    # A server that comes back is found within this time; the default is up to two minutes.
     ("grpc.max_reconnect_backoff_ms", 10_000),
-    # What is larger is never tried again, by default 256 KiB; a prompt may have a MiB and more.
+    # gRPC never retries a larger request. The default is 256 KiB; a prompt may exceed 1 MiB.
     ("grpc.per_rpc_retry_buffer_size", 16 * 2**20),
     *METADATA_OPTIONS,
 )
 
 
 class Tls(Given):
-    """How a channel is encrypted. All files are PEM."""
+    """TLS settings of a channel. All files are PEM."""
 
     root_ca: Path | None = None
-    """Certificates to trust; None: those that gRPC brings, the public authorities."""
+    """Trusted CA certificates; None: the public ones that come with gRPC."""
     cert: Path | None = None
-    """The client's own certificate chain, where the server asks for one; needs `key`."""
+    """The client's certificate chain, if the server requires one; needs `key`."""
     key: Path | None = None
     server_name: str | None = None
-    """Name that the server's certificate must bear, where it is not the target's own. A list of
-    addresses has none: its servers' certificates all bear this one."""
+    """Name in the server's certificate, if it differs from the target's name. For a list of
+    addresses, which has no name: the one name in the certificates of all its servers."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files. Raises InvalidArgument that names the file which cannot be used."""
+        """Read the files. Raises InvalidArgument with the file that cannot be used."""
         if (self.cert is None) != (self.key is None):
             raise InvalidArgument("tls", "cert and key are given together or not at all")
-        # gRPC takes anything for PEM, and then fails each call with a riddle.
+        # gRPC accepts any bytes as PEM, and then fails each call with an unclear error.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         roots = None
         if self.root_ca is not None:
@@ -101,7 +102,7 @@ class Tls(Given):
         if self.cert is None or self.key is None:
             return grpc.ssl_channel_credentials(roots)
         try:
-            # With a password, so that nobody is asked for one.
+            # With a password argument, so that OpenSSL does not ask for one.
             context.load_cert_chain(self.cert, self.key, password="")
             chain, key = self.cert.read_bytes(), self.key.read_bytes()
         except OSError as error:
@@ -120,7 +121,7 @@ def _why(error: OSError, accepted: str) -> str:
 
 
 class ChannelOptions(Given):
-    """How a server is reached besides its address."""
+    """Settings of a connection, besides the address."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
@@ -129,14 +130,14 @@ class ChannelOptions(Given):
     tls: Tls | None = None
     """None: plain text."""
     insecure_token: bool = False
-    """Whether the token may leave this machine in plain text, for networks that are themselves
-    trusted, or encrypted below."""
+    """Whether the token may leave this machine in plain text; for trusted networks, or networks
+    that are encrypted at a lower layer."""
 
     def metadata(self, target: str) -> tuple[tuple[str, str], ...]:
-        """What each call carries.
+        """Return the metadata of each call.
 
         Raises InvalidArgument for a token that would leave this machine in plain text, or that
-        cannot be a header; never tells it.
+        cannot be a header; the error never contains the token.
         """
         if self.token is None:
             return ()
@@ -153,17 +154,17 @@ class ChannelOptions(Given):
         return (("authorization", f"Bearer {self.token}"),)
 
     def settings(self, target: str, *, balanced: bool) -> list[tuple[str, Any]]:
-        """The channel's settings as gRPC takes them; `balanced` where any server will do.
+        """Return the gRPC options of the channel; `balanced`: any of several servers may answer.
 
-        Raises InvalidArgument for a list of servers where one is meant, and for one that is reached
-        by TLS without a name to look for.
+        Raises InvalidArgument for a list of servers if `balanced` is False, and for a list with TLS
+        but without `tls.server_name`.
         """
         if is_list(target) and not balanced:
             raise InvalidArgument(
                 "target", f"{target} lists several servers; make an admin client of each"
             )
-        # One address has no other to go to: the server itself is asked, and says in its own words
-        # what is wrong with it.
+        # With one address there is no other server to try. Ask it directly, so that its own error
+        # says what is wrong.
         config = RETRIES | BALANCING if balanced and may_be_several(target) else RETRIES
         settings: list[tuple[str, Any]] = [
             *CHANNEL_OPTIONS,
@@ -181,11 +182,11 @@ class ChannelOptions(Given):
 
 
 PLAIN_TEXT = ChannelOptions()
-"""Without encryption or token, as a server on this machine is reached."""
+"""No encryption and no token, for a server on this machine."""
 
 
 def open_aio(target: str, options: ChannelOptions, *, balanced: bool) -> grpc.aio.Channel:
-    """Open a channel of the running event loop. Connects with its first call."""
+    """Open a channel in the running event loop. It connects at the first call."""
     address, settings = uri(target), options.settings(target, balanced=balanced)
     if options.tls is None:
         return grpc.aio.insecure_channel(address, settings)
@@ -193,7 +194,7 @@ def open_aio(target: str, options: ChannelOptions, *, balanced: bool) -> grpc.ai
 
 
 def open_sync(target: str, options: ChannelOptions, *, balanced: bool) -> grpc.Channel:
-    """Open a channel for threads. Connects with its first call."""
+    """Open a channel for threads. It connects at the first call."""
     address, settings = uri(target), options.settings(target, balanced=balanced)
     if options.tls is None:
         return grpc.insecure_channel(address, settings)

@@ -1,7 +1,7 @@
-"""The client's command line: a prompt or a conversation in, tokens as they arrive, figures.
+"""The client's command line: completes a prompt or holds a conversation, then prints figures.
 
-Owns the flags and the exit code: 0, 1 for a call that failed (one line on stderr), 2 for what is
-refused before any call, 130 when interrupted. Knows nothing of how calls are made or shown.
+Owns the flags and the exit codes: 0; 1 for a failed call (one line on stderr); 2 for arguments that
+are refused before any call; 130 when interrupted. Knows nothing of how calls are made or shown.
 """
 
 import json
@@ -157,8 +157,8 @@ def complete(
 ) -> None:
     """Complete PROMPT on a running server; print tokens as they arrive, then the figures.
 
-    Exit codes: 0; 1 the call failed; 2 the command line makes no sense or names a value that is
-    refused before any call; 130 interrupted.
+    Exit codes: 0; 1 for a failed call; 2 for wrong usage, or a value that is refused before any
+    call; 130 when interrupted.
     """
     if prompt is None and not chat:
         raise typer.BadParameter("give PROMPT, or --chat for a conversation")
@@ -167,7 +167,7 @@ def complete(
     if server_name is not None and not (tls or tls_ca or tls_cert or tls_key):
         raise typer.BadParameter("--server-name needs --tls or --tls-ca")
     report = _report_json if as_json else _report_line
-    # Called by another program, it leaves Ctrl-C to that.
+    # If another program calls this, Ctrl-C is left to that program.
     interrupt = context.obj or Interrupt()
     policy = {
         "table": table,
@@ -206,7 +206,7 @@ def complete(
                 ignore_eos=ignore_eos,
                 cache_policy=cache_policy,
                 request_id=request_id,
-                # For the live figures, and who reads JSON has a use for them.
+                # For the live figures; JSON output shows them too.
                 token_ids=True,
                 logprobs=logprobs,
                 top_logprobs=top_logprobs,
@@ -240,26 +240,26 @@ def complete(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        # Whoever read the output has left, as `head` does; the interpreter would complain of it
-        # once more when it flushes at its end.
+        # The reader of stdout has gone, as with `head`. Without this, the interpreter would report
+        # the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
 
 
 def _refused_here(error: A2SFError) -> bool:
-    """Whether the client itself refused a value: what a server says comes out of a failed call."""
+    """Whether the client itself refused a value; a server's refusal comes from a failed call."""
     return isinstance(error, InvalidArgument) and not isinstance(error.__cause__, grpc.RpcError)
 
 
 def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
-    """Make a value of the flags that were given. Raises InvalidArgument that names them."""
+    """Build a value from the flags that were given. Raises InvalidArgument with their names."""
     with fields_of(name):
         return cls(**{k: v for k, v in values.items() if v is not None})
 
 
 def _first_token(path: Path) -> str:
-    """Read a file of the server's form: a token a line, beside blank lines and # comments."""
-    # What is no text is no token either, and is refused as such.
+    """Read a file in the server's format: one token per line, blank lines, and # comments."""
+    # Invalid UTF-8 becomes an invalid token, and is refused as such.
     for line in path.read_text(errors="replace").splitlines():
         if line.strip() and not line.startswith("#"):
             return line.strip()
@@ -267,15 +267,15 @@ def _first_token(path: Path) -> str:
 
 
 def _report_line(error: A2SFError) -> None:
-    # Whatever of the completion was printed ends here.
+    # Print the partial completion before the error.
     sys.stdout.flush()
-    # All that is wrong, so that nobody mends one value to be told of the next.
+    # Report all problems, so that the user need not fix them one by one.
     told = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
     typer.echo(f"error: {' '.join(told.split())}", err=True)
 
 
 def _report_json(error: A2SFError) -> None:
-    """Print an error as one object: `code`, `message`, and what else is known of it."""
+    """Print an error as a JSON object: `code`, `message`, and any known details."""
     told: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
     if violations := _violations(error):
         told["field_violations"] = [{"field": f, "description": d} for f, d in violations]
@@ -286,5 +286,5 @@ def _report_json(error: A2SFError) -> None:
 
 
 def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
-    """The fields that are not accepted, with why; none where the error is not about fields."""
+    """Return the invalid fields with their problems; empty if the error is not about fields."""
     return error.violations if isinstance(error, InvalidArgument) else ()

@@ -1,7 +1,7 @@
-"""Messages to values and values to messages: the client's side.
+"""Converts requests to messages and responses to values, for the client.
 
-Owns reading answers and writing requests. The mirror of `service.conversions`, and apart from it so
-that a client loads neither engine nor torch. Knows nothing of channels.
+The counterpart of `service.conversions`, separate from it so that a client loads neither engine nor
+torch. Knows nothing of channels.
 """
 
 import math
@@ -52,8 +52,10 @@ Written = TypeVar("Written", bound=Message)
 def generation_input(
     prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> pb.GenerationInput:
-    """Write a request. Raises InvalidArgument for what does not fit its field, and TypeError for an
-    option that there is not: types are not looked at where nobody checks them.
+    """Make the message of a request.
+
+    Raises InvalidArgument for a value that does not fit its field, and TypeError for an unknown
+    option, for callers without a type checker.
     """
     if unknown := options.keys() - GenerationOptions.__annotations__.keys():
         raise TypeError(
@@ -65,7 +67,7 @@ def generation_input(
     output = {name: options.get(name) for name in pb.OutputOptions.DESCRIPTOR.fields_by_name}
     with found.of_part():
         if isinstance(options.get("stop"), str):
-            # A string is a sequence too, of strings that nobody meant.
+            # A string is a sequence too, but of one-character strings.
             raise InvalidArgument("input.stop", "one string; give a list of strings")
         message.stop.extend(_written(pb.GenerationInput, "input.", stop=options.get("stop")).stop)
     with found.of_part():
@@ -98,14 +100,14 @@ def generation_input(
 def tokenize_request(
     prompt: str | Chat, special_tokens_in_content: bool = False
 ) -> pb.TokenizeRequest:
-    """Write a prompt to be encoded. Raises InvalidArgument for what does not fit its field."""
+    """Make a tokenize request. Raises InvalidArgument for a value that does not fit its field."""
     message = pb.TokenizeRequest()
     _write_prompt(prompt, message, "", special=special_tokens_in_content)
     return message
 
 
 def _written(cls: type[Written], where: str, **fields: Any) -> Written:
-    # Field by field, because protobuf does not tell which one a value does not fit.
+    # One field at a time, because protobuf does not say which value does not fit its field.
     message, found = cls(), Violations()
     for name, value in fields.items():
         with found.of_part():
@@ -115,13 +117,13 @@ def _written(cls: type[Written], where: str, **fields: Any) -> Written:
 
 
 def _field(cls: type[Written], where: str, name: str, value: Any) -> Written:
-    """Write one field; None leaves it out."""
+    """Make a message with one field; None leaves it unset."""
     try:
         part = cls(**{name: value})
     except (ValueError, OverflowError) as error:
         problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
         raise InvalidArgument(f"{where}{name}", problem) from error
-    # What a field is too narrow for becomes infinite, without an error.
+    # A float that is too large for its field silently becomes infinite.
     if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
         raise InvalidArgument(
             f"{where}{name}", f"{value!r} is no finite number there; accepted: finite numbers"
@@ -130,7 +132,7 @@ def _field(cls: type[Written], where: str, name: str, value: Any) -> Written:
 
 
 def _accepted(kind: int) -> str:
-    """What an integer's field can hold, to be put behind a problem; empty for any other type."""
+    """Return the accepted range of an integer field, as a suffix; empty for other types."""
     bits = {FieldDescriptor.TYPE_UINT32: 32, FieldDescriptor.TYPE_UINT64: 64}.get(kind)
     return f"; accepted: 0 to {2**bits - 1}" if bits else ""
 
@@ -183,7 +185,7 @@ def _chat_message(part: object, where: str) -> pb.ChatMessage:
 
 
 def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamEvent | None:
-    """Read one event of the stream of `request_id`; None for a kind newer than this client."""
+    """Convert an event of the stream of `request_id`; None for a kind unknown to this client."""
     match message.WhichOneof("event"):
         case "started":
             return _started(message.started)
@@ -202,7 +204,7 @@ def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamE
 
 
 def completion(message: pb.GenerateResponse) -> Completion:
-    """Read a whole completion."""
+    """Convert a whole completion."""
     started = _started(message.started)
     return Completion(
         started=started,
@@ -214,12 +216,12 @@ def completion(message: pb.GenerateResponse) -> Completion:
 
 
 def tokenized_prompt(message: pb.TokenizeResponse) -> TokenizedPrompt:
-    """Read an encoded prompt."""
+    """Convert a tokenized prompt."""
     return TokenizedPrompt(text=message.text, token_ids=tuple(message.token_ids))
 
 
 def model_description(message: pb.GetModelResponse) -> ModelDescription:
-    """Read what a server serves."""
+    """Convert the description of the model and the server's sizes."""
     return ModelDescription(
         model=_identity(message.model),
         max_context=message.max_context,
@@ -241,7 +243,7 @@ def model_description(message: pb.GetModelResponse) -> ModelDescription:
 
 
 def table_listing(message: pb.ListAlphaTablesResponse) -> TableListing:
-    """Read the list of tables."""
+    """Convert the list of tables."""
     return TableListing(
         tables={table.name: _summary(table) for table in message.tables},
         refused=_refused(message.refused),
@@ -251,17 +253,17 @@ def table_listing(message: pb.ListAlphaTablesResponse) -> TableListing:
 
 
 def alpha_table(message: pb.GetAlphaTableResponse) -> AlphaTable:
-    """Read one table from its canonical JSON. Raises TableError as reading its file would."""
+    """Parse a table from its canonical JSON. Raises TableError, as for the table's file."""
     return parse_table(message.canonical_json.encode())
 
 
 def activated(message: pb.ActivateAlphaTableResponse) -> Activated:
-    """Read which table is the default now."""
+    """Convert the new default table."""
     return Activated(default_table=message.default_table or None, etag=message.etag)
 
 
 def reloaded(message: pb.ReloadAlphaTablesResponse) -> Reloaded:
-    """Read what reading the directory again has changed."""
+    """Convert the changes of a reload."""
     return Reloaded(
         added=tuple(message.added),
         changed=tuple(message.changed),
@@ -272,7 +274,7 @@ def reloaded(message: pb.ReloadAlphaTablesResponse) -> Reloaded:
 
 
 def load(message: pb.GetLoadResponse) -> Load:
-    """Read how much of a server is taken."""
+    """Convert the server's load."""
     return Load(
         running=message.running,
         waiting=message.waiting,
@@ -335,10 +337,10 @@ def _started(message: pb.GenerationStarted) -> StreamStarted:
 
 
 def _heads(heads: Iterable[pb.HeadTokens], layers: Iterable[int], num_kv_heads: int = 1) -> Heads:
-    """Read a number of each layer and KV head.
+    """Convert numbers per layer and KV head.
 
-    A server from before slots were dealt to heads tells `layers` alone, and all heads of a layer
-    have the same; where it does not tell how many they are, one stands for all.
+    Servers that do not yet split slots by head send only `layers`: all heads of a layer have the
+    same number. If the number of heads is unknown, one entry stands for all.
     """
     told = tuple(tuple(layer.tokens) for layer in heads)
     return told or tuple((tokens,) * num_kv_heads for tokens in layers)

@@ -1,8 +1,8 @@
-"""What the command line shows of a completion: for people, or a JSON object a line for programs.
+"""Shows a completion on the command line, as text or as JSON lines.
 
-Owns what goes to which stream. For people the text goes to stdout as it arrives, and so does one
-line of figures at the end; while stderr is a terminal, a line of figures is alive below the text,
-and gone at the end. Knows nothing of calls.
+Owns which output goes to which stream. As text, the completion goes to stdout as it arrives, and
+one line of figures follows at the end. If stderr is a terminal, a live line of figures is shown
+below the text until the end. Knows nothing of calls.
 """
 
 import sys
@@ -23,7 +23,7 @@ from a2sf.requests import Finished
 from service.client.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 from service.pb import inference_pb2 as pb
 
-# A terminal obeys control characters, and a model may write any.
+# A terminal obeys control characters, and a model may write any of them.
 _CONTROLS = {
     **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "\ufffd"),
     **{ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""},
@@ -43,11 +43,11 @@ class Display(Protocol):
     ) -> None: ...
 
     def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
-        """Show one event, of which `message` is how it came."""
+        """Show one event; `message` is the message that it was read from."""
 
 
 class JsonLines:
-    """Each event as it came: the contract's names, in protobuf's JSON, an object a line."""
+    """Prints each event as a line of JSON: protobuf's JSON form with the proto's field names."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +58,7 @@ class JsonLines:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Nothing is left to show."""
+        """Do nothing: there is nothing left to show."""
 
     def show(self, message: pb.StreamGenerateResponse, event: StreamEvent | None) -> None:
         """Print one event."""
@@ -69,7 +69,7 @@ class JsonLines:
 
 
 class ForPeople:
-    """The text, what was asked for of its tokens, and the figures."""
+    """Shows the text, the requested details of its tokens, and the figures."""
 
     def __init__(self) -> None:
         self._tokens: list[TokenLogprobs] = []
@@ -89,7 +89,7 @@ class ForPeople:
         traceback: TracebackType | None,
     ) -> None:
         self._end_live()
-        # What is told next, be it an error, begins a line.
+        # The next output, such as an error, must begin on a new line.
         if self._mid_line and not isinstance(exc, BrokenPipeError):
             print(flush=True)
 
@@ -132,10 +132,10 @@ class ForPeople:
 
 
 class _LiveFigures:
-    """The line below the text, drawn anew a few times a second.
+    """The line of figures below the text, redrawn several times a second.
 
-    Where stdout is a terminal too, the two share a screen, so the text's last line, not yet whole,
-    is drawn with it. `takes_text` says so.
+    If stdout is a terminal too, both share a screen. Then the unfinished last line of the text is
+    drawn together with this line, and `takes_text` is True.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class _LiveFigures:
         self._live.start()
 
     def stop(self) -> str:
-        """Take the line away; return the text that was drawn with it."""
+        """Remove the line; return the text that was drawn with it."""
         self._live.stop()
         return self._line
 
@@ -172,10 +172,10 @@ class _LiveFigures:
         self._tokens += tokens
 
     def write(self, text: str) -> None:
-        # Lines that are done scroll away above, cut where the terminal itself would.
+        # Finished lines scroll up, wrapped as the terminal itself would wrap them.
         *done, last = (self._line + text.expandtabs()).split("\n")
         rows = chop_cells(last, self._console.width) or [""]
-        # First, for printing draws this line anew below what is printed.
+        # Set it before printing, because printing redraws this line below the output.
         self._line = rows[-1]
         for line in [*done, *rows[:-1]]:
             self._console.print(Text(line), soft_wrap=True)
@@ -193,7 +193,7 @@ class _LiveFigures:
             return f"waiting for the server, {elapsed:.0f} s"
         if not tokens:
             return f"reading {started.prompt_tokens} tokens, {elapsed:.0f} s"
-        # The newest token is not stored yet.
+        # The newest token is not in the cache yet.
         seen = started.prompt_tokens + tokens - 1
         budgets = list(chain(*started.head_budgets)) or [started.budget]
         gone = [max(0, seen - budget) for budget in budgets]
@@ -202,7 +202,7 @@ class _LiveFigures:
 
 
 def policy_in_words(event: StreamStarted) -> str:
-    """Name the policy that a completion is made under, with what its budget came from."""
+    """Describe the policy of a completion, and what raised its budget."""
     if event.method == "table":
         method = f"table {event.table_name}"
     elif event.alpha is not None:
@@ -214,10 +214,10 @@ def policy_in_words(event: StreamStarted) -> str:
 
 
 def figures(event: Finished, policy: str) -> str:
-    """Put what a completion took, and its policy, into one line for people."""
+    """Describe the figures of a completion and its policy in one line."""
     usage, cache, timings = event.usage, event.cache, event.timings
     tokens = usage.completion_tokens
-    # The first token came out of the prefill; the others took the decode's time.
+    # The prefill gives the first token; `decode_s` covers the others.
     rate = f"{(tokens - 1) / timings.decode_s:.1f} tokens/s" if timings.decode_s > 0 else "at once"
     return (
         f"{tokens} tokens ({event.reason.value}), {rate}; {policy}; "

@@ -1,10 +1,10 @@
-"""What Ctrl-C does to the command line, from its first moment to its last.
+"""Handles Ctrl-C in the command line, from its start to its end.
 
-Owns the handler of SIGINT. An exception that is raised wherever the program happens to be can be
-lost, or leave gRPC waiting for a call that it no longer knows; so what an interrupt does depends on
-where it comes: it ends the process while nothing needs an end, it is raised where that is safe, and
-it ends a call from outside. A second one always ends the process. Knows nothing of calls, and loads
-nothing.
+Owns the handler of SIGINT. An exception raised at an arbitrary point can be lost, or can leave gRPC
+waiting for a call that it no longer knows. So the effect of an interrupt depends on the point: it
+ends the process while nothing needs cleanup, raises an exception while that is safe, and otherwise
+ends the call from another thread. A second interrupt always ends the process. Knows nothing of
+calls, and imports nothing slow.
 """
 
 import os
@@ -13,42 +13,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""The exit code: 128 + SIGINT, as a shell has it."""
+"""Exit code after an interrupt: 128 + SIGINT, as in a shell."""
 
 
 class Interrupt:
-    """A handler of SIGINT, for the main thread. To begin with, one ends the process."""
+    """A SIGINT handler for the main thread. By default, an interrupt ends the process."""
 
     def __init__(self) -> None:
         self._came = False
         self._answer: Callable[[], None] = _leave
 
     def __call__(self, *_: object) -> None:
-        """Hear one."""
+        """Handle one interrupt."""
         if self._came:
-            # Whoever sends a second one has waited long enough.
+            # A second interrupt: the user does not want to wait any longer.
             _leave()
         self._came = True
         self._answer()
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Within the block, raise it as KeyboardInterrupt."""
+        """Within the block, an interrupt raises KeyboardInterrupt."""
         with self._answered_by(_raise):
             yield
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """Within the block, call `end`, which makes it end; then raise KeyboardInterrupt.
+        """Within the block, an interrupt calls `end`; the block then raises KeyboardInterrupt.
 
-        `end` is called in a thread of its own, so it may wait for what the main thread holds.
+        `end` must make the block end. It runs in a separate thread, so it may wait for a lock that
+        the main thread holds.
         """
         try:
             with self._answered_by(threading.Thread(target=end, daemon=True).start):
                 yield
         finally:
             if self._came:
-                # However the block ended: that was the interrupt's doing.
+                # Whether the block raised or not, the interrupt is the cause.
                 raise KeyboardInterrupt from None
 
     @contextmanager

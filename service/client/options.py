@@ -1,6 +1,6 @@
-"""What a client is told: a conversation, and what a completion may be told besides its prompt.
+"""The inputs of a completion: a conversation, and the options of a request.
 
-The mirror of `service.client.results`, which is what it gets. Knows nothing of messages.
+The counterpart of `service.client.results`. Knows nothing of messages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,37 +10,37 @@ from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
 
 Chat: TypeAlias = Sequence[ChatMessage | Mapping[str, str]]
-"""A conversation: `ChatMessage` values, or mappings with their fields."""
+"""A conversation: `ChatMessage` values, or mappings with the same fields."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What a completion may be told besides its prompt and length; all may be left out."""
+    """Options of a completion besides prompt and length; all are optional."""
 
     min_new_tokens: int
-    """Tokens before which nothing but the time limit ends the completion."""
+    """Until this many tokens, nothing but the time limit ends the completion."""
     time_limit_s: float
-    """Seconds after which the completion ends with what it has; unlike a deadline, nothing is
-    lost."""
+    """Seconds after which the completion ends with the tokens so far; unlike a deadline, it loses
+    nothing."""
     sampling: Sampling
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     stop: Sequence[str]
-    """Strings that end the completion and are left out of it."""
+    """Strings that end the completion; its text does not include them."""
     stop_token_ids: Sequence[int]
-    """Token ids that end the completion and are left out of its text."""
+    """Token ids that end the completion; its text does not include them."""
     ignore_eos: bool
-    """Write on past the model's end-of-sequence tokens, and past the end of the answer to a
-    chat."""
+    """Continue past the model's end-of-sequence tokens, and past the end of the assistant's turn in
+    a chat."""
     special_tokens_in_content: bool
-    """Read control tokens that chat messages spell out as such, not as text."""
+    """Encode control tokens that chat messages spell out as control tokens, not as text."""
     cache_policy: CachePolicy
-    """What the cache may forget; by default what the server was set to."""
+    """What the cache may evict; by default the server's policy."""
     request_id: str
-    """Names the request in the server's logs; by default the server makes one up."""
+    """Id of the request in the server's logs; by default the server makes a random one."""
     token_ids: bool
-    """Whether the answer carries token ids beside the text."""
+    """Whether the response has token ids besides the text."""
     logprobs: bool
-    """Whether it carries how likely each token was."""
+    """Whether the response has the log-probability of each token."""
     top_logprobs: int
-    """So many most likely tokens at each step too; needs `logprobs`."""
+    """How many of the most likely tokens to return per step; needs `logprobs`."""
     echo: bool
-    """Whether the first event carries the prompt as it was read."""
+    """Whether the first event has the prompt as the model reads it."""

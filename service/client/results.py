@@ -1,7 +1,7 @@
-"""What a client gets: the values that the wire's answers become.
+"""Results of the client: the values that responses are converted to.
 
-Owns only those that the core has no value for; `Finished` is the core's own, and `Delta` is the
-core's with more told of each token. Knows nothing of messages.
+Owns only values that the core does not have; `Finished` is the core's class, and `Delta` extends
+the core's with more data per token. Knows nothing of messages.
 """
 
 from datetime import datetime
@@ -17,66 +17,66 @@ class Prompt(Frozen):
     """A prompt as the model reads it."""
 
     text: str
-    """As given, as the chat template made it, or decoded from the token ids given."""
+    """As given, as the chat template rendered it, or decoded from the given token ids."""
     token_ids: tuple[int, ...]
 
 
 class TokenizedPrompt(Prompt):
-    """The token ids that a completion of the same prompt would read."""
+    """The prompt as a completion would read it."""
 
 
 class StreamStarted(Frozen):
-    """The first event: the request was admitted, under this policy and seed."""
+    """The first event: the request was admitted with this policy and seed."""
 
     request_id: str
     prompt_tokens: int
     seed: int
     method: str
-    """A preset's name, `a2sf` for one alpha everywhere, or `table`."""
+    """Name of a preset, `a2sf` for one alpha everywhere, or `table`."""
     alpha: float | None
-    """The one forgetting factor, for method a2sf."""
+    """The forgetting factor of method a2sf."""
     table_name: str | None
     table_sha256: str | None
     budget: int
-    """Tokens that each head keeps, the mean over layers and heads."""
+    """Tokens that each head keeps, averaged over layers and heads."""
     head_budgets: Heads
-    """[layers][KV heads] tokens that each keeps."""
+    """[layers][KV heads] tokens that each head keeps."""
     min_budget: int | None
-    """The floor that raised `budget`, where a ratio came to fewer tokens."""
+    """The lower bound that raised `budget`, if a ratio gave fewer tokens."""
     recent: int
-    """Tokens before the newest that a head of `budget` would never forget."""
+    """Tokens before the newest that a head with `budget` never evicts."""
     head_recents: Heads
-    """[layers][KV heads] tokens before the newest that each never forgets."""
+    """[layers][KV heads] tokens before the newest that each head never evicts."""
     sinks: int
-    """First tokens that are never forgotten."""
+    """First tokens that are never evicted."""
     prefill_chunk: int
-    """Tokens of one prompt block; 0 for one block."""
+    """Tokens per prompt block; 0 for one block."""
     random_seed: int | None
     prompt: Prompt | None
-    """The prompt as it was read, where `echo` asked for it."""
+    """The prompt as the model read it, if `echo` was set."""
 
 
 class TokenLogprob(requests.TokenLogprob):
-    """One token, its probability's natural logarithm, and what it alone reads as."""
+    """A token, its log-probability (natural logarithm), and its text."""
 
     text: str
-    """U+FFFD where the token is only part of a character."""
+    """Text of this token alone; U+FFFD if it is only part of a character."""
 
 
 class TokenLogprobs(requests.TokenLogprobs):
-    """How likely the model found a token of the completion, and what it found most likely."""
+    """The log-probability of a token of the completion, and the most likely tokens at its step."""
 
     token_id: int
     text: str
-    """What the token alone reads as; U+FFFD where it is only part of a character."""
+    """Text of this token alone; U+FFFD if it is only part of a character."""
     top: tuple[TokenLogprob, ...]
 
 
 class Delta(requests.Delta):
-    """What the completion grew by. `text` ends at a character's boundary and may be empty."""
+    """New text and tokens. `text` ends at a character boundary and may be empty."""
 
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each new token, where asked for; without `token_ids`, these name them."""
+    """One for each new token, if requested; they carry token ids even without `token_ids`."""
 
 
 StreamEvent: TypeAlias = StreamStarted | Delta | Finished
@@ -88,65 +88,65 @@ class Completion(Frozen):
     started: StreamStarted
     text: str
     token_ids: tuple[int, ...]
-    """Empty unless asked for."""
+    """Empty unless requested."""
     finished: Finished
     logprobs: tuple[TokenLogprobs, ...]
-    """One for each token; empty unless asked for."""
+    """One for each token; empty unless requested."""
 
 
 class ModelDescription(Frozen):
-    """What a server serves, and with how much room."""
+    """The model of a server, and the server's sizes."""
 
     model: ModelIdentity
     max_context: int
-    """Most tokens of prompt and completion together."""
+    """The most tokens of prompt and completion together."""
     vocab_size: int
     head_dim: int
     dtype: str
     device: str
     slots: int
-    """The largest budget, in tokens: the mean over heads, where the default table shapes rows."""
+    """The largest budget in tokens; an average over heads if the default table shapes rows."""
     max_batch: int
-    """Requests that decode together at most."""
+    """The most requests that decode together."""
     kv_slab_bytes: int
     default_cache_policy: CachePolicy
-    """That of a request that gives none."""
+    """Policy of a request that sets none."""
     server_version: str
     head_slots: Heads
-    """[layers][KV heads] slots of a row; all are `slots` but where the default table deals
+    """[layers][KV heads] slots of a row; all equal `slots`, unless the default table splits them
     unequally."""
     max_prefill_tokens: int
-    """Longest prompt that is read in one block; longer ones need `prefill_chunk`."""
+    """Longest prompt that fits into one block; longer ones need `prefill_chunk`."""
     chat: bool
     """Whether prompts may be chat messages."""
     max_waiting: int
-    """Requests that may wait once `max_batch` decode."""
+    """Requests that may wait while `max_batch` requests decode."""
     max_prompt_bytes: int
-    """Longest text of a prompt, in bytes of UTF-8; of chat messages, all of theirs together."""
+    """Longest text of a prompt, in bytes of UTF-8; for a chat, the sum over its messages."""
 
 
 class TableSummary(Frozen):
-    """One alpha table, in short."""
+    """Summary of one alpha table."""
 
     name: str
     sha256: str
     dataset: str
     verdict: str
-    """`better` or `no_better_than_uniform`, as its file tells."""
+    """`better` or `no_better_than_uniform`, from the table's file."""
     created_at: datetime
 
 
 class TableListing(Frozen):
-    """The tables of a server, by name, and which of them is the default."""
+    """The tables of a server, by name, and its default table."""
 
     tables: dict[str, TableSummary]
-    """Those that a request may name."""
+    """Tables that a request may name."""
     refused: dict[str, str]
-    """Why files are not served as they are now."""
+    """Why files are not served in their present state."""
     default_table: str | None
-    """The table of requests that name no method; None: the server's default policy has one."""
+    """Table for requests that name no method; None: the server's default policy applies."""
     etag: str
-    """Names this state; `activate_alpha_table` wants it back."""
+    """Identifies this state; pass it to `activate_alpha_table`."""
 
     @property
     def served(self) -> dict[str, str]:
@@ -155,32 +155,32 @@ class TableListing(Frozen):
 
 
 class Activated(Frozen):
-    """Which table is the default now."""
+    """The new default table."""
 
     default_table: str | None
     etag: str
 
 
 class Reloaded(Frozen):
-    """What reading the directory of tables again has changed."""
+    """The changes of a reload."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
     removed: tuple[str, ...]
     refused: dict[str, str]
-    """Reasons by name; what was served under such a name stays."""
+    """Reasons by name; what was served under such a name is still served."""
     etag: str
 
 
 class Load(Frozen):
-    """How much of a server is taken at one moment."""
+    """Load of a server at one moment."""
 
     running: int
-    """Requests that hold a row or whose prompt is being read."""
+    """Requests that hold a row or are in prefill."""
     waiting: int
     """Requests that wait for a row."""
     admitted: int
-    """Completions under way, those included whose last events have yet to be read."""
+    """Completions under way, including those whose last events are still unread."""
     capacity: int
     """The most completions that may be under way."""
     kv_bytes_used: int

@@ -1,7 +1,7 @@
-"""How a call that found no room looks for some: at the next server at once, then later.
+"""Retries a call after RESOURCE_EXHAUSTED: at the next server at once, then after a delay.
 
-Owns the number of attempts and the time between them. Knows nothing of calls or channels. Left to
-gRPC, a call would wait before it asks another server: a full one says when to come back to itself.
+Owns the number of attempts and the delays. Knows nothing of calls or channels. gRPC's own retries
+would wait before trying another server, because a full server gives a delay only for itself.
 """
 
 import time
@@ -12,27 +12,27 @@ from a2sf.errors import InvalidArgument
 from service.status import DeadlineExceeded, NoRoom
 
 ROUNDS = 4
-"""Times that a call looks for room, first included, as far apart as servers say."""
+"""Rounds of attempts, including the first; servers give the delay between rounds."""
 
 MAX_TIMEOUT_S = 1e9
-"""Longest deadline, thirty years. gRPC counts nanoseconds: what has no room in 64 bits, infinity
-included, it takes for a deadline that has passed."""
+"""Longest deadline, about thirty years. gRPC counts nanoseconds in 64 bits, and treats a value that
+does not fit, such as infinity, as a deadline in the past."""
 
 SERVERS_A_ROUND = 2
-"""Servers that are asked in a round, where there are several. More would find room a little sooner,
-and multiply what full servers have to refuse."""
+"""Servers to try per round, if there are several. With more, a call would find room a little
+sooner, but full servers would have to refuse many more calls."""
 
 
 class Rounds:
-    """The attempts of one call, which ends `timeout_s` seconds after this was made."""
+    """The attempts of one call, with a deadline of `timeout_s` seconds from creation."""
 
     def __init__(self, timeout_s: float, *, several: bool) -> None:
-        """Begin now.
+        """Start the deadline.
 
-        Raises InvalidArgument for a time that is too long, or no number, and DeadlineExceeded where
-        no time is left: gRPC lets such a call through if the server is quick.
+        Raises InvalidArgument for a timeout that is too long or NaN, and DeadlineExceeded if it is
+        not positive: gRPC lets such a call succeed if the server is fast.
         """
-        # Written so that NaN is refused too.
+        # The comparison is written so that it refuses NaN too.
         if not timeout_s <= MAX_TIMEOUT_S:
             raise InvalidArgument("timeout_s", f"{timeout_s}; accepted: at most {MAX_TIMEOUT_S:g}")
         if timeout_s <= 0:
@@ -45,11 +45,11 @@ class Rounds:
 
     @property
     def left_s(self) -> float:
-        """What is left of the call's time, in seconds."""
+        """Seconds until the deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
     def wait_s(self, refusal: NoRoom) -> float:
-        """Seconds until the next attempt. Raises `refusal` where it was the last."""
+        """Seconds to wait before the next attempt. Raises `refusal` if there is none left."""
         self._refusals += 1
         if self._refusals % self._servers:
             return 0.0

@@ -1,7 +1,7 @@
-"""What the command line does with a server: one completion, one answer, or a conversation.
+"""Runs the command line's completion, single answer or conversation.
 
-Owns the conversation's history and its commands. Knows nothing of flags, nor of how an event or an
-error is shown.
+Owns the conversation's history and its commands. Knows nothing of flags, or of how events and
+errors are shown.
 """
 
 import sys
@@ -23,7 +23,7 @@ HINT = "/reset forgets the conversation, /quit or the end of input leaves"
 
 @dataclass(frozen=True)
 class Session:
-    """One run of the command line against one server."""
+    """One run of the command line with one server."""
 
     client: SyncClient
     max_new_tokens: int
@@ -34,7 +34,7 @@ class Session:
     report: Callable[[A2SFError], None]
 
     def complete(self, prompt: str | Sequence[ChatMessage]) -> str:
-        """Complete `prompt`, show it as it grows, and return its text."""
+        """Complete `prompt`, show the events as they arrive, and return the text."""
         call = calls.stream_generate(prompt, self.max_new_tokens, self.options)
         read = call.read
         both = calls.Call(
@@ -57,9 +57,9 @@ class Session:
         self.complete([*_first(system), ChatMessage(role="user", content=message)])
 
     def converse(self, system: str | None) -> None:
-        """Answer each line of stdin, all that was said before it in mind.
+        """Answer each line of stdin, with the conversation so far as context.
 
-        A failed call ends it, unless a person is there to say something else.
+        A failed call ends the conversation, unless stdin is a terminal.
         """
         attended = sys.stdin.isatty()
         if attended:
@@ -87,7 +87,7 @@ def _first(system: str | None) -> list[ChatMessage]:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines that say something; ask for them where a person sees it."""
+    """Yield the lines that are not blank; show a prompt if stdin and stdout are terminals."""
     question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:

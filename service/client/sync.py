@@ -1,6 +1,6 @@
-"""The clients for threads: the methods of `service.client`'s, which return once they are done.
+"""The blocking clients for threads, with the same methods as `service.client`'s.
 
-Owns the methods alone; what is sent and how answers are read is the same code. Knows nothing of
+Owns only the methods; requests and responses are handled by the same code. Knows nothing of
 asyncio.
 """
 
@@ -25,7 +25,7 @@ from service.client.transport import SyncTransport
 
 
 class SyncClient(SyncTransport):
-    """A client of one server or several, as `service.client.Client`; a context manager."""
+    """A client of one server or several, like `service.client.Client`; a context manager."""
 
     def stream_generate(
         self,
@@ -35,9 +35,9 @@ class SyncClient(SyncTransport):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         **options: Unpack[GenerationOptions],
     ) -> Generator[StreamEvent, None, None]:
-        """Yield a completion as it grows; `options` are those of `GenerationOptions`.
+        """Yield the events of a completion; `options` are those of `GenerationOptions`.
 
-        To leave early, close the generator (`contextlib.closing`): that cancels the call.
+        To leave early, close the generator (`contextlib.closing`); that cancels the call.
         """
         call = calls.stream_generate(prompt, max_new_tokens, options)
         return self.stream(call, timeout_s)
@@ -50,7 +50,7 @@ class SyncClient(SyncTransport):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         **options: Unpack[GenerationOptions],
     ) -> Completion:
-        """Return a whole completion; `options` are those of `GenerationOptions`."""
+        """Return the whole completion; `options` are those of `GenerationOptions`."""
         return self.unary(calls.generate(prompt, max_new_tokens, options), timeout_s)
 
     def tokenize(
@@ -60,12 +60,12 @@ class SyncClient(SyncTransport):
         special_tokens_in_content: bool = False,
         timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> TokenizedPrompt:
-        """Return the token ids that a completion of `prompt` would read."""
+        """Return the text and token ids of `prompt`, as a completion would read it."""
         call = calls.tokenize(prompt, special_tokens_in_content)
         return self.unary(call, timeout_s)
 
     def get_model(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelDescription:
-        """Describe what the server serves."""
+        """Describe the model and the server's sizes."""
         return self.unary(calls.get_model(), timeout_s)
 
     def list_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> TableListing:
@@ -73,27 +73,27 @@ class SyncClient(SyncTransport):
         return self.unary(calls.list_alpha_tables(), timeout_s)
 
     def get_alpha_table(self, name: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> AlphaTable:
-        """Fetch one alpha table, its digest checked."""
+        """Fetch one alpha table and check its digest."""
         return self.unary(calls.get_alpha_table(name), timeout_s)
 
 
 class SyncAdminClient(SyncTransport):
-    """A client of one server's admin port, as `service.client.AdminClient`."""
+    """A client of one server's admin port, like `service.client.AdminClient`."""
 
     _balanced = False
 
     def activate_alpha_table(
         self, name: str | None, *, etag: str, timeout_s: float = DESCRIBE_TIMEOUT_S
     ) -> Activated:
-        """Make `name` the table of requests that name no method; None: no table.
+        """Make `name` the table for requests that name no method; None: no table.
 
-        `etag` is that of the listing which the caller has seen. Raises Conflict where the tables
-        are no longer in that state.
+        `etag` must come from the listing on which the caller decided. Raises Conflict if the tables
+        have changed since.
         """
         return self.unary(calls.activate_alpha_table(name, etag), timeout_s)
 
     def reload_alpha_tables(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Reloaded:
-        """Have the directory of tables read again."""
+        """Make the server read its directory of tables again."""
         return self.unary(calls.reload_alpha_tables(), timeout_s)
 
     def abort_requests(
@@ -103,9 +103,9 @@ class SyncAdminClient(SyncTransport):
         all_requests: bool = False,
         timeout_s: float = DESCRIBE_TIMEOUT_S,
     ) -> tuple[str, ...]:
-        """End requests under way, those named or all; return the ids of those that were."""
+        """Abort requests, the named ones or all; return the ids of those that were under way."""
         return self.unary(calls.abort_requests(request_ids, all_requests), timeout_s)
 
     def get_load(self, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Load:
-        """Tell how much of the server is taken."""
+        """Return the server's current load."""
         return self.unary(calls.get_load(), timeout_s)

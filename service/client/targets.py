@@ -1,6 +1,6 @@
-"""What a target names: one server, a name behind which several may be, or a list of addresses.
+"""Parses targets: one server, a name that may resolve to several, or a list of addresses.
 
-Owns how targets are read and put as gRPC takes them. Knows nothing of channels.
+Owns parsing, and conversion to gRPC's syntax. Knows nothing of channels.
 """
 
 import ipaddress
@@ -12,16 +12,16 @@ _SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
 
 
 def uri(target: str) -> str:
-    """Put a target as gRPC takes it: a list of addresses under the scheme of their family.
+    """Convert a target to gRPC's syntax: a list of addresses gets the scheme of its IP version.
 
-    Raises InvalidArgument for a list of anything else.
+    Raises InvalidArgument for a list with anything but IP addresses of one version.
     """
     if not is_list(target):
         return target
     addresses = _addresses(target)
     families = {_family(address) for address in addresses}
     if len(families) > 1:
-        # gRPC has no scheme for both.
+        # gRPC has no scheme for a mixed list.
         raise InvalidArgument("target", f"{target} mixes IPv4 and IPv6; give addresses of one kind")
     return f"ipv{families.pop()}:{','.join(addresses)}"
 
@@ -38,12 +38,12 @@ def may_be_several(target: str) -> bool:
 
 
 def stays_here(target: str) -> bool:
-    """Whether what is sent to a target never leaves this machine."""
+    """Whether data sent to a target never leaves this machine."""
     return all(host == "localhost" or _is_loopback(host) for host in _hosts(target))
 
 
 def _addresses(target: str) -> list[str]:
-    """What a target names, HOST:PORT each; none for a socket of this machine."""
+    """Return the addresses of a target as HOST:PORT; empty for a Unix socket."""
     scheme, _, rest = target.partition(":")
     if scheme in ("unix", "unix-abstract"):
         return []
@@ -60,7 +60,7 @@ def _hosts(target: str) -> list[str]:
 
 
 def _family(address: str) -> int:
-    """4 or 6. Raises InvalidArgument for what is no IP:PORT."""
+    """Return 4 or 6. Raises InvalidArgument if `address` is not IP:PORT."""
     host, _, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     version = ipaddress.ip_address(bare).version if _is_ip(bare) else None

@@ -1,8 +1,8 @@
-"""Making calls: a channel, a deadline on every call, errors of the project's own tree.
+"""Makes calls: a channel, a deadline for every call, and the project's own errors.
 
-Owns the one way in which a call is made, by asyncio and by threads, looking for room elsewhere or
-later where a server has none, and cancelling a stream that is left early (gRPC does not: the server
-would work on for nobody). Knows nothing of what is asked.
+Owns how calls are made, with asyncio and with threads: it retries a call that finds no room, and
+cancels a stream that is left early (gRPC does not, so the server would continue without a reader).
+Knows nothing of what calls ask.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Calls:
-    """Starts calls on one channel of either kind, with the token, and tells how they failed."""
+    """Starts calls on a channel of either kind, with the token, and converts their errors."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class _Calls:
         self._several = may_be_several(target)
         self._stubs: dict[type, Any] = {}
         self._closed = False
-        # A stub made on a closed channel for threads crashes the interpreter.
+        # A stub created on a closed channel for threads crashes the interpreter.
         self._making = threading.Lock()
 
     def start(self, call: Call[Any], timeout_s: float) -> Any:
@@ -55,7 +55,7 @@ class _Calls:
         try:
             return method(call.request, timeout=timeout_s, metadata=self._metadata)
         except (ValueError, grpc.aio.UsageError):
-            # So either kind of channel says that it was closed since.
+            # Both kinds of channel raise these if the channel has been closed since.
             if not self._closed:
                 raise
             raise _closed() from None
@@ -64,7 +64,7 @@ class _Calls:
         return Rounds(timeout_s, several=self._several)
 
     def close(self) -> None:
-        """Start no more; comes before the channel's own end."""
+        """Refuse new calls; call it before closing the channel."""
         with self._making:
             self._closed = True
 
@@ -78,17 +78,17 @@ class _Calls:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Nobody cancelled the caller: the channel was closed under the call.
+            # The caller was not cancelled: the channel was closed during the call.
             raise _closed() from None
 
     def _told(self, error: grpc.RpcError, timeout_s: float) -> A2SFError:
         told = from_wire(error, timeout_s)
-        # Every error of a call is a call too; the base class does not say.
+        # At runtime, every error of a call is also a call; its static type does not say so.
         call: Any = error
         if isinstance(told, Unavailable) and DETAILS_KEY not in dict(
             call.trailing_metadata() or ()
         ):
-            # Not the server's words but gRPC's own, which do not say what to do.
+            # The error is gRPC's own, not the server's, and does not say what to do.
             return Unavailable(
                 f"connection to {self._target} failed: {told}; see that a server is up there, and "
                 f"that it speaks {self._speech} as this client does"
@@ -101,10 +101,10 @@ def _closed() -> Cancelled:
 
 
 class AsyncTransport:
-    """A channel of the running event loop; make it inside one."""
+    """A channel of the running event loop; create it inside the loop."""
 
     _balanced: ClassVar[bool] = True
-    """Whether any of several servers will do."""
+    """Whether any of several servers may answer."""
 
     def __init__(self, target: str, options: ChannelOptions = PLAIN_TEXT) -> None:
         metadata = options.metadata(target)
@@ -123,12 +123,12 @@ class AsyncTransport:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls under way, and any made later, end as Cancelled."""
+        """Close the channel; current and later calls end as Cancelled."""
         self._calls.close()
         await self._channel.close(None)
 
     async def unary(self, call: Call[T], timeout_s: float) -> T:
-        """Make a call that has one answer."""
+        """Make a call with one response."""
         rounds = self._calls.rounds(timeout_s)
         while True:
             try:
@@ -140,7 +140,7 @@ class AsyncTransport:
             await asyncio.sleep(wait_s)
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
-        """Make a call whose answer comes in events, and yield those that were read as one."""
+        """Make a call with a stream of events; yield those that `call.read` converts."""
         rounds, begun = self._calls.rounds(timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
@@ -184,12 +184,12 @@ class SyncTransport:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls under way, and any made later, end as Cancelled."""
+        """Close the channel; current and later calls end as Cancelled."""
         self._calls.close()
         self._channel.close()
 
     def unary(self, call: Call[T], timeout_s: float) -> T:
-        """Make a call that has one answer."""
+        """Make a call with one response."""
         rounds = self._calls.rounds(timeout_s)
         while True:
             try:
@@ -201,7 +201,7 @@ class SyncTransport:
             time.sleep(wait_s)
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
-        """Make a call whose answer comes in events, and yield those that were read as one."""
+        """Make a call with a stream of events; yield those that `call.read` converts."""
         rounds, begun = self._calls.rounds(timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
