@@ -1,6 +1,6 @@
-"""`python -m service plan`: what a server would take and give, as arithmetic, before it is started.
+"""Capacity planning: `python -m service plan` sizes a server by arithmetic, before it starts.
 
-`cli` owns the flags, `units` what sizes and rates are written as, `devices` published figures of
-GPUs, `sizing` what fits, `pace` time, replicas and cost, `report` how it is shown. None of them
-loads weights or measures anything.
+`cli` owns the flags, `units` the notation of sizes and rates, `devices` published figures of GPUs,
+`sizing` memory, `pace` time, replicas and cost, `report` the output. No module loads weights or
+measures anything.
 """

@@ -1,4 +1,4 @@
-"""The command line of `plan`: flags in, a plan out.
+"""The command line of `plan`.
 
 Owns the flags and their help. Knows nothing of the arithmetic behind them.
 """
@@ -164,15 +164,15 @@ def plan(
         bool, _output("--json", help="One JSON object, with plain numbers.")
     ] = False,
 ) -> None:
-    """Work out what a server would take and give, and the command line that starts it.
+    """Compute the memory, speed and cost of a server, and print the command line that starts it.
 
-    Memory is exact: the weights' tensors, the staging row and the slab are what the server
-    allocates, byte for byte, on the device of --device. On a processor in float32 or bfloat16 a
-    head that is shared with the embedding is held twice, and counted so; what its library of
-    matrix kernels adds around a weight shows nowhere. Times are bounds from published figures
-    unless --step-ms gives a measured one. One device holds the whole model. Nothing is loaded:
-    config.json is read, and the headers of the weights' files where they are; the environment and
-    settings files are not.
+    Memory is exact: the weight tensors, the staging row and the slab are what the server allocates,
+    byte for byte, on the device of --device. On a CPU in float32 or bfloat16, an LM head that is
+    tied to the embedding is stored twice, and counted twice. Memory that the CPU's matrix library
+    adds per weight is not counted. Times are bounds from published figures unless --step-ms gives a
+    measured one. One device holds the whole model. Nothing is loaded: the command reads config.json
+    and, if present, the headers of the weight files, but no environment variables and no settings
+    files.
     """
     from service.plan import pace, report, sizing
 
@@ -248,5 +248,5 @@ def plan(
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Plan and leave the process. Raises A2SFError for what is asked wrongly."""
+    """Print the plan and exit. Raises A2SFError for invalid arguments."""
     app(args=list(arguments), prog_name=PROGRAM)

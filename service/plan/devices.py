@@ -1,7 +1,7 @@
-"""GPUs by name, with the figures that their maker publishes.
+"""GPUs by name, with their vendor's published figures.
 
-Owns the table. The figures are peaks from data sheets, dense, for 16-bit numbers: nothing here was
-measured, and no program reaches them.
+Owns the table. The figures are peaks from data sheets, for dense 16-bit arithmetic: we measured
+none of them, and no program reaches them.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from a2sf.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU; None: not known."""
+    """One GPU model; None: unknown."""
 
     memory: int | None
     """Bytes."""
     bandwidth: int | None
-    """Bytes a second between memory and processor."""
+    """Bytes per second between memory and processor."""
     compute: int | None
-    """Multiplications and additions a second."""
+    """Multiplications and additions per second."""
 
 
 GPUS = {
@@ -29,13 +29,13 @@ GPUS = {
     "h100": Gpu(80 * 10**9, 3_350 * 10**9, 989 * 10**12),
     "h200": Gpu(141 * 10**9, 4_800 * 10**9, 989 * 10**12),
 }
-"""The a100-80gb, h100 and h200 are those in SXM modules."""
+"""The a100-80gb, h100 and h200 are the SXM modules."""
 
 
 def gpu(name: str | None) -> Gpu:
-    """Look a GPU up; None is one of which nothing is known.
+    """Look up a GPU; for None, all its figures are unknown.
 
-    Raises InvalidArgument naming those there are.
+    Raises InvalidArgument with the known names.
     """
     if name is None:
         return Gpu(None, None, None)

@@ -1,9 +1,9 @@
-"""How fast, how many and at what price: times by the roofline or as measured, replicas, cost.
+"""Estimates times, replicas and cost, by the roofline model or from a measured time.
 
-Owns the arithmetic of time. A roofline is an upper bound: a step takes at least as long as its
-bytes at the memory's published bandwidth and its operations at the processor's published peak, and
-launches, sampling and whatever else a step does come on top. It takes for granted that what a step
-moves does not fit into the processor's own caches. Knows nothing of what fits into memory.
+Owns the arithmetic of time. The roofline is an upper bound on speed: a step takes at least as long
+as its bytes at the published memory bandwidth, and as its operations at the published peak. Launch
+overhead, sampling and all other work come on top. The model assumes that the data of a step does
+not fit into the processor's caches. Knows nothing of what fits into memory.
 """
 
 import math
@@ -17,62 +17,62 @@ from service.plan.sizing import Sizing
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What times are taken from; a measured time goes before a bound."""
+    """Sources of times; a measured time takes precedence over a bound."""
 
     bandwidth: int | None
-    """Bytes a second, as published."""
+    """Bytes per second, as published."""
     compute: int | None
-    """Multiplications and additions a second, as published."""
+    """Multiplications and additions per second, as published."""
     step_s: float | None
-    """A decode step of all planned rows, as measured."""
+    """Seconds of a decode step of all planned rows, as measured."""
     prefill_tokens_per_s: float | None
-    """Prompt tokens a second while nothing else runs, as measured."""
+    """Prompt tokens per second while nothing else runs, as measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is to be served, and how far a replica may be filled."""
+    """The load to serve, and the planned utilisation of a replica."""
 
     requests_per_s: float | None
     tokens_per_s: float | None
-    """Completion tokens a second; their prompts count where lengths are stated."""
+    """Completion tokens per second; their prompts are included if lengths are given."""
     prompt_tokens: int | None
     completion_tokens: int | None
     utilisation: float
-    """The share of its time that a replica is planned to be busy."""
+    """Fraction of time that a replica is busy."""
     price_per_hour: float | None
-    """Of one replica, in any currency."""
+    """Price of one replica per hour, in any currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """One way of caching, all rows at work."""
+    """Speed and cost of one kind of cache, with all rows in use."""
 
     rows: int
     step_nbytes: int
-    """Bytes that a decode step must move."""
+    """Bytes that a decode step moves."""
     scores_nbytes: int
-    """Those of them that scoring costs: positions and scores read, scores written."""
+    """The part of `step_nbytes` for scores: positions and scores read, scores written."""
     step_operations: int
     """Multiplications and additions of a decode step."""
     step_s: float
     taken_from: Literal["memory", "compute", "measured"]
-    """What the step's time is: the bound that is the higher, or a measurement."""
+    """Source of `step_s`: the larger of two bounds, or a measurement."""
     prompt_s: float | None
-    """Reading one prompt; None: no prompts are stated."""
+    """Seconds of one prompt's prefill; None: no prompt length is given."""
     replicas: int | None
-    """None: no load is stated."""
+    """None: no load is given."""
     price_per_million: float | None
-    """Of completion tokens; None: no price is stated."""
+    """Price per million completion tokens; None: no price is given."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Completion tokens of all rows together, while no prompt is read."""
+        """Completion tokens per second of all rows together, while no prefill runs."""
         return self.rows / self.step_s
 
 
 def check(means: Means, load: Load) -> None:
-    """Refuse loads whose times cannot be told from `means`. Raises InvalidArgument."""
+    """Check that `means` suffices to compute times for `load`. Raises InvalidArgument."""
     if load.requests_per_s is not None and load.tokens_per_s is not None:
         raise InvalidArgument("--requests-per-s", "goes not with --tokens-per-s; give one load")
     if load.requests_per_s is not None and not (load.prompt_tokens and load.completion_tokens):
@@ -113,7 +113,7 @@ def check_lengths(sizing: Sizing, load: Load) -> None:
 
 
 def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
-    """The planned server with every row at its budget; None: no times are asked for."""
+    """Pace of the planned server, with every row at its budget; None without a time source."""
     tokens = sizing.held
     operations = capacity.attention_operations(sizing.spec, tokens) + sum(
         capacity.scoring_operations(sizing.spec, tokens)
@@ -130,10 +130,10 @@ def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
 
 
 def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
-    """A cache that keeps every token, with every row at its whole context.
+    """Pace of a cache that keeps every token, with every row at its whole context.
 
-    None: no times are asked for, none fits, or the step's time was measured, which says nothing of
-    another cache.
+    None without a time source, if no row fits, or if the step's time was measured, because that
+    does not apply to another cache.
     """
     if means.step_s is not None or sizing.full_rows == 0:
         return None

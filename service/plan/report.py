@@ -1,6 +1,6 @@
-"""A plan as people read it, and as programs do.
+"""Formats a plan as text and as JSON.
 
-Owns the words, the columns and the names of the JSON. Computes nothing that is not about showing.
+Owns the wording, the columns and the names in the JSON. Computes nothing beyond formatting.
 """
 
 import json
@@ -18,12 +18,12 @@ from service.plan.units import binary
 from service.settings import NAMES, flag
 
 WIDTH, LABEL = 100, 12
-"""Characters of a line at the most, and those of a label before many numbers."""
+"""Characters per line at most, and characters of a label before a row of numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that was worked out."""
+    """All results of planning."""
 
     sizing: Sizing
     means: Means
@@ -44,7 +44,7 @@ class Plan:
 
 
 def for_people(plan: Plan) -> str:
-    """Write the plan as text, lines of at most a hundred characters unless a name is long."""
+    """Format the plan as text; lines have at most 100 characters, unless a name is long."""
     sections = (
         _head(plan),
         _memory(plan),
@@ -58,7 +58,7 @@ def for_people(plan: Plan) -> str:
 
 
 def for_programs(plan: Plan) -> str:
-    """Write the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
+    """Format the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
     sizing = plan.sizing
     tokens = sizing.held
     multiplications, additions = capacity.scoring_operations(sizing.spec, tokens)
@@ -139,7 +139,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _heads(plan: Plan) -> Iterator[str]:
-    """The slots of each head, where they differ; many heads of a layer go on in the next line."""
+    """Yield the slots of each head, if they differ; a layer with many heads takes several lines."""
     slots = plan.sizing.head_slots
     if len(set(chain(*slots))) == 1:
         return
@@ -199,7 +199,7 @@ def _times(plan: Plan) -> Iterator[str]:
 
 
 def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str]]]:
-    """The rows of times: what each is called, and how it is written."""
+    """Yield the rows of times: the label, and a function that formats the value."""
     yield "bytes that a step moves", lambda pace: f"{pace.step_nbytes:,}"
     yield "  of them for scores", lambda pace: f"{pace.scores_nbytes:,}"
     yield "milliseconds of a step", lambda pace: f"{pace.step_s * 1e3:,.2f}"
@@ -216,7 +216,7 @@ def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str
 
 
 def _load(load: Load) -> str:
-    """What replicas and price are for, as the beginning of a sentence."""
+    """Describe the load for replicas and price, as the beginning of a sentence."""
     if load.tokens_per_s is not None:
         return f"For {load.tokens_per_s:,g} completion tokens/s, "
     if load.prompt_tokens is None:

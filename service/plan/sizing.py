@@ -1,7 +1,7 @@
-"""What fits: from what is asked for to bytes, rows, and the server that they make.
+"""Computes the memory of a planned server: bytes, rows, and the server's options.
 
-Owns the plan's memory: the server's own options, its own checks of them, and how many rows the
-memory leaves room for. Knows nothing of time or of how a plan is shown.
+Owns the plan's memory: it applies the server's own options and checks, and computes how many rows
+fit. Knows nothing of time or of the plan's output.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from service.plan import units
 DEVICES = ("cuda", "cpu")
 
 DEFAULT_CONTEXT = 8192
-"""Tokens of a full cache's sequence where nobody says: a model's own context is far more than most
-of its sequences ever have, and would flatter whatever keeps less."""
+"""Default tokens of a full cache's sequence. A model's whole context is far longer than most of its
+sequences, and would make every smaller cache look too good."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What the command line asks for. The names that `serve` has too mean the same there."""
+    """The command line's arguments. Names shared with `serve` have the same meaning there."""
 
     model: str
     revision: str | None
@@ -39,53 +39,53 @@ class Wish:
     tables: Path | None
     default_table: str | None
     budget: int
-    """Tokens each head keeps of a sequence, the mean over heads."""
+    """Tokens that each head keeps of a sequence, averaged over heads."""
     slots: int | None
-    """None: as many as the budget."""
+    """None: equal to the budget."""
     min_budget: int | None
-    """None: what the server chooses itself."""
+    """None: the server's default."""
     max_batch: int | None
     """None: as many as fit."""
     max_prefill_tokens: int | None
     memory: int | None
-    """Bytes of the device; None: what fits is not asked."""
+    """Bytes of the device; None: do not check what fits."""
     reserve: str
-    """A size, or a share of the memory."""
+    """A size, or a percentage of the memory."""
     context: int | None
-    """Tokens of a sequence in the full cache; None: what a request of the load comes to, or else
-    the model's context, at most DEFAULT_CONTEXT or the budget where that is more."""
+    """Tokens of a sequence in the full cache. None: the length of a request of the load, or without
+    one the model's context, but at most the larger of DEFAULT_CONTEXT and the budget."""
     request_tokens: int | None
-    """Prompt and completion of a request of the load; None: no lengths are stated."""
+    """Prompt and completion tokens of a request of the load; None: no lengths are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """What the server would take. All sizes in bytes."""
+    """The sizes of the planned server. All memory is in bytes."""
 
     spec: ModelSpec
     weights: Weights
     options: dict[str, Any]
-    """What the server would be started with, by the settings' names."""
+    """Options that start the server, by the settings' names."""
     budget: int
     context: int
     context_from: str
-    """Where that length comes from, in words."""
+    """Source of `context`, in words."""
     head_slots: Heads
     """Slots of a row in each layer and KV head."""
     held: int
     """Tokens that a sequence of `context` keeps, summed over layers and KV heads."""
     staging_slots: int
     row: int
-    """One row of the slab: one sequence, whatever its length."""
+    """One row of the slab: one sequence of any length."""
     staging: int
     memory: int | None
     reserve: int
     rows: int
-    """Of the slab."""
+    """Rows of the slab."""
     full_sequence: int
-    """A sequence of `context` tokens in a cache that keeps all of them."""
+    """A sequence of `context` tokens in a cache that keeps all tokens."""
     full_rows: int
-    """Of those as many as would fit beside the weights, and no more than were asked for."""
+    """How many such sequences fit beside the weights, but at most max_batch."""
 
     @property
     def full_tokens(self) -> int:
@@ -95,21 +95,21 @@ class Sizing:
 
     @property
     def slab(self) -> int:
-        """The slab of all rows."""
+        """All rows together."""
         return self.rows * self.row
 
     @property
     def free(self) -> int:
-        """What is left over; less than a row where all rows that fit are taken."""
+        """Unused memory; less than a row if all rows that fit are used."""
         assert self.memory is not None
         taken = self.weights.nbytes + self.staging + self.slab + self.reserve
         return self.memory - taken
 
 
 def size(wish: Wish) -> Sizing:
-    """Work out what fits. Reads settings, headers and tables; loads no weights.
+    """Compute what fits. Reads settings, headers and tables; loads no weights.
 
-    Raises what starting such a server would raise, and InvalidArgument where nothing fits.
+    Raises the errors of starting such a server, and InvalidArgument if nothing fits.
     """
     if wish.device not in DEVICES:
         raise InvalidArgument("--device", f"{wish.device!r}; accepted: {', '.join(DEVICES)}")
@@ -181,7 +181,7 @@ def size(wish: Wish) -> Sizing:
 
 
 def _context(wish: Wish, longest: int) -> tuple[int, str]:
-    """Return the length of the full cache's sequences, and where it comes from."""
+    """Return the length of the full cache's sequences, and its source in words."""
     if wish.context is not None:
         if wish.context > longest:
             raise InvalidArgument(
@@ -189,7 +189,7 @@ def _context(wish: Wish, longest: int) -> tuple[int, str]:
             )
         return wish.context, "by --context"
     if wish.request_tokens is not None:
-        # One that is longer than the model's context is refused with the load.
+        # A request longer than the model's context is refused when the load is checked.
         return min(wish.request_tokens, longest), "prompt and completion of a request"
     usual = max(DEFAULT_CONTEXT, wish.budget)
     if usual >= longest:
@@ -198,9 +198,9 @@ def _context(wish: Wish, longest: int) -> tuple[int, str]:
 
 
 def _options(wish: Wish, spec: ModelSpec) -> dict[str, Any]:
-    """What was said of the server's own settings, in the order in which they are written.
+    """Return the server's settings that were given, in the order of the command line.
 
-    On a processor the dtype is always among them: another machine might choose another.
+    On a CPU, the dtype is always included, because another machine might choose another.
     """
     chosen = wish.dtype != "auto" or spec.device_type == "cpu"
     said = {
@@ -218,7 +218,7 @@ def _options(wish: Wish, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _rows(wish: Wish, room: int, row: int) -> int:
-    """How many rows to plan for. Raises InvalidArgument where those do not fit."""
+    """Return how many rows to plan for. Raises InvalidArgument if they do not fit."""
     most = room // row
     if wish.max_batch is not None:
         if wish.max_batch > most:
@@ -243,7 +243,7 @@ def _most(rows: int) -> str:
 
 
 def _table(wish: Wish, spec: ModelSpec) -> AlphaTable:
-    """Find the default table as the server would, but for the fingerprint: no weights are read."""
+    """Find the default table like the server, without checking the fingerprint of the weights."""
     directory = wish.tables
     if directory is None and wish.model == REFERENCE:
         directory = reference.path() / "tables"
@@ -254,7 +254,7 @@ def _table(wish: Wish, spec: ModelSpec) -> AlphaTable:
         try:
             table = load_table(path)
         except A2SFError:
-            # As the server does: a bad file hides no good one.
+            # Like the server: a bad file does not hide a good one.
             continue
         found[table.name] = table
     if wish.default_table not in found:

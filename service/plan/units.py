@@ -1,7 +1,7 @@
-"""Sizes and rates as people write them: 80GB, 80GiB, 10%, 4.8TB/s, 989TFLOP/s.
+"""Parses sizes and rates: 80GB, 80GiB, 10%, 4.8TB/s, 989TFLOP/s.
 
-Owns reading them, strictly, and writing bytes. Decimal prefixes are powers of 1000, binary ones
-(with an i) powers of 1024.
+Owns strict parsing, and formatting of bytes. Decimal prefixes are powers of 1000; binary ones (with
+an i) are powers of 1024.
 """
 
 import re
@@ -18,25 +18,25 @@ _COMPUTES = {f"{p}FLOP/s": f for p, f in {**_DECIMAL, "P": 10**15}.items() if p 
 
 
 def parse_size(field: str, text: str) -> int:
-    """Read a size in bytes. Raises InvalidArgument for anything but a number and one of its units.
+    """Parse a size in bytes. Raises InvalidArgument unless it is a number with a known unit.
 
-    `field` is the flag that it came with.
+    `field` is the flag of the value.
     """
     return int(_parsed(field, text, _SIZES, "80GB or 80GiB"))
 
 
 def parse_bandwidth(field: str, text: str) -> int:
-    """Read a rate in bytes a second; raises as `parse_size`."""
+    """Parse a rate in bytes per second; raises as `parse_size`."""
     return int(_parsed(field, text, _BANDWIDTHS, "4.8TB/s"))
 
 
 def parse_compute(field: str, text: str) -> int:
-    """Read a rate in operations a second; raises as `parse_size`."""
+    """Parse a rate in operations per second; raises as `parse_size`."""
     return int(_parsed(field, text, _COMPUTES, "989TFLOP/s"))
 
 
 def parse_reserve(field: str, text: str, whole: int) -> int:
-    """Read a size in bytes, or a share of `whole` such as 10%; raises as `parse_size`."""
+    """Parse a size in bytes, or a percentage of `whole` such as 10%; raises as `parse_size`."""
     share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text)
     if share is None:
         if re.fullmatch(r"0+", text):
@@ -49,7 +49,7 @@ def parse_reserve(field: str, text: str, whole: int) -> int:
 
 
 def binary(nbytes: int) -> str:
-    """Write bytes with a binary prefix and one decimal: 15.0 GiB."""
+    """Format bytes with a binary prefix and one decimal: 15.0 GiB."""
     for unit, factor in reversed(_BINARY.items()):
         if nbytes >= factor:
             return f"{nbytes / factor:,.1f} {unit}B"
