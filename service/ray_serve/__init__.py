@@ -1,12 +1,12 @@
-"""The service as an application of Ray Serve: replicas of the engine behind Ray's gRPC proxy.
+"""The service as a Ray Serve application: replicas of the engine behind Ray's gRPC proxy.
 
-Owns what Ray needs to be told. What requests mean, who is let in and how calls fail is the
-service's own: `replica` calls the same servicers as the server does, `proxy` is what Ray's proxy
-loads, `application` builds the deployment, `python -m service.ray_serve` starts it all on one
-machine. Nothing else of the service knows of Ray.
+Owns the integration with Ray. Requests, authentication and errors are handled by the rest of the
+service: `replica` calls the same servicers as the server does, `proxy` is loaded by Ray's proxy,
+`application` builds the deployment, and `python -m service.ray_serve` starts all of it on one
+machine. No other module of the service knows Ray.
 """
 
 from a2sf.threads import wait_passively
 
-# Ray imports a replica's module in a process of its own, which has no `main`.
+# Ray imports a replica's module in a separate process, which has no `main`.
 wait_passively()

@@ -1,7 +1,7 @@
-"""The command line: `python -m service.ray_serve` serves with replicas under Ray, on this machine.
+"""The command line: `python -m service.ray_serve` runs replicas under Ray on this machine.
 
-Owns starting a Ray of its own, announcing, and ending it. On a cluster that is there already,
-Serve's own commands start the application: docs/ray.md. Knows nothing of what settings do.
+Owns starting a private Ray, announcing, and stopping it. On an existing cluster, Serve's own
+commands start the application: docs/ray.md. Knows nothing of what settings do.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from service.ray_serve.options import RayOptions
 PROGRAM = "python -m service.ray_serve"
 
 OWN: dict[str, type] = {"num_replicas": int, "num_cpus": float, "num_gpus": float}
-"""Settings that the server does not have."""
+"""Settings that the plain server does not have."""
 
 APPLICATION = "a2sf"
-"""Its name in Serve."""
+"""Name of the application in Serve."""
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Ray's shared memory. What calls carry is small, and travels beside it."""
+"""Size of Ray's shared memory. Calls carry little data, and do not use it."""
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve until told to stop by SIGTERM or Ctrl-C; return the exit code."""
+    """Serve until SIGTERM or Ctrl-C; return the exit code."""
     parser = _parser()
     own, rest = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
@@ -52,16 +52,16 @@ def serve(arguments: Sequence[str]) -> int:
     options.check(loaded.places)
     if port == 0:
         raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
-    # By Ray's processes that would be told much later, and in many words.
+    # Ray's processes would report a port in use much later and less clearly.
     check_free(f"0.0.0.0:{port}", "--port")
     check_free(f"127.0.0.1:{own.http_port}", "--http-port")
 
-    # Before Ray is imported: nothing is told to anybody.
+    # Set before Ray is imported: send no usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Every call's line is a line.
+    # Log every call's line, also if lines are alike.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    # Ray runs its workers at niceness 15. Beside other work on the machine, a proxy then starts too
-    # slowly for Serve, and replicas compute last of all.
+    # Ray runs its workers at niceness 15. With other work on the machine, a proxy then starts too
+    # slowly for Serve, and replicas get CPU time last.
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     from ray import serve
@@ -69,18 +69,18 @@ def serve(arguments: Sequence[str]) -> int:
 
     from service.ray_serve.application import SERVICER_FUNCTIONS, app
 
-    # `local`, whatever RAY_ADDRESS says: this Ray ends with the program.
+    # "local" in spite of RAY_ADDRESS: this Ray ends with the program.
     ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
     try:
         serve.start(
-            # Serve has no gRPC without HTTP; of that the application has nothing to say.
+            # Serve has no gRPC without HTTP; the application does not use HTTP.
             http_options=HTTPOptions(host="127.0.0.1", port=own.http_port),
             grpc_options=gRPCOptions(port=port, grpc_servicer_functions=SERVICER_FUNCTIONS),
         )
         try:
             serve.run(app(options), name=APPLICATION)
         except RuntimeError as error:
-            # The reason is a replica's, whose lines Ray has printed by now.
+            # The cause is in the replica's log lines, which Ray has printed by now.
             print(f"error: {error} The replicas' lines above say why.", file=sys.stderr)
             return 1
         stopping = threading.Event()

@@ -1,9 +1,9 @@
-"""A call that came by Ray, as the servicers see calls.
+"""Adapts Ray's call context to the gRPC context that the servicers expect.
 
-Owns the few methods that they ask of a gRPC context, and the way back of what they write. A
-failure's status leaves in Ray's own context, beside an empty message: Ray loses the trailing
-metadata, and so the details, of whatever raises. `service.ray_serve.proxy` drops that message.
-Knows nothing of what calls ask.
+Owns the few methods of a gRPC context that they use, and passing on the messages that they write.
+A failed call sets its status in Ray's context and returns an empty message: if a handler raises,
+Ray loses the trailing metadata, and so the details. `service.ray_serve.proxy` drops that message.
+Knows nothing of what calls do.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 
 class RayContext(Protocol):
-    """What is used of `ray.serve.grpc_util.RayServegRPCContext`."""
+    """The part of `ray.serve.grpc_util.RayServegRPCContext` that is used."""
 
     def invocation_metadata(self) -> list[tuple[str, str]]: ...  # noqa: D102
 
@@ -29,22 +29,22 @@ class RayContext(Protocol):
 
 
 class Ended(Exception):
-    """The call has its status; what `abort` raises to leave the handler."""
+    """The call's status is set; `abort` raises this to leave the handler."""
 
 
 class CallContext:
-    """Stands for a `grpc.aio.ServicerContext`, of which it has what `answering` and writers use."""
+    """A partial `grpc.aio.ServicerContext`: only what `answering` and writers use."""
 
     def __init__(self, context: RayContext) -> None:
         self._context = context
         self._written: asyncio.Queue[Message | None] = asyncio.Queue()
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
-        """The metadata that the client sent."""
+        """Metadata from the client."""
         return self._context.invocation_metadata()
 
     def time_remaining(self) -> None:
-        """None, always: Ray does not hand the client's deadline on, and cancels when it passes."""
+        """Always None: Ray does not pass on the client's deadline; it cancels when it passes."""
 
     async def abort(
         self,
@@ -59,7 +59,7 @@ class CallContext:
         raise Ended
 
     async def write(self, message: Message) -> None:
-        """Hand one message of the stream to whoever iterates `messages`."""
+        """Pass one message of the stream to the reader of `messages`."""
         self._written.put_nowait(message)
 
     async def messages(
@@ -67,7 +67,7 @@ class CallContext:
     ) -> AsyncGenerator[Message, None]:
         """Run `handler` and yield what it writes, then `empty` if it ended with a status.
 
-        Whoever leaves early, by cancellation too, ends the handler, and leaves when it has ended.
+        If the reader leaves early, also by cancellation, cancel the handler and wait until it ends.
         """
         handling = asyncio.create_task(handler)
         handling.add_done_callback(lambda _: self._written.put_nowait(None))

@@ -1,7 +1,7 @@
-"""What the application is started with: the server's settings, and Ray's own few.
+"""The application's settings: the server's settings and a few for Ray.
 
-Owns which of the server's settings mean nothing under Ray, and why. Knows nothing of how they are
-used.
+Owns which of the server's settings have no meaning under Ray, and why. Knows nothing of how they
+are used.
 """
 
 from collections.abc import Mapping
@@ -37,28 +37,29 @@ REFUSED: Mapping[str, str] = {
     "metrics_port": _METRICS,
     "metrics_host": _METRICS,
 }
-"""Settings that are refused when they are given, and why."""
+"""Settings that are refused if given, with the reason."""
 
 
 class RayOptions(ServerOptions):
-    """The server's settings and those of the deployment, as Ray's application builders take them.
+    """The server's settings and those of the deployment, in the form of Ray's application builders.
 
-    Values may come as text: `serve run` gives every one so.
+    Values may be text, because `serve run` passes every value as text.
     """
 
     model_config = ConfigDict(strict=False)
 
     num_replicas: Positive = 1
-    """Replicas, each with an engine of its own."""
+    """Number of replicas, each with a separate engine."""
     num_cpus: NotNegative = 1.0
-    """Processors that Ray sets aside for a replica."""
+    """CPUs that Ray reserves for each replica."""
     num_gpus: NotNegative = 0.0
-    """GPUs that Ray sets aside for a replica, and shows to it alone; with 0 it hides none."""
+    """GPUs that Ray reserves for each replica; the replica sees only these. With 0, Ray hides no
+    GPU."""
 
     def check(self, places: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise InvalidArgument for what cannot be under Ray, by its flag.
+        """Raise InvalidArgument, with the flag, for a setting that Ray does not support.
 
-        `places` tells where values came from, by the settings' names, where that is known.
+        `places` maps settings' names to the sources of their values, as far as known.
         """
         for field, why in REFUSED.items():
             if field in self.model_fields_set:

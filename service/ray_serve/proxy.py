@@ -1,9 +1,9 @@
-"""What Ray's gRPC proxy loads: the services, and what becomes of Ray's own words on the wire.
+"""The services in Ray's gRPC proxy, and the translation of Ray's errors.
 
-Owns the one function that is named in `grpc_servicer_functions`. Ray routes each call to a replica;
-around that, streams are written so that a client that leaves is noticed and one that stops reading
-is ended, a failure's empty message is dropped, and failures that Ray tells in its own way become
-the service's. Knows nothing of replicas, and loads no more than it needs.
+Owns the function that `grpc_servicer_functions` names. Ray routes each call to a replica. Around
+that, this module writes streams so that a client that leaves is noticed and one that stops reading
+is aborted, drops the empty message of a failed call, and converts Ray's own failures to the
+service's. Knows nothing of replicas, and imports little.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ from service.stall import writing
 from service.status import DETAILS_KEY, to_wire
 
 STALL_TIMEOUT_S: float = ServerOptions.model_fields["stall_timeout_s"].default
-"""Seconds in which a client must take an event before its request is ended, as by the server."""
+"""Seconds within which a client must accept an event, or its request is aborted; as in the
+server."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Stream = Callable[[Any, Context], AsyncGenerator[bytes, None]]
@@ -31,10 +32,10 @@ Unary = Callable[[Any, Context], Awaitable[bytes]]
 def add_services(servicer: Any, server: Any) -> None:
     """Add the inference, model and health services to the proxy's `server`.
 
-    Raises AttributeError where this Ray makes its handlers in another way than those that were
-    tried.
+    Raises AttributeError if this version of Ray creates its handlers in another way than the tested
+    versions.
     """
-    # Ray makes every handler that is added from now on by this.
+    # Ray creates every handler that is added from now on with this factory.
     server.service_handler_factory = _told(server.service_handler_factory)
     lenient: Any = _Lenient(server)
     pb_grpc.add_InferenceServiceServicer_to_server(servicer, lenient)
@@ -43,16 +44,16 @@ def add_services(servicer: Any, server: Any) -> None:
 
 
 class _Lenient:
-    """Stands before a server to which handlers are added: undecodable requests get to them."""
+    """Wraps the server that handlers are added to, so that they receive undecodable requests."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, _: Any) -> None:
-        """Do nothing: generated code hands the same handlers over by name next."""
+        """Do nothing: generated code passes the same handlers to the next method."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """Add the handlers of a service by both ways."""
+        """Add the handlers of a service, both as generic and as registered handlers."""
         readers = {
             name: reread(
                 handler,
@@ -71,7 +72,7 @@ def _told(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def make_told(service_method: str, streaming_type: str) -> Any:
         handler = make(service_method=service_method, streaming_type=streaming_type)
-        # Ray makes one of each kind for every method; of the other kinds we have none.
+        # Ray creates a handler of each kind for every method; we have no methods of other kinds.
         if streaming_type not in wrappers:
             return handler
         return _readable(service_method, wrappers[streaming_type](handler))
@@ -109,8 +110,8 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
             finally:
                 unsent.put_nowait(None)
 
-        # A task, because Ray hears that a call is cancelled only while it waits for the replica:
-        # cancelled in a write, the completion would go on for nobody.
+        # A task, because Ray notices a cancelled call only while it waits for the replica:
+        # cancelled during a write, the completion would continue without a reader.
         reading = asyncio.create_task(read())
         try:
             async with writing(context, STALL_TIMEOUT_S) as writer:
@@ -118,7 +119,7 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
                     await writer.write(message)
             await reading
         except Aborted as error:
-            # Before the status, which waits behind what the client has not read.
+            # Cancel before the status is sent: that waits behind what the client has not read.
             reading.cancel()
             status = to_wire(error, "-")
             await context.abort(status.code, status.details, status.trailers)
@@ -131,16 +132,16 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
 
 
 async def _settle(context: Context) -> None:
-    """End a call that failed, with the service's code and details where the failure is Ray's own.
+    """End a failed call; if the failure is Ray's own, use the service's code and details.
 
-    By `abort`, because a status that stands beside an answer leaves behind initial metadata, and
-    what has any is no more retried by the client.
+    Ends it with `abort`, because a status after a response also sends initial metadata, and the
+    client does not retry a call that has received any.
     """
     code, details = _code(context), str(context.details())
     trailers = tuple(context.trailing_metadata() or ())
     if code is grpc.StatusCode.OK:
         return
-    # A replica tells all of its failures by itself, with details.
+    # A replica reports all of its failures itself, with details.
     error = None if DETAILS_KEY in dict(trailers) else _meant(code, details)
     if error is not None:
         status = to_wire(error, "-")
@@ -149,13 +150,13 @@ async def _settle(context: Context) -> None:
 
 
 def _meant(code: grpc.StatusCode, details: str) -> A2SFError | None:
-    """Say in the service's terms what Ray's proxy says; None: it is the same in both."""
+    """Convert a failure of Ray's proxy to an error of the service; None: pass it on unchanged."""
     match code:
         case grpc.StatusCode.INTERNAL:
-            # Not in Ray's words, which may hold a traceback.
+            # Without Ray's text, which may contain a traceback.
             return Unavailable("the replica that had the request has gone; try again")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND:
-            # Not found is the application, before it is deployed and once it drains.
+            # NOT_FOUND: the application is not deployed yet, or is draining.
             return Unavailable(details)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return ResourceExhausted(details)
@@ -163,6 +164,6 @@ def _meant(code: grpc.StatusCode, details: str) -> A2SFError | None:
 
 
 def _code(context: Context) -> grpc.StatusCode:
-    # Until one is set there is none, whatever the stubs say.
+    # None until a code is set, contrary to the stubs.
     code: Any = context.code()
     return code or grpc.StatusCode.OK

@@ -1,7 +1,7 @@
-"""One replica: an engine, and the methods that Ray's gRPC proxy calls by the names of the RPCs.
+"""One replica: an engine, with a method for each RPC that Ray's gRPC proxy calls.
 
-Owns the replica's life and what Ray asks of its health. What calls do is the servicers'. Knows
-nothing of how many replicas there are, nor of the proxy.
+Owns the start and end of the replica and its health check. The servicers handle the calls. Knows
+nothing of the proxy or of other replicas.
 """
 
 import asyncio
@@ -33,36 +33,36 @@ log = structlog.get_logger(__name__)
 SERVICES = tuple(
     pb.DESCRIPTOR.services_by_name[name].full_name for name in ("InferenceService", "ModelService")
 )
-"""Those that a replica answers; it has no admin service."""
+"""The services of a replica; it has no admin service."""
 
 ANSWERS_LEAVE_S = 0.2
-"""Time for the failures of a crashed engine's calls to reach the proxy."""
+"""Seconds for the failed calls of a crashed engine to reach the proxy."""
 
 FLUSH_S = 2.0
-"""Time for traces to leave."""
+"""Seconds to send pending traces."""
 
 Answer = TypeVar("Answer", bound=Message)
 
 
 class Replica:
-    """Answers the RPCs of the inference and model services and of health.
+    """Handles the RPCs of the inference and model services and of health.
 
-    Ray makes it, calls it and ends it in one event loop.
+    Ray creates, calls and ends it in one event loop.
     """
 
     async def __init__(self, options: ServerOptions) -> None:  # type: ignore[misc]
-        """Load, warm up and open. Raises what loading raises."""
+        """Load, warm up and open. Raises the errors of loading."""
         logs.configure(options.log_format, options.log_level)
         self._tokens = TokenFile(options.token_file, "--token-file") if options.token_file else None
         self._backend = backend = make_backend(options)
         self._inference = InferenceServicer(backend)
         self._models = ModelServicer(backend)
-        # Kept, because the loop itself holds tasks but weakly.
+        # Kept, because the event loop holds only weak references to tasks.
         self._watching = await warm(backend, partial(load_core, options))
         backend.runner.crashed.add_done_callback(self._on_crash)
 
     def __del__(self) -> None:
-        """Send the traces that are left; Ray calls it once the last call is through."""
+        """Send pending traces; Ray calls this after the last call."""
         if hasattr(self, "_backend"):
             self._backend.tracer.shutdown(FLUSH_S)
 
@@ -71,7 +71,7 @@ class Replica:
         return self._backend.runner.crashed.done()
 
     async def check_health(self) -> None:
-        """Raise EngineCrashed once the engine has died, for Ray to put another replica here."""
+        """Raise EngineCrashed once the engine has died, so that Ray replaces the replica."""
         if self._crashed:
             raise EngineCrashed("the engine's thread died")
 
@@ -131,7 +131,7 @@ class Replica:
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
     ) -> Any:
-        """See grpc.health.v1; open to all, and it waits its turn among the calls."""
+        """See grpc.health.v1. Needs no token, and waits in line with the other calls."""
         status = health_pb2.HealthCheckResponse
         if request.service not in ("", *SERVICES):
             with suppress(Ended):
@@ -142,9 +142,9 @@ class Replica:
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayContext
     ) -> AsyncGenerator[Message, None]:
-        """Refuse: an open watch would take a completion's place, and tell of one replica alone.
+        """Refuse: a watch would take a completion's place, and would report only one replica.
 
-        Clients whose channels watch health take that for SERVING, as grpc.health.v1 has it.
+        Clients whose channels watch health treat the refusal as SERVING, as grpc.health.v1 defines.
         """
         context = CallContext(grpc_context)
 
@@ -184,8 +184,8 @@ class Replica:
     async def _end(self) -> None:
         """End the process, as the server does when its engine has died.
 
-        Until three health checks have failed, Ray goes on sending calls here, more of them than
-        elsewhere because none takes long: a client would use up its retries on this replica.
+        Until three health checks have failed, Ray still sends calls here, and more than to other
+        replicas, because calls fail fast: a client would use up its retries on this replica.
         """
         await self._backend.gate.emptied()
         await asyncio.sleep(ANSWERS_LEAVE_S)
@@ -193,7 +193,7 @@ class Replica:
 
 
 def _seen(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:
-    # The servicers use what it has of one, and no more.
+    # The servicers use only the methods that it has.
     return cast("grpc.aio.ServicerContext[Any, Any]", context)
 
 
