@@ -1,8 +1,8 @@
-"""What the server is started with.
+"""The settings of the server.
 
-Owns the settings, what each means, and their checks that need no model and no file. Each group is
-a class whose docstring heads it in the help; each setting's docstring is its help. Knows nothing
-of where values come from (`service.settings`) or of handlers.
+Owns the settings, the help text of each, and the checks that need no model and no file. Each group
+is a class; its docstring is the heading in the help, and each field's docstring is the field's
+help. Knows nothing of where values come from (`service.settings`) or of handlers.
 """
 
 import ipaddress
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from a2sf.admission import EngineConfig
 
 MIN_BUDGET = 128
-"""Slots below which short requests lose too much by a ratio, by benchmarks/FINDINGS.md, "How few
-slots a ratio may come to"."""
+"""With fewer slots, short requests under a ratio lose too much quality. See
+benchmarks/FINDINGS.md, "How few slots a ratio may come to"."""
 
 Shares = tuple[tuple[float, ...], ...]
-"""A weight of each layer and KV head, by which slots are dealt."""
+"""One weight per layer and KV head. Slots are split among heads in proportion to the weights."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Group(Frozen):
-    # A duration's name has its unit in code, and no unit where people write it: `--grace 30`.
+    # The name of a duration has its unit in code, and no unit for users: `--grace 30`.
     model_config = ConfigDict(
         validate_by_name=True, validate_by_alias=True, use_attribute_docstrings=True
     )
@@ -44,37 +44,39 @@ class ModelOptions(_Group):
     model: str = REFERENCE
     """`reference`, a directory, a GGUF file, or a Hugging Face hub id."""
     revision: str | None = None
-    """Branch, tag or commit, for a hub id."""
+    """Branch, tag or commit of a hub id."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto, float64, float32, bfloat16 or float16. On a GPU auto is as the weights are stored; on a
-    processor it is bfloat16 where that is multiplied in hardware and measured to be faster, else
-    float32."""
+    """auto, float64, float32, bfloat16 or float16. On a GPU, auto is the dtype of the stored
+    weights. On a CPU, auto is bfloat16 if the CPU multiplies it in hardware and it was measured to
+    be faster, else float32."""
     chat_template: str | None = None
-    """Which of the model's chat templates to use, by name; without it, its only one or the one
-    named default."""
+    """Name of the model's chat template to use; without it, the only one or the one named
+    default."""
     threads: Positive | None = None
-    """Threads of a processor's computations; without it, as many as the process may use."""
+    """CPU threads for computation; without it, as many as the process may use."""
     kernels: Literal["auto", "torch", "triton", "numba"] = "auto"
-    """What carries out eviction: torch's operations, Triton's programs on a GPU, or numba's on a
-    processor; auto takes the programs where they serve the device, the dtype and the head size."""
+    """Implementation of eviction: torch operations, Triton kernels on a GPU, or numba kernels on a
+    CPU. auto picks Triton or numba if it supports the device, the dtype and the head size, else
+    torch."""
     cuda_graphs: bool = True
-    """Run Triton's programs in CUDA graphs, which are captured at the start; not where several
-    processes share the model."""
+    """Run the Triton kernels in CUDA graphs, captured at startup. Not used when several processes
+    share the model."""
 
 
 class TableOptions(_Group):
     """Alpha tables"""
 
     tables: Path | None = None
-    """Directory of alpha tables (*.json); without it, those that ship with the reference model
-    where that is served."""
+    """Directory of alpha tables (*.json); without it, the tables that ship with the reference
+    model, if that model is served."""
     default_table: str | None = None
-    """Table of requests that name no method; without it, they forget by alpha 0.98 in all heads and
-    protect a share of 0.5. Where it deals slots unequally among heads, so do all rows."""
+    """Alpha table for requests that name no method; without it, they use alpha 0.98 in all heads
+    and protect a share of 0.5. If the table splits slots unequally among heads, every row has that
+    split."""
     watch_tables: bool = True
-    """Read the tables' directory again when it changes."""
+    """Read the directory of tables again when it changes."""
 
 
 class CapacityOptions(_Group):
@@ -83,33 +85,32 @@ class CapacityOptions(_Group):
     max_batch: Positive = 8
     """Requests that decode together."""
     slots: Positive = 1024
-    """Slots of a row, the mean over heads: the largest budget of a request, in tokens. Where the
-    default table deals them unequally, requests with the same in every head get at most those of
-    the narrowest."""
+    """Slots per head of a row, averaged over heads. This is the largest budget of a request, in
+    tokens. If the default table splits slots unequally, a request with an equal budget in every
+    head can have at most the slots of the narrowest head."""
     default_budget: Positive | None = None
-    """Budget of requests that name none, in tokens; without it, the slots of the narrowest head:
-    what fits into them is exact."""
+    """Budget of requests that name none, in tokens; without it, the slots of the narrowest head. A
+    sequence that fits into the budget is exact."""
     min_budget: Count | None = None
-    """The fewest tokens that a budget ratio comes to, a request's or a table's; a request that
-    needs fewer keeps all of them. 0: no floor; without it 128, a quarter of the slots, or those of
-    the narrowest head, whichever is the least."""
+    """Lower bound, in tokens, of a budget given as a ratio, by a request or by a table. A shorter
+    request keeps all of its tokens. 0: no lower bound; without it 128, a quarter of the slots, or
+    the slots of the narrowest head, whichever is the least."""
     max_prefill_tokens: Positive | None = None
-    """Longest prompt block, in tokens; without it, the model's context, at most 8192."""
+    """Longest prompt block, in tokens; without it, the model's context, but at most 8192."""
     step_tokens: Positive = 512
     """Prompt tokens computed between two decode steps."""
     max_waiting: Count = 64
-    """Requests that may wait for a row; further ones are refused."""
+    """Requests that may wait for a row; the server refuses any more."""
     max_message_bytes: Positive = 4 * 2**20
-    """Largest request message that is read."""
+    """Largest request message that the server reads, in bytes."""
     max_prompt_bytes: Positive = 2**20
-    """Longest prompt that is tokenized, in bytes of UTF-8."""
+    """Longest prompt that the server tokenizes, in bytes of UTF-8."""
     max_unread: Positive = MAX_UNREAD
-    """Events of one request that may wait for its client to read; beyond, the request is
-    aborted."""
+    """Events of one request that may wait for its client; one more, and the request is aborted."""
     stall_timeout_s: Annotated[
         float, Field(gt=0.0, allow_inf_nan=False, validation_alias="stall_timeout")
     ] = 30.0
-    """Seconds in which a client must take an event before its request is aborted."""
+    """Seconds within which a client must accept an event; after that, its request is aborted."""
 
 
 class ListeningOptions(_Group):
@@ -120,45 +121,45 @@ class ListeningOptions(_Group):
     port: Port = 50051
     """Port to listen on; 0 picks a free one."""
     port_file: Path | None = None
-    """File that holds the port while the server serves."""
+    """File that contains the port while the server serves."""
     insecure_bind: bool = False
-    """Allow plain text beyond this machine, where the network itself is trusted."""
+    """Allow plain text on addresses other than loopback, for a trusted network."""
 
 
 class SecurityOptions(_Group):
     """Security"""
 
     token_file: Path | None = None
-    """Bearer tokens that open the inference port, one a line, read again when the file changes;
-    without it, calls need none."""
+    """File of bearer tokens for the inference port, one per line. Read again when it changes.
+    Without it, calls need no token."""
     tls_cert: Path | None = None
-    """Certificate chain (PEM) of every port with gRPC, read again when the file changes; without
-    it, plain text."""
+    """Certificate chain (PEM) of all gRPC ports. Read again when it changes. Without it, plain
+    text."""
     tls_key: Path | None = None
     """Private key (PEM) of the certificate."""
     tls_client_ca: Path | None = None
-    """Authority (PEM) that must have signed every client's certificate; without it, clients need
-    none."""
+    """CA certificate (PEM) that must have signed the certificate of every client; without it,
+    clients need no certificate."""
 
 
 class AdminOptions(_Group):
     """Administration"""
 
     admin_port: Port | None = None
-    """Port of the admin service; 0 picks a free one; without it, there is none."""
+    """Port of the admin service; 0 picks a free one; without it, there is no admin service."""
     admin_host: str = "127.0.0.1"
-    """Address of the admin service."""
+    """Address that the admin service listens on."""
     admin_token_file: Path | None = None
-    """Bearer tokens that open the admin port; needed with it. Those of the inference port do
-    not."""
+    """File of bearer tokens for the admin port; required with --admin-port. Tokens of the
+    inference port do not open it."""
 
 
 class ShutdownOptions(_Group):
     """Shutdown"""
 
     settle_s: Annotated[NotNegative, Field(validation_alias="settle")] = 0.0
-    """Seconds between telling NOT_SERVING and refusing new calls, in which load balancers look
-    elsewhere."""
+    """Seconds between reporting NOT_SERVING and refusing new calls, so that load balancers can move
+    to other servers."""
     grace_s: Annotated[NotNegative, Field(validation_alias="grace")] = 30.0
     """Seconds that running requests then get to finish."""
 
@@ -167,17 +168,17 @@ class SightOptions(_Group):
     """Logs, metrics and traces"""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much is logged, to stderr."""
+    """Lowest level of log lines on stderr."""
     log_format: Literal["text", "json"] = "text"
-    """Lines for people, or one JSON object a line."""
+    """text: lines for reading; json: one JSON object per line."""
     log_prompts: bool = False
     """Log prompts and completions, at level info."""
     metrics_port: Port | None = None
-    """Port of Prometheus metrics over HTTP; 0 picks a free one; without it, there are none."""
+    """Port of the Prometheus metrics over HTTP; 0 picks a free one; without it, no metrics."""
     metrics_host: str = "127.0.0.1"
-    """Address of the metrics."""
+    """Address that the metrics server listens on."""
     traces: bool = False
-    """Send OpenTelemetry traces, as the standard OTEL_* environment variables say."""
+    """Send OpenTelemetry traces, configured by the standard OTEL_* environment variables."""
 
 
 GROUPS: tuple[type[_Group], ...] = (
@@ -203,7 +204,7 @@ class ServerOptions(
     TableOptions,
     ModelOptions,
 ):
-    """Everything that `serve` can be told. The bases' last fields come first."""
+    """All settings of `serve`. The fields of the last base come first."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -219,12 +220,12 @@ class ServerOptions(
 
     @property
     def address(self) -> str:
-        """Where to listen. Raises InvalidArgument for what must not be listened on."""
+        """Address to listen on. Raises InvalidArgument for plain text that others can reach."""
         return self._reachable("--host", self.host, self.port, plain_text=self.tls_cert is None)
 
     @property
     def admin_address(self) -> str:
-        """The same of the admin service, where there is one."""
+        """Address of the admin service, which must be enabled; raises as `address`."""
         assert self.admin_port is not None
         return self._reachable(
             "--admin-host", self.admin_host, self.admin_port, plain_text=self.tls_cert is None
@@ -232,7 +233,7 @@ class ServerOptions(
 
     @property
     def metrics_address(self) -> str:
-        """The same of the metrics, where there are any; they are always plain text."""
+        """Address of the metrics, which must be enabled. Always plain text; raises as `address`."""
         assert self.metrics_port is not None
         return self._reachable(
             "--metrics-host", self.metrics_host, self.metrics_port, plain_text=True
@@ -250,28 +251,28 @@ class ServerOptions(
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def budget(self, head_share: Shares | None) -> int:
-        """What a request gets without asking, where rows have these shares (None: equal heads)."""
+        """Default budget of a request, if rows have these shares (None: equal heads)."""
         if self.default_budget is not None:
             return self.default_budget
         return self._narrowest(head_share)
 
     def floor(self, head_share: Shares | None) -> int:
-        """What no ratio goes below where neither request nor table says, with the same shares."""
+        """Lower bound of a ratio if request and table set none; shares as in `budget`."""
         if self.min_budget is not None:
             return self.min_budget
-        # A quarter, so that a table which deals some heads four times the mean fits as well; and a
-        # request that is just as long as the floor needs it in every head.
+        # A quarter, so that a table that gives some heads four times the mean fits too. A request
+        # whose length equals the floor needs that many slots in every head.
         return min(MIN_BUDGET, self.slots // 4, self._narrowest(head_share))
 
     def _narrowest(self, head_share: Shares | None) -> int:
         return min(chain(*heads_of(self.slots, head_share or ((1.0,),))))
 
     def engine_config(self, head_share: Shares | None) -> "EngineConfig":
-        """The engine's sizes, with rows of equal heads or (not None) of these shares.
+        """The engine's sizes. `head_share`: the shares of a row's heads; None: equal heads.
 
-        Raises InvalidArgument where sizes contradict each other.
+        Raises InvalidArgument if sizes contradict each other.
         """
-        # Here, because it brings torch: help and refusals of flags need not wait for that.
+        # Imported here because it loads torch; help and flag errors must not wait for that.
         from a2sf.admission import EngineConfig
 
         least = DEFAULT_SINKS + 1
@@ -310,12 +311,12 @@ class ServerOptions(
 
 
 def heads_of(slots: int, shares: Shares) -> Heads:
-    """Return the slots of each layer and head of a row of `slots`, dealt by `shares`."""
+    """Return the slots of each layer and head of a row with `slots`, split by `shares`."""
     return deal(slots, shares, slots * sum(map(len, shares)))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on `host`."""
+    """Whether only this machine can connect to a port on `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""Where settings come from: flags, then the environment, then a file, then defaults.
+"""Reads settings from flags, the environment, a file, and defaults, in this order of priority.
 
-Owns the command line's parser, the names of settings in each place, and how a value that is not
-accepted is told: by its flag and the place it came from. Knows nothing of what settings do.
+Owns the command line's parser, the names of settings in each source, and the error for an invalid
+value, which names the flag and the source. Knows nothing of what settings do.
 """
 
 import difflib
@@ -35,9 +35,9 @@ EPILOG = (
 
 
 class _Sources(ServerOptions, BaseSettings):
-    """The settings as pydantic-settings' sources need to see them; never made.
+    """The settings in the form that pydantic-settings' sources need; never instantiated.
 
-    `ServerOptions` itself stays a plain model, so that code that makes one reads nothing else.
+    `ServerOptions` itself is a plain model, so code that makes one reads no other source.
     """
 
     model_config = SettingsConfigDict(
@@ -45,7 +45,7 @@ class _Sources(ServerOptions, BaseSettings):
         env_prefix_target="all",
         env_ignore_empty=True,
         env_parse_none_str="none",
-        # One name a setting: `grace_s` is `--grace` and nothing else.
+        # One name per setting: `grace_s` is `--grace` and nothing else.
         validate_by_name=False,
         validate_by_alias=True,
         cli_prog_name=PROGRAM,
@@ -56,7 +56,7 @@ class _Sources(ServerOptions, BaseSettings):
 
 
 def names_of(group: type[ServerOptions] | Any) -> dict[str, str]:
-    """Map the fields of `group` to their names in files, the order kept."""
+    """Map the fields of `group` to their names in files, in order."""
     return {
         field: str(info.validation_alias or field) for field, info in group.model_fields.items()
     }
@@ -66,28 +66,28 @@ NAMES = names_of(ServerOptions)
 
 
 def flag(name: str) -> str:
-    """Write a setting's name as its flag."""
+    """Return the flag of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
 def variable(name: str) -> str:
-    """Write a setting's name as its environment variable."""
+    """Return the environment variable of a setting."""
     return f"{ENV_PREFIX}{name.upper()}"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the command line came to."""
+    """The result of reading the command line."""
 
     options: ServerOptions
     places: Mapping[str, str]
-    """Where each value that is no default came from, by the setting's name."""
+    """Source of each value that is not a default, by the setting's name."""
     print_config: bool
     misspelt: tuple[str, ...]
-    """Environment variables that are no settings but nearly have the name of one, with that."""
+    """Environment variables that nearly match the name of a setting, with that name."""
 
     def as_toml(self) -> str:
-        """Write every setting, so that the text can be given as a file again."""
+        """Return all settings as TOML that can be read as a file again."""
         lines = [f"# {PROGRAM} {__version__}: the effective configuration"]
         for group in GROUPS:
             lines += ["", f"# {group.__doc__}"]
@@ -97,16 +97,16 @@ class Loaded:
                     lines.append(f"# {name} is not set")
                     continue
                 shown = str(value) if isinstance(value, Path) else value
-                # JSON's strings, numbers and booleans are TOML's.
+                # Strings, numbers and booleans of JSON are valid TOML.
                 written = json.dumps(shown, ensure_ascii=False)
                 lines.append(f"{name} = {written}  # {self.places.get(name, 'default')}")
         return "\n".join(lines) + "\n"
 
 
 def load(arguments: Sequence[str]) -> Loaded:
-    """Read the flags, the process's environment and the file that either names.
+    """Read the flags, the process's environment, and the file that either one names.
 
-    Raises InvalidArgument for what is not accepted; SystemExit once help or version are printed.
+    Raises InvalidArgument for invalid values, and SystemExit after printing help or the version.
     """
     parser = _Parser()
     source: CliSettingsSource[Any] = CliSettingsSource(
@@ -132,7 +132,7 @@ def load(arguments: Sequence[str]) -> Loaded:
 
 
 class _Parser(ArgumentParser):
-    """The settings' groups as the help's sections; what is wrong raises instead of printing."""
+    """A parser with one help section per group of settings; errors raise instead of printing."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -164,7 +164,7 @@ class _Parser(ArgumentParser):
             self._sections.update(dict.fromkeys(names_of(group).values(), section))
 
     def add_setting(self, *flags: str, dest: str, help: str, **kwargs: Any) -> None:
-        """Add what pydantic-settings makes of a field, in its section and in people's words."""
+        """Add the argument of a field to its section, with plainer metavars and defaults."""
         words = {"int": "N", "float": "SECONDS", "Path": "PATH", "str": "TEXT"}
         if "metavar" in kwargs:
             kwargs["metavar"] = words.get(kwargs["metavar"], kwargs["metavar"])
@@ -177,7 +177,7 @@ class _Parser(ArgumentParser):
         self._sections[dest].add_argument(*flags, dest=dest, help=help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and leaving."""
+        """Raise InvalidArgument instead of printing usage and exiting."""
         raise InvalidArgument("command line", f"{message}; see --help")
 
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _told(error: ValidationError, places: Mapping[str, str]) -> InvalidArgument:
     problem = error.errors(include_url=False)[0]
     if not problem["loc"]:
-        # A rule between settings, which names them itself.
+        # A rule about several settings; its error names them.
         refusal: InvalidArgument = problem["ctx"]["error"]
         return refusal
     name = str(problem["loc"][0])
@@ -209,8 +209,8 @@ def _told(error: ValidationError, places: Mapping[str, str]) -> InvalidArgument:
 
 
 def _misspelt(environment: Iterable[str]) -> Iterable[str]:
-    # Others have variables with this prefix too (the tuner's A2SF_DATA_DIR, and what Kubernetes
-    # sets for a service of that name), so that only near misses are worth a word.
+    # Other variables have this prefix too (the tuner's A2SF_DATA_DIR, and what Kubernetes sets for
+    # a service of that name), so only near matches cause a warning.
     known = [variable(name) for name in NAMES.values()]
     for name in environment:
         if name.startswith(ENV_PREFIX) and name not in (*known, CONFIG_ENV):
