@@ -1,4 +1,4 @@
-"""The gRPC service: streams completions from the engine over `a2sf.inference.v1`.
+"""The gRPC service: streams completions of the engine over `a2sf.inference.v1`.
 
-The only package that knows grpc. It sits on top of the core `a2sf` and never imports the tuner.
+Only this package imports grpc. It uses the core `a2sf`, and never imports the tuner.
 """

@@ -1,7 +1,7 @@
-"""The command line: `python -m service` serves, `python -m service plan` tells what that takes.
+"""The command line: `python -m service` serves, `python -m service plan` sizes a server.
 
-Owns how failures are told: one line on stderr, exit code 2 for what the user can mend. Knows
-nothing of gRPC, nor what settings there are.
+Owns how failures are reported: one line on stderr, and exit code 2 for errors that the user can
+fix. Knows nothing of gRPC or of the settings.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ log = structlog.get_logger(__name__)
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve a model until told to stop by SIGTERM or Ctrl-C; return the exit code."""
+    """Serve a model until SIGTERM or Ctrl-C; return the exit code."""
     loaded = settings.load(arguments)
     if loaded.print_config:
         print(loaded.as_toml(), end="")
         return 0
     wait_passively()
-    # Here, because it brings torch: help and refusals of flags need not wait for that.
+    # Imported here because it loads torch; help and flag errors must not wait for that.
     from service.process import run
 
     logs.configure(loaded.options.log_format, loaded.options.log_level)
@@ -45,11 +45,11 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit; `serve` may be said or left out."""
+    """Run the command line and exit; the word `serve` is optional."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["plan"]:
-            # Here, because a server has no use for it.
+            # Imported here, because a server does not need it.
             from service.plan import cli
 
             cli.run(given[1:])
@@ -57,19 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except A2SFError as error:
         code = _fail(str(error), code=2)
     except EngineCrashed as error:
-        # Ours to mend, not the user's; the cause is in the log.
+        # Not the user's error; the cause is in the log.
         code = _fail(str(error), code=1)
     sys.exit(code)
 
 
 def _print(event: str, line: str, **fields: str) -> None:
-    # Whoever read the lines may have left; the server goes on.
+    # The reader of stdout may have gone; the server continues.
     with suppress(BrokenPipeError):
         print(line, flush=True)
 
 
 def _log(event: str, line: str, **fields: str) -> None:
-    # A collector that gets stdout and stderr in one stream reads JSON in every line.
+    # If a collector reads stdout and stderr as one stream, every line must be JSON.
     log.info(event, **fields)
 
 

@@ -1,7 +1,7 @@
-"""The handlers of the admin service: what changes what is served, and ends what runs.
+"""The handlers of the admin service, which change the served tables and abort requests.
 
-Owns reading their messages and writing the answers. Who may call them is decided before. Knows
-nothing of files or of the engine.
+Owns reading their requests and writing the responses. Authorisation happens before. Knows nothing
+of files or of the engine.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from service.pb import inference_pb2_grpc as pb_grpc
 
 
 class AdminServicer(pb_grpc.AdminServiceServicer):
-    """Changes what is served."""
+    """Changes tables, aborts requests, and reports load."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -32,7 +32,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         """See the proto."""
         response = pb.ActivateAlphaTableResponse()
         async with answering("ActivateAlphaTable", self._backend, context, Door.OPERATOR):
-            # In a thread, for another one may be reading files and hold the catalog meanwhile.
+            # In a thread, because another thread may hold the catalog's lock while it reads files.
             store = await asyncio.to_thread(
                 self._backend.core.tables.activate, request.name, request.etag
             )

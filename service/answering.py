@@ -1,8 +1,8 @@
-"""The course of every call: its way in, its status, and what is seen of it.
+"""The common part of every call: admission, status, log line, metrics and trace.
 
-Owns what handlers share, and `answering`, in which every one of them runs: it holds the gate, turns
-errors into statuses, lets nothing else out, and tells log, metrics and trace at the end, with the
-request id and figures, never with text. Knows nothing of what a call asks.
+Owns the state that handlers share, and `answering`, the context manager that every handler runs in.
+It passes the gate, turns every error into a status, and reports the call to log, metrics and trace,
+with the request id and figures, never with text. Knows nothing of what a call does.
 """
 
 import asyncio
@@ -31,12 +31,13 @@ from service.tracing import CallSpan, Tracer
 log = structlog.get_logger(__name__)
 
 ABORT_S = 2.0
-"""Time for a failure's status to leave."""
+"""Seconds to wait for the status of a failed call to be sent."""
 
 PREPARING = 4
-"""Requests whose prompts are read at a time.
+"""Requests whose prompts are prepared at the same time.
 
-Python's shared threads are five at least, so that neither tables nor the end wait behind prompts.
+asyncio's default thread pool has at least five threads, so one or more stay free for tables and
+shutdown.
 """
 
 Prepared = TypeVar("Prepared")
@@ -46,12 +47,12 @@ SERVICE_OF = {
     for service in pb.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
-"""The service of each method; no two have methods of one name."""
+"""Full service name of each method; method names are unique across services."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much of the server is taken at this moment; the fields are those of GetLoad's answer."""
+    """Load of the server at one moment. The fields are those of the GetLoad response."""
 
     running: int
     waiting: int
@@ -62,7 +63,7 @@ class Load:
 
 
 class Backend:
-    """What the handlers share: settings, gate, runner, sight, and the core once it is loaded."""
+    """What handlers share: settings, gate, runner, metrics, tracer, and the core once loaded."""
 
     def __init__(
         self,
@@ -82,12 +83,12 @@ class Backend:
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a core."""
+        """Whether the core is loaded."""
         return self._core is not None
 
     @property
     def core(self) -> Core:
-        """The loaded core; there is one before the gate opens."""
+        """The loaded core. It is set before the gate opens."""
         assert self._core is not None, "the gate opens only once the core is loaded"
         return self._core
 
@@ -96,10 +97,10 @@ class Backend:
         self._core = core
 
     async def prepare(self, work: Callable[[], Prepared]) -> Prepared:
-        """Do `work`, which may take its time, in a thread, and return or raise what that does.
+        """Run `work`, which may be slow, in a thread; return its result or raise its error.
 
-        Whoever is cancelled meanwhile stays until work that has begun is done, for a thread cannot
-        be ended: so a call keeps its place at the gate for as long as it costs anything.
+        If the caller is cancelled, wait until running work ends: a thread cannot be stopped. So a
+        call holds its place at the gate for as long as it uses resources.
         """
         async with self._preparing:
             working = asyncio.create_task(asyncio.to_thread(work))
@@ -107,15 +108,15 @@ class Backend:
                 await asyncio.wait({working})
             except asyncio.CancelledError:
                 await asyncio.wait({working})
-                # Asked for, because asyncio logs what nobody asks for.
+                # Read the exception; asyncio logs exceptions that are never read.
                 working.exception()
                 raise
             return working.result()
 
     async def reload_tables(self) -> Reloaded:
-        """Have the directory of tables read again, off the loop, and count it.
+        """Read the directory of tables again in a thread, and count it in the metrics.
 
-        Raises NotFound where there is none to be read; all stays as it was then.
+        Raises NotFound if the directory cannot be read; then nothing changes.
         """
         try:
             told = await asyncio.to_thread(self.core.tables.reload)
@@ -128,7 +129,7 @@ class Backend:
 
     @property
     def load(self) -> Load:
-        """How much is taken; may be asked from any thread."""
+        """The current load; may be read from any thread."""
         engine = self.runner.load
         return Load(
             running=engine.running,
@@ -142,26 +143,26 @@ class Backend:
 
 @dataclass
 class Call:
-    """One call's name and figures, for log, metrics and trace, and for the status of a failure."""
+    """State of one call for log, metrics and trace, and for the status of a failure."""
 
     span: CallSpan
     completion: Completion
-    """Measures the tokens; of use to calls that make some."""
+    """Measures tokens; used only by calls that generate some."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Made up, but for completions that bring their own."""
+    """Random, unless a completion brings its own."""
     outcome: str = "INTERNAL"
-    """The status code's name; OK once the handler is through."""
+    """Name of the status code; OK once the handler has succeeded."""
     figures: dict[str, Any] = field(default_factory=dict)
 
 
 class Door(enum.Enum):
-    """By which way a call comes in."""
+    """How a call is admitted."""
 
     ORDINARY = "ordinary"
     COMPLETION = "completion"
-    """It takes one of the places of completions."""
+    """Takes one of the places for completions."""
     OPERATOR = "operator"
-    """It is let in while the server drains, too, and drains do not wait for it."""
+    """Also admitted while the server drains; draining does not wait for it."""
 
 
 @contextmanager
@@ -183,7 +184,7 @@ async def answering(
     context: grpc.aio.ServicerContext[Any, Any],
     door: Door = Door.ORDINARY,
 ) -> AsyncIterator[Call]:
-    """Be within a call: its place at the gate, its status, and what is seen of it."""
+    """Run a call: pass the gate, set its status, and report it to log, metrics and trace."""
     arrived = time.monotonic()
     metadata = tuple(context.invocation_metadata() or ())
     with backend.tracer.call(SERVICE_OF[method], method, metadata) as span:
@@ -201,14 +202,14 @@ async def answering(
             raise_if_fatal(error)
             status = to_wire(error, call.request_id)
             call.outcome = status.code.name
-            # The status of a client that has stopped reading waits behind what it has not read:
-            # gRPC keeps it for as long as the connection stands, and this call need not.
+            # If the client has stopped reading, its status waits behind unread messages. gRPC keeps
+            # it while the connection is open, so this call need not wait.
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     try:
                         await context.abort(status.code, status.details, status.trailers)
                     except grpc.aio.InternalError:
-                        # The connection broke while the status was sent: nobody is left to tell.
+                        # The connection broke while the status was sent; there is no client left.
                         raise asyncio.CancelledError from None
         finally:
             seconds = time.monotonic() - arrived

@@ -1,7 +1,7 @@
-"""Who may call: bearer tokens from a file, asked for before any handler.
+"""Bearer tokens from a file, checked before any handler runs.
 
-Owns reading the file, reading it again when it changes, the comparison, and the refusal. Tokens
-are kept as digests, and neither they nor what a caller sent is ever logged or answered. Knows
+Owns reading the file, reading it again when it changes, the comparison, and the refusal. Tokens are
+stored as digests. Neither they nor a caller's credentials are ever logged or returned. Knows
 nothing of what calls do.
 """
 
@@ -23,7 +23,7 @@ from service.metrics import Metrics
 from service.status import to_wire
 
 if TYPE_CHECKING:
-    # Generic in the stubs alone.
+    # Generic only in the type stubs.
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 log = structlog.get_logger(__name__)
@@ -31,24 +31,24 @@ log = structlog.get_logger(__name__)
 MIN_TOKEN_CHARACTERS = 16
 
 CHECK_S = 1.0
-"""Seconds for which a file is taken to be as it was."""
+"""Minimum seconds between two checks of the file for changes."""
 
-# What a header can hold and a line of a file cannot blur.
+# Characters that are valid in a header and unambiguous in a line of a file.
 _TOKEN = re.compile(rf"[\x21-\x7e]{{{MIN_TOKEN_CHARACTERS},}}")
 
 _HEALTH = "/grpc.health.v1.Health/"
-"""Open to all: those who probe have no tokens, and learn no more than whether it serves."""
+"""Health is open to all: probes have no token, and learn only whether the server serves."""
 
 
 class TokenFile:
-    """The tokens of one file: one a line, beside blank lines and lines that begin with `#`.
+    """The tokens of a file, one per line; blank lines and lines that begin with `#` are skipped.
 
-    A file that changes is read again within a second; one that has become bad is logged, and the
-    tokens read before stay good.
+    A changed file is read again within a second. If the new content is invalid, the error is logged
+    and the earlier tokens stay valid.
     """
 
     def __init__(self, path: Path, flag: str) -> None:
-        """Read the file that `flag` names. Raises InvalidArgument where that holds no tokens."""
+        """Read the file given by `flag`. Raises InvalidArgument if it contains no valid tokens."""
         self._path = path
         self._flag = flag
         self._seen = files.stamp(path)
@@ -58,7 +58,7 @@ class TokenFile:
             log.warning("token file can be read by other users", file=str(path), flag=flag)
 
     def accepts(self, token: str) -> bool:
-        """Whether `token` is one of the file's; takes as long whichever it is."""
+        """Whether `token` is in the file. Takes the same time for every token."""
         self._refresh()
         given = _digest(token)
         accepted = False
@@ -67,7 +67,7 @@ class TokenFile:
         return accepted
 
     def problem(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-        """Say what is wrong with the credentials of a call with `metadata`; None: nothing."""
+        """Return what is wrong with a call's credentials, or None if they are valid."""
         given = [value for key, value in metadata if key == "authorization"]
         if not given:
             return "this server needs a bearer token: send the metadata authorization: Bearer TOKEN"
@@ -86,7 +86,7 @@ class TokenFile:
         seen = files.stamp(self._path)
         if seen == self._seen:
             return
-        # Seen before it is read: what changes meanwhile is read once more.
+        # The stamp is taken before the read, so a change during the read causes another read.
         self._seen = seen
         try:
             self._digests = _read(self._path, self._flag)
@@ -97,7 +97,7 @@ class TokenFile:
 
 
 class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls without one of the tokens as UNAUTHENTICATED; health is open to all."""
+    """Refuses calls without a valid token with UNAUTHENTICATED; health needs no token."""
 
     def __init__(self, tokens: TokenFile, metrics: Metrics) -> None:
         self._tokens = tokens
@@ -108,7 +108,7 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler":
-        """Let the call on, or answer it in the place of its handler."""
+        """Pass the call on, or replace its handler by a refusal."""
         if handler_call_details.method.startswith(_HEALTH):
             return await continuation(handler_call_details)
         problem = self._tokens.problem(handler_call_details.invocation_metadata)
@@ -123,7 +123,7 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._metrics.answered(method.rpartition("/")[2], status.code.name, 0.0)
             await context.abort(status.code, status.details, status.trailers)
 
-        # Of both kinds streams, so that it answers any call at once, with no message read.
+        # Streaming in both directions, so that it can refuse any call without reading a message.
         handler: Handler = grpc.stream_stream_rpc_method_handler(refuse)
         return handler
 

@@ -1,8 +1,8 @@
-"""Messages to the core's values, and the core's values to messages: the server's side.
+"""Converts messages to core values and core values to messages, for the server.
 
-Owns the correspondence of names. A field is called the same in the proto, in the core and in the
-alpha table wherever it means the same, so most of this is a copy. Raises
-InvalidRequest with dotted proto names. Knows nothing of channels, handlers or threads.
+Owns the mapping of names. A field with the same meaning has the same name in the proto, the core
+and the alpha table, so most of this is a copy. Raises InvalidRequest with dotted proto names. Knows
+nothing of channels, handlers or threads.
 """
 
 import math
@@ -43,7 +43,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @contextmanager
 def proto_fields() -> Iterator[None]:
-    """Within, errors that name a field by the core's name come out naming it by the proto's."""
+    """Rename fields in errors raised within the block, from core names to proto names."""
     try:
         yield
     except ValidationError as error:
@@ -69,7 +69,7 @@ def _proto_field(field: str) -> str:
 
 
 def request_id(message: pb.GenerationInput, made_up: str) -> str:
-    """Return the request's own id, or `made_up`. Raises InvalidRequest for one unfit for logs."""
+    """Return the request's id, or `made_up` if it has none. Raises InvalidRequest if invalid."""
     if not message.request_id:
         return made_up
     if not _REQUEST_ID.fullmatch(message.request_id):
@@ -81,16 +81,16 @@ def request_id(message: pb.GenerationInput, made_up: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as it was read."""
+    """A prompt that was read from a request."""
 
     text: str | None
-    """As given, or as the chat template made it; None where token ids were given."""
+    """As given, or as the chat template rendered it; None if token ids were given."""
     token_ids: tuple[int, ...]
     turn_end_ids: tuple[int, ...] = ()
-    """Tokens that end the answer to a conversation."""
+    """Tokens that end the assistant's turn in a conversation."""
 
     def decoded(self, model: LoadedModel) -> str:
-        """Return the text, decoded where token ids were given: not for the event loop."""
+        """Return the text; token ids are decoded, which may be slow: not for the event loop."""
         if self.text is not None:
             return self.text
         backend = vocabulary(model.tokenizer).tokenizer
@@ -103,10 +103,10 @@ def read_prompt(
     max_bytes: int,
     where: str = "input.",
 ) -> Prompt:
-    """Return the prompt, encoded. A long one takes its time: not for the event loop.
+    """Return the encoded prompt. May be slow for a long one: not for the event loop.
 
-    `where` leads to the fields in the request. Raises InvalidRequest where there is none or it is
-    longer than `max_bytes` of UTF-8, and what rendering a chat raises.
+    `where` is the prefix of field names in errors. Raises InvalidRequest if the prompt is missing
+    or longer than `max_bytes` of UTF-8, and the errors of rendering a chat.
     """
     match message.WhichOneof("prompt"):
         case "text":
@@ -164,16 +164,16 @@ def generation_request(
     turn_end_ids: tuple[int, ...] = (),
     policy: CachePolicy,
 ) -> GenerationRequest:
-    """Put a request together from its message and what was already read of it, without its table.
+    """Make a request of its message and the parts already read; the caller adds the table.
 
-    A million token ids take their time: not for the event loop. Raises InvalidRequest with all that
-    is wrong.
+    A million token ids take a while: not for the event loop. Raises InvalidRequest with everything
+    that is invalid.
     """
     found = Violations()
     sampling = Sampling()
     lists: dict[str, Any] = {}
     for field, most in (("stop", MAX_STOP_STRINGS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
-        # Here, because pydantic would first look at every one of a million.
+        # Checked here, because pydantic would first validate every entry of a million.
         values = getattr(message, field)
         with found.of_part():
             if len(values) > most:
@@ -205,10 +205,10 @@ def generation_request(
 
 
 class Answer:
-    """Writes the events of one completion, with what its `output` asks for."""
+    """Converts the events of one completion to messages, with the fields that `output` selects."""
 
     def __init__(self, output: pb.OutputOptions, prompt: Prompt, model: LoadedModel) -> None:
-        """Write the echo already, if there is to be one: not for the event loop."""
+        """Build the echo, if requested; decoding may be slow: not for the event loop."""
         self._output = output
         self._vocabulary = vocabulary(model.tokenizer)
         self._echo: pb.Prompt | None = None
@@ -216,7 +216,7 @@ class Answer:
             self._echo = pb.Prompt(text=prompt.decoded(model), token_ids=prompt.token_ids)
 
     def stream_response(self, event: Event) -> pb.StreamGenerateResponse:
-        """Write one event of a stream."""
+        """Convert one event of a stream."""
         match event:
             case Started():
                 return pb.StreamGenerateResponse(started=self.started(event))
@@ -226,7 +226,7 @@ class Answer:
                 return pb.StreamGenerateResponse(finished=finished_message(event))
 
     def started(self, event: Started) -> pb.GenerationStarted:
-        """Write the first event."""
+        """Convert the first event."""
         return pb.GenerationStarted(
             request_id=event.request_id,
             cache_policy=_effective_message(event.policy),
@@ -236,7 +236,7 @@ class Answer:
         )
 
     def delta(self, event: Delta) -> pb.GenerationDelta:
-        """Write what the completion grew by."""
+        """Convert new tokens and text."""
         return pb.GenerationDelta(
             text=event.text,
             token_ids=event.token_ids if self._output.token_ids else (),
@@ -256,7 +256,7 @@ class Answer:
 
 
 def finished_message(event: Finished) -> pb.GenerationFinished:
-    """Write the last event."""
+    """Convert the last event."""
     return pb.GenerationFinished(
         reason=pb.FinishReason.Value(f"FINISH_REASON_{event.reason.name}"),
         matched_stop=event.matched_stop,
@@ -272,12 +272,12 @@ def finished_message(event: Finished) -> pb.GenerationFinished:
 
 
 def identity_message(identity: ModelIdentity) -> pb.ModelIdentity:
-    """Write a model's identity."""
+    """Convert a model's identity."""
     return pb.ModelIdentity(**identity.model_dump())
 
 
 def table_list_message(store: TableStore) -> pb.ListAlphaTablesResponse:
-    """Write the list of tables."""
+    """Convert the list of tables."""
     return pb.ListAlphaTablesResponse(
         tables=[_summary(table) for table in store.tables.values()],
         refused=refused_messages(store.refused),
@@ -287,12 +287,12 @@ def table_list_message(store: TableStore) -> pb.ListAlphaTablesResponse:
 
 
 def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaTable]:
-    """Write why files are not served, by name."""
+    """Convert the reasons of refused files, by name."""
     return [pb.RefusedAlphaTable(name=name, reason=str(why)) for name, why in refused.items()]
 
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
-    """Write one table, typed and as the canonical JSON of its file."""
+    """Convert one table, to typed fields and to the canonical JSON of its file."""
     dealt = table.policy.head_share
     policy = table.policy.model_dump(exclude={"alpha", "head_share"}, exclude_none=True)
     return pb.GetAlphaTableResponse(
@@ -310,10 +310,10 @@ def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
 
 
 def _budgets(table: AlphaTable) -> Heads:
-    """What each head keeps of a sequence so long that none has a use for more; empty for a ratio.
+    """Return each head's budget for a sequence so long that no head can keep all of it.
 
-    Empty as well where no request is served with the table's own budget: it has no room for what
-    the table protects.
+    Empty if the table's budget is a ratio, or if no request can be served with the table's own
+    budget because it has no room for the tokens that the table protects.
     """
     if table.policy.budget is None:
         return ()
@@ -346,12 +346,12 @@ def _summary(table: AlphaTable) -> pb.AlphaTableSummary:
 
 
 def head_messages(heads: Heads) -> list[pb.HeadTokens]:
-    """Write a number of each layer and KV head."""
+    """Convert numbers per layer and KV head."""
     return [pb.HeadTokens(tokens=row) for row in heads]
 
 
 def layer_means(heads: Heads) -> list[int]:
-    """Return the mean of each layer's heads, rounded to the nearest, halves up."""
+    """Return the mean over each layer's heads, rounded to the nearest integer, halves up."""
     return [(2 * sum(row) + len(row)) // (2 * len(row)) for row in heads]
 
 

@@ -1,8 +1,8 @@
-"""What is served: the model, its engine and its alpha tables, loaded from the settings.
+"""Loads the model, its engine and its alpha tables from the settings.
 
-Owns loading, which the engine's thread runs, how the default table of the start shapes the engine's
-rows, and which tables may follow it in those rows. Knows nothing of handlers or of the server's
-life.
+Owns loading, which runs in the engine's thread; how the default table at startup sets the shape of
+the engine's rows; and which tables may replace the default in those rows. Knows nothing of handlers
+or of how the server starts and stops.
 """
 
 import math
@@ -32,17 +32,17 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Core:
-    """What is served. The engine belongs to the runner's thread; the rest is read only."""
+    """What is served. Only the runner's thread may use the engine; the rest is read only."""
 
     model: LoadedModel
     engine: Engine
     config: EngineConfig
-    """Its default policy names no table: that of requests without a method is `tables.now.default`,
-    which may change, and `a2sf.policy.DEFAULT_METHOD` where there is none."""
+    """Its default policy names no table. A request without a method uses `tables.now.default`,
+    which may change, or `a2sf.policy.DEFAULT_METHOD` if there is no default table."""
     tables: TableCatalog
 
     def close(self) -> None:
-        """Let the other processes of the model end, if there are any; nothing runs any more."""
+        """Let the other processes of the model end, if there are any; call it when nothing runs."""
         if isinstance(self.engine, LeadingEngine):
             self.engine.close()
             leave()
@@ -56,7 +56,7 @@ def load_core(options: ServerOptions) -> Core:
     config = options.engine_config(None)
     directory = options.tables
     if directory is not None and not directory.is_dir():
-        # Said before the model is loaded, which takes a while.
+        # Checked before the model is loaded, which is slow.
         raise NotFound(f"tables directory {directory}: no such directory")
     threads = set_threads(options.threads)
     ranks = Ranks.join(options.device) if num_processes() > 1 else None
@@ -75,7 +75,7 @@ def load_core(options: ServerOptions) -> Core:
     )
     try:
         engine = LeadingEngine(model, config, ranks) if ranks else Engine(model, config)
-    except (MemoryError, RuntimeError) as error:  # torch raises either, by device
+    except (MemoryError, RuntimeError) as error:  # torch raises either one, by device
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InvalidArgument(
             "--max-batch",
@@ -104,9 +104,9 @@ def load_core(options: ServerOptions) -> Core:
 
 
 def load_follower(options: ServerOptions) -> Follower:
-    """Load this process's part of a model that another one serves, with `load_core`.
+    """Load this process's part of a model that another process serves with `load_core`.
 
-    Raises as that does, and RankLost if the other process ends.
+    Raises the same errors, and RankLost if the other process ends.
     """
     set_threads(options.threads)
     ranks = Ranks.join(options.device)
@@ -124,13 +124,13 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
 
 
 def default_policy(config: EngineConfig, store: TableStore) -> CachePolicy:
-    """Return the policy of a request that gives none, by one state of the tables."""
+    """Return the policy of a request that sets none, for one state of the tables."""
     default = store.default
     return left_out(config.default_policy, None if default is None else store.lookup(default))
 
 
 def tell_default(config: EngineConfig, store: TableStore) -> None:
-    """Log in one line what a request gets that gives no policy, and below what no ratio goes."""
+    """Log the policy of a request that sets none, and the lower bound of ratios, in one line."""
     log.info(
         "default policy",
         policy=in_words(default_policy(config, store)),
@@ -139,10 +139,10 @@ def tell_default(config: EngineConfig, store: TableStore) -> None:
 
 
 def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
-    """Return the shares by which the default table shapes rows, or None where they are equal.
+    """Return the shares by which the default table shapes rows, or None if all are equal.
 
-    Raises InvalidArgument where what the server gives without being asked would not always fit. A
-    budget that is a ratio is as large as each request makes it, and never below its floor.
+    Raises InvalidArgument if the server's default policy would not always fit. A budget that is a
+    ratio depends on the length of each request, and is never below its lower bound.
     """
     shares, fitted = table.policy.head_share, table.policy.budget or 0
     floor = _floor(options, table)
@@ -179,18 +179,18 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
 
 
 def check_default(options: ServerOptions, rows: Heads, max_context: int, table: AlphaTable) -> None:
-    """Check that a request that names nothing would fit, whatever its length, with this default.
+    """Check that a request without a policy fits at any length, with this default table.
 
-    A budget that is a ratio is as large as each request makes it: then rows must be dealt as the
-    table deals, so that --slots means what it would had the server been started with the table.
+    If the budget is a ratio, it depends on the length of each request. Then the rows must have the
+    table's shares, so that --slots means the same as if the server had started with the table.
 
     Args:
-        options: what the server was started with.
-        rows: [num_layers][num_kv_heads] slots of a row, dealt when the server was started.
-        max_context: the longest request, tokens.
-        table: for the model that is served.
+        options: the server's settings.
+        rows: [num_layers][num_kv_heads] slots of a row, fixed at startup.
+        max_context: tokens of the longest request.
+        table: a table for the served model.
 
-    Raises TableInvalid where it would not fit.
+    Raises TableInvalid if such a request does not always fit.
     """
     policy, start = table.policy, f"start the server with --default-table {table.name}"
     cannot = f"alpha table {table.name!r} cannot be the default"
@@ -233,7 +233,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
             f"--slots {slots_for(budget, policy.head_share)} or more"
         )
     try:
-        # Heads of small shares get the least where the sequence is the longest.
+        # Heads with small shares get the fewest slots when the sequence is longest.
         resolve(
             CachePolicy(),
             table=table,
@@ -248,7 +248,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
 
 
 def _floor(options: ServerOptions, table: AlphaTable) -> int:
-    """Return what the ratio of a default table never goes below, slots; 0 where it has none."""
+    """Return the lower bound in slots of a default table's ratio; 0 if its budget is no ratio."""
     policy = table.policy
     if policy.budget is not None:
         return 0
@@ -258,8 +258,9 @@ def _floor(options: ServerOptions, table: AlphaTable) -> int:
 def _peaks(budget: int, shares: Shares) -> list[list[int]]:
     """Return the most slots that each head takes of `budget`, over sequences of all lengths.
 
-    No head takes more than the sequence's length, and what it leaves goes to the others: so each
-    takes the most at the length where it stops being filled, with all of larger shares filled too.
+    No head takes more slots than the sequence has tokens; the rest goes to the other heads. So a
+    head takes the most slots at the greatest length that it can hold completely; heads with larger
+    shares hold that length completely too.
     """
     weights = list(chain(*shares))
     total = budget * len(weights)
@@ -271,7 +272,7 @@ def _peaks(budget: int, shares: Shares) -> list[list[int]]:
 
 
 def _written(rows: Heads, options: ServerOptions) -> str:
-    """How slots are spread over a row's heads, for the log: the fewest and the most."""
+    """Describe the slots of a row's heads for the log: flat, or the fewest and the most."""
     slots = list(chain(*rows))
     equal = len(set(slots)) == 1
     return "flat" if equal else f"{options.default_table}:{min(slots)}-{max(slots)}"

@@ -1,8 +1,8 @@
-"""Requests that cannot be read, answered as what they are.
+"""Answers requests that cannot be decoded with INVALID_ARGUMENT.
 
-Owns one interceptor in front of every service of a port, and its parts for handlers that are made
-elsewhere. By itself gRPC would answer UNKNOWN with the text of the parser's exception. Knows
-nothing of what readable requests say.
+Owns an interceptor for all services of a port, and its parts for handlers that are built elsewhere.
+Without it, gRPC answers UNKNOWN with the text of the parser's exception. Knows nothing of the
+content of valid requests.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +18,7 @@ from service.status import to_wire
 if TYPE_CHECKING:
     from service.metrics import Metrics
 
-    # Generic in the stubs alone.
+    # Generic only in the type stubs.
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 log = structlog.get_logger(__name__)
@@ -27,11 +27,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Unreadable:
-    """Stands for a request that the parser refused."""
+    """Placeholder for a request that the parser could not decode."""
 
 
 def reading(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Return a deserializer that gives `Unreadable` where `decode` raises DecodeError."""
+    """Return a deserializer that returns `Unreadable` if `decode` raises DecodeError."""
 
     def read(message: bytes) -> Any:
         try:
@@ -43,7 +43,7 @@ def reading(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def reread(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
-    """Return `handler`, of single requests, with another behaviour and deserializer."""
+    """Return a unary-request `handler` with another behaviour and deserializer."""
     make: Any = (
         grpc.unary_stream_rpc_method_handler
         if handler.response_streaming
@@ -53,7 +53,7 @@ def reread(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
 
 
 async def refuse(method: str, context: Context) -> None:
-    """End the call of an `Unreadable` request as INVALID_ARGUMENT; never returns."""
+    """End the call of an `Unreadable` request with INVALID_ARGUMENT; never returns."""
     name = method.rpartition("/")[2]
     problem = (
         f"cannot be read: the message of {name} is cut short, is none of Protocol Buffers, or has "
@@ -64,7 +64,7 @@ async def refuse(method: str, context: Context) -> None:
 
 
 class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses undecodable requests, to health and reflection too, as INVALID_ARGUMENT."""
+    """Refuses undecodable requests with INVALID_ARGUMENT, for health and reflection too."""
 
     def __init__(self, metrics: "Metrics") -> None:
         self._metrics = metrics
@@ -74,9 +74,9 @@ class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler":
-        """Put the check around the handler, where there is one."""
+        """Wrap the handler, if there is one, with the check."""
         handler = await continuation(handler_call_details)
-        # None for a handler that answers without reading, and for a method that there is not.
+        # None if the handler reads no request, or if the method does not exist.
         decode = getattr(handler, "request_deserializer", None)
         if decode is None:
             return handler
@@ -96,7 +96,7 @@ class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return reread(handler, answer, read)
 
     def _streaming(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
-        # Reflection alone, a generator of answers.
+        # Only reflection, whose handler is an async generator.
         behaviour = handler.stream_stream
         assert behaviour is not None, "no method takes a stream and gives one answer"
 

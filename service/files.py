@@ -1,6 +1,6 @@
-"""Files that are read at the start and again when they change: tables, tokens, certificates.
+"""Reads files at startup and again when they change: tables, tokens, certificates.
 
-Owns how such a file is read and how a change is noticed. Knows nothing of what is in it.
+Owns reading such a file and detecting changes. Knows nothing of the content.
 """
 
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 from a2sf.errors import InvalidArgument
 
 MAX_FILE_BYTES = 2**20
-"""Of tokens and certificates."""
+"""Size limit of files with tokens or certificates."""
 
 
 class Unfit(Exception):
-    """What is there is not to be read; the message says why, without the path."""
+    """The file cannot be read; the message says why, without the path."""
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What another file, or another content of this one, has otherwise."""
+    """Return values that change when the file is replaced or its content changes."""
     try:
         seen = path.stat()
     except OSError as error:
@@ -28,7 +28,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 def contents(path: Path, most: int) -> bytes:
     """Read a regular file of at most `most` bytes, or a link to one. Raises Unfit or OSError."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would never return.
+    # Without O_NONBLOCK, opening a pipe without a writer would block forever.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         seen = os.fstat(file.fileno())
         if not stat.S_ISREG(seen.st_mode):
@@ -42,7 +42,7 @@ def contents(path: Path, most: int) -> bytes:
 
 
 def read(path: Path, flag: str) -> bytes:
-    """Return the content. Raises InvalidArgument with `flag`, which names the file."""
+    """Return the content. Raises InvalidArgument with `flag`, the flag that gave the path."""
     try:
         return contents(path, MAX_FILE_BYTES)
     except Unfit as error:

@@ -1,8 +1,8 @@
-"""The gate in front of all handlers: whether calls are taken, and how many are inside.
+"""Decides whether calls are admitted, and counts those under way.
 
-Owns that one decision, so that draining is two steps: close the gate, wait until it is empty; and
-the bound on completions under way, so that a call too many is refused before it costs anything.
-Knows nothing of what a call does.
+Owns that decision, so draining has two steps: close the gate, then wait until it is empty. Also
+owns the limit on completions under way, so that a call above it is refused before it costs any
+work. Knows nothing of what a call does.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from a2sf.errors import ResourceExhausted, Unavailable
 
 
 class Gate:
-    """Counts the calls inside, and those of them that make completions; closed until opened."""
+    """Counts the calls under way, and the completions among them. Closed until opened."""
 
     def __init__(self) -> None:
         self._closed_because: str | None = "the server is starting"
@@ -25,35 +25,35 @@ class Gate:
 
     @property
     def inside(self) -> int:
-        """Calls inside, of any kind."""
+        """Calls under way, of any kind."""
         return self._inside
 
     @property
     def admitted(self) -> int:
-        """Completions under way: those of the calls inside that were admitted to make one."""
+        """Completions under way, which are part of `inside`."""
         return self._admitted
 
     @property
     def capacity(self) -> int:
-        """Completions that may be under way; 0 until the gate is opened for the first time."""
+        """The most completions under way at a time; 0 until the gate is first opened."""
         return self._capacity
 
     def open(self, capacity: int) -> None:
-        """Take calls, of which `capacity` may make completions at a time: rows and waiting places.
+        """Admit calls, and at most `capacity` completions at a time: rows plus waiting requests.
 
-        With fewer than are admitted by now, none is ended; none is admitted until enough have left.
+        If more are under way, they continue; no new one is admitted until enough have finished.
         """
         assert capacity > 0, "an engine has a row at least"
         self._capacity = capacity
         self._closed_because = None
 
     def close(self, because: str) -> None:
-        """Take no more calls; those inside stay."""
+        """Admit no more calls; those under way continue."""
         self._closed_because = because
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Be inside for the length of the block. Raises Unavailable while closed."""
+        """Count a call for the length of the block. Raises Unavailable while closed."""
         if self._closed_because is not None:
             raise Unavailable(self._closed_because)
         self._inside += 1
@@ -67,10 +67,10 @@ class Gate:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Hold a place for a completion for the length of the block, which is one inside `enter`.
+        """Hold a completion's place for the length of the block. Use it inside `enter`.
 
-        Raises ResourceExhausted when all are taken. Comes before all work on the request: whoever
-        is refused has cost nothing.
+        Raises ResourceExhausted if all places are taken. Call it before any work on the request, so
+        that a refused request costs nothing.
         """
         if self._admitted >= self._capacity:
             raise ResourceExhausted(
@@ -84,5 +84,5 @@ class Gate:
             self._admitted -= 1
 
     async def emptied(self) -> None:
-        """Wait until no call is inside."""
+        """Wait until no call is under way."""
         await self._empty.wait()

@@ -1,7 +1,7 @@
-"""Ask a server's health: `python -m service.health --target HOST:PORT`, for containers' checks.
+"""Checks a server's health: `python -m service.health --target HOST:PORT`, for containers.
 
-Exit code 0 where it is SERVING, 1 otherwise, 2 for wrong options, with one line in every case. It
-needs no token. Loads no more than it needs, for it runs every few seconds.
+Exit code 0 for SERVING, 1 otherwise, 2 for wrong options; prints one line in every case. Needs no
+token. Imports little, because it runs every few seconds.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def check(
         typer.Option(help="Name in the server's certificate, where the target is another."),
     ] = None,
 ) -> None:
-    """Tell whether a server serves."""
+    """Check whether a server is SERVING."""
     if (tls_cert is None) != (tls_key is None):
         _fail("--tls-cert and --tls-key need each other; give both or neither")
     if tls_ca is None and (tls_cert is not None or server_name is not None):

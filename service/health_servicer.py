@@ -1,7 +1,7 @@
 """The standard health service (grpc.health.v1) of one port.
 
-Owns what it says of the server and its services, and that its watches end at shutdown. Knows
-nothing of why the server serves or not.
+Owns the statuses of the server and its services, and ends open watches at shutdown. Knows nothing
+of why the server serves or not.
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from grpc_health.v1 import health, health_pb2
 
 
 class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """The standard servicer, with an end: at shutdown its open watches end too.
+    """The standard servicer, which also ends its open watches at shutdown.
 
-    Otherwise each would hold the server for the whole of its grace.
+    Otherwise each watch would delay the stop of the server for the whole grace period.
     """
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -24,21 +24,21 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
         self._ending = asyncio.Event()
 
     async def set_all(self, *, serving: bool) -> None:
-        """Set the server's status and that of each service."""
+        """Set the status of the server and of each service."""
         status = health_pb2.HealthCheckResponse
         for name in self._names:
             await self.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Say NOT_SERVING from now on."""
+        """Report NOT_SERVING from now on."""
         await self.enter_graceful_shutdown()
 
     def end(self) -> None:
-        """End the watches. Not sooner than the server: clients would open them again and again."""
+        """End the watches. Call it when the server stops; earlier, clients would reopen them."""
         self._ending.set()
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """See grpc.health.v1; the library's servicer leaves it out."""
+        """See grpc.health.v1. The library's servicer does not implement it."""
         check = health_pb2.HealthCheckRequest
         statuses = {name: await self.Check(check(service=name), context) for name in self._names}
         return health_pb2.HealthListResponse(statuses=statuses)
@@ -49,7 +49,7 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc, name-defi
         ending = asyncio.create_task(self._ending.wait())
         try:
             await asyncio.wait({watch, ending}, return_when=asyncio.FIRST_COMPLETED)
-            # Let the watch tell the last change before it ends.
+            # Let the watch send the last change before it ends.
             if ending.done():
                 await asyncio.wait({watch}, timeout=0.1)
         finally:

@@ -1,6 +1,6 @@
-"""A port with gRPC on it: its server, health, reflection, and who may call.
+"""A gRPC port: its server, health, reflection, and credentials.
 
-Owns gRPC's own settings and how a port is taken. Knows nothing of what the services do.
+Owns the options of gRPC and how a port is bound. Knows nothing of what the services do.
 """
 
 import socket
@@ -16,26 +16,26 @@ from service.health_servicer import HealthServicer
 from service.status import METADATA_OPTIONS
 
 GRPC_OPTIONS = (
-    # By default a second server may bind the same port, and gets half of the calls.
+    # By default, a second server can bind the same port and then gets half of the calls.
     ("grpc.so_reuseport", 0),
-    # Clients may ping once a second where nothing is sent to them, as while a request waits: of
-    # more, the third hangs up on all calls of the connection. Twice the rate, for pings arrive
-    # unevenly. The key named min_recv_ping_... is silently ignored.
+    # Clients may ping once a second while no data is sent to them, as when a request waits. gRPC
+    # closes the connection, with all its calls, at the third ping above the rate. We allow twice
+    # the rate, because pings arrive unevenly. gRPC silently ignores the key named min_recv_ping_...
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
-    # A client whose machine vanished holds its row until a ping goes unanswered.
+    # If a client's machine vanishes, its row is freed only when a ping gets no answer.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # By default a connection on which nobody speaks HTTP/2 stays open for two minutes.
+    # By default, a connection on which the peer speaks no HTTP/2 stays open for two minutes.
     ("grpc.server_handshake_timeout_ms", 10_000),
-    # What is sent is ours, and an answer with all its logprobs is larger than the usual 4 MiB.
+    # Responses are under our control, and one with all logprobs exceeds the usual 4 MiB.
     ("grpc.max_send_message_length", -1),
     *METADATA_OPTIONS,
 )
 
 
 class Listener:
-    """One gRPC server on one port. Made and used in one event loop."""
+    """One gRPC server on one port. Create and use it in one event loop."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class Listener:
         interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]",
         max_message_bytes: int,
     ) -> None:
-        """Make it, with health and reflection of `services`, which are added to `server`.
+        """Create the server with health and reflection for `services`, which the caller adds.
 
-        Without `credentials` it speaks plain text.
+        Without `credentials`, the port is plain text.
         """
         self.server = grpc.aio.server(
             interceptors=interceptors,
@@ -63,7 +63,7 @@ class Listener:
     async def bind(self, address: str, flag: str) -> int:
         """Listen on `address`, HOST:PORT, with health NOT_SERVING; return the port.
 
-        Raises InvalidArgument with `flag`, which names the port, where that fails.
+        Raises InvalidArgument with `flag`, the flag of the port, if that fails.
         """
         check_free(address, flag)
         await self.health.set_all(serving=False)
@@ -79,14 +79,14 @@ class Listener:
         return int(port)
 
     async def stop(self, flush_s: float) -> None:
-        """End what is left after `flush_s` seconds, and listen no more."""
+        """Stop listening, and end the remaining calls after `flush_s` seconds."""
         await self.health.drain()
         self.health.end()
         await self.server.stop(flush_s)
 
 
 def check_free(address: str, flag: str) -> None:
-    """Try the address with a plain socket: grpc tells the reason only to its own log."""
+    """Try to bind the address with a plain socket, because grpc only logs why it fails."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -1,9 +1,8 @@
-"""The process's log: one stream of lines on stderr, whoever writes them.
+"""The process's log: one stream of lines on stderr.
 
-Owns how a line looks, as text for people (logfmt) or as JSON for collectors, and brings the lines
-of structlog and of the standard library's loggers into the same form, with the context variables
-of the call in which they were written. A value can never begin a line of its own: whatever is not
-printable is escaped. Knows nothing of what is logged.
+Owns the format of a line, as logfmt text or as JSON, and formats lines of structlog and of the
+standard library's loggers in the same way, with the context variables of the current call. A value
+can never begin a new line: unprintable characters are escaped. Knows nothing of what is logged.
 """
 
 import logging
@@ -17,7 +16,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 LEADING = ("time", "level", "logger", "event")
 
-# What every line goes through, in the thread and context that wrote it.
+# Applied to every line, in the thread and context that wrote it.
 _SHARED: list[Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_logger_name,
@@ -32,21 +31,22 @@ _logfmt = structlog.processors.LogfmtRenderer(
 
 
 class LoggedFailure(Exception):
-    """A failure of ours that the log has already, with its cause and the request's id."""
+    """A failure that was already logged, with its cause and the request id."""
 
 
 class _Output(logging.StreamHandler[Any]):
-    """The root logger's handler that `configure` put there."""
+    """The root handler that `configure` installs."""
 
 
 def configure(format: Format, level: Level) -> None:
-    """Send every line of this process to stderr in `format`, from `level` on.
+    """Send all log lines of this process of at least `level` to stderr in `format`.
 
-    Call it once, after the libraries are imported: those that write to stderr by a handler of
-    their own lose it here. Calling it again changes format and level.
+    Call it once, after the libraries are imported: it removes the stderr handlers that they have
+    installed. A second call changes format and level.
 
     `text`: `time=... level=... logger=... event=... key=value`, and below an error its traceback,
-    each line behind `  | `. `json`: one object a line; a traceback is its field `exception`.
+    each line after `  | `. `json`: one object per line, with the traceback in the field
+    `exception`.
     """
     structlog.configure(
         processors=[
@@ -77,7 +77,7 @@ def configure(format: Format, level: Level) -> None:
 
 
 def _take_over() -> None:
-    """Let lines come up to the root that libraries print themselves: transformers, `warnings`."""
+    """Route lines that libraries print themselves to the root: transformers, `warnings`."""
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             own = [h for h in logger.handlers if type(h) is logging.StreamHandler]
@@ -95,8 +95,8 @@ def _text(logger: Any, name: str, event_dict: EventDict) -> str:
 
 
 def _printable(line: str) -> str:
-    """Escape line breaks, terminal sequences and the like; letters of any language stay."""
-    # Of the characters that occur: a line may be a whole prompt.
+    """Escape line breaks, terminal sequences and the like; keep letters of all languages."""
+    # Only characters that occur, because a line may be a whole prompt.
     escaped = {c: c.encode("unicode_escape").decode() for c in set(line) if not c.isprintable()}
     return line.translate({ord(c): escape for c, escape in escaped.items()})
 

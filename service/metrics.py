@@ -1,9 +1,9 @@
-"""What Prometheus is told: counts and times of calls, tokens, cache, load and alpha tables.
+"""Prometheus metrics: counts and times of calls, tokens, cache, load and alpha tables.
 
-Owns the names, units and buckets of all metrics, in a registry of its own, so that several servers
-fit into one process. What the server can be asked is read when Prometheus asks; what goes by is
-counted as it goes. Labels take a bounded number of values: never a request's id, and every method
-that is not known is `other`. Knows nothing of gRPC and of the engine.
+Owns the names, units and buckets of all metrics. They are in a separate registry, so several
+servers can run in one process. Gauges are read at each scrape; events are counted when they happen.
+Every label has a bounded number of values: no request ids, and every unknown method is `other`.
+Knows nothing of gRPC and of the engine.
 """
 
 import time
@@ -27,20 +27,20 @@ from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.requests import Delta, Event, Finished, FinishReason, Started
 
-# From what a small model does on a processor to a long prompt behind a full queue.
+# From a small model on a CPU to a long prompt behind a full queue.
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 CALL_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 
 OTHER = "other"
-"""The method's label of calls that are none of the known methods."""
+"""Value of the label `method` for calls of unknown methods."""
 
 ReloadOutcome = Literal["changed", "unchanged", "failed"]
-"""Of reading the directory of tables again; `failed`: it could not be read, all is as it was."""
+"""Outcome of reading the directory of tables again. `failed`: unreadable, nothing changed."""
 
 
 class Load(Protocol):
-    """How much of the server is taken; the fields mean what they do in GetLoad's answer."""
+    """Load of the server; the fields mean the same as in the GetLoad response."""
 
     @property
     def running(self) -> int: ...  # noqa: D102
@@ -57,7 +57,7 @@ class Load(Protocol):
 
 
 class Table(Protocol):
-    """What is told of an alpha table beside its name."""
+    """What the metrics show of an alpha table besides its name."""
 
     @property
     def sha256(self) -> str: ...  # noqa: D102
@@ -68,24 +68,24 @@ class Catalog(Protocol):
 
     @property
     def tables(self) -> Mapping[str, Table]:
-        """Those that are served."""
+        """Tables that are served."""
 
     @property
     def refused(self) -> Collection[str]:
-        """The names of those that cannot be used."""
+        """Names of tables that cannot be used."""
 
     @property
     def default(self) -> str | None:
-        """The name of the table of requests that name no method."""
+        """Name of the table for requests that name no method."""
 
 
 class Metrics:
-    """The metrics of one server. Safe to be called from any thread."""
+    """The metrics of one server. Safe to call from any thread."""
 
     def __init__(
         self, methods: Iterable[str], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`methods` are the names that the label `method` may have; `clock` tells seconds."""
+        """`methods`: the known values of the label `method`; `clock`: returns seconds."""
         self.registry = registry = CollectorRegistry()
         self.clock = clock
         self._methods = frozenset(methods)
@@ -154,7 +154,7 @@ class Metrics:
             ("outcome",),
             registry=registry,
         )
-        # A rate needs a zero before the first event.
+        # A rate needs a value of zero before the first event.
         for outcome in get_args(ReloadOutcome):
             self._reloads.labels(outcome)
         for method in sorted(self._methods):
@@ -170,34 +170,32 @@ class Metrics:
         load: Callable[[], Load],
         catalog: Callable[[], Catalog],
     ) -> None:
-        """Tell from now on what is served. Called once, when it is loaded.
+        """Start to export model, load and tables. Call it once, after loading.
 
-        `load` and `catalog` are called in another thread each time that Prometheus asks: they must
-        neither wait nor raise.
+        Each scrape calls `load` and `catalog` in another thread: they must neither block nor raise.
         """
         info = {"id": model, "device": device, "dtype": dtype, "version": __version__}
         self.registry.register(_Scraped(info, load, catalog))
 
     def answered(self, method: str, code: str, seconds: float) -> None:
-        """Count a call that ended. `code` is the gRPC status code's name, such as `CANCELLED`."""
+        """Count a call that ended. `code`: name of the gRPC status code, such as `CANCELLED`."""
         known = method if method in self._methods else OTHER
         self._requests.labels(known, code).inc()
         self._duration.labels(known).observe(seconds)
 
     def completion(self) -> "Completion":
-        """Begin to watch a completion; its time to the first token counts from here."""
+        """Start to measure a completion; its time to the first token starts now."""
         return Completion(self)
 
     def reloaded(self, outcome: ReloadOutcome) -> None:
-        """Count a reading of the directory of tables."""
+        """Count a read of the directory of tables."""
         self._reloads.labels(outcome).inc()
 
 
 class Completion:
-    """Watches one completion go by. Its events belong here before each is written to the client.
+    """Measures one completion. Pass each event here before it is written to the client.
 
-    A reader that is slow to take them slows what is measured: the times are those of the answer,
-    not the engine's.
+    A slow reader delays the events, so the times are those of the response, not of the engine.
     """
 
     __slots__ = ("_last", "_metrics", "_step")
@@ -208,14 +206,14 @@ class Completion:
         self._step = metrics.time_to_first_token
 
     def failed(self) -> None:
-        """Count that the engine has failed at it."""
+        """Count that the engine failed at this completion."""
         self._metrics.failed.inc()
 
     def event(self, event: Event) -> None:
-        """Count one event of the stream; a token takes 1.3 microseconds."""
+        """Count one event of the stream; takes 1.3 microseconds per token."""
         metrics = self._metrics
         if type(event) is Delta:
-            # What a time limit found withheld comes as text without a token.
+            # Text that was withheld until a time limit comes without a token.
             if event.token_ids:
                 now = metrics.clock()
                 self._step.observe(now - self._last)
@@ -230,7 +228,7 @@ class Completion:
 
 
 class _Scraped(Collector):
-    """What is read when Prometheus asks."""
+    """Collects the metrics that are read at each scrape."""
 
     def __init__(
         self, info: dict[str, str], load: Callable[[], Load], catalog: Callable[[], Catalog]
@@ -240,7 +238,7 @@ class _Scraped(Collector):
         self._catalog = catalog
 
     def collect(self) -> Iterable[Metric]:
-        """Ask and tell."""
+        """Return the current metrics."""
         yield InfoMetricFamily("a2sf_model", "What is served, and by which version.", self._info)
         load = self._load()
         for name, meaning, value in (
@@ -269,18 +267,18 @@ class _Scraped(Collector):
 
 @dataclass(frozen=True)
 class MetricsServer:
-    """Metrics over HTTP, in a thread of their own until closed."""
+    """An HTTP server of metrics, in a separate thread until closed."""
 
     _server: WSGIServer
     _thread: Thread
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """The port that the server listens on."""
         return self._server.server_port
 
     def close(self) -> None:
-        """Listen no more. Takes up to half a second."""
+        """Stop the server. Takes up to half a second."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -289,7 +287,7 @@ class MetricsServer:
 def serve_metrics(metrics: Metrics, host: str, port: int) -> MetricsServer:
     """Serve `metrics` over plain HTTP; port 0 lets the system choose.
 
-    Raises InvalidArgument where that address cannot be listened on.
+    Raises InvalidArgument if the address cannot be bound.
     """
     try:
         server, thread = start_http_server(port, host, metrics.registry)

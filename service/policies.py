@@ -1,7 +1,7 @@
-"""The cache policy on the wire, read and written by server and client alike.
+"""Converts cache policies to and from messages, for server and client.
 
-Owns the correspondence of the policy's fields and presets: a field is called the same here, in the
-core and in the alpha table, so this is a copy. Knows nothing of the rest of a request.
+Owns the mapping of the policy's fields and presets. A field has the same name here, in the core and
+in the alpha table, so the conversion is a copy. Knows nothing of the rest of a request.
 """
 
 from typing import Any
@@ -19,20 +19,20 @@ _PREFIX = "CACHE_PRESET_"
 def policy_from_message(
     message: pb.CachePolicy, where: str = "default_cache_policy"
 ) -> CachePolicy:
-    """Read a cache policy; `where` is its own name in the request or answer.
+    """Read a cache policy; `where` is the name of its field in the request or response.
 
     Raises InvalidRequest with every field that is out of range.
     """
     values = set_fields(message)
     if "preset" in values:
-        # A number that is none is refused as the value that it is, beside what else is wrong.
+        # An unknown number is kept, so that its error is reported with those of other fields.
         values["preset"] = _preset_names().get(values["preset"], values["preset"])
     with fields_of(where):
         return CachePolicy(**values)
 
 
 def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
-    """Write a cache policy."""
+    """Convert a cache policy to a message."""
     values = policy.model_dump(exclude_none=True)
     if "preset" in values:
         values["preset"] = preset_value(values["preset"])
@@ -40,7 +40,7 @@ def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
 
 
 def in_words(policy: CachePolicy) -> str:
-    """Put the policy of a request that gives none into one line: method, window, budget, floor."""
+    """Describe a default policy in one line: method, window, budget and lower bound."""
     if policy.table is not None:
         method = f"table {policy.table}"
     else:
@@ -59,7 +59,7 @@ def in_words(policy: CachePolicy) -> str:
 
 
 def preset_name(value: int) -> str:
-    """Return the core's name of a preset. Raises InvalidRequest for a value that is none."""
+    """Return the core's name of a preset. Raises InvalidRequest for an unknown value."""
     names = _preset_names()
     if value not in names:
         raise InvalidRequest([("preset", f"{value}; accepted: {', '.join(names.values())}")])
@@ -71,14 +71,14 @@ def _preset_names() -> dict[int, str]:
 
 
 def preset_value(name: str) -> pb.CachePreset.ValueType:
-    """Return the wire's value of a preset."""
+    """Return the enum value of a preset in messages."""
     return pb.CachePreset.Value(_PREFIX + name.upper())
 
 
 def set_fields(message: Message) -> dict[str, Any]:
     """Return the fields of `message` that are set, by name.
 
-    Fields with presence count once set, be it to 0; the others where they are not 0, and wherever
-    this is used the core's own default is 0 then.
+    A field with presence is included if it is set, even to 0; any other field only if it is not 0.
+    Wherever this is used, the core's default for those other fields is 0.
     """
     return {field.name: value for field, value in message.ListFields()}

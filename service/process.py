@@ -1,6 +1,6 @@
-"""The server as a process: signals, the port file, what is announced, and the exit code.
+"""The server process: signals, the port file, announcements, and the exit code.
 
-Owns the order of a server's life from the command line's side. Knows nothing of gRPC.
+Owns the order of startup and shutdown for the command line. Knows nothing of gRPC.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ _PARTED = "the processes of the model have parted"
 
 
 class Announce(Protocol):
-    """Tells the user where the server is in its life."""
+    """Announces the state of the server to the user."""
 
     def __call__(self, event: str, line: str, **fields: str) -> None:
-        """Tell `line`, or for programs `event` with its fields."""
+        """Show `line` to people, or give `event` and its fields to programs."""
 
 
 async def run(options: ServerOptions, announce: Announce) -> int:
-    """Serve until told to stop; return the process's exit code, not 0 if the engine died.
+    """Serve until a signal; return the exit code, which is not 0 if the engine died.
 
-    Where several processes share the model, the first one serves and the others follow it.
+    If several processes share the model, the first one serves and the others follow it.
 
-    Raises what starting raises. The first SIGTERM or SIGINT drains, the second ends the process at
+    Raises the errors of startup. The first SIGTERM or SIGINT drains; the second ends the process at
     once.
     """
     if not is_first_rank():
@@ -75,7 +75,7 @@ async def run(options: ServerOptions, announce: Announce) -> int:
         finally:
             await server.stop()
     if server.left_behind:
-        # A thread inside native code would turn an ordinary exit of the interpreter into an abort.
+        # If a thread runs native code, a normal exit of the interpreter would abort.
         log.warning("the engine's thread is still busy and is left behind")
         logging.shutdown()
         os._exit(int(server.crashed.done()))
@@ -92,7 +92,7 @@ def _follow(options: ServerOptions) -> int:
     """Compute this process's part until the first process ends; return the exit code."""
     try:
         follower = load_follower(options)
-        # A signal is for all: the first process drains, and tells the others when it is done.
+        # All processes get the signal: the first one drains, and then ends the others.
         for number in _HANDLED:
             signal.signal(number, signal.SIG_IGN)
         follower.run()
@@ -119,7 +119,7 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
 
     def on_signal(number: int) -> None:
         if stopping.is_set():
-            # The second one: whoever sends it has waited long enough.
+            # The second signal: the sender does not want to wait any longer.
             os._exit(128 + number)
         stopping.set()
 
@@ -134,9 +134,9 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
 
 @contextmanager
 def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
-    """Write the port whole or not at all; the file is there only while the server serves.
+    """Yield a function that writes the port atomically; the file exists only while serving.
 
-    Raises InvalidArgument where it cannot be written.
+    Raises InvalidArgument if the file cannot be written.
     """
 
     def write(port: int) -> None:
@@ -156,7 +156,7 @@ def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
     if path is not None:
         if not path.parent.is_dir():
             raise InvalidArgument("--port-file", f"{path.parent}: no such directory")
-        # One left behind by a killed server would send clients to a port of nobody.
+        # A file from a killed server would send clients to a wrong port.
         with _told_of(path):
             path.unlink(missing_ok=True)
     try:

@@ -1,11 +1,11 @@
-"""The engine's own thread, and the way between it and the event loop.
+"""Runs the engine in its thread, and connects it with the event loop.
 
-Owns the thread, its inbox, and one channel of events for each request. The engine is built, used
-and dropped in this thread alone; the loop is never blocked by it. A channel holds so many events
-and no more: a reader that stops reading loses its stream, not the server its memory. A request at
-which the engine fails is logged here, once, and its reader gets RequestFailed. Should the thread
-die, every stream fails at once and `crashed` tells the server, so that nobody waits for an
-answer that cannot come. Knows nothing of gRPC.
+Owns the thread, its inbox, and one channel of events per request. Only this thread builds, uses and
+drops the engine, so the engine never blocks the loop. A channel holds a limited number of events: a
+reader that stops reading loses its stream, and the server keeps its memory. If the engine fails at
+a request, the failure is logged here, once, and the reader gets RequestFailed. If the thread dies,
+every stream fails at once, and `crashed` informs the server, so that no call waits forever. Knows
+nothing of gRPC.
 """
 
 import asyncio
@@ -32,22 +32,22 @@ from service.logs import LoggedFailure
 log = structlog.get_logger(__name__)
 
 MAX_UNREAD = 4096
-"""Events of one stream that wait for its reader at most.
+"""The most events of one stream that wait for its reader.
 
-Over a minute of tokens at 50 a second. They take 2.5 MB, or 50 MB where each tells 20 logprobs.
+That is over a minute of tokens at 50 per second. They take 2.5 MB, or 50 MB with 20 logprobs each.
 """
 
 
 class EngineLike(Protocol):
-    """What the thread needs of an engine; `a2sf.engine.Engine` is one."""
+    """The part of an engine that the thread uses; `a2sf.engine.Engine` implements it."""
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether `step` has work."""
 
     @property
     def running(self) -> int:
-        """Requests that hold a row."""
+        """Requests that hold a row or are in prefill."""
 
     @property
     def waiting(self) -> int:
@@ -61,14 +61,14 @@ class EngineLike(Protocol):
         """Validate and queue a request."""
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request; unknown ids are ignored."""
+        """Drop a request; unknown ids are ignored."""
 
     def step(self) -> list[StepEvent]:
-        """Do one round of work."""
+        """Run one step."""
 
 
 class EngineHolder(Protocol):
-    """What the build function returns: an engine, with whatever was loaded for it."""
+    """The result of the build function: an engine, with anything loaded for it."""
 
     @property
     def engine(self) -> EngineLike:
@@ -79,56 +79,56 @@ Holder = TypeVar("Holder", bound=EngineHolder)
 
 
 class RequestFailed(LoggedFailure):
-    """The engine failed at one request and goes on with the others. Its cause is `__cause__`."""
+    """The engine failed at one request and continues with the others. The cause is `__cause__`."""
 
 
 class EngineCrashed(Exception):
-    """The engine's thread died. Not of the users' tree: a client learns only that we failed."""
+    """The engine's thread died. Not an A2SFError, so a client sees only an internal error."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests in the engine; those on their way to it are not counted yet."""
+    """Requests in the engine; requests still in the inbox are not counted."""
 
     running: int
-    """Those that hold a row or are being prefilled."""
+    """Requests that hold a row or are in prefill."""
     waiting: int
-    """Those that wait for a row."""
+    """Requests that wait for a row."""
     kv_bytes_used: int
-    """Bytes of the slots that hold their tokens."""
+    """Bytes of the slots that hold tokens."""
 
 
 class _Channel:
-    """One stream's events on their way to its reader. Belongs to the event loop."""
+    """Events of one stream on the way to its reader. Use it only in the event loop."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.open = True
-        """Whether more may come: neither the last event nor a failure has, and somebody reads."""
+        """Whether more events may come: the stream has not ended or failed, and has a reader."""
         self._unread: deque[Event] = deque()
         self._failure: Exception | None = None
         self._arrived = asyncio.Event()
 
     @property
     def unread(self) -> int:
-        """Events put and not yet got."""
+        """Events that the reader has not taken."""
         return len(self._unread)
 
     def put(self, event: Event) -> None:
-        """Add an event; after `Finished` nothing more may come."""
+        """Add an event; `Finished` must be the last."""
         self._unread.append(event)
         self.open = not isinstance(event, Finished)
         self._arrived.set()
 
     def fail(self, error: Exception) -> None:
-        """Let the reader get `error` next, and drop what is unread."""
+        """Make the reader's next `get` raise `error`, and drop unread events."""
         self.open = False
         self._failure = error
         self._unread.clear()
         self._arrived.set()
 
     async def get(self) -> Event:
-        """Wait for the next event; raise the failure once there is one."""
+        """Wait for the next event; raise the failure if there is one."""
         await self._arrived.wait()
         if self._failure is not None:
             raise self._failure
@@ -153,10 +153,10 @@ _STOP = object()
 
 
 class EngineRunner:
-    """Runs one engine in one thread. All methods belong to the event loop that made it.
+    """Runs one engine in one thread. Call all methods in the event loop that created it.
 
-    A stream ends with `Finished`, or with an error that comes at once: what is unread then is
-    dropped, and the row is freed. A stream of which `Finished` is on its way ends with that.
+    A stream ends with `Finished`, or with an error. An error ends it at once: unread events are
+    dropped, and the row is freed. If `Finished` is already queued, the stream ends with that.
     """
 
     def __init__(self, *, max_unread: int = MAX_UNREAD) -> None:
@@ -172,22 +172,22 @@ class EngineRunner:
 
     @property
     def active(self) -> int:
-        """Streams that have a reader."""
+        """Number of streams with a reader."""
         return len(self._channels)
 
     @property
     def unread(self) -> int:
-        """Events that wait for their readers, of all streams together."""
+        """Events that wait for their readers, over all streams."""
         return sum(channel.unread for channel in self._channels.values())
 
     @property
     def load(self) -> Load:
-        """How many requests the engine has; none before it is built."""
+        """Number of requests in the engine; 0 before it is built."""
         if self._engine is None:
             return Load(running=0, waiting=0, kv_bytes_used=0)
-        # The thread goes on meanwhile. Each figure is one that held a moment ago, give or take the
-        # request that is on its way from one place to the next: good enough to be looked at, and
-        # nothing is decided by it. A lock would let whoever looks wait for a step.
+        # The thread runs meanwhile. Each number was right a moment ago, except for a request that
+        # is just moving from one state to the next. That is enough, because the numbers are only
+        # shown: no decision depends on them. With a lock, a reader would wait for a step.
         return Load(
             running=self._engine.running,
             waiting=self._engine.waiting,
@@ -195,9 +195,9 @@ class EngineRunner:
         )
 
     async def start(self, build: Callable[[], Holder]) -> Holder:
-        """Start the thread, call `build` in it, and return what that returned or raised."""
+        """Start the thread, run `build` in it, and return its result or raise its error."""
         built: asyncio.Future[Holder] = self._loop.create_future()
-        # A daemon: a load or a kernel that never returns must not keep the process alive.
+        # A daemon, so that a load or kernel that never returns cannot keep the process alive.
         self._thread = threading.Thread(
             target=self._run, args=(build, built), name="engine", daemon=True
         )
@@ -207,12 +207,13 @@ class EngineRunner:
         return holder
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Submit `request` and yield its events, the last one `Finished`.
+        """Submit `request` and yield its events; the last one is `Finished`.
 
-        Close the generator (`contextlib.aclosing`) to leave early: that frees the row. Raises what
-        `submit` raises of the users' tree, RequestFailed where the engine fails at this request,
-        Aborted when it is told to or too much is unread, Unavailable once the runner stops,
-        EngineCrashed if the thread dies.
+        To leave early, close the generator (`contextlib.aclosing`); that frees the row.
+
+        Raises the A2SFError of `submit`; InvalidArgument if the id is already in use; RequestFailed
+        if the engine fails at this request; Aborted if `abort` ends it or too many events are
+        unread; Unavailable once the runner stops; EngineCrashed if the thread dies.
         """
         if self._ended is not None:
             raise self._ended()
@@ -229,14 +230,14 @@ class EngineRunner:
                 finished = isinstance(event, Finished)
                 yield event
         finally:
-            # The inbox keeps order: a later request may take the same id.
+            # The inbox keeps the order, so a later request may use the same id.
             if channel.open:
                 channel.open = False
                 self._inbox.put(_Cancel(request.request_id))
             del self._channels[request.request_id]
 
     def abort(self, request_ids: Collection[str] | None) -> tuple[str, ...]:
-        """End the named requests (None: all) as Aborted; return those that were under way."""
+        """Abort the named requests (None: all); return the ids of those that were under way."""
         names = tuple(self._channels) if request_ids is None else request_ids
         ended = []
         for name in names:
@@ -247,7 +248,7 @@ class EngineRunner:
         return tuple(ended)
 
     def fail_all(self, failure: Callable[[], Exception]) -> None:
-        """End every stream with a `failure()` of its own, and refuse later ones with one."""
+        """End every stream with a new `failure()`, and refuse later ones in the same way."""
         self._ended = failure
         for channel in self._channels.values():
             if channel.open:
@@ -278,15 +279,15 @@ class EngineRunner:
     def _serve(self, engine: EngineLike) -> None:
         channels: dict[str, _Channel] = {}
         while True:
-            # Without work there is nothing to do but wait for some. With work, no more is taken
-            # than is there now: however much keeps coming, the rows get their step.
+            # Without work, wait for one command. With work, take only the commands that are there
+            # now, so that a constant flow of commands cannot delay the next step of the rows.
             for _ in range(self._inbox.qsize() if engine.has_work else 1):
                 command = self._inbox.get()
                 if command is _STOP:
                     return
                 if isinstance(command, _Submit):
-                    # Whoever has left already costs no validation, so that between two steps
-                    # there are never more of those than readers.
+                    # Skip a request that was already cancelled, so that a step never waits for more
+                    # validations than there are readers.
                     if command.channel.open:
                         self._submit(engine, command, channels)
                 elif isinstance(command, _Cancel):
@@ -298,7 +299,7 @@ class EngineRunner:
     def _submit(self, engine: EngineLike, command: _Submit, channels: dict[str, _Channel]) -> None:
         try:
             engine.submit(command.request)
-        # Whatever a request makes of validation is that request's failure, not the server's.
+        # Any error of validation is a failure of this request, not of the server.
         except BaseException as error:
             raise_if_fatal(error)
             told = (
@@ -313,14 +314,14 @@ class EngineRunner:
     def _dispatch(self, events: list[StepEvent], channels: dict[str, _Channel]) -> None:
         batch: list[tuple[_Channel, Event | RequestFailed]] = []
         for event in events:
-            # Also of a request that nobody reads any more.
+            # Also log the failure of a request that has no reader any more.
             told = _logged(event.request_id, event.error) if isinstance(event, Failed) else event
             channel = channels.get(event.request_id)
             if channel is not None:
                 batch.append((channel, told))
                 if isinstance(event, Finished | Failed):
                     del channels[event.request_id]
-        # One wake-up of the loop for the whole batch, not one for each token.
+        # Wake the loop once for the whole batch, not once per token.
         if batch:
             self._post(self._deliver, batch)
 
@@ -330,7 +331,7 @@ class EngineRunner:
 
     def _deliver(self, batch: list[tuple[_Channel, Event | RequestFailed]]) -> None:
         for channel, event in batch:
-            # What the engine said before it heard that the stream has ended is for nobody.
+            # The engine sent this before it learned that the stream had ended.
             if not channel.open:
                 continue
             if isinstance(event, RequestFailed):
@@ -361,12 +362,12 @@ class EngineRunner:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
-            # The loop is closed: the process is ending and nobody listens any more.
+            # The loop is closed: the process is ending and no reader is left.
             log.debug("event loop closed before the engine's thread ended")
 
 
 def _logged(request_id: str, error: BaseException) -> RequestFailed:
-    """Log what the engine failed of at one request; return what its reader gets."""
+    """Log the engine's failure at one request; return the error for its reader."""
     log.error("request failed", request_id=request_id, reason=first_line(error), exc_info=error)
     failed = RequestFailed("the engine failed at this request")
     failed.__cause__ = error

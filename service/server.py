@@ -1,8 +1,8 @@
-"""The server: its ports around one engine, from binding to the end.
+"""The server: one engine with its ports.
 
-Owns the order in which parts start and end, and who is told. The ports are bound first, so that a
-taken one is told before a model is loaded; until the engine is warm, health says NOT_SERVING and
-calls are UNAVAILABLE. Knows nothing of what requests mean, nor of processes and signals.
+Owns the order in which parts start and end. The ports are bound first, so that a port in use is
+reported before a model is loaded. Until the engine is warm, health is NOT_SERVING and calls are
+UNAVAILABLE. Knows nothing of what requests mean, or of processes and signals.
 """
 
 import asyncio
@@ -32,14 +32,14 @@ ADMIN_SERVICES = (_SERVICES["AdminService"].full_name,)
 INFERENCE_SERVICES = tuple(name for name in SERVICES if name not in ADMIN_SERVICES)
 
 FLUSH_S = 2.0
-"""Time for statuses already decided to reach their clients before connections are closed."""
+"""Seconds for final statuses to reach their clients before connections are closed."""
 
 
 class Server:
-    """One engine and its ports. Made and used in one event loop."""
+    """One engine and its ports. Create and use it in one event loop."""
 
     def __init__(self, options: ServerOptions, load: Callable[[ServerOptions], Core] = load_core):
-        """Read tokens and certificates. Raises InvalidArgument, naming flag and file."""
+        """Read tokens and certificates. Raises InvalidArgument with the flag and the file."""
         self._options = options
         self._load = load
         self._backend = backend = make_backend(options)
@@ -54,7 +54,7 @@ class Server:
         def listener(services: tuple[str, ...], tokens: TokenFile | None) -> Listener:
             return Listener(
                 services,
-                # Of each port its own: grpc takes such credentials for one port alone.
+                # New credentials for each port: grpc accepts such credentials for one port only.
                 credentials=server_credentials(options),
                 interceptors=[
                     *([BearerAuth(tokens, self._metrics)] if tokens is not None else []),
@@ -84,29 +84,29 @@ class Server:
 
     @property
     def core(self) -> Core:
-        """What is served, once loaded."""
+        """The loaded core."""
         return self._backend.core
 
     @property
     def inside(self) -> int:
-        """Calls under way."""
+        """Number of calls under way."""
         return self._gate.inside
 
     @property
     def crashed(self) -> "asyncio.Future[BaseException]":
-        """Done once the engine has died; all that is left then is `stop`."""
+        """Done once the engine has died; then only `stop` may be called."""
         return self._runner.crashed
 
     @property
     def admin_address(self) -> str | None:
-        """Where the admin service listens, once bound; None where there is none."""
+        """Address of the admin service, once bound; None without one."""
         if self._admin_port is None:
             return None
         return self._options.model_copy(update={"admin_port": self._admin_port}).admin_address
 
     @property
     def metrics_url(self) -> str | None:
-        """Where the metrics are, once bound; None where there are none."""
+        """URL of the metrics, once bound; None without metrics."""
         if self._metrics_server is None:
             return None
         port = self._metrics_server.port
@@ -114,9 +114,9 @@ class Server:
         return f"http://{address}/metrics"
 
     async def bind(self) -> int:
-        """Listen, not yet serving; return the port. Raises InvalidArgument where that fails."""
+        """Listen, not serving yet; return the port. Raises InvalidArgument if that fails."""
         options = self._options
-        # All are looked at before any is taken.
+        # Check all addresses before binding any of them.
         address = options.address
         admin = options.admin_address if options.admin_port is not None else None
         metrics = options.metrics_address if options.metrics_port is not None else None
@@ -139,19 +139,19 @@ class Server:
         return port
 
     async def warm(self) -> None:
-        """Load, make one tiny completion, and serve. Raises what loading raises."""
+        """Load, generate one tiny completion, and serve. Raises the errors of loading."""
         self._watching = await warm(self._backend, partial(self._load, self._options))
         for listener in self._listeners():
             await listener.health.set_all(serving=True)
 
     async def drain(self, grace_s: float, settle_s: float = 0.0) -> None:
-        """Say NOT_SERVING, take no more calls after `settle_s` seconds, and let those inside finish
-        within `grace_s` more.
+        """Report NOT_SERVING, refuse new calls after `settle_s` seconds, then wait up to `grace_s`
+        seconds for running calls to finish.
         """
         for listener in self._listeners():
             await listener.health.drain()
-        # Whoever balances load learns of it meanwhile; where there is no engine any more, or where
-        # none has been announced yet, there is no point.
+        # During this wait, load balancers notice NOT_SERVING. It is useless if the engine is dead
+        # or the server has never served.
         if self._gate.capacity:
             await asyncio.wait({self.crashed}, timeout=settle_s)
         self._gate.close("the server is shutting down")
@@ -163,7 +163,7 @@ class Server:
     async def stop(self) -> None:
         """End every call with a status, then the ports and the engine's thread.
 
-        `left_behind` tells afterwards whether that thread would not end.
+        Afterwards, `left_behind` is True if that thread did not end.
         """
         await end_calls(self._backend, self._watching)
         await asyncio.gather(*(listener.stop(FLUSH_S) for listener in self._listeners()))

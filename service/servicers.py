@@ -1,6 +1,6 @@
-"""The handlers of what clients call: read, ask the engine, answer.
+"""The handlers of the inference and model services.
 
-Owns reading requests and writing answers, and ending a stream that its client does not read. Every
+Owns reading requests, writing responses, and aborting a stream that its client does not read. Every
 handler runs inside `answering`. Knows nothing of how the server starts or stops.
 """
 
@@ -32,13 +32,13 @@ log = structlog.get_logger(__name__)
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
-    """Makes completions."""
+    """Generates completions and tokenizes prompts."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    # Written with `context.write` rather than as a generator: grpc leaves a generator suspended
-    # when the client goes away, and then nothing says when its `finally` frees the row.
+    # Uses `context.write` instead of a generator: when a client leaves, grpc leaves a generator
+    # suspended, and then its `finally`, which frees the row, may run at any later time.
     async def StreamGenerate(  # type: ignore[override]  # noqa: N802
         self,
         request: pb.StreamGenerateRequest,
@@ -107,7 +107,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             call.completion.failed()
             raise
         finally:
-            # Also of a completion that was left or failed: what there was of it.
+            # Also for a completion that failed or was left early: log the text so far.
             if written:
                 log.info("completion", request_id=call.request_id, text="".join(written))
 
@@ -117,10 +117,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         found, policy = Violations(), CachePolicy()
         with found.of_part():
             call.request_id = conversions.request_id(message, call.request_id)
-        # For whatever else is logged on the way; each call has a context of its own.
+        # For all later log lines of this call; each call has a separate context.
         bind_contextvars(request_id=call.request_id)
         core = self._backend.core
-        # Of one state of the tables, whatever is reloaded meanwhile.
+        # Use one state of the tables, even if they are reloaded meanwhile.
         store = core.tables.now
         with found.of_part():
             policy = policy_from_message(message.cache_policy, "input.cache_policy")
@@ -128,7 +128,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             policy = policy.model_copy(update={"table": store.default})
 
         def prepare() -> tuple[GenerationRequest, conversions.Answer]:
-            # Stands in where there is no prompt that can be read, so that the rest is judged too.
+            # A placeholder if the prompt is invalid, so that the other fields are checked too.
             prompt = conversions.Prompt(None, (0,))
             with found.of_part():
                 prompt = self._prompt(message)
@@ -157,7 +157,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
-    """Tells what is being served."""
+    """Describes the model and the alpha tables."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -195,7 +195,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
 
 
 def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
-    """Write what is being served."""
+    """Describe the model and the server's sizes."""
     shape, config = core.model.shape, core.config
     slots = config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
     policy = default_policy(config, core.tables.now)

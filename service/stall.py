@@ -1,8 +1,8 @@
-"""Ending a stream that its client does not read.
+"""Aborts a stream that its client does not read.
 
-Owns how long an event may take to be sent, and the one timer a stream that watches over it: a
-timeout around every write, set and taken back for each token, took a sixth of what a token costs.
-Knows nothing of what is written.
+Owns the time limit for sending an event, with one timer per stream. A timeout around every write,
+set and cancelled for each token, took a sixth of the cost of a token. Knows nothing of what is
+written.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from a2sf.errors import Aborted
 async def writing(
     context: grpc.aio.ServicerContext[Any, Any], limit_s: float
 ) -> "AsyncIterator[Writer]":
-    """Yield what writes a stream's messages to the client.
+    """Yield a writer of the stream's messages.
 
-    The block ends with Aborted as soon as one write has taken `limit_s` seconds.
+    Raises Aborted from the block as soon as one write has taken `limit_s` seconds.
     """
     try:
         async with asyncio.timeout(None) as end:
@@ -39,7 +39,7 @@ async def writing(
 
 
 class Writer:
-    """Writes messages, and has `end` expire when one takes too long."""
+    """Writes messages, and makes `end` expire if one write takes too long."""
 
     def __init__(
         self, context: grpc.aio.ServicerContext[Any, Any], limit_s: float, end: asyncio.Timeout
@@ -49,17 +49,17 @@ class Writer:
         self._end = end
         self._loop = asyncio.get_running_loop()
         self._began: float | None = None
-        """When the write under way began; None between two."""
+        """Time when the current write began; None between writes."""
         self._timer = self._loop.call_later(limit_s, self._look)
 
     async def write(self, message: Any) -> None:
-        """Write one message; returns once gRPC has taken it."""
+        """Write one message; returns once gRPC has accepted it."""
         self._began = self._loop.time()
         await self._context.write(message)
         self._began = None
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _look(self) -> None:

@@ -1,8 +1,8 @@
-"""Errors on the wire: the one table from error class to gRPC status, read in both directions.
+"""Maps error classes to gRPC statuses and back, with one table.
 
-Owns the codes, the google.rpc details and what a client may learn of a failure. An error that is
-not of the project's tree becomes an opaque INTERNAL: its text may hold anything, so it goes to the
-log, beside the request id that the client is given. Knows nothing of handlers or channels.
+Owns the codes, the google.rpc details, and what a client may learn about a failure. An error that
+is not an A2SFError becomes INTERNAL without its text, which may contain anything: the text goes to
+the log, with the request id that the client gets. Knows nothing of handlers or channels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,28 +23,28 @@ from service.logs import LoggedFailure
 log = structlog.get_logger(__name__)
 
 DOMAIN = "a2sf.inference.v1"
-"""Whose reasons the ErrorInfo details carry."""
+"""The domain of the reasons in ErrorInfo details."""
 
 RETRY_AFTER_MS = 500
-"""What a client is told to wait when there is no room; a completion takes about that or more."""
+"""Retry delay for RESOURCE_EXHAUSTED; a completion takes about as long or longer."""
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
-"""The trailer that gRPC clients with a retry policy obey by themselves."""
+"""Trailer with the retry delay, which gRPC clients with a retry policy follow by themselves."""
 
 DETAILS_KEY = "grpc-status-details-bin"
-"""The trailer that carries the google.rpc status."""
+"""Trailer that carries the google.rpc status."""
 
 MAX_METADATA_BYTES = 16 * 2**10
-"""Metadata that server and client take from each other, as HTTP/2 counts it: 32 bytes for each
-entry besides its name and value."""
+"""Largest metadata that server and client accept, as HTTP/2 counts it: names, values, and 32 bytes
+per entry."""
 
 METADATA_OPTIONS = (
-    # The first is a limit beyond which gRPC refuses at random, by default 8 KiB, and the second one
-    # beyond which it always does. Alike, a call is either always refused or never.
+    # Above the first limit, by default 8 KiB, gRPC refuses at random; above the second, always.
+    # With equal limits, a call is either always refused or never.
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 )
-"""gRPC's settings of that limit, for a server and for a channel."""
+"""The gRPC options of that limit, for servers and channels."""
 
 CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -62,38 +62,38 @@ CODES: dict[type[errors.A2SFError], grpc.StatusCode] = {
     errors.Conflict: grpc.StatusCode.ABORTED,
     errors.Aborted: grpc.StatusCode.ABORTED,
 }
-"""Each class by its own row; a subclass without one goes by its nearest parent."""
+"""Status code of each class; a subclass without an entry uses its nearest parent's."""
 
 VIOLATIONS_BYTES = 2100
-"""Room for the violations that are told, a hundred bytes each or so. Clients of other makes drop
-trailers of more than 8 KiB, and the status in them."""
+"""Bytes for the violations in a status, about a hundred for each. Some other gRPC clients drop
+trailers larger than 8 KiB, and the status with them."""
 
 _CLASSES = {cls.__name__: cls for cls in CODES}
-_BY_CODE = {code: cls for cls, code in CODES.items()}  # the last row of a code speaks for it
+_BY_CODE = {code: cls for cls, code in CODES.items()}  # the last class of a code represents it
 
 
 class Violations:
-    """Gathers what is wrong with the parts of one request, so that all of it is told at once."""
+    """Collects everything that is invalid in a request, so that one error reports all of it."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str, str]] = []
 
     @contextmanager
     def of_part(self) -> Iterator[None]:
-        """Keep what a refusal within the block says, and go on after the block."""
+        """Record an InvalidArgument that the block raises, and continue after the block."""
         try:
             yield
         except errors.InvalidArgument as error:
             self._found.extend(error.violations)
 
     def check(self) -> None:
-        """Raise InvalidRequest if anything was wrong."""
+        """Raise InvalidRequest if anything was recorded."""
         if self._found:
             raise InvalidRequest(self._found)
 
 
 class NoRoom(errors.ResourceExhausted):
-    """The server has no room now; it says to come back in `retry_after_s` seconds, if it says."""
+    """The server has no room now. `retry_after_s`: its retry delay, or None."""
 
     def __init__(self, message: str, retry_after_s: float | None) -> None:
         super().__init__(message)
@@ -101,9 +101,9 @@ class NoRoom(errors.ResourceExhausted):
 
 
 class RemoteError(errors.A2SFError):
-    """The server failed or the call was cut off; the message says which.
+    """The server failed or the call was interrupted; see the message.
 
-    `code` is the status that the call ended with.
+    `code` is the status code of the call.
     """
 
     def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN) -> None:
@@ -112,16 +112,16 @@ class RemoteError(errors.A2SFError):
 
 
 class DeadlineExceeded(RemoteError):
-    """The call's own deadline passed; the server was told to stop working on it."""
+    """The call's deadline passed; the call was cancelled on the server too."""
 
 
 class Cancelled(RemoteError):
-    """The call was cancelled: the channel was closed under it, or someone between gave it up."""
+    """The call was cancelled: its channel was closed, or an intermediary cancelled it."""
 
 
 @contextmanager
 def fields_of(where: str) -> Iterator[None]:
-    """Within, what refuses its own fields refuses those of `where`, such as `input.sampling`."""
+    """Prefix the fields of InvalidRequest with `where`, such as `input.sampling`."""
     try:
         yield
     except InvalidRequest as error:
@@ -134,7 +134,7 @@ def _within(where: str, field: str) -> str:
 
 @dataclass(frozen=True)
 class WireStatus:
-    """What ends a failed call: the arguments of a servicer context's `abort`."""
+    """Arguments of a servicer context's `abort`."""
 
     code: grpc.StatusCode
     details: str
@@ -142,7 +142,7 @@ class WireStatus:
 
 
 def to_wire(error: BaseException, request_id: str) -> WireStatus:
-    """Put `error` into a status with details; log the cause where the client must not see it."""
+    """Convert `error` to a status with details; log causes that the client must not see."""
     reason = next((cls for cls in type(error).__mro__ if cls in CODES), None)
     if reason is None:
         if not isinstance(error, LoggedFailure):
@@ -190,18 +190,19 @@ def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.Bad
 
 
 def code_of(error: errors.A2SFError) -> grpc.StatusCode:
-    """Return the status code that `error` goes by, whichever side raised it."""
+    """Return the status code of `error`, raised by the server or by the client."""
     if isinstance(error, RemoteError):
         return error.code
     return next(CODES[cls] for cls in type(error).__mro__ if cls in CODES)
 
 
 def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2SFError:
-    """Turn a failed call back into the error that the server raised, as far as it tells.
+    """Convert a failed call to the error that the server raised, as far as it is known.
 
-    `timeout_s` is the call's own deadline, for the message where that was what ended it.
+    `timeout_s` is the deadline of the call, for the message if it passed.
     """
-    # Every error of a call, of either kind of channel, is a call too; the base class does not say.
+    # At runtime, every error of a call is also a call, for both kinds of channel; its static type
+    # does not say so.
     call: Any = error
     code, message = call.code(), call.details() or ""
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
@@ -223,7 +224,7 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
         return RemoteError(f"{code.name}: {message}", code)
     if cls is errors.ResourceExhausted:
         if named is None:
-            # gRPC's own, of a limit that stays: metadata or message are too large.
+            # Raised by gRPC itself, for a fixed limit: metadata or message are too large.
             part = "metadata" if "metadata size" in message else "request"
             return errors.InvalidArgument(part, message)
         told = retry.HasField("retry_delay")
@@ -237,11 +238,11 @@ def _details(call: Any) -> Iterable[Any]:
 
 
 def _cut(text: str, size: int) -> str:
-    """Shorten what may repeat a caller's value to `size` bytes of UTF-8."""
+    """Shorten text, which may quote the caller's value, to `size` bytes of UTF-8."""
     encoded = text.encode()
     if len(encoded) <= size:
         return text
-    # A character that is cut in two goes altogether.
+    # A character that would be split is removed.
     return encoded[: size - 3].decode(errors="ignore") + "..."
 
 

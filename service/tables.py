@@ -1,9 +1,9 @@
-"""The alpha tables that requests may name: a directory, read at the start and again when told.
+"""The alpha tables that requests may name, read from a directory at startup and on reload.
 
-Owns finding and checking the files, which table is the default, and the reason why a file was
-refused, so that a request that names it is told that very reason. A request's name is only ever
-looked up among the tables already read; no path is built from it. Knows nothing of messages, of
-the engine, or of who asks for another reading.
+Owns finding and checking the files, which table is the default, and why a file was refused, so that
+a request that names it gets that reason. A name in a request is only looked up among the tables
+that were read; it never becomes part of a path. Knows nothing of messages, of the engine, or of
+what causes a reload.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ log = structlog.get_logger(__name__)
 ETAG_CHARACTERS = 16
 
 MAX_REASON_CHARACTERS = 500
-"""Of what is wrong with a file: it may repeat what is in there, and all are told in one answer."""
+"""Longest reason for a refused file. It may quote the file, and one response has all reasons."""
 
 
 @dataclass(frozen=True)
 class TableStore:
-    """What is served at one moment, never changed: the next moment has a store of its own."""
+    """The tables at one moment. Immutable: each change makes a new store."""
 
     tables: Mapping[str, AlphaTable] = field(default_factory=dict)
-    """By name, in the names' order."""
+    """By name, sorted."""
     refused: Mapping[str, TableError] = field(default_factory=dict)
-    """Why files are not served as they are now, by the name of the table or of the file."""
+    """Why files are not served in their present state, by table name or file name."""
     default: str | None = None
-    """Name of the table, one of `tables`, of requests that name no method."""
+    """Name of the table, one of `tables`, for requests that name no method."""
 
     @cached_property
     def etag(self) -> str:
-        """Hexadecimal digest of tables and default: another state has another, the same the same.
+        """Hexadecimal digest of tables and default; equal states have equal digests.
 
-        Refusals have no part in it: they change nothing that a request could be served with.
+        Refused files are not included: they do not change what a request can be served with.
         """
         lines = [f"{name} {table.sha256}" for name, table in sorted(self.tables.items())]
         state = "\n".join([self.default or "", *lines])
@@ -53,8 +53,8 @@ class TableStore:
     def lookup(self, name: str) -> AlphaTable:
         """Return the table of this name.
 
-        Raises NotFound, naming the tables there are; for a table that was refused, the error that
-        it was refused with.
+        Raises NotFound with the names of the served tables; for a refused table, the error that it
+        was refused with.
         """
         if name in self.tables:
             return self.tables[name]
@@ -67,43 +67,43 @@ class TableStore:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What reading the directory again has changed, by the tables' names, and the new state."""
+    """What a reload changed, by table name, and the new state."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
-    """Those that have another content now."""
+    """Tables with new content."""
     removed: tuple[str, ...]
     refused: Mapping[str, TableError]
-    """All that are refused now, also those that were before."""
+    """All tables that are refused now, including those that were refused before."""
     etag: str
 
 
 def _anything(table: AlphaTable) -> None:
-    """Refuse no table: while there is no default, there is nothing for it to fit."""
+    """Accept every table: without a default table there is nothing to check."""
 
 
 class TableCatalog:
-    """The directory of tables as it was last read, and the default among them.
+    """The directory of tables as it was last read, and the default table.
 
-    `now` is replaced as a whole, so whoever reads it sees one state; a request that has looked up
-    its table keeps that table whatever is read later. All else may be called from any thread, and
-    reads files or waits for a thread that does: not for the event loop.
+    `now` is replaced as a whole, so a reader sees one consistent state. A request keeps the table
+    that it has looked up, even after a reload. All other members may be called from any thread;
+    they read files, or wait for a thread that does, so do not call them in the event loop.
     """
 
     def __init__(self, directory: Path | None, identity: ModelIdentity) -> None:
-        """Read `directory` (None: there are no tables) for the model of `identity`.
+        """Read `directory` (None: no tables) for the model of `identity`.
 
-        Raises NotFound where it cannot be listed.
+        Raises NotFound if the directory cannot be listed.
         """
         self.directory = directory
-        """What is read; None: nothing."""
+        """The directory to read; None: nothing is read."""
         self._identity = identity
         self._check: Callable[[AlphaTable], None] = _anything
         self._lock = threading.Lock()
-        # The table that is served from each file, by the file's name: a bad file keeps it there.
+        # The table served from each file, by file name. It stays here if its file becomes invalid.
         self._kept: dict[str, AlphaTable] = {}
         self._refused: list[tuple[str, TableError]] = []
-        # The default, where its file is gone.
+        # The default table, if its file is gone.
         self._orphan: AlphaTable | None = None
         self._default: str | None = None
         self._seen: object = None
@@ -112,12 +112,12 @@ class TableCatalog:
             self._read(directory)
 
     def settle(self, default: str | None, check: Callable[[AlphaTable], None]) -> None:
-        """Begin with this default, and let no table follow it that `check` raises an error for.
+        """Set the first default table, and the check that every later default must pass.
 
-        `check` is given what would be the default, and raises one of the project's errors where
-        requests that name no method would not always fit with it. Raises what `lookup` and `check`
-        raise. Comes once, before anything is served: how the engine's rows are dealt, which is what
-        tables must fit, is known only once the first default has been read.
+        `check` gets the candidate, and raises one of the project's errors if requests that name no
+        method would not always fit with it. Raises the errors of `lookup` and `check`. Call it
+        once, before serving: the split of the engine's slots, which tables must fit, is known only
+        after the first default has been read.
         """
         if default is not None:
             check(self.now.lookup(default))
@@ -126,16 +126,16 @@ class TableCatalog:
         self._publish()
 
     def outdated(self) -> bool:
-        """Whether the directory looks other than when it was last read; looks into no file."""
+        """Whether the directory has changed since it was last read; opens no file."""
         return self.directory is not None and self._seen != _look(self.directory)
 
     def reload(self) -> Reloaded:
         """Read the directory again.
 
-        A file that cannot be used changes nothing: the table that was served from it stays. A file
-        that is gone takes its table with it, but for the default. Of two files with one name, the
-        one that is served stays. Raises NotFound, with nothing changed, where the directory cannot
-        be listed or the server has none.
+        An invalid file changes nothing: the table that was served from it stays. If a file is gone,
+        its table goes too, except the default. If two files have the same table name, the one that
+        is served stays. Raises NotFound, with nothing changed, if the directory cannot be listed or
+        the server has none.
         """
         with self._lock:
             if self.directory is None:
@@ -143,10 +143,11 @@ class TableCatalog:
             return self._read(self.directory)
 
     def activate(self, name: str, etag: str) -> TableStore:
-        """Make `name` the default (empty: none) if `etag` is the present state's; return the new.
+        """Make `name` the default (empty: none) if `etag` matches; return the new state.
 
-        Raises InvalidArgument without an etag, Conflict for that of another state, what `lookup`
-        raises for a table that is not served, and TableInvalid for one that cannot be the default.
+        Raises InvalidArgument without an etag, Conflict if the etag is not the current one, the
+        errors of `lookup` for a table that is not served, and TableInvalid for one that cannot be
+        the default.
         """
         with self._lock:
             if not etag:
@@ -166,7 +167,7 @@ class TableCatalog:
             return self.now
 
     def _read(self, directory: Path) -> Reloaded:
-        # Looked at before it is read: a change during the reading is then seen as one.
+        # The stamp is taken before the read, so a change during the read causes another read.
         look = _look(directory)
         try:
             names = sorted(entry.name for entry in directory.iterdir() if _is_table(entry.name))
@@ -180,7 +181,7 @@ class TableCatalog:
         kept: dict[str, AlphaTable] = {}
         for file in names:
             before = self._kept.get(file)
-            # Until the file tells the table's name, it goes by the one that it had, or by its own.
+            # Until the table's name is known, use the name it had before, or the file's name.
             name = before.name if before is not None else Path(_printable(file)).stem
             try:
                 table = parse_table(_contents(directory / file))
@@ -189,8 +190,8 @@ class TableCatalog:
                 if name == self._default and table.sha256 != self.now.tables[name].sha256:
                     self._check(table)
             except FileNotFoundError:
-                continue  # removed since it was listed, or a link that leads nowhere
-            # A damaged file is refused whatever a library makes of it.
+                continue  # removed since the listing, or a broken link
+            # A damaged file may make a library raise any of these.
             except (A2SFError, OSError, ValueError, RecursionError) as error:
                 if before is not None:
                     kept[file] = before
@@ -198,7 +199,7 @@ class TableCatalog:
             else:
                 whole[file] = table
         taken = {table.name: file for file, table in kept.items()}
-        # Whoever served a name goes before another file of that name.
+        # A file that already serves a name has priority over another file with that name.
         for file in sorted(whole, key=lambda file: (not self._served(file, whole[file]), file)):
             table = whole[file]
             if taken.setdefault(table.name, file) == file:
@@ -233,7 +234,7 @@ class TableCatalog:
 
 
 def _printable(file: str) -> str:
-    """Put a file's name into text that can be sent, whatever bytes it is of."""
+    """Replace the bytes of a file name that are not valid text, so that it can be sent."""
     return os.fsencode(file).decode(errors="replace")
 
 
@@ -242,7 +243,7 @@ def _is_table(file: str) -> bool:
 
 
 def _look(directory: Path) -> object:
-    """What can be seen of a directory and its tables without reading any; None: nothing can."""
+    """Return the state of a directory and its tables without reading files; None: unreadable."""
     try:
         entries = [entry for entry in directory.iterdir() if _is_table(entry.name)]
         seen = directory.stat()
@@ -259,7 +260,7 @@ def _contents(path: Path) -> bytes:
 
 
 def _refusal(file: str, error: Exception) -> TableError:
-    """Name the file, and keep the directory to ourselves: paths are no client's business."""
+    """Make the error of a file. It names the file only: clients must not see directory paths."""
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if len(why) > MAX_REASON_CHARACTERS:
         why = f"{why[:MAX_REASON_CHARACTERS]}..."
@@ -268,7 +269,7 @@ def _refusal(file: str, error: Exception) -> TableError:
 
 
 def _told(before: TableStore, now: TableStore) -> Reloaded:
-    """Compare, and write what is new into the log."""
+    """Compare two states, and log what is new."""
     old, new = before.tables, now.tables
     told = Reloaded(
         added=tuple(name for name in new if name not in old),

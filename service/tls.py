@@ -1,7 +1,7 @@
-"""Certificates: what the server shows, and whose clients it lets in.
+"""TLS credentials of the server.
 
-Owns reading and checking the files, and reading them again when they change, so that a renewed
-certificate needs no restart. Knows nothing of ports and calls.
+Owns reading and checking the certificate files, and reading them again when they change, so that a
+renewed certificate needs no restart. Knows nothing of ports and calls.
 """
 
 import ssl
@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Files:
-    """The certificate files, and how they were when they were last read."""
+    """The certificate files, with their state when they were last read."""
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         self._certificate = certificate
@@ -27,7 +27,7 @@ class _Files:
         self._seen = self._stamps()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Read and check all of them. Raises InvalidArgument, naming flag and file."""
+        """Read and check all files. Raises InvalidArgument with the flag and the file."""
         chain = files.read(self._certificate, "--tls-cert")
         key = files.read(self._key, "--tls-key")
         _check_pair(self._certificate, self._key)
@@ -38,14 +38,14 @@ class _Files:
         return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=roots)
 
     def read_if_changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new ones; None, for what was read before, where nothing or nothing good is.
+        """Return the new certificates, or None if nothing has changed or a new file is invalid.
 
-        Called by grpc before each handshake, in a thread of its own.
+        grpc calls this before each handshake, in a separate thread. None keeps the earlier ones.
         """
         seen = self._stamps()
         if seen == self._seen:
             return None
-        # Seen before they are read: what changes meanwhile is read once more.
+        # The stamps are taken before the read, so a change during the read causes another read.
         self._seen = seen
         try:
             found = self.read()
@@ -61,26 +61,26 @@ class _Files:
 
 
 def server_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
-    """Make the credentials of every port with gRPC; None where it is to speak plain text.
+    """Make the credentials of all gRPC ports; None means plain text.
 
-    Raises InvalidArgument for files that cannot be read or do not belong together.
+    Raises InvalidArgument for files that cannot be read or do not match.
     """
     if options.tls_cert is None or options.tls_key is None:
         return None
     certificates = _Files(options.tls_cert, options.tls_key, options.tls_client_ca)
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
         certificates.read(),
-        certificates.read_if_changed,  # type: ignore[arg-type]  # None is for "as before"
+        certificates.read_if_changed,  # type: ignore[arg-type]  # None keeps the earlier ones
         require_client_authentication=options.tls_client_ca is not None,
     )
     return credentials
 
 
 def _check_pair(certificate: Path, key: Path) -> None:
-    # grpc itself would start with any bytes, and fail every handshake.
+    # grpc would start with invalid files, and then fail every handshake.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Without a password of ours, OpenSSL would ask for one at the terminal.
+        # Without a password argument, OpenSSL would ask for one at the terminal.
         context.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":

@@ -1,14 +1,14 @@
-"""Traces of calls, for OpenTelemetry; nothing at all where they are off.
+"""OpenTelemetry traces of calls.
 
-Owns the spans and their attributes: one server span a call, a child of the caller's where its
-`traceparent` says so, and below it what the engine did with the request: queue, prefill, decode.
-OpenTelemetry is imported only by a tracer that is on, so that the service runs without it. Texts of
-prompts and completions never enter a trace. Knows nothing of handlers.
+Owns the spans and their attributes: one server span per call, which is a child of the caller's span
+if the call has a `traceparent`, and child spans for the engine's work: queue, prefill, decode. Only
+an enabled tracer imports OpenTelemetry, so the service runs without it. Texts of prompts and
+completions never enter a trace. Knows nothing of handlers.
 
-The server span is our own work, because the interceptor of opentelemetry-instrumentation-grpc
-0.66b2 does not fit grpc.aio 1.85: it iterates over every streaming handler, so that one written
-with `context.write` fails with a TypeError; it records each `context.abort` as an exception; and a
-call that ends by cancellation or deadline stays OK.
+We create the server span ourselves, because the interceptor of opentelemetry-instrumentation-grpc
+0.66b2 does not work with grpc.aio 1.85: it iterates over every streaming handler, so a handler that
+uses `context.write` fails with a TypeError; it records each `context.abort` as an exception; and a
+call that ends by cancellation or deadline keeps the status OK.
 """
 
 import os
@@ -30,57 +30,57 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 Metadata = Sequence[tuple[str, str | bytes]]
-"""A call's metadata: pairs, of which a key may have several."""
+"""Metadata of a call: key-value pairs; a key may occur several times."""
 
 SERVER_FAULTS = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-"""Codes with which a server's span counts as failed, by the semantic conventions of gRPC."""
+"""Codes that mark a server span as failed, by the semantic conventions for gRPC."""
 
 ACCEPTED = {
     "OTEL_TRACES_EXPORTER": "otlp",
     "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
 }
-"""Standard variables that choose among exporters, and the one choice that there is here."""
+"""Standard variables that select an exporter, with the only value that we support."""
 
 
 class CallSpan:
-    """One call's span; this one goes nowhere."""
+    """The span of one call. This base class records nothing."""
 
     def request(self, request: GenerationRequest, model: str) -> None:
-        """Tell what is asked for. Comes right before it is submitted: the queue begins here."""
+        """Record a request. Call it right before submission: the queue span starts here."""
 
     def event(self, event: Event) -> None:
-        """Tell an event of the stream as it is delivered."""
+        """Record an event of the stream when it is delivered."""
 
     def status(self, code: str) -> None:
-        """Tell how the call ends: the gRPC status code's name, such as `CANCELLED`."""
+        """Record the call's status: the name of the gRPC status code, such as `CANCELLED`."""
 
 
 class Tracer:
-    """Makes the spans of calls; this one makes none."""
+    """Creates the spans of calls. This base class creates none."""
 
     def call(
         self, service: str, method: str, metadata: Metadata
     ) -> AbstractContextManager[CallSpan]:
-        """Return a span for the length of a `with` block, which is one call's.
+        """Return a context manager that holds the span of one call.
 
         `service` is the full name, such as `a2sf.inference.v1.InferenceService`.
         """
         return _NOTHING
 
     def shutdown(self, timeout_s: float) -> None:
-        """Send what has not been sent; give up after `timeout_s` seconds. Blocks meanwhile."""
+        """Send pending spans; block for at most `timeout_s` seconds."""
 
 
 _NOTHING = nullcontext(CallSpan())
 
 
 def start(enabled: bool) -> Tracer:
-    """Return a tracer that sends by OTLP over gRPC as the OTEL_* environment says, or one of none.
+    """Return a tracer that exports OTLP over gRPC, set up by OTEL_* variables, or a disabled one.
 
-    Raises InvalidArgument where traces are wanted without OpenTelemetry, or by another exporter.
+    Raises InvalidArgument if OpenTelemetry is not installed or another exporter is selected.
     """
     if not enabled:
         return Tracer()
@@ -100,7 +100,7 @@ def start(enabled: bool) -> Tracer:
         if told != accepted:
             raise InvalidArgument("--traces", f"{variable} is {told!r}; accepted: {accepted!r}")
     ours = Resource.create({"service.name": "a2sf-serve", "service.version": __version__})
-    # Merged again, because what the environment says goes before what we say.
+    # Merge the environment last, so that it overrides our values.
     provider = TracerProvider(
         resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
     )
@@ -109,7 +109,7 @@ def start(enabled: bool) -> Tracer:
 
 
 class RecordingTracer(Tracer):
-    """Makes spans with a provider, which it owns."""
+    """Creates spans with a provider, which it owns."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         self._provider = provider
@@ -129,7 +129,7 @@ class RecordingTracer(Tracer):
         )
         trace_id = format_trace_id(span.get_span_context().trace_id)
         with (
-            # An abort and a cancellation are exceptions too; what they mean is told by `status`.
+            # Aborts and cancellations are exceptions too; `status` records what they mean.
             use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False),
             bound_contextvars(trace_id=trace_id),
         ):
@@ -137,14 +137,14 @@ class RecordingTracer(Tracer):
 
     def shutdown(self, timeout_s: float) -> None:
         """See Tracer."""
-        # The provider takes no limit, and waits for an exporter that retries.
+        # The provider's shutdown takes no timeout, and waits for an exporter that retries.
         ending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         ending.start()
         ending.join(timeout_s)
 
 
 class _RecordingSpan(CallSpan):
-    """The span that is current, within its `with` block."""
+    """A recording span. It is the current span within its `with` block."""
 
     def __init__(self, tracer: Any, span: "Span") -> None:
         self._tracer = tracer
@@ -218,14 +218,14 @@ class _RecordingSpan(CallSpan):
             ("decode", timings.decode_s),
         ):
             end_ns = begin_ns + round(seconds * 1e9)
-            # What the request did not live to see took no time.
+            # No span for a phase that the request did not reach: its time is 0.
             if seconds > 0.0:
                 self._tracer.start_span(name, start_time=begin_ns).end(end_ns)
             begin_ns = end_ns
 
 
 def _carrier(metadata: Metadata) -> Mapping[str, list[str | bytes]]:
-    """Put metadata into the form that propagators read."""
+    """Convert metadata to the form that propagators read."""
     carrier: dict[str, list[str | bytes]] = {}
     for key, value in metadata:
         carrier.setdefault(key, []).append(value)

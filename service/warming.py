@@ -1,8 +1,7 @@
-"""From settings to a backend that takes calls, and back, whoever brings the calls.
+"""Starts a backend and ends it, for any kind of port.
 
-Owns how a backend is made, warmed and ended: the model is loaded in the engine's thread, one tiny
-completion is made, the tables are watched, the gate opens. Knows nothing of ports, nor of who is
-told that it serves.
+Owns how a backend is made, warmed and ended: load the model in the engine's thread, generate one
+tiny completion, watch the tables, open the gate. Knows nothing of ports and health.
 """
 
 import asyncio
@@ -26,11 +25,11 @@ from service.watch import watch
 log = structlog.get_logger(__name__)
 
 WATCHING = "tables watched"
-"""The name of that task."""
+"""Name of the asyncio task."""
 
 
 def make_backend(options: ServerOptions) -> Backend:
-    """Make a backend whose gate is closed, in the event loop that will use it."""
+    """Make a backend with a closed gate. Call it in the event loop that will use the backend."""
     return Backend(
         options,
         Gate(),
@@ -41,14 +40,14 @@ def make_backend(options: ServerOptions) -> Backend:
 
 
 async def warm(backend: Backend, load: Callable[[], Core]) -> "asyncio.Task[None] | None":
-    """Load, make one tiny completion, and open the gate.
+    """Load, generate one tiny completion, and open the gate.
 
-    Returns the task that watches the tables, where they are watched, to be given to `end`. Raises
-    what loading raises, and NonFinite where the tiny completion has no finite logits.
+    Returns the task that watches the tables, if they are watched; pass it to `end_calls`. Raises
+    the errors of `load`, and NonFinite if the tiny completion has logits that are not finite.
     """
     runner, options = backend.runner, backend.options
     backend.core = core = await runner.start(load)
-    # Two new tokens, so that a decode step is run; preset full needs no budget.
+    # Two new tokens, so that a decode step runs; the preset full needs no budget.
     request = GenerationRequest(
         request_id="warm-up",
         prompt_ids=(0,),
@@ -82,14 +81,14 @@ async def warm(backend: Backend, load: Callable[[], Core]) -> "asyncio.Task[None
 
 
 async def end_calls(backend: Backend, watching: "asyncio.Task[None] | None") -> None:
-    """Close the gate, watch no more, and end every call with a status.
+    """Close the gate, stop watching tables, and end every call with a status.
 
-    The engine's thread and the tracer are left to the caller, who knows when statuses have left.
+    The caller ends the engine's thread and the tracer, once the statuses have been sent.
     """
     backend.gate.close("the server is shutting down")
     if watching is not None:
         watching.cancel()
-        # Not its result: why it ended, if it did, is told already.
+        # Not its result: if the task failed, that was logged already.
         await asyncio.wait({watching})
     if not backend.runner.crashed.done():
         backend.runner.fail_all(lambda: Unavailable("the server is shutting down"))

@@ -1,6 +1,6 @@
-"""Watching the directory of alpha tables, so that a table put there is served without a restart.
+"""Watches the directory of alpha tables, so that a new table is served without a restart.
 
-Owns when the directory is read again. Knows nothing of what is in it.
+Owns when the directory is read again. Knows nothing of its content.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ from service.tables import Reloaded, TableCatalog
 log = structlog.get_logger(__name__)
 
 QUIET_MS = 100
-"""The directory is read once nothing has changed in it for this long."""
+"""The directory is read after this time without changes, in milliseconds."""
 
 DEBOUNCE_MS = 2000
-"""It is read at the latest so long after the first change, however many follow."""
+"""It is read at most this long after the first change, even if changes continue."""
 
 RECHECK_S = 3.0
-"""How often the directory is looked at without having been told of a change: network file systems
-tell of none, nor does a directory that was put in the place of the one that is watched."""
+"""Seconds between checks without a notification: network file systems send none, and neither does
+a directory that replaces the watched one."""
 
 
 async def watch(
     catalog: TableCatalog, directory: Path, reload: Callable[[], Awaitable[Reloaded]]
 ) -> None:
-    """Call `reload` whenever `directory`, which is the catalog's, changes, until cancelled.
+    """Call `reload` whenever `directory`, the catalog's directory, changes; runs until cancelled.
 
-    A directory that is gone is waited for.
+    If the directory is missing, wait until it is back.
     """
     lost = False
     async with aclosing(_glances(directory)) as glances:
@@ -52,7 +52,7 @@ async def watch(
 
 
 async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
-    """Yield True when told of a change, False when it is time to look whether there was one."""
+    """Yield True after a notified change, and False when it is time to check for changes."""
     reason = None
     while True:
         try:
@@ -65,7 +65,7 @@ async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
                     step=QUIET_MS,
                     rust_timeout=int(RECHECK_S * 1000),
                     yield_on_timeout=True,
-                    # Where the targets of Kubernetes' links are is no matter: the links change.
+                    # The targets of Kubernetes' links are not watched; the links change too.
                     recursive=False,
                 )
             ) as changes:
@@ -74,7 +74,7 @@ async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
                     yield bool(told)
                     if await asyncio.to_thread(_place, directory) != place:
                         break
-        # RuntimeError: the system has no watch left to give.
+        # RuntimeError: the system's limit on watches is reached.
         except (OSError, RuntimeError) as error:
             if str(error) != reason:
                 reason = str(error)
