@@ -1,4 +1,4 @@
-"""Side-by-side measurements. Results stand in `results/` with machine, versions and date."""
+"""Comparative measurements. Results are in `results/`, with machine, versions and date."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def save(out: Path, ran: LoadedModel, /, **figures: Any) -> None:
 
 
 def write(out: Path, described: Mapping[str, str], /, **figures: Any) -> None:
-    """Write figures as JSON, with the date and the machine as `tuner.machine` describes it."""
+    """Write figures as JSON, with the date and the machine as described by `tuner.machine`."""
     document = {"date": datetime.now(UTC).date().isoformat(), "machine": described, **figures}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Time policies along given texts against plain teacher forcing, and against another build.
+"""Times policies on given texts, compared with plain teacher forcing and with another build.
 
 Owns one measurement: seconds that a model takes for a batch of texts, with the full cache in one
-forward pass, and with every token evicted for. Each build has a process of its own; variants and
-builds take turns, round after round, and are compared within the run.
+forward pass, and with an eviction for every token. Each build runs in a separate process. Variants
+and builds alternate, round after round, and are compared within the run.
 
     python -m benchmarks.evaluation [--model DIR] [--against CHECKOUT] [--rounds 5]
 
-Without --model: the packaged model, and the one that `make real-model` fetches where it is there.
+Without --model: the packaged model, and the one that `make real-model` fetches, if present.
 """
 
 import os
@@ -32,12 +32,12 @@ LONGEST_S = 1800.0
 
 @dataclass(frozen=True)
 class Texts:
-    """What a model runs along."""
+    """The texts of a measurement."""
 
     prompt: int
-    """Tokens of each text that are prompt."""
+    """Prompt tokens of each text."""
     batch: int
-    """Texts at once."""
+    """Texts per pass."""
 
 
 PACKAGED = Texts(prompt=256, batch=32)
@@ -45,7 +45,7 @@ OTHERS = Texts(prompt=128, batch=8)
 
 
 class Build:
-    """A checkout of the project, this one or an earlier one, in a process of its own."""
+    """A checkout of the project, this one or an earlier one, in a separate process."""
 
     def __init__(self, root: Path, log: Path, **load: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -54,7 +54,7 @@ class Build:
         self.loaded = self._client.ask(LONGEST_S, do="load", **load)
 
     def run(self, kind: str) -> dict[str, Any]:
-        """As `passes.Passes.run`."""
+        """Run a pass; see `passes.Passes.run`."""
         return self._client.ask(LONGEST_S, do="run", kind=kind)
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[Path, typer.Option(help="The folder of the JSON files.")] = RESULTS,
 ) -> None:
-    """Time policies along given texts, side by side, and write the figures."""
+    """Time policies on given texts, in turns, and write the figures."""
     torch.set_num_threads(threads)
     found = model or ["reference", *([str(REAL)] if REAL.is_dir() else [])]
     builds = {HERE: ROOT, **({against.name: against} if against else {})}
@@ -129,18 +129,20 @@ def main(
 
 
 def compare(running: dict[str, Any], kinds: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Let kinds and builds take turns; times are also given in plain passes of this build.
+    """Alternate between kinds and builds, and summarise the times.
 
-    Seconds of processors are those that the build's process was given, so that they hardly depend
-    on what else the machine does; nor do they say how well threads share the work.
+    Times are also given relative to plain passes of this build, and to the same kind in this build.
+
+    Processor seconds are those used by the build's process. So they depend little on other work on
+    the machine, but they do not show how well threads share the work.
     """
     told: dict[tuple[str, str], list[dict[str, Any]]] = {(k, b): [] for k in kinds for b in running}
     for turn in range(rounds + 1):
         for kind in kinds:
-            # None always comes first.
+            # Alternate the order, so that no build always comes first.
             for build in list(running)[:: -1 if turn % 2 else 1]:
                 found = running[build].run(kind)
-                if turn:  # the first round warms up
+                if turn:  # the first round is a warm-up
                     told[kind, build].append(found)
                 typer.echo(f"{turn} {build}: {kind} {found['seconds']:.2f} s", err=True)
     rows = []

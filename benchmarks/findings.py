@@ -1,12 +1,12 @@
-"""Measure again what the findings and the model's card say, from the shipped weights.
+"""Measures the findings and the figures of the model's card again, from the shipped weights.
 
-Owns the studies, their figures in `results/findings.json`, and the comparison with those that are
-written; `benchmarks.findings_page` makes the tables between the pages' markers, and
+Owns the studies, their figures in `results/findings.json`, and the comparison with the stored
+figures. `benchmarks.findings_page` makes the tables between the pages' markers, and
 `benchmarks.pictures` the pictures.
 
     python -m benchmarks.findings [--only STUDY]   # measure, write figures and tables
-    python -m benchmarks.findings --check          # measure, compare with what is written
-    python -m benchmarks.findings --redraw         # draw the pictures of what is written
+    python -m benchmarks.findings --check          # measure, compare with stored figures
+    python -m benchmarks.findings --redraw         # draw the pictures from stored figures
 """
 
 import json
@@ -32,8 +32,8 @@ PAGES = (Path(__file__).with_name("FINDINGS.md"), reference.path() / "README.md"
 
 RELATIVE_TOLERANCE = 0.02
 ABSOLUTE_TOLERANCE = 0.005
-"""How far a mean may be from what is written: another processor or another number of threads
-rounds otherwise, and a near-tie then evicts another token."""
+"""Tolerances of a mean: another processor or another number of threads rounds differently, and a
+near-tie then evicts another token."""
 
 OTHERS = "full,window,h2o,tova_per_head,random,random:0"
 FEW = ",".join(
@@ -47,12 +47,12 @@ GRID = ",".join(
 
 
 TABLES = ",".join(f"benchmarks/tables/{name}.json" for name in ("recall", "state"))
-"""Fitted by `make tables`; each goes by its own name in the figures."""
+"""Fitted by `make tables`; the figures call each by its own name."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """One evaluation; `question` is what it answers."""
+    """One evaluation; `question` is the question it answers."""
 
     name: str
     question: str
@@ -63,7 +63,7 @@ class Study:
     length: int = 512
     shots: tuple[int | None, ...] = (None,)
     contrasts: tuple[tuple[str, str], ...] = ()
-    """Pairs of policies whose difference is asked for before looking."""
+    """Pairs of policies whose difference was chosen for a test before the measurement."""
 
     def run(self) -> Evaluation:
         """Measure it on the shipped model."""
@@ -89,7 +89,7 @@ class Study:
 
     @property
     def command(self) -> str:
-        """The same by hand."""
+        """The equivalent command line."""
         shots = ",".join(str(n) for n in self.shots if n is not None)
         ratios = ",".join(f"{ratio:g}" for ratio in self.ratios)
         return (
@@ -192,7 +192,7 @@ STUDIES = (
 
 
 def summary(found: Evaluation, study: Study) -> dict[str, Any]:
-    """What is kept of a study: means with intervals, and the comparisons that decide."""
+    """The stored part of a study: means with intervals, and the main comparisons."""
 
     def figure(value: Estimate | None) -> list[float] | None:
         return None if value is None else [round(x, 5) for x in (value.mean, value.low, value.high)]
@@ -261,7 +261,7 @@ def contrast(
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Means that have moved by more than the tolerance, and cells that are gone."""
+    """Describe means that changed by more than the tolerance, and missing cells."""
     found = []
     again = {(c["task"], c["policy"], c["ratio"]): c for c in after["cells"]}
     for cell in before["cells"]:

@@ -1,6 +1,6 @@
-"""The findings' figures as Markdown tables, put between a page's markers.
+"""Renders the findings' figures as Markdown tables between a page's markers.
 
-Owns how a study is shown; the words around the markers are written by hand. Knows nothing of how a
+Owns the layout of a study; the text around the markers is written by hand. Knows nothing of how a
 figure was measured.
 """
 
@@ -11,7 +11,7 @@ from tuner.results import METRICS, Metric
 
 
 def render(study: dict[str, Any]) -> Iterable[str]:
-    """The study's paragraphs and tables in Markdown."""
+    """Yield the study's paragraphs and tables in Markdown."""
     yield f"`{study['command']}`"
     if len({cell["ratio"] for cell in study["cells"]} - {None}) > 1:
         for metric in ("kl", "accuracy"):
@@ -83,13 +83,13 @@ def _shown(value: Sequence[float] | None, metric: Metric, *, sign: bool = False)
     if metric == "accuracy":
         return f"{value[0]:.1%} [{value[1]:.1%}, {value[2]:.1%}]"
     form = "+.3f" if sign else ".3f"
-    # Rounded before it is shown, and never a negative zero.
+    # Rounded before formatting, and + 0.0, to avoid a negative zero.
     mean, low, high = (round(x, 3) + 0.0 for x in value)
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def fill(page: str, name: str, block: str) -> str:
-    """The page with the block between the markers of its name, if it has them."""
+    """Put the block between the markers with its name, if the page has them."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)

@@ -1,9 +1,9 @@
-"""Time decoding with filled caches: this engine beside its peers, over models, contexts, batches.
+"""Times decoding with filled caches: this engine and its peers, by model, context and batch.
 
-Owns the grid and the order of measuring. Each variant runs in a worker process (`peers/`); within a
-cell (model, dtype, context, batch) the variants take turns, round after round, and are compared
-within the cell. Results are written after every cell, so that `--resume` goes on where a run
-ended. Knows no peer's code.
+Owns the grid and the order of measuring. Each variant runs in a worker process (`peers/`). Within a
+cell (model, dtype, context, batch) the variants alternate, round after round, and are compared
+within the cell. Results are written after every cell, so that `--resume` continues an interrupted
+run. Knows nothing of a peer's code.
 
     python -m benchmarks.grid [--model random] [--context 2048] [--variant a2sf] [--resume] ...
 """
@@ -27,14 +27,14 @@ from benchmarks.peers.variants import VARIANTS, bandwidth, predicted_ms
 from tuner import machine
 
 UNTIMED = 1
-"""Steps of a turn that are not timed: they bring the worker's data back to the caches."""
+"""Steps of a turn that are not timed: they bring the worker's data back into the CPU's caches."""
 
 PLOTTED_BUDGET = 512
 PLOTTED_BATCHES = (1, 16)
 
 
 class Bench:
-    """The workers of one model and dtype, started when first asked for."""
+    """The workers of one model and dtype, started on first use."""
 
     def __init__(self, model: Path, name: str, dtype: str, options: dict[str, Any]) -> None:
         self.name, self.dtype, self.model = name, dtype, model
@@ -53,7 +53,7 @@ class Bench:
 
     @property
     def room(self) -> int:
-        """Steps that a row must have room for."""
+        """The number of steps that a row needs room for."""
         return self.rounds * self.turn + 1
 
     def admits(self, context: int, batch: int) -> bool:
@@ -61,9 +61,10 @@ class Bench:
         return context + self.room + 2 * batch + 2 <= self.shape.max_context
 
     def measure(self, context: int, batch: int, rows: list[Row]) -> list[dict[str, Any]]:
-        """One cell: fill every row's seat, take turns, and tell each row's figures or its reason.
+        """Measure one cell: fill every row's seat, alternate, and return the results.
 
-        A variant that fails ends its own part of the cell alone.
+        The results are each row's figures, or the reason for its failure. A variant that fails ends
+        only its part of the cell.
         """
         filled: dict[Row, dict[str, Any]] = {}
         failed: dict[Row, dict[str, Any]] = {}
@@ -77,7 +78,8 @@ class Bench:
                 self._fail(row, error, filled, failed)
         for turn in range(self.rounds):
             alive = list(filled)
-            # Each round begins with another variant, so that none always follows the same one.
+            # Each round begins with another variant, so that no variant always follows the same
+            # one.
             for row in alive[turn % max(1, len(alive)) :] + alive[: turn % max(1, len(alive))]:
                 if row not in filled:
                     continue
@@ -93,7 +95,7 @@ class Bench:
             try:
                 self._ask(row, do="drop", seat=_seat(row))
             except Exception as error:
-                # Measured all the same; the next cell starts a new worker where this one went.
+                # The row was measured. The worker is ended, and the next cell starts a new one.
                 typer.echo(f"  {row[0]} could not let its rows go: {error}", err=True)
                 self._end(row[0])
         return [
@@ -195,7 +197,7 @@ def _seat(row: Row) -> str:
 
 
 def rows_of(variants: list[str], budgets: list[int]) -> list[Row]:
-    """What a cell measures: a bounded variant at each budget, any other once."""
+    """List the entries of a cell: a bounded variant at each budget, any other once."""
     return [
         (name, budget)
         for name in variants
@@ -204,7 +206,7 @@ def rows_of(variants: list[str], budgets: list[int]) -> list[Row]:
 
 
 def parts(wanted: list[str], dtypes: list[str] | None) -> Iterator[tuple[str, str]]:
-    """Models and dtypes to measure; the reference model in float32 unless asked otherwise."""
+    """Yield models and dtypes to measure; by default the reference model in float32 only."""
     for model in wanted:
         for dtype in dtypes or (["float32"] if model == "reference" else ["float32", "bfloat16"]):
             yield model, dtype
@@ -226,7 +228,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The JSON; .md and .svg beside it.")] = RESULTS
     / "grid-cpu.json",
 ) -> None:
-    """Measure the grid, or the part of it that is asked for."""
+    """Measure the grid, or the selected part of it."""
     unknown = set(variant or []) - set(VARIANTS)
     if unknown:
         raise typer.BadParameter(f"no such variant: {', '.join(sorted(unknown))}")

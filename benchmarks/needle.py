@@ -1,8 +1,8 @@
-"""Count answers to a question at the end about a fact at the beginning, through a real server.
+"""Counts correct answers about a fact at the beginning of a prompt, through a real server.
 
-Owns one trial. Each prompt is a fact, real text of some thousand tokens, and a question about the
-fact, as a chat message. A server (`python -m service`) answers it under several policies of equal
-budgets, by greedy decoding. An answer counts if it names the right place.
+Owns one trial. Each prompt is a chat message with a fact, real text of some thousand tokens, and a
+question about the fact. A server (`python -m service`) answers it under several policies with equal
+budgets, by greedy decoding. An answer is correct if it names the right place.
 
     python -m benchmarks.needle --table FILE [--tokens 3000] [--prompts 20] [--out FILE]
 """
@@ -43,7 +43,7 @@ HIDING_PLACES = (
 
 @contextmanager
 def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
-    """Run the server with one table; yield its address."""
+    """Run the server with one table during the block; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         tables = Path(folder) / "tables"
         tables.mkdir()
@@ -54,7 +54,7 @@ def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
                 *(sys.executable, "-m", "service", "--model", model, "--tables", str(tables)),
                 *("--device", "cpu", "--dtype", "float32", "--slots", str(slots)),
                 *("--max-batch", "1", "--max-prefill-tokens", str(slots)),
-                # Policies are compared at equal bytes: a ratio is that very ratio.
+                # Policies are compared at equal bytes, so a minimum budget must not raise a ratio.
                 *("--min-budget", "0"),
                 *("--threads", str(threads), "--port", "0", "--port-file", str(port_file)),
             ],
@@ -73,12 +73,12 @@ def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
 
 
 def questions(text: str, characters: int, count: int) -> Iterator[tuple[str, str]]:
-    """Yield prompts with that many characters of `text` each, and the word that answers."""
+    """Yield prompts with that many characters of `text` each, and the word of the right answer."""
     rng = Random(0)
     facts = rng.sample(list(product(NAMES, THINGS, HIDING_PLACES)), count)
     for name, thing, place in facts:
         start = rng.randrange(len(text) - characters)
-        # Whole words: the text begins and ends between two.
+        # Whole words only: the text is cut at spaces.
         filler = text[start : start + characters].split(" ", 1)[1].rsplit(" ", 1)[0]
         yield (
             f"Remember this: {name} hid the {thing} in the {place}.\n\nHere is some text.\n\n"
@@ -97,7 +97,7 @@ def compare(
     threads: Annotated[int, typer.Option(help="Threads of the server.")] = os.cpu_count() or 1,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "needle-cpu.json",
 ) -> None:
-    """Ask every question under every policy; write counts with machine and versions."""
+    """Ask every question under every policy; write the counts with machine and versions."""
     loaded = load_model(model, device="cpu", dtype="float32")
     fitted = load_table(table, loaded.identity)
     text = datasets.load(dataset, Path(os.environ[datasets.DATA_DIR_VARIABLE])).validation.text

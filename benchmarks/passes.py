@@ -1,7 +1,8 @@
-"""Passes along given texts, timed in a process of one build: the other side of `evaluation`.
+"""Times passes on given texts, in a process of one build; called by `evaluation`.
 
-Run as a file, with that build first on PYTHONPATH. A JSON line in asks for something, a JSON line
-out answers. Uses only what builds have had since texts were first walked layer by layer.
+Run as a file, with that build first on PYTHONPATH. Each command is a JSON line on stdin, each
+answer a JSON line on stdout. Uses only interfaces that all builds have had since texts were first
+walked layer by layer.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ class Passes:
         }
 
     def run(self, kind: str) -> dict[str, Any]:
-        """Seconds of a pass and of processors, and what it found where that is a number."""
+        """Seconds of a pass, processor seconds, and its result if that is a number."""
         start, used = time.perf_counter(), time.process_time()
         found = self.kinds[kind]()
         return {
@@ -78,11 +79,11 @@ class Passes:
 
 
 def main() -> None:
-    """Answer until there is nothing more to answer."""
+    """Answer commands until the end of the input."""
     passes: Passes | None = None
     for line in sys.stdin:
         command = json.loads(line)
-        # Progress bars and libraries may print: the answer stands alone in its line.
+        # Progress bars and libraries may print, so stdout is reserved for answers.
         with contextlib.redirect_stdout(sys.stderr):
             match command.pop("do"):
                 case "load":

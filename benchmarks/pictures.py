@@ -1,7 +1,7 @@
-"""Pictures as files: an SVG with a title of its own, on paper that follows the viewer's scheme.
+"""Writes pictures as files: SVG with a title and paper that follows the viewer's colour scheme.
 
-Owns what makes a picture that was drawn for a page a file, and how a stored study is drawn. Knows
-nothing of how figures are measured.
+Owns the conversion of a page's picture to a file, and the drawing of a stored study. Knows nothing
+of how figures are measured.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from tuner.pictures import GRID, INK, PAPER, curves, metrics_of
 from tuner.results import METRICS, Cell, Evaluation, Policy, Size
 
 DARK = {INK: "#e6e9ed", GRID: "#3a4149", PAPER: "#15181c"}
-"""What the three colours of light paper become: those of the pages' dark form."""
+"""The dark forms of the three colours of light paper, as in the pages."""
 
 
 def standalone(picture: str) -> str:
-    """A file of an SVG element that was made for a page: namespace, title, paper and dark form.
+    """Make a file from an SVG element of a page: namespace, title, paper and dark form.
 
     The title is the element's label.
     """
@@ -39,7 +39,7 @@ def standalone(picture: str) -> str:
 
 
 def study_picture(study: dict[str, Any]) -> str:
-    """Draw a study that is kept in `results/findings.json`: each metric over the ratios, a file."""
+    """Draw a study stored in `results/findings.json`: each metric over the ratios, as a file."""
     task = study["tasks"][0]["name"]
     names = dict.fromkeys(cell["policy"] for cell in study["cells"])
 
@@ -48,7 +48,7 @@ def study_picture(study: dict[str, Any]) -> str:
         values: dict[str, Any] = {metric: _estimate(cell[metric]) for metric in METRICS}
         return Cell.model_construct(task=cell["task"], policy=cell["policy"], size=size, **values)
 
-    # What is drawn is what is kept; all else of an evaluation is left out.
+    # Only the stored figures are drawn; the other fields of an evaluation are omitted.
     found = Evaluation.model_construct(
         policies=tuple(
             Policy(name=name, description="", alpha=((0.0,),) if _is_table(name) else None)

@@ -1,8 +1,9 @@
-"""Time the prefill of a prompt: this engine under several policies, and transformers.
+"""Times the prefill of a prompt: this engine under several policies, and transformers.
 
 Owns one measurement: seconds from a prompt to its first token on the random Llama of the grid, the
-longest step among them (what a running stream waits for), and how the time of a chunked prefill
-grows with the prompt. Variants are interleaved, round after round, and compared within the run.
+longest step among them (the time that a running stream waits), and how the time of a chunked
+prefill grows with the prompt. Variants alternate, round after round, and are compared within the
+run.
 
     python -m benchmarks.prefill [--context 2000 --context 8000] [--dtype float32] [--out FILE]
 """
@@ -28,14 +29,15 @@ from benchmarks import RESULTS, save
 from benchmarks.peers.models import prepare, prompt
 
 EXACT_AT_MOST = 8000
-"""Tokens beyond which only prompts in chunks are timed: all others take their square."""
+"""Above this number of tokens only chunked prefill is timed, because the time of all others grows
+with the square of the prompt."""
 
 Timing = tuple[float, float]
 """Seconds of the prefill, and of its longest step."""
 
 
 def engine_prefill(model: LoadedModel, wish: CachePolicy, ids: list[int]) -> Timing:
-    """Prefill one prompt in an engine of its own."""
+    """Prefill one prompt in a new engine."""
     config = EngineConfig(
         slots=wish.budget or 1, max_batch=1, max_prefill_tokens=len(ids), default_policy=wish
     )
@@ -76,7 +78,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "prefill-cpu.json",
 ) -> None:
-    """Time prompts, side by side, and write the figures with machine and versions."""
+    """Time prompts, in turns, and write the figures with machine and versions."""
     torch.set_num_threads(threads)
     directory = prepare("random", Path("build/peers"))
     model = load_model(str(directory), device="cpu", dtype=dtype)

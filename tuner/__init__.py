@@ -1,1 +1,1 @@
-"""Fits a table of forgetting factors to a model and a dataset, and proves it on held-out data."""
+"""Fits tables of forgetting factors to a model and a dataset, and proves them on held-out data."""

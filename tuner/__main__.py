@@ -1,7 +1,7 @@
-"""Run the command line: `python -m tuner`; `fit` may be said or left out.
+"""Runs the command line: `python -m tuner`. The command `fit` is the default.
 
-Owns what must hold before anything else is imported: Ctrl-C, and what to install where something
-is missing. Knows nothing of the commands but that options alone mean `fit`.
+Owns what must happen before other imports: handling of Ctrl-C, and the message that names a missing
+package. Knows nothing of the commands, except that options without a command mean `fit`.
 """
 
 import sys
@@ -14,11 +14,12 @@ AGAIN = "interrupted: run the same command to begin again"
 
 
 def main() -> None:
-    """Run it."""
-    # Nothing above imports torch.
+    """Run the command line."""
+    # Nothing imported above imports torch.
     wait_passively()
     arguments = sys.argv[1:]
-    # Bare options mean fit. A word that is no command is refused as such, and nothing means help.
+    # Options without a command mean fit. An unknown word is reported as an unknown command. No
+    # arguments at all show the help.
     if arguments and arguments[0].startswith("-") and arguments[0] != "--help":
         arguments = ["fit", *arguments]
     with telling(GO_ON if arguments[:1] == ["fit"] else AGAIN):

@@ -1,13 +1,13 @@
-"""The smallest budget at which a policy stays near the full cache.
+"""Finds the smallest budget at which a policy stays near the full cache.
 
-Owns the measure of nearness and the bisection over budgets. Knows nothing of command lines, nor of
-how the answer is told.
+Owns the measure of nearness and the bisection over budgets. Knows nothing of command lines or of
+the wording of the answer.
 
-Near is said in perplexity, the exponential of the NLL: with eviction it may be higher than with the
-full cache by so many percent, by the upper confidence limit of the paired difference. A share of
-the NLL itself would mean nothing where the full cache is sure of its answers: of .008 nats, 1 % is
-less than any eviction costs. KL has no percent; it stands beside, because it also sees what a model
-would say instead.
+Nearness is measured in perplexity, the exponential of the NLL: eviction may increase it by at most
+a given percentage over the full cache. The upper confidence limit of the paired difference decides.
+A share of the NLL itself would be meaningless if the full cache is sure of its answers: 1 % of .008
+nats is less than any eviction costs. KL has no percentage. It is reported as well, because it also
+covers what a model would say instead.
 """
 
 import math
@@ -32,19 +32,19 @@ from tuner.results import Policy, Size
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for."""
+    """The request of the user."""
 
     dataset: str
     policy: str
     within: float
-    """Most increase of perplexity, as a share of the full cache's."""
+    """Largest accepted increase of perplexity, as a share of the full cache's."""
     up_to: float
-    """Largest budget that is of use, as a share of the length."""
+    """Largest budget to consider, as a share of the length."""
     examples: int
     length: int
     split: str
     prefill_chunk: int
-    """For a policy that says nothing; 0 is exact."""
+    """For a policy that does not set it; 0 is exact."""
     seed: int
     data_dir: Path | None
     model: str
@@ -55,7 +55,7 @@ class Settings:
 
 
 def search(settings: Settings) -> BudgetSearch:
-    """Find the smallest budget. Raises A2SFError for what the user can mend."""
+    """Find the smallest budget. Raises A2SFError for errors that the user can correct."""
     began = time.monotonic()
     source = datasets.load(settings.dataset, datasets.data_directory(settings.data_dir))
     part = source.validation if settings.split == "validation" else source.calibration
@@ -130,9 +130,9 @@ def search(settings: Settings) -> BudgetSearch:
 
 
 def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
-    """Bisect for the smallest step that is within, where larger ones are; None: not even the last.
+    """Bisect for the smallest step for which `within` holds; None if it fails for the last step.
 
-    Asks for the last step first.
+    Assumes that `within` holds for every step above the smallest. Tests the last step first.
     """
     if not within(steps[-1]):
         return None
@@ -147,7 +147,7 @@ def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
 
 
 def _most() -> int:
-    """Measurements that a search takes at most."""
+    """The largest number of measurements of a search."""
     return math.ceil(math.log2(STEPS)) + 1
 
 
@@ -167,7 +167,7 @@ def _one(written: str, model: LoadedModel) -> Named:
 def _feasible(
     policy: Named, model: LoadedModel, examples: list[Example], settings: Settings
 ) -> range:
-    """The budgets that leave every example room for what the policy protects, in steps."""
+    """The budgets, in steps, that exceed what the policy protects, in every example."""
     lengths = {len(example.token_ids) for example in examples}
 
     def check(step: int) -> None:
@@ -176,7 +176,7 @@ def _feasible(
         for length in lengths:
             objective.effective(candidate, model, length)
 
-    # At the whole length nothing is evicted, so that there is nothing to measure.
+    # At the whole length nothing is evicted, so there is nothing to measure.
     last = min(math.floor(settings.up_to * STEPS + 1e-9), STEPS - 1)
     for step in range(1, last):
         try:

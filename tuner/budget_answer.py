@@ -1,4 +1,4 @@
-"""What a search for the smallest budget found: its document, and the answer in words.
+"""The result of a search for the smallest budget: its document, and the answer in words.
 
 Owns the fields, their units and the wording. Knows nothing of how budgets are measured.
 """
@@ -13,11 +13,11 @@ from tuner.report import FEW
 from tuner.results import Policy
 
 STEPS = 100
-"""Budgets are multiples of one over this, of the length."""
+"""Budgets are multiples of 1 / STEPS of the length."""
 
 
 class Measurement(Frozen):
-    """What a policy costs at one budget."""
+    """The cost of a policy at one budget."""
 
     ratio: Ratio = Field(description="Slots of a head as a share of the length.")
     slots: float = Field(description="Mean slots of a head over the examples.")
@@ -57,7 +57,7 @@ class BudgetSearch(Frozen):
 
 
 def answer(found: BudgetSearch) -> str:
-    """The answer in one sentence."""
+    """Return the answer in one sentence."""
     what = f"within {percent(found.within)} of the full cache's perplexity on {found.dataset}"
     by_ratio = {one.ratio: one for one in found.measured}
     if found.ratio is None:
@@ -84,7 +84,7 @@ def answer(found: BudgetSearch) -> str:
 
 
 def lines(found: BudgetSearch) -> Iterator[str]:
-    """The answer, what it rests on, and all that was measured."""
+    """Yield the answer, what it is based on, and all measurements."""
     yield answer(found)
     if found.examples < FEW:
         yield (
@@ -107,12 +107,12 @@ def lines(found: BudgetSearch) -> Iterator[str]:
 
 
 def percent(share: float) -> str:
-    """A share as people say it."""
+    """Format a share as a percentage."""
     return f"{100 * share:.4g} %"
 
 
 def _interval(value: Estimate) -> str:
-    # Rounded before it is shown, so that no zero is negative.
+    # Rounded before formatting, and + 0.0, to avoid "-0.00".
     shares = (round(100 * x, 2) + 0.0 for x in (value.mean, value.low, value.high))
     mean, low, high = (f"{x:+.2f}" for x in shares)
     return f"{mean} % [{low}, {high}]"

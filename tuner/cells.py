@@ -1,7 +1,7 @@
-"""The cells of an evaluation: what is gathered in each, and what pairs of them say.
+"""The cells of an evaluation: the figures collected in each, and comparisons between cells.
 
-Owns how figures by example become estimates, and which policies are compared. Knows nothing of how
-they are measured.
+Owns how figures of single examples become estimates, and which policies are compared. Knows nothing
+of how figures are measured.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tuner.results import Cell, Comparison, Metric, Size, Task
 
 @dataclass
 class Gathered:
-    """The figures of one cell, an entry an example."""
+    """The figures of one cell, one entry per example."""
 
     budget: list[int] = field(default_factory=list)
     figures: dict[Metric, list[float]] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Plan:
-    """One task with everything that is to be run on it."""
+    """One task with all policies and sizes to run on it."""
 
     task: Task
     items: list[Item]
@@ -39,7 +39,7 @@ class Plan:
 
 
 def cell_of(task: Task, policy: Named, size: Size | None, gathered: Gathered, seed: int) -> Cell:
-    """Make a cell of what was gathered in it."""
+    """Make a cell from the collected figures."""
     estimates = {
         name: statistics.estimate(values, seed=seed) for name, values in gathered.figures.items()
     }
@@ -60,7 +60,7 @@ def cell_of(task: Task, policy: Named, size: Size | None, gathered: Gathered, se
 
 
 def compare(plan: Plan, size: Size, seed: int) -> Iterator[Comparison]:
-    """Every forgetting policy with every other method, and every table with all of them."""
+    """Compare each forgetting policy with the other methods, and each table with all policies."""
     sized = {policy: cell for (policy, at), cell in plan.cells.items() if at == size}
     pairs = [
         (ours, theirs)

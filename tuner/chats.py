@@ -1,7 +1,7 @@
-"""From a conversation to prompts and answers, as the model's chat template puts them.
+"""Turns conversations into prompts and answers with the model's chat template.
 
-Owns which of its messages count and how much of it fits. What is read before an answer is what the
-service would read: its renderer makes it. Knows nothing of datasets.
+Owns which messages count and how much of a conversation fits. Prompts are rendered by the service's
+own renderer, so they equal the service's prompts. Knows nothing of datasets.
 """
 
 import sys
@@ -17,22 +17,22 @@ from tuner.rows import ANSWERS, Conversation, Turn
 
 
 def turns_of(model: LoadedModel, conversation: Conversation, room: int) -> tuple[Turn, ...]:
-    """Put the longest beginning of a conversation that fits into turns of text.
+    """Render the longest beginning of a conversation that fits, as turns of text.
 
-    Each answer is a turn; its question is all that the template puts before it. Where the template
-    words later what it has worded before, as some do with thoughts, what came before is prompt and
-    no longer counts.
+    Each answer is a turn. Its question is all text that the template puts before it. Some templates
+    render earlier messages differently later, for instance thoughts. If that happens, the text
+    before is prompt and its answers no longer count.
 
     Args:
-        model: whose chat template and tokens it is.
-        conversation: what is said.
-        room: the most tokens.
+        model: provides the chat template and the tokenizer.
+        conversation: the messages.
+        room: the largest number of tokens.
 
     Returns:
-        The turns; none where not even the first answer fits.
+        The turns; empty if not even the first answer fits.
 
-    Raises InvalidArgument, with file and line, for messages that the template refuses, and for a
-    control token that a message spells; Unsupported where the model has no template.
+    Raises InvalidArgument, with file and line, if the template refuses the messages or a message
+    spells a control token; Unsupported if the model has no template.
     """
     turns: tuple[Turn, ...] = ()
     text = ""
@@ -53,7 +53,7 @@ def turns_of(model: LoadedModel, conversation: Conversation, room: int) -> tuple
 
 
 def _prompt(model: LoadedModel, conversation: Conversation, place: int) -> str:
-    """What is read before the message at a place."""
+    """Render the prompt for the message at index `place`."""
     before = conversation.messages[:place]
     try:
         read = chat.read(model.tokenizer, before, max_bytes=sys.maxsize)
@@ -75,7 +75,7 @@ def _prompt(model: LoadedModel, conversation: Conversation, place: int) -> str:
 def _around(
     model: LoadedModel, messages: Sequence[ChatMessage], prompt: str, said: str
 ) -> tuple[str, str]:
-    """What the template puts between the prompt and the last message, and after it."""
+    """Return the template's text between the prompt and the last message, and after it."""
     try:
         whole: str = model.tokenizer.apply_chat_template(
             [message.model_dump() for message in messages],

@@ -1,8 +1,8 @@
-"""The commands: `fit` fits a table, `tables` and `report` show what was found; those that measure
-policies are `tuner.measuring`'s.
+"""The commands `fit`, `tables` and `report`: fit a table, and show the results.
 
-Owns the flags of `fit` and how failures are told: one line on stderr, exit code 2 for what the user
-can mend, 69 (EX_UNAVAILABLE) for a storage that is away. Knows nothing of how a table is found.
+The commands that measure policies are in `tuner.measuring`. Owns the flags of `fit` and how
+failures are reported: one line on stderr, with exit code 2 for errors that the user can correct and
+69 (EX_UNAVAILABLE) if a storage is unavailable. Knows nothing of how a table is found.
 """
 
 import math
@@ -37,7 +37,7 @@ from tuner.options import (
 from tuner.settings import DEFAULT_STAGES, STAGES, Settings
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
-"""On two cores enough for a model of 135 million parameters, and for the packaged one."""
+"""Enough on two cores for a model of 135 million parameters, and for the packaged model."""
 
 app = typer.Typer(
     help="Fit tables of forgetting factors, prove them, and compare cache policies. Options "
@@ -114,16 +114,16 @@ def fit(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Search for a table, compare it with the best uniform alpha on held-out data, write it.
+    """Search for a table, compare it with the best uniform alpha on held-out data, and write it.
 
-    Stages, each from the best so far: sensitivity deals the slots of all heads by what each head
-    alone would lose with fewer; alphas chooses each head's alpha by the same figures; protection
-    chooses the recent window and the sinks; polish takes small steps in all of that. Others, for
-    comparison: slots deals the slots of layers by trying; layers and heads try alphas; tpe,
-    structured and cma search all alphas, a few numbers, or the layers, as a whole. Without
-    --stages: sensitivity, alphas, protection, polish. A table whose heads have unequal slots needs
-    a server whose rows are shaped for it; leave sensitivity and slots out for one that
-    any server takes.
+    Each stage starts from the best setting so far. sensitivity splits the slots among all heads by
+    the measured cost of fewer slots in each head alone; alphas chooses each head's alpha by the
+    same measurements; protection chooses the recent window and the sinks; polish takes small steps
+    in all of these. Further stages, for comparison: slots splits the slots among layers by trial;
+    layers and heads try alphas; tpe, structured and cma search all alphas, a few numbers, or the
+    layers, as a whole. Without --stages: sensitivity, alphas, protection, polish. A table whose
+    heads have unequal slots needs a server with rows of the same shape; leave out sensitivity and
+    slots for a table that any server accepts.
     """
     check_ranges(
         {
@@ -163,7 +163,7 @@ def fit(
             )
     check_writable(out)
 
-    # What follows needs seconds to import, and the flags above are checked without it.
+    # The imports below take seconds; the flags above are checked without them.
     from tuner.fit import fit as run_fit
     from tuner.report import summarise
 
@@ -217,7 +217,7 @@ def report(
     table = load_table(table_file(file))
     check_writable(html, "--html")
 
-    # What follows needs seconds to import, and the table is checked without it.
+    # The imports below take seconds; the table is checked without them.
     from tuner.table_page import load_evaluation, render
 
     found = load_evaluation(evaluation, table) if evaluation is not None else None
@@ -238,5 +238,5 @@ def run(arguments: Sequence[str]) -> None:
     try:
         app(list(arguments), prog_name="a2sf-tune")
     except A2SFError as error:
-        # What may pass by itself, such as a database that is away, is worth another try.
+        # A temporary failure, such as an unavailable database, has a code that means "try again".
         fail(str(error), os.EX_UNAVAILABLE if isinstance(error, Unavailable) else 2)

@@ -1,12 +1,12 @@
-"""What each head alone would cost with fewer slots, from the curvature at the full cache.
+"""Estimates the cost of fewer slots in each head alone, from the curvature at the full cache.
 
-Owns the estimate. Where nothing is evicted the KL is 0 and at its least, so that to second order
-it is half of its curvature along the change d(t) that eviction makes to a head's attention output:
-half of the mean over draws of (sum over t of g(t) . d(t))^2, g the gradient of the log-likelihood
-of what the model itself says (the Fisher information). Heads of one layer do not influence each
-other within it, so that one walk of a layer with all heads at one budget and one alpha tells of
-each head alone, where passes in which one head evicts would be one a head. Knows nothing of what is
-concluded from the costs.
+Owns the estimate. Without eviction the KL is 0, its minimum. So to second order the KL is half of
+its curvature along d(t), the change that eviction makes to a head's attention output: half of the
+mean over draws of (sum over t of g(t) . d(t))^2. Here g is the gradient of the log-likelihood of
+tokens drawn from the model itself (Fisher information). Heads of one layer do not influence each
+other within it. So one walk of a layer with all heads at one budget and one alpha gives the cost of
+each head alone; passes in which one head evicts would be one pass per head. Knows nothing of how
+the costs are used.
 """
 
 import math
@@ -25,15 +25,15 @@ from a2sf.teacher import Example
 from tuner.objective import effective
 
 SAMPLES = 4
-"""Draws for the curvature: the standard error of one figure is sqrt(2 / 4) of it, and costs are
+"""Draws for the curvature. The standard error of one figure is sqrt(2 / 4) of it, and costs are
 means over many examples."""
 
 
 def work(walks: int) -> float:
-    """What a look at all examples takes, in passes over them through all layers under a policy.
+    """The work of one profile of all examples, in passes over them under a policy.
 
-    On a Llama of 135 million parameters in bfloat16, with 512 tokens, 4 draws and 36 walks, it was
-    4.5 passes (two busy cores); this says 5.6.
+    On a Llama of 135 million parameters in bfloat16, with 512 tokens, 4 draws and 36 walks, it took
+    4.5 passes (two busy cores); this formula gives 5.6.
     """
     return (1 + 2 * SAMPLES + walks) / 8
 
@@ -44,20 +44,20 @@ def effects(
     policies: Sequence[TablePolicy],
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Look at examples together; say how each head's eviction moves what the model says.
+    """Compute how each head's eviction changes the model's output, for several examples at once.
 
-    Memory, beside the model: rows x width x layers x (8 hidden + 3 intermediate + (2 + SAMPLES) x
+    Memory, besides the model: rows x width x layers x (8 hidden + 3 intermediate + (2 + SAMPLES) x
     H_q D) numbers, and about rows x counted x vocabulary x 6.
 
     Args:
         model: loaded with `pack=False`.
         examples: the rows.
-        policies: what all heads do in each of the walks, of one prefill_chunk.
-        tick: called `ticks` times, as the work goes on.
+        policies: the policy of all heads in each walk, with one prefill_chunk.
+        tick: called `ticks` times during the work.
 
     Returns:
-        [rows, SAMPLES, num_layers, H_kv, policies] float64: the derivative along what the policy
-        does to that head. Half of the mean of its square is the head's cost in nats.
+        [rows, SAMPLES, num_layers, H_kv, policies] float64: the derivative along the change that
+        the policy makes to that head. Half of the mean of its square is the head's cost in nats.
     """
     seen = _Seen()
     attention = teacher.without_padding(examples, seen)
@@ -77,7 +77,8 @@ def effects(
     tick()
     scores = []
     for number, draw in enumerate(zip(*draws, strict=True)):
-        # Rows are strangers to each other, so the gradient of the sum is each example's own.
+        # Rows do not influence each other, so the gradient of the sum holds each example's
+        # gradient.
         total = torch.stack(draw).sum()
         scores.append(torch.autograd.grad(total, outputs, retain_graph=number < SAMPLES - 1))
         tick()
@@ -90,16 +91,17 @@ def effects(
 
 
 def ticks(model: LoadedModel) -> int:
-    """Steps of one look, which take about as long as each other."""
+    """The number of steps of one call of `effects`; all take about the same time."""
     return 1 + SAMPLES + model.shape.num_layers
 
 
 def _drawn(example: Example, said: Tensor) -> list[Tensor]:
-    """Log-likelihoods of SAMPLES continuations drawn from `said`, [counted, vocab], by square root.
+    """Log-likelihoods of SAMPLES continuations drawn from `said`, divided by sqrt(counted).
 
-    Squares of their gradients then have the mean over counted positions as their expectation.
+    `said` is [counted, vocab] log-probabilities. The expected square of a gradient is then the mean
+    over counted positions.
     """
-    # Its own numbers for each example, whichever others are looked at with it.
+    # A generator per example, so that the draws do not depend on the other examples of the batch.
     generator = torch.Generator().manual_seed(zlib.crc32(repr(example.token_ids).encode()))
     tokens = torch.multinomial(
         said.detach().exp().cpu(), SAMPLES, replacement=True, generator=generator
@@ -120,7 +122,8 @@ def _of_layer(
 
     `gradient` is [rows, SAMPLES, H_q, width, D].
     """
-    # Whatever the model's dtype: what eviction changes is small beside what it changes.
+    # At least float32, because the change by eviction is small compared with the output that it
+    # changes.
     precision = torch.promote_types(model.dtype, torch.float32)
     query, keys, values = (part.to(precision) for part in seen.projected)
     full = attend_causally(query, keys, values, seen.scale)
@@ -130,7 +133,7 @@ def _of_layer(
         chosen = [effective(policy, model, len(example.token_ids)) for example in examples]
         projected = (query, keys, values)
         output = teacher.walk(model, examples, chosen, layer, projected, seen.scale)
-        # No gradient reaches padding.
+        # The gradient of padding is zero.
         moved = torch.einsum("rshtd,rhtd->rsh", gradient.to(precision), output - full).double()
         found.append(moved.view(rows, SAMPLES, kv_heads, -1).sum(dim=-1))
     return torch.stack(found, dim=-1)
@@ -141,11 +144,11 @@ class _Layer:
     projected: tuple[Tensor, Tensor, Tensor]
     scale: float
     output: Tensor
-    """[rows, H_q, width, D], where gradients are taken."""
+    """[rows, H_q, width, D]; gradients are taken with respect to it."""
 
 
 class _Seen:
-    """Plain causal attention that keeps what each layer was given and gave."""
+    """Plain causal attention that records the inputs and the output of each layer."""
 
     def __init__(self) -> None:
         self.layers: list[_Layer] = []
@@ -155,7 +158,8 @@ class _Seen:
     ) -> Tensor:
         output = attend_causally(query, keys, values, scale)
         if not output.requires_grad:
-            # The lowest layer: no weight asks for a gradient, so that all begins here.
+            # In the lowest layer nothing requires a gradient, because no weight does. The graph
+            # begins here.
             output.requires_grad_()
         projected = (query.detach(), keys.detach(), values.detach())
         self.layers.append(_Layer(projected, scale, output))

@@ -1,8 +1,8 @@
-"""Where calibration data comes from, and which part of it is held out.
+"""Finds calibration data and splits off the held-out part.
 
-Owns the names of the known datasets, the places that are searched for one, and the split. Knows
-nothing of tokens or models: `packing` does. Examples to search on come from `calibration`, examples
-to prove on from `validation`, and never the other way.
+Owns the names of the known datasets, the places that are searched, and the split. Knows nothing of
+tokens or models; `packing` does. Examples for the search come only from `calibration`, and examples
+for the proof only from `validation`.
 """
 
 import os
@@ -26,39 +26,40 @@ DATA_DIR_VARIABLE = "A2SF_DATA_DIR"
 SPLITS = ("calibration", "validation")
 
 FILE_SUFFIXES = (".jsonl", ".txt")
-"""How `calibration` and `validation` may be stored: rows, or plain UTF-8 text."""
+"""Formats of `calibration` and `validation`: rows, or plain UTF-8 text."""
 
 HELD_OUT_SHARE = 0.2
-"""The last part of a single file, which has no `validation` of its own, is held out."""
+"""A single file contains no separate `validation`, so this share at its end is held out."""
 
 Group = tuple[Turn, ...]
-"""Turns that belong together, in order: one question, or several over one context."""
+"""Turns that belong together, in order: one question, or several about one context."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split: running `text`, groups or conversations, or groups that are `made` on demand."""
+    """One split: running `text`, groups, conversations, or groups that are `made` on demand."""
 
     split: str
     text: str = ""
     groups: Callable[[Random], Iterator[Group]] | None = None
     """All rows, in an order that the random generator decides."""
     conversations: Callable[[Random], Iterator[Conversation]] | None = None
-    """The same, for the model's chat template to put into text."""
+    """All conversations, likewise; the model's chat template renders them."""
     made: Callable[[Random, int], Group] | None = None
-    """One context of so many facts, at least two and at most `most_facts`, with its questions."""
+    """Makes one context with this many facts, at least two and at most `most_facts`, and its
+    questions."""
     most_facts: int = 0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What to search on and what to prove on."""
+    """Data for the search and data for the proof."""
 
     name: str
     calibration: Part
     validation: Part
     told: str
-    """What is in it and how it is split, for people."""
+    """Contents and split, in a sentence for people."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Made:
-    """A dataset made by a generator; every example is one context with several questions."""
+    """A dataset made by a generator. Each example is one context with several questions."""
 
     episode: Callable[..., generated.Episode]
     most_facts: int = 120
@@ -98,15 +99,16 @@ REGISTRY: dict[str, Published | Made] = {
     },
     **{f"state_{f}": Made(partial(generated.state_episode, form=f)) for f in STATE_FORMS},
 }
-"""One line a dataset. A folder in the data directory is found by its name without being here."""
+"""One line per dataset. A folder in the data directory is found by its name without an entry
+here."""
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
     """Find and read the dataset `name`: a known name, a folder or file, or a repository on the hub.
 
-    Looked up in this order: generated datasets; `data_dir`/`name`; `name` as a path; and, where it
-    reads owner/repository, a dataset repository on the hub that holds the same files as a folder
-    would. Raises NotFound, which says where it looked and what to do, or InvalidArgument.
+    The order of the search: generated datasets; `data_dir`/`name`; `name` as a path; and, if it has
+    the form owner/repository, a dataset repository on the hub with the same files as a folder.
+    Raises NotFound, which lists the places searched and the remedy, or InvalidArgument.
     """
     known = REGISTRY.get(name)
     if isinstance(known, Made):
@@ -123,7 +125,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
         return _folder(path.resolve().name, path)
     if path.is_file():
         return _single_file(path)
-    # What reads like a file that is not there is no repository.
+    # A name with a file's suffix is a missing file, not a repository.
     file = path.suffix in (*ROW_SUFFIXES, *FILE_SUFFIXES)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not file:
         return _hub(name, looked)
@@ -133,9 +135,9 @@ def load(name: str, data_dir: Path | None) -> Dataset:
 def load_all(names: str, data_dir: Path | None) -> list[Dataset]:
     """Read one dataset, or several with commas between their names.
 
-    Raises as `load` does, and InvalidArgument where one is named twice.
+    Raises as `load` does, and InvalidArgument if one is named twice.
     """
-    if Path(names).is_file():  # whose own name may hold a comma
+    if Path(names).is_file():  # the file's own name may contain a comma
         return [load(names, data_dir)]
     found = [load(name.strip(), data_dir) for name in names.split(",")]
     for name in (dataset.name for dataset in found):
@@ -145,7 +147,7 @@ def load_all(names: str, data_dir: Path | None) -> list[Dataset]:
 
 
 def data_directory(option: Path | None) -> Path | None:
-    """Return the directory that datasets are looked up in: the option, else the environment's."""
+    """Return the data directory: the option, else the environment variable."""
     if option is not None:
         if not option.is_dir():
             raise NotFound(f"--data-dir {option}: not a directory")
@@ -187,7 +189,7 @@ def _folder(name: str, folder: Path) -> Dataset:
 
 
 def _hub(repository: str, looked: list[str]) -> Dataset:
-    """Read a dataset repository that holds the same files as a folder would."""
+    """Read a dataset repository that holds the same files as a folder."""
     try:
         folder = huggingface_hub.snapshot_download(
             repository,
@@ -204,7 +206,7 @@ def _hub(repository: str, looked: list[str]) -> Dataset:
 
 
 def _folders(data_dir: Path | None) -> list[str]:
-    """Names of the datasets that lie in the data directory."""
+    """Names of the datasets in the data directory."""
     if data_dir is None:
         return []
     files = [split + suffix for split in SPLITS for suffix in FILE_SUFFIXES]
@@ -229,7 +231,7 @@ def _single_file(path: Path) -> Dataset:
     content = read_file(path)
     cut = round(len(content) * (1 - HELD_OUT_SHARE))
     first, last = f"all but the last {HELD_OUT_SHARE:.0%}", f"the last {HELD_OUT_SHARE:.0%}"
-    # With its suffix: mine.txt and mine.jsonl are two datasets.
+    # The name keeps its suffix: mine.txt and mine.jsonl are two datasets.
     return _split(path.name, content[:cut], content[cut:], first, last, (first, last))
 
 
@@ -241,7 +243,7 @@ def _split(
     last: str,
     splits: tuple[str, str],
 ) -> Dataset:
-    """A dataset of two contents, called `first` and `last` where the split is told."""
+    """Make a dataset of two contents; its description calls them `first` and `last`."""
     calibration, validation = _part(splits[0], seen), _part(splits[1], unseen, without=seen)
     told = (
         f"{name} holds {_kind(seen)}; searched on {first} ({_size(seen)}), proved on {last} "
@@ -267,7 +269,7 @@ def _size(content: str | list[Row]) -> str:
 def _part(split: str, content: str | list[Row], without: str | list[Row] = "") -> Part:
     if isinstance(content, str):
         return Part(split, text=content)
-    # A row that was searched on proves nothing.
+    # Rows that the search has seen prove nothing.
     known = frozenset(without)
     rows = [row for row in content if row not in known]
 

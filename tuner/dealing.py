@@ -1,7 +1,7 @@
-"""Dealing slots among heads by what each head alone would cost at several budgets.
+"""Splits slots among heads by the cost of each head alone at several budgets.
 
 Owns the curves through measured costs, and the greedy division of a fixed total. Knows nothing of
-how costs are measured: they may come from passes in which one head alone evicts, or from curvature.
+how costs are measured: from passes in which one head alone evicts, or from curvature.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
 FLOOR = 0.04
-"""Fewest slots of a head as a share of the length: every curve is an extrapolation there."""
+"""Fewest slots of a head as a share of the length; every curve is an extrapolation there."""
 
 EXPONENTS = (0.25, 4.0)
-"""Beyond the measured budgets cost falls with this power of the slots, at least and at most."""
+"""Outside the measured budgets, cost falls with a power of the slots: the limits of this power."""
 
 
 def deal(
@@ -26,23 +26,23 @@ def deal(
     most: int,
     noise: ArrayLike = 0.0,
 ) -> NDArray[np.int64]:
-    """Deal `mean` slots a head among all heads, so that the sum of predicted costs is the least.
+    """Split `mean` slots per head among all heads, to minimise the sum of predicted costs.
 
-    Slots are given one at a time to the head whose predicted cost falls most (of equal ones to the
-    head with the fewest, then to the first). As predictions are convex, no division of the total
-    costs less by them.
+    Slots are assigned one at a time to the head whose predicted cost falls most. A tie goes to the
+    head with the fewest slots, then to the first head. No other division has a lower cost on the
+    lower convex hulls of the predicted curves.
 
     Args:
-        costs: [num_layers, num_kv_heads, budgets] nats: what each head costs with so many slots,
-            less what costs nothing has. Neither order nor sign is presumed: noise breaks both.
+        costs: [num_layers, num_kv_heads, budgets] nats: the cost of each head at each budget, minus
+            the cost without eviction. Any order and sign is accepted, because costs are noisy.
         budgets: slots at which costs were measured, rising, at least one.
-        mean: slots of a head, on average.
+        mean: mean slots of a head.
         floor: fewest slots of a head; at most `mean`.
-        most: slots beyond which a head has no use for more, such as the sequence's length.
-        noise: nats below which a cost tells nothing; a number, or of the shape of `costs`.
+        most: largest useful number of slots of a head, such as the sequence's length.
+        noise: nats below which a cost is not significant; a number, or of the shape of `costs`.
 
     Returns:
-        [num_layers, num_kv_heads] slots, `mean` a head together.
+        [num_layers, num_kv_heads] slots, with a mean of `mean` per head.
     """
     measured = np.asarray(costs, dtype=np.float64)
     shape = measured.shape[:2]
@@ -53,7 +53,8 @@ def deal(
         )
     curves = predicted(measured, budgets, range(floor, most + 1), noise=noise)
     gains = -np.diff(curves.reshape(heads, -1), axis=-1)
-    # The slopes of the curve's lower convex hull. Greedy division is best for convex curves only.
+    # The slopes of the curve's lower convex hull, because greedy division is optimal only for
+    # convex curves.
     gains = np.array([isotonic_regression(row, increasing=False).x for row in gains]).reshape(
         heads, -1
     )
@@ -66,12 +67,12 @@ def deal(
 def predicted(
     costs: ArrayLike, budgets: Sequence[int], at: Sequence[int], *, noise: ArrayLike = 0.0
 ) -> NDArray[np.float64]:
-    """Predict what each head alone costs with other numbers of slots, by monotone curves.
+    """Predict the cost of each head alone at other numbers of slots, by monotone curves.
 
-    A curve is straight between measured points where both scales are logarithmic, and goes on
-    beyond them as straight: a power law. Costs that rise with the slots are averaged (isotonic
-    regression). A cost below half of the noise counts as that half; a head that has no other falls
-    with the median power of the heads that are above it throughout.
+    A curve is linear between measured points on log-log scales, and continues linearly beyond them
+    (a power law). Costs that rise with the slots are averaged (isotonic regression). A cost below
+    half of the noise counts as that half. A head with only such costs falls with the median power
+    of the heads whose costs are all above it.
 
     Args:
         costs, budgets, noise: as for `deal`.
@@ -87,10 +88,10 @@ def predicted(
         lambda row: isotonic_regression(row, increasing=False).x, -1, measured
     )
     known = falling > least
-    # One figure for all unknown points of a head, or its noise would make a curve.
+    # One value for all unknown points of a head; otherwise their noise would shape the curve.
     logs = np.log(np.where(known, falling, least.min(axis=-1, keepdims=True)))
     x, wanted = np.log(budgets), np.log(at)
-    # Of each segment, with one more at either end that goes on as its neighbour.
+    # One power per segment, and one at either end: its neighbour within EXPONENTS.
     powers = np.ones((*measured.shape[:2], len(x) + 1))
     if len(x) > 1:
         slopes = -np.diff(logs, axis=-1) / np.diff(x)

@@ -1,8 +1,8 @@
-"""Policies side by side: what each loses against the full cache, on which task, at which size.
+"""Compares policies with the full cache, by task and size.
 
-Owns the plan of cells (task x size x policy) and the passes that fill them. Examples run along in
-batches, and all policies meet one batch before the next is made, so that only one batch's
-full-cache predictions are held. Knows nothing of command lines or drawing.
+Owns the plan of cells (task x size x policy) and the passes that fill them. Examples run in
+batches. All policies run on one batch before the next is made, so the full cache's predictions are
+kept for one batch only. Knows nothing of command lines or drawing.
 """
 
 import time
@@ -39,26 +39,26 @@ from tuner.results import Accuracy, Evaluation, Policy, Size, Task
 SPLITS = ("validation", "calibration")
 
 STEP_BY_STEP = 1
-"""The prompt block of questions asked one by one, unless told otherwise: as the paper prunes."""
+"""Default prompt block for questions asked one by one: prompts are pruned as in the paper."""
 
 EXACT = 0
-"""The prompt block of packed sequences: a table is fitted so, and the server's default."""
+"""Default prompt block for packed sequences, as in fits and in the server."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for."""
+    """The request of the user."""
 
     datasets: tuple[str, ...]
     policies: str
     sizes: tuple[Size, ...]
     shots: tuple[int | None, ...]
-    """Solved examples before each question; None packs sequences full."""
+    """Solved examples before each question; None packs several questions into each sequence."""
     examples: int
     length: int
     split: str
     prefill_chunk: int | None
-    """None: `STEP_BY_STEP` where there are shots, else `EXACT`."""
+    """None: `STEP_BY_STEP` with shots, else `EXACT`."""
     seed: int
     data_dir: Path | None
     model: str
@@ -69,7 +69,10 @@ class Settings:
 
 
 def evaluate(settings: Settings) -> Evaluation:
-    """Measure every cell. Raises A2SFError for what the user can mend, before the first pass."""
+    """Measure every cell.
+
+    Raises A2SFError, before the first pass, for errors that the user can correct.
+    """
     began = time.monotonic()
     sources = [
         datasets.load(name, datasets.data_directory(settings.data_dir))
@@ -144,7 +147,7 @@ def _plan(
         length=settings.length,
         seed=settings.seed,
         shots=shots,
-        # Never from the part that is measured: no question may stand beside its own answer.
+        # Never from the measured part: a question must not appear beside its own answer.
         solved=other,
     )
     if len(items) < settings.examples:
@@ -226,12 +229,12 @@ def _run_all(model: LoadedModel, plans: Sequence[Plan], seed: int, progress: Pro
 
 
 def _run(model: LoadedModel, plan: Plan, seed: int) -> Iterator[None]:
-    """Fill the cells of a plan; yields after each pass over one batch by one policy."""
+    """Fill the cells of a plan; yields once for each batch and policy."""
     for first in range(0, len(plan.items), ROWS_PER_PASS):
         batch = plan.items[first : first + ROWS_PER_PASS]
         examples = [item.example for item in batch]
         full = full_cache(model, examples)
-        # Reading them takes as long as it saves where one policy alone comes after.
+        # Reading prompts beforehand costs as much as it saves if only one policy follows.
         several = plan.task.prefill_chunk == EXACT and len(plan.cells) > 1
         prompts = read_prompts(model, examples) if several else None
         at_once = max(1, ROWS_PER_PASS // len(batch))
@@ -253,7 +256,7 @@ def _pass(
     prompts: Sequence[Prompt] | None,
     seed: int,
 ) -> None:
-    """Run a few policies of one size along one batch; the rows ride together."""
+    """Run a few policies of one size along one batch, with all their rows in one pass."""
 
     def resolved(example: Example, cell: tuple[Named, Size | None]) -> EffectivePolicy:
         return _resolve(model, plan.task, *cell, example, seed)
@@ -261,7 +264,7 @@ def _pass(
     rows = [(cell, index) for cell in group for index in range(len(batch))]
     examples = [batch[index].example for _, index in rows]
     chosen = [resolved(example, cell) for (cell, _), example in zip(rows, examples, strict=True)]
-    # A table says for itself how prompts are read.
+    # A table sets its own prefill_chunk.
     known = prompts and all(policy.prefill_chunk == EXACT for policy in chosen)
     found = teacher.predict(
         model,
@@ -309,7 +312,7 @@ def _measure(gathered: Gathered, item: Item, prediction: Prediction, full: Tenso
 
 
 def _exact(item: Item, prediction: Prediction) -> float:
-    """The share of answers that a greedy completion would give token for token."""
+    """The share of answers that greedy decoding would reproduce token for token."""
     example = item.example
     wanted = torch.tensor([example.token_ids[position + 1] for position in example.counted])
     right = (prediction.logits.argmax(dim=-1).cpu() == wanted).tolist()

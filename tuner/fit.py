@@ -1,8 +1,8 @@
-"""One fit, from a dataset's name to a sealed table.
+"""Runs one fit, from a dataset's name to a sealed table.
 
-Owns the order of things: the best uniform setting, the stages that climb from it, the proof on
-held-out examples. Written as if it ran alone: the ledger shares what is measured among workers, and
-remembers it. Knows nothing of command lines; what it does meanwhile is told on standard error.
+Owns the order of the steps: the best uniform setting, the stages that improve it, and the proof on
+held-out examples. The code assumes one worker: the ledger shares measurements among workers and
+stores them. Knows nothing of command lines; progress goes to standard error.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,39 +30,40 @@ from tuner.trials import Account, Trials, Tried
 from tuner.uniform import best_uniform
 
 LEAST_BUDGET = 8
-"""Slots: room for the four sinks that the grid and the presets protect, and a few that compete."""
+"""Slots: room for the four sinks that the grid and the presets protect, and a few unprotected."""
 
 EDITION = 5
-"""Raised when the search changes so that trials of an earlier one no longer compare."""
+"""Version of the search. Increase it after a change that makes earlier trials incomparable."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The sealed table, with what the file has no field for."""
+    """The sealed table, and the results that have no field in the file."""
 
     table: AlphaTable
     full_nll: Estimate
-    """Nats a token on the held-out examples, with the full cache."""
+    """Nats per token on the held-out examples, with the full cache."""
     nll: dict[str, Estimate]
     """The same under the fitted `table` and under each baseline."""
     notes: tuple[str, ...]
-    """What `trials` or `minutes` cut short, in a sentence each."""
+    """Steps that `trials` or `minutes` cut short, one sentence each."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     uniform: UniformSetting
     bests: dict[str, Tried]
     """The best setting after each stage, in order; `uniform` is the first."""
     per_layer: Tried | None
-    """The best with one share of the slots and one alpha a layer, where that was looked for."""
+    """The best setting with one share of the slots and one alpha per layer; None if not
+    searched."""
     accounts: dict[str, Account]
 
 
 def fit(settings: Settings) -> Outcome:
-    """Search, prove and seal. Raises A2SFError for whatever the user can mend."""
+    """Search, prove and seal. Raises A2SFError for errors that the user can correct."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     chosen = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
     with Progress("stage", settings.parts, about="at most about") as progress:
@@ -103,7 +104,7 @@ def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progr
         "edition": EDITION,
     }
     storage, storage_kind = open_storage(settings.storage, settings.journal)
-    # One dtype for all workers and runs: figures in different ones cannot be compared.
+    # One dtype for all workers and runs: figures in different dtypes are not comparable.
     chosen_here = {"dtype": model.dtype_reason} if settings.dtype == "auto" else {}
     ledger = Ledger(storage, settings.study, definition, chosen=chosen_here)
     trials = Trials(
@@ -120,7 +121,7 @@ def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progr
         settings.model,
         revision=settings.revision,
         device=settings.device,
-        # What was chosen, not chosen again: a measurement may come out otherwise.
+        # The dtype chosen above; a second choice may differ, because it depends on a measurement.
         dtype=model.dtype_name,
         pack=False,
     )
@@ -187,7 +188,7 @@ def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progr
 def search(
     trials: Trials, stages: Sequence[str], most: int, seed: int, load: Callable[[], LoadedModel]
 ) -> Found:
-    """Find the best uniform setting with half of `most` trials at most, and climb with the rest."""
+    """Find the best uniform setting with at most half of the `most` trials; climb with the rest."""
     uniform, best = best_uniform(trials, most // 2)
     rest = max(most - trials.accounts["uniform"].trials, 0)
     found, per_layer = climb(trials, best, stages, rest, seed, load)
@@ -202,19 +203,19 @@ def climb(
     seed: int,
     load: Callable[[], LoadedModel],
 ) -> tuple[dict[str, Tried], Tried | None]:
-    """Climb through the stages; return the best setting after each, and the best by layers.
+    """Run the stages; return the best setting after each, and the best setting by layers.
 
-    The latter is a baseline for the proof, looked for once there is a profile of the heads.
+    The best by layers is a baseline for the proof. It is searched once the heads are profiled.
 
     Args:
-        trials: measures.
-        best: where to start.
+        trials: measures settings.
+        best: the start.
         stages: names of STAGES, in order.
-        most: trials of all stages together; those that end only with the trials get equal parts of
-            what is left, and of the time.
-        seed: of what is drawn at random, which only `tpe`, `structured` and `cma` do.
-        load: loads the model once more, so that gradients flow through it; for `sensitivity` and
-            `alphas`, which share one look at the model.
+        most: trials of all stages together. Stages that end only with the trials share equally the
+            trials and the time that are left.
+        seed: for random draws, which only `tpe`, `structured` and `cma` make.
+        load: loads the model once more, with gradients enabled; for `sensitivity` and `alphas`,
+            which share one profile.
     """
     bests = {}
     start, per_layer = best, None
@@ -249,7 +250,7 @@ def climb(
 def _examples(
     model: LoadedModel, chosen: Sequence[datasets.Dataset], settings: Settings
 ) -> tuple[list[Example], list[Example]]:
-    """Sequences to search on and to prove on: of several datasets as many of each, in turns."""
+    """Make sequences for the search and for the proof, equally many from each dataset, in turn."""
     wanted = {
         "examples": settings.examples,
         "holdout": settings.holdout or max(2 * settings.examples, 16),

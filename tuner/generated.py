@@ -1,8 +1,8 @@
-"""Generated questions whose answers stand in their own context: recall, state, arith, copy.
+"""Generates questions whose answers are in their own context: recall, state, arith, copy.
 
-Owns the wording, the sizes and the splits. A fact is asked only in the split that a stable hash of
-the asked content decides, so a pair asked in validation is never asked in train, whatever the
-seeds; facts that are merely stated may belong to any split. Knows nothing of tokenizers or models.
+Owns the wording, the sizes and the splits. A stable hash of the asked content decides the only
+split in which it is asked. So a pair asked in validation is never asked in train, whatever the
+seeds. Facts that are only stated may occur in any split. Knows nothing of tokenizers or models.
 
 Every number is an integer from 1 to 999, one token for the reference model's tokenizer.
 """
@@ -55,10 +55,10 @@ ATTRIBUTES: tuple[str, ...] = ("code", "number", "price", "weight", "score", "si
 
 @dataclass(frozen=True)
 class Episode:
-    """Several questions asked one after another over one context.
+    """Several questions asked one after another about one context.
 
     Each turn is ``(question, answer)``; a reader sees the earlier turns before a later one. An
-    answer begins with its space, as it follows the question.
+    answer begins with a space, because it follows the question.
     """
 
     context: str
@@ -66,7 +66,7 @@ class Episode:
 
 
 def split_of(*content: str) -> Split:
-    """The only split in which this content may be asked: 10 % validation, 10 % calibration."""
+    """Return the only split that may ask this content: 10 % validation, 10 % calibration."""
     bucket = zlib.crc32("\x1f".join(content).encode()) % 20
     if bucket < 2:
         return "validation"
@@ -76,14 +76,14 @@ def split_of(*content: str) -> Split:
 def recall_episode(
     rng: Random, *, split: Split, facts: int, questions: int = 1, form: RecallForm = "talk"
 ) -> Episode:
-    """Facts stated once, some of which are asked in random order without repetition.
+    """State each fact once, and ask some of the facts in random order, without repetition.
 
-    Forms: ``list`` (bare ``lamp 412``), ``sentence`` (one noun a fact), ``pair`` (adjective and
+    Forms: ``list`` (only ``lamp 412``), ``sentence`` (one noun per fact), ``pair`` (adjective and
     noun, each shared with other facts, so that one word alone does not identify the fact),
-    ``story`` (pairs between sentences that carry no fact, some of them with numbers of their own)
-    and ``talk`` (pairs in a conversation that has already asked, in another order, for all that
-    will be asked). Only in ``talk`` does anything before a question tell that it will be asked. At
-    most 120 facts in the one-word forms and 999 in the others.
+    ``story`` (pairs between sentences without facts, some of them with other numbers) and ``talk``
+    (pairs in a conversation that has already asked, in another order, for everything that will be
+    asked). Only ``talk`` indicates before a question what will be asked. At most 120 facts in the
+    one-word forms and 999 in the others.
     """
     keys = _recall_keys(rng, facts, form)
     questions = min(questions, facts)
@@ -120,12 +120,11 @@ def recall_episode(
 def state_episode(
     rng: Random, *, split: Split, facts: int, questions: int = 1, form: StateForm | None = None
 ) -> Episode:
-    """States that change again and again; what holds at the end is asked.
+    """Make states that change repeatedly, and ask for the final ones.
 
-    Forms: ``value`` (a number is set anew), ``held`` (somebody takes one thing after another) and
-    ``counter`` (a number goes up and down by one, and is stated only at the start). No form: one of
-    them by chance.
-    ``facts`` is the number of statements, spread over about a third as many keys.
+    Forms: ``value`` (a number is replaced), ``held`` (a person takes one thing after another) and
+    ``counter`` (a number changes by one, and is stated only at the start). No form: a random one.
+    ``facts`` is the number of statements, about three per key.
     """
     chosen = rng.choice(STATE_FORMS) if form is None else form
     pool = NAMES if chosen == "held" else NOUNS
@@ -150,7 +149,7 @@ def state_episode(
 
 
 def arith_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -> Episode:
-    """Sums of two values stated earlier, each from 1 to 20; the answer is the whole equation.
+    """Make sums of two values stated earlier, each from 1 to 20; the answer is the whole equation.
 
     At most as many questions as facts.
     """
@@ -173,7 +172,7 @@ def arith_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) 
 
 
 def copy_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -> Episode:
-    """A sequence of words and numbers, then the same again; ``questions`` further repetitions.
+    """Make a sequence of words and numbers, and the same again; ``questions`` further repetitions.
 
     ``facts`` is the number of words; the first word is part of the question.
     """
@@ -194,7 +193,10 @@ def copy_episode(rng: Random, *, split: Split, facts: int, questions: int = 1) -
 def _course(
     rng: Random, form: StateForm, key: str, times: int, split: Split | None
 ) -> tuple[list[str], str]:
-    """What is said of one key, in order, and how it ends, in `split` unless that is None."""
+    """Return the statements about one key, in order, and the final state.
+
+    The final state belongs to `split`, unless `split` is None.
+    """
     for attempt in count():
         if form == "value":
             states = [str(rng.randint(1, 999)) for _ in range(times)]
@@ -205,7 +207,7 @@ def _course(
             said = [f"{key} took the {state}." for state in states]
         else:
             moves = [rng.choice((-1, 1)) for _ in range(times - 1)]
-            # Small numbers, unless this key has none in the split.
+            # Small numbers if possible; larger ones if this key has no small number in the split.
             start = rng.randint(times, 20 + times + attempt)
             states = [str(start + sum(moves))]
             said = [f"The {key} holds {start} coins."]

@@ -1,9 +1,8 @@
-"""EleutherAI's lm-evaluation-harness with this engine as one of its models.
+"""Adds this engine to EleutherAI's lm-evaluation-harness as a model.
 
-Owns the command `a2sf-lm-eval`: it registers the model `a2sf` and hands over to the harness's own
-command line, arguments untouched; where that prints its help, what is ours comes first. Knows
-nothing of how the model answers; that is `tuner.harness_model`, which is loaded when the harness
-asks for it.
+Owns the command `a2sf-lm-eval`. It registers the model `a2sf` and runs the harness's own command
+line with unchanged arguments. The help shows this project's part first, then the harness's. Knows
+nothing of how the model answers: `tuner.harness_model` does, and the harness imports it on demand.
 """
 
 import sys
@@ -15,13 +14,13 @@ from a2sf.errors import A2SFError
 from a2sf.threads import wait_passively
 
 MODEL_NAME = "a2sf"
-"""What `--model` says."""
+"""The model's name for `--model`."""
 
 
 def register() -> None:
-    """Make the model known to the harness in this process; once more does no harm.
+    """Register the model with the harness in this process; a second call has no effect.
 
-    Raises ModuleNotFoundError where the extra `eval` is not installed.
+    Raises ModuleNotFoundError if the extra `eval` is not installed.
     """
     from lm_eval.api.registry import model_registry
 
@@ -30,7 +29,7 @@ def register() -> None:
 
 
 def main() -> None:
-    """Run the harness's command line; what is refused is one line and exit code 2."""
+    """Run the harness's command line; an error is one line on stderr and exit code 2."""
     wait_passively()
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -47,14 +46,14 @@ def main() -> None:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the harness prints its help, for all that it does or for how to run."""
+    """Whether the harness prints its general help, or the help of `run`."""
     if arguments[:1] in (["ls"], ["validate"]):
         return False
     return list(arguments) in ([], ["run"]) or not {"-h", "--help"}.isdisjoint(arguments)
 
 
 def help_text() -> str:
-    """What this command adds to the harness's: the model and its arguments."""
+    """Return the help that this command adds to the harness's: the model and its arguments."""
     from tuner.harness_arguments import Arguments
 
     lines = [

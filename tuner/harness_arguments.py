@@ -1,7 +1,7 @@
-"""What `a2sf-lm-eval` is given, in this project's terms: a policy for each sequence, a sampling.
+"""Translates the arguments of `a2sf-lm-eval` to a policy for each sequence and a sampling.
 
-Owns the names, ranges and defaults of model arguments, with what `--help` says of them, and which
-generation arguments are refused. Knows nothing of requests.
+Owns the names, ranges, defaults and help texts of model arguments, and which generation arguments
+are refused. Knows nothing of requests.
 """
 
 import sys
@@ -19,15 +19,15 @@ from tuner import policies
 from tuner.results import Size
 
 AUTOMATIC_ROWS = 32
-"""What `batch_size=auto` stands for."""
+"""The value of `batch_size=auto`."""
 
 _SAMPLING = ("top_k", "top_p", "min_p")
 _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
-"""Other engines' arguments, accepted at the one value that asks for nothing."""
+"""Other engines' arguments, accepted only at the value that has no effect."""
 
 
 class Arguments(Frozen):
-    """The model arguments. The harness gives numbers as numbers or as strings."""
+    """The model arguments. The harness passes numbers as numbers or as strings."""
 
     model_config = ConfigDict(strict=False, coerce_numbers_to_str=True)
 
@@ -79,7 +79,7 @@ class Arguments(Frozen):
 
     @classmethod
     def read(cls, given: Mapping[str, object]) -> Self:
-        """Check the arguments; raises InvalidArgument for the first that is not accepted."""
+        """Check the arguments. Raises InvalidArgument for the first that is not accepted."""
         unknown = next((name for name in given if name not in cls.model_fields), None)
         if unknown is not None:
             raise InvalidArgument(unknown, f"unknown; accepted: {', '.join(cls.model_fields)}")
@@ -95,7 +95,7 @@ class Arguments(Frozen):
 class SequencePolicies:
     """One policy at one size, resolved for sequences of any length.
 
-    Raises InvalidArgument for arguments that do not make one policy, and whatever
+    Raises InvalidArgument if the arguments do not describe one policy, and everything that
     `policies.parse` raises.
     """
 
@@ -133,12 +133,12 @@ class SequencePolicies:
                 table=named.table.name,
                 budget=given.slots,
                 budget_ratio=given.ratio,
-                # Policies are compared at equal bytes: a ratio is that very ratio.
+                # Policies are compared at equal bytes, so a minimum budget must not raise a ratio.
                 min_budget=0,
                 prefill_chunk=given.prefill_chunk,
             )
         self.wish: CachePolicy = wish
-        """What to ask of the engine."""
+        """The cache policy for requests to the engine."""
         self._shape = model.shape
         self._resolved: dict[int, EffectivePolicy] = {}
 
@@ -150,7 +150,7 @@ class SequencePolicies:
     def at(self, length: int) -> EffectivePolicy:
         """Return the policy for a sequence of `length` tokens, by the rules of serving.
 
-        Raises InvalidArgument where the budget is too small for what the policy protects.
+        Raises InvalidArgument if the budget is too small for the protected tokens.
         """
         if length not in self._resolved:
             try:
@@ -159,7 +159,7 @@ class SequencePolicies:
                     table=self.table,
                     server=CachePolicy(),
                     length=length,
-                    # No slab is there yet to be larger than.
+                    # There is no slab yet that could limit the budget.
                     slots=sys.maxsize,
                     num_layers=self._shape.num_layers,
                     num_kv_heads=self._shape.num_kv_heads,
@@ -171,10 +171,10 @@ class SequencePolicies:
 
 
 def sampling(wanted: Mapping[str, Any], seed: int) -> Sampling:
-    """Return how tokens are drawn, from a task's generation arguments that say nothing of length.
+    """Return the sampling for a task's generation arguments, without those that concern length.
 
-    Raises InvalidArgument for what the engine does not do, rather than leaving it out, and
-    pydantic's ValidationError for values out of range.
+    Raises InvalidArgument for arguments that the engine does not support, instead of ignoring them,
+    and pydantic's ValidationError for values out of range.
     """
     filters = {name: wanted[name] for name in _SAMPLING if name in wanted}
     for name in wanted.keys() - filters.keys() - {"do_sample", "temperature"}:

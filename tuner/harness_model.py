@@ -1,7 +1,7 @@
-"""How the model `a2sf` of lm-evaluation-harness answers the harness's three kinds of requests.
+"""Implements the model `a2sf` of lm-evaluation-harness: the harness's three kinds of requests.
 
-Owns the way from the harness's requests to `a2sf.teacher` (likelihoods) and `a2sf.engine`
-(generation), and back. Knows nothing of tasks or metrics, which are the harness's.
+Owns the translation between the harness's requests and `a2sf.teacher` (likelihoods) and
+`a2sf.engine` (generation). Knows nothing of tasks or metrics; the harness does.
 """
 
 import logging
@@ -34,30 +34,30 @@ from a2sf.teacher import Example
 from tuner.harness_arguments import Arguments, SequencePolicies, sampling
 
 MAX_NEW_TOKENS = 256
-"""Of a generation whose task does not say."""
+"""Default for tasks that do not set a number."""
 
 _MAX_LOGITS = 2**28
-"""Logits that one pass may hand back, so that long texts share a pass with fewer others."""
+"""Largest number of logits of one pass, so that long texts share a pass with fewer others."""
 
 _logger = logging.getLogger(__name__)
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A model of the harness whose KV cache forgets by a policy.
+    """A model of the harness whose KV cache evicts by a policy.
 
-    Log-likelihoods are teacher-forced: the context is prefilled as a prompt, the continuation is
-    decoded token by token. With an exact prefill nothing is forgotten before the continuation's
-    second token, so answers of one token need `prefill_chunk` to feel a policy at all. Rolling
-    log-likelihoods decode the whole text after its first, prefixed token, in windows of
-    `max_length`. Generation runs through the engine that serves.
+    Log-likelihoods are teacher-forced: the context is prefilled as a prompt, and the continuation
+    is decoded token by token. With an exact prefill nothing is evicted before the continuation's
+    second token, so a policy affects answers of one token only with a `prefill_chunk` above 0.
+    Rolling log-likelihoods decode the whole text after its first, prefixed token, in windows of
+    `max_length`. Generation uses the serving engine.
 
     Model arguments are those of `harness_arguments.Arguments`, which `a2sf-lm-eval --help` lists.
 
-    A request that fails ends alone: the others are answered first, and their answers go to the
-    harness's cache if there is one. Then the first failure is raised, because the harness has no
-    way to leave an answer out. Where the model gives NaN or infinity, that is NonFinite.
+    A failed request does not stop the others: they are answered first, and their answers go to the
+    harness's cache if there is one. Then the first failure is raised, because the harness cannot
+    omit an answer. If the model returns NaN or infinity, the failure is NonFinite.
 
-    Raises InvalidArgument for an argument that is unknown or not accepted, and whatever
+    Raises InvalidArgument for an argument that is unknown or not accepted, and everything that
     `load_model` and `policies.parse` raise.
     """
 
@@ -83,9 +83,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> Self:
-        """Make the model from its own arguments and the harness's flags; its own win."""
+        """Make the model from its arguments and the harness's flags; arguments take precedence."""
         flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        # The harness's command line says this unless told otherwise, on machines without it too.
+        # The harness's default is cuda:0, also on machines without CUDA.
         if flags.get("device") == "cuda:0":
             flags["device"] = "auto"
         return cls(**{**flags, **arg_dict})
@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is conditioned on: the first token, else the last."""
+        """The token before a text without a context: the BOS token, else the EOS token."""
         ident = self.tokenizer.bos_token_id
         if ident is None:
             ident = self.eot_token_id
@@ -122,17 +122,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say."""
+        """Default number of new tokens, for tasks that do not set one."""
         return MAX_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of tokenised requests is keyed by."""
+        """The key of the harness's cache of tokenised requests."""
         identity = self.model.identity
         return f"{identity.id}__{identity.fingerprint[:12]}".replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: which model, under which policy."""
+        """Return what the harness stores with its results: the model and the policy."""
         table = self.policies.table
         return {
             "a2sf": {
@@ -148,7 +148,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Turn text into token ids; None adds the first token unless the text begins with it."""
+        """Encode text; None adds the BOS token unless the text begins with it."""
         if add_special_tokens is None:
             first = self.tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
@@ -158,7 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Write a conversation as the model's own template does."""
+        """Render a conversation with the model's chat template."""
         if not chat.has_template(self.tokenizer):
             raise Unsupported(
                 f"model {self.model.identity.id!r} has no chat template to use; leave out "
@@ -175,7 +175,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Sum the log-probabilities of each whole text, nats; each token is predicted once."""
+        """Sum the log-probabilities of each whole text, in nats; each token is predicted once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -198,7 +198,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Complete each prompt through the engine; stop strings are left out of the text."""
+        """Complete each prompt with the engine; stop strings are removed from the text."""
         made = [self._generation(str(i), *request.args) for i, request in enumerate(requests)]
         if not made:
             return []
@@ -241,12 +241,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, nats, and whether it is the greedy one."""
-        # Choices that differ in their last token alone are read off one prediction.
+        """Log-probability of each continuation, in nats, and whether it is the greedy one."""
+        # Choices that differ only in their last token share one prediction.
         asked: defaultdict[Example, list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             asked[self._example(context, continuation)].append(index)
-        # Each is resolved before any runs, so that what cannot be is told at once.
+        # All policies are resolved before the first pass, so that errors appear at once.
         resolved = {example: self.policies.at(len(example.token_ids) + 1) for example in asked}
         answers: dict[int, tuple[float, bool]] = {}
         failures: dict[int, BaseException] = {}
@@ -271,13 +271,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [answers[index] for index in range(len(requests))]
 
     def _example(self, context: Sequence[int], continuation: Sequence[int]) -> Example:
-        """A pair as what is run: all but the last token, which predicts nothing."""
+        """Return the sequence to run for a pair: all tokens except the last.
+
+        The last token predicts nothing.
+        """
         if not 1 <= len(continuation) <= self.max_length:
             raise InvalidArgument(
                 "continuation",
                 f"{len(continuation)} tokens; accepted: 1 to max_length, {self.max_length}",
             )
-        # The last token is only predicted, so that one more fits.
+        # The last token is only predicted, so there is room for one more.
         before = context or [self.prefix_token_id]
         whole = self._fit((*before, *continuation), self.max_length + 1)
         prompt = len(whole) - len(continuation)
@@ -288,7 +291,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
 
     def _passes(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
-        """Examples that run together, the longest first: what does not fit fails at the start."""
+        """Group examples into passes, longest first, so that lack of memory shows at the start."""
         part: list[Example] = []
         logits = 0
         for example in sorted(examples, key=lambda e: len(e.token_ids), reverse=True):
@@ -304,7 +307,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _generation(
         self, name: str, context: str, gen_kwargs: Mapping[str, Any]
     ) -> GenerationRequest:
-        """One request of the harness as one of the engine's."""
+        """Translate one request of the harness to a request of the engine."""
         wanted = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
         until, new = wanted.pop("until"), wanted.pop("max_gen_toks")
         room = self.max_length - new
@@ -327,7 +330,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             raise InvalidArgument("gen_kwargs", first_problem(error)) from None
 
     def _fit(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
-        """The last `room` tokens, with one warning for all that are cut."""
+        """Return the last `room` tokens; warns once if any sequence is cut."""
         if len(ids) > room and not self._warned:
             self._warned = True
             _logger.warning(

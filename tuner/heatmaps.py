@@ -1,7 +1,7 @@
 """Heat maps: KL by policy and size, and a model's heads by layer.
 
-Owns colour scales, their bars, and what is printed into a cell. Knows nothing of curves, nor of
-how figures are measured; paper, ink and the way into a page are those of `tuner.pictures`.
+Owns colour scales, their bars, and the text in cells. Knows nothing of curves or of how figures are
+measured. Colours of paper and text, and the conversion to SVG, are in `tuner.pictures`.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,16 +30,16 @@ from tuner.results import Cell, Evaluation, Size
 from tuner.search import LOG_TAU_MAX, log_tau_of
 
 DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
-"""In cells, whose colours are the same on light and on dark paper."""
+"""For cells, whose colours are the same in the light and the dark form."""
 
 MOST_PRINTED = 64
-"""Cells of a heat map beyond which values would not be read."""
+"""Largest number of cells with printed values; more would not be legible."""
 
 
 def kl_map(
     evaluation: Evaluation, task: str, sizes: Sequence[Size], *, label: str, salt: str
 ) -> str:
-    """KL by policy and size, printed in every cell, coloured on a log scale."""
+    """Draw KL by policy and size, printed in every cell, coloured on a log scale."""
     names = [
         policy.name
         for policy in evaluation.policies
@@ -64,13 +64,13 @@ def kl_map(
 
 
 def head_maps(cells: Sequence[Cell], *, labels: Sequence[str], salt: str) -> list[str]:
-    """Attention similarity by layer and KV head, a map a cell, all on one colour scale."""
+    """Draw attention similarity by layer and KV head, one map per cell, on one colour scale."""
     grids = [np.array(cell.similarity_by_head) for cell in cells]
     layers, heads = grids[0].shape
     low, high = min(g.min() for g in grids), max(g.max() for g in grids)
     norm = Normalize(low, max(high, low + 1e-6))
     printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MOST_PRINTED else None
-    # Maps stand side by side or one below the other, so none is wider than a narrow window.
+    # No map is wider than a narrow window, because maps may stand below each other.
     width = min(PANEL_WIDTH, 1.4 + max(2.1, 0.42 * heads)) if printed else 3.6
     height = 0.8 + min(max(0.24 * layers, 1.2), 6)
     drawn = []
@@ -87,7 +87,7 @@ def head_maps(cells: Sequence[Cell], *, labels: Sequence[str], salt: str) -> lis
 
 
 def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
-    """A table's alphas by layer and KV head on the scale of log tau, half-lives in tokens below."""
+    """Draw alphas by layer and KV head on the scale of log tau, with half-lives in tokens below."""
     values = np.array(alpha)
     layers, heads = values.shape
     printed = layers * heads <= MOST_PRINTED
@@ -109,7 +109,7 @@ def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str
 
 
 def slot_map(slots: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
-    """The slots of each layer and KV head in multiples of the budget, on a log scale around 1."""
+    """Draw slots by layer and KV head in multiples of the budget, on a log scale around 1."""
     values = np.array(slots)
     layers, heads = values.shape
     printed = layers * heads <= MOST_PRINTED
@@ -125,7 +125,7 @@ def slot_map(slots: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
 
 
 def _map_of_heads(layers: int, heads: int, cell: float, printed: bool) -> tuple[Figure, Axes]:
-    """A figure whose cells can be read, no wider than one of two that stand side by side."""
+    """Make a figure with legible cells, at most as wide as one of two panels side by side."""
     width = min(PANEL_WIDTH, 1.8 + max(cell * heads, 2))
     height = 0.8 + max((0.4 if printed else 0.16) * layers, 1.4)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -140,7 +140,7 @@ def _heat(
     text: Callable[[float], str] | None,
 ) -> None:
     shown = np.ma.masked_invalid(values)
-    # A mesh stays vectors; an image would be a bitmap in the page.
+    # A mesh stays vector graphics; an image would be a bitmap in the page.
     axes.pcolormesh(shown, norm=norm, cmap=colours, edgecolors=PAPER, linewidth=0.6)
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -183,7 +183,7 @@ def _colour_bar(
     bar = figure.colorbar(source, ax=beside, label=label, fraction=0.08, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
     assert bar.solids is not None
-    # Left to itself the bar would be a bitmap.
+    # By default the bar would be a bitmap.
     bar.solids.set(rasterized=False, edgecolor="face")
     bar.minorticks_off()
     if isinstance(norm, LogNorm):

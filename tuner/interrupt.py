@@ -1,7 +1,7 @@
-"""Ctrl-C, at whatever moment: one line that says how to go on, and exit code 130.
+"""Handles Ctrl-C at any moment: one line that says how to continue, and exit code 130.
 
-Owns the handler of SIGINT. Knows nothing of what is interrupted: that nothing finished is lost is
-for those to see who store it.
+Owns the handler of SIGINT. Knows nothing of the interrupted work: the code that stores results must
+ensure that finished results are kept.
 """
 
 import os
@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 130
-"""The exit code: 128 + SIGINT, as a shell has it."""
+"""The exit code: 128 + SIGINT, as in a shell."""
 
 
 class Interrupted(BaseException):
-    """SIGINT has come. Not a KeyboardInterrupt, which libraries catch and tell in their own way."""
+    """SIGINT was received.
+
+    Not a KeyboardInterrupt, because libraries catch and report that themselves.
+    """
 
 
 class _Handler:
-    """Raises Interrupted at the first signal, and ends the process at once at the second."""
+    """Raises Interrupted at the first signal, and ends the process immediately at the second."""
 
     def __init__(self) -> None:
         self.came = False
@@ -28,7 +31,7 @@ class _Handler:
 
     def __call__(self, _: int, __: FrameType | None) -> None:
         if self.over:
-            # Everything is done, or told already.
+            # The work is complete, or the line was already printed.
             return
         if self.came:
             os._exit(INTERRUPTED)
@@ -40,8 +43,8 @@ class _Handler:
 def telling(line: str) -> Iterator[None]:
     """Within the block, SIGINT prints `line` to standard error and exits with INTERRUPTED.
 
-    After the block it does nothing: the process is about to end. Where the process was started
-    with SIGINT ignored, as a shell starts what runs in the background, it stays ignored.
+    After the block SIGINT has no effect, because the process is about to end. If the process was
+    started with SIGINT ignored, as by a shell for background jobs, it stays ignored.
     """
     handler = _Handler()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -49,7 +52,7 @@ def telling(line: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # A library that was interrupted while it was imported may have made another error of it.
+        # A library that was interrupted during its import may have raised another error instead.
         if not handler.came:
             raise
         handler.over = True

@@ -1,7 +1,7 @@
-"""Who works on a trial, and whether somebody still does.
+"""Identifies the worker of a trial, and detects workers that are gone.
 
-Owns a worker's identity, the beating of its lease, and the watch over the leases of others.
-Knows nothing of what is measured, and compares no clocks: not of hosts, not of processes.
+Owns a worker's identity, the renewal of its lease, and the watch over the leases of others. Knows
+nothing of what is measured. Compares no clocks between hosts or processes.
 """
 
 import os
@@ -26,19 +26,20 @@ WORKER = "worker"
 LEASE = "lease"
 
 LEASE_PERIOD = 5.0
-"""Seconds between two beats of a lease."""
+"""Seconds between two renewals of a lease."""
 
 LEASE_GRACE = 60.0
-"""Seconds without a beat after which a worker counts as gone."""
+"""Seconds without a renewal after which a worker counts as gone."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One user of a ledger: a process, and which of its ledgers.
+    """One user of a ledger: a process, and one of its ledgers.
 
-    A process is told from others by where its number holds (`realm`: the running kernel, the
-    container's name space of numbers, and the user, since others' processes may be hidden), its
-    number there, and its start in clock ticks since boot, since numbers are given again.
+    A process is identified by three values: the `realm` in which its process id is valid (the
+    running kernel, the container's PID namespace, and the user, because processes of others may be
+    hidden), its process id, and its start in clock ticks since boot, because process ids are
+    reused.
     """
 
     host: str
@@ -63,7 +64,7 @@ class Worker:
         )
 
     def attributes(self) -> dict[str, Any]:
-        """The user attributes with which its trials begin."""
+        """The user attributes of a new trial of this worker."""
         return {WORKER: asdict(self), LEASE: 0}
 
     def sees_dead(self, other: dict[str, Any]) -> bool:
@@ -78,14 +79,14 @@ def _started(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name, in parentheses, may hold anything.
+    # The name, in parentheses, may contain any characters.
     fields = stat.rpartition(b")")[2].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 @contextmanager
 def beating(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None]:
-    """Raise a trial's lease every `period` seconds, in a thread, for as long as this lasts."""
+    """Renew a trial's lease every `period` seconds, in a thread, during the block."""
     done = threading.Event()
 
     def beat() -> None:
@@ -95,7 +96,8 @@ def beating(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None
             try:
                 storage.set_trial_user_attr(trial_id, LEASE, beats)
             except UpdateFinishedTrialError:
-                # Others gave this trial up. Its worker will learn so when it brings the result.
+                # Another worker gave this trial up. This worker learns of it when it stores its
+                # result.
                 return
             except Exception as error:
                 if not is_outage(error):
@@ -111,7 +113,7 @@ def beating(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None
 
 
 class Watch:
-    """Tells which running trials nobody works on any more."""
+    """Finds running trials whose worker is gone."""
 
     def __init__(self, worker: Worker, grace: float) -> None:
         self._worker = worker
@@ -120,14 +122,15 @@ class Watch:
         self._beats: dict[int, tuple[int, float]] = {}
 
     def abandoned(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Those whose process is gone, or whose lease was still for the grace.
+        """Return trials whose process is gone, or whose lease was not renewed during the grace.
 
-        To be called between trials: a running one of this very worker is then one whose birth
-        it was never told of.
+        Call it between trials only: a running trial of this worker is then one that was created
+        without an answer from the storage.
         """
         now = time.monotonic()
-        # Silence counts only while this worker listened: while it was stopped, was measuring, or
-        # could not reach the storage, others may have beaten, or may have been cut off as well.
+        # Silence counts only while this worker was watching. While it was stopped, measuring or cut
+        # off from the storage, other workers may have renewed their leases, or been cut off as
+        # well.
         if now - self._looked > self._grace / 2:
             self._beats.clear()
         self._looked = now

@@ -1,22 +1,23 @@
-"""The shared memory of a fit: what was measured, by whom, and what was settled.
+"""The shared store of a fit: measurements, their workers, and decisions.
 
-A search is written as if it ran alone and in order. It asks the ledger to measure batches of
-points; any number of workers, on one machine or many, ask for the same batches in the same order
-and share the work. What is finished is never measured again, so that a search that was killed and
-runs once more replays what is stored and goes on with the same result.
+A search is written for one worker and one order. It asks the ledger to measure batches of points.
+Any number of workers, on one machine or many, ask for the same batches in the same order and share
+the work. A finished point is never measured again, so a search that was killed and restarted
+replays what is stored and continues with the same result.
 
-Owns who measures what, and what counts. Knows nothing of models or tables: a point is a JSON
-object and its costs come from a callable. One Optuna study holds all of it. A measured point is a
-trial with the user attributes batch, index, point, digest (of the whole batch), worker, lease, kl,
-nll, evaluations and seconds: complete with the mean KL as its value, pruned if it was given up
-early, failed if its worker was lost. A decision is a trial that is born failed, so that nothing
-takes it for a measurement, with the user attributes `settled` and `value`.
+Owns the assignment of points to workers, and which measurements count. Knows nothing of models or
+tables: a point is a JSON object and its costs come from a callable. One Optuna study holds all
+data. A measured point is a trial with the user attributes batch, index, point, digest (of the whole
+batch), worker, lease, kl, nll, evaluations and seconds. Its state is complete, with the mean KL as
+its value; pruned if it was given up early; failed if its worker was lost. A decision is a trial
+created as failed, so that it does not count as a measurement, with the user attributes `settled`
+and `value`.
 
-Nothing is measured twice, without locks: A trial is born with the point it takes, in one
+No point is measured twice, without locks. A trial is created together with its point, in one
 transaction, and trials are numbered in the order in which they become visible. So of two trials
-with one point, the one with the higher number finds the lower when it looks after its own birth,
-and withdraws before it measures, unless the lower has failed. A trial that failed can never be
-finished, so that of every point at most one trial is.
+with the same point, the one with the higher number finds the lower one when it looks after its own
+creation, and withdraws before it measures, unless the lower one has failed. A failed trial can
+never be finished, so every point has at most one finished trial.
 """
 
 import hashlib
@@ -44,18 +45,18 @@ SETTLED = "settled"
 VALUE = "value"
 
 DEFINITION = "definition"
-"""The key under which is settled for what a study was made."""
+"""Key of the stored fit definition."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one point costs.
+    """The cost of one point.
 
-    `kl` and `nll` are in nats by example; `given_up` says that measuring stopped early, so that
+    `kl` and `nll` are in nats by example. `given_up` means that measuring stopped early, so that
     they cover only the first examples. `evaluations` is the work done, in passes over all examples
-    and layers; `seconds` the wall time it took, which the ledger fills in.
+    and layers. `seconds` is the wall time, filled in by the ledger.
     """
 
     kl: list[float]
@@ -74,12 +75,12 @@ Measure = Callable[[int, dict[str, Any]], Measured]
 """Measures the point at an index of its batch."""
 
 Progress = Callable[[Measured], None]
-"""Is told of every point of a batch once it is finished, whoever measured it and whenever."""
+"""Called for every finished point of a batch, from any worker and any earlier run."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How often workers look and beat, and how long they wait; all in seconds."""
+    """How often workers poll and renew leases, and how long they wait; all in seconds."""
 
     poll: float = 0.5
     lease_period: float = LEASE_PERIOD
@@ -90,8 +91,8 @@ class Pace:
 class Ledger:
     """One fit's measurements and decisions, shared by all its workers.
 
-    Every method may raise Unavailable if the storage is away for longer than the patience. Made
-    in the process that uses it, and used by one thread at a time.
+    Every method may raise Unavailable if the storage is unavailable for longer than `patience`.
+    Create it in the process that uses it, and use it from one thread at a time.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class Ledger:
     ) -> None:
         """Create or continue the study `name`; InvalidArgument if it was made for another fit.
 
-        `chosen` says of parts of the definition that nobody gave why they are what they are here;
-        each can be given by an option of its name.
+        `chosen` gives reasons for parts of the definition that the user did not set; each part can
+        be set by an option of its name.
         """
         self.name = name
         self._pace = pace or Pace()
@@ -137,7 +138,7 @@ class Ledger:
 
     @property
     def trials(self) -> int:
-        """Points measured so far, those given up included."""
+        """Points measured so far, including those given up."""
         return len(self._finished())
 
     @property
@@ -147,11 +148,11 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Wall time spent on measuring so far, summed over runs and workers."""
+        """Wall time of measuring so far, summed over runs and workers."""
         return math.fsum(trial.user_attrs["seconds"] for trial in self._finished())
 
     def of(self, batch: str) -> dict[int, Measured]:
-        """What was measured of a batch so far, by index."""
+        """Measurements of a batch so far, by index."""
         found = [t for t in self._finished() if t.user_attrs[BATCH] == batch]
         return {t.user_attrs[INDEX]: _restored(t) for t in found}
 
@@ -164,15 +165,15 @@ class Ledger:
     # Decisions -------------------------------------------------------------------------------
 
     def settle(self, key: str, value: Any) -> Any:
-        """Decide a JSON value once for all workers and runs: the first to come decides."""
+        """Decide a JSON value once for all workers and runs: the first call decides."""
         if not self._settled(key):
-            # Should the answer be lost, the same is written twice; the first counts.
+            # If the answer is lost, the value is written twice; the first one counts.
             decision = create_trial(state=TrialState.FAIL, user_attrs={SETTLED: key, VALUE: value})
             self._patiently(self._storage.create_new_trial, self._study_id, decision)
         return self.settled(key)
 
     def settled(self, key: str) -> Any:
-        """What was decided under a key; None where nothing was yet."""
+        """The value decided under a key; None if there is none yet."""
         first = min(self._settled(key), key=lambda trial: trial.number, default=None)
         return None if first is None else first.user_attrs[VALUE]
 
@@ -190,13 +191,13 @@ class Ledger:
         *,
         most: int | None = None,
     ) -> list[Measured]:
-        """Return the costs of the points of a batch, in their order, once they are measured.
+        """Return the costs of the points of a batch, in their order, once all are measured.
 
-        Measures those that nobody has taken, and waits for those that other workers have; takes
-        over from workers that are lost. `batch` is unique in the fit. Of all the points only the
-        first `most` are measured (None: all): a later call may ask for more of the same batch, and
-        what is measured is kept. Raises InvalidArgument if the batch was begun with other points,
-        and whatever `measure` raises.
+        Measures points without a worker, waits for points of other workers, and takes over points
+        of lost workers. `batch` is unique in the fit. Only the first `most` points are measured
+        (None: all); a later call may ask for more of the same batch, and stored measurements are
+        kept. Raises InvalidArgument if the batch was begun with other points, and everything that
+        `measure` raises.
         """
         digest = _digest(points)
         count = len(points) if most is None else min(most, len(points))
@@ -217,7 +218,8 @@ class Ledger:
             taken = {trial.user_attrs[INDEX] for trial in live}
             free = next((i for i in range(count) if i not in taken), None)
             if free is None:
-                # Uneven, so that waiting workers seldom find the next free point together.
+                # Random pauses, so that waiting workers rarely find the next free point at the same
+                # time.
                 time.sleep(self._pace.poll * random.uniform(0.5, 1.5))
                 continue
             self._attempt(
@@ -225,7 +227,7 @@ class Ledger:
             )
 
     def _live(self, batch: str, digest: str) -> list[FrozenTrial]:
-        """The batch's trials that run or are finished, once those of lost workers have failed."""
+        """Set trials of lost workers to failed; return the batch's running and finished trials."""
         trials = self._trials()
         running = [t for t in trials if t.state == TrialState.RUNNING and BATCH in t.user_attrs]
         abandoned = self._watch.abandoned(running)
@@ -253,8 +255,8 @@ class Ledger:
         born = create_trial(
             state=TrialState.RUNNING, user_attrs={**claim, **self._worker.attributes()}
         )
-        # Should the answer be lost, a second trial is born; the first, this worker's own, is no
-        # rival, and the next look finds it abandoned.
+        # If the answer is lost, a second trial is created. The first also belongs to this worker,
+        # so it does not count as a rival, and the next look finds it abandoned.
         trial_id = self._patiently(self._storage.create_new_trial, self._study_id, born)
         try:
             number = self._patiently(self._storage.get_trial, trial_id).number
@@ -271,8 +273,8 @@ class Ledger:
                 measured = measure(claim[INDEX], claim["point"])
                 self._keep(trial_id, replace(measured, seconds=time.perf_counter() - began))
         except BaseException:
-            # One try only: what went wrong matters more, and others will see that this one is
-            # abandoned.
+            # One attempt only: the original error matters more, and other workers will find this
+            # trial abandoned.
             with suppress(Exception):
                 self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
             raise
@@ -281,8 +283,9 @@ class Ledger:
         if not math.isfinite(measured.mean):
             raise ValueError(f"a mean KL of {measured.mean} nats cannot be compared with others")
         state = TrialState.PRUNED if measured.given_up else TrialState.COMPLETE
-        # Finished already: the answer was lost when this was done, or others took this worker for
-        # lost. The next look tells, and all look at the same.
+        # The trial may be finished already: the answer to an earlier attempt was lost, or other
+        # workers considered this one lost. The next look reads the final state, the same for all
+        # workers.
         with suppress(UpdateFinishedTrialError):
             for key, value in asdict(measured).items():
                 if key != "given_up":

@@ -1,4 +1,4 @@
-"""What a figure was measured on. Owns the description; knows nothing of what was measured."""
+"""Describes the machine that figures were measured on. Knows nothing of what was measured."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "transformers")
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Processor or GPU, cores, threads, dtype, and the versions that matter."""
+    """Processor or GPU, cores, threads, dtype, and the relevant versions."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
@@ -26,7 +26,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name the processor, as the kernel knows it."""
+    """Name the processor, as the kernel does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""The commands that measure policies: `evaluate` compares several, `budget` finds how small one may
-be.
+"""The commands that measure policies: `evaluate` and `budget`.
 
-Owns their flags. Knows nothing of how anything is measured.
+`evaluate` compares several policies; `budget` finds the smallest budget of one. Owns their flags.
+Knows nothing of how anything is measured.
 """
 
 import sys
@@ -95,7 +95,7 @@ def evaluate(
         if path is not None:
             check_writable(path, option)
 
-    # What follows needs seconds to import, and the flags above are checked without it.
+    # The imports below take seconds; the flags above are checked without them.
     from tuner import evaluate as evaluation
     from tuner.report import tabulate
     from tuner.results import Size
@@ -170,8 +170,8 @@ def budget(
 ) -> None:
     """Find the smallest budget of a table or policy that stays near the full cache.
 
-    Bisects over budgets in steps of .01 of the length. Near is said in perplexity, and its interval
-    is that of paired differences on the same examples; KL stands beside it.
+    Bisects over budgets in steps of .01 of the length. Nearness is measured in perplexity, with an
+    interval of paired differences on the same examples; KL is printed beside it.
     """
     _check(examples, length, seed, prefill_chunk, split)
     most = share("--within", within)
@@ -180,7 +180,7 @@ def budget(
     if json is not None:
         check_writable(json, "--json")
 
-    # What follows needs seconds to import, and the flags above are checked without it.
+    # The imports below take seconds; the flags above are checked without them.
     from tuner import budget as budgets
     from tuner.budget_answer import lines
 

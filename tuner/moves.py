@@ -1,8 +1,8 @@
-"""Climbing from the best setting so far by changing a layer, a head or the protection at a time.
+"""Improves the best setting by changes of one layer, one head or the protection at a time.
 
 Owns the coordinate stages: slots by layer, alpha by layer, alpha by head, protection, and the
-rounds of smaller steps that follow. Each measures single changes of the best setting, then the most
-promising of them together. Knows nothing of how a setting is measured.
+rounds of smaller steps after them. Each stage measures single changes of the best setting, and then
+combinations of the most promising ones. Knows nothing of how a setting is measured.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,19 +18,20 @@ RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)
 SINKS = (0, 4)
 
 MOST_BLOCKS = 8
-"""Blocks of layers that are favoured one at a time; of few layers, each by itself."""
+"""Largest number of blocks of layers that are favoured one at a time; with few layers, a block is
+one layer."""
 
 FACTORS = (2.0, 6.0)
 FAVOURED_ALPHAS = (0.0, 0.9, 0.99, 1.0)
 FAVOURED_SHARES = (0.0, 0.5)
 
 STEPS = (1.0, 0.5, 0.25)
-"""Of the rounds of polishing: in log tau, and in the logarithm to base 2 of a layer's slots."""
+"""Steps of the rounds of polishing: in log tau, and in log2 of a layer's slots."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One change of a setting. Of two changes of the same `part` only one can be made."""
+    """One change of a setting. Only one change of each `part` can be applied."""
 
     part: Hashable
     change: Callable[[Setting], Setting]
@@ -43,7 +44,7 @@ _PROTECTION = [
 
 
 class Climb:
-    """The best setting so far, and the ways up from it. Every stage ends when trials do."""
+    """The best setting so far, and the stages that improve it. A stage ends when trials run out."""
 
     def __init__(self, trials: Trials, best: Tried) -> None:
         self.best = best
@@ -51,15 +52,15 @@ class Climb:
         self._layers = range(trials.frame.num_layers)
         self._heads = range(trials.frame.num_kv_heads)
         self._effect = dict.fromkeys(self._layers, 0.0)
-        """By how many nats a layer's alpha has been seen to matter."""
+        """The largest observed effect of a layer's alpha, in nats."""
 
     def slots(self) -> None:
-        """Deal the slots of all layers anew.
+        """Split the slots among all layers.
 
-        First one block of layers is favoured at a time, with uniform alphas of every kind: what is
-        worth remembering changes with how much can be. From the best of these, layers get twice
-        the slots or half, and one alpha for all and the protection are chosen again, as long as
-        that gains.
+        First, one block of layers is favoured at a time, with several uniform alphas, because the
+        best alpha depends on the number of slots. From the best of these, layers get twice or half
+        the slots, and one alpha for all and the protection are chosen again, as long as the cost
+        falls.
         """
         if len(self._layers) == 1:
             return
@@ -95,7 +96,7 @@ class Climb:
             for factor in FACTORS
         ]
         feasible = [setting for setting in settings if self.trials.feasible(setting)]
-        # Half of the trials, and of the time, are for climbing.
+        # Half of the trials and of the time are kept for the steps that follow.
         found = self.trials.halve("favour", feasible, self.trials.left // 2, share=0.5)
         if found and found[0].gain(self.best) > 0:
             self.best = found[0]
@@ -123,14 +124,14 @@ class Climb:
             self._try(f"heads of {layer}", moves, layer)
 
     def protection(self) -> None:
-        """Choose the recent window and the sinks anew, the same for all heads."""
+        """Choose the recent window and the sinks again, the same for all heads."""
         self._try("protection", _PROTECTION)
 
     def polish(self) -> None:
-        """Take ever smaller steps in everything, until a round of the smallest finds nothing.
+        """Take smaller and smaller steps, until a round of the smallest steps gains nothing.
 
-        Each round begins with steps that change all heads at once, of which there are few. Equal
-        slots stay equal: whether heads may differ is for earlier stages to say.
+        Each round begins with the few steps that change all heads at once. Equal slots stay equal,
+        because earlier stages decide whether heads may differ.
         """
         number = 0
         before = None
@@ -148,7 +149,7 @@ class Climb:
                 return
 
     def _all_by(self, step: float) -> list[Move]:
-        """All heads forget sooner or later, and their slots differ less or more."""
+        """Steps for all heads: longer or shorter memory, and more or less difference in slots."""
         return [
             Move(part, change)
             for sign in (-step, step)
@@ -159,7 +160,7 @@ class Climb:
         ]
 
     def _more_slots(self, step: float) -> list[Move]:
-        """`2^step` times the slots for a layer, or so much fewer."""
+        """Moves that multiply or divide one layer's slots by `2^step`."""
         return [
             Move(layer, partial(Setting.with_layer_slots, layers=(layer,), factor=2.0**power))
             for layer in self._layers
@@ -185,7 +186,7 @@ class Climb:
         ]
 
     def _try(self, batch: str, moves: Sequence[Move], from_layer: int = 0) -> list[Tried]:
-        """Take the best of the moves and of the gains together, if any gains; return the single."""
+        """Apply the best move or combination, if it gains; return the results of single moves."""
         before = self.best
         changed = {move.change(before.setting): move for move in moves}
         changed.pop(before.setting, None)
@@ -206,7 +207,7 @@ class Climb:
         return singles
 
     def _together(self, ranked: Sequence[Move]) -> list[Setting]:
-        """The best two moves at once, the best four, eight, and so on, and all of them."""
+        """Combinations of the best two moves, the best four, eight, and so on, and all of them."""
         settings = []
         count = 2
         while len(ranked) > 1:
@@ -228,5 +229,5 @@ def _all_stepped(setting: Setting, step: float) -> Setting:
 
 
 def stepped(alpha: float, step: float) -> float:
-    """The factor whose log tau lies a step further; at an end of the scale, that end."""
+    """Move an alpha by a step of log tau, within the ends of the scale."""
     return alpha_of(min(max(log_tau_of(alpha) + step, 0.0), LOG_TAU_MAX))

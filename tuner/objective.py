@@ -1,9 +1,9 @@
-"""What eviction costs a model's own predictions, on a fixed list of examples.
+"""Measures how eviction changes a model's predictions on a fixed list of examples.
 
-Owns the figure: mean KL(full cache || evicted cache) of the next-token distribution in nats at
-temperature 1, over the counted positions within an example, with the negative log-likelihood of the
-true token beside it. Values stay apart by example, because paired statistics need them. Knows
-nothing of searching; the block law itself is `a2sf.teacher`'s.
+Owns the cost: mean KL(full cache || evicted cache) of the next-token distribution, in nats at
+temperature 1, over the counted positions of an example, and the negative log-likelihood of the true
+token. Values are kept by example, because paired statistics need them. Knows nothing of searching;
+the block law itself is in `a2sf.teacher`.
 """
 
 import math
@@ -31,15 +31,15 @@ DESCRIPTION = (
 )
 
 _NUMBERS_AT_ONCE = 1 << 18
-"""Of log-probabilities: 1 MB in float32 of each operand. On two cores with 49,152 words, positions
-compared all at once took 8 times as long, most of it for memory that is new."""
+"""Log-probabilities per comparison: 1 MB in float32 of each operand. On two cores with 49,152
+words, comparing all positions at once took 8 times as long, mostly for fresh memory."""
 
 PROMPT_BYTES = 1 << 30
-"""What is kept of prompts takes no more than this, or prompts are run with every candidate."""
+"""Largest memory for stored prompts; above it, prompts are run with every candidate."""
 
 ROWS_PER_PASS = 32
-"""Examples run along together. Most of a pass is fixed cost until about here (measured on two
-cores with the packaged model), so several candidates share a pass where each needs few."""
+"""Examples per pass. Up to about this number, most of a pass is fixed cost (measured on two cores
+with the packaged model), so candidates with few rows share a pass."""
 
 Candidate = TablePolicy | CachePolicy | Pyramid | AdaKV
 """What can be compared: a table with its budget and protection, a preset, or a rival's rule."""
@@ -47,12 +47,12 @@ Candidate = TablePolicy | CachePolicy | Pyramid | AdaKV
 
 @dataclass(frozen=True)
 class Cost:
-    """What one candidate cost, by example."""
+    """The cost of one candidate, by example."""
 
     kl: NDArray[np.float64]
     """[examples] nats."""
     nll: NDArray[np.float64]
-    """[examples] nats a token, of the true next token."""
+    """[examples] nats per token, of the true next token."""
 
     @property
     def mean(self) -> float:
@@ -61,11 +61,11 @@ class Cost:
 
 
 class Objective:
-    """Costs of candidates on `examples`; the full cache is run once, when first needed, and kept.
+    """Costs of candidates on `examples`. The full cache is run once, on first use, and stored.
 
-    So is what the model makes of the prompts, for candidates that read them exactly.
-    Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions,
-    up to PROMPT_BYTES for the prompts, and with an anchor tokens x hidden x the size of the model's
+    The computed tensors of the prompts are stored too, for candidates that read prompts exactly.
+    Memory: examples x counted positions x vocabulary x 4 bytes for the full cache's predictions; up
+    to PROMPT_BYTES for the prompts; and with an anchor, tokens x hidden x the size of the model's
     dtype.
     """
 
@@ -77,7 +77,7 @@ class Objective:
         label: str,
         watch: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """Run nothing yet; `watch` is told in words, with the label, of what takes long."""
+        """Run nothing yet. Long work is announced to `watch`, in words with the label."""
         self.model = model
         self.examples = examples
         self._label = label
@@ -97,14 +97,14 @@ class Objective:
 
     @property
     def full_nll(self) -> NDArray[np.float64]:
-        """[examples] nats a token with the full cache."""
+        """[examples] nats per token with the full cache."""
         return np.array([_nll(*pair) for pair in zip(self.examples, self._full, strict=True)])
 
     def anchor(self, policy: TablePolicy, layer: int) -> float:
-        """Keep what enters `layer` under a policy, until the next anchor.
+        """Store the input of `layer` under a policy, until the next anchor.
 
-        Candidates that agree with the policy below that layer then start there: all the layers
-        below see what they saw. Returns the share of the model's layers that had to be run.
+        Candidates that agree with the policy below that layer then start there, because their input
+        to the layer is the same. Returns the share of the model's layers that had to be run.
         """
         below = _below(policy, layer)
         if self._anchor is not None and self._anchor[0] == below:
@@ -132,7 +132,7 @@ class Objective:
         return 1.0 if known is None else (layers - known.layer) / layers
 
     def _layer_input(self, candidates: Sequence[Candidate]) -> LayerInput | None:
-        """The known input of a layer that is the same under all of these candidates."""
+        """The stored input of a layer, if it is valid for all of these candidates."""
         if self._anchor is None:
             return None
         policy, layer_input = self._anchor
@@ -147,8 +147,8 @@ class Objective:
     ) -> Iterator[Cost]:
         """Yield each candidate's cost on the examples of the range (None: all), in order.
 
-        Candidates that need few rows share passes; a generator, so that a long list can be shown
-        and stored as it goes.
+        Candidates with few rows share passes. This is a generator, so that the results of a long
+        list can be shown and stored early.
         """
         chosen = range(len(self.examples)) if examples is None else examples
         at_once = max(1, ROWS_PER_PASS // len(chosen))
@@ -194,7 +194,7 @@ class Objective:
         return [found[row] for row in range(len(rows))]
 
     def _known_prompts(self, policies: Sequence[EffectivePolicy]) -> list[Prompt] | None:
-        """What is kept of each example's prompt, where all policies read prompts exactly."""
+        """The stored prompts, if all policies read prompts exactly."""
         if any(policy.prefill_chunk != 0 for policy in policies):
             return None
         return self._prompts
@@ -205,12 +205,12 @@ class Objective:
 
 
 def _below(policy: TablePolicy, layer: int) -> TablePolicy:
-    """All of a policy that says what enters a layer."""
+    """The part of a policy that determines the input of a layer."""
     return policy.model_copy(update={"alpha": policy.alpha[:layer]})
 
 
 def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
-    """Log-probabilities with the full cache, one tensor [counted, vocab] an example."""
+    """Log-probabilities with the full cache, one tensor [counted, vocab] per example."""
     found = {
         index: log_softmax(one.logits, dim=-1)
         for index, one in teacher.predictions(model, examples, None)
@@ -219,7 +219,7 @@ def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
 
 
 def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt] | None:
-    """Read prompts once for several candidates; None where that would take too much memory."""
+    """Read prompts once for several candidates; None if that would take too much memory."""
     tokens = sum(example.prompt_tokens for example in examples)
     if nbytes(model.shape, model.dtype, tokens) > PROMPT_BYTES:
         return None
@@ -227,9 +227,9 @@ def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt
 
 
 def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
-    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats a counted position.
+    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats per counted position.
 
-    Raises NonFinite where either is not a finite number.
+    Raises NonFinite if either is not a finite number.
     """
     targets = torch.tensor([example.token_ids[t + 1] for t in example.counted])
     kl_parts, nll_parts = [], []
@@ -240,7 +240,7 @@ def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float
         terms = kl_div(log_q, log_p, reduction="none", log_target=True)
         total = terms.sum(dim=-1, dtype=torch.float64)
         if total.isnan().any():
-            # What the model rules out in both costs nothing, and is NaN as -inf minus -inf.
+            # A token with probability 0 in both costs nothing, but -inf minus -inf gives NaN.
             terms = terms.masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
             total = terms.sum(dim=-1, dtype=torch.float64)
         kl_parts.append(total)
@@ -252,7 +252,7 @@ def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float
 
 
 def _rows_at_once(log_probabilities: Tensor) -> int:
-    """So many positions at a time, so that a processor's caches hold what is computed of them."""
+    """Positions per comparison, so that the operands fit a processor's caches."""
     counted, vocabulary = log_probabilities.shape
     if log_probabilities.device.type != "cpu":
         return max(counted, 1)
@@ -260,7 +260,7 @@ def _rows_at_once(log_probabilities: Tensor) -> int:
 
 
 def check_finite(example: Example, name: str, value: float) -> None:
-    """Raise NonFinite, naming the figure, unless a figure of an example is a finite number."""
+    """Raise NonFinite, naming the figure, unless the value is a finite number."""
     if not math.isfinite(value):
         raise NonFinite(
             f"the {name} of an example of {len(example.token_ids)} tokens is {value}: the model "
@@ -276,15 +276,15 @@ def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:
 
 
 def _nll(example: Example, log_probabilities: Tensor) -> float:
-    """Nats a token that the example's counted tokens cost."""
+    """Negative log-likelihood of the example's counted tokens, in nats per token."""
     return float(log_likelihoods(example, log_probabilities).neg().mean())
 
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:
-    """Resolve a candidate for a sequence of `length` tokens, by the rules that serving uses.
+    """Resolve a candidate for a sequence of `length` tokens, by the rules of serving.
 
-    But for one: here a ratio is that very ratio, and no floor raises it, neither a server's nor
-    the table's own, because candidates are compared at equal bytes.
+    One rule differs: no floor raises a ratio here, neither a server's nor the table's own, because
+    candidates are compared at equal bytes.
     """
     if isinstance(candidate, Pyramid):
         equal = effective(candidate.equal, model, length)

@@ -1,7 +1,7 @@
-"""What all commands share: options, checks of them that need nothing loaded, so that a slip is told
-at once, which file a table's name means, and how a failure is told.
+"""Shared parts of all commands: options, checks that load nothing, table names, failures.
 
-Owns the wording of what is wrong. Knows nothing of which commands there are.
+The checks need nothing loaded, so a mistake is reported at once. Owns the wording of errors. Knows
+nothing of which commands there are.
 """
 
 import difflib
@@ -40,7 +40,7 @@ TableArgument = Annotated[
 
 
 def check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None:
-    """Raise InvalidArgument for a value outside [low, high]; None is no value, or no end."""
+    """Raise InvalidArgument for a value outside [low, high]; None is no value, or no limit."""
     for name, (value, low, high) in values.items():
         if value is not None and (value < low or (high is not None and value > high)):
             accepted = f"{low} or more" if high is None else f"{low} to {high}"
@@ -48,15 +48,15 @@ def check_ranges(values: dict[str, tuple[int | None, int, int | None]]) -> None:
 
 
 def check_writable(out: Path, option: str = "--out") -> None:
-    """Make the directory of a file that is to be written, and see that it can be.
+    """Make the directory of an output file, and check that it is writable.
 
-    Raises InvalidArgument, naming the option, where it cannot.
+    Raises InvalidArgument, naming the option, if it is not.
     """
     if out.is_dir():
         raise InvalidArgument(option, f"{out} is a directory; give a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # The only sure way: permissions say nothing of file systems that are read-only or full.
+        # The only reliable check: permissions do not show that a file system is read-only or full.
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
@@ -66,20 +66,20 @@ def check_writable(out: Path, option: str = "--out") -> None:
 
 
 def did_you_mean(given: str, accepted: Iterable[str]) -> str:
-    """A question that names what is nearest to what was given; empty where nothing is near."""
+    """A question that suggests the nearest accepted word; empty if none is near."""
     near = difflib.get_close_matches(given, list(accepted), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def shipped_tables() -> dict[str, Path]:
-    """The files of the tables that come with the package, by name."""
+    """The files of the tables in the package, by name."""
     return {path.stem: path for path in sorted((reference.path() / "tables").glob("*.json"))}
 
 
 def table_file(written: str, option: str = "") -> Path:
-    """Return the file that is meant by a path or by the name of a table that is shipped.
+    """Return the file for a path or for the name of a shipped table.
 
-    Raises NotFound, which begins with the option, where there is no such file.
+    Raises NotFound, whose message begins with the option, if there is no such file.
     """
     path, shipped = Path(written), shipped_tables()
     if path.is_file():
@@ -98,7 +98,7 @@ def numbers(
 ) -> list[float]:
     """Read numbers with commas between them, in the order given.
 
-    Raises InvalidArgument with what is `accepted` for one that does not fit, or is given twice.
+    Raises InvalidArgument with `accepted` for a number that does not fit or is given twice.
     """
     values: list[float] = []
     for one in (written or "").split(","):
@@ -119,7 +119,7 @@ def numbers(
 def share(option: str, written: str) -> float:
     """Read a share above 0 and below 1, which may be written in percent.
 
-    Raises InvalidArgument for anything else; 1 without a percent sign may mean either.
+    Raises InvalidArgument for anything else; 1 without a percent sign is ambiguous.
     """
     number, sign, rest = written.strip().partition("%")
     try:
@@ -134,21 +134,22 @@ def share(option: str, written: str) -> float:
 
 
 def table_name(dataset: str) -> str:
-    """A name for a table that is fitted to a dataset: that of the file or folder, with its suffix.
+    """Derive a table's name from the dataset: the name of the file or folder, with its suffix.
 
-    Several datasets give all their names; a dash stands for what is accepted in no name.
+    Several datasets give all their names. A dash replaces characters that are not accepted in
+    names.
     """
     names = (Path(name.strip()).name for name in dataset.split(","))
     return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(names))[:80].strip("-._") or "table"
 
 
 def without_paths(arguments: Sequence[str]) -> str:
-    """The command line that was given, but for the directories that paths stand in."""
+    """The given command line, without the directories of paths."""
     words = (Path(word).name if os.sep in word else word for word in arguments)
     return shlex.join(["python", "-m", "tuner", *words])
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Tell what is wrong in one line on standard error, and exit."""
+    """Print an error in one line on standard error, and exit."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -1,18 +1,18 @@
-"""From questions and text to token sequences that can be run along.
+"""Packs questions and text into token sequences.
 
 Owns how many questions go into one sequence, which of its tokens are prompt, which positions count,
-and where each answer stands. Knows nothing of policies.
+and the position of each answer. Knows nothing of policies.
 
-What is prompt: serving prefills what a user sends and decodes what follows, one token at a time.
-Rows come in two forms. *Packed*, the first question, up to and including its "Answer:", is the
-prompt, and everything after it is decoded, as in a conversation that goes on. A single question is
-short enough to be held almost whole, and with all but the last answer in the prompt, an exact
-prefill would attend to everything and evict only once, at its end; this way most answers are given
-by a cache that has been trimmed for hundreds of steps, which is when a forgetting factor matters.
-With a number of *shots*, a sequence is one question with so many solved ones before it, all prompt
-but the answer, as the literature asks. A generated context with its questions is a sequence either
-way, as long as fits. Conversations, put into text by the model's chat template, share sequences as
-questions do. Of running text the first quarter is prompt.
+Which tokens are prompt: serving prefills the user's text and decodes the rest, one token at a time.
+Rows come in two forms. In *packed* rows the first question, up to and including its "Answer:", is
+the prompt, and everything after it is decoded, as in a long conversation. A single question is
+short enough to be kept almost whole. If all but the last answer were prompt, an exact prefill would
+attend to everything and evict only once, at its end. In packed rows, most answers come from a cache
+that has been trimmed for hundreds of steps; only then does a forgetting factor matter. With a
+number of *shots*, a sequence is one question after this many solved ones, and everything but the
+answer is prompt, as in the literature. A generated context with its questions is one sequence in
+both forms, as long as it fits. Conversations, rendered by the model's chat template, share
+sequences as questions do. Of running text the first quarter is prompt.
 """
 
 import hashlib
@@ -33,19 +33,20 @@ PROMPT_SHARE_OF_TEXT = 0.25
 LEAST_FACTS = 2
 
 _CHARACTERS_PER_TOKEN = 8
-"""A stretch of text of this many characters a token holds enough tokens, save for odd ones."""
+"""Characters taken per token wanted; only rare texts then hold too few tokens."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sequence, and what can be judged right or wrong in it."""
+    """A sequence, and the answers in it that can be judged right or wrong."""
 
     example: Example
     answers: tuple[range, ...] = ()
-    """The stretch of `example.counted` that predicts each answer, in order; empty where the answers
-    are too free to be compared word by word."""
+    """The range of `example.counted` that predicts each answer, in order; empty if the answers are
+    too free to be compared word by word."""
     alternatives: tuple[Example, ...] = ()
-    """The sequence with each choice for its last answer; what counts predicts the choice."""
+    """The sequence with each choice for its last answer; the counted positions predict the
+    choice."""
     right: int = 0
     """The index of the right alternative."""
 
@@ -63,13 +64,13 @@ def items(
     """Make up to `count` sequences of at most `length` tokens, each row of `part` used once.
 
     Args:
-        model: whose tokens are counted.
-        part: where questions or text come from.
-        count: how many sequences; fewer come back where the part holds no more.
-        length: the most tokens of one.
+        model: its tokenizer counts the tokens.
+        part: source of questions or text.
+        count: number of sequences; fewer are returned if the part holds no more.
+        length: largest number of tokens of one sequence.
         seed: decides which rows, in which order.
-        shots: solved examples before each question; None packs rows as full as they fit.
-        solved: where those come from; needed with one shot or more.
+        shots: solved examples before each question; None packs as many rows as fit.
+        solved: source of the solved examples; needed with one shot or more.
     """
     if length > model.shape.max_context:
         raise InvalidArgument(
@@ -86,7 +87,7 @@ def items(
             )
         told = (turns_of(model, one, length) for one in part.conversations(rng))
         groups = (group for group in told if group)
-        # The template has written the special tokens.
+        # The template already contains the special tokens.
         if shots is None:
             source = _packed(model, groups, length, special=False)
         else:
@@ -119,7 +120,7 @@ def digest(made: Sequence[Example]) -> str:
 def _packed(
     model: LoadedModel, groups: Iterator[Group], length: int, *, special: bool = True
 ) -> Iterator[Item]:
-    """Fill sequences with groups in order; too long a group and the unfinished end are left out."""
+    """Fill sequences with groups in order; omit groups that are too long, and an unfinished end."""
     room = length - len(model.encode("", special=special))
     held: list[Group] = []
     used = 0
@@ -137,7 +138,7 @@ def _packed(
 def _asked(
     model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
 ) -> Iterator[Item]:
-    """One group a sequence, after `shots` solved ones; what is too long is left out."""
+    """Make one sequence per group, after `shots` solved ones; omit what is too long."""
     assert part.groups is not None
     shown = _shown(model, solved, length, rng, shots)
     room = length - len(model.encode(""))
@@ -152,7 +153,7 @@ def _asked(
 def _shown(
     model: LoadedModel, solved: Part | None, length: int, rng: Random, shots: int
 ) -> Iterator[Group]:
-    """Solved examples without end, none so long that a question would not fit beside them."""
+    """Yield solved examples endlessly, none so long that a question would not fit beside them."""
     if not shots:
         return
     assert solved is not None
@@ -167,7 +168,7 @@ def _shown(
 def _made(
     model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
 ) -> Iterator[Item]:
-    """Contexts of as many facts as fit, each with its own random numbers."""
+    """Make contexts of as many facts as fit, each from a separate random seed."""
     assert part.made is not None
     parts = [*[solved] * shots, part]
     while True:
@@ -190,7 +191,7 @@ def _made(
 
 
 def _text(groups: Sequence[Group]) -> str:
-    """The solved questions of groups in order, after each group what follows its last turn."""
+    """Join the turns of groups in order; after each group comes the `after` of its last turn."""
     return "".join(
         "".join(turn.question + turn.answer for turn in group) + group[-1].after for group in groups
     )
@@ -215,10 +216,10 @@ def _item(
     choose: bool = False,
     special: bool = True,
 ) -> Item:
-    """One sequence; every answer after the first `lead` groups counts.
+    """Make one sequence; every answer after the first `lead` groups counts.
 
-    With `choose` the last answer's choices, where it has any, become alternatives. Without
-    `special`, the special tokens stand in the text: these are conversations, and free.
+    With `choose`, the choices for the last answer, if any, become alternatives. Without `special`,
+    the text already contains the special tokens: these are conversations, whose answers are free.
     """
     text, spans = _text(groups[:lead]), []
     for group in groups[lead:]:
@@ -227,7 +228,7 @@ def _item(
             spans.append((len(text) - len(turn.answer.lstrip()), len(text)))
         text += group[-1].after
     example, answers = _example(model, text, spans, first=spans[0][0], special=special)
-    # A worked solution over many lines is one of many right ones; who words it so is no measure.
+    # A solution in many lines is one of many right ones, so its exact words are no measure.
     free = not special or any("\n" in turn.answer for group in groups for turn in group)
     last = groups[-1][-1]
     before = text[: spans[-1][1] - len(last.answer)]
@@ -252,11 +253,11 @@ def _example(
     first: int,
     special: bool = True,
 ) -> tuple[Example, tuple[range, ...]]:
-    """Tokens of a text, prompt up to character `first`; the tokens of each span are predicted."""
+    """Encode a text; its prompt ends at character `first`, and tokens of each span count."""
     encoding = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     ids = model.encode(text, special=special)
     assert tuple(encoding.input_ids) == ids
-    # Tokens that stand for no characters, such as the first, have empty spans.
+    # Tokens without characters, such as the BOS token, have empty spans.
     places = [(start, end) for start, end in encoding.offset_mapping]
     counted: list[int] = []
     answers = []
@@ -269,12 +270,12 @@ def _example(
 
 
 def _windows(model: LoadedModel, text: str, length: int, rng: Random) -> Iterator[Example]:
-    """Stretches of running text, from random places that do not overlap."""
+    """Yield pieces of running text from random places that do not overlap."""
     stride = length * _CHARACTERS_PER_TOKEN
     starts = list(range(0, len(text), stride))
     rng.shuffle(starts)
     for start in starts:
-        # From the next line or word on, so that no word is cut.
+        # Begins at the next line or word, so that no word is cut.
         piece = text[start : start + stride]
         ids = model.encode(piece[_first_break(piece) :])[:length]
         if len(ids) < length:

@@ -1,7 +1,7 @@
-"""The HTML report of an evaluation: one file that needs no script and loads nothing.
+"""Writes the HTML report of an evaluation: one file without scripts or external resources.
 
-Owns what is shown, in which order and in which words; `page.html.j2` is its layout. Knows nothing
-of how figures are measured, nor of how a picture is drawn.
+Owns the contents, their order and their wording; `page.html.j2` is the layout. Knows nothing of how
+figures are measured or pictures drawn.
 """
 
 import math
@@ -15,7 +15,7 @@ from tuner.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Size
 from tuner.skeleton import Panels, Picture
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
-"""In the tables of figures: what is a share or a cosine needs fewer than nats do."""
+"""Decimals in tables: shares and cosines need fewer than nats."""
 
 
 def render(evaluation: Evaluation) -> str:
@@ -57,7 +57,7 @@ def _sizes(evaluation: Evaluation, *tasks: str) -> list[Size]:
 
 
 def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
-    """The cell with the lowest mean KL at each size, the full cache aside."""
+    """The cell with the lowest mean KL at each size, without the full cache."""
     return {
         size: min(
             (cell for cell in evaluation.cells if cell.task == task and cell.size == size),
@@ -68,10 +68,10 @@ def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
 
 
 def _conclusion(evaluation: Evaluation, task: str) -> str:
-    """Say in one sentence which policy loses least at the smallest size, and beside which others.
+    """State in one sentence which policy loses least at the smallest size, compared with others.
 
-    Others are the policies that a reader compares with: tables, the best uniform setting, h2o,
-    window. Whether a lead is more than chance is left to the comparisons.
+    The others are tables, the best uniform setting, h2o and window. The comparisons show whether a
+    lead is significant.
     """
     sizes = _sizes(evaluation, task)
     if not sizes:
@@ -96,9 +96,9 @@ def _conclusion(evaluation: Evaluation, task: str) -> str:
 
 
 def curves(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
-    """A panel for each metric over the sizes: once for ratios and once for slots, if there are any.
+    """Draw each metric over the sizes: once for ratios and once for slots, if there are any.
 
-    Where there is one size of a unit, dots stand for the curves.
+    If a unit has one size only, dots replace the curves.
     """
     sizes, drawn = _sizes(evaluation, task), []
     for unit in ("ratio", "slots"):
@@ -147,7 +147,7 @@ def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
 
 
 def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
-    """At most four cells whose heads are worth a look: a table, the best a2sf, h2o, window."""
+    """At most four cells whose heads are shown: a table, the best a2sf, h2o, window."""
     kinds: dict[str, Cell] = {}
     if best := evaluation.best_a2sf(task, size):
         kinds["a2sf"] = best
@@ -160,7 +160,7 @@ def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
 
 
 def alpha_picture(name: str, alpha: Sequence[Sequence[float]], salt: str) -> Picture:
-    """A table's alphas and half-lives."""
+    """Draw a table's alphas and half-lives."""
     words = (
         "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
         "room, the half-life of a score in tokens stands below alpha. 0: only the last query "

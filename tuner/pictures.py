@@ -1,9 +1,9 @@
-"""The pictures of an evaluation, as SVG to set into a page: curves and intervals of each metric.
+"""Draws the pictures of an evaluation as SVG for a page: curves and intervals of each metric.
 
-Owns the look that every picture shares (ink, colours, markers, paper) and the clean-up of
-matplotlib's SVG: no ids that could collide, nothing loaded from elsewhere. Knows nothing of heat
-maps, of the page around a picture, nor of how figures are measured. Figures are drawn through
-matplotlib's objects alone, in colours for white paper; the page's style knows their dark forms.
+Owns the look that every picture shares (colours, markers, paper) and the clean-up of matplotlib's
+SVG: no ids that could collide, and no external resources. Knows nothing of heat maps, of the page
+around a picture, or of how figures are measured. Figures are drawn through matplotlib's objects,
+without pyplot, in colours for white paper; the page's style sheet maps them to a dark form.
 """
 
 import math
@@ -35,22 +35,23 @@ TITLES: dict[Metric, str] = {
 LOWER_IS_BETTER: tuple[Metric, ...] = ("kl", "nll")
 
 KL_FLOOR = 1e-6
-"""What lies below is rounding, and a log axis would spend its length on it."""
+"""Smaller values are rounding errors, and would take most of a log axis."""
 
 PX_PER_INCH = 100
 LEAST_SCALE = 0.6
-"""A picture shrinks to this share of its width with the window; then its figure scrolls."""
+"""Smallest scale of a picture in a narrow window; below it, the figure scrolls."""
 
 WIDTH = 11.0
-"""Inches that a page has room for."""
+"""Width of a page, in inches."""
 PANEL_WIDTH = WIDTH / 2
-"""Inches of one metric's panel; two stand side by side where there is room."""
+"""Width of one metric's panel, in inches; two fit side by side."""
 
 INK, GRID, PAPER = "#222222", "#dddddd", "#ffffff"
-"""The page's style gives these three colours their dark forms: draw nothing else in them."""
+"""The page's style sheet replaces these three colours by their dark forms, so draw nothing else in
+them."""
 
-# Okabe and Ito's palette, which readers with any common colour blindness can tell apart, in shades
-# that stand out from white and from black.
+# The palette of Okabe and Ito, distinguishable with any common colour blindness, in shades that are
+# visible on white and on black.
 COLOURS = {
     "table": "#009e73",
     "uniform": "#2b8cc4",
@@ -65,18 +66,18 @@ COLOURS = {
     "adakv a2sf": "#7a8b2e",
 }
 MORE_TABLES = ("#c2185b", "#5c6bc0", "#8d6e63")
-"""For the tables after the first."""
+"""Colours of the tables after the first."""
 _OTHER = "#a5803a"
 _BACKGROUND = "#9aa5b1"
-"""For the uniform settings that are the best at no size."""
+"""Colour of uniform settings that are not the best at any size."""
 LABEL_GAP = 11.0
-"""Points between the names at the ends of two lines, at least."""
+"""Smallest distance between names at the ends of lines, in points."""
 _MARKERS = "os^DvPX<>phd8H"
 _LINES = ("-", "--", "-.", ":")
 
 
 def kind_of(policy: Policy) -> str:
-    """What a policy belongs to: `table`, or the name before the first colon."""
+    """The kind of a policy: `table`, or the name before the first colon."""
     return "table" if policy.alpha is not None else policy.name.split(":")[0]
 
 
@@ -91,7 +92,10 @@ class _Style:
 
 
 def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[str, _Style]:
-    """One look a policy: tables thick, the best uniform settings in colour, others behind them."""
+    """Choose a style per policy.
+
+    Tables have thick lines, the best uniform settings colours, and other uniform settings are grey.
+    """
     shown = [policy for policy in evaluation.policies if kind_of(policy) != "full"]
     kinds: dict[str, list[str]] = defaultdict(list)
     best = {cell.policy for s in sizes if (cell := evaluation.best_a2sf(task, s))}
@@ -116,7 +120,7 @@ def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[st
 
 
 def _colour(kind: str, rank: int) -> str:
-    # Tables are what a reader compares; policies of another kind differ by their lines.
+    # Each table has a colour; policies of another kind share one and differ by their lines.
     if kind == "table" and rank:
         return MORE_TABLES[(rank - 1) % len(MORE_TABLES)]
     return COLOURS.get(kind, _OTHER)
@@ -144,9 +148,10 @@ def curves(
     salt: str,
     heading: bool = False,
 ) -> str:
-    """A panel a metric, a line with its interval a policy, over two or more sizes of one unit.
+    """Draw one panel per metric, one line with its interval per policy, over sizes of one unit.
 
-    With `heading` the label stands above the panels, for a picture without a page around it.
+    Needs two or more sizes. With `heading` the label is drawn above the panels, for a picture
+    without a page around it.
     """
     with paper(salt):
         return _panels(evaluation, task, sizes, metrics, label, 3.0, _curve, heading)
@@ -155,7 +160,7 @@ def curves(
 def intervals(
     evaluation: Evaluation, task: str, size: Size, metric: Metric, *, label: str, salt: str
 ) -> str:
-    """One metric at one size: a dot with its interval a policy."""
+    """Draw one metric at one size: a dot with its interval per policy."""
     with paper(salt):
         height = 0.9 + 0.22 * len(evaluation.policies)
         return _panels(evaluation, task, [size], [metric], label, height, _dots)
@@ -182,7 +187,7 @@ def _panels(
     layout = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
     figure = Figure(figsize=(PANEL_WIDTH * columns, rows * height), layout=layout)
     places = figure.add_gridspec(rows, columns)
-    # What is left over in the last row takes the row's width.
+    # The last panel takes the rest of its row.
     last = len(metrics) - 1
     grid = [
         figure.add_subplot(
@@ -216,7 +221,7 @@ def _panels(
 
 
 def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
-    shade = min(0.15, 1 / max(len(series), 1))  # lines stay in sight where many bands overlap
+    shade = min(0.15, 1 / max(len(series), 1))  # lines stay visible under many overlapping bands
     sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     for name, points in series.items():
         style = styles[name]
@@ -243,10 +248,10 @@ def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style
 
 
 def _name_lines(axes: Axes, series: _Series, styles: dict[str, _Style]) -> None:
-    """Write each policy's name at the right end of its line; move names apart that would touch."""
+    """Write each policy's name at the right end of its line; move overlapping names apart."""
     low, high = axes.get_ylim()
     scale: Callable[[float], float] = math.log if axes.get_yscale() == "log" else float
-    # The axes are about so many points high; the layout decides later.
+    # The axes' approximate height in points; the exact layout is computed later.
     points = 72 * 2.2 / (scale(high) - scale(low))
     ends = []
     for name, found in series.items():
@@ -271,7 +276,7 @@ def _name_lines(axes: Axes, series: _Series, styles: dict[str, _Style]) -> None:
 
 
 def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
-    """Ticks at the sizes themselves, save where they would touch."""
+    """Set ticks at the sizes, except ticks that would overlap."""
     values = [value_of(size) for size in sizes]
     wide = values[-1] > 10 * values[0] or sizes[0].slots is not None
     scale: Callable[[float], float] = math.log if wide else float
@@ -303,15 +308,15 @@ def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]
 
 
 def _extent(series: _Series) -> list[float]:
-    """Means and upper ends: the lower end of a KL near zero would take most of a log axis."""
+    """Means and upper ends; the lower end of a KL near zero would take most of a log axis."""
     return [x for points in series.values() for _, e in points for x in (e.mean, e.high)]
 
 
 def log_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """A log axis over what is above the floor; a mean of zero leads out of the picture."""
+    """Set a log axis over values above the floor; a mean of zero is outside the picture."""
     low, high = log_range(values)
     low, high = low / 1.5, high * 1.2
-    # Limits first: a log axis finds none by itself where every figure is zero.
+    # Set limits first: a log axis finds none if every figure is zero.
     axes.set(**{f"{which}lim": (low, high)})
     axes.set(**{f"{which}scale": "log"})
     axis = axes.yaxis if which == "y" else axes.xaxis
@@ -321,7 +326,7 @@ def log_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
 
 
 def log_range(values: Iterable[float]) -> tuple[float, float]:
-    """What a log scale spans: the values above the floor, never empty."""
+    """Return the range of a log scale: the values above the floor, never empty."""
     above = [value for value in values if value > KL_FLOOR] or [KL_FLOOR]
     return min(above), max(*above, min(above) * 1.01)
 
@@ -335,9 +340,9 @@ def value_of(size: Size) -> float:
 
 @contextmanager
 def paper(salt: str) -> Iterator[None]:
-    """The same look whatever the user's settings, and texts taken as they stand."""
+    """Apply the same look under any user's settings, with text not parsed as markup."""
     with warnings.catch_warnings(), matplotlib.rc_context():
-        # The page's reader has fonts that the measuring of texts here has not.
+        # The page's reader has fonts that are missing here for the measurement of texts.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -366,13 +371,13 @@ def paper(salt: str) -> Iterator[None]:
 
 
 def plain(name: str) -> str:
-    """A name as a label: what cannot be printed is left out, what is too long is cut."""
+    """Make a name printable as a label: without control characters, cut if too long."""
     name = "".join(letter for letter in name if letter.isprintable())
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
 def inline(figure: Figure, label: str) -> str:
-    """Save as an SVG element for HTML: no namespaces, and no ids but those referred to."""
+    """Save as an SVG element for HTML: without namespaces and without unused ids."""
     file = StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())

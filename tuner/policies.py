@@ -1,7 +1,7 @@
-"""How a policy is written on a command line, and what it becomes at each size.
+"""Parses policies from the command line, and resolves them at each size.
 
-Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf`, `pyramid`,
-`adakv` and alpha tables, each with what it protects. Knows nothing of examples or of costs.
+Owns the spelling: `full`, `window`, `h2o`, `tova_per_head`, `random`, `a2sf`, `pyramid`, `adakv`
+and alpha tables, with their protected tokens. Knows nothing of examples or costs.
 """
 
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from tuner.results import Size
 from tuner.rivals import AdaKV, Pyramid
 
 DEFAULT_RECENT = ".5"
-"""What `a2sf`, `pyramid`, `adakv` and `random` protect unless told otherwise: as much as `h2o`, so
-that what is compared is the score."""
+"""Default protection of `a2sf`, `pyramid`, `adakv` and `random`: the same as of `h2o`, so that only
+the scores differ."""
 
 SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", ".99", "1") for r in ("0", ".5"))
-"""What a bare `a2sf` stands for: forgetting after 1, 2, 10, 50 and 100 tokens and never, without
-and with a protected window, since neither says much without the other."""
+"""Meaning of a bare `a2sf`: memory of 1, 2, 10, 50 and 100 tokens and infinite, with and without a
+protected window, because each is informative only together with the other."""
 
 SPELLING = (
     "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random, a2sf:ALPHA, pyramid[:ALPHA] or "
@@ -48,7 +48,7 @@ _RIVALS: dict[str, tuple[type[Pyramid] | type[AdaKV], str]] = {
     "pyramid": (Pyramid, "slots by layer as PyramidKV deals them"),
     "adakv": (AdaKV, "slots by head as AdaKV deals them at the end of each prompt"),
 }
-"""Rules that deal the slots otherwise: what stands for them, and in words."""
+"""Rules that split the slots in other ways: the class, and a description."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Named:
     wish: CachePolicy
     table: AlphaTable | None = field(default=None, compare=False)
     rival: str | None = None
-    """The rule of `rivals` by which slots are dealt; None: equal, or as the table says."""
+    """The rule of `rivals` that splits the slots; None: equal slots, or those of the table."""
 
     @property
     def has_size(self) -> bool:
-        """Whether the policy is asked for at a size; `full` keeps everything."""
+        """Whether the policy needs a size; `full` keeps everything."""
         return self.wish.preset != "full"
 
     @property
@@ -92,11 +92,11 @@ class Named:
         return ", ".join(parts)
 
     def at(self, size: Size | None, *, prefill_chunk: int, seed: int) -> Candidate:
-        """The policy at a size; a table keeps all but its own budget.
+        """Return the policy at a size; a table keeps everything except its budget.
 
         Args:
             size: None for `full` only.
-            prefill_chunk: for policies that say nothing; a table says.
+            prefill_chunk: for policies that set none; a table sets its own.
             seed: of the random baseline.
         """
         budget = {} if size is None else {"budget": size.slots, "budget_ratio": size.ratio}
@@ -110,10 +110,10 @@ class Named:
 
 
 def parse(written: str, model: LoadedModel) -> list[Named]:
-    """Read a list of policies, comma between them.
+    """Read a list of policies, with commas between them.
 
-    Raises InvalidArgument for what cannot be read or is said twice, NotFound for a file that is
-    not there, and TableError for a table that is not this model's.
+    Raises InvalidArgument for a policy that cannot be read or is given twice, NotFound for a
+    missing file, and TableError for a table of another model.
     """
     found = [
         policy for one in written.split(",") if one.strip() for policy in _read(one.strip(), model)
@@ -162,7 +162,7 @@ def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
 
 
 def _number(written: str, kind: type[int] | type[float]) -> float:
-    """A number in the range of everything that is written here: shares, alphas, tokens."""
+    """Read a number in the range of all values here: shares, alphas, tokens."""
     try:
         value = kind(written)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Where a long run stands: one line that a terminal writes anew, and plain lines elsewhere.
+"""Shows the progress of a long run: one updated line on a terminal, plain lines elsewhere.
 
-Owns when a line is shown, and how time is said. Knows nothing of what is run.
+Owns when a line is shown, and how durations are written. Knows nothing of what is run.
 """
 
 import os
@@ -13,19 +13,19 @@ from typing import Any, Self
 from tqdm import tqdm
 
 LINES_PACE_S = 30.0
-"""Seconds between two plain lines at least, save where another part begins."""
+"""Minimum seconds between two plain lines, except at the start of a part."""
 
 TERMINAL_PACE_S = 0.1
 
 COLUMNS = 80
-"""Of a terminal that does not say."""
+"""Width of a terminal that does not report one."""
 
 BAR = "{desc} |{bar}|"
-"""The line on a terminal; the bar takes what room is left."""
+"""The line on a terminal; the bar takes the remaining width."""
 
 
 def duration(seconds: float) -> str:
-    """A span of time as a person would say it."""
+    """Format a duration for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     whole = round(seconds / 60)
@@ -33,18 +33,18 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows on standard error which part of a run is under way, and one estimate of the whole.
+    """Shows on standard error the current part of a run, and one estimate for the whole run.
 
-    A context manager: at its end the line on the terminal is wiped.
+    A context manager: at its end the line on the terminal is erased.
     """
 
     def __init__(self, kind: str, parts: Sequence[str] = (), *, about: str = "about") -> None:
         """Show nothing yet.
 
         Args:
-            kind: what a part is called, as in "stage".
-            parts: all parts by name, in order; empty where nobody knows them.
-            about: what stands before the time that is left, as in "at most".
+            kind: the word for a part, as in "stage".
+            parts: all parts by name, in order; empty if unknown.
+            about: the words before the remaining time, as in "at most".
         """
         self._kind = kind
         self._parts = tuple(parts)
@@ -68,12 +68,12 @@ class Progress:
             self._bar.close()
 
     def say(self, line: str) -> None:
-        """Show a line that stays."""
+        """Show a line permanently."""
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
     def begin(self, part: str, done: float = 0.0, left: float | None = None) -> None:
-        """Begin a part; one that is not among the parts of the run is shown without a number.
+        """Begin a part; a part that is not in `parts` is shown without a number.
 
         `done` and `left` are those of `show`.
         """
@@ -85,12 +85,12 @@ class Progress:
         self._write("", at_once=True)
 
     def show(self, detail: str, done: float = 0.0, left: float | None = None) -> None:
-        """Show how far the part is.
+        """Show the progress within the part.
 
         Args:
             detail: in a few words.
             done: seconds that the run has taken so far.
-            left: seconds that are left of the run; None: as they were said last.
+            left: remaining seconds of the run; None: as last reported.
         """
         self._know(done, left)
         self._write(detail)
@@ -113,7 +113,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
             return
         self._from = now + TERMINAL_PACE_S
-        # A terminal that does not know its size says 0, for which tqdm would show nothing.
+        # A terminal that does not know its size reports 0 columns, for which tqdm shows nothing.
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
         if self._bar is None:
             self._bar = tqdm(desc=line, total=1.0, leave=False, ncols=columns, bar_format=BAR)

@@ -1,4 +1,4 @@
-"""What a search came to, on examples that it never saw.
+"""Tests the result of a search on examples that the search never used.
 
 Owns the baselines that a table is compared with, the paired comparisons and the verdict. Knows
 nothing of how the table was found.
@@ -31,35 +31,36 @@ from tuner.trials import Account, Trials, Tried
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 
 BASELINES = len(COMPARED_PRESETS) + 5
-"""With PyramidKV's schedule and AdaKV's rule, each with two alphas, and what layers alone gain."""
+"""Includes PyramidKV's schedule and AdaKV's rule, each with two alphas, and the best setting by
+layers."""
 
 LEAST = 9
-"""Held-out examples that a proof takes, where so many are wanted. With fewer, no gain however even
-could be called one after the correction for ten comparisons: 10 x 2 / 2^8 is .08."""
+"""Fewest held-out examples of a proof, if as many were asked for. With fewer, not even a gain in
+every example could be significant after the correction for ten comparisons: 10 x 2 / 2^8 is .08."""
 
 
 def rows(held_out: int, stages: int) -> int:
-    """Examples that a proof runs at most: the full cache, table, uniform, baselines and stages."""
+    """Largest number of rows of a proof: full cache, table, uniform, baselines and stages."""
     return held_out * (3 + BASELINES + stages)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the policies of a proof cost, on the held-out examples that the time sufficed for."""
+    """The costs of the policies of a proof, on the held-out examples that fitted into the time."""
 
     costs: dict[str, Cost]
     full_nll: NDArray[np.float64]
-    """[examples] nats a token with the full cache."""
+    """[examples] nats per token with the full cache."""
 
 
 def baselines(frame: Frame, uniform: UniformSetting, seed: int) -> dict[str, Candidate]:
     """The known methods that the table is compared with, at its budget.
 
-    The presets protect what they always protect; random protects what the best uniform setting
-    does, so that it shows what the score adds to the protection. So do PyramidKV's schedule and
-    AdaKV's rule, with accumulated attention as `pyramid` and `adakv`, and with the best uniform
-    alpha as `pyramid a2sf` and `adakv a2sf`. AdaKV's has no place where prompts are read token by
-    token.
+    The presets keep their usual protection. random has the protection of the best uniform setting,
+    so that the difference shows the value of the score. PyramidKV's schedule and AdaKV's rule have
+    that protection too: with accumulated attention as `pyramid` and `adakv`, and with the best
+    uniform alpha as `pyramid a2sf` and `adakv a2sf`. AdaKV's rule is omitted if prompts are read
+    token by token.
     """
     base = CachePolicy(
         budget=frame.budget, budget_ratio=frame.budget_ratio, prefill_chunk=frame.prefill_chunk
@@ -88,11 +89,12 @@ def judge(
 ) -> Evidence:
     """Turn held-out costs (`table`, `uniform` and further baselines) into figures and a verdict.
 
-    `full_nll` [examples] is what the true next token costs with the full cache, nats a token.
+    `full_nll` [examples] is the cost of the true next token with the full cache, in nats per token.
 
-    The table was chosen on other examples, so its own figure is not the best of many. It is
-    compared with several baselines, though: better means that the whole paired interval of table
-    minus uniform lies below 0, and that its p-value stays small once all of them are paid for.
+    The table was chosen on other examples, so its figure is not biased by the choice. But it is
+    compared with several baselines. So "better" requires that the whole paired interval of table
+    minus uniform is below 0, and that its p-value remains small after the correction for all
+    comparisons.
     """
     ours = costs["table"].kl
     others = {name: cost.kl for name, cost in costs.items() if name != "table"}
@@ -124,10 +126,10 @@ def prove(
     candidates: Mapping[str, Candidate],
     stages: Mapping[str, TablePolicy],
 ) -> Proof:
-    """Measure the candidates and, as `stage NAME`, what the stages came to; each policy once.
+    """Measure the candidates and, as `stage NAME`, the stages' results; each policy once.
 
-    Takes as many of the held-out examples as the time that the search has left suffices for, in
-    order. Raises InvalidArgument where that is less than LEAST, or than all.
+    Uses as many held-out examples, in order, as fit into the time that the search left. Raises
+    InvalidArgument if these are fewer than LEAST and not all.
     """
     named = {**candidates, **{f"stage {name}": policy for name, policy in stages.items()}}
     different = list(dict.fromkeys(named.values()))
@@ -145,13 +147,13 @@ def prove(
             need = (passes + 1) * trials.seconds_a_trial
         if need > trials.seconds_left - spent:
             if not first:
-                # Rows of a pass may take as long as if each were alone.
+                # Rows of a pass may take as long together as one by one.
                 alone = end * (len(different) + 1) * trials.seconds_a_row
                 raise _too_short(trials, end, max(need, alone))
             break
         unseen = _Unseen(model, held_out[first:end], different, trials.progress.show)
         if not first:
-            # What one pass takes tells whether there is time for the others.
+            # The time of one pass shows whether there is time for the others.
             begun = ledger.measure(unseen.name, unseen.points, unseen.measure, most=unseen.at_once)
             spent = math.fsum(one.seconds for one in begun)
             need = spent * (len(different) - len(begun)) / len(begun)
@@ -181,7 +183,7 @@ def prove(
 
 
 def _too_short(trials: Trials, examples: int, need: float) -> InvalidArgument:
-    # A third of the time is kept for the proof, less what the last trial of the search overran.
+    # A third of the time is kept for the proof, minus the overrun of the last trial of the search.
     enough = max(3 * (need + trials.seconds_a_trial), trials.seconds_spent + need) / 60
     return InvalidArgument(
         "minutes",
@@ -192,7 +194,7 @@ def _too_short(trials: Trials, examples: int, need: float) -> InvalidArgument:
 
 
 class _Unseen:
-    """Some held-out examples, and what the policies cost on them; runs nothing before asked."""
+    """Some held-out examples, and the policies' costs on them; runs nothing until asked."""
 
     def __init__(
         self,
@@ -212,7 +214,7 @@ class _Unseen:
         self._group = cache(self._costs)
 
     def measure(self, index: int, _: dict[str, Any]) -> Measured:
-        """Measure a policy, and keep what its neighbours cost, with which it shares passes."""
+        """Measure a policy, and store the costs of the policies that share its passes."""
         cost = self._group(index // self.at_once)[index % self.at_once]
         return Measured(kl=cost.kl.tolist(), nll=cost.nll.tolist(), evaluations=1.0)
 
@@ -222,7 +224,7 @@ class _Unseen:
 
 
 def _measure(ledger: Ledger, unseen: _Unseen, found: Sequence[list[Measured]]) -> list[float]:
-    """Add what each policy costs; return the likelihoods with the full cache."""
+    """Add each policy's costs; return the negative log-likelihoods with the full cache."""
     measured = ledger.measure(unseen.name, unseen.points, unseen.measure)
     for known, one in zip(found, measured, strict=True):
         known.append(one)
@@ -241,9 +243,10 @@ def stage(
     uniform: NDArray[np.float64],
     seed: int,
 ) -> Stage:
-    """What a stage took, and what its best setting is worth.
+    """Summarise a stage: its work, and the held-out value of its best setting.
 
-    `kl` is what that setting costs by held-out example, and `uniform` the best uniform setting.
+    `kl` is the cost of that setting by held-out example, and `uniform` that of the best uniform
+    setting.
     """
     return Stage(
         name=name,

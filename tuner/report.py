@@ -1,7 +1,7 @@
-"""What a person reads about a table: the figures with their intervals, the verdict, the heat map.
+"""Prints a table for people: the figures with their intervals, the verdict, the heat map.
 
-Owns the wording and the colours. Everything shown is read from the table, so that a file shown
-later says what the fit said, save for the likelihoods, which only the fit knows.
+Owns the wording and the colours. All figures come from the table, so a file shown later gives the
+same figures as the fit, except the likelihoods, which only the fit knows.
 """
 
 import math
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from tuner.fit import Outcome
 
 MUCH = 0.5
-"""Nats of KL a token beyond which a cache changes what a model says: no table mends that."""
+"""KL in nats per token above which a cache changes a model's output, whatever the table."""
 
 FEW = 16
-"""Held-out examples below which bootstrap intervals are rough."""
+"""Number of held-out examples below which bootstrap intervals are rough."""
 
 HEADINGS: dict[Metric, str] = {
     "kl": "KL to full, nats",
@@ -41,7 +41,10 @@ HEADINGS: dict[Metric, str] = {
 def summarise(
     console: Console, outcome: "Outcome", *, model: str, out: Path, study_kept: str
 ) -> None:
-    """Print the outcome of a fit; `model` is what the user called it, which a table leaves out."""
+    """Print the outcome of a fit.
+
+    `model` is the user's name for it, which a table does not contain.
+    """
     table = outcome.table
     _line(console, f"{policy_line(table.policy)}; fitted on {calibration_line(table)}")
     _figures(console, table)
@@ -61,7 +64,7 @@ def summarise(
 
 
 def show(console: Console, table: AlphaTable) -> None:
-    """Print all that a table's file says."""
+    """Print all contents of a table's file."""
     model = table.model
     _line(console, f"{table.name}  (schema {table.schema_version}, sha256 {table.sha256[:16]}...)")
     revision = f" at {model.revision}" if model.revision else ""
@@ -92,7 +95,7 @@ def show(console: Console, table: AlphaTable) -> None:
 
 
 def tabulate(console: Console, evaluation: Evaluation) -> None:
-    """Print an evaluation: for each task and size a line a policy, and what the pairs say."""
+    """Print an evaluation: for each task and size one line per policy, and the comparisons."""
     for task in evaluation.tasks:
         _line(
             console,
@@ -117,7 +120,7 @@ def tabulate(console: Console, evaluation: Evaluation) -> None:
 
 
 def comparison_line(comparison: Comparison) -> str:
-    """One pair in one line."""
+    """Return one comparison in one line."""
     gap = _figure(comparison.difference, sign=True)
     word = "differs" if comparison.p_holm < SIGNIFICANT else "not shown to differ"
     return (
@@ -127,7 +130,7 @@ def comparison_line(comparison: Comparison) -> str:
 
 
 def policy_line(policy: TablePolicy) -> str:
-    """Everything in a policy but its alphas."""
+    """Return everything in a policy except its alphas, in one line."""
     budget = (
         f"budget {policy.budget} tokens"
         if policy.budget is not None
@@ -146,7 +149,7 @@ def policy_line(policy: TablePolicy) -> str:
 
 
 def calibration_line(table: AlphaTable) -> str:
-    """What the alphas were fitted on."""
+    """Return the data that the alphas were fitted on, in one line."""
     data = table.calibration
     return (
         f"{data.examples} examples of {data.dataset} ({data.split}), {data.tokens} tokens, "
@@ -155,7 +158,7 @@ def calibration_line(table: AlphaTable) -> str:
 
 
 def verdict_line(table: AlphaTable) -> str:
-    """The verdict in one sentence, with the interval that decides it."""
+    """Return the verdict in one sentence, with the interval that decides it."""
     evidence = table.evidence
     gap = evidence.paired["uniform"]
     uniform = evidence.baselines["uniform"].mean
@@ -176,18 +179,18 @@ def verdict_line(table: AlphaTable) -> str:
 
 
 def setting_words(setting: UniformSetting) -> str:
-    """A uniform setting in few words."""
+    """Return a uniform setting in few words."""
     recent = "half" if setting.recent_share == 0.5 else _short(setting.recent_share)
     return f"{_short(setting.alpha)}, recent {recent}, sinks {setting.sinks}"
 
 
 def advice_line(table: AlphaTable) -> str:
-    """Whether to use the table, in one sentence: what it gains, and what the cache still loses."""
+    """Return the advice on a table in one sentence: its gain, and what the cache still loses."""
     evidence = table.evidence
     lost = f"it loses {evidence.table.mean:.3g} nats of KL a token against the full cache"
     nll = evidence.lost_nll
     if nll is not None:
-        # Rounded before it is shown, so that no zero is negative.
+        # Rounded before formatting, and + 0.0, to avoid "-0".
         more = round(100 * math.expm1(min(nll.mean, 100.0)), 1) + 0.0
         lost += (
             f", and the true next token costs {_figure(nll, sign=True)} nats more "
@@ -201,7 +204,7 @@ def advice_line(table: AlphaTable) -> str:
 
 
 def caution_line(table: AlphaTable) -> str | None:
-    """Say where the held-out examples are too few for what the verdict claims or denies."""
+    """Return a warning if the held-out examples are too few for the verdict."""
     evidence = table.evidence
     compared = max(len(evidence.p_holm), 1)
     enough = statistics.enough_examples(compared)
@@ -225,7 +228,7 @@ def is_uniform(policy: TablePolicy) -> bool:
 
 
 def slots(policy: TablePolicy) -> Shares:
-    """Each head's slots in multiples of the budget, 1 on average; empty where they are equal."""
+    """Each head's slots in multiples of the budget, 1 on average; empty if all are equal."""
     weights = [weight for row in policy.head_share for weight in row]
     if len(set(weights)) == 1:
         return ()
@@ -254,7 +257,7 @@ def heat_map(console: Console, policy: TablePolicy) -> None:
 
 
 def half_life(alpha: float) -> str:
-    """Tokens until a score has halved: 0 where only the last query counts, inf where none fades."""
+    """Tokens until a score has halved: 0 if only the last query counts, inf if nothing fades."""
     if alpha in (0.0, 1.0):
         return "0" if alpha == 0.0 else "inf"
     return f"{-math.log(2) / math.log(alpha):.3g}"
@@ -304,18 +307,18 @@ def _stages(console: Console, table: AlphaTable) -> None:
 
 def _figure(value: Estimate, *, sign: bool = False) -> str:
     form = "+.4f" if sign else ".4f"
-    # Rounded before it is shown, so that no zero is negative.
+    # Rounded before formatting, and + 0.0, to avoid "-0.0000".
     mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _short(value: float) -> str:
-    """Without the nought that leads a fraction."""
+    """Format a number without a leading zero."""
     return f"{value:.4g}".removeprefix("0") or "0"
 
 
 def _style(alpha: float) -> Style:
-    """From dark blue (forgets at once) to light yellow (remembers), on the scale of log tau."""
+    """From dark blue (short memory) to light yellow (long memory), on the scale of log tau."""
     share = log_tau_of(alpha) / LOG_TAU_MAX
     dark, light = (20, 30, 90), (250, 230, 120)
     red, green, blue = (low + share * (high - low) for low, high in zip(dark, light, strict=True))

@@ -1,4 +1,4 @@
-"""What an evaluation found: the document that `evaluate --json` writes and the HTML report shows.
+"""The results of an evaluation: the document of `evaluate --json`, shown by the HTML report.
 
 Owns the fields and their units. Knows nothing of how the figures are measured or drawn.
 """
@@ -22,13 +22,13 @@ METRICS: dict[Metric, str] = {
 examples; intervals are bootstrapped over examples."""
 
 SIGNIFICANT = 0.05
-"""A corrected p-value below this shows a difference."""
+"""A corrected p-value below this is significant."""
 
 Accuracy = Literal["likeliest choice", "exact greedy answer"]
 
 
 class Size(Frozen):
-    """How many tokens a head may keep: a share of each sequence's length, or a number."""
+    """The number of tokens that a head may keep: a share of each sequence's length, or a count."""
 
     ratio: Ratio | None = None
     slots: Positive | None = None
@@ -38,7 +38,7 @@ class Size(Frozen):
 
 
 class Task(Frozen):
-    """One dataset in one form, and the examples that were drawn from it."""
+    """One dataset in one form, and the examples drawn from it."""
 
     name: str = Field(description="The dataset's name with its form, as in `mathqa, 1-shot`.")
     dataset: str
@@ -56,7 +56,7 @@ class Task(Frozen):
 
 
 class Policy(Frozen):
-    """One policy as it was asked for."""
+    """One policy as the user named it."""
 
     name: str = Field(description="As written on the command line, save that a path is a name.")
     description: str
@@ -105,7 +105,7 @@ class Comparison(Frozen):
 
 
 class Evaluation(Frozen):
-    """A whole run."""
+    """The results of a whole run."""
 
     format: Literal[1] = 1
     created_at: AwareDatetime
@@ -129,7 +129,7 @@ class Evaluation(Frozen):
         return None
 
     def best_a2sf(self, task: str, size: Size) -> Cell | None:
-        """Find the uniform alpha of lowest KL, the best of those that were tried."""
+        """Find the uniform alpha with the lowest KL among those tried."""
         found = [
             cell
             for cell in self.cells
@@ -138,9 +138,9 @@ class Evaluation(Frozen):
         return min(found, key=lambda cell: cell.kl.mean, default=None)
 
     def decisive(self, task: str, size: Size) -> list[Comparison]:
-        """The comparisons of KL that a reader asks for first: of the best a2sf, and of tables.
+        """Return the main comparisons of KL: those of the best a2sf, and of tables.
 
-        Having picked the best of several is paid for: Holm's correction counts all of them.
+        The choice of the best of several is accounted for: Holm's correction counts all of them.
         """
         best = self.best_a2sf(task, size)
         chosen = {policy.name for policy in self.policies if policy.sha256}

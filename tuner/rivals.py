@@ -1,7 +1,7 @@
-"""Other published ways to deal the same slots, which a table is compared with.
+"""Other published rules that split the same slots, for comparison with a table.
 
-Owns their schedules and where they come from. Knows nothing of examples, of costs, or of how a
-policy is written on a command line.
+Owns their schedules and their sources. Knows nothing of examples, of costs, or of the spelling of
+policies on a command line.
 """
 
 import numpy as np
@@ -11,35 +11,35 @@ from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.schema import Frozen, TablePolicy
 
 BETA = 20
-"""PyramidKV's default: the top layer gets a twentieth of what the mean layer does."""
+"""PyramidKV's default: the top layer gets a twentieth of the mean layer's slots."""
 
 
 FLOOR = 0.2
-"""AdaKV's default: the share of its equal part that every head is sure of."""
+"""AdaKV's default: the share of its equal part that every head is guaranteed."""
 
 
 class Pyramid(Frozen):
     """PyramidKV's schedule (arXiv 2406.02069): many slots in the lowest layer, few in the top one.
 
-    Sinks and the recent window are reserved in all layers alike. The rest falls from layer to layer
-    by the same number: with r slots a layer on average, the top layer gets r / BETA and the lowest
-    2 r - r / BETA; where the sequence has fewer, the lowest gets those and the top what that
-    leaves. Which tokens a layer keeps is up to the block law.
+    Sinks and the recent window are reserved equally in all layers. The other slots decrease
+    linearly from layer to layer: with r slots per layer on average, the top layer gets r / BETA and
+    the lowest 2 r - r / BETA. If the sequence is shorter than that, the lowest layer gets its
+    length and the top layer the remainder. The block law decides which tokens a layer keeps.
     """
 
     equal: CachePolicy
-    """The same with equal slots: a uniform alpha (1: accumulated attention), what is protected,
+    """The same policy with equal slots: a uniform alpha (1: accumulated attention), the protection,
     and the mean budget."""
 
     def table(self, equal: EffectivePolicy, length: int) -> TablePolicy:
-        """The table that stands for the schedule on a sequence of `length` tokens.
+        """Return the table with this schedule for a sequence of `length` tokens.
 
-        `equal` is what the policy of that name comes to there.
+        `equal` is the field `equal`, resolved for that length.
         """
         layers, heads = len(equal.alpha), len(equal.alpha[0])
         reserved = equal.sinks + equal.recent
         rest = equal.budget - reserved
-        # A layer without a slot to compete for could not take part at all.
+        # Every layer needs at least one slot that is not reserved.
         top = max(rest / BETA, 1.0)
         lowest = min(2 * rest - top, max(length - reserved, rest))
         slots = reserved + np.linspace(lowest, 2 * rest - lowest, layers)
@@ -54,19 +54,23 @@ class Pyramid(Frozen):
 
 
 class AdaKV(Frozen):
-    """AdaKV's rule (arXiv 2407.11550): each prompt's own scores deal a layer's slots among heads.
+    """AdaKV's rule (arXiv 2407.11550): each prompt's scores split a layer's slots among its heads.
 
-    The block law scores a prompt; at its end all heads of a layer share one pool, which the highest
-    scores win, and each head is sure of FLOOR of what it would have alone. From then on a head
-    keeps to what it got. A prompt that is read in steps of one token has no end to deal at.
+    The block law scores a prompt. At its end all heads of a layer share one pool, the tokens with
+    the highest scores are kept, and each head is guaranteed FLOOR of its equal part. Afterwards
+    each head keeps its number of slots. A prompt that is read in steps of one token has no such
+    end.
     """
 
     equal: CachePolicy
-    """The same with equal slots: a uniform alpha (1: accumulated attention), what is protected,
+    """The same policy with equal slots: a uniform alpha (1: accumulated attention), the protection,
     and the budget."""
 
     def pooled(self, equal: EffectivePolicy) -> EffectivePolicy:
-        """The policy, from what `equal` comes to. Raises InvalidArgument for steps of one token."""
+        """Return the policy, given `equal` resolved.
+
+        Raises InvalidArgument for steps of one token.
+        """
         if equal.prefill_chunk == 1:
             raise InvalidArgument(
                 "prefill_chunk",

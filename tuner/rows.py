@@ -1,8 +1,8 @@
-"""What one row of a data file says.
+"""Reads the rows of a data file.
 
-Owns the forms of rows that are accepted, the wording in which a question becomes a prompt, and how
-a row that is none of them is refused. Knows nothing of datasets, tokens or models: how messages
-become text is for the model's chat template to say, which `packing` asks.
+Owns the accepted forms of rows, the wording that turns a question into a prompt, and the errors for
+other rows. Knows nothing of datasets, tokens or models: the model's chat template renders messages,
+and `packing` calls it.
 """
 
 import json
@@ -17,33 +17,33 @@ from a2sf.errors import InvalidArgument
 from a2sf.requests import ChatMessage
 
 ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Files of rows, one JSON object a line; every other file is running text."""
+"""Files of rows, one JSON object per line; every other file is running text."""
 
 ANSWERS = "assistant"
 """The role whose messages count."""
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says what was found, and repeats none of its texts."""
+    """A row that cannot be used. The message says what was found, and quotes none of its texts."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A document, all of which counts but its beginning."""
+    """A document; everything counts except its beginning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and what is said to it, of which the latter counts; the text is both together."""
+    """A prompt and its answer, which counts; the text is both together."""
 
     question: str
     answer: str
     choices: tuple[str, ...] = ()
-    """All answers to choose from, the right one among them; empty where the answer is free."""
+    """All possible answers, including the right one; empty if the answer is free."""
     after: str = "\n"
-    """What follows in a sequence that holds more."""
+    """The text after the turn in a sequence that holds more."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Conversation:
 
     messages: tuple[ChatMessage, ...]
     where: str = ""
-    """File and line, for what only a model's template can find wrong."""
+    """File and line, for errors that only a model's template can find."""
 
     def __eq__(self, other: object) -> bool:
-        """Two conversations are the same wherever they stand."""
+        """Two conversations are equal if their messages are, whatever their place."""
         return isinstance(other, Conversation) and self.messages == other.messages
 
     def __hash__(self) -> int:
@@ -70,9 +70,9 @@ class Form:
     """One form of rows."""
 
     shown: str
-    """As an error and the guide show it."""
+    """The form as shown in errors and in the guide."""
     keys: tuple[str, ...]
-    """A row that has all of them is of this form, unless it is of an earlier one."""
+    """A row with all of these keys is of this form, unless it is of an earlier one."""
     read: Callable[[Mapping[str, Any]], Row]
 
 
@@ -156,7 +156,7 @@ ROW_FORMS = ", ".join(form.shown for form in FORMS)
 
 
 def row_of(given: object) -> Row:
-    """Put one JSON value into a row. Raises BadRow if it is of no accepted form."""
+    """Convert one JSON value to a row. Raises BadRow if it is of no accepted form."""
     if not isinstance(given, dict):
         raise BadRow(_kind(given))
     for form in FORMS:
@@ -171,9 +171,9 @@ def row_of(given: object) -> Row:
 
 
 def read_file(path: Path) -> str | list[Row]:
-    """Read a file: running text, or rows of one kind, for which its suffix decides.
+    """Read a file: running text, or rows of one kind, depending on its suffix.
 
-    Raises InvalidArgument, which names file and line, for what cannot be read.
+    Raises InvalidArgument, which names file and line, for content that cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -184,7 +184,7 @@ def read_file(path: Path) -> str | list[Row]:
     if path.suffix not in ROW_SUFFIXES:
         return text
     rows: list[Row] = []
-    # Not splitlines(): a row's text may hold any of the rarer line separators.
+    # Not splitlines(): a row's text may contain the rarer line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -212,7 +212,7 @@ NAMES: dict[type[Row], str] = {
     Turn: "questions or prompts with answers",
     Conversation: "conversations",
 }
-"""What rows of a kind are called."""
+"""The name for rows of each kind."""
 
 
 def _refused(where: str, found: str) -> InvalidArgument:
@@ -226,7 +226,7 @@ def _question(row: Mapping[str, Any]) -> str:
 
 
 def _said(row: Mapping[str, Any], key: str) -> str:
-    """A text without the blanks around it."""
+    """Read a text field, without surrounding white space."""
     value = row[key]
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{key} is {_kind(value)}, not a text that says something")
@@ -234,7 +234,7 @@ def _said(row: Mapping[str, Any], key: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a JSON value is, without what it says."""
+    """Describe the type of a JSON value without quoting it."""
     match value:
         case None:
             return "null"

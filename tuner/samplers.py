@@ -1,8 +1,8 @@
-"""Searching the tables as a whole, with general optimisers: Optuna's TPE, and CMA-ES.
+"""Searches whole tables with general optimisers: Optuna's TPE, and CMA-ES.
 
-Owns the spaces that they search and how they are driven: a few settings at a time, so that workers
-share them and a search run again proposes the same. Knows nothing of the coordinate stages, but
-that they leave a best setting to start from.
+Owns the search spaces and the loop over proposals. It asks for a few settings at a time, so that
+workers share them and a repeated search proposes the same settings. Knows nothing of the coordinate
+stages, except that they leave a best setting as the start.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,31 +22,32 @@ from tuner.search import LOG_TAU_MAX, Setting, alpha_of, log_tau_of, shares
 from tuner.trials import Tried
 
 AT_ONCE = 4
-"""Settings that TPE proposes together, without knowing what each other costs."""
+"""Settings that TPE proposes together, before it knows the cost of any of them."""
 
 MOST_MISSES = 25
-"""Proposals in a row that leave some layer without a slot to compete for, after which it ends."""
+"""Rounds in a row without a feasible setting, after which the search ends. In an infeasible setting
+some layer has only protected slots."""
 
 KNOTS = 3
-"""Depths at which a structured table is chosen; between them it is interpolated."""
+"""Depths at which a structured table has parameters; between them it is interpolated."""
 
 LOG2_SHARE = (-3.0, 3.0)
-"""An eighth of the budget to eight times as much, before all are brought to the same total."""
+"""From an eighth of the budget to eight times as much, before all are scaled to the same total."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Numbers that stand for a setting."""
+    """A space of numbers; each point represents a setting."""
 
     ranges: Mapping[str, tuple[float, float]]
     start: Mapping[str, float]
-    """The numbers of the best setting so far, or of what is nearest to it."""
+    """The numbers of the best setting so far, or of the nearest point in the space."""
     setting: Callable[[Mapping[str, float]], Setting]
     clipped: tuple[str, ...] = ()
-    """Numbers of the best setting that lie outside their range, and where they start instead."""
+    """Numbers of the best setting that are outside their range, and the start used instead."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a start outside its range: Optuna would use it all the same."""
+        """Raise ValueError for a start outside its range, which Optuna would accept."""
         for name, (low, high) in self.ranges.items():
             if not low <= self.start[name] <= high:
                 raise ValueError(
@@ -55,7 +56,7 @@ class Space:
 
 
 class Optimiser(Protocol):
-    """What proposes points of a space, in rounds."""
+    """Proposes points of a space, in rounds."""
 
     at_once: int
 
@@ -64,7 +65,7 @@ class Optimiser(Protocol):
         ...
 
     def tell(self, costs: Sequence[float | None]) -> None:
-        """Take the costs of the last `at_once` points, in order; None: it stands for no setting."""
+        """Take the costs of the last `at_once` points, in order; None if not measured."""
         ...
 
 
@@ -74,7 +75,7 @@ class Tpe:
     at_once = AT_ONCE
 
     def __init__(self, space: Space, cost: float | None, seed: int) -> None:
-        """Begin with the start of the space: known to `cost` so much, or proposed first if None."""
+        """Begin with the space's start: with its `cost` if known, else as the first proposal."""
         self._distributions = {n: FloatDistribution(*ends) for n, ends in space.ranges.items()}
         self._study = optuna.create_study(
             sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8)
@@ -126,14 +127,14 @@ class Cma:
         return dict(zip(self._names, values.tolist(), strict=True))
 
     def tell(self, costs: Sequence[float | None]) -> None:
-        """Take the costs. Only their order matters, so that no setting is the worst."""
+        """Take the costs. Only their order matters; a point without a cost counts as the worst."""
         told = [np.inf if cost is None else cost for cost in costs]
         self._cma.tell(list(zip(self._asked, told, strict=True)))
         self._asked.clear()
 
 
 def tpe(climb: Climb, seed: int) -> None:
-    """Search the alpha of every head by TPE; all else is the best setting's."""
+    """Search the alpha of every head by TPE; everything else stays as in the best setting."""
     space = every_head(climb.best.setting)
     _drive(climb, "tpe", space, Tpe(space, _known(space, climb.best), seed))
 
@@ -151,12 +152,12 @@ def cma(climb: Climb, seed: int) -> None:
 
 
 def _known(space: Space, best: Tried) -> float | None:
-    """What the start of the space costs; None where it stands for another setting than the best."""
+    """The cost of the space's start; None if it represents another setting than the best."""
     return best.mean if space.setting(space.start) == best.setting else None
 
 
 def every_head(best: Setting) -> Space:
-    """One log tau for every head."""
+    """One log tau per head."""
     heads = {
         f"log_tau.{layer}.{head}": log_tau_of(alpha)
         for layer, row in enumerate(best.alpha)
@@ -174,7 +175,7 @@ def every_head(best: Setting) -> Space:
 
 
 def by_layer(best: Setting) -> Space:
-    """One log tau and one share for every layer, and the protection; starts from layers' means."""
+    """One log tau and one share per layer, and the protection; starts from the layers' means."""
     layers = range(len(best.alpha))
     taus = [float(np.mean([log_tau_of(alpha) for alpha in row])) for row in best.alpha]
     logs = [float(np.log2(np.mean(row))) for row in best.head_share]
@@ -230,7 +231,7 @@ def _space(
     start: Mapping[str, float],
     setting: Callable[[Mapping[str, float]], Setting],
 ) -> Space:
-    """Start where the best setting is, or at the nearest point within the ranges."""
+    """Make a space that starts at the best setting, or at the nearest point within the ranges."""
     within = {
         name: min(max(value, ranges[name][0]), ranges[name][1]) for name, value in start.items()
     }
@@ -244,14 +245,14 @@ def _protected(setting: Setting, numbers: Mapping[str, float]) -> Setting:
 
 
 def _dealt(best: Setting, weights: Sequence[float]) -> Setting:
-    """Deal by layer; within a layer in the proportions that the heads have."""
+    """Split slots by layer; within a layer the heads keep their proportions."""
     means = np.mean(best.head_share, axis=1, keepdims=True)
     dealt = np.asarray(best.head_share) / means * np.asarray(weights)[:, None]
     return replace(best, head_share=shares(dealt.tolist()))
 
 
 def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:
-    """Let an optimiser propose until the trials end, and see what each proposal cost."""
+    """Measure the optimiser's proposals until the trials end, and report their costs to it."""
     if space.clipped:
         climb.trials.notes.append(
             f"The stage {name} starts at the nearest setting within its ranges: "
@@ -267,11 +268,11 @@ def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:
         tried = climb.trials.measure(f"{name}/{number}", feasible, best=before)
         costs = {one.setting: _expected(one, before) for one in tried}
         optimiser.tell([costs.get(setting) for setting in settings])
-        # The cheapest counts, as it would for Optuna.
+        # The cheapest setting is the best, as for Optuna; no significance is required.
         climb.best = min([before, *tried], key=lambda one: one.mean)
         number += 1
 
 
 def _expected(one: Tried, best: Tried) -> float:
-    """The cost on all examples; of what was given up, by how it did beside the best."""
+    """The cost on all examples; if given up early, estimated by its difference from the best."""
     return best.mean + float((one.kl - best.kl[: len(one.kl)]).mean())

@@ -1,8 +1,8 @@
-"""What is searched: settings of the cache, and the scales that they lie on.
+"""The search space: settings of the cache, and their scales.
 
-Owns the scale of forgetting (log tau, with exact 0 and exact 1 as members), a setting and its form
-in a study, and the frame that all settings of one fit share. Knows nothing of how a setting is
-chosen, measured or stored.
+Owns the scale of forgetting (log tau, including exact 0 and exact 1), a setting and its form in a
+study, and the frame that all settings of one fit share. Knows nothing of how a setting is chosen,
+measured or stored.
 """
 
 import math
@@ -14,20 +14,21 @@ from typing import Any, Self
 from a2sf.schema import TablePolicy, UniformSetting
 
 LOG_TAU_MAX = math.log(2000)
-"""Beyond 2,000 tokens a factor cannot be told from 1 on sequences of the lengths fitted here."""
+"""Beyond 2,000 tokens a factor is indistinguishable from 1 on sequences of the lengths used
+here."""
 
 Alphas = tuple[tuple[float, ...], ...]
 """[num_layers][num_kv_heads]"""
 
 Shares = tuple[tuple[float, ...], ...]
-"""[num_layers][num_kv_heads], of mean 1"""
+"""[num_layers][num_kv_heads], with mean 1"""
 
 
 def alpha_of(log_tau: float) -> float:
     """Forgetting factor `1 - 1/tau`: exactly 0 at or below log tau 0, exactly 1 at the maximum."""
     if log_tau >= LOG_TAU_MAX:
         return 1.0
-    # Six digits, so that what a file shows is what was measured.
+    # Six digits, so that the value in a file is the value that was measured.
     return round(-math.expm1(-max(log_tau, 0.0)), 6)
 
 
@@ -37,9 +38,10 @@ def log_tau_of(alpha: float) -> float:
 
 
 def shares(weights: Sequence[Sequence[float]]) -> Shares:
-    """Weights of heads as shares of mean 1: the `head_share` of a table.
+    """Scale weights of heads to shares with mean 1: the `head_share` of a table.
 
-    Four digits: what a file shows is what was measured, and no slot hangs on the fifth.
+    Rounded to four digits, so that the value in a file is the value that was measured. The fifth
+    digit changes no slot.
     """
     mean = fmean(weight for row in weights for weight in row)
     return tuple(tuple(round(weight / mean, 4) for weight in row) for row in weights)
@@ -114,7 +116,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Frame:
-    """What every setting of one fit has in common."""
+    """The common part of all settings of one fit."""
 
     num_layers: int
     num_kv_heads: int
@@ -133,11 +135,11 @@ class Frame:
 
     @property
     def equal(self) -> Shares:
-        """As many slots for every head."""
+        """Equal slots for all heads."""
         return ((1.0,) * self.num_kv_heads,) * self.num_layers
 
     def uniform(self, setting: UniformSetting) -> Setting:
-        """One alpha everywhere, and equal slots."""
+        """A setting with one alpha for all heads, and equal slots."""
         return Setting(
             alpha=((setting.alpha,) * self.num_kv_heads,) * self.num_layers,
             head_share=self.equal,

@@ -1,9 +1,9 @@
-"""The sensitivity profile: what every head alone costs with fewer slots, and what follows from it.
+"""The sensitivity profile: the cost of each head alone with fewer slots, and settings based on it.
 
-Owns the budgets and alphas that are looked at, the settings that are proposed, and two stages of a
-search: dealing slots among heads, and an alpha for each at its dealt slots. What costs add up to is
-a prior: every proposal is measured like any other setting. Knows nothing of how a head's cost is
-found (`tuner.curvature`) nor of how a total is divided (`tuner.dealing`).
+Owns the profiled budgets and alphas, the proposed settings, and two stages of a search: splitting
+slots among heads, and an alpha for each head at its slots. The sum of single costs is only a prior:
+every proposal is measured like any other setting. Knows nothing of how a head's cost is found
+(`tuner.curvature`) or how a total is divided (`tuner.dealing`).
 """
 
 import hashlib
@@ -26,46 +26,49 @@ from tuner.search import Frame, Setting, log_tau_of, shares
 from tuner.trials import Trials, Tried
 
 FRACTIONS = (0.15, 0.3, 0.6, 1.0, 1.75, 3.0)
-"""Budgets that are looked at, as multiples of the mean budget, as far as the length goes."""
+"""Budgets to profile, as multiples of the mean budget, as far as they are below the length."""
 
 ALPHAS = (0.8, 0.93, 0.98, 0.993, 1.0)
 
 POWERS = (1.0, 0.75)
-"""Dealt shares are tried as they are and nearer to equal: costs of single heads do not add up."""
+"""Exponents for the computed shares: unchanged, and closer to equal, because costs of single heads
+do not add up."""
 
 MOST_PROPOSALS = 3 * len(POWERS) + 3
-"""Settings that `deal` and `alphas` propose at most."""
+"""Largest number of settings that `deal` and `alphas` propose."""
 
 FLOOR = 0.2
-"""Fewest slots of a head as a share of the mean: at a fifth of the length, .04 of the length."""
+"""Fewest slots of a head as a share of the mean: with a budget of a fifth of the length, .04 of the
+length."""
 
 MOST_BYTES = 3 * 10**9
-"""Of the rows that are looked at together, about; at least one row."""
+"""Approximate memory of the rows that are profiled together; at least one row."""
 
 MOST_ROWS = 8
 
 TIME_SHARE = 0.6
-"""Of what is left of the time, for the look; where that is short, fewer examples are looked at."""
+"""Share of the remaining time for the profile; if that is short, fewer examples are profiled."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What every head alone costs with so many slots and such an alpha."""
+    """The cost of each head alone by number of slots and alpha."""
 
     length: int
-    """Tokens of a typical example, of which the budgets are shares."""
+    """Tokens of a typical example; budgets are relative to it."""
     budgets: tuple[int, ...]
     """Slots, rising."""
     alphas: tuple[float, ...]
     costs: NDArray[np.float64]
-    """[num_layers, num_kv_heads, budgets, alphas] nats. One head a layer stands for all of it."""
+    """[num_layers, num_kv_heads, budgets, alphas] nats. With one head per layer, that head
+    represents the whole layer."""
     noise: NDArray[np.float64]
-    """The same of one standard error each."""
+    """One standard error of each cost, of the same shape."""
     examples: int
-    """How many were looked at."""
+    """Number of examples profiled."""
 
     def by_layer(self) -> "Profile":
-        """The same as if each layer were one head: costs [num_layers, 1, budgets, alphas]."""
+        """The same with each layer as one head: costs [num_layers, 1, budgets, alphas]."""
         return replace(
             self,
             costs=self.costs.sum(axis=1, keepdims=True),
@@ -73,7 +76,7 @@ class Profile:
         )
 
     def dealt(self, mean: int, floor: int, alpha: int | None) -> NDArray[np.int64]:
-        """Deal slots by the costs at an alpha of the grid, or at each head's cheapest (None)."""
+        """Split slots by the costs at an alpha of the grid, or at each head's cheapest (None)."""
         costs, noise = self.costs, self.noise
         if alpha is None:
             best = costs.argmin(axis=-1)[..., None]
@@ -85,7 +88,7 @@ class Profile:
         )
 
     def at(self, slots: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Costs of each head at its own slots, by alpha: [num_layers, num_kv_heads, alphas]."""
+        """Costs of each head at its slots, by alpha: [num_layers, num_kv_heads, alphas]."""
         whole = np.clip(np.rint(slots), 1, self.length).astype(int)
         curves = np.stack(
             [
@@ -106,12 +109,12 @@ class Profile:
 
 
 def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Profile | None:
-    """Take the profile under what `best` protects; None where there is no time for any.
+    """Make the profile with the protection of `best`; None if there is no time for any example.
 
     Args:
-        trials: says what time there is, and remembers.
-        best: the setting whose protection is kept.
-        load: loads the trials' model with `pack=False`; called only if something is not known.
+        trials: knows the remaining time, and stores results.
+        best: the setting whose protection is used.
+        load: loads the trials' model with `pack=False`; called only if a result is not stored yet.
     """
     frame, model, examples = trials.frame, trials.objective.model, trials.objective.examples
     lengths = [len(example.token_ids) for example in examples]
@@ -154,7 +157,7 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
         figures = np.stack([costs.sum(axis=0), np.square(costs).sum(axis=0)])
         return _digits(figures), curvature.work(len(policies)) * len(batch) / len(examples)
 
-    # Not the shortest first: what the time suffices for should be like the whole.
+    # In random order, because the examples within the time should represent all of them.
     for number in np.random.default_rng(0).permutation(len(rows)).tolist():
         share = len(rows[number]) / len(examples)
         need = curvature.work(len(policies)) * share * trials.seconds_a_row * len(examples)
@@ -185,7 +188,7 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
 
 
 def _looks(trials: Trials, best: Setting, length: int) -> list[tuple[Frame, int]]:
-    """The budgets that are looked at: as a frame, and in slots of a typical example."""
+    """The budgets to profile: as a frame, and in slots of a typical example."""
     frame, found = trials.frame, {}
     for fraction in FRACTIONS:
         ratio = None if frame.budget_ratio is None else fraction * frame.budget_ratio
@@ -199,7 +202,7 @@ def _looks(trials: Trials, best: Setting, length: int) -> list[tuple[Frame, int]
 
 
 def _at_once(model: LoadedModel, lengths: Sequence[int]) -> int:
-    """How many examples can be looked at together in MOST_BYTES, about."""
+    """Approximate number of examples that fit into MOST_BYTES together."""
     config = model.module.config
     hidden, inner = config.hidden_size, config.intermediate_size
     numbers = max(lengths) * (
@@ -210,15 +213,15 @@ def _at_once(model: LoadedModel, lengths: Sequence[int]) -> int:
 
 
 def _digits(values: NDArray[np.float64]) -> Any:
-    """Nested lists of numbers of five digits: what a study keeps of them."""
+    """Nested lists of numbers rounded to five digits, for storage in a study."""
     rounded = np.array([float(f"{value:.5g}") for value in values.flat])
     return rounded.reshape(values.shape).tolist()
 
 
 def deal(trials: Trials, best: Tried, profile: Profile) -> Tried:
-    """Measure what follows for the slots of heads, as a stage of a search; return the best.
+    """Measure settings with slots split by the profile, as a stage; return the best.
 
-    Slots are dealt by what each head costs at the alpha that is nearest to the best setting's.
+    Slots are split by each head's cost at the alpha nearest to the best setting's.
     """
     usual = log_tau_of(best.setting.alpha[0][0])
     nearest = min(
@@ -229,11 +232,11 @@ def deal(trials: Trials, best: Tried, profile: Profile) -> Tried:
 
 
 def alphas(trials: Trials, best: Tried, profile: Profile) -> Tried:
-    """Measure what follows for the alphas of heads, as a stage of a search; return the best.
+    """Measure settings with alphas from the profile, as a stage; return the best.
 
-    Every head at the alpha that is cheapest at its slots; the half and the quarter of all heads
-    that gain most by that, the others as they are; and, unless slots are equal, slots dealt anew by
-    what each head costs at its cheapest alpha, with those alphas.
+    These are: every head at the cheapest alpha for its slots; the same for only the half, and the
+    quarter, of heads that gain most; and, unless slots are equal, slots split again by each head's
+    cost at its cheapest alpha, with those alphas.
     """
     settings = [_cheapest(trials, best.setting, profile, part) for part in (1, 2, 4)]
     if best.setting.head_share != trials.frame.equal:
@@ -243,19 +246,19 @@ def alphas(trials: Trials, best: Tried, profile: Profile) -> Tried:
 
 
 def per_layer(trials: Trials, best: Tried, profile: Profile) -> Tried:
-    """Measure what follows for whole layers, all heads of one alike; return the best.
+    """Measure settings from the profile in which all heads of a layer are alike; return the best.
 
-    A baseline from the same look and by the same steps as `deal` and `alphas`: what a table gains
-    over it is what telling heads apart is worth.
+    A baseline from the same profile by the same steps as `deal` and `alphas`. The gain of a table
+    over it is the value of separate heads.
     """
     layers = profile.by_layer()
     return alphas(trials, deal(trials, best, layers), layers)
 
 
 def _dealt(trials: Trials, setting: Setting, profile: Profile, alpha: int | None) -> list[Setting]:
-    """The setting with slots dealt by the costs at an alpha, or at each head's cheapest (None)."""
+    """Settings with slots split by the costs at an alpha, or at each head's cheapest (None)."""
     mean = _slots(trials, setting, profile).budget
-    # Room for a token to compete for in every head.
+    # Room in every head for a token that is not protected.
     floor = max(math.ceil(FLOOR * mean), setting.sinks + 2)
     if not floor < mean < profile.length:
         return []
@@ -265,10 +268,10 @@ def _dealt(trials: Trials, setting: Setting, profile: Profile, alpha: int | None
 
 
 def _cheapest(trials: Trials, setting: Setting, profile: Profile, part: int = 1) -> Setting:
-    """The setting with the cheapest alphas, in the heads that gain most: one of so many."""
+    """The setting with the cheapest alphas in the 1 / `part` of heads that gain most."""
     if not trials.feasible(setting):
         return setting
-    # Where one head stands for all of a layer, its first: the others have the same.
+    # If one head represents a whole layer, use its first head; the others are the same.
     heads = slice(profile.costs.shape[1])
     costs = profile.at(np.array(_slots(trials, setting, profile).head_budgets)[:, heads])
     scale = [log_tau_of(alpha) for alpha in profile.alphas]

@@ -1,7 +1,7 @@
-"""What a fit is asked for.
+"""The settings of a fit.
 
-Owns the fields, the stages by name, and the line that says at the start what will be done. Knows
-nothing of command lines, nor of how a table is found.
+Owns the fields, the names of the stages, and the line printed at the start. Knows nothing of
+command lines or of how a table is found.
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from pathlib import Path
 from tuner.progress import duration
 
 OPEN = ("polish", "tpe", "structured", "cma")
-"""Stages that go on as long as there are trials; the others end by themselves."""
+"""Stages that continue as long as there are trials; the others end by themselves."""
 
 STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
-"""The stages that may follow the uniform one, by the name that users give."""
+"""The stages that may follow the uniform one, by the names that users give."""
 
 LOOKING = ("sensitivity", "alphas")
-"""Stages that follow from a look at every head, after which layers are measured as a baseline."""
+"""Stages based on the sensitivity profile. After the first, layers are measured as a baseline."""
 
 PROOF = "proof"
-"""What comes last."""
+"""The last part."""
 
 PER_LAYER = "per layer"
-"""The baseline that treats all heads of a layer alike."""
+"""The baseline with all heads of a layer alike."""
 
 DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
+    """The request of the user. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
 
     dataset: str
-    """One, or several with commas between them."""
+    """One dataset, or several with commas between them."""
     out: Path
     name: str
     study: str
@@ -44,9 +44,10 @@ class Settings:
     data_dir: Path | None
     stages: tuple[str, ...]
     trials: int
-    """Settings measured in all, over all stages, runs and workers; at least one is."""
+    """Largest number of settings measured, over all stages, runs and workers; at least one is
+    measured."""
     minutes: float | None
-    """Of measuring, the proof included and summed over workers; None: no limit."""
+    """Minutes of measuring, including the proof, summed over workers; None: no limit."""
     examples: int
     holdout: int | None
     """Held-out examples; None: twice `examples` and at least 16, or as many as there are."""
@@ -59,12 +60,12 @@ class Settings:
 
     @property
     def journal(self) -> Path:
-        """Where the study is kept unless there is a storage: beside the table."""
+        """The file of the study without a storage: beside the table."""
         return self.out.with_suffix(".journal")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All that the fit goes through, in order."""
+        """All parts of the fit, in order."""
         looks = [place for place, name in enumerate(self.stages, start=1) if name in LOOKING]
         after = looks[0] if looks else 0
         per_layer = (PER_LAYER,) if looks else ()
@@ -72,7 +73,7 @@ class Settings:
 
     @property
     def told(self) -> str:
-        """What the fit will do, where it goes, and how long it takes at most, in one line."""
+        """The plan, the place of the table, and the time limit, in one line."""
         limit = f"{self.trials} trials"
         if self.minutes is not None:
             limit = f"{duration(60 * self.minutes)} of measuring and {limit}"

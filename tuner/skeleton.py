@@ -1,7 +1,7 @@
-"""What the HTML pages share: their skeleton, how a figure is written, a picture with its caption.
+"""Shared parts of the HTML pages: the layout, the format of figures, pictures with captions.
 
-Owns the way from values to a page that needs no script and loads nothing. Knows nothing of what a
-page is about: `tuner.page` shows an evaluation, `tuner.table_page` a fitted table.
+Owns the rendering of values to a page without scripts or external resources. Knows nothing of the
+contents of a page: `tuner.page` shows an evaluation, `tuner.table_page` a fitted table.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from tuner.progress import duration
 from tuner.results import SIGNIFICANT, Comparison
 
 ROUNDING = 5e-7
-"""A magnitude below is rounding error, and shown as zero."""
+"""Smaller magnitudes are rounding errors, and are shown as zero."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element and what it shows, in words; panels share the words of their group."""
+    """An SVG element and its caption; panels share the caption of their group."""
 
     svg: Markup
     caption: str = ""
@@ -30,7 +30,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panels:
-    """Pictures that stand side by side where there is room, and what they show together."""
+    """Pictures side by side if there is room, with one caption."""
 
     pictures: tuple[Picture, ...]
     caption: str
@@ -40,7 +40,7 @@ def render(template: str, **values: Any) -> str:
     """Fill in a template beside this module; the same values always give the same text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        # Names and ids come from outside, and a template's own name does not say HTML.
+        # Names and ids come from outside. Jinja does not infer HTML from the suffix .j2.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -53,14 +53,14 @@ def render(template: str, **values: Any) -> str:
 
 
 def number(value: float, decimals: int = 4, *, sign: bool = False) -> str:
-    """So many decimals, or two digits and an exponent where those would be zeros."""
+    """Format with fixed decimals, or with two digits and an exponent if those would be zeros."""
     value = 0.0 if abs(value) < ROUNDING else value
     form = ".1e" if 0 < abs(value) < 0.001 else f".{decimals}f"
     return f"{value:{'+' if sign else ''}{form}}"
 
 
 def figure(estimate: Estimate, decimals: int = 4, *, sign: bool = False) -> str:
-    """A mean and its interval."""
+    """Format a mean and its interval."""
     mean, low, high = (
         number(value, decimals, sign=sign) for value in (estimate.mean, estimate.low, estimate.high)
     )
@@ -68,12 +68,12 @@ def figure(estimate: Estimate, decimals: int = 4, *, sign: bool = False) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p-value to four decimals."""
+    """Format a p-value to four decimals."""
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
 def _verdict(comparison: Comparison) -> str:
-    """What a comparison shows, in words: direction and merit, once the correction is paid."""
+    """The result of a comparison in words, after the correction: direction, and better or worse."""
     if comparison.p_holm >= SIGNIFICANT:
         return "not significant"
     lower = comparison.difference.mean < 0

@@ -1,5 +1,7 @@
-"""Intervals and tests over examples. Owns the bootstrap, the sign-flip test and Holm's correction;
-knows nothing of what the figures measure.
+"""Intervals and tests over examples.
+
+Owns the bootstrap, the sign-flip test and Holm's correction. Knows nothing of what the figures
+measure.
 """
 
 from collections.abc import Sequence
@@ -16,12 +18,12 @@ RESAMPLES = 9999
 def estimate(
     values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Mean of `values` (one an example, at least two) with its bootstrap interval (BCa)."""
+    """Mean of `values` (one per example, at least two) with its bootstrap interval (BCa)."""
     sample = np.asarray(values, dtype=np.float64)
     assert sample.ndim == 1
     assert len(sample) >= 2
     mean = float(sample.mean())
-    # Spread at the level of rounding is none, and would divide by it.
+    # A spread at the level of rounding is zero; the bootstrap would divide by it.
     if np.ptp(sample) <= 1e-12 * np.abs(sample).max():
         return Estimate(mean=mean, low=mean, high=mean)
     interval = stats.bootstrap(
@@ -42,9 +44,9 @@ def difference(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Mean of ours minus theirs on the same examples: resampling the pairs, never each side alone.
+    """Mean of ours minus theirs on the same examples; resamples pairs, not each side.
 
-    Below 0 throughout, ours is lower than theirs.
+    If the whole interval is below 0, ours is lower than theirs.
     """
     first, second = (np.asarray(side, dtype=np.float64) for side in (ours, theirs))
     assert first.shape == second.shape
@@ -57,11 +59,11 @@ def sign_flip_p(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[float]:
-    """Two-sided p-values of zero means of paired differences, [comparisons][examples].
+    """Two-sided p-values for a zero mean of paired differences, [comparisons][examples].
 
-    Under the null hypothesis each difference might as well have the other sign. With more than
-    about thirteen examples, `resamples` random flips stand for all of them, so that the smallest
-    p-value is 2 / (resamples + 1).
+    Under the null hypothesis the sign of each difference is random. With more than about thirteen
+    examples, `resamples` random flips replace the complete enumeration, so the smallest p-value is
+    2 / (resamples + 1).
     """
     found = stats.permutation_test(
         (np.asarray(differences, dtype=np.float64),),
@@ -77,9 +79,9 @@ def sign_flip_p(
 
 
 def enough_examples(comparisons: int) -> int:
-    """The fewest examples on which a difference can stay significant after Holm's correction.
+    """The fewest examples with which a difference can be significant after Holm's correction.
 
-    With n of them, the smallest two-sided p-value of a sign-flip test is 2 / 2^n.
+    With n examples, the smallest two-sided p-value of a sign-flip test is 2 / 2^n.
     """
     n = 2
     while comparisons * 2 / 2**n >= 1 - CONFIDENCE:
@@ -88,7 +90,7 @@ def enough_examples(comparisons: int) -> int:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): p-values that hold for the whole family, in order."""
+    """Holm's step-down correction (1979): p-values valid for the whole family, in order."""
     p = np.asarray(p_values, dtype=np.float64)
     order = p.argsort(kind="stable")
     scaled = p[order] * np.arange(len(p), 0, -1)

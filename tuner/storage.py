@@ -1,8 +1,8 @@
-"""Where a fit's memory lies: a journal file for one machine, or a database for many hosts.
+"""Opens the storage of a fit: a journal file for one machine, or a database for many hosts.
 
-Owns opening a storage, the journal's lock and the mending of what a kill left behind in it, and
-waiting while a database is away. Knows nothing of what is stored, and never tells the address of
-a storage, which may hold a password.
+Owns opening a storage, the journal's lock and its repair after a kill, and waiting while a database
+is unavailable. Knows nothing of what is stored. Never prints the address of a storage, which may
+contain a password.
 """
 
 import fcntl
@@ -39,30 +39,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE = 300.0
-"""Seconds that a database may be away before a worker gives up."""
+"""Seconds that a database may be unavailable before a worker gives up."""
 
 _LONGEST_PAUSE = 5.0
-"""Seconds between two calls at a database that is away: well within the grace of a lease."""
+"""Longest pause in seconds between two calls to an unavailable database; well within the grace of a
+lease."""
 
 _RECORD = b'{"op_code":'
-"""How every line of a journal begins."""
+"""The beginning of every line of a journal."""
 
-# A host that vanishes without a word would otherwise hold a worker for hours.
+# Without timeouts, a host that disappears would block a worker for hours.
 _POSTGRESQL_TIMEOUTS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
 
 _SQLITE_LOCK_TIMEOUT_S = 60
 
 
 def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
-    """Open the storage at `url`, or the journal file, and say of which kind it is.
+    """Open the storage at `url`, or the journal file; return it and its kind.
 
-    Raises Unavailable where it cannot be reached, and InvalidArgument where it cannot be opened;
-    the messages leave the address out.
+    Raises Unavailable if it cannot be reached, and InvalidArgument if it cannot be opened; the
+    messages do not contain the address.
     """
-    # Its warnings quote the driver, and the driver quotes the address.
+    # Optuna's warnings quote the driver's messages, which contain the address.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Libraries and drivers raise errors of their own, assertions among them, on what they cannot
-    # read; none of them is this program's fault.
+    # Libraries and drivers raise various errors, including assertions, for contents that they
+    # cannot read. None of these is a bug of this program.
     if url is None:
         try:
             return _open_journal(str(journal)), "journal"
@@ -97,12 +98,13 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
 class KernelLock(BaseJournalFileLock):
     """A journal's lock, which the kernel releases when its holder dies.
 
-    The locks that come with Optuna are files, which a killed worker leaves behind: the others
-    then wait half a minute and break it by the clock. Wants a local file system; many hosts share
-    a database instead. A holder that is stopped, not killed, is waited for.
+    Optuna's own locks are files. A killed worker leaves its lock file behind, and the others then
+    wait half a minute and break it by the clock. This lock needs a local file system; many hosts
+    use a database instead. A holder that is stopped, not killed, is waited for.
 
-    Whoever gets the lock first cuts off a line that a killed writer left torn: the next line would
-    be joined to it, and nobody could read the journal any more. Readers pass over a torn end.
+    On acquiring the lock, an incomplete last line of a killed writer is removed. Otherwise the next
+    line would be joined to it, and the journal would be unreadable. Readers ignore an incomplete
+    last line.
     """
 
     def __init__(self, path: str) -> None:
@@ -110,7 +112,7 @@ class KernelLock(BaseJournalFileLock):
         self._file: BinaryIO | None = None
 
     def acquire(self) -> bool:
-        """Wait for the lock, and mend the journal; ValueError if it ends in something else."""
+        """Wait for the lock, and repair the journal; ValueError if it ends in anything else."""
         file = Path(self._path).open("r+b")  # noqa: SIM115 - open for as long as it is locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -122,7 +124,7 @@ class KernelLock(BaseJournalFileLock):
         return True
 
     def release(self) -> None:
-        """Let the next writer in."""
+        """Release the lock."""
         assert self._file is not None
         self._file.close()
         self._file = None
@@ -145,7 +147,7 @@ def _mend(file: BinaryIO) -> None:
 def _open_journal(path: str) -> BaseStorage:
     lock = KernelLock(path)
     backend = JournalFileBackend(path, lock_obj=lock)
-    # What is no journal is refused now, not at the first record.
+    # A file that is not a journal is refused here, not at the first record.
     lock.acquire()
     lock.release()
     return JournalStorage(backend)
@@ -154,11 +156,11 @@ def _open_journal(path: str) -> BaseStorage:
 def _open_database(address: str) -> BaseStorage:
     url = make_url(address)
     if url.drivername == "postgresql":
-        # Which driver the bare name means depends on SQLAlchemy's version.
+        # The driver of the bare name depends on SQLAlchemy's version.
         url = url.set(drivername="postgresql+psycopg")
     arguments: dict[str, Any] = {}
     if url.get_backend_name() == "postgresql":
-        # An address may set its own.
+        # The address may set these itself.
         arguments = {k: v for k, v in _POSTGRESQL_TIMEOUTS.items() if k not in url.query}
     elif url.get_backend_name() == "sqlite":
         arguments = {"timeout": _SQLITE_LOCK_TIMEOUT_S}
@@ -186,10 +188,10 @@ def _is_race(error: BaseException) -> bool:
 
 
 def _serialise(engine: Engine) -> None:
-    """Let every transaction of an SQLite engine hold the lock from its first read.
+    """Make every transaction of an SQLite engine hold the lock from its first read.
 
-    Optuna reads a trial's state and then writes it, under a lock of the row that SQLite does not
-    know: between the two, another worker could finish what this one takes for running.
+    Optuna reads a trial's state and then writes it, under a row lock, which SQLite does not have.
+    Between the two, another worker could finish a trial that this one considers running.
     """
 
     @event.listens_for(engine, "connect")
@@ -200,23 +202,24 @@ def _serialise(engine: Engine) -> None:
     def _(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    # Those in the pool were opened without.
+    # Connections in the pool were opened without these listeners.
     engine.dispose()
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether a storage failed because it is away, so that the same call may succeed later."""
+    """Whether a storage failed because it is unavailable, so that the call may succeed later."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    # The last is what Optuna meets when a connection breaks while it reads, and it reads on.
+    # The last case is Optuna's error if a connection breaks during a read and Optuna continues to
+    # read.
     return isinstance(
         cause, OperationalError | InterfaceError | OSError | PendingRollbackError
     ) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
 
 
 class Patience:
-    """Calls a storage, again and again with growing pauses while it is away.
+    """Retries calls to a storage, with growing pauses, while it is unavailable.
 
-    A call whose answer was lost is made twice; it is for the caller to see that this does no harm.
+    A call whose answer was lost is made twice; the caller must ensure that this is harmless.
     """
 
     def __init__(self, study: str, seconds: float) -> None:
@@ -224,7 +227,7 @@ class Patience:
         self._seconds = seconds
 
     def __call__(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `call` returns; Unavailable once it has failed for all the seconds."""
+        """Return the result of `call`; Unavailable after failures for the whole time."""
         retrying = Retrying(
             retry=retry_if_exception(is_outage),
             wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
@@ -239,7 +242,7 @@ class Patience:
                 "the study is kept: run the same command again once the storage is back"
             ) from None
         except Exception:
-            # It answered, if only that this cannot be.
+            # The storage answered, even if with an error.
             self._tell_end(retrying)
             raise
         self._tell_end(retrying)

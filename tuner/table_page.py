@@ -1,7 +1,7 @@
-"""The HTML report of a fitted table: what it is worth, what it says, and how it was found.
+"""Writes the HTML report of a fitted table: its value, its contents, and the search.
 
-Owns what is shown, in which order and in which words, and which evaluation may stand beside a
-table; `table.html.j2` is the layout. Knows nothing of how figures are measured or drawn.
+Owns the contents, their order and wording, and which evaluation may be shown with a table;
+`table.html.j2` is the layout. Knows nothing of how figures are measured or drawn.
 """
 
 from itertools import accumulate
@@ -31,10 +31,10 @@ from tuner.skeleton import Panels, Picture
 
 
 def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
-    """Read what `evaluate --json` wrote, and find `table` in it.
+    """Read a file of `evaluate --json`, and check that it contains `table`.
 
-    Raises NotFound where the file cannot be read, and InvalidArgument where it is no evaluation,
-    is of another model, or did not compare this very table.
+    Raises NotFound if the file cannot be read, and InvalidArgument if it is not an evaluation, is
+    of another model, or did not compare this table.
     """
     option = "--evaluation"
     try:
@@ -48,7 +48,7 @@ def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
             option, f"{path} is not what evaluate --json writes: {problem}"
         ) from error
     if table.sha256 in {policy.sha256 for policy in found.policies}:
-        # Evaluating checks a table against its model, and may know that by a newer fingerprint.
+        # The evaluation has checked the table against its model, perhaps with a newer fingerprint.
         return found
     if found.model.fingerprint != table.model.fingerprint:
         raise InvalidArgument(
@@ -95,7 +95,7 @@ def render(table: AlphaTable, evaluation: Evaluation | None = None) -> str:
 
 
 def _heads(table: AlphaTable) -> Panels:
-    """The alphas, beside the slots where those differ."""
+    """The alphas, and beside them the slots if those differ."""
     alphas = alpha_picture(table.name, table.policy.alpha, "alphas")
     multiples = slots(table.policy)
     if not multiples:
@@ -129,7 +129,7 @@ def _stages(table: AlphaTable) -> Picture:
 
 
 def _time(table: AlphaTable) -> str:
-    """Where the time went, in a sentence."""
+    """State the time of the search and its parts in a sentence."""
     search = table.search
     took = f"The search took {duration(search.wall_seconds)}"
     spent = sum(stage.seconds for stage in search.stages)
@@ -142,7 +142,7 @@ def _time(table: AlphaTable) -> str:
 def _evaluated(
     evaluation: Evaluation, table: AlphaTable
 ) -> list[tuple[str, list[Panels], list[Comparison]]]:
-    """Of each task its name, its curves, and what was found of this table's KL."""
+    """For each task: its name, its curves, and the comparisons of this table's KL."""
     names = {policy.name for policy in evaluation.policies if policy.sha256 == table.sha256}
     return [
         (

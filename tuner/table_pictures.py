@@ -1,7 +1,7 @@
-"""The pictures of a fit: what its table and the baselines cost, and what each stage was worth.
+"""Draws the pictures of a fit: the costs of its table and of baselines, and each stage's value.
 
-Owns their axes and marks; paper, ink, colours and the way into a page are those of
-`tuner.pictures`. Knows nothing of heat maps, nor of the page around a picture.
+Owns their axes and marks; paper, colours and the conversion to SVG are in `tuner.pictures`. Knows
+nothing of heat maps, or of the page around a picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from tuner.pictures import COLOURS, GRID, INK, inline, log_axis, paper, plain
 
 WIDTH = 5.6
 DECADE = 10.0
-"""Costs further apart than this are shown on a log axis."""
+"""A larger ratio between costs is shown on a log axis."""
 
 
 def costs(evidence: Evidence, *, label: str, salt: str) -> str:
-    """The held-out cost of the fitted table and each baseline, a dot with its interval a line."""
+    """Draw the held-out cost of the table and each baseline: a dot with its interval each."""
     rows = [("fitted table", "table", evidence.table)]
     rows += [(name, name, value) for name, value in evidence.baselines.items()]
     with paper(salt):
@@ -41,9 +41,9 @@ def costs(evidence: Evidence, *, label: str, salt: str) -> str:
 
 
 def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str) -> str:
-    """Cost over the evaluations spent: calibration as steps, held out as points at stages' ends.
+    """Draw cost over evaluations: calibration as steps, held-out costs as points at stages' ends.
 
-    The number of each stage, from 1, stands above its end.
+    The number of each stage, from 1, is drawn above its end.
     """
     ends = list(accumulate(stage.evaluations for stage in found))
     held_out = [stage.held_out for stage in found]
@@ -85,7 +85,7 @@ def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str)
 
 
 def _number_stages(axes: Axes, ends: Sequence[float], right: float) -> None:
-    """Numbers above the ends, pushed apart where they would touch."""
+    """Draw numbers above the ends; move overlapping numbers apart."""
     place = -right
     for number, end in enumerate(ends, 1):
         axes.axvline(end, color=GRID, linewidth=0.8, zorder=1)

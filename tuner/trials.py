@@ -1,8 +1,8 @@
-"""Measuring settings, as a search sees it: in batches, within a number of trials, against the best.
+"""Measures settings for a search: in batches, within limits, compared with the best so far.
 
-Owns when a setting is given up before all examples are seen, when one counts as better than
-another, and the account of what each stage took. Knows nothing of how settings are proposed, nor of
-how batches are shared among workers: that is the ledger's.
+Owns when a setting is given up before all examples are measured, when one counts as better than
+another, and the account of each stage. Knows nothing of how settings are proposed, or of how
+batches are shared among workers: the ledger does that.
 """
 
 import hashlib
@@ -25,38 +25,38 @@ from tuner.progress import Progress
 from tuner.search import Frame, Setting
 
 PROOF_SHARE = 1 / 3
-"""Of the time that the proof is kept, at most: less where it is known to take less."""
+"""Largest share of the time that is kept for the proof; less if it is known to need less."""
 
 FEW = 5
-"""Settings that are measured on all examples at once: halving them would take more trials."""
+"""Up to this number, settings are measured on all examples; halving them would need more trials."""
 
 LOOK = 8
-"""Examples between two looks at whether a setting is still worth the rest."""
+"""Examples before the first check whether a setting is worth the rest."""
 
 GIVE_UP_P = 0.05
-"""A setting is given up where a signed-rank test finds it worse than the best with this p."""
+"""A setting is given up if a signed-rank test finds it worse than the best with this p."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting and what it cost."""
+    """A setting and its measured cost."""
 
     setting: Setting
     kl: NDArray[np.float64]
-    """[examples seen] nats."""
+    """[measured examples] nats."""
     whole: bool
-    """Whether it was not given up."""
+    """Whether it was measured to the end, not given up."""
 
     @property
     def mean(self) -> float:
-        """Mean KL in nats; infinite where the setting was given up."""
+        """Mean KL in nats; infinite if the setting was given up."""
         return float(self.kl.mean()) if self.whole else float("inf")
 
     def gain(self, over: "Tried") -> float:
-        """By how much it costs less than `over`, mean nats of the pairs; 0 where that is noise.
+        """The mean difference by which it costs less than `over`, in nats; 0 if that is noise.
 
-        Noise is less than one standard error of the difference. Of many settings that are all as
-        good, the one that chance favours most would otherwise be taken every time.
+        Noise is less than one standard error of the paired difference. Without this threshold, the
+        luckiest of many equally good settings would be chosen every time.
         """
         if not self.whole:
             return 0.0
@@ -67,7 +67,7 @@ class Tried:
 
 @dataclass
 class Account:
-    """What one stage took."""
+    """The work of one stage."""
 
     trials: int = 0
     evaluations: float = 0.0
@@ -76,7 +76,7 @@ class Account:
 
 
 class Trials:
-    """The trials of one fit: measured once each, by whichever worker, and accounted by stage."""
+    """The trials of one fit: each measured once, by any worker, and accounted by stage."""
 
     def __init__(
         self,
@@ -91,19 +91,19 @@ class Trials:
         """Begin with nothing measured.
 
         Args:
-            ledger: shares and remembers.
+            ledger: shares measurements and stores them.
             objective: measures.
             frame: completes settings to policies.
-            minutes: of measuring, the proof included and summed over workers; None: no limit.
+            minutes: of measuring, including the proof, summed over workers; None: no limit.
             proof_rows: examples that the proof runs, one for each policy and held-out example.
-            progress: shows how far the search is; None: one that knows no number of stages.
-            most: trials of the whole search, by which is told what is left of it; None: not known.
+            progress: shows the progress of the search; None: a display without stage numbers.
+            most: trials of the whole search, for the estimate of the remaining time; None: unknown.
         """
         self.objective = objective
         self.frame = frame
         self.accounts: dict[str, Account] = {}
         self.notes: list[str] = []
-        """What was cut short and why, in a sentence each."""
+        """What was cut short and why, one sentence each."""
         self.progress = progress or Progress("stage")
         self._ledger = ledger
         self._proof_rows = proof_rows
@@ -113,8 +113,8 @@ class Trials:
         self._until = math.inf
         self._most = most
 
-    # All times are those that the ledger keeps, and so the same for every worker and every run:
-    # all of them stop at the same place.
+    # All times come from the ledger, so they are the same for every worker and every run, and all
+    # stop at the same point.
 
     @property
     def seconds_spent(self) -> float:
@@ -123,33 +123,33 @@ class Trials:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds of measuring that are left of all; infinite without a limit."""
+        """Remaining seconds of measuring; infinite without a limit."""
         return self._seconds - self.seconds_spent
 
     @property
     def seconds_a_row(self) -> float:
-        """Seconds that one example has taken through all layers; 0 while none is known."""
+        """Mean seconds of one example through all layers; 0 while unknown."""
         passes = math.fsum(account.evaluations for account in self.accounts.values())
         return self.seconds_spent / (passes * len(self.objective.examples)) if passes else 0.0
 
     @property
     def seconds_a_trial(self) -> float:
-        """Mean seconds of a trial; 0 while none is known."""
+        """Mean seconds of a trial; 0 while unknown."""
         count = sum(account.trials for account in self.accounts.values())
         return self.seconds_spent / count if count else 0.0
 
     @property
     def left(self) -> int:
-        """Trials that the stage may still take; none once its time is over."""
+        """Remaining trials of the stage; none after its time is over."""
         return self._left if self.seconds_spent < self._until else 0
 
     @property
     def seconds_of_stage(self) -> float:
-        """Seconds of measuring that are left of the stage; infinite without a limit."""
+        """Remaining seconds of the stage's measuring; infinite without a limit."""
         return max(self._until - self.seconds_spent, 0.0)
 
     def feasible(self, setting: Setting, frame: Frame | None = None) -> bool:
-        """Whether the setting leaves every example slots that compete, in the frame or another."""
+        """Whether the setting leaves unprotected slots in every example, in `frame` if given."""
         policy = (frame or self.frame).policy(setting)
         try:
             for length in {len(example.token_ids) for example in self.objective.examples}:
@@ -160,9 +160,9 @@ class Trials:
 
     @contextmanager
     def stage(self, name: str, trials: int, share: float = 1.0) -> Iterator[None]:
-        """Count what is measured as the stage's, of which it may take so many `trials`.
+        """Account for measurements as the stage `name`, with at most this many `trials`.
 
-        The stage may take this `share` of the time that is left to the search.
+        The stage may take this `share` of the time that is left for the search.
         """
         self._stage, self._left = name, trials
         self.accounts[name] = Account()
@@ -175,11 +175,11 @@ class Trials:
         yield
 
     def show(self, detail: str, seconds: float = 0.0, trials: int = 0) -> None:
-        """Show how far the search is, with seconds and trials that no account counts yet."""
+        """Show the progress, with seconds and trials that no account contains yet."""
         self.progress.show(detail, *self._estimated(seconds, trials))
 
     def _estimated(self, seconds: float = 0.0, trials: int = 0) -> tuple[float, float | None]:
-        """Seconds that the run has taken, and that are left of it at most, about."""
+        """The run's seconds so far, and an approximate upper limit of the remaining seconds."""
         done = self.seconds_spent + seconds
         count = trials + sum(account.trials for account in self.accounts.values())
         left = [self._seconds - done] if math.isfinite(self._seconds) else []
@@ -189,11 +189,11 @@ class Trials:
         return done, min(left, default=None)
 
     def settled(self, key: str, make: Callable[[], tuple[Any, float]]) -> Any:
-        """Return the JSON value that was made first for all workers, and count its work.
+        """Return the JSON value that a worker stored first, and account for its work.
 
         Args:
             key: unique within the stage.
-            make: gives the value and its work in evaluations; called where none is known yet.
+            make: returns the value and its work in evaluations; called if no value is stored yet.
         """
         key = f"{self._stage}/{key}"
         known = self._ledger.settled(key)
@@ -208,7 +208,7 @@ class Trials:
         return known["value"]
 
     def affords(self, evaluations: float) -> bool:
-        """Whether the stage has trials left, and time for so much work as far as is known."""
+        """Whether the stage has trials left, and time for this work as far as known."""
         row = self.seconds_a_row * len(self.objective.examples)
         return self.left > 0 and self.seconds_spent + evaluations * row <= self._until
 
@@ -224,27 +224,29 @@ class Trials:
         least: int = 0,
         until: float | None = None,
     ) -> list[Tried]:
-        """Measure settings in order, as many as there are trials and time left for.
+        """Measure settings in order, as many as trials and time allow.
 
         Args:
-            batch: what to call them, for people who look into the study.
+            batch: the batch's name, for people who inspect the study.
             settings: what to measure.
-            best: what a setting must not be worse than, or be given up; None: measured to the end.
-            from_layer: the settings agree with the best below this layer.
-            examples: so many from the first on; None: all.
-            most: so many settings from the first on; None: all.
-            least: so many settings are measured even where the time is over.
-            until: seconds of measuring after which no more is begun; None: those of the stage.
+            best: a setting that is worse than this is given up; None: all are measured to the end.
+            from_layer: below this layer, the settings agree with the best.
+            examples: number of examples, from the first; None: all.
+            most: largest number of settings, from the first; None: all.
+            least: number of settings that are measured even after the time is over.
+            until: seconds of measuring after which no new measurement begins; None: the stage's
+                limit.
         """
         count = len(self.objective.examples) if examples is None else examples
         limit = min(len(settings), self._left, len(settings) if most is None else most)
         until = self._until if until is None else until
         if limit <= 0 or (self.seconds_spent >= until and not least):
             return []
-        # All of them, whatever is measured: a run with more trials or time goes on with the batch.
+        # All settings are in the batch, even those not measured now: a run with more trials or time
+        # continues it.
         points = [{**setting.point(), "examples": count} for setting in settings]
-        # A search that is run again with more trials may come to another best, and so to other
-        # batches of the same name.
+        # A repeated search with more trials may find another best, and so have other batches of the
+        # same name.
         content = json.dumps([points, best and best.setting.point()], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -274,7 +276,7 @@ class Trials:
         ]
 
     def _tell(self, told: Sequence[Measured], best: Tried | None, examples: int) -> None:
-        """Show a batch under way: what it has measured, and the least cost so far."""
+        """Show a running batch: what it has measured, and the lowest cost so far."""
         costs = [one.mean for one in told if not one.given_up]
         shown = min([*costs, *([best.mean] if best else [])], default=math.inf)
         trials = self.accounts[self._stage].trials + len(told)
@@ -286,7 +288,7 @@ class Trials:
         )
 
     def _next(self, found: Sequence[Measured], limit: int, least: int, until: float) -> int:
-        """How many more of a batch to measure before looking at the time again."""
+        """The number of settings to measure before the time is checked again."""
         known, rest = len(found), limit - len(found)
         if math.isinf(until):
             return rest
@@ -294,7 +296,7 @@ class Trials:
         left = until - self.seconds_spent - taken
         if left <= 0:
             return min(rest, max(least - known, 0))
-        # Half of what seems to fit: an error in that costs little, and there are few looks.
+        # Half of the estimated number, to limit the effect of an error and the number of checks.
         return min(rest, max(1, int(left * known / taken / 2))) if known and taken else min(rest, 1)
 
     def halve(
@@ -306,19 +308,20 @@ class Trials:
         *,
         least: int = 0,
     ) -> list[Tried]:
-        """Measure many settings on few examples, and ever fewer of them on more.
+        """Measure many settings on few examples, and fewer and fewer settings on more examples.
 
-        Where trials or time are short, the first settings are measured: the best ones to have.
+        If trials or time are short, only the first settings are measured, so order them by
+        priority.
 
         Args:
-            batch: what to call them.
+            batch: the batch's name.
             settings: what to measure.
             most: trials of all rounds together.
-            share: of the stage's time that is left.
-            least: so many of each round are measured even where the time is over.
+            share: of the stage's remaining time.
+            least: number of settings of each round that are measured even after the time is over.
 
         Returns:
-            What was measured on all examples, cheapest first.
+            The settings measured on all examples, cheapest first.
         """
         most = min(most, self._left)
         fitting = (n for n in range(len(settings), 0, -1) if _trials(self.rungs(n)) <= most)
@@ -342,10 +345,11 @@ class Trials:
         return [one for one in tried if len(one.kl) == len(self.objective.examples)]
 
     def rungs(self, settings: int) -> list[tuple[int, int]]:
-        """Rounds of halving for so many settings: a fifth of them, then a third of those, on all.
+        """Rounds of halving: all settings, a fifth of them, then a third of those on all examples.
 
-        Each is how many settings, and on the first how many examples. With few examples there are
-        fewer rounds: each sees more examples than the one before. Few settings have one round.
+        Each round is a pair: the number of settings, and the number of examples, counted from the
+        first. With few examples there are fewer rounds, because each must use more examples than
+        the one before. Few settings have one round.
         """
         count = len(self.objective.examples)
         if settings <= FEW:
@@ -372,7 +376,7 @@ class Trials:
         nll: list[float] = []
         end = 0
         while end < examples:
-            # Twice as many at each look: a pass of many costs less for each than one of few.
+            # Twice as many examples at each check, because a larger pass costs less per example.
             first, end = end, min(max(LOOK, 2 * end), examples) if best else examples
             cost = self.objective.cost(policy, range(first, end))
             kl += cost.kl.tolist()

@@ -1,8 +1,8 @@
-"""The bar: the best setting with one alpha for all heads and equal slots in all layers.
+"""Finds the best uniform setting: one alpha for all heads and equal slots in all layers.
 
 Owns the grid and its order, its successive halving, and the refinement around the best point. Knows
-nothing of tables: it is held to be as strong as its three numbers allow, because tables are judged
-by it.
+nothing of tables. This baseline must be as strong as its three numbers allow, because tables are
+judged by it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,23 +23,24 @@ GRID = tuple(
 """88 settings."""
 
 FIRST_STEPS = (0.35, 0.125, 4)
-"""Of log tau (half of the way between two grid points, about), recent share and sinks."""
+"""First steps of log tau (about half of the distance between two grid points), recent share and
+sinks."""
 
 LEAST_STEP = 0.02
-"""Of log tau: a factor of 1.02 in how long a token is remembered."""
+"""Smallest step of log tau: a factor of 1.02 in the length of memory."""
 
 
 SHARE = 0.4
-"""Of the time for searching, at most."""
+"""Largest share of the search time."""
 
 
 def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:
-    """Find the best uniform setting on all examples, with at most so many trials, at least one.
+    """Find the best uniform setting on all examples, with at most `most` trials, at least one.
 
-    The grid is halved on growing shares of the examples; then a pattern search (Hooke and Jeeves,
-    1961) steps from the winner in alpha, recent share and sinks, with ever smaller steps, until
-    trials or time are used or the steps have shrunk to nothing. Where trials or time are short,
-    the grid is as coarse as they allow.
+    The grid is halved on growing shares of the examples. Then a pattern search (Hooke and Jeeves,
+    1961) steps from the winner in alpha, recent share and sinks, with smaller and smaller steps,
+    until trials or time end or the steps are below the minimum. If trials or time are short, the
+    grid is coarser.
     """
     grid = coarse_to_fine(GRID)
     most = max(most, 1)
@@ -57,12 +58,11 @@ def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:
 
 
 def coarse_to_fine(grid: Sequence[UniformSetting]) -> list[UniformSetting]:
-    """Order a grid so that its first settings stand for all others as well as so few can.
+    """Order a grid so that every beginning of it represents the whole grid as well as possible.
 
-    Each next one is what brings the whole grid nearest to those chosen: the mean distance from a
-    setting to the nearest chosen one, in first steps of the refinement, is the least that one more
-    can make it. Choosing so greedily gains at least 63 % of what the best choice of as many would
-    (Nemhauser, Wolsey and Fisher, 1978).
+    Each next setting is the one that most reduces the mean distance from a setting of the grid to
+    the nearest chosen one, in first steps of the refinement. This greedy choice gains at least 63 %
+    of the best choice of as many settings (Nemhauser, Wolsey and Fisher, 1978).
     """
     steps = np.array([(log_tau_of(one.alpha), one.recent_share, one.sinks) for one in grid])
     steps = steps / FIRST_STEPS
@@ -105,7 +105,7 @@ def _uniform(tried: Tried) -> UniformSetting:
 
 
 def _around(setting: UniformSetting, scale: float) -> Iterator[UniformSetting]:
-    """One step in each direction: at a scale of 1/2^n, by so much of the first steps."""
+    """One step in each direction; `scale` is the share of the first steps, 1/2^n."""
     log_tau, share, sinks = (step * scale for step in FIRST_STEPS)
     for sign in (-1, 1):
         moved = min(max(log_tau_of(setting.alpha) + sign * log_tau, 0.0), LOG_TAU_MAX)

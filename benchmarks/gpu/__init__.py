@@ -1,8 +1,8 @@
-"""This engine on a GPU beside its peers: what it computes is checked first, then it is timed.
+"""Checks this engine on a GPU, then times it beside its peers.
 
     python -m benchmarks.gpu [--minutes 10] [--only NAME ...] [--out FILE] [--peer-python PATH]
 
-One command for a machine with a CUDA device and no network, on random models of real shapes. Each
-part has a share of the time; what a part measured is on disk when the next begins. Nothing is
-imported here: the worker of other environments would pay for it.
+One command for a machine with a CUDA device and without a network, on random models of real shapes.
+Each part has a share of the time; its results are on disk before the next begins. This file imports
+nothing, because workers in other environments would import it too.
 """

@@ -1,7 +1,7 @@
-"""Check this engine on a GPU, then time it beside its peers: `python -m benchmarks.gpu`.
+"""Checks this engine on a GPU, then times it beside its peers: `python -m benchmarks.gpu`.
 
-Owns the order of the parts and how the time is shared among them. Every part is imported when its
-turn comes, so that one whose packages are not there is told by name and the others go on.
+Owns the order of the parts and how they share the time. Every part is imported when it begins, so
+that a missing package is reported by name and the other parts still run.
 """
 
 import re
@@ -24,7 +24,7 @@ from benchmarks.gpu.report import Deadline, Report
 from benchmarks.gpu.run import DRY, Run, Sizes
 
 LAST_S = 20.0
-"""Seconds kept for the page and the end of what is under way."""
+"""Seconds kept for the page and for the end of running work."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Part:
 
     name: str
     share: float
-    """Of the time, relative to the others; what a part leaves goes to those after it."""
+    """Share of the time, relative to the other parts; unused time goes to the later parts."""
     do: Callable[[Run], None]
 
 
@@ -139,7 +139,8 @@ PARTS = (
     Part("decode-1b", 25, _small),
     Part("server", 50, _server),
 )
-"""The most telling first; those on the small model last, for it takes the large one's place."""
+"""The most informative parts first. Those on the small model come last, because it replaces the
+large one in memory."""
 
 
 def main(
@@ -156,7 +157,7 @@ def main(
     ] = None,
     dry: Annotated[bool, typer.Option("--dry", hidden=True)] = False,
 ) -> None:
-    """Check, then time. Exits with 1 where the checks did not pass."""
+    """Check, then time. Exits with 1 if the checks did not pass."""
     unknown = set(only or []) - {part.name for part in PARTS}
     if unknown:
         raise typer.BadParameter(f"no such part: {', '.join(sorted(unknown))}")
@@ -182,7 +183,7 @@ def main(
         sizes=DRY if dry else Sizes(),
     )
     if not dry:
-        # Whoever ends it from outside finds the page of what it had.
+        # On SIGTERM, write the page of the results so far.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         passed = carry_out(run, chosen, 60 * minutes)

@@ -1,8 +1,8 @@
-"""Compiling the decode programs beforehand, in processes of their own, while the checks run.
+"""Compiles the decode programs beforehand, in separate processes, while the checks run.
 
-A graph of another batch size or budget may split its rows among another number of programs, and
-each number is compiled on its own, for seconds. What is compiled stands in Triton's cache on disk,
-where the measuring process finds it. Nothing hangs on it but time.
+A graph of another batch size or budget may split its rows among another number of programs. Each
+number of splits is compiled separately, for seconds. The compiled programs are in Triton's cache on
+disk, where the measuring process finds them. This saves time and changes nothing else.
 
     python -m benchmarks.gpu.ahead DEVICE HEAD_DIM:SPLITS ...
 """
@@ -26,9 +26,9 @@ PROCESSES = max(min((os.cpu_count() or 1) - 4, 10), 1)
 
 
 def needed(cells: tuple[Cell, ...], multiprocessors: int, room: int) -> list[tuple[int, int]]:
-    """Return the head sizes and numbers of splits that the graphs of these cells run with.
+    """Return the head sizes and numbers of splits that the graphs of these cells use.
 
-    `room` is how many slots a row beside its context has where all tokens are kept.
+    `room` is the number of slots besides the context in a row that keeps all tokens.
     """
     from a2sf.fused import batch_sizes
     from a2sf.kernels.decode import choose_splits, tile_slots
@@ -75,12 +75,12 @@ def compiling(run: Run) -> Iterator[None]:
 
 
 def all_cells(run: Run) -> tuple[Cell, ...]:
-    """Every cell of which this engine's steps are captured."""
+    """All cells in which this engine's steps are captured in graphs."""
     return (*run.sizes.cells, *run.sizes.small_cells, run.sizes.worker_cell)
 
 
 def compile_for(shape: LlamaShape, splits: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Run both programs of a number of splits once, on next to nothing."""
+    """Run both programs for a number of splits once, on minimal data."""
     from a2sf.kernels.decode import Workspace, decode_attention, tile_slots
 
     heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
@@ -111,7 +111,7 @@ def compile_for(shape: LlamaShape, splits: int, device: torch.device, dtype: tor
 
 
 def main(device: str, wanted: list[str]) -> None:
-    """Compile what is named."""
+    """Compile the programs named on the command line."""
     by_dim = {shape.head_dim: shape for shape in SHAPES.values()}
     for one in wanted:
         dim, splits = map(int, one.split(":"))

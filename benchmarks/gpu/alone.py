@@ -1,6 +1,7 @@
-"""What this engine's own steps cost: graphs on and off, length, Python, and how many rows fit.
+"""Measures the cost of this engine's steps, and how many rows fit.
 
-Only the count of concurrent sequences has a peer beside it. Knows nothing of prompts.
+The costs: with and without graphs, by length, and in Python. Only the count of concurrent sequences
+has a peer for comparison. Knows nothing of prompts.
 """
 
 import time
@@ -21,10 +22,10 @@ from benchmarks.peers.loop import Filling
 from benchmarks.peers.worker_ours import PREFILL_CHUNK, CopyingEngine, fill_rows, policy
 
 RESERVE_SHARE = 0.08
-"""Of the free memory: for what a step allocates beside the cache."""
+"""Share of the free memory reserved for what a step allocates besides the cache."""
 
 TRIED = 8
-"""Steps that rows must come through to be counted as fitting."""
+"""Steps that must succeed for a number of rows to count as fitting."""
 
 
 def graphs(run: Run) -> None:
@@ -55,7 +56,7 @@ def graphs(run: Run) -> None:
 
 
 def lengths(run: Run) -> None:
-    """Time steps of rows that have seen few tokens and of rows that have seen very many."""
+    """Time steps of rows that have read few tokens and of rows that have read very many."""
     model = run.model("8b")
     sizes = run.sizes
     batch = min(8, sizes.batch)
@@ -81,7 +82,7 @@ def lengths(run: Run) -> None:
 
 
 def host(run: Run) -> None:
-    """Compare the engine's whole step, events and all, with the decoder's alone on its rows."""
+    """Compare the engine's whole step, including events, with the decoder's on the same rows."""
     model = run.model("8b")
     sizes = run.sizes
     batch = sizes.batch
@@ -131,7 +132,7 @@ def host(run: Run) -> None:
 
 
 def concurrency(run: Run) -> None:
-    """Count the most sequences of the longest context that decode at once: here, transformers."""
+    """Count the most sequences of the longest context that decode together: ours, transformers'."""
     model = run.model("8b")
     module: Any = plain(model)
     sizes = run.sizes
@@ -146,8 +147,8 @@ def concurrency(run: Run) -> None:
     def dynamic(rows: int) -> Turn:
         return turn(Dynamic(module, rows, context).step, sizes.untimed, TRIED)
 
-    # A slab's positions and scores, and a float32 logit a slot and query head as scratch, once for
-    # each batch size that has a graph: three times the largest at most.
+    # Positions and scores in the slab; and one float32 logit per slot and query head as scratch,
+    # once for each batch size with a graph: at most three times the largest.
     per_slot = model.shape.num_kv_heads * SLOT_OVERHEAD_BYTES * model.shape.num_layers
     per_slot += 3 * 4 * model.shape.num_attention_heads
     mine = sizes.budget * (token_bytes(model) + per_slot)
@@ -177,7 +178,7 @@ def concurrency(run: Run) -> None:
 
 
 def _most(run: Run, row_bytes: int, attempt: Callable[[int], Turn]) -> tuple[int, Turn]:
-    """Try as many rows as the free memory should hold; an eighth less each time that it did not."""
+    """Try as many rows as the free memory should hold; after each failure, an eighth fewer."""
     run.free()
     rows = run.sizes.ceiling
     if run.device.type == "cuda":

@@ -1,8 +1,8 @@
-"""What must hold before anything is timed: the kernels and the engine compute what the law says.
+"""Checks before any timing: the kernels and the engine must compute what the law says.
 
-The cases and their judges are the tests' own (`tests/kernel_cases.py`, `tests/prompt_cases.py`,
-`tests/triton_walk_cases.py`, `tests/near_ties.py`). A check that fails ends the run. Knows nothing
-of time but its deadline.
+The cases and their checks are shared with the tests (`tests/kernel_cases.py`,
+`tests/prompt_cases.py`, `tests/triton_walk_cases.py`, `tests/near_ties.py`). A failed check ends
+the run. Knows nothing of time except its deadline.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,20 @@ FLASH = ((64, 64), (64, 200), (512, 2048))
 """Queries and slots."""
 
 DEVIATION = 0.2
-"""Of the checked model's weights: so wide that attention is peaked and evictions change tokens."""
+"""Standard deviation of the checked model's weights: wide, so that attention is peaked and
+evictions change tokens."""
 
 NEAR_TIE = 1e-3
-"""The widest relative gap at which rounding may decide otherwise on a GPU, whose exponentials and
-sums are not those of the other side; what computes something else parts at gaps near 1."""
+"""The largest relative gap at which rounding may change a decision on a GPU, because its
+exponentials and sums differ from the other side's. A wrong computation differs at gaps near 1."""
 
 ENGINE = {"slots": 128, "max_batch": 3, "max_waiting": 1000, "step_tokens": 20}
 
 
 def run_checks(run: Run) -> None:
-    """Carry every check out. Raises CheckFailed after the last one, if any failed.
+    """Run every check. Raises CheckFailed after the last one, if any failed.
 
-    One that runs out of time leaves the checks incomplete, which the document says.
+    A check that runs out of time leaves the checks incomplete; the document records this.
     """
     failures = []
     verdict = "passed"
@@ -69,7 +70,7 @@ def run_checks(run: Run) -> None:
 
 
 def decode_steps(run: Run) -> str:
-    """Decode kernel against float64: outputs, scores, positions, and who is evicted next."""
+    """Compare the decode kernel with float64: outputs, scores, positions, next eviction."""
     from tests import kernel_cases
     from tests.interpreting import poisoned
 
@@ -82,7 +83,7 @@ def decode_steps(run: Run) -> str:
 
 
 def decode_chain(run: Run) -> str:
-    """A long chain of evictions beside a reference that is never corrected."""
+    """Compare a long chain of evictions with a reference that is never corrected."""
     from tests import kernel_cases, row_cases
     from tests.interpreting import poisoned
 
@@ -108,7 +109,7 @@ def decode_chain(run: Run) -> str:
 
 
 def walks(run: Run) -> str:
-    """Given texts through a layer in one launch, against float64, token by token."""
+    """Compare texts walked through a layer in one launch with float64, token by token."""
     from tests import triton_walk_cases
     from tests.interpreting import poisoned
 
@@ -125,7 +126,7 @@ def walks(run: Run) -> str:
 
 
 def prompt_masses(run: Run) -> str:
-    """What a prompt's queries pay, with and without known normalisers, against float64."""
+    """Compare the attention sums of a prompt, with and without known normalisers, with float64."""
     from tests.interpreting import poisoned
     from tests.kernel_cases import SERVED
     from tests.prompt_cases import check_mass
@@ -141,7 +142,7 @@ def prompt_masses(run: Run) -> str:
 
 
 def flash_attention(run: Run) -> str:
-    """Flash attention aligned with the last slot, and its normalisers, against float64."""
+    """Compare flash attention aligned with the last slot, and its normalisers, with float64."""
     if run.device.type != "cuda":
         raise NotSupported("torch has flash attention on CUDA devices only")
     from tests.prompt_cases import check_flash
@@ -153,7 +154,7 @@ def flash_attention(run: Run) -> str:
 
 
 def engine_kernels(run: Run) -> str:
-    """The engine on Triton against the engine on torch's operations, request by request."""
+    """Compare the engine on Triton with the engine on torch's operations, request by request."""
     model = build(CHECKED, run.device, torch.float32, deviation=DEVIATION)
     _needs_kernels(run, model.shape.head_dim)
     made = any_requests(model, run.sizes.requests, seed=2, max_len=40, most=16)
@@ -164,7 +165,7 @@ def engine_kernels(run: Run) -> str:
 
 
 def engine_graphs(run: Run) -> str:
-    """The engine with its steps captured against the same without graphs."""
+    """Compare the engine with captured steps with the same engine without graphs."""
     if run.device.type != "cuda":
         raise NotSupported("CUDA graphs need a CUDA device")
     model = build(CHECKED, run.device, torch.bfloat16, deviation=DEVIATION)
@@ -178,7 +179,7 @@ def engine_graphs(run: Run) -> str:
 def _steps(
     run: Run, model: LoadedModel, made: list[GenerationRequest], **config: Any
 ) -> dict[str, list[Step]]:
-    """Let an engine make completions together; return what each kept and drew, step by step."""
+    """Make completions together in an engine; return each step's kept tokens and drawn token."""
     recorder = Recorder(engine_for(model, **ENGINE, **config))
     for one in made:
         recorder.engine.submit(one)
@@ -189,7 +190,7 @@ def _steps(
 
 
 def _judged(witness: dict[str, list[Step]], found: dict[str, list[Step]]) -> str:
-    """Say how many runs parted. Raises CheckFailed where one did without a near-tie."""
+    """Count the runs that diverged. Raises CheckFailed if one diverged without a near-tie."""
     parted = 0
     for name, steps in witness.items():
         parting_there = parting(steps, found[name])

@@ -1,9 +1,9 @@
-"""Decode steps with filled caches: this engine's policies beside transformers, cell by cell.
+"""Times decode steps with filled caches: this engine's policies beside transformers, by cell.
 
-Within a cell the variants take turns, round after round, each round beginning with another. Rows
-of all bounded policies are those of one slab and one set of graphs; they are filled anew for each
-turn. A cache of transformers that grows is made anew, too, so that memory holds one at a time.
-Knows of peers only that they step.
+Within a cell the variants alternate, round after round, and each round begins with another variant.
+Rows of all bounded policies use one slab and one set of graphs, and are refilled before each turn.
+A growing cache of transformers is also made again for each turn, so that memory holds one at a
+time. Knows nothing of peers except their steps.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from benchmarks.gpu.timing import Turn, figures, spread, turn
 BOUNDED = ("a2sf", "table", "window")
 
 BASE = "dynamic"
-"""The variant that ratios are against."""
+"""The variant in the denominator of ratios."""
 
 CELL_S = 8.0
-"""Seconds that must be left for a cell to be begun."""
+"""Seconds that must be left for a cell to begin."""
 
 
 class Stepping(Protocol):
-    """Rows that decode in step."""
+    """Rows that decode together."""
 
     @property
     def kv_bytes(self) -> int:
@@ -43,18 +43,18 @@ class Stepping(Protocol):
 
 @dataclass
 class Variant:
-    """How a variant of a cell is made ready for a turn, and how its rows are let go."""
+    """How to prepare a variant's rows for a turn, and how to release them."""
 
     name: str
     open: Callable[[], Stepping]
     close: Callable[[Stepping], None]
     step_bytes: int
-    """What a step must move at least: the weights, and the KV in use, each once."""
+    """The least bytes that a step must move: the weights, and the KV in use, each once."""
 
 
 @dataclass
 class Measured:
-    """A variant's turns, or why there are none."""
+    """A variant's turns, or the reason that there are none."""
 
     turns: list[Turn]
     kv_bytes: int = 0
@@ -119,7 +119,7 @@ def _cell(run: Run, cell: Cell, model: LoadedModel, rows: Rows, module: Any) -> 
         )
         variants.append(dynamic)
     if "batching" in cell.peers:
-        # A module of its own, for the manager may switch its attention.
+        # A separate module, because the manager may switch its attention.
         make = once("batching", lambda: Batching(plain(model), cell.batch, cell.context, room))
         variants.append(Variant("batching", make, lambda _: None, full))
     try:
@@ -145,7 +145,7 @@ def _bounded(
 
 
 def interleave(run: Run, variants: list[Variant]) -> dict[str, Measured]:
-    """Let the variants take turns; one that fails ends for itself alone."""
+    """Alternate between the variants; a failure ends only the variant that failed."""
     found = {variant.name: Measured([]) for variant in variants}
     sizes = run.sizes
     for number in range(sizes.rounds):
@@ -163,10 +163,10 @@ def interleave(run: Run, variants: list[Variant]) -> dict[str, Measured]:
                 finally:
                     variant.close(stepping)
             except OutOfTime as up:
-                # What was measured counts; who has nothing yet is told so.
+                # Measured turns count; a variant without any reports the lack of time.
                 mine.failure = None if mine.turns else up
             except Exception as error:
-                # Its frames would hold the memory that the others need.
+                # The traceback's frames would hold memory that the other variants need.
                 mine.failure = error.with_traceback(None)
                 run.free()
     return found
@@ -221,6 +221,6 @@ def _report(
 
 
 def price(scored: list[Turn], unscored: list[Turn]) -> dict[str, Any]:
-    """By what share a scored step is longer than one that forgets by position, turn by turn."""
+    """By what share a scored step is longer than a step that evicts by position, turn by turn."""
     pairs = zip(scored, unscored, strict=False)
     return spread([sum(one) / sum(other) - 1 for one, other in pairs])

@@ -1,6 +1,7 @@
-"""From a prompt to its last token: measured for a long prompt, extrapolated for a long answer.
+"""Times requests to their last token: measured for a long prompt, extrapolated for a long answer.
 
-What is extrapolated is called so in its name, and made of prefills and steps of this run alone.
+Extrapolated figures say so in their names, and are computed only from prefills and steps of this
+run.
 """
 
 import time
@@ -28,20 +29,21 @@ from benchmarks.gpu.run import Run
 from benchmarks.gpu.timing import turn
 
 ROWS = 2
-"""Of the measured comparison."""
+"""Rows of the measured comparison."""
 
 POINTS = 4
-"""Lengths at which transformers' steps are timed between the prompt's and the answer's end."""
+"""Number of lengths, from the prompt's end to the answer's end, at which transformers' steps are
+timed."""
 
 
 @dataclass
 class Arrivals:
-    """Seconds after the start at which each step's tokens were there."""
+    """Seconds after the start at which each step's tokens arrived."""
 
     times: list[float] = field(default_factory=list)
 
     def figures(self, rows: int) -> dict[str, Any]:
-        """Total, first token, and the steps after it."""
+        """Return the total time, the first token's, and those of the steps after it."""
         steps = 1e3 * numpy.diff(self.times)
         middle, p99 = numpy.percentile(steps, [50, 99]).tolist() if len(steps) else (0.0, 0.0)
         return {
@@ -57,13 +59,14 @@ class Arrivals:
 def long_prompt(run: Run) -> None:
     """Read a long prompt and write an answer, in this engine and by transformers' `generate`.
 
-    Where the time is up, an answer ends early on both sides, and its name says after how many
-    tokens.
+    If the time ends first, the answer stops early on both sides, and its name includes the number
+    of tokens.
     """
     model = run.model("8b")
     sizes = run.sizes
     ids = prompt_ids(model, sizes.prompt)
-    # Ours gets a third of the time: it is to be faster, and so the longer answer may be theirs.
+    # Ours gets a third of the time. It should be faster, so transformers gets more time, and its
+    # answer may even be longer.
     ours = _ours(run, ids, run.deadline.within(run.deadline.left / 3))
     _add(run, "ours, a2sf .9", ours)
     run.free()
@@ -94,12 +97,12 @@ def _ours(run: Run, ids: list[int], deadline: Deadline) -> Arrivals:
         for event in engine.step():
             if isinstance(event, Delta):
                 seen[event.request_id].append(time.perf_counter() - began)
-    # A token counts when every row has it.
+    # A token counts once every row has it.
     return Arrivals([max(at) for at in zip(*seen.values(), strict=False)])
 
 
 class _Watch:
-    """A streamer of `generate`: notes when tokens come, and ends the call when the time is up."""
+    """A streamer of `generate`: records arrivals of tokens, and ends the call in time."""
 
     def __init__(self, deadline: Deadline) -> None:
         self.found = Arrivals()
@@ -158,7 +161,7 @@ def long_answer(run: Run) -> None:
         steps["transformers"].append(_median(turn(dynamic.step, sizes.untimed, sizes.steps)))
         del dynamic
         run.free()
-    # The first of each is not counted: it warms up.
+    # The first of each is a warm-up and is not counted.
     prefills = {
         "ours, a2sf .9": [engine_prefill(model, wish, ids, LONG_STEP) for _ in range(3)][1:],
         "transformers": [transformers_prefill(module, ids, run.device) for _ in range(3)][1:],

@@ -1,8 +1,8 @@
-"""Rows of this engine as if they had read a long prompt, without reading it.
+"""Fills rows of this engine as if they had read a long prompt.
 
 Owns the contents of a row (random keys, values and scores at positions that the law could have
-kept), the policies that are compared, and rows that decode together. Knows nothing of peers or of
-what is measured.
+kept), the compared policies, and rows that decode together. Knows nothing of peers or of what is
+measured.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from a2sf.schema import TablePolicy
 
 SINKS = 4
 PROTECTED_SHARE = 8
-"""Of a budget, one in so many slots is for the most recent tokens."""
+"""One slot in this many of a budget is for the most recent tokens."""
 
 TABLE_ALPHAS = (0.0, 0.5, 0.9, 0.99, 0.999)
 
 
 def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, EffectivePolicy]:
-    """What is compared at one budget: one alpha, a table with one for each head, and a window."""
+    """Return the policies to compare: one alpha, a table with one per head, and a window."""
     shape = model.shape
     rng = torch.Generator().manual_seed(0)
     drawn = torch.randint(
@@ -61,10 +61,10 @@ def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, Effecti
 
 
 def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int = 0) -> Slots:
-    """One row that has seen so many tokens: each head keeps the protected and random others.
+    """Make one row that has read `seen` tokens: each head keeps the protected and random others.
 
-    The tokens of a head are those of highest rank, so that narrow heads keep some of what wide
-    ones do.
+    Each head draws a random rank for every token and keeps the highest ones; protected tokens rank
+    above all others.
     """
     shape, device = model.shape, model.device
     counts = counts_of(policy, seen)
@@ -91,12 +91,12 @@ def source_row(model: LoadedModel, policy: EffectivePolicy, seen: int, seed: int
 
 
 def counts_of(policy: EffectivePolicy, seen: int) -> Heads:
-    """Tokens that each head holds once a row has seen so many."""
+    """Tokens that each head holds after a row has read `seen` tokens."""
     return tuple(tuple(min(seen, budget) for budget in row) for row in policy.head_budgets)
 
 
 class Rows:
-    """Rows that decode together, greedily; their policy and contents change as one."""
+    """Rows that decode together, greedily, with the same policy and contents."""
 
     def __init__(
         self, model: LoadedModel, rows: int, slots: int, *, graphs: bool, kernels: str = "auto"
@@ -124,13 +124,14 @@ class Rows:
         self._sources: dict[tuple[object, ...], Slots] = {}
 
     def fill(self, policy: EffectivePolicy, seen: int) -> None:
-        """Let every row hold a copy of what a row holds that has seen so many tokens."""
+        """Fill every row with a copy of a row that has read `seen` tokens."""
         key = (policy.head_budgets, policy.head_recents, policy.sinks, seen)
         if key not in self._sources:
             self._sources = {key: source_row(self.model, policy, seen)}
         counts = counts_of(policy, seen)
         for row in range(self.rows):
-            # Whatever a turn writes, the sequence goes on beyond its budget.
+            # The largest length is far above the budget, so the policy acts as for a sequence that
+            # exceeds its budget, however many tokens a turn writes.
             self.decoder.join(row, self._sources[key], 0, counts, policy, seen + 10**6)
         self.policy = policy
         self.positions = [seen] * self.rows
@@ -149,11 +150,11 @@ class Rows:
 
 
 def kv_step_bytes(model: LoadedModel, policy: EffectivePolicy, seen: Sequence[int]) -> int:
-    """Bytes of KV memory that a decode step touches: the least, each once.
+    """The least bytes of KV memory that a decode step touches, each once.
 
     Keys and values of the slots in use, and of each slot the position (read) and the score (read,
-    and written where scores accumulate): 12 bytes, or 8. The scratch of logits is left out, 4 bytes
-    a slot and query head that stay in the L2 cache.
+    and written if scores accumulate): 12 bytes, or 8. The logits' scratch of 4 bytes per slot and
+    query head is not counted, because it stays in the L2 cache.
     """
     slot = 2 * model.shape.head_dim * model.dtype.itemsize + (12 if policy.scored else 8)
     slots = sum(min(at + 1, b) for at in seen for row in policy.head_budgets for b in row)

@@ -1,6 +1,7 @@
-"""The machine of a run: what it is, how fast it copies and how fast it multiplies.
+"""Describes the machine of a run, and measures its speed of copies and of matrix products.
 
-Both speeds are of the same run as all else: a roofline out of a data sheet would flatter or blame.
+Both speeds are measured in the same run as everything else, because a roofline from a data sheet
+could be too high or too low.
 """
 
 import subprocess
@@ -15,17 +16,17 @@ from benchmarks.gpu.timing import device_ms, spread
 from tuner import machine
 
 LIBRARIES = ("triton", "grpcio", "tokenizers", "numpy")
-"""Told beside those that every figure of this project tells."""
+"""Reported in addition to the versions that every figure of this project includes."""
 
 COPIES = 30
 PRODUCTS = 20
 
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
-"""Of `nvidia-smi`."""
+"""Fields queried from `nvidia-smi`."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Names, versions and clocks; what cannot be asked is told so."""
+    """Names, versions and clocks, with a note for values that are unavailable."""
     found: dict[str, Any] = {
         **machine.describe(device, torch.bfloat16),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,7 +77,7 @@ def measure(run: Run) -> None:
 
 
 def copy_rates(run: Run) -> list[float]:
-    """Bytes read and written a second by copies within the device, of each copy."""
+    """Bytes read and written per second by copies within the device, for each copy."""
     source = torch.ones(run.sizes.copied_bytes // 4, device=run.device)
     target = torch.empty_like(source)
     times = device_ms(lambda: target.copy_(source), run.device, COPIES)
@@ -84,7 +85,7 @@ def copy_rates(run: Run) -> list[float]:
 
 
 def product_speeds(run: Run) -> list[float]:
-    """TFLOP/s of square products in bfloat16, of each product."""
+    """TFLOP/s of square products in bfloat16, for each product."""
     size = run.sizes.matmul
     left, right = (
         torch.randn(size, size, device=run.device, dtype=torch.bfloat16) for _ in range(2)

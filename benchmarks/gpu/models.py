@@ -1,7 +1,7 @@
-"""Random models of real shapes, made where they run.
+"""Random models of real shapes, made on the device without files.
 
-Owns the shapes and the making of a model that both this engine and transformers run, with the same
-weights. No file is written. Knows nothing of what is measured.
+Owns the shapes, and makes a model that both this engine and transformers run with the same weights.
+Knows nothing of what is measured.
 """
 
 import copy
@@ -32,7 +32,7 @@ class LlamaShape:
     max_position_embeddings: int = 131_072
 
     def config(self) -> LlamaConfig:
-        """As transformers takes it; rotated as Llama 3 is."""
+        """Return transformers' configuration, with the rotary embedding of Llama 3."""
         return LlamaConfig(
             **asdict(self),
             rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
@@ -53,7 +53,7 @@ DRY_SHAPES = {
 }
 
 CHECKED = LlamaShape(3, 128, 256, 8, 2, 64, 258, tie_word_embeddings=True)
-"""Small, and of the heads that the kernels are compiled for anyway."""
+"""Small, with heads of a size that the kernels are compiled for anyway."""
 
 
 def build(
@@ -64,7 +64,7 @@ def build(
     deviation: float = 0.02,
     seed: int = 0,
 ) -> LoadedModel:
-    """Make a random model on the device, in the dtype; its weights are `deviation` wide."""
+    """Make a random model on the device, in the dtype; `deviation` is the spread of its weights."""
     config = shape.config()
     config.initializer_range = deviation
     torch.manual_seed(seed)
@@ -100,7 +100,7 @@ def build(
 
 
 def plain(model: LoadedModel) -> Any:
-    """The same weights under transformers' own attention: a second module over one memory."""
+    """A second module on the same weights, with transformers' own attention."""
     shared = (*model.module.parameters(), *model.module.buffers())
     module = copy.deepcopy(model.module, {id(tensor): tensor for tensor in shared})
     module.set_attn_implementation("sdpa")
@@ -108,7 +108,10 @@ def plain(model: LoadedModel) -> Any:
 
 
 def weight_bytes(model: LoadedModel) -> int:
-    """Bytes of the weights that a decode step reads: all, but only rows of an untied embedding."""
+    """Bytes of the weights that a decode step reads.
+
+    These are all weights except an untied input embedding, because only some rows of that are read.
+    """
     embedding: torch.Tensor = model.module.get_input_embeddings().weight
     tied = model.module.get_output_embeddings().weight is embedding
     every: int = sum(p.nbytes for p in model.module.parameters())

@@ -1,7 +1,7 @@
-"""A run's document as Markdown and as a picture: ratios first, absolute figures after them.
+"""Renders a run's document as Markdown and as a picture: ratios first, then absolute figures.
 
-What failed, was skipped or is not supported is told by name and reason. Knows nothing of how a
-figure was measured.
+Parts that failed, were skipped or are not supported are listed with their reasons. Knows nothing of
+how a figure was measured.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ it. Of its continuous batching each row has pages of its own."""
 
 
 def markdown(document: dict[str, Any], source: str) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n\n".join(_sections(document, source)) + "\n"
 
 
@@ -80,7 +80,7 @@ def _sections(document: dict[str, Any], source: str) -> Iterator[str]:
 
 
 def _cells(entries: list[Entry]) -> Iterator[str]:
-    """Ratios of all cells first, then the steps behind them."""
+    """Yield the ratios of all cells, then the step times."""
     measured = [entry for entry in entries if "ms_per_step" in entry]
     yield "Times faster than transformers' dynamic cache; the price of scoring over a window:"
     rows = []
@@ -122,7 +122,7 @@ def _label(entry: Entry) -> str:
 
 
 def _figures(entries: list[Entry]) -> Iterator[str]:
-    """One line an entry, its figures by their names; those that are ratios first."""
+    """Yield one line per entry with its named figures, ratios first."""
     lines = []
     for entry in entries:
         shown = {k: v for k, v in entry.items() if k not in ("part", "name", "status", "reason")}
@@ -147,18 +147,18 @@ def _range(quartiles: list[float], form: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def plot(document: dict[str, Any], out: Path) -> bool:
-    """Draw tokens/s over the batch, a panel a context; False where there is nothing to draw."""
+    """Draw tokens/s over the batch, one panel per context; False if there is nothing to draw."""
     cells = [e for e in document["entries"] if e["part"] == "decode" and "tokens_per_s" in e]
     contexts = sorted({entry["context"] for entry in cells})
     if not contexts:
         return False
-    # Here, because a machine that measures need not have what draws.
+    # Imported here, because a measuring machine may lack the packages for drawing.
     from tuner.pictures import paper
 
     with paper("gpu"):

@@ -1,9 +1,9 @@
-"""transformers in this process, with caches filled by random numbers: its loops, step by step.
+"""Runs transformers in this process, with caches filled by random numbers, step by step.
 
-`Dynamic` decodes as `generate` does, without what `generate` does around it, which favours it.
-`Batching` is the body of the loop behind `generate_batch`, with its CUDA graphs; its pages are
-filled by the scheduler alone, while the model's forward pass is left out. Each row has pages of its
-own. Knows nothing of this engine.
+`Dynamic` decodes as `generate` does, but without its surrounding work, which favours this peer.
+`Batching` runs the body of the loop behind `generate_batch`, with its CUDA graphs. Its pages are
+filled by the scheduler alone; the model's forward pass is skipped. Rows share no pages. Knows
+nothing of this engine.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ PAGE = 256
 """Tokens of a page, transformers' default."""
 
 READ_AT_ONCE = 4096
-"""Prompt tokens that a batch of the filling holds. Nothing is computed of them, but without flash
-attention a mask of so many rows is allocated."""
+"""Prompt tokens per batch of the filling. They are not computed, but without flash attention a mask
+with this many rows is allocated."""
 
 
 class Dynamic:
@@ -51,16 +51,16 @@ class Dynamic:
         self._ids.tolist()
 
     def close(self) -> None:
-        """Let the cache go."""
+        """Release the cache."""
         del self.cache
 
 
 class Batching:
-    """Requests of one continuous batching manager that decode in step."""
+    """Requests of one continuous batching manager that decode together."""
 
     def __init__(self, module: Any, rows: int, context: int, room: int) -> None:
         on_gpu = module.device.type == "cuda"
-        # Rows that are filled first decode while the others are.
+        # Rows that are filled first already decode while the others are filled.
         self._filling = 2 * rows * (context // READ_AT_ONCE + 1) + 2
         longest = context + room + self._filling
         config = ContinuousBatchingConfig(
@@ -68,7 +68,7 @@ class Batching:
             num_blocks=rows * (-(-longest // PAGE) + 1),
             max_batch_tokens=max(READ_AT_ONCE, rows),
             max_requests_per_batch=rows,
-            # Rows that shared their prompt's pages would read them once for all.
+            # With shared prompt pages, all rows would read them only once.
             allow_block_sharing=False,
             use_async_batching=False,
             use_cuda_graph=on_gpu,
@@ -80,7 +80,7 @@ class Batching:
         try:
             self._manager = module.init_continuous_batching(generation, config)
         except Exception:
-            # It prefers flash attention from a hub that this machine may not reach.
+            # By default it wants flash attention from a hub, which this machine may not reach.
             config.auto_switch_to_flash = False
             self._manager = module.init_continuous_batching(generation, config)
         self.attention = str(module.config._attn_implementation)

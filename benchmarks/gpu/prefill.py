@@ -1,7 +1,7 @@
-"""A long prompt: what scoring adds to attention in one layer, and the whole prompt through a model.
+"""Times a long prompt: the cost of scoring in one layer's attention, and the prefill of a model.
 
-The prompt is read by this engine under several alphas and by transformers. Knows nothing of decode
-steps but the first token, where a prefill ends.
+This engine reads the prompt under several alphas, and transformers reads it too. Knows nothing of
+decode steps except the first token, at which a prefill ends.
 """
 
 import time
@@ -28,13 +28,13 @@ ALPHAS = (0.0, 0.9, 0.99, 1.0)
 REPEATS = 5
 
 LONG_STEP = 8192
-"""Prompt tokens of one step where nobody else waits for a token."""
+"""Prompt tokens per step when no other stream waits for a token."""
 
 
 def attention(run: Run) -> None:
-    """Time one layer's attention over a whole prompt, and the same with the scores of its tokens.
+    """Time one layer's attention over a whole prompt, with and without the scores of its tokens.
 
-    At alpha 1 every query counts, so that scoring multiplies as often again as attention does.
+    At alpha 1 every query counts, so scoring needs as many multiplications as the attention itself.
     """
     model = run.model("8b")
     shape, length = model.shape, run.sizes.prompt
@@ -91,7 +91,7 @@ def _ms(times: list[float], layers: int) -> dict[str, Any]:
 
 
 def whole(run: Run) -> None:
-    """Time a whole prompt to its first token under several policies, in turns with transformers."""
+    """Time a prompt to its first token under several policies, alternating with transformers."""
     model = run.model("8b")
     module = plain(model)
     sizes = run.sizes
@@ -119,7 +119,7 @@ def whole(run: Run) -> None:
             if name in failed:
                 continue
             try:
-                # The longest is several seconds, and nothing ends it.
+                # The longest takes several seconds, and cannot be interrupted.
                 run.deadline.check(max(taken[name], default=0.0))
                 taken[name].append(variants[name]())
             except OutOfTime as up:
@@ -147,14 +147,14 @@ def whole(run: Run) -> None:
 
 
 def prompt_ids(model: LoadedModel, length: int) -> list[int]:
-    """A prompt of ids, the same every time."""
+    """A deterministic prompt of token ids."""
     return [2 + (at * 7919) % (model.shape.vocab_size - 2) for at in range(length)]
 
 
 def engine_for_prompt(
     model: LoadedModel, wish: CachePolicy, length: int, step_tokens: int, rows: int = 1
 ) -> Engine:
-    """An engine whose staging holds exactly what the prompt needs."""
+    """Make an engine whose staging row has exactly the size that the prompt needs."""
     slots = wish.budget or length + 2
     needed = length if not wish.prefill_chunk else min(length, slots - 1 + wish.prefill_chunk)
     return Engine(
@@ -172,7 +172,7 @@ def engine_for_prompt(
 def engine_prefill(
     model: LoadedModel, wish: CachePolicy, ids: list[int], step_tokens: int
 ) -> float:
-    """Seconds from a prompt to its first token; the engine is made before."""
+    """Seconds from a prompt to its first token, without the construction of the engine."""
     engine = engine_for_prompt(model, wish, len(ids), step_tokens)
     engine.submit(greedy("r", ids, 2))
     began = time.perf_counter()
@@ -191,7 +191,7 @@ def transformers_prefill(module: Any, ids: list[int], device: torch.device) -> f
 
 
 def greedy(name: str, ids: list[int], new_tokens: int) -> GenerationRequest:
-    """A request for so many tokens, whatever they are."""
+    """A greedy request for this many tokens, whatever the end-of-sequence token."""
     return GenerationRequest(
         request_id=name,
         prompt_ids=tuple(ids),

@@ -1,18 +1,18 @@
-"""What a run found, on disk after every entry; and until when a part may go on.
+"""Stores a run's results, on disk after every entry, and defines deadlines of parts.
 
 The document is JSON:
 
     format    1
     date, command, settings
-    machine   {name: text or number}, with copy_gb_per_s and matmul_tflop_per_s of this very run
-    checks    "passed", "failed", "incomplete" (for want of time) or "not run"; where they have not
-              passed, no timing is valid
+    machine   {name: text or number}, with copy_gb_per_s and matmul_tflop_per_s of the same run
+    checks    "passed", "failed", "incomplete" (for lack of time) or "not run"; no timing is
+              valid unless they passed
     parts     [{name, status, took_s, reason?}] in the order in which they ran
     entries   [{part, name, status, reason?, ...figures}]
 
 A status is "measured", "passed", "failed" (with the message), "not supported" or "skipped" (with
-the reason). Times are `ms` or `s` by their name's end; of several, the median, with quartiles
-beside it. Knows nothing of how a figure is measured or shown.
+the reason). The end of a figure's name gives its unit, `ms` or `s`. Of several values, the median
+is stored, with quartiles. Knows nothing of how a figure is measured or shown.
 """
 
 import json
@@ -29,15 +29,15 @@ Entry = dict[str, Any]
 
 
 class OutOfTime(Exception):
-    """A part has used its time up."""
+    """A part has used up its time."""
 
 
 class NotSupported(Exception):
-    """What was asked for cannot be done here, by design or for want of a package."""
+    """The request is not possible here, by design or because a package is missing."""
 
 
 class CheckFailed(Exception):
-    """The engine computes something else than it should."""
+    """The engine computed a wrong result."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds until then; negative afterwards."""
+        """Seconds until the moment; negative afterwards."""
         return self.at - self.clock()
 
     def check(self, needed_s: float = 0.0) -> None:
-        """Raise OutOfTime unless there are as many seconds left."""
+        """Raise OutOfTime unless at least this many seconds are left."""
         if self.left < needed_s:
             raise OutOfTime(f"{max(self.left, 0.0):.0f} s left of the part's time")
 
     def within(self, seconds: float) -> "Deadline":
-        """The earlier of this and so many seconds from now."""
+        """Return the earlier of this and a deadline this many seconds from now."""
         return Deadline(min(self.at, self.clock() + seconds), self.clock)
 
 
@@ -80,7 +80,7 @@ class Report:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Entry]:
-        """Account for a part; what it raises is recorded, and the run goes on."""
+        """Record a part; an exception in it is recorded, and the run continues."""
         self._part = name
         about: Entry = {"name": name, "status": "measured"}
         began = time.monotonic()
@@ -97,7 +97,7 @@ class Report:
             self.write()
 
     def add(self, name: str, status: str = "measured", **figures: Any) -> None:
-        """Record an entry of the part that is running."""
+        """Record an entry of the running part."""
         self.document["entries"].append(
             {"part": self._part, "name": name, "status": status, **figures}
         )
@@ -110,14 +110,14 @@ class Report:
 
     @contextmanager
     def entry(self, name: str, **about: Any) -> Iterator[None]:
-        """Record what is raised as this entry's reason, and go on."""
+        """Record an exception as this entry's reason, and continue."""
         try:
             yield
         except Exception as error:
             self.missed(name, error, **about)
 
     def write(self) -> None:
-        """Replace the file in one move."""
+        """Replace the file atomically."""
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class Report:
 
 
 def told(error: Exception) -> Entry:
-    """A status and its reason, in one line."""
+    """Return a status and its reason, in one line."""
     status = "failed"
     if isinstance(error, NotSupported):
         status = "not supported"

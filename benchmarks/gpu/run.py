@@ -1,7 +1,7 @@
-"""What every part is given: the device, the sizes, the models, the report and its deadline.
+"""The context of every part: the device, the sizes, the models, the report and its deadline.
 
-Owns the sizes, real and dry. A dry run goes through the same lines on a processor with sizes of
-which no figure means anything. Knows no part.
+Owns the sizes, real and dry. A dry run executes the same code on a processor, with sizes that give
+no meaningful figures. Knows nothing of the parts.
 """
 
 import gc
@@ -17,35 +17,35 @@ from benchmarks.gpu.report import Deadline, Report
 
 @dataclass(frozen=True)
 class Cell:
-    """Rows that decode side by side with filled caches."""
+    """Rows that decode together with filled caches."""
 
     model: str
     context: int
-    """Tokens that a row has seen."""
+    """Tokens that a row has read."""
     batch: int
     budget: int
     peers: tuple[str, ...] = ("dynamic",)
-    """Of `full` (ours, all tokens kept), `dynamic` and `batching` (transformers)."""
+    """Some of `full` (ours, all tokens kept), `dynamic` and `batching` (transformers)."""
 
     @property
     def name(self) -> str:
-        """As the tables call it."""
+        """The name in tables."""
         return f"{self.model}, {self.context} x {self.batch}, budget {self.budget}"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Given texts that go through a layer, none of it read before."""
+    """Given texts that go through a layer, starting with empty slots."""
 
     rows: int
     tokens: int
-    """Of each."""
+    """Tokens of each text."""
     budget: int
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large and how often; the defaults are the real ones."""
+    """Sizes and repetitions; the defaults are those of a real run."""
 
     rounds: int = 3
     """Turns of each variant of a cell."""
@@ -54,10 +54,10 @@ class Sizes:
     steps: int = 12
     """Timed steps of a turn."""
     copied_bytes: int = 2**31
-    """Of the tensor whose copying tells the bandwidth."""
+    """Bytes of the tensor that is copied to measure the bandwidth."""
     matmul: int = 8192
     cases: int = 200
-    """Random decode steps checked, and as many slots at most in a row of them:"""
+    """Random decode steps to check; their rows have at most `case_slots` slots."""
     case_slots: int = 300
     chain: int = 300
     """Steps of the chain of evictions that is checked."""
@@ -82,20 +82,20 @@ class Sizes:
         Cell("1b", 32768, 8, 1024, ("full", "dynamic")),
     )
     worker_cell: Cell = Cell("8b", 4096, 8, 1024, ())
-    """Where what runs in processes of its own is measured."""
+    """The cell measured in separate worker processes."""
     most_context: int = 32768
     """Context at which the most concurrent sequences are counted."""
     ceiling: int = 4096
-    """Rows beyond which nobody looks for more."""
+    """Largest number of rows that the count of concurrent sequences tries."""
     lengths: tuple[int, ...] = (1200, 8192, 32768, 100_000)
-    """Tokens seen by the rows whose steps are timed against them."""
+    """Numbers of tokens read, for the comparison of step times by length."""
     batch: int = 64
-    """Rows where only one number of them is measured."""
+    """Rows in measurements with only one number of rows."""
     prompt: int = 32768
     chunk: int = 512
     budget: int = 1024
     new_tokens: int = 1024
-    """Tokens that follow the prompt."""
+    """Tokens after the prompt."""
     short_prompt: int = 2048
     long_answer: int = 32768
     streams: int = 64
@@ -104,15 +104,15 @@ class Sizes:
     """Calibration sequences of the tuner."""
     sequence_tokens: int = 2048
     texts: tuple[Texts, ...] = (Texts(8, 512, 104), Texts(32, 2048, 1024))
-    """Which go through a layer in one launch, and by one a token."""
+    """Texts walked through a layer in one launch, and with one launch per token."""
     continuation: tuple[int, int] = (16, 48)
-    """Decode steps at whose end a policy's forward pass is timed."""
+    """Two numbers of decode steps; a policy's forward pass is timed with each."""
 
     @property
     def room(self) -> int:
-        """Slots beside its context of a row of which all tokens are kept, in a cell."""
+        """Slots besides the context for a row that keeps all tokens, in a cell."""
         steps = self.rounds * (self.untimed + self.steps) + 2
-        # A multiple of what programs are compiled for, as contexts are.
+        # A multiple of the number that programs are compiled for, as contexts are.
         return -(-steps // 16) * 16
 
 
@@ -156,15 +156,15 @@ class Run:
     report: Report
     dry: bool
     deadline: Deadline
-    """Of the part that is running."""
+    """The deadline of the running part."""
     peer_python: Path | None = None
     sizes: Sizes = field(default_factory=Sizes)
     bytes_per_s: float | None = None
-    """At which this device copies; None until measured."""
+    """Speed of copies on this device; None until measured."""
     _models: dict[str, LoadedModel] = field(default_factory=dict)
 
     def model(self, name: str) -> LoadedModel:
-        """A model of a shape by name, made when first asked for; one is held at a time."""
+        """A model of a named shape, made on first use; one is kept at a time."""
         if name not in self._models:
             self._models.clear()
             self.free()
@@ -174,12 +174,12 @@ class Run:
         return self._models[name]
 
     def free(self) -> None:
-        """Give unused memory back to the device."""
+        """Return unused memory to the device."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
     def wait(self) -> None:
-        """Wait until the device has done all that it was asked."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

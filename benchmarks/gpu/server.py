@@ -1,7 +1,7 @@
-"""Tokens through the service against the engine's own, on the small model, in turns.
+"""Compares tokens through the service with the engine's own, on the small model, in turns.
 
-The service runs as its users run it, in a process of its own, and is asked by the real client.
-Needs gRPC, which is imported only here. Knows nothing of the other parts.
+The service runs as for users, in a separate process, and the real client calls it. Needs gRPC,
+which only this module imports. Knows nothing of the other parts.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ NEEDED = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "structlog", 
 
 
 def measure(run: Run) -> None:
-    """Save the model, start the service on it, and let both sides take turns."""
+    """Save the model, start the service on it, and alternate between both sides."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise NotSupported(f"not installed here: {', '.join(missing)}")
@@ -85,7 +85,7 @@ def save(model: LoadedModel, directory: Path) -> None:
 
 @contextmanager
 def served(run: Run, directory: Path, slots: int) -> Iterator[str]:
-    """Run the service on this device until left; yield its address."""
+    """Run the service on this device during the block; yield its address."""
     port_file = directory.with_name("port")
     with directory.with_name("log").open("w+") as log:
         process = subprocess.Popen(
@@ -124,7 +124,7 @@ def _await(port_file: Path, process: "subprocess.Popen[bytes]", deadline: Deadli
 
 
 def _alone(engine: Engine, ids: list[int], streams: int, tokens: int) -> list[list[float]]:
-    """Make so many completions at once without the service; seconds of each one's tokens."""
+    """Make completions together without the service; return the times of each one's tokens."""
     from benchmarks import serving
 
     began = time.perf_counter()

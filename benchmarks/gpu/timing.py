@@ -1,7 +1,7 @@
-"""Turns of steps, and what is told of them.
+"""Times turns of steps, and summarises them.
 
-A step ends with its tokens on the host, so that the wall clock needs no help. Kernels alone are
-timed by the device's own events.
+A step ends with its tokens on the host, so the wall clock is sufficient. Single kernels are timed
+by the device's events.
 """
 
 import math
@@ -19,7 +19,7 @@ Turn = list[float]
 
 
 def turn(step: Callable[[], object], untimed: int, count: int) -> Turn:
-    """Take so many steps and time the last ones; each must end on the host."""
+    """Run untimed steps, then timed steps; each must end on the host."""
     for _ in range(untimed):
         step()
     times = []
@@ -31,7 +31,7 @@ def turn(step: Callable[[], object], untimed: int, count: int) -> Turn:
 
 
 def figures(turns: list[Turn], batch: int) -> dict[str, Any]:
-    """A variant's turns as figures: the step as a turn's mean, and single steps to the 99th."""
+    """Summarise a variant's turns: mean steps, and the 99th percentile of single steps."""
     steps = sorted(time for one in turns for time in one)
     summary = summarise(turns, batch)
     del summary["turn_means_ms"]
@@ -47,7 +47,7 @@ def spread(values: list[float], digits: int = 4) -> dict[str, Any]:
 
 
 def device_ms(action: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds that the device works on an action, of each repeat after one that warms up."""
+    """Milliseconds of device time of an action, for each repeat after one warm-up."""
     action()
     if device.type != "cuda":
         return turn(action, 0, repeats)

@@ -1,7 +1,8 @@
-"""What an evaluation of the tuner costs on a large model, and what a whole fit would.
+"""Measures the tuner's evaluation on a large model, and estimates the time of a whole fit.
 
-A few decode steps are timed and scaled to a whole sequence, and the fit is an estimate of its name:
-trials times evaluations. Data for what must change, not a promise. Knows nothing of searching.
+A few decode steps are timed and scaled to a whole sequence. The time of the fit is an estimate, and
+is named so: trials times evaluations. These are data for improvements, not a promise. Knows nothing
+of searching.
 """
 
 import time
@@ -20,10 +21,11 @@ from benchmarks.gpu.report import NotSupported
 from benchmarks.gpu.run import Run
 
 COUNTED = 16
-"""Positions of an example whose predictions are asked for: few, for the memory of their logits."""
+"""Positions of an example whose predictions are computed: few, because of the memory of their
+logits."""
 
 PROMPT_SHARE = 2
-"""One part in so many of a sequence is prompt, which goes by blocks, and the rest by steps."""
+"""One part in this many of a sequence is prompt, run in blocks; the rest is decoded in steps."""
 
 
 def measure(run: Run) -> None:
@@ -103,7 +105,7 @@ def _examples(model: LoadedModel, rows: int, length: int, prompt: int) -> list[E
 
 
 def _default_trials() -> int:
-    """Trials that a fit takes unless told otherwise."""
+    """The default number of trials of a fit."""
     try:
         from tuner.cli import fit
     except ImportError as missing:

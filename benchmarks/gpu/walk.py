@@ -1,4 +1,4 @@
-"""Given texts through one layer: in one launch, and by one of the decode kernel for each token.
+"""Compares two ways through one layer: all tokens in one launch, or one decode kernel per token.
 
 Both start from empty slots and do the same work, for a whole text of each row. Knows nothing of
 prompts, or of the model around the layer.
@@ -47,9 +47,9 @@ def measure(run: Run) -> None:
 
 
 def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return what walks random texts in one launch, and what does by one a token.
+    """Return a function that walks random texts in one launch, and one with a launch per token.
 
-    Each gives the attention output [rows, H_q, tokens, D].
+    Each returns the attention output [rows, H_q, tokens, D].
     """
     shape, device = model.shape, model.device
     backend = decoding.choose_kernels("auto", model)
@@ -76,7 +76,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
         device=device,
     )
     scale = shape.head_dim**-0.5
-    # [tokens, rows], so that each token's are contiguous.
+    # [tokens, rows], so that the values of one token are contiguous.
     at = torch.arange(texts.tokens + 1, device=device)[:, None].repeat(1, texts.rows)
 
     def in_one() -> Tensor:
@@ -109,7 +109,7 @@ def both(model: LoadedModel, texts: Texts) -> tuple[Callable[[], Tensor], Callab
 def _steps(
     backend: Backend, slots: Slots, policy: PolicyTensors, query_heads: int, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return what carries a token of each row through the layer, given where they stand."""
+    """Return a function that runs one token per row through the layer, given its position."""
     if backend != "triton":
         steps = decoding.make_steps(backend, slots, policy)
         return lambda query, keys, values, start: steps(start)(0, query, keys, values, scale)

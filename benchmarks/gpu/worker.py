@@ -1,9 +1,9 @@
-"""What runs in a process of its own: transformers with a static cache, compiled, and kvpress.
+"""Worker in a separate process: transformers with a compiled static cache, and kvpress.
 
-Started as a script by any interpreter that has torch and transformers (`--peer-python` for
-kvpress), it speaks the protocol of `benchmarks/peers/loop.py`. The model is random, made on the
-device from a directory with nothing but a configuration. Imports nothing of this project but that
-protocol and the presses' peer.
+It is started as a script by any interpreter that has torch and transformers (`--peer-python` for
+kvpress), and uses the protocol of `benchmarks/peers/loop.py`. The model is random, made on the
+device from a directory that contains only a configuration. Imports nothing of this project except
+that protocol and the presses' peer.
 
     python worker.py static|eager|knorm|tova
 """
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(directory: str, dtype: str) -> Any:
-    """A random model of the directory's configuration, on the device."""
+    """Make a random model with the directory's configuration, on the device."""
     torch.set_default_device(DEVICE)
     config = AutoConfig.from_pretrained(directory)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -30,7 +30,7 @@ def load(directory: str, dtype: str) -> Any:
 
 
 def wait() -> None:
-    """Wait until the device has done all that it was asked."""
+    """Wait until the device has finished its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -73,7 +73,7 @@ class StaticRows:
             past_key_values=self._cache,
             logits_to_keep=1,
         )
-        # Copied, for the next replay writes where these logits are.
+        # Cloned, because the next replay overwrites these logits.
         self._ids = output.logits[:, -1].argmax(-1, keepdim=True).clone()
         self._ids.tolist()
 
@@ -86,11 +86,11 @@ class StaticRows:
         return seconds
 
     def kv_tokens(self) -> float:
-        """What the cache holds now."""
+        """Tokens in the cache now."""
         return float(self._position)
 
     def close(self) -> None:
-        """Let the cache go."""
+        """Release the cache."""
         del self._cache
 
 
@@ -103,7 +103,7 @@ class Static:
         self._compiled = compiled
 
     def load(self, model: str, dtype: str, threads: int) -> None:
-        """Make the model; what it compiles, it compiles in the first step."""
+        """Make the model; compilation happens in the first step."""
         torch.set_num_threads(threads)
         self._model = load(model, dtype)
         self._forward = self._model.forward
@@ -116,7 +116,7 @@ class Static:
 
 
 def kvpress_peer(press: str) -> Any:
-    """kvpress's own peer, on this device and with a random model."""
+    """kvpress's peer, on this device and with a random model."""
     from peers.worker_kvpress import PRESSES, Kvpress, Rows  # type: ignore[import-not-found]
 
     class DeviceRows(Rows):  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Peers in processes of their own beside this engine in this one: compiled transformers, kvpress.
+"""Compares peers in separate processes with this engine: compiled transformers, and kvpress.
 
-Each has a model of its own, of the same shape and as random, and is ended where it does not answer
-in time. Knows how workers are asked, not what they do.
+Each peer has a separate random model of the same shape. A worker that does not answer in time is
+ended. Knows how to call workers, not what they do.
 """
 
 import os
@@ -36,7 +36,7 @@ def kvpress(run: Run) -> None:
 
 
 def _beside(run: Run, interpreter: str, kind: str, label: str) -> None:
-    """Let a worker and this engine take turns in one cell."""
+    """Alternate between a worker and this engine in one cell."""
     cell, sizes = run.sizes.worker_cell, run.sizes
     model = run.model(cell.model)
     chosen = policies(model, cell.budget, cell.context + 1)["a2sf"]
@@ -66,7 +66,7 @@ def _beside(run: Run, interpreter: str, kind: str, label: str) -> None:
                 turn=sizes.untimed + sizes.steps,
                 room=(sizes.rounds + 1) * (sizes.untimed + sizes.steps),
             )
-            # The first turn compiles.
+            # The first turn includes compilation.
             ask(do="steps", seat="a", untimed=sizes.untimed, count=sizes.steps)
             sides: dict[str, Callable[[], None]] = {
                 "ours": lambda: ours.append(_turn_of_ours(run, rows, chosen)),

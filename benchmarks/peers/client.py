@@ -1,6 +1,6 @@
-"""The grid's side of a worker: a child process, asked one thing at a time, under a time limit.
+"""The grid's side of a worker: a child process that answers one command at a time, in limited time.
 
-Knows the protocol's frame (a JSON line each way) and nothing of what is asked.
+Knows the protocol's frame (one JSON line in each direction) and nothing of the commands.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 
 class Refused(Exception):
-    """The worker answered that it cannot; `supported` tells whether it could ever."""
+    """The worker answered with an error; `supported` is False if it can never do this."""
 
     def __init__(self, reason: str, supported: bool) -> None:
         super().__init__(reason)
@@ -26,7 +26,7 @@ class Gone(Exception):
 
 
 class Client:
-    """A worker process. Ended by its own handle, never by name."""
+    """A worker process. It is ended through its handle only, never by name."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,8 @@ class Client:
     def ask(self, timeout_s: float, **command: Any) -> dict[str, Any]:
         """Send a command and return the answer.
 
-        Raises Refused for an answer that is an error, and Gone, after ending the process, where
-        none comes.
+        Raises Refused if the answer is an error, and Gone, after ending the process, if there is no
+        answer.
         """
         assert self._process.stdin is not None
         try:
@@ -64,7 +64,7 @@ class Client:
         except queue.Empty:
             self.kill()
             raise Gone(f"no answer to {command['do']} within {timeout_s:g} s") from None
-        except (OSError, ValueError):  # its end of the pipe is gone, or ours is closed
+        except (OSError, ValueError):  # the worker's end of the pipe is gone, or ours is closed
             line = None
         if line is None:
             self.kill()
@@ -82,7 +82,7 @@ class Client:
         return f"exit {code}" + "".join(f", {line[:300]}" for line in last)
 
     def end(self, timeout_s: float = 30) -> None:
-        """Ask the process to end, and end it if it does not."""
+        """Ask the process to end, and kill it if it does not."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.write('{"do": "end"}\n')
@@ -92,9 +92,9 @@ class Client:
             self.kill()
 
     def kill(self) -> None:
-        """End the process at once, unless it already has."""
+        """Kill the process, unless it has ended."""
         try:
-            # It may be on its way out by itself, and its own code tells more.
+            # It may be about to end, and its exit code is more informative than a kill.
             self._process.wait(0.5)
         except subprocess.TimeoutExpired:
             self._process.kill()

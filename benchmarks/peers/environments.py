@@ -1,4 +1,4 @@
-"""An environment a peer: made once from pinned requirements, and what runs in it.
+"""Makes the peers' environments from pinned requirements, and prepares commands to run in them.
 
 Owns `build/peers/`: the environments and the models exported for OpenVINO. Knows nothing of what is
 measured.
@@ -17,12 +17,15 @@ from .variants import Environment
 HERE = Path(__file__).parent
 STORE = HERE.parents[1] / "build" / "peers"
 
-# The version alone: what it resolves to must be the same build of torch for every peer.
+# Only the version without its local suffix; it must resolve to the same build for every peer.
 TORCH = f"torch=={torch.__version__.split('+')[0]}"
 
 
 def python(name: Environment, store: Path = STORE) -> str:
-    """The interpreter of an environment, which is made if it is missing or its pins changed."""
+    """Return an environment's interpreter.
+
+    Makes the environment if it is missing or its pins changed.
+    """
     if name == "project":
         return sys.executable
     folder = store / name
@@ -36,7 +39,7 @@ def python(name: Environment, store: Path = STORE) -> str:
     print(f"making the environment of {name} in {folder}", file=sys.stderr)
     _call(sys.executable, "-m", "venv", "--clear", str(folder))
     pip = (str(interpreter), "-m", "pip", "install", "--quiet")
-    # First and by itself, so that no peer pulls in another build.
+    # torch first and alone, so that no peer installs another build.
     _call(*pip, TORCH)
     for path in present:
         _call(*pip, *(["--no-deps"] if path.stem.endswith("-no-deps") else []), "-r", str(path))
@@ -45,7 +48,7 @@ def python(name: Environment, store: Path = STORE) -> str:
 
 
 def model_for(name: Environment, model: Path, key: str, store: Path = STORE) -> Path:
-    """The model as an environment's peer loads it."""
+    """Return the model in the form that an environment's peer loads."""
     if name != "openvino":
         return model
     exported = store / "models" / f"{key}-ir"
@@ -63,12 +66,12 @@ def model_for(name: Environment, model: Path, key: str, store: Path = STORE) -> 
 def command(
     name: Environment, module: str, arguments: tuple[str, ...], store: Path = STORE
 ) -> list[str]:
-    """How a module of this package is run in an environment."""
+    """Return the command that runs a module of this package in an environment."""
     return [python(name, store), "-m", f"peers.{module}", *arguments]
 
 
 def surroundings(threads: int | None = None) -> dict[str, str]:
-    """Environment variables of a worker: this package on its path, and nothing that downloads."""
+    """Environment variables of a worker: this package on its path, and no downloads."""
     variables = {
         **os.environ,
         "PYTHONPATH": str(HERE.parent),

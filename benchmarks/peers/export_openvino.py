@@ -1,7 +1,7 @@
-"""Write a model as OpenVINO IR in float32: `python -m peers.export_openvino MODEL OUT`.
+"""Writes a model as OpenVINO IR in float32: `python -m peers.export_openvino MODEL OUT`.
 
-Runs in the OpenVINO environment. One export serves every precision: the precision of inference and
-of the KV cache is set when the model is compiled.
+Runs in the OpenVINO environment. One export serves every precision, because the precisions of
+inference and of the KV cache are set when the model is compiled.
 """
 
 import sys

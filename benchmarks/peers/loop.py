@@ -1,4 +1,4 @@
-"""The worker's side of the protocol: commands in on stdin, answers out on stdout, a JSON a line.
+"""The worker's side of the protocol: commands on stdin, answers on stdout, one JSON per line.
 
     {"do": "load", "model": DIR, "dtype": "float32", "threads": 2}
         -> {"versions": {...}}
@@ -10,8 +10,8 @@
     {"do": "end"}
 
 A seat is a batch of filled rows that waits for its next turn. Any failure is answered as
-`{"error": reason, "supported": bool}` and the worker goes on. Imports the standard library only and
-knows no peer: what a peer does stands in its worker.
+`{"error": reason, "supported": bool}` and the worker continues. Imports the standard library only
+and knows nothing of a peer: each worker contains its peer's code.
 """
 
 import gc
@@ -28,23 +28,24 @@ from typing import Any, Protocol, TextIO
 
 
 class NotSupported(Exception):
-    """The peer cannot do this by design; the reason says why."""
+    """The peer cannot do this by design; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What a seat is filled with."""
+    """The content of a seat."""
 
     prompt: list[int]
     """Token ids, the same for every row."""
     batch: int
     """Rows."""
     budget: int | None
-    """Tokens that a row may keep; None where the variant keeps all."""
+    """Tokens that a row may keep; None if the variant keeps all."""
     turn: int
-    """Decode steps of one turn, the untimed ones included: periodic work is spread over these."""
+    """Decode steps of one turn, including the untimed ones; periodic work is distributed over
+    these."""
     room: int
-    """Decode steps that the rows must have room for."""
+    """The number of decode steps that the rows need room for."""
 
 
 class Seat(Protocol):
@@ -52,7 +53,7 @@ class Seat(Protocol):
 
     @property
     def prefill_s(self) -> float:
-        """Seconds that the prompt of one row took."""
+        """Seconds of the prefill of one row."""
         ...
 
     @property
@@ -78,7 +79,7 @@ class Peer(Protocol):
 
     @property
     def packages(self) -> Sequence[str]:
-        """Distributions whose versions are told."""
+        """Distributions whose versions are reported."""
         ...
 
     def load(self, model: str, dtype: str, threads: int) -> None:
@@ -91,14 +92,14 @@ class Peer(Protocol):
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that an action takes."""
+    """Run an action and return its seconds."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of the environment that this process runs in."""
+    """Versions of packages in the environment of this process."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -109,14 +110,14 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 class Worker:
-    """One peer and its seats, command by command."""
+    """One peer and its seats; executes commands."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
         self._seats: dict[str, Seat] = {}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Carry out a command; failures come back as an answer."""
+        """Execute a command; a failure becomes an answer."""
         try:
             return self._carry_out(command)
         except NotSupported as reason:
@@ -165,7 +166,7 @@ def _turn(seat: Seat, untimed: int, count: int) -> dict[str, Any]:
 def serve(peer: Peer) -> None:
     """Answer commands until `end` or the end of the input."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # What a library prints must not get between the answers.
+    # Output of libraries must not mix with the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     exchange(Worker(peer), sys.stdin, answers)
 

@@ -1,7 +1,7 @@
 """The models that the grid runs, as directories that every peer can load.
 
-Owns their shapes, the writing of the random one, and the bytes of each, which the prediction needs.
-Imports torch only to write; knows no peer.
+Owns their shapes, the writing of the random model, and the bytes of each, which the prediction
+needs. Imports torch only for writing; knows nothing of the peers.
 """
 
 import json
@@ -29,7 +29,7 @@ RANDOM = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a decode step's memory traffic follows from."""
+    """The sizes that determine a decode step's memory traffic."""
 
     layers: int
     hidden: int
@@ -42,7 +42,7 @@ class Shape:
 
     @classmethod
     def read(cls, directory: Path) -> "Shape":
-        """From a model's configuration."""
+        """Read the shape from a model's configuration."""
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         return cls(
             layers=config["num_hidden_layers"],
@@ -57,7 +57,7 @@ class Shape:
 
     @property
     def weights_read(self) -> int:
-        """Weights that a decode step reads: all but the rows of the input embedding."""
+        """Number of weights that a decode step reads: all except the input embedding."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         mlp = 3 * self.hidden * self.intermediate
         norms = 2 * self.hidden
@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def token_slots(self) -> int:
-        """Places in which a token is cached: layers x KV heads."""
+        """Cache slots per token: layers x KV heads."""
         return self.layers * self.kv_heads
 
     def token_bytes(self, dtype: str) -> int:
@@ -74,7 +74,7 @@ class Shape:
 
 
 def prepare(name: str, store: Path, layers: int | None = None) -> Path:
-    """The directory of the model `reference`, or of `random`, which is written when missing."""
+    """Return the directory of the model `reference`, or of `random`; write that if missing."""
     if name == "reference":
         return reference_path()
     shape = RANDOM if layers is None else {**RANDOM, "num_hidden_layers": layers}
@@ -91,12 +91,12 @@ def _write_random(directory: Path, shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     draft = directory.with_name(directory.name + ".draft")
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(draft)
-    # Every id that the tokenizer knows exists; prompts are ids, so no more is asked of it.
+    # Every id of the tokenizer is in the vocabulary. Prompts are ids, so nothing else is needed.
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(reference_path() / name, draft / name)
     draft.rename(directory)
 
 
 def prompt(vocabulary: int, length: int) -> list[int]:
-    """A prompt of token ids, the same every time."""
+    """A deterministic prompt of token ids."""
     return [2 + (i * 7919 + 104729 * (i // 97)) % (vocabulary - 2) for i in range(length)]

@@ -1,6 +1,6 @@
-"""The grid's figures as Markdown tables and as a picture.
+"""Renders the grid's figures as Markdown tables and as a picture.
 
-Owns how results are shown; knows nothing of how they were measured.
+Owns the layout of results; knows nothing of how they were measured.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ batch 1, bfloat16."""
 
 
 def markdown(document: dict[str, Any], source: str) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n\n".join(_sections(document, source)) + "\n"
 
 
@@ -99,7 +99,7 @@ TABLES: dict[str, Show] = {
 
 
 def groups(document: dict[str, Any]) -> dict[tuple[str, str], list[Cell]]:
-    """Cells by model and dtype, in order of context and batch."""
+    """Group cells by model and dtype, in order of context and batch."""
     found: dict[tuple[str, str], list[Cell]] = {}
     for cell in sorted(document["cells"], key=lambda c: (c["context"], c["batch"])):
         found.setdefault((cell["model"], cell["dtype"]), []).append(cell)
@@ -107,13 +107,13 @@ def groups(document: dict[str, Any]) -> dict[tuple[str, str], list[Cell]]:
 
 
 def budgets(cells: list[Cell]) -> list[int | None]:
-    """Budgets that occur; one None where nothing was measured that has any."""
+    """The budgets in these cells; a single None if no entry has one."""
     found = {e["budget"] for cell in cells for e in cell["entries"]} - {None}
     return sorted(found) or [None]
 
 
 def entry_of(cell: Cell, variant: str, budget: int | None) -> Entry | None:
-    """A variant's entry at a budget; one without a budget stands beside every budget."""
+    """Return a variant's entry at a budget; an entry without a budget is valid for every budget."""
     return next(
         (e for e in cell["entries"] if e["variant"] == variant and e["budget"] in (budget, None)),
         None,
@@ -143,11 +143,14 @@ def _shown(entry: Entry | None, show: Show, label: str, reasons: list[str]) -> s
 
 
 def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int, ...]) -> None:
-    """Tokens/s over the context: a row a model and dtype, a column a batch, a line a variant."""
+    """Draw tokens/s over the context: one row per model and dtype, one column per batch.
+
+    Each variant is a line.
+    """
     rows = {
         key: cells
         for key, cells in groups(document).items()
-        # One context makes no line.
+        # A single context makes no line.
         if len({cell["context"] for cell in cells if cell["batch"] in batches}) > 1
     }
     if not rows:

@@ -1,7 +1,7 @@
-"""The grid's figures on disk: cells, their statistics, and what an interrupted run has left to do.
+"""Stores the grid's figures: cells, their statistics, and which entries are missing.
 
-A cell is a model, dtype, context and batch, and holds an entry for each variant (and budget, where
-the variant has one). Knows nothing of how a figure is measured or shown.
+A cell is a model, dtype, context and batch, and has an entry for each variant (and budget, if the
+variant has one). Knows nothing of how a figure is measured or shown.
 """
 
 import json
@@ -16,10 +16,10 @@ Row = tuple[str, int | None]
 
 
 def summarise(turns: list[list[float]], batch: int) -> dict[str, Any]:
-    """A variant's turns of step times in ms, as figures.
+    """Summarise a variant's turns of step times in ms.
 
-    The time of a step is a turn's mean, so that work which comes once in a turn counts; median and
-    quartiles are over the turns, and of single steps beside them.
+    The time of a step is the mean of its turn, so that work that occurs once per turn is included.
+    Median and quartiles are over the turns; those of single steps are stored as well.
     """
     means = [statistics.fmean(turn) for turn in turns]
     steps = [time for turn in turns for time in turn]
@@ -35,7 +35,7 @@ def summarise(turns: list[list[float]], batch: int) -> dict[str, Any]:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First and third, by linear interpolation."""
+    """First and third quartile, by linear interpolation."""
     if len(values) == 1:
         return [round(values[0], 4)] * 2
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -52,7 +52,7 @@ def compare(entries: list[dict[str, Any]]) -> None:
 
 
 class Results:
-    """The document, written whole after every cell."""
+    """The document, written completely after every cell."""
 
     def __init__(self, path: Path, head: dict[str, Any], *, resume: bool) -> None:
         self._path = path
@@ -68,15 +68,16 @@ class Results:
             self.document = known
 
     def missing(self, key: Key, rows: list[Row]) -> bool:
-        """Whether any of these entries of a cell is not there yet."""
+        """Whether any of these entries of a cell is missing."""
         cell = self._find(key)
         have = {(e["variant"], e["budget"]) for e in cell["entries"]} if cell else set()
         return not set(rows) <= have
 
     def put(self, key: Key, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-        """Add a cell, in the place of what was there before, and write.
+        """Add or replace a cell, and write.
 
-        Entries of one cell are from one run: those of a run before would not be comparable.
+        All entries of one cell are from one run, because entries of an earlier run are not
+        comparable.
         """
         compare(entries)
         model, dtype, context, batch = key
@@ -96,7 +97,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Replace the file in one move."""
+        """Replace the file atomically."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_name(self._path.name + ".draft")
         draft.write_text(json.dumps(self.document, indent=1) + "\n")

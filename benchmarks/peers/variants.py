@@ -1,6 +1,6 @@
-"""What the grid measures: each variant's worker, environment, and the bytes that its step moves.
+"""The variants of the grid: each one's worker, environment, and the bytes that its step moves.
 
-Knows no peer's code and runs nothing.
+Knows nothing of a peer's code and runs nothing.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from .models import ITEM_BYTES, Shape
 Environment = Literal["project", "kvpress", "openvino"]
 
 BASE = "dynamic"
-"""The variant that ratios are against."""
+"""The variant in the denominator of ratios."""
 
 SCORE_BYTES = 8
-"""A slot's position and score in our cache."""
+"""Bytes of a slot's position and score in our cache."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Variant:
     bounded: bool = False
     """Whether a row keeps a budget of tokens; otherwise it keeps all, and is measured once."""
     passes: int = 1
-    """Times that a step moves the KV: 1 where attention reads it in place; 3 where it is read,
-    written to a new place (`torch.cat` or a gather) and read there."""
+    """How often a step moves the KV: 1 if attention reads it in place; 3 if it is read, written to
+    a new place (`torch.cat` or a gather) and read there."""
     slot_bytes: int = 0
-    """Bytes read beside a token's keys and values, a layer and KV head."""
+    """Bytes read in addition to a token's keys and values, per layer and KV head."""
 
     def step_bytes(
         self, shape: Shape, *, dtype: str, context: int, batch: int, budget: int | None
@@ -108,12 +108,12 @@ VARIANTS = {
 
 
 def predicted_ms(step_bytes: int, bytes_per_s: float) -> float:
-    """Milliseconds that moving these bytes takes at a measured bandwidth: a floor, not a guess."""
+    """Milliseconds to move these bytes at a measured bandwidth: a lower limit."""
     return step_bytes / bytes_per_s * 1e3
 
 
 def bandwidth(threads: int, *, megabytes: int = 512, repeats: int = 7) -> float:
-    """Bytes a second that this machine reads: the best of several sums over a large tensor."""
+    """Bytes per second that this machine reads: the best of several sums over a large tensor."""
     import torch
 
     from .loop import timed

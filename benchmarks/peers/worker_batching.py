@@ -1,9 +1,9 @@
-"""Continuous batching of transformers (what `generate_batch` runs) as a peer.
+"""Continuous batching of transformers (the implementation of `generate_batch`) as a peer.
 
-Its public entry runs a loop in a thread until all requests end; here the body of that loop is
-called once a step. Rows share the pages of their common prompt, which spares the filling, and
-favours this peer: it reads shared pages from the processor's cache. On processors it has no paged
-kernel, and gathers the pages of all rows into one sequence under one mask.
+The public function runs a loop in a thread until all requests end. Here the body of that loop is
+called once per step. Rows share the pages of their common prompt. That makes the filling shorter,
+and favours this peer, because it reads shared pages from the processor's cache. On processors it
+has no paged kernel, and gathers the pages of all rows into one sequence under one mask.
 """
 
 import time
@@ -20,11 +20,11 @@ PREFILL_CHUNK = 512
 
 
 class Rows:
-    """Requests of one manager that decode in step."""
+    """Requests of one manager that decode together."""
 
     def __init__(self, model: Any, filling: Filling) -> None:
         length, batch = len(filling.prompt), filling.batch
-        # Rows that are filled first decode while the others are.
+        # Rows that are filled first already decode while the others are filled.
         longest = length + filling.room + 2 * batch + 4
         config = ContinuousBatchingConfig(
             page_size=PAGE,
@@ -54,7 +54,7 @@ class Rows:
         self.kv_bytes = int(self._loop.cache.cache_tensor.nbytes)
 
     def _add(self, filling: Filling) -> None:
-        """Add a request and go on until it has its first token."""
+        """Add a request and continue until it has its first token."""
         name = self._manager.add_request(filling.prompt)
         for _ in range(2 * (-(-len(filling.prompt) // PREFILL_CHUNK)) + 2):
             self._advance()
@@ -81,7 +81,7 @@ class Rows:
         return sum(state.generated_len() for state in self._states)
 
     def kv_tokens(self) -> float:
-        """The prompt and what has been written, but for the newest token."""
+        """The prompt and the generated tokens, except the newest one."""
         return self._length + self._generated() / self._batch - 1
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """`generate` of transformers with its dynamic cache as a peer.
 
-One row is prefilled and copied to all; `generate` then writes on, and its streamer holds it between
-tokens until the next is asked for. It computes in the main thread, and the commands are read in
-another: OpenMP would give another thread's work a second pool, which waits in another way, and the
-times could not be compared with those of the other peers.
+One row is prefilled and copied to all. `generate` then continues, and its streamer blocks it after
+each token until the next is requested. `generate` runs in the main thread, and another thread reads
+the commands. OpenMP would give work in another thread a second pool, which waits in a different
+way, and the times would not be comparable with those of the other peers.
 """
 
 import copy
@@ -21,11 +21,11 @@ from .loop import Filling, serve, timed
 
 
 class Ended(Exception):
-    """Thrown into `generate` to leave it."""
+    """Raised inside `generate` to leave it."""
 
 
 class Gate(BaseStreamer):  # type: ignore[misc]
-    """Lets `generate` make one token at a time, and times it between the two."""
+    """Lets `generate` make one token at a time, and times each token."""
 
     def __init__(self) -> None:
         self._go = threading.Semaphore(0)
@@ -64,14 +64,14 @@ class Gate(BaseStreamer):  # type: ignore[misc]
         self._go.release()
 
     def fail(self, error: Exception) -> None:
-        """Tell the one who waits that no token will come, now or later."""
+        """Report the error to the waiting thread, now and at a later call."""
         self._failure = error
         for _ in range(2):
             self._arrived.release()
 
 
 class Rows:
-    """Rows that one call of `generate` writes on."""
+    """Rows that one call of `generate` continues."""
 
     def __init__(self, peer: "Dynamic", filling: Filling, row: Any, prefill_s: float) -> None:
         self.prefill_s = prefill_s
@@ -86,7 +86,7 @@ class Rows:
         self._cache.batch_repeat_interleave(batch)
 
     def _generate(self, model: Any, filling: Filling) -> None:
-        # The newest token is the one that the cache does not hold yet.
+        # The cache does not contain the newest token yet.
         ids = torch.tensor([[*filling.prompt, filling.prompt[-1]]] * filling.batch)
         try:
             model.generate(
@@ -118,36 +118,36 @@ class Rows:
         return self._gate.step()
 
     def kv_tokens(self) -> float:
-        """The cache grows by a token a step."""
+        """Return the cache's length, which grows by one token per step."""
         return float(self._cache.get_seq_length())
 
     def close(self) -> None:
-        """Leave `generate`, which lets its cache go."""
+        """Leave `generate`, which releases its cache."""
         self._gate.leave()
         self._over.wait()
 
 
 class MainThread:
-    """Runs in the main thread what another thread asks for."""
+    """Runs jobs from other threads in the main thread."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
 
     def work(self) -> None:
-        """Work until `stop`; called by the main thread."""
+        """Run jobs until `stop`; called by the main thread."""
         while (job := self._jobs.get()) is not None:
             job()
 
     def stop(self) -> None:
-        """Let `work` return once the jobs before are done."""
+        """Make `work` return after the jobs before this call."""
         self._jobs.put(None)
 
     def start(self, job: Callable[[], None]) -> None:
-        """Ask for a job that tells of its own end."""
+        """Submit a job without waiting; the job reports its end."""
         self._jobs.put(job)
 
     def run(self, job: Callable[[], None]) -> None:
-        """Have a job done, and raise what it raised."""
+        """Run a job, wait for it, and raise its exception."""
         failure: list[Exception] = []
         done = threading.Event()
 
@@ -175,7 +175,7 @@ class Dynamic:
         self._row: tuple[list[int], Any, float] | None = None
 
     def load(self, model: str, dtype: str, threads: int) -> None:
-        """Load the model with its own attention."""
+        """Load the model with its default attention."""
 
         def job() -> None:
             torch.set_num_threads(threads)
@@ -185,7 +185,7 @@ class Dynamic:
         self.main.run(job)
 
     def fill(self, filling: Filling) -> Rows:
-        """Prefill one row, unless it is the last one's, and copy it to all."""
+        """Prefill one row, unless the last prompt was the same, and copy it to all rows."""
         if self._row is None or self._row[0] != filling.prompt:
             self._row = None
             cache = DynamicCache(config=self.model.config)

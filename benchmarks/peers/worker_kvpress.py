@@ -1,8 +1,8 @@
 """kvpress as a peer: the press named on the command line, in prefill and in decoding.
 
-One row is prefilled under the press and copied to all; decoding then goes as in kvpress's own
-pipeline, with explicit positions over a cache that is shorter than they are. A decoding press
-evicts every so many steps: here once in a turn, so that each turn holds the price of one eviction.
+One row is prefilled under the press and copied to all. Decoding then follows kvpress's pipeline,
+with explicit positions, which are larger than the cache is long. A decoding press evicts after a
+fixed number of steps: here once per turn, so that each turn contains the cost of one eviction.
 """
 
 import copy
@@ -19,7 +19,7 @@ PRESSES = {"knorm": KnormPress, "tova": TOVAPress}
 
 
 class Rows:
-    """Rows whose cache the press cuts down once in a turn."""
+    """Rows whose cache the press reduces once per turn."""
 
     def __init__(self, model: Any, base: Any, filling: Filling) -> None:
         assert filling.budget is not None
@@ -52,7 +52,7 @@ class Rows:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
 
     def step(self) -> float:
-        """Decode one token of every row; hooks of other rows' presses are off meanwhile."""
+        """Decode one token of every row, with only these rows' hooks active."""
         if self._hooks is None:
             self._hooks = self._press(self._model)
             self._hooks.__enter__()
@@ -77,11 +77,11 @@ class Rows:
             self._hooks = None
 
     def kv_tokens(self) -> float:
-        """Tokens in the first layer, as in all: the budget, and what the turn has added."""
+        """Tokens in the first layer, as in all: the budget, and the tokens added in this turn."""
         return float(self._cache.get_seq_length())
 
     def close(self) -> None:
-        """Take the hooks off, and let the cache go."""
+        """Remove the hooks, and release the cache."""
         self._leave()
         del self._cache
 
@@ -95,7 +95,7 @@ class Kvpress:
         self._base = base
 
     def load(self, model: str, dtype: str, threads: int) -> None:
-        """Load the model with its own attention."""
+        """Load the model with its default attention."""
         torch.set_num_threads(threads)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._model.eval()

@@ -1,7 +1,7 @@
-"""OpenVINO GenAI's continuous batching as a peer: with cache eviction where there is a budget.
+"""OpenVINO GenAI's continuous batching as a peer, with cache eviction if there is a budget.
 
-Runs on an IR that `export_openvino` wrote. Rows hold pages of their own: prefix caching would let
-all rows read the same pages, which then come from the processor's cache and not from memory.
+Runs on an IR written by `export_openvino`. Rows share no pages. With prefix caching all rows would
+read the same pages, which then come from the processor's cache and not from memory.
 """
 
 from typing import Any
@@ -19,14 +19,15 @@ PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def blocks(tokens: int) -> int:
-    """Blocks that this many tokens fill or begin."""
+    """The number of blocks that this many tokens need."""
     return -(-tokens // BLOCK)
 
 
 def eviction(budget: int) -> Any:
     """OpenVINO's eviction at our budget: sinks and recent tokens in whole blocks, the rest scored.
 
-    Full blocks go, so a row holds up to a block more than `budget`: the answer tells how many.
+    Only full blocks are evicted, so a row holds up to one block more than `budget`; the answer
+    contains the number.
     """
     recent = BLOCK * max(1, budget // 8 // BLOCK)
     if budget % BLOCK or budget <= BLOCK + recent:
@@ -43,13 +44,13 @@ def eviction(budget: int) -> Any:
 
 
 class Rows:
-    """Requests of one pipeline that decode in step."""
+    """Requests of one pipeline that decode together."""
 
     def __init__(self, model: str, dtype: str, threads: int, filling: Filling) -> None:
         length, batch, budget = len(filling.prompt), filling.batch, filling.budget
         scheduler = genai.SchedulerConfig()
         scheduler.enable_prefix_caching = False
-        # Prompts go first, whole, and rows do not decode while another is filled.
+        # Prompts are processed first and whole; rows do not decode while another is filled.
         scheduler.dynamic_split_fuse = False
         scheduler.max_num_batched_tokens = max(length, batch)
         scheduler.max_num_seqs = batch
@@ -58,7 +59,7 @@ class Rows:
         else:
             scheduler.use_cache_eviction = True
             scheduler.cache_eviction_config = eviction(budget)
-            # Nothing is evicted while a prompt is read; a step later its row has shrunk.
+            # Nothing is evicted while a prompt is read; one step later its row has shrunk.
             self._pool = blocks(length) + 2 + batch * (blocks(min(budget, length)) + 3)
         scheduler.num_kv_blocks = self._pool
         precision = PRECISION[dtype]
@@ -89,7 +90,7 @@ class Rows:
         config.max_new_tokens = filling.room + 2 * filling.batch + 2
         config.do_sample = False
         config.ignore_eos = True
-        # Asked for although no token ends a completion.
+        # Required, although no token ends a completion.
         config.set_eos_token_id(1)
         prompt = openvino.Tensor(numpy.array([filling.prompt], dtype=numpy.int64))
         return self._pipeline.add_request(row, prompt, config)
@@ -106,11 +107,11 @@ class Rows:
         return seconds
 
     def kv_tokens(self) -> float:
-        """Tokens that a row's blocks have room for."""
+        """Capacity of a row's blocks, in tokens."""
         return self._tokens
 
     def close(self) -> None:
-        """Cancel the requests, so that the pipeline may go."""
+        """Cancel the requests, so that the pipeline can be released."""
         for handle in self._handles:
             handle.cancel()
         while self._pipeline.has_non_finished_requests():
@@ -119,12 +120,12 @@ class Rows:
 
 
 class OpenVino:
-    """The pipeline, evicting or not."""
+    """The pipeline, with or without eviction."""
 
     packages = ("openvino", "openvino-genai", "optimum-intel")
 
     def load(self, model: str, dtype: str, threads: int) -> None:
-        """Only remember: a pipeline loads its own model, and each batch has its own pipeline."""
+        """Only store the settings: each batch has a separate pipeline, which loads the model."""
         self._settings = (model, dtype, threads)
 
     def fill(self, filling: Filling) -> Rows:

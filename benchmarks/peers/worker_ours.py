@@ -1,6 +1,6 @@
 """This project's engine as a peer, under the policy named on the command line.
 
-Knows the engine by its public face, but for how rows are filled: requests in, steps, and figures.
+Uses the engine's public interface (requests, steps, figures), except for the filling of rows.
 """
 
 import sys
@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {"a2sf": "a2sf", "window": "window", "full": "full"
 
 
 def policy(method: Method, budget: int | None) -> CachePolicy:
-    """The policy of a variant; A2SF with one alpha for all heads, which costs what a table does."""
+    """Return a variant's policy; A2SF has one alpha for all heads; a table costs the same."""
     if method == "full":
         return CachePolicy(preset="full", prefill_chunk=PREFILL_CHUNK)
     if method == "window":
@@ -35,10 +35,10 @@ def policy(method: Method, budget: int | None) -> CachePolicy:
 
 
 class CopyingEngine(Engine):
-    """An engine for requests that are all alike: the first is prefilled, the others copy its row.
+    """An engine for identical requests: the first is prefilled, the others copy its row.
 
-    The one place that reaches into the engine: filling sixteen rows with 8,192 tokens each would
-    take longer than all that is measured afterwards.
+    It uses the engine's private members, because to prefill sixteen rows with 8,192 tokens each
+    would take longer than all measurements that follow.
     """
 
     def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
@@ -60,7 +60,7 @@ class CopyingEngine(Engine):
 def fill_rows(engine: Engine, filling: Filling) -> tuple[float, float]:
     """Fill every row with the prompt.
 
-    Returns the seconds of the first one's prefill, and the tokens of a row then.
+    Returns the seconds of the first row's prefill, and the number of tokens of a row afterwards.
     """
     for row in range(filling.batch):
         engine.submit(
@@ -87,12 +87,12 @@ def fill_rows(engine: Engine, filling: Filling) -> tuple[float, float]:
 
 
 def decoded_at_most(filling: Filling) -> int:
-    """Tokens that the first row decodes: while the others are filled, and after."""
+    """Tokens that the first row decodes: while the others are filled, and afterwards."""
     return filling.batch + filling.room + 1
 
 
 class Rows:
-    """Rows of an engine that decode in step."""
+    """Rows of an engine that decode together."""
 
     def __init__(self, model: LoadedModel, method: Method, filling: Filling) -> None:
         wish = policy(method, filling.budget)
@@ -117,11 +117,11 @@ class Rows:
         return timed(self._engine.step)
 
     def kv_tokens(self) -> float:
-        """A row is full from its budget on."""
+        """Tokens of a row: all tokens until the budget is reached, then the budget."""
         return self._seen if self._budget is None else min(self._seen, self._budget)
 
     def close(self) -> None:
-        """Nothing but memory is held."""
+        """Release the memory; nothing else is held."""
         del self._engine
 
 
