@@ -21,7 +21,6 @@ SHORTER: tuple[tuple[str, str, str], ...] = (
         "--trials 2 --examples 4 --length 128 --out tables/mathqa",
     ),
     ("README.md", "--ratios .1,.2,.4,.6", "--examples 2 --length 128 --ratios .1,.2"),
-    ("README.md", "--shots 0,1", "--examples 2 --shots 0,1"),
     (
         "docs/tuner.md",
         "--out tables/recall.json",
