@@ -36,7 +36,7 @@ def test_a_picture_that_is_kept_has_a_title_that_stands_above_it_and_a_dark_form
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
 def test_a_picture_that_is_kept_stands_on_a_page(path: Path) -> None:
-    pages = [RESULTS.parent / "FINDINGS.md", RESULTS.parents[1] / "README.md"]
+    pages = [RESULTS.parent / "FINDINGS.md", RESULTS.parents[1] / "docs" / "performance.md"]
     assert any(f"results/{path.name})" in page.read_text() for page in pages)
 
 

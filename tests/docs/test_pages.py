@@ -21,12 +21,12 @@ SHORTER: tuple[tuple[str, str, str], ...] = (
         "--trials 2 --examples 4 --length 128 --out tables/mathqa",
     ),
     ("README.md", "--ratios .1,.2,.4,.6", "--examples 2 --length 128 --ratios .1,.2"),
-    ("README.md", "--shots 0,1", "--examples 2 --shots 0,1"),
     (
         "docs/tuner.md",
         "--out tables/recall.json",
         "--trials 2 --examples 4 --out tables/recall.json",
     ),
+    ("docs/tuner.md", "--shots 0,1", "--examples 2 --shots 0,1"),
     ("docs/tuner.md", "--within 1%", "--examples 4 --within 1%"),
     # A name that stands for the reader's own model.
     ("docs/tensor-parallel.md", "--model M", "--model reference --threads 1"),
