@@ -257,8 +257,9 @@ def resolve(
     accepted. Nothing is clamped, but that a ratio comes to no fewer slots than `min_budget` says,
     and then the result tells so.
 
-    A preset's recent window is its own or the request's, never the server's, which belongs to the
-    server's method.
+    A preset's recent window is its own, or that of the policy that names the preset or of the
+    request. The server's window belongs to the server's method, so a preset of the request does not
+    take it.
     """
     method = request if request.names_method else server
     preset = method.preset
@@ -272,7 +273,7 @@ def resolve(
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
     whole = (length, None, True)
     budget, floor, stated = whole if preset == "full" else _budget(sources, length)
-    protecting = (request,) if preset is not None else sources
+    protecting = (request,) if request.preset is not None else sources
     equal = ((1.0,) * num_kv_heads,) * num_layers
     # What a short sequence leaves of a small share must still hold the newest token and what is
     # protected.

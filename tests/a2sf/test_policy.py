@@ -219,6 +219,13 @@ def test_a_server_s_window_is_of_its_own_method_and_of_no_preset() -> None:
         assert settle(CachePolicy(preset=preset, recent=7), server=server).recent == 7
 
 
+def test_a_server_s_preset_keeps_the_server_s_window() -> None:
+    server = CachePolicy(preset="tova_per_head", recent=10, budget=32)
+    assert settle(CachePolicy(), server=server).recent == 10
+    assert settle(CachePolicy(recent=3), server=server).recent == 3
+    assert settle(CachePolicy(preset="random"), server=server).recent == 0
+
+
 SHARES = st.integers(1, 4).flatmap(
     lambda heads: st.lists(
         st.lists(st.floats(1e-3, 1e3), min_size=heads, max_size=heads), min_size=1, max_size=10
