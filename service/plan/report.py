@@ -158,7 +158,8 @@ def _sides(plan: Plan) -> Iterator[str]:
     vectors = capacity.vectors_nbytes(sizing.spec, sum(chain(*sizing.head_slots)))
     full = sizing.full_sequence
     yield _row("Sequences", "this cache", "full cache")
-    yield _row("  tokens of a sequence kept", f"{sizing.budget:,}", f"{sizing.context:,}")
+    kept = min(sizing.budget, sizing.context)
+    yield _row("  tokens of a sequence kept", f"{kept:,}", f"{sizing.context:,}")
     yield _row("  bytes of keys and values", f"{vectors:,}", f"{full:,}")
     yield _row("  positions and scores", f"{sizing.row - vectors:,}", "0")
     yield _row("  bytes together", f"{sizing.row:,}", f"{full:,}")

@@ -283,6 +283,12 @@ def test_the_plan_compares_with_a_full_cache_of_the_length_that_is_planned_for(
     assert f"  Full cache: {context:,} tokens a sequence, {words}" in shown(*EIGHT_B, *said)
 
 
+def test_a_sequence_shorter_than_the_budget_is_kept_whole_and_no_longer() -> None:
+    said = ("--budget", 100, "--max-batch", 1, "--context", 40)
+    (line,) = [line for line in shown(*said).splitlines() if "tokens of a sequence kept" in line]
+    assert line.split()[-2:] == ["40", "40"]
+
+
 def test_a_full_cache_has_the_context_of_a_model_of_less_than_the_usual_length() -> None:
     said = ("--budget", 100, "--gpu-memory", "1GB")
     assert planned(*said)["full_cache"]["context"] == 1024
