@@ -149,7 +149,7 @@ def chosen(console: Console, *, reference: bool) -> Subject:
     try:
         with _waiting(console, "looking for SmolLM2-135M-Instruct; fetching it takes 93 MB"):
             real_model()
-    except (CannotFetch, A2SFError) as error:
+    except (CannotFetch, A2SFError, OSError) as error:
         console.print(f"SmolLM2 cannot be had: {error}", markup=False)
         console.print("The packaged model takes its place.")
         return reference_subject()
@@ -264,7 +264,17 @@ def summary(subject: Subject, answers: dict[str, list[Completion]]) -> Table:
 
 
 def main() -> None:
-    """Run the demonstration."""
+    """Run the demonstration; Ctrl-C and SIGTERM also end its server."""
+    # Without a handler, SIGTERM would end this process at once and leave the server running.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reference", action="store_true", help="take the packaged model")
     arguments = parser.parse_args()

