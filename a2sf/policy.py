@@ -110,7 +110,10 @@ class EffectivePolicy(Frozen):
 
     method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
     alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
-    budget: Positive = Field(description="What was asked for: the mean of head_budgets, slots.")
+    budget: Positive = Field(
+        description="The mean of head_budgets, slots: what was asked for, where `min_budget` did "
+        "not raise it."
+    )
     head_budgets: tuple[tuple[Positive, ...], ...] = Field(
         description="[num_layers][num_kv_heads] slots."
     )

@@ -1009,7 +1009,9 @@ class EffectiveCachePolicy(_message.Message):
     preset: Global___CachePreset.ValueType
     """By a method known from elsewhere."""
     budget: _builtins.int
-    """Tokens that each head keeps, the mean over layers and heads: what was asked for."""
+    """Tokens that each head keeps, the mean over layers and heads: what was asked for, where
+    `min_budget` did not raise it.
+    """
     recent: _builtins.int
     """Tokens before the newest that a head of `budget` would never forget."""
     sinks: _builtins.int
