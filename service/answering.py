@@ -18,7 +18,7 @@ import grpc
 import structlog
 
 from a2sf.errors import NotFound, Unavailable, raise_if_fatal
-from service.core import Core
+from service.core import Core, tell_default
 from service.gate import Gate
 from service.metrics import Completion, Metrics
 from service.options import ServerOptions
@@ -116,6 +116,8 @@ class Backend:
     async def reload_tables(self) -> Reloaded:
         """Read the directory of tables again in a thread, and count it in the metrics.
 
+        If the default table has changed, log the new default policy.
+
         Raises NotFound if the directory cannot be read; then nothing changes.
         """
         try:
@@ -125,6 +127,9 @@ class Backend:
             raise
         changed = told.added or told.changed or told.removed
         self.metrics.reloaded("changed" if changed else "unchanged")
+        store = self.core.tables.now
+        if store.default in told.changed:
+            tell_default(self.core.config, store)
         return told
 
     @property

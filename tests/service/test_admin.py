@@ -241,6 +241,22 @@ async def test_a_request_under_way_keeps_its_table_when_the_file_changes(
     assert tokens(later) != tokens(undisturbed)[:40], "the tables differ in what they keep"
 
 
+async def test_a_default_table_that_changes_is_told_as_the_new_default_policy(
+    start_server: StartServer, directory: Path, identity: ModelIdentity
+) -> None:
+    server, _, _ = await start_server(tables=directory, default_table="one", watch_tables=False)
+    async with administering(server) as admin:
+        save_table(make_table(identity, name="two", budget=13), directory / "two.json")
+        with capture_logs() as lines:
+            await admin.reload()
+        assert "default policy" not in [line["event"] for line in lines]
+        save_table(make_table(identity, name="one", budget=13), directory / "one.json")
+        with capture_logs() as lines:
+            await admin.reload()
+        (line,) = [line for line in lines if line["event"] == "default policy"]
+        assert line["policy"].endswith(", budget 13 tokens")
+
+
 async def test_requests_are_ended_by_id_or_all_at_once(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_batch=3)
 
