@@ -34,7 +34,7 @@ from tuner.options import (
     table_file,
     table_name,
 )
-from tuner.settings import DEFAULT_STAGES, STAGES, Settings
+from tuner.settings import DEFAULT_STAGES, STAGES, Settings, bare_name
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 """Enough on two cores for a model of 135 million parameters, and for the packaged model."""
@@ -144,7 +144,7 @@ def fit(
     if out is None:
         size = f"{ratio:g}" if budget is None else f"b{budget}"
         out = Path("tables") / f"{table_name(dataset)}-{size}.json"
-    name = out.stem if name is None else name
+    name = bare_name(out) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InvalidArgument(
             "--name", f"{name!r}; accepted: up to 100 letters, digits, dots, dashes, underscores"
