@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from a2sf.errors import A2SFError, InvalidArgument, Unavailable
+from a2sf.errors import A2SFError, InvalidArgument, Unavailable, did_you_mean
 from a2sf.tablefile import load_table, save_table, write_whole
 from tuner.measuring import budget, evaluate
 from tuner.options import (
@@ -29,7 +29,6 @@ from tuner.options import (
     TableArgument,
     check_ranges,
     check_writable,
-    did_you_mean,
     fail,
     table_file,
     table_name,

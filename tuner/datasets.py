@@ -15,10 +15,9 @@ from random import Random
 
 import huggingface_hub
 
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument, NotFound, did_you_mean
 from tuner import generated
 from tuner.generated import RECALL_FORMS, STATE_FORMS
-from tuner.options import did_you_mean
 from tuner.rows import NAMES, ROW_FORMS, ROW_SUFFIXES, Conversation, Row, Text, Turn, read_file
 
 DATA_DIR_VARIABLE = "A2SF_DATA_DIR"

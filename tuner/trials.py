@@ -207,11 +207,6 @@ class Trials:
         self.accounts[self._stage].seconds += known["seconds"]
         return known["value"]
 
-    def affords(self, evaluations: float) -> bool:
-        """Whether the stage has trials left, and time for this work as far as known."""
-        row = self.seconds_a_row * len(self.objective.examples)
-        return self.left > 0 and self.seconds_spent + evaluations * row <= self._until
-
     def measure(
         self,
         batch: str,
