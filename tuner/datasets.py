@@ -125,7 +125,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     if path.is_file():
         return _single_file(path)
     # A name with a file's suffix is a missing file, not a repository.
-    file = path.suffix in (*ROW_SUFFIXES, *FILE_SUFFIXES)
+    file = path.suffix.lower() in (*ROW_SUFFIXES, *FILE_SUFFIXES)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not file:
         return _hub(name, looked)
     raise NotFound(f"dataset {name!r} not found{_advice(name, known, data_dir, looked)}")
