@@ -34,8 +34,8 @@ POWERS = (1.0, 0.75)
 """Exponents for the computed shares: unchanged, and closer to equal, because costs of single heads
 do not add up."""
 
-MOST_PROPOSALS = 3 * len(POWERS) + 3
-"""Largest number of settings that `deal` and `alphas` propose."""
+MOST_PROPOSALS = 2 * len(POWERS) + 3
+"""Largest number of settings that `deal` and `alphas` together propose."""
 
 FLOOR = 0.2
 """Fewest slots of a head as a share of the mean: with a budget of a fifth of the length, .04 of the
@@ -164,10 +164,15 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
         if count:
             need = (trials.seconds_spent - began) / count * len(rows[number])
         if trials.seconds_spent + need > until:
-            trials.notes.append(
+            note = (
                 f"The sensitivity profile is of {count} of {len(examples)} examples: more "
                 "--minutes make it surer."
+                if count
+                else "There was no time for the sensitivity profile: it takes more --minutes."
             )
+            # Both stages that need a profile may find no time for it.
+            if note not in trials.notes:
+                trials.notes.append(note)
             break
         sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
         count += len(rows[number])
