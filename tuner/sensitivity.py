@@ -147,10 +147,12 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
         share = ticks / (len(rows) * curvature.ticks(model))
         trials.show(f"looking at every head, {share:.0%}", time.perf_counter() - begun)
 
+    def prepare() -> None:
+        loaded[:] = loaded or [load()]
+
     def make(batch: list[int]) -> tuple[Any, float]:
         nonlocal begun
         begun = time.perf_counter()
-        loaded[:] = loaded or [load()]
         texts = [examples[row] for row in batch]
         found = curvature.effects(loaded[0], texts, policies, tick)
         costs = (found.square().mean(dim=1) / 2).numpy()
@@ -174,7 +176,8 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
             if note not in trials.notes:
                 trials.notes.append(note)
             break
-        sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
+        key = f"{name}/{number}"
+        sums.append(np.array(trials.settled(key, partial(make, rows[number]), prepare)))
         count += len(rows[number])
         ticks = len(sums) * curvature.ticks(model)
     if not count:

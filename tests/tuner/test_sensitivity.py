@@ -210,6 +210,21 @@ def test_without_time_for_one_example_that_is_said_once(
     ]
 
 
+def test_loading_the_model_for_the_look_is_not_counted(
+    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr("tuner.trials.time.perf_counter", lambda: clock.now)
+
+    def load() -> LoadedModel:
+        clock.now += 100
+        return unpacked
+
+    trials = real(unpacked, small_data)
+    assert looked(trials, load) is not None
+    assert clock.now == 100
+    assert trials.seconds_spent == 0
+
+
 def test_without_trials_nothing_is_looked_at(unpacked: LoadedModel, small_data: Path) -> None:
     trials = real(unpacked, small_data)
     with trials.stage("sensitivity", 0):
