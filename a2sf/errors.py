@@ -21,6 +21,7 @@ lines print the message on one line and exit with 2.
     └── Aborted              the server ended the request: by an operator, or an unread stream
 """
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -113,6 +114,12 @@ class Conflict(A2SFError):
 
 class Aborted(A2SFError):
     """The server ended a request early: an operator asked for it, or the client stopped reading."""
+
+
+def did_you_mean(given: object, accepted: Iterable[str]) -> str:
+    """A question that suggests the nearest accepted word; empty if none is near."""
+    near = difflib.get_close_matches(given, list(accepted), 1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def raise_if_fatal(error: BaseException) -> None:

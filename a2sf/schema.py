@@ -5,9 +5,7 @@ tensors, of how a table is found, or of who asks for it. The JSON Schema under `
 from here (`json_schema`) and a test holds the two equal.
 """
 
-import difflib
 import re
-from collections.abc import Sequence
 from datetime import UTC
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -24,6 +22,7 @@ from pydantic import (
 from a2sf.errors import (
     InvalidRequest,
     TableMismatch,
+    did_you_mean,
 )
 
 SCHEMA_VERSION: Final = 3
@@ -331,10 +330,10 @@ def problems(error: ValidationError, model: type[BaseModel] | None = None) -> li
         match problem["type"]:
             case "literal_error":
                 accepted = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-                told = f"{value!r}; accepted: {', '.join(accepted)}{_near(value, accepted)}"
+                told = f"{value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
             case "extra_forbidden" if model is not None:
                 fields = list(model.model_fields)
-                told = f"no such field; accepted: {', '.join(fields)}{_near(where, fields)}"
+                told = f"no such field; accepted: {', '.join(fields)}{did_you_mean(where, fields)}"
             case _:
                 told = problem["msg"].removeprefix("Value error, ")
                 # A whole part as the value is no help.
@@ -342,11 +341,6 @@ def problems(error: ValidationError, model: type[BaseModel] | None = None) -> li
                     told += f" (got {value!r})"
         found.append((where, told))
     return found
-
-
-def _near(given: object, accepted: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, accepted, 1) if isinstance(given, str) else []
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def first_problem(error: ValidationError) -> str:

@@ -87,6 +87,12 @@ def questions(text: str, characters: int, count: int) -> Iterator[tuple[str, str
         )
 
 
+def shown(table: Path) -> str:
+    """The table's path in the repository; elsewhere its file's name."""
+    whole = table.resolve()
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else whole.name
+
+
 def compare(
     table: Annotated[Path, typer.Option(help="An alpha table of the model.")],
     model: Annotated[str, typer.Option(help="As for the server.")] = "build/real/smollm2",
@@ -143,7 +149,7 @@ def compare(
     save(
         out,
         loaded,
-        table=str(table.resolve().relative_to(ROOT)),
+        table=shown(table),
         dataset=dataset,
         prompt_tokens=[min(lengths), max(lengths)],
         ratio=ratio,

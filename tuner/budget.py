@@ -63,7 +63,7 @@ def search(settings: Settings) -> BudgetSearch:
         progress.say(
             f"Looking for the smallest budget of {settings.policy} within "
             f"{percent(settings.within)} of the full cache on {part.split} of {source.name}: at "
-            f"most {_most()} measurements of {settings.examples} examples."
+            f"most {_most(STEPS - 1)} measurements of {settings.examples} examples."
         )
         progress.say(f"Data: {source.told}.")
         model = load_model(
@@ -86,7 +86,7 @@ def search(settings: Settings) -> BudgetSearch:
         measured: dict[int, Measurement] = {}
 
         def within(step: int) -> bool:
-            most = math.ceil(math.log2(len(feasible) + 1)) + 1
+            most = _most(len(feasible))
             spent = time.monotonic() - begun
             left = spent / len(measured) * (most - len(measured)) if measured else None
             progress.begin(
@@ -132,7 +132,8 @@ def search(settings: Settings) -> BudgetSearch:
 def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
     """Bisect for the smallest step for which `within` holds; None if it fails for the last step.
 
-    Assumes that `within` holds for every step above the smallest. Tests the last step first.
+    Tests the last step first. Assumes that `within` holds for every step above the smallest; if it
+    does not, the result is a step for which it holds and the one below does not, or the first.
     """
     if not within(steps[-1]):
         return None
@@ -146,9 +147,9 @@ def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _most() -> int:
-    """The largest number of measurements of a search."""
-    return math.ceil(math.log2(STEPS)) + 1
+def _most(steps: int) -> int:
+    """The largest number of steps that `smallest` tests, of so many."""
+    return math.ceil(math.log2(steps)) + 1
 
 
 def _one(written: str, model: LoadedModel) -> Named:

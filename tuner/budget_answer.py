@@ -71,11 +71,12 @@ def answer(found: BudgetSearch) -> str:
         )
     chosen = by_ratio[found.ratio]
     below = by_ratio.get(round(found.ratio - 1 / STEPS, 9))
-    end = (
-        "a smaller one leaves no room for what the policy protects"
-        if below is None
-        else f"at {below.ratio:g} it is {_interval(below.perplexity)}"
-    )
+    if below is not None:
+        end = f"at {below.ratio:g} it is {_interval(below.perplexity)}"
+    elif found.ratio > 1 / STEPS:
+        end = "a smaller one leaves no room for what the policy protects"
+    else:
+        end = "no smaller one is looked at"
     return (
         f"The smallest budget that keeps {found.policy.name} {what} is {chosen.ratio:g} of the "
         f"length ({chosen.slots:.0f} slots a head): perplexity is {_interval(chosen.perplexity)} "

@@ -47,6 +47,10 @@ def turns_of(model: LoadedModel, conversation: Conversation, room: int) -> tuple
         whole = prompt + lead + said
         if len(model.encode(whole + after, special=False)) > room:
             break
+        # `_prompt` has checked the messages before.
+        special = set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id}
+        if not special.isdisjoint(model.encode(said, special=False)):
+            raise _spelled(conversation)
         turns = (*turns, Turn(prompt[len(text) :] + lead, said, after=after))
         text = whole
     return turns
@@ -64,12 +68,15 @@ def _prompt(model: LoadedModel, conversation: Conversation, place: int) -> str:
     except InvalidArgument as error:
         raise InvalidArgument("dataset", f"{conversation.where}: {error.problem}") from None
     if model.encode(read.text, special=False) != read.token_ids:
-        raise InvalidArgument(
-            "dataset",
-            f"{conversation.where}: a message spells a control token of the model; leave the row "
-            "out",
-        )
+        raise _spelled(conversation)
     return read.text
+
+
+def _spelled(conversation: Conversation) -> InvalidArgument:
+    return InvalidArgument(
+        "dataset",
+        f"{conversation.where}: a message spells a control token of the model; leave the row out",
+    )
 
 
 def _around(

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from a2sf.errors import A2SFError, InvalidArgument, Unavailable
+from a2sf.errors import A2SFError, InvalidArgument, Unavailable, did_you_mean
 from a2sf.tablefile import load_table, save_table, write_whole
 from tuner.measuring import budget, evaluate
 from tuner.options import (
@@ -29,12 +29,11 @@ from tuner.options import (
     TableArgument,
     check_ranges,
     check_writable,
-    did_you_mean,
     fail,
     table_file,
     table_name,
 )
-from tuner.settings import DEFAULT_STAGES, STAGES, Settings
+from tuner.settings import DEFAULT_STAGES, STAGES, Settings, bare_name
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 """Enough on two cores for a model of 135 million parameters, and for the packaged model."""
@@ -144,7 +143,7 @@ def fit(
     if out is None:
         size = f"{ratio:g}" if budget is None else f"b{budget}"
         out = Path("tables") / f"{table_name(dataset)}-{size}.json"
-    name = out.stem if name is None else name
+    name = bare_name(out) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InvalidArgument(
             "--name", f"{name!r}; accepted: up to 100 letters, digits, dots, dashes, underscores"

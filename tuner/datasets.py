@@ -15,10 +15,9 @@ from random import Random
 
 import huggingface_hub
 
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument, NotFound, did_you_mean
 from tuner import generated
 from tuner.generated import RECALL_FORMS, STATE_FORMS
-from tuner.options import did_you_mean
 from tuner.rows import NAMES, ROW_FORMS, ROW_SUFFIXES, Conversation, Row, Text, Turn, read_file
 
 DATA_DIR_VARIABLE = "A2SF_DATA_DIR"
@@ -126,7 +125,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     if path.is_file():
         return _single_file(path)
     # A name with a file's suffix is a missing file, not a repository.
-    file = path.suffix in (*ROW_SUFFIXES, *FILE_SUFFIXES)
+    file = path.suffix.lower() in (*ROW_SUFFIXES, *FILE_SUFFIXES)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not file:
         return _hub(name, looked)
     raise NotFound(f"dataset {name!r} not found{_advice(name, known, data_dir, looked)}")

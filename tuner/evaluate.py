@@ -36,8 +36,6 @@ from tuner.policies import Named
 from tuner.progress import Progress
 from tuner.results import Accuracy, Evaluation, Policy, Size, Task
 
-SPLITS = ("validation", "calibration")
-
 STEP_BY_STEP = 1
 """Default prompt block for questions asked one by one: prompts are pruned as in the paper."""
 

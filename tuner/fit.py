@@ -57,8 +57,8 @@ class Found:
     bests: dict[str, Tried]
     """The best setting after each stage, in order; `uniform` is the first."""
     per_layer: Tried | None
-    """The best setting with one share of the slots and one alpha per layer; None if not
-    searched."""
+    """The best setting with one share of the slots and one alpha per layer; None if none was
+    measured."""
     accounts: dict[str, Account]
 
 
@@ -240,11 +240,30 @@ def climb(
                     getattr(way, name)()
         most -= trials.accounts[name].trials
         bests[name] = way.best
-        if profile is not None and per_layer is None:
-            with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS)):
-                per_layer = sensitivity.per_layer(trials, start, profile)
+        if profile is not None and PER_LAYER not in trials.accounts:
+            per_layer = _by_layer(trials, start, profile, most)
             most -= trials.accounts[PER_LAYER].trials
     return bests, per_layer
+
+
+def _by_layer(
+    trials: Trials, start: Tried, profile: sensitivity.Profile, most: int
+) -> Tried | None:
+    """Search the best setting by layers; None if neither trials nor time suffice for any."""
+    with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS + 1)):
+        found = sensitivity.per_layer(trials, start, profile)
+        whole = trials.left > 0
+    count = trials.accounts[PER_LAYER].trials
+    if whole:
+        return found
+    trials.notes.append(
+        f"The best setting by layers is of {count} trial{'s' * (count > 1)}, cut short: more "
+        "--trials or --minutes may make this baseline stronger."
+        if count
+        else "No setting by layers was measured: with more --trials or --minutes the table is "
+        "compared with the best one."
+    )
+    return found if count else None
 
 
 def _examples(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, did_you_mean
 from a2sf.tablefile import write_whole
 from tuner.options import (
     DEFAULT_RATIO,
@@ -23,7 +23,6 @@ from tuner.options import (
     RevisionOption,
     check_ranges,
     check_writable,
-    did_you_mean,
     numbers,
     share,
     without_paths,

@@ -4,21 +4,20 @@ The checks need nothing loaded, so a mistake is reported at once. Owns the wordi
 nothing of which commands there are.
 """
 
-import difflib
 import math
 import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from a2sf import reference
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument, NotFound, did_you_mean
 
 DEFAULT_RATIO = 0.2
 
@@ -63,12 +62,6 @@ def check_writable(out: Path, option: str = "--out") -> None:
         raise InvalidArgument(
             option, f"{out} cannot be written ({error.strerror}); give a file in another directory"
         ) from None
-
-
-def did_you_mean(given: str, accepted: Iterable[str]) -> str:
-    """A question that suggests the nearest accepted word; empty if none is near."""
-    near = difflib.get_close_matches(given, list(accepted), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def shipped_tables() -> dict[str, Path]:

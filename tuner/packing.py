@@ -125,7 +125,7 @@ def _packed(
     held: list[Group] = []
     used = 0
     for group in groups:
-        tokens = _most_tokens(model, group, special=special)
+        tokens = _most_tokens(model, group)
         if tokens > room:
             continue
         if used + tokens > room:
@@ -197,13 +197,12 @@ def _text(groups: Sequence[Group]) -> str:
     )
 
 
-def _most_tokens(model: LoadedModel, group: Group, *, special: bool = True) -> int:
-    """Tokens of a group with the longest choice for its last answer."""
+def _most_tokens(model: LoadedModel, group: Group) -> int:
+    """Tokens of a group with the longest choice for its last answer, without added ones."""
     last = group[-1]
     text = _text([group]).removesuffix(last.answer + last.after)
-    own = len(model.encode("", special=special))
     return max(
-        len(model.encode(f"{text}{answer}{last.after}", special=special)) - own
+        len(model.encode(f"{text}{answer}{last.after}", special=False))
         for answer in dict.fromkeys((last.answer, *last.choices))
     )
 
@@ -256,9 +255,11 @@ def _example(
     """Encode a text; its prompt ends at character `first`, and tokens of each span count."""
     encoding = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     ids = model.encode(text, special=special)
-    assert tuple(encoding.input_ids) == ids
-    # Tokens without characters, such as the BOS token, have empty spans.
-    places = [(start, end) for start, end in encoding.offset_mapping]
+    # `encode` leaves out the tokenizer's own BOS token before a text that begins with one.
+    own = len(encoding.input_ids) - len(ids)
+    assert tuple(encoding.input_ids[own:]) == ids
+    # Tokens without characters, such as an added BOS token, have empty spans.
+    places = [(start, end) for start, end in encoding.offset_mapping[own:]]
     counted: list[int] = []
     answers = []
     for low, high in spans:

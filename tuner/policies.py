@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, did_you_mean
 from a2sf.models import LoadedModel
 from a2sf.policy import DEFAULT_SINKS, PRESETS, CachePolicy
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tuner.objective import Candidate
-from tuner.options import did_you_mean, shipped_tables, table_file
+from tuner.options import shipped_tables, table_file
 from tuner.results import Size
 from tuner.rivals import AdaKV, Pyramid
 

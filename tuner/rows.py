@@ -6,7 +6,7 @@ and `packing` calls it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,10 @@ def _choice(row: Mapping[str, Any]) -> Turn:
     index, choices = row["answer"], row["choices"]
     if not isinstance(choices, list) or not choices:
         raise BadRow(f"choices is {_kind(choices)}, not a list of texts")
-    choices = [str(choice).strip() for choice in choices]
-    if not isinstance(index, int) or not 0 <= index < len(choices):
-        shown = index if isinstance(index, int) else _kind(index)
+    choices = [_words(f"choice {n}", choice) for n, choice in enumerate(choices)]
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    if not whole or not 0 <= index < len(choices):
+        shown = index if whole else _kind(index)
         raise BadRow(f"answer is {shown}, which is no index into {len(choices)} choices")
     lettered = (f"{chr(ord('A') + n)}) {choice}" for n, choice in enumerate(choices))
     answers = tuple(f" {choice}" for choice in choices)
@@ -102,7 +103,8 @@ def _prompted(row: Mapping[str, Any]) -> Turn:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
         raise BadRow(f"answers is {_kind(answers)}, not a list of texts")
-    return Turn(str(row["prompt"]), " " + str(answers[0]).strip())
+    _words("prompt", row["prompt"])
+    return Turn(str(row["prompt"]), " " + _words("the first answer", answers[0]))
 
 
 def _completed(row: Mapping[str, Any]) -> Turn:
@@ -162,12 +164,21 @@ def row_of(given: object) -> Row:
     for form in FORMS:
         if all(key in given for key in form.keys):
             try:
+                _check_characters(given, form.keys)
                 return form.read(given)
             except BadRow as error:
                 raise BadRow(f"{form.shown} where {error}") from None
     keys = ", ".join(repr(str(key)[:40]) for key in list(given)[:6])
     more = ", ..." if len(given) > 6 else ""
     raise BadRow(f"an object with keys {keys}{more}" if given else "an object without keys")
+
+
+def _check_characters(row: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        try:
+            json.dumps(row[key], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"{key} has half of a surrogate pair, which is no character") from None
 
 
 def read_file(path: Path) -> str | list[Row]:
@@ -181,7 +192,7 @@ def read_file(path: Path) -> str | list[Row]:
         raise InvalidArgument(
             "dataset", f"{path}: cannot be read as UTF-8 text: {error}"
         ) from error
-    if path.suffix not in ROW_SUFFIXES:
+    if path.suffix.lower() not in ROW_SUFFIXES:
         return text
     rows: list[Row] = []
     # Not splitlines(): a row's text may contain the rarer line separators.
@@ -222,7 +233,15 @@ def _refused(where: str, found: str) -> InvalidArgument:
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    return f"Question: {str(row['question']).strip()}\n"
+    return f"Question: {_words('question', row['question'])}\n"
+
+
+def _words(name: str, value: object) -> str:
+    """Read a text or a number as text, without surrounding white space."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number and not (isinstance(value, str) and value.strip()):
+        raise BadRow(f"{name} is {_kind(value)}, not a text that says something")
+    return str(value).strip()
 
 
 def _said(row: Mapping[str, Any], key: str) -> str:

@@ -34,8 +34,8 @@ POWERS = (1.0, 0.75)
 """Exponents for the computed shares: unchanged, and closer to equal, because costs of single heads
 do not add up."""
 
-MOST_PROPOSALS = 3 * len(POWERS) + 3
-"""Largest number of settings that `deal` and `alphas` propose."""
+MOST_PROPOSALS = 2 * len(POWERS) + 3
+"""Largest number of settings that `deal` and `alphas` together propose."""
 
 FLOOR = 0.2
 """Fewest slots of a head as a share of the mean: with a budget of a fifth of the length, .04 of the
@@ -147,10 +147,12 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
         share = ticks / (len(rows) * curvature.ticks(model))
         trials.show(f"looking at every head, {share:.0%}", time.perf_counter() - begun)
 
+    def prepare() -> None:
+        loaded[:] = loaded or [load()]
+
     def make(batch: list[int]) -> tuple[Any, float]:
         nonlocal begun
         begun = time.perf_counter()
-        loaded[:] = loaded or [load()]
         texts = [examples[row] for row in batch]
         found = curvature.effects(loaded[0], texts, policies, tick)
         costs = (found.square().mean(dim=1) / 2).numpy()
@@ -164,12 +166,18 @@ def look(trials: Trials, best: Setting, load: Callable[[], LoadedModel]) -> Prof
         if count:
             need = (trials.seconds_spent - began) / count * len(rows[number])
         if trials.seconds_spent + need > until:
-            trials.notes.append(
+            note = (
                 f"The sensitivity profile is of {count} of {len(examples)} examples: more "
                 "--minutes make it surer."
+                if count
+                else "There was no time for the sensitivity profile: it takes more --minutes."
             )
+            # Both stages that need a profile may find no time for it.
+            if note not in trials.notes:
+                trials.notes.append(note)
             break
-        sums.append(np.array(trials.settled(f"{name}/{number}", partial(make, rows[number]))))
+        key = f"{name}/{number}"
+        sums.append(np.array(trials.settled(key, partial(make, rows[number]), prepare)))
         count += len(rows[number])
         ticks = len(sums) * curvature.ticks(model)
     if not count:

@@ -27,6 +27,11 @@ PER_LAYER = "per layer"
 DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
 
 
+def bare_name(out: Path) -> str:
+    """The name of a table's file without `.json`; the end of `x-0.2` is no suffix."""
+    return out.stem if out.suffix == ".json" else out.name
+
+
 @dataclass(frozen=True)
 class Settings:
     """The request of the user. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
@@ -61,7 +66,7 @@ class Settings:
     @property
     def journal(self) -> Path:
         """The file of the study without a storage: beside the table."""
-        return self.out.with_suffix(".journal")
+        return self.out.with_name(f"{bare_name(self.out)}.journal")
 
     @property
     def parts(self) -> tuple[str, ...]:

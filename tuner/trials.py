@@ -188,16 +188,23 @@ class Trials:
             left.append(max(self._most - count, 0) * done / count + proof)
         return done, min(left, default=None)
 
-    def settled(self, key: str, make: Callable[[], tuple[Any, float]]) -> Any:
+    def settled(
+        self,
+        key: str,
+        make: Callable[[], tuple[Any, float]],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> Any:
         """Return the JSON value that a worker stored first, and account for its work.
 
         Args:
             key: unique within the stage.
             make: returns the value and its work in evaluations; called if no value is stored yet.
+            prepare: called before `make`; its time is not counted.
         """
         key = f"{self._stage}/{key}"
         known = self._ledger.settled(key)
         if known is None:
+            prepare()
             began = time.perf_counter()
             value, evaluations = make()
             seconds = time.perf_counter() - began
@@ -206,11 +213,6 @@ class Trials:
         self.accounts[self._stage].evaluations += known["evaluations"]
         self.accounts[self._stage].seconds += known["seconds"]
         return known["value"]
-
-    def affords(self, evaluations: float) -> bool:
-        """Whether the stage has trials left, and time for this work as far as known."""
-        row = self.seconds_a_row * len(self.objective.examples)
-        return self.left > 0 and self.seconds_spent + evaluations * row <= self._until
 
     def measure(
         self,

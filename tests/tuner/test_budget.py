@@ -13,7 +13,7 @@ from a2sf.errors import InvalidArgument
 from a2sf.models import LoadedModel
 from tests.tuner.commands import run
 from tuner import packing, statistics
-from tuner.budget import Settings, search, smallest
+from tuner.budget import Settings, _most, search, smallest
 from tuner.budget_answer import BudgetSearch, answer
 from tuner.datasets import load
 from tuner.objective import Objective
@@ -34,7 +34,7 @@ def test_bisection_finds_what_looking_at_every_budget_would(
 
     found = smallest(steps, within)
     assert found == next((step for step in steps if step >= threshold), None)
-    assert len(asked) == len(set(asked)) <= math.ceil(math.log2(width + 1)) + 1
+    assert len(asked) == len(set(asked)) <= _most(width)
     if found is None:
         assert asked == [steps[-1]]
 
@@ -93,6 +93,28 @@ def test_the_budget_found_is_within_and_the_next_smaller_is_not(
         f"at {below.ratio:g} it is {100 * below.perplexity.mean:+.2f} % [{low:+.2f}, {high:+.2f}]."
     )
     assert sentence.count(". ") == 0
+
+
+def test_where_the_smallest_budget_there_is_is_within_no_smaller_one_is_judged(
+    settings: dict[str, Any],
+) -> None:
+    found = search(Settings(**{**settings, "within": 0.99}))
+    lowest = found.measured[-1].model_copy(update={"ratio": 0.01, "within": True})
+    told = answer(found.model_copy(update={"ratio": 0.01, "measured": (lowest,)}))
+    assert told.endswith(" there, and no smaller one is looked at.")
+
+
+@given(st.sets(st.integers(1, 60)), st.integers(1, 60))
+def test_bisection_ends_at_a_step_that_is_within_above_one_that_is_not(
+    within: set[int], first: int
+) -> None:
+    steps = range(first, 61)
+    found = smallest(steps, within.__contains__)
+    if found is None:
+        assert 60 not in within
+    else:
+        assert found in within
+        assert found == first or found - 1 not in within
 
 
 def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, Any]) -> None:

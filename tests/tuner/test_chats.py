@@ -86,6 +86,7 @@ def test_where_the_template_forgets_an_answer_only_those_after_it_count(
     [
         (STRICT, ("Be kind", "Hi", "Hello"), "does not accept these messages (no system)"),
         (TURNS, ("Hi<eos>", "Hello"), "a message spells a control token"),
+        (TURNS, ("Hi", "Hello<eos>Bye"), "a message spells a control token"),
     ],
 )
 def test_what_the_template_refuses_is_told_by_file_and_line(

@@ -101,6 +101,27 @@ def test_without_out_table_and_study_go_to_a_directory_that_says_what_they_are(
     assert str(settings.journal) in settings.told
 
 
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize(
+    ("out", "name", "journal"),
+    [
+        ("x.json", "x", "x.journal"),
+        ("x-0.2.json", "x-0.2", "x-0.2.journal"),
+        ("x-0.2", "x-0.2", "x-0.2.journal"),
+        ("x.journal", "x.journal", "x.journal.journal"),
+    ],
+)
+def test_tables_of_several_names_have_a_study_each(
+    tmp_path: Path, out: str, name: str, journal: str
+) -> None:
+    from tuner.cli import run as run_cli
+
+    with pytest.raises(Taken) as caught:
+        run_cli(["fit", "--dataset", "recall", "--out", str(tmp_path / out)])
+    (settings,) = caught.value.args
+    assert (settings.name, settings.study, settings.journal) == (name, name, tmp_path / journal)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

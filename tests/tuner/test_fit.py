@@ -72,6 +72,21 @@ def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings
     assert outcome.table.search.trials <= 20
 
 
+@pytest.mark.parametrize(
+    ("trials", "compared", "told"),
+    [
+        (4, False, "No setting by layers was measured: with more --trials or --minutes"),
+        (5, True, "The best setting by layers is of 1 trial, cut short: more --trials"),
+    ],
+)
+def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
+    settings: MakeSettings, trials: int, compared: bool, told: str
+) -> None:
+    outcome = fit(settings(stages=("sensitivity", "alphas"), trials=trials))
+    assert ("per layer" in outcome.table.evidence.baselines) == compared
+    assert sum(note.startswith(told) for note in outcome.notes) == 1
+
+
 def test_a_fit_run_again_finds_its_trials_and_says_the_same(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

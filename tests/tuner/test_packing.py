@@ -48,6 +48,27 @@ def test_the_prompt_ends_where_the_first_answer_begins(tiny_model: LoadedModel) 
     assert example.counted[0] == example.prompt_tokens - 1
 
 
+@pytest.mark.parametrize("shots", [None, 0])
+def test_texts_that_spell_the_token_of_the_beginning_are_packed_within_the_length(
+    reference_model: LoadedModel, shots: int | None
+) -> None:
+    model, begin = reference_model, reference_model.tokenizer.bos_token
+    spelled = [Turn(begin + turn.question, turn.answer) for turn in QUESTIONS]
+    plain, items = (
+        packing.items(model, part_of(*turns), count=9, length=64, seed=0, shots=shots)
+        for turns in (QUESTIONS, spelled)
+    )
+    assert max(len(item.example.token_ids) for item in items) <= 64
+    first = items[0].example
+    # One for each question: the tokenizer's own is left out.
+    assert first.token_ids.count(model.tokenizer.bos_token_id) == len(items[0].answers)
+    assert first.prompt_tokens == plain[0].example.prompt_tokens
+    answers = [[first.token_ids[first.counted[i] + 1] for i in one] for one in items[0].answers]
+    assert [text_of(model, tuple(ids)).strip() for ids in answers] == [
+        f"{n}{n}" for n in range(len(answers))
+    ]
+
+
 def test_sequences_are_filled_up_to_the_length_and_never_beyond(
     reference_model: LoadedModel, data_dir: Path
 ) -> None:

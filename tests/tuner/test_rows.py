@@ -27,6 +27,7 @@ def test_a_choice_row_lists_lettered_choices_and_answers_with_the_text() -> None
         ({"question": "q", "answer_text": "so 4\n#### 4", "final": "4"}, " so 4\n#### 4"),
         ({"question": "q", "answer": "four"}, " four"),
         ({"prompt": "Say it:", "answers": ["it", "that"]}, " it"),
+        ({"prompt": "2 + 2 =", "answers": [4]}, " 4"),
         ({"prompt": "2 + 2 =", "completion": " 4", "id": 7}, " 4"),
         ({"prompt": "Say it: ", "completion": "it"}, "it"),
     ],
@@ -61,6 +62,22 @@ def test_a_document_is_its_text_and_a_conversation_its_messages() -> None:
         ('{"prompt": "p", "completion": 4}', "{prompt, completion} where completion is a number"),
         ('{"prompt": "p", "completion": " "}', "where completion is an empty text"),
         ('{"prompt": [], "completion": "c"}', "where prompt is an empty list"),
+        (
+            '{"question": "q", "choices": ["secret words", "b"], "answer": true}',
+            "where answer is true or false, which is no index into 2",
+        ),
+        (
+            '{"question": "q", "choices": ["secret words", null], "answer": 0}',
+            "where choice 1 is null, not a text that says something",
+        ),
+        ('{"question": null, "answer": "secret words"}', "where question is null"),
+        ('{"prompt": null, "answers": ["secret words"]}', "where prompt is null"),
+        ('{"prompt": "secret words", "answers": [" "]}', "where the first answer is an empty text"),
+        ('{"text": "secret words \\ud83d"}', "where text has half of a surrogate pair"),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+            "where messages has half of a surrogate pair",
+        ),
         ('{"text": ["secret words"]}', "{text} where text is a list"),
         ('{"messages": "Hi"}', "where messages is a text, not a list of objects"),
         ('{"messages": [["user", "Hi"]]}', "where message 1 is a list"),
@@ -93,7 +110,7 @@ def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:
         read_file(path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson", ".JSONL"])
 def test_rows_are_read_after_a_byte_order_mark_and_between_blank_lines(
     tmp_path: Path, suffix: str
 ) -> None:

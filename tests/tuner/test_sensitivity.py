@@ -18,7 +18,7 @@ from tuner.ledger import Ledger
 from tuner.objective import Objective
 from tuner.search import Frame, Setting, alpha_of, log_tau_of
 from tuner.sensitivity import ALPHAS, Profile
-from tuner.trials import Trials, Tried
+from tuner.trials import Account, Trials, Tried
 
 START = FRAME.uniform(UniformSetting(alpha=0.93, recent_share=0.25, sinks=4))
 SIZES = np.array([[4.0, 1.0], [1.0, 0.25], [1.0, 1.0]])
@@ -193,6 +193,36 @@ def test_the_time_leaves_some_examples_out_and_says_so(
     # Of 60 s a third is for the proof, and of the rest six tenths for the look.
     assert found.examples == 2
     assert any("is of 2 of 4 examples" in note for note in trials.notes)
+
+
+def test_without_time_for_one_example_that_is_said_once(
+    unpacked: LoadedModel, small_data: Path
+) -> None:
+    trials = real(unpacked, small_data, minutes=2.5 / 60)
+    with trials.stage("uniform", 1):
+        trials.accounts["uniform"] = Account(trials=1, evaluations=1.0, seconds=1.0)
+    for stage in ("sensitivity", "alphas"):
+        with trials.stage(stage, 20):
+            assert trials.left > 0
+            assert sensitivity.look(trials, trials.frame.uniform(SETTING), lambda: unpacked) is None
+    assert trials.notes == [
+        "There was no time for the sensitivity profile: it takes more --minutes."
+    ]
+
+
+def test_loading_the_model_for_the_look_is_not_counted(
+    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr("tuner.trials.time.perf_counter", lambda: clock.now)
+
+    def load() -> LoadedModel:
+        clock.now += 100
+        return unpacked
+
+    trials = real(unpacked, small_data)
+    assert looked(trials, load) is not None
+    assert clock.now == 100
+    assert trials.seconds_spent == 0
 
 
 def test_without_trials_nothing_is_looked_at(unpacked: LoadedModel, small_data: Path) -> None:
