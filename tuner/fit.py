@@ -36,6 +36,11 @@ EDITION = 5
 """Version of the search. Increase it after a change that makes earlier trials incomparable."""
 
 
+RIVAL_SHARE = 0.2
+"""Share of the search time that is left which the baseline `per layer` may use. It runs before the
+later stages of the table, and must not take their time."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The sealed table, and the results that have no field in the file."""
@@ -250,7 +255,7 @@ def _by_layer(
     trials: Trials, start: Tried, profile: sensitivity.Profile, most: int
 ) -> Tried | None:
     """Search the best setting by layers; None if neither trials nor time suffice for any."""
-    with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS + 1)):
+    with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS + 1), RIVAL_SHARE):
         found = sensitivity.per_layer(trials, start, profile)
         whole = trials.left > 0
     count = trials.accounts[PER_LAYER].trials

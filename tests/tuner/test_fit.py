@@ -19,9 +19,10 @@ from a2sf.teacher import Example
 from tests.tuner.conftest import MakeSettings, finished, sums, write_rows
 from tests.tuner.planted import Clock
 from tuner import objective
-from tuner.fit import Found, fit, search
+from tuner.fit import RIVAL_SHARE, Found, fit, search
 from tuner.proof import judge
 from tuner.report import is_uniform
+from tuner.trials import Trials
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
@@ -70,6 +71,22 @@ def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings
         "alphas",
     ]
     assert outcome.table.search.trials <= 20
+
+
+def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: dict[str, float] = {}
+    begin = Trials.stage
+
+    def noted(self: Trials, name: str, trials: int, share: float = 1.0) -> Any:
+        shares[name] = share
+        return begin(self, name, trials, share)
+
+    monkeypatch.setattr(Trials, "stage", noted)
+    fit(settings(stages=("sensitivity", "alphas"), trials=20))
+    assert shares["per layer"] == RIVAL_SHARE < 0.5
+    assert shares["alphas"] == 1
 
 
 @pytest.mark.parametrize(
