@@ -1,9 +1,9 @@
-"""What a request may forget, from the wish to the numbers.
+"""Cache policies: from optional fields to the numbers that the engine uses.
 
-Owns `CachePolicy` (what a caller, a table or the server asks for, every field optional), the
-presets, how slots are dealt among heads, and `resolve`, which turns the three into one
-`EffectivePolicy` of plain integers. Past `resolve` no budget is a ratio and no window a share.
-Knows nothing of tensors or of transport.
+Owns `CachePolicy` (the fields that a request, a table or the server may set), the presets, the
+split of slots among heads, and `resolve`, which combines the three into one `EffectivePolicy` of
+plain integers. After `resolve` no budget is a ratio and no window a share. Knows nothing of tensors
+or of transport.
 """
 
 import math
@@ -20,13 +20,13 @@ from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Given, Positive, Ratio
 T = TypeVar("T")
 
 Heads = tuple[tuple[int, ...], ...]
-"""A number of each head, [num_layers][num_kv_heads]."""
+"""One number per head, [num_layers][num_kv_heads]."""
 
 DEFAULT_SINKS = 4
 DEFAULT_PREFILL_CHUNK = 0
 
 Preset = Literal["full", "window", "h2o", "tova_per_head", "random"]
-"""Methods known from elsewhere, as settings of the block law.
+"""Known methods as settings of the block law.
 
     preset         alpha  recent                       source
     full           1      0                            budget = prompt + max_new: nothing is evicted
@@ -43,7 +43,7 @@ _OWN_RECENT = ("full", "window", "h2o")
 
 
 class CachePolicy(Given):
-    """What a caller asks of the cache. Fields left out come from the table, then the server.
+    """The cache policy of a request. Fields left out come from the table, then the server.
 
     At most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent` and
     `recent_share`. A ratio is of prompt + max_new tokens, a share of budget - sinks - 1. A budget
@@ -90,12 +90,12 @@ class CachePolicy(Given):
 
 
 DEFAULT_METHOD = CachePolicy(alpha=0.98, recent_share=0.5)
-"""How a server forgets where neither request nor table says: the uniform setting that cost no more
-than h2o on any of four datasets, and less on two; benchmarks/FINDINGS.md, "What a server does by
-default"."""
+"""The server's method when neither request nor table names one. This uniform setting cost no more
+than h2o on any of four datasets, and less on two; see benchmarks/FINDINGS.md, "What a server does
+by default"."""
 
 
-def left_out(server: CachePolicy, table: AlphaTable | None) -> CachePolicy:
+def policy_if_omitted(server: CachePolicy, table: AlphaTable | None) -> CachePolicy:
     """Return the policy of a request that gives none, where `table` (None: none) is the default."""
     if table is None:
         return server
@@ -106,7 +106,7 @@ def left_out(server: CachePolicy, table: AlphaTable | None) -> CachePolicy:
 
 
 class EffectivePolicy(Frozen):
-    """One sequence's policy in plain numbers: what the block law is carried out with."""
+    """The policy of one sequence in plain numbers: the input of the block law."""
 
     method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
     alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
@@ -166,11 +166,11 @@ class EffectivePolicy(Frozen):
 
     @property
     def scored(self) -> bool:
-        """Whether attention has a say in what is evicted: others go by position or by hash."""
+        """Whether attention decides what is evicted. The other methods use position or a hash."""
         return self.method not in ("full", "window", "random")
 
     def staging_slots(self, prompt_tokens: int) -> int:
-        """Slots of each head that a prompt of this length needs while it is prefilled."""
+        """Slots per head that a prompt of this length needs during prefill."""
         if self.prefill_chunk == 0:
             return prompt_tokens
         return min(prompt_tokens, max(map(max, self.held_budgets)) - 1 + self.prefill_chunk)
@@ -179,29 +179,29 @@ class EffectivePolicy(Frozen):
 def held_of(
     rows: Sequence[tuple[T, ...]], held: tuple[int, int] | None
 ) -> tuple[tuple[T, ...], ...]:
-    """Return of each layer's row [num_kv_heads] the heads from held[0] up to held[1]; None: all."""
+    """Return the heads held[0] to held[1] - 1 of each layer's row [num_kv_heads]; None: all."""
     return tuple(rows) if held is None else tuple(row[slice(*held)] for row in rows)
 
 
 def deal(
     budget: int, shares: Sequence[Sequence[float]], most: int, least: int = 0
 ) -> tuple[tuple[int, ...], ...]:
-    """Deal layers x heads x `budget` slots among all heads in proportion to their shares.
+    """Split layers x heads x `budget` slots among all heads in proportion to their shares.
 
-    No head gets more than `most`, nor less than `least` where the budget is at least that; the
-    others divide what is left in proportion to their shares. Where `budget` is `most` or more,
-    every head gets `budget`. Whole numbers come from rounding the running total over layers and
-    heads in order (halves up), so that the sum is exact and equal shares get equal slots.
+    No head gets more than `most`. If the budget is at least `least`, no head gets less than that.
+    The other heads split the rest in proportion to their shares. If `budget` is `most` or more,
+    every head gets `budget`. The running total over layers and heads is rounded (halves up), so
+    that the sum is exact and equal shares get equal slots.
 
     Args:
-        budget: slots of a head, the mean over all heads.
+        budget: slots per head, averaged over all heads.
         shares: [layers][heads] positive weights; only their proportions matter.
-        most: slots beyond which a head has no use for more, such as the sequence's length.
-        least: slots without which a head could not take part.
+        most: the most slots that a head can use, such as the sequence's length.
+        least: the fewest slots that a head needs to hold what is protected.
 
     Returns:
-        [layers][heads] slots, `layers * heads * budget` together; 0 for a head of too small a
-        share.
+        [layers][heads] slots; their sum is `layers * heads * budget`. A head with a very small
+        share may get 0.
     """
     if budget >= most:
         return tuple((budget,) * len(layer) for layer in shares)
@@ -218,7 +218,8 @@ def deal(
         under = {h: x for h in open_heads if (x := least * weight - weights[h] * slots) > 0}
         if not over and not under:
             break
-        # What the larger side gives back only takes the other side's heads further in.
+        # Settle the side with the larger total first: the slots that it frees or takes move the
+        # heads of the other side towards the allowed range.
         full = sum(over.values()) >= sum(under.values())
         for head in over if full else under:
             settled[head] = most if full else least
@@ -236,7 +237,7 @@ def deal(
 
 
 def slots_for(budget: int, shares: Sequence[Sequence[float]]) -> int:
-    """Return how many slots a head, on average, make sure of `budget` slots in every head."""
+    """Return the mean slots per head that give every head at least `budget` slots."""
     weights = [Fraction(share) for layer in shares for share in layer]
     return math.ceil(budget * sum(weights, Fraction()) / (len(weights) * min(weights)))
 
@@ -251,18 +252,25 @@ def resolve(
     num_layers: int,
     num_kv_heads: int,
 ) -> EffectivePolicy:
-    """Turn a wish into plain numbers: the request's fields, else the table's, else the server's.
+    """Resolve a policy to plain numbers: the request's fields, else the table's, else the server's.
 
-    `table` is the one that the request (or else the server) names, already looked up, or the bare
-    policy of one that is still being fitted, which nobody can name. `length` is prompt + max_new in
-    tokens; `slots` [num_layers][num_kv_heads] what a row of the slab has of each head, one number
-    where it has the same of all. Raises InvalidArgument naming the field, its value and what is
-    accepted. Nothing is clamped, but that a ratio comes to no fewer slots than `min_budget` says,
-    and then the result tells so.
+    Args:
+        request: the fields that the request sets.
+        table: the table that the request (or else the server) names, already looked up; or the
+            policy alone of a table that is still being fitted and has no name.
+        server: the server's own policy.
+        length: prompt + max_new, in tokens.
+        slots: [num_layers][num_kv_heads] slots of a row of the slab; one number if all are equal.
+        num_layers: layers of the model.
+        num_kv_heads: KV heads of a layer.
 
-    A preset's recent window is its own, or that of the policy that names the preset or of the
-    request. The server's window belongs to the server's method, so a preset of the request does not
-    take it.
+    Raises InvalidArgument with the field, its value and the accepted values. Nothing is clamped,
+    with one exception: a ratio never gives fewer slots than `min_budget`, and the result then says
+    so.
+
+    The recent window of a preset is its own, or that of the policy that names the preset, or the
+    request's. The server's window belongs to the server's method, so a preset that the request
+    names does not take it.
     """
     method = request if request.names_method else server
     preset = method.preset
@@ -278,8 +286,8 @@ def resolve(
     budget, floor, stated = whole if preset == "full" else _budget(sources, length)
     protecting = (request,) if request.preset is not None else sources
     equal = ((1.0,) * num_kv_heads,) * num_layers
-    # What a short sequence leaves of a small share must still hold the newest token and what is
-    # protected.
+    # In a short sequence a head with a small share still needs room for the newest token, the sinks
+    # and the recent window.
     least = sinks + 1 + _recent(protecting, 0)
     budgets = deal(budget, fitted.head_share if fitted else equal, length, least)
 
@@ -292,13 +300,13 @@ def resolve(
 
     recents = tuple(tuple(recent(mine) for mine in layer) for layer in budgets)
     _check_slab(budgets, slots, budget, floor, length, preset)
-    # Nobody chose what a ratio comes to: where that is the whole sequence, nothing is evicted.
+    # A ratio may give the whole sequence. Then nothing is evicted, and there is nothing to check.
     if budget < length or stated:
         _check_room(budget, recent(budget), sinks)
     if fitted is not None:
         alpha = fitted.alpha
     else:
-        # random never accumulates; 1 leaves its scores as they were placed.
+        # `random` accumulates no attention; alpha 1 keeps its scores as they were set.
         uniform = {"tova_per_head": 0.0}.get(preset, 1.0) if preset else method.alpha
         assert uniform is not None
         alpha = ((uniform,) * num_kv_heads,) * num_layers
@@ -327,7 +335,7 @@ def _check_slab(
     length: int,
     preset: Preset | None,
 ) -> None:
-    """Refuse a policy of which some head needs more slots than a row has of it."""
+    """Refuse a policy if any head needs more slots than a row has for that head."""
     there = tuple((slots,) * len(layer) for layer in budgets) if isinstance(slots, int) else slots
     flat, equal = len(set(chain(*there))) == 1, len(set(chain(*budgets))) == 1
     heads = [(layer, head) for layer, row in enumerate(budgets) for head in range(len(row))]

@@ -19,7 +19,7 @@ from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.files import REFERENCE
 from a2sf.models import LoadedModel, load_model
 from a2sf.parallel import Follower, LeadingEngine
-from a2sf.policy import CachePolicy, Heads, left_out, resolve, slots_for
+from a2sf.policy import CachePolicy, Heads, policy_if_omitted, resolve, slots_for
 from a2sf.ranks import Ranks, leave, num_processes
 from a2sf.schema import AlphaTable
 from a2sf.threads import set_threads
@@ -126,7 +126,9 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
 def default_policy(config: EngineConfig, store: TableStore) -> CachePolicy:
     """Return the policy of a request that sets none, for one state of the tables."""
     default = store.default
-    return left_out(config.default_policy, None if default is None else store.lookup(default))
+    return policy_if_omitted(
+        config.default_policy, None if default is None else store.lookup(default)
+    )
 
 
 def tell_default(config: EngineConfig, store: TableStore) -> None:
