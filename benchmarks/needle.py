@@ -8,12 +8,10 @@ budgets, by greedy decoding. An answer is correct if it names the right place.
 """
 
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -26,50 +24,18 @@ from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
 from a2sf.tablefile import load_table
 from benchmarks import RESULTS, ROOT, save
+from benchmarks.serving import TIMEOUT_S, served
 from service.client import SyncClient
 from tuner import datasets
 from tuner.generated import NAMES
 
 NEW_TOKENS = 16
-TIMEOUT_S = 600.0
-START_S = 120.0
 
 THINGS = ("key", "passport", "camera", "notebook", "umbrella", "medal", "lantern", "compass")
 HIDING_PLACES = (
     *("cellar", "garden", "attic", "library", "kitchen", "garage", "chapel", "stable"),
     *("harbour", "museum"),
 )
-
-
-@contextmanager
-def served(model: str, table: Path, slots: int, threads: int) -> Iterator[str]:
-    """Run the server with one table during the block; yield its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        tables = Path(folder) / "tables"
-        tables.mkdir()
-        (tables / table.name).write_bytes(table.read_bytes())
-        port_file = Path(folder) / "port"
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "service", "--model", model, "--tables", str(tables)),
-                *("--device", "cpu", "--dtype", "float32", "--slots", str(slots)),
-                *("--max-batch", "1", "--max-prefill-tokens", str(slots)),
-                # Policies are compared at equal bytes, so a minimum budget must not raise a ratio.
-                *("--min-budget", "0"),
-                *("--threads", str(threads), "--port", "0", "--port-file", str(port_file)),
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            deadline = time.monotonic() + START_S
-            while not port_file.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("the server did not start; its log is above")
-                time.sleep(0.1)
-            yield f"127.0.0.1:{int(port_file.read_text())}"
-        finally:
-            process.terminate()
-            process.wait(TIMEOUT_S)
 
 
 def questions(text: str, characters: int, count: int) -> Iterator[tuple[str, str]]:
@@ -124,10 +90,18 @@ def compare(
     }
     right: dict[str, list[bool]] = {name: [] for name in policies}
     lengths = []
-    with (
-        served(model, table, round(1.5 * tokens), threads) as address,
-        SyncClient(address) as client,
-    ):
+    slots = str(round(1.5 * tokens))
+    with tempfile.TemporaryDirectory() as tables, ExitStack() as stack:
+        shutil.copy(table, tables)
+        address = stack.enter_context(
+            served(
+                *("--model", model, "--tables", tables, "--slots", slots, "--max-batch", "1"),
+                *("--max-prefill-tokens", slots, "--threads", str(threads)),
+                # Policies are compared at equal bytes: no minimum budget may raise a ratio.
+                *("--min-budget", "0"),
+            )
+        )
+        client = stack.enter_context(SyncClient(address))
         for question, place in questions(text, characters, prompts):
             chat = [ChatMessage(role="user", content=question)]
             for name, policy in policies.items():

@@ -45,6 +45,7 @@ GREEDY = Sampling(temperature=0.0)
 HEALTH_EVERY_S = 0.01
 CORES = os.cpu_count() or 1
 TIMEOUT_S = 600.0
+START_S = 120.0
 
 Arrivals: TypeAlias = list[list[float]]
 """For each stream, the times of its tokens, in seconds after the common start."""
@@ -88,26 +89,28 @@ class Alone:
 
 
 @contextmanager
-def served(
-    directory: Path, streams: int, threads: int, environment: dict[str, str]
-) -> Iterator[str]:
-    """Run the server as its users do, during the block; yield its address."""
-    with tempfile.TemporaryDirectory() as folder:
+def served(*options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """Run `python -m service` on the CPU in float32 during the block; yield its address.
+
+    Raises RuntimeError with the server's output if it does not serve within START_S seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
         port_file = Path(folder) / "port"
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "service", "--model", str(directory)),
-                *("--device", "cpu", "--dtype", "float32", "--slots", str(SLOTS)),
-                *("--max-batch", str(streams), "--threads", str(threads)),
-                *("--port", "0", "--port-file", str(port_file)),
+                *(sys.executable, "-m", "service", *options, "--device", "cpu"),
+                *("--dtype", "float32", "--port", "0", "--port-file", str(port_file)),
             ],
             env=environment,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=log,
         )
         try:
+            deadline = time.monotonic() + START_S
             while not port_file.exists():
-                assert process.poll() is None, "the server has ended"
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not start:\n{log.read()}")
                 time.sleep(0.1)
             yield f"127.0.0.1:{int(port_file.read_text())}"
         finally:
@@ -151,7 +154,11 @@ def compare(
         directory = prepare(name, Path("build/peers/models"))
         for count in threads or sorted({CORES, max(CORES - 1, 1)}, reverse=True):
             alone = Alone(directory, streams, count, environment)
-            with served(directory, streams, count, environment) as address:
+            options = (
+                *("--model", str(directory), "--slots", str(SLOTS)),
+                *("--max-batch", str(streams), "--threads", str(count)),
+            )
+            with served(*options, environment=environment) as address:
                 measured = _measure(alone, address, directory, streams, tokens, rounds, firsts)
                 rows.append({"model": name, "threads": count, **asyncio.run(measured)})
             alone.close()

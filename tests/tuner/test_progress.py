@@ -138,8 +138,25 @@ def test_an_evaluation_says_which_task_it_is_at_and_what_is_left(
     ]
     assert any("6 passes" in line for line in lines)
     assert re.search(r"task 2 of 2: sums, 1-shot; about \d+ s left", told)
-    # A terminal that does not know its width. Passes may be too fast for a line each.
+    # A terminal that does not know its width.
     assert "task 1 of 1: sums, packed" in on_a_terminal(*small_evaluation, columns=0)
+
+
+def test_a_terminal_of_unknown_width_shows_the_pass_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "TERMINAL_PACE_S", 0.0)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 0))
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(progress.sys, "stderr", stream)
+        with Progress("task", ("sums, packed",)) as shown:
+            shown.begin("sums, packed")
+            shown.show("pass 2 of 3", 10.0, 5.0)
+            stream.flush()
+            told = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert "task 1 of 1: sums, packed; pass 2 of 3; about 5 s left" in told
 
 
 def test_plain_lines_come_at_a_slow_pace_and_at_once_where_a_part_begins(
