@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from a2sf.models import LoadedModel
-from tuner import machine
+from a2sf.model.loader import LoadedModel
+from tuner.evaluation import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

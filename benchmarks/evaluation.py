@@ -23,7 +23,7 @@ import typer
 from benchmarks import RESULTS, ROOT, passes, write
 from benchmarks.peers.client import Client
 from scripts.real_model import DIRECTORY as REAL
-from tuner import machine
+from tuner.evaluation import machine
 
 HERE = "this build"
 FILE = Path(passes.__file__)

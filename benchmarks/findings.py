@@ -23,9 +23,9 @@ from a2sf.schema import Estimate
 from benchmarks import RESULTS
 from benchmarks.findings_page import fill, render
 from benchmarks.pictures import study_picture
-from tuner import statistics
 from tuner.evaluate import Settings, evaluate
-from tuner.results import METRICS, Evaluation, Size
+from tuner.evaluation import statistics
+from tuner.evaluation.results import METRICS, Evaluation, Size
 
 FIGURES = RESULTS / "findings.json"
 PAGES = (Path(__file__).with_name("FINDINGS.md"), reference.path() / "README.md")

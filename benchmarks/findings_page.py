@@ -7,7 +7,7 @@ figure was measured.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tuner.results import METRICS, Metric
+from tuner.evaluation.results import METRICS, Metric
 
 
 def render(study: dict[str, Any]) -> Iterable[str]:

@@ -24,7 +24,7 @@ from benchmarks.peers.client import Client, Gone, Refused
 from benchmarks.peers.models import Shape
 from benchmarks.peers.results import Key, Results, Row, summarise
 from benchmarks.peers.variants import VARIANTS, bandwidth, predicted_ms
-from tuner import machine
+from tuner.evaluation import machine
 
 UNTIMED = 1
 """Steps of a turn that are not timed: they bring the worker's data back into the CPU's caches."""

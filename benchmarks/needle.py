@@ -19,15 +19,15 @@ from typing import Annotated, Any
 
 import typer
 
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
 from a2sf.tablefile import load_table
 from benchmarks import RESULTS, ROOT, save
 from benchmarks.serving import TIMEOUT_S, served
 from service.client import SyncClient
-from tuner import datasets
-from tuner.generated import NAMES
+from tuner.data import datasets
+from tuner.data.generated import NAMES
 
 NEW_TOKENS = 16
 

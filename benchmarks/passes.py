@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from a2sf import teacher
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
+from a2sf.offline import teacher_forcing
+from a2sf.offline.teacher_forcing import Example
 from a2sf.policy import CachePolicy
-from a2sf.teacher import Example
-from tuner.objective import Objective, effective
+from tuner.evaluation.objective import Objective, effective
 
 PLAIN = "plain teacher forcing"
 SEARCH = "a candidate of a search, with its KL"
@@ -54,7 +54,9 @@ class Passes:
         objective = Objective(self.model, examples, label="benchmark")
 
         def predict(policies: Any, similarity: bool = False) -> None:
-            teacher.predict(self.model, examples, policies, batch=batch, similarity=similarity)
+            teacher_forcing.predict(
+                self.model, examples, policies, batch=batch, similarity=similarity
+            )
 
         def search() -> float:
             return objective.cost(wish).mean

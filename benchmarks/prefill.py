@@ -20,9 +20,9 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
-from a2sf.models import LoadedModel, load_model
+from a2sf.engine.admission import EngineConfig
+from a2sf.engine.engine import Engine
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, GenerationRequest, Sampling
 from benchmarks import RESULTS, save

@@ -16,7 +16,7 @@ import numpy
 import torch
 import typer
 
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
 from benchmarks import RESULTS, save
 from benchmarks.peers.loop import Filling
 from benchmarks.peers.models import prepare, prompt

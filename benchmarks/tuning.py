@@ -19,16 +19,16 @@ import torch
 import typer
 from optuna.storages import InMemoryStorage
 
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
 from benchmarks import RESULTS, save
-from tuner import datasets, packing
+from tuner.data import datasets, packing
+from tuner.evaluation.objective import Objective
 from tuner.fit import climb
-from tuner.ledger import Ledger
-from tuner.objective import Objective
-from tuner.search import Frame
+from tuner.search.space import Frame
+from tuner.search.trials import Trials
+from tuner.search.uniform import best_uniform
 from tuner.settings import DEFAULT_STAGES
-from tuner.trials import Trials
-from tuner.uniform import best_uniform
+from tuner.study.ledger import Ledger
 
 PLANS: dict[str, tuple[str, ...]] = {
     "tpe": ("tpe",),

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy
 import typer
 
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
 from benchmarks import RESULTS, save
 from benchmarks.peers.models import prepare
 from benchmarks.serving import CORES, Alone, rate

@@ -31,7 +31,7 @@ from a2sf.requests import Sampling
 from scripts.real_model import DIRECTORY, CannotFetch, real_model
 from service.client import Client
 from service.client.results import Completion
-from tuner.generated import recall_episode
+from tuner.data.generated import recall_episode
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -93,7 +93,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     # Imported here, because the imports take seconds and an existing checkpoint needs none of them.
     from transformers import GenerationConfig
 
-    from a2sf.models import load_model
+    from a2sf.model.loader import load_model
 
     model = load_model(str(gguf), device="cpu", dtype="bfloat16", pack=False)
     ends = sorted(model.eos_token_ids)

@@ -13,8 +13,9 @@ import structlog
 
 from a2sf.errors import A2SFError
 from a2sf.threads import wait_passively
-from service import logs, settings
-from service.runner import EngineCrashed
+from service.backend.runner import EngineCrashed
+from service.config import settings
+from service.telemetry import logs
 
 log = structlog.get_logger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import structlog
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.ranks import RankLost, is_first_rank, leave
-from service.core import load_follower
-from service.options import ServerOptions
+from a2sf.model.tensor_parallel import RankLost, is_first_rank, leave
+from service.backend.loading import load_follower
+from service.config.options import ServerOptions
 from service.server import Server
 
 log = structlog.get_logger(__name__)

@@ -11,18 +11,18 @@ from functools import partial
 
 import structlog
 
-from service.admin import AdminServicer
-from service.auth import BearerAuth, TokenFile
-from service.core import Core, load_core
-from service.decoding import Decoding
-from service.listening import Listener
-from service.metrics import MetricsServer, serve_metrics
-from service.options import ServerOptions, is_loopback
+from service.backend.loading import Core, load_core
+from service.config.options import ServerOptions, is_loopback
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.servicers import InferenceServicer, ModelServicer
-from service.tls import server_credentials
-from service.warming import end_calls, make_backend, warm
+from service.rpc.admin import AdminServicer
+from service.rpc.auth import BearerAuth, TokenFile
+from service.rpc.inference import InferenceServicer, ModelServicer
+from service.rpc.listener import Listener
+from service.rpc.malformed import Decoding
+from service.rpc.startup import end_calls, make_backend, warm
+from service.rpc.tls import server_credentials
+from service.telemetry.metrics import MetricsServer, serve_metrics
 
 log = structlog.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from a2sf import errors
 from a2sf.errors import InvalidRequest
-from service.logs import LoggedFailure
+from service.telemetry.logs import LoggedFailure
 
 log = structlog.get_logger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from a2sf import dtypes
-from a2sf.models import LoadedModel, load_model
+from a2sf.model import dtypes
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.threads import CGROUP_LIMIT, granted
 from scripts.real_model import DIRECTORY, CannotFetch, gguf_file, real_model
 from tests.tiny import save_tiny_llama

@@ -1,6 +1,6 @@
 """Writes GGUF files from tiny checkpoints, as llama.cpp's converter does.
 
-Owns the inverse of `a2sf.gguf_file`, with separate formulas.
+Owns the inverse of `a2sf.model.gguf_file`, with separate formulas.
 """
 
 import json

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from a2sf.cache import Slots
-from a2sf.scoring import EMPTY
+from a2sf.cache.scoring import EMPTY
+from a2sf.cache.slots import Slots
 
 
 @dataclass

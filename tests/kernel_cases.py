@@ -8,9 +8,9 @@ import random
 
 import torch
 
-from a2sf.attention import DecodePass
-from a2sf.cache import Slots
-from a2sf.kernels import decode
+from a2sf.cache.attention import DecodePass
+from a2sf.cache.kernels import decode
+from a2sf.cache.slots import Slots
 from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE
 from tests.row_cases import TOLERANCE, Case, check_state, exact, make

@@ -14,12 +14,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from a2sf import sampling
-from a2sf.decoding import Kernels
-from a2sf.engine import Engine
-from a2sf.models import LoadedModel
+from a2sf.cache.scoring import EMPTY
+from a2sf.engine import sampling
+from a2sf.engine.decoding import Kernels
+from a2sf.engine.engine import Engine
+from a2sf.model.loader import LoadedModel
 from a2sf.requests import Delta, StepEvent
-from a2sf.scoring import EMPTY
 from tests.driving import any_requests, engine_for, rows_of, run_at_random, tokens
 
 TOLERANCE = {

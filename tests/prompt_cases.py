@@ -8,9 +8,9 @@ import random
 import torch
 from torch import Tensor
 
-from a2sf import attention, scoring
-from a2sf.kernels import prefill
-from a2sf.scoring import EMPTY
+from a2sf.cache import attention, scoring
+from a2sf.cache.kernels import prefill
+from a2sf.cache.scoring import EMPTY
 from tests.interpreting import ALIGNMENT, DEVICE, SCORE_TOLERANCE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
 from benchmarks import findings
 from benchmarks.findings import FIGURES, PAGES, STUDIES, differences, summary
 from benchmarks.findings_page import fill, render

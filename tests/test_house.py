@@ -1,11 +1,13 @@
-"""The house stands as it is drawn: who may import whom, and what the wheel holds."""
+"""The order of the folders, the owners of libraries, and the contents of the wheel."""
 
 import ast
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -15,49 +17,58 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Low to high: a module imports only from those before it.
-CORE = [
-    "errors",
-    "schema",
-    "tablefile",
-    "policy",
-    "requests",
-    "scoring",
-    "layout",
-    "cache",
-    "attention",
-    "kernels",
-    "retention",
-    "pooled",
-    "reference",
-    "files",
-    "checkpoint",
-    "fingerprint",
-    "families",
-    "gguf_file",
-    "linear",
-    "dtypes",
-    "partial_decoder",
-    "threads",
-    "ranks",
-    "model_spec",
-    "models",
-    "fused",
-    "decoding",
-    "prompts",
-    "teacher",
-    "rng",
-    "sampling",
-    "text",
-    "controls",
-    "chat",
-    "sequence",
-    "admission",
-    "staging",
-    "capacity",
-    "engine",
-    "parallel",
-]
+# Low to high: the folders and modules of a part import only from those before them.
+ORDER = {
+    "a2sf": [
+        "errors",
+        "schema",
+        "tablefile",
+        "policy",
+        "requests",
+        "threads",
+        "reference",
+        "cache",
+        "model",
+        "text",
+        "engine",
+        "offline",
+    ],
+    "service": [
+        "telemetry",
+        "status",
+        "policy_messages",
+        "client",
+        "health",
+        "config",
+        "backend",
+        "rpc",
+        "server",
+        "process",
+        "plan",
+        "ray_serve",
+    ],
+    "tuner": [
+        "interrupt",
+        "progress",
+        "options",
+        "settings",
+        "data",
+        "study",
+        "evaluation",
+        "search",
+        "proof",
+        "fit",
+        "report",
+        "evaluate",
+        "budget",
+        "harness",
+        "measuring",
+        "cli",
+    ],
+}
+
+MOST_MODULES = 12
+"""The most modules of a folder, so that it can be read at a glance."""
 
 # Which part alone may import a library.
 ALONE = {
@@ -65,25 +76,27 @@ ALONE = {
     "grpc_health": "service",
     "grpc_reflection": "service",
     "grpc_status": "service",
-    "gguf": "a2sf/gguf_file/",
+    "gguf": "a2sf/model/gguf_file/",
     "google": "service",
-    "llvmlite": "a2sf/kernels/",
+    "llvmlite": "a2sf/cache/kernels/",
     "lm_eval": "tuner/harness",
-    "numba": "a2sf/kernels/",
-    "opentelemetry": "service/tracing.py",
+    "numba": "a2sf/cache/kernels/",
+    "opentelemetry": "service/telemetry/tracing.py",
     "optuna": "tuner",
-    "prometheus_client": "service/metrics.py",
-    "pydantic_settings": "service/settings.py",
+    "prometheus_client": "service/telemetry/metrics.py",
+    "pydantic_settings": "service/config/settings.py",
     "ray": "service/ray_serve/",
     "structlog": "service",
-    "triton": "a2sf/kernels/",
-    "transformers": ("a2sf/models.py", "a2sf/model_spec.py", "a2sf/gguf_file/"),
+    "triton": "a2sf/cache/kernels/",
+    "transformers": "a2sf/model/",
 }
 
 
-def imports(path: Path) -> Iterator[str]:
+def imports(path: Path, statements: list[ast.stmt] | None = None) -> Iterator[str]:
+    """Names that a file imports, anywhere or by some statements of it."""
     package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if statements is None else statements:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,23 +112,46 @@ def sources(part: str) -> list[Path]:
     return found
 
 
-def test_every_core_module_has_its_place_in_the_order() -> None:
-    modules = {
-        p.relative_to(ROOT / "a2sf").parts[0].removesuffix(".py") for p in sources("a2sf")
-    } - {"__init__"}
-    assert modules == set(CORE)
+@pytest.mark.parametrize("part", ORDER)
+def test_every_folder_and_module_has_its_place_in_the_order(part: str) -> None:
+    found = {p.relative_to(ROOT / part).parts[0].removesuffix(".py") for p in sources(part)}
+    assert found - {"__init__", "__main__"} == set(ORDER[part])
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_a_core_module_imports_only_from_below(module: str) -> None:
-    below = CORE[: CORE.index(module)]
-    place = ROOT / "a2sf" / module
+@pytest.mark.parametrize(("part", "name"), [(p, name) for p in ORDER for name in ORDER[p]])
+def test_a_folder_imports_only_from_below(part: str, name: str) -> None:
+    below = ORDER[part][: ORDER[part].index(name)]
+    place = ROOT / part / name
     for path in sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
-        for name in imports(path):
-            parts = name.split(".")
-            assert parts[0] not in ("service", "tuner", "training", "benchmarks", "tests")
-            if parts[0] == "a2sf" and parts[1:] and parts[1] in CORE and parts[1] != module:
-                assert parts[1] in below, f"{path.name} imports {name}, which stands above it"
+        for imported in imports(path):
+            parts = imported.split(".")
+            assert parts[0] not in ("training", "benchmarks", "tests")
+            if parts[0] == part and parts[1:] and parts[1] in ORDER[part] and parts[1] != name:
+                assert parts[1] in below, f"{path} imports {imported}, which stands above it"
+
+
+def modules_imported(path: Path) -> Iterator[Path]:
+    """The files of this project that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for name in imports(path, tree.body):
+        place = ROOT.joinpath(*name.split("."))
+        for file in (place.with_suffix(".py"), place.parent.with_suffix(".py")):
+            if file.exists():
+                yield file
+                break
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    everything = [path for part in ORDER for path in sources(part)]
+    graph = {path: {*modules_imported(path)} - {path} for path in everything}
+    order = list(TopologicalSorter(graph).static_order())
+    assert len(order) >= len(everything)
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_no_folder_has_more_modules_than_one_can_overlook(part: str) -> None:
+    count = Counter(path.parent for path in sources(part) if path.name[:2] != "__")
+    assert max(count.values()) <= MOST_MODULES
 
 
 @pytest.mark.parametrize(
@@ -145,14 +181,14 @@ def test_a_library_is_imported_by_its_owner_alone(
 # Which extras a part may use, besides those of the parts that hold it.
 EXTRAS = {
     "a2sf": set(),
-    "a2sf/gguf_file": {"gguf"},
-    "a2sf/kernels": {"gpu"},
+    "a2sf/model/gguf_file": {"gguf"},
+    "a2sf/cache/kernels": {"gpu"},
     "service": {"serve"},
-    "service/tracing.py": {"otel"},
+    "service/telemetry/tracing.py": {"otel"},
     "service/ray_serve": {"ray"},
     "tuner": {"tune"},
-    "tuner/harness.py": {"eval"},
-    "tuner/harness_model.py": {"eval"},
+    "tuner/harness/__main__.py": {"eval"},
+    "tuner/harness/model.py": {"eval"},
 }
 
 

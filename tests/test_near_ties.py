@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from a2sf import sampling
-from a2sf.models import LoadedModel
+from a2sf.engine import sampling
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.requests import GenerationRequest, Sampling
 from tests.driving import GREEDY, engine_for, request

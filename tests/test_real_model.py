@@ -8,12 +8,12 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from a2sf import chat
-from a2sf.gguf_file.header import Header, Strings
-from a2sf.models import LoadedModel, load_model
+from a2sf.model.gguf_file.header import Header, Strings
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage
 from a2sf.tablefile import load_table
+from a2sf.text import chat_template
 from scripts.real_model import CannotFetch, real_model
 from tests.a2sf.test_witnesses import simulate_and_compare
 from tests.driving import engine_for, request, run, tokens
@@ -41,7 +41,10 @@ QUESTIONS = [
 
 def questions(model: LoadedModel) -> list[list[int]]:
     talks = [[ChatMessage(role="user", content=question)] for question in QUESTIONS]
-    return [list(chat.read(model.tokenizer, talk, max_bytes=10_000).token_ids) for talk in talks]
+    return [
+        list(chat_template.read(model.tokenizer, talk, max_bytes=10_000).token_ids)
+        for talk in talks
+    ]
 
 
 def test_with_room_it_completes_as_transformers_does_token_by_token(
@@ -144,7 +147,7 @@ def test_digits_are_tokens_of_their_own_before_line_ends_are(real_loaded: Loaded
 def test_a_conversation_reads_as_the_models_own_template_writes_it(
     real_loaded: LoadedModel,
 ) -> None:
-    talk = chat.read(
+    talk = chat_template.read(
         real_loaded.tokenizer, [ChatMessage(role="user", content="Hi")], max_bytes=10_000
     )
     text, ids = talk.text, talk.token_ids

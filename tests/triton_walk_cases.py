@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from a2sf import scoring
-from a2sf.attention import DecodePass
-from a2sf.cache import PolicyTensors, Slots
-from a2sf.kernels import triton_walk
-from a2sf.kernels.triton_walk import HeadSlots
-from a2sf.layout import Layout
-from a2sf.scoring import EMPTY
+from a2sf.cache import scoring
+from a2sf.cache.attention import DecodePass
+from a2sf.cache.kernels import triton_walk
+from a2sf.cache.kernels.triton_walk import HeadSlots
+from a2sf.cache.layout import Layout
+from a2sf.cache.scoring import EMPTY
+from a2sf.cache.slots import PolicyTensors, Slots
 from tests import row_cases
 from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE

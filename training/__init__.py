@@ -1,4 +1,4 @@
 """How the shipped reference model was made: tokenizer, data, curriculum, training, evaluation.
 
-Not part of the wheel. Imports ``tuner.generated`` for the generated tasks; nothing imports this.
+Not part of the wheel. Takes the generated tasks from ``tuner.data.generated``.
 """

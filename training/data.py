@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from training.config import Stage
 from training.corpus import documents
 from training.model import BOS_ID, EOS_ID
-from tuner.generated import (
+from tuner.data.generated import (
     Episode,
     arith_episode,
     copy_episode,

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from training.corpus import default_data_dir, documents
-from tuner.generated import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS, PLACES
+from tuner.data.generated import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS, PLACES
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"

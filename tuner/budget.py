@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from a2sf import __version__, teacher
+from a2sf import __version__
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel, load_model
+from a2sf.model.loader import LoadedModel, load_model
+from a2sf.offline import teacher_forcing
+from a2sf.offline.teacher_forcing import Example
 from a2sf.schema import Estimate
-from a2sf.teacher import Example
-from tuner import datasets, machine, objective, packing, policies, statistics
-from tuner.budget_answer import STEPS, BudgetSearch, Measurement, percent
-from tuner.objective import Objective
-from tuner.policies import Named
+from tuner.data import datasets, packing
+from tuner.evaluation import machine, objective, policy_specs, statistics
+from tuner.evaluation.objective import Objective
+from tuner.evaluation.policy_specs import Named
+from tuner.evaluation.results import Policy, Size
 from tuner.progress import Progress
-from tuner.results import Policy, Size
+from tuner.report.budget_answer import STEPS, BudgetSearch, Measurement, percent
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def search(settings: Settings) -> BudgetSearch:
         model = load_model(
             settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
         )
-        teacher.prepare(model)
+        teacher_forcing.prepare(model)
         policy = _one(settings.policy, model)
         examples = packing.examples(
             model, part, count=settings.examples, length=settings.length, seed=settings.seed
@@ -154,7 +156,7 @@ def _most(steps: int) -> int:
 
 def _one(written: str, model: LoadedModel) -> Named:
     try:
-        found = policies.parse(written, model)
+        found = policy_specs.parse(written, model)
     except InvalidArgument as error:
         raise InvalidArgument("POLICY", error.problem) from None
     if len(found) != 1 or not found[0].has_size:

@@ -164,7 +164,7 @@ def fit(
 
     # The imports below take seconds; the flags above are checked without them.
     from tuner.fit import fit as run_fit
-    from tuner.report import summarise
+    from tuner.report.terminal import summarise
 
     settings = Settings(
         dataset=dataset,
@@ -217,7 +217,7 @@ def report(
     check_writable(html, "--html")
 
     # The imports below take seconds; the table is checked without them.
-    from tuner.table_page import load_evaluation, render
+    from tuner.report.table_page import load_evaluation, render
 
     found = load_evaluation(evaluation, table) if evaluation is not None else None
     write_whole(html, render(table, found))
@@ -227,7 +227,7 @@ def report(
 @tables.command("show")
 def show(file: TableArgument) -> None:
     """Print a table: policy, provenance, evidence with intervals, verdict, alphas."""
-    from tuner.report import show as print_table
+    from tuner.report.terminal import show as print_table
 
     print_table(Console(), load_table(table_file(file)))
 

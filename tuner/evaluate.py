@@ -14,15 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from a2sf import __version__, teacher
+from a2sf import __version__
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel, load_model
+from a2sf.model.loader import LoadedModel, load_model
+from a2sf.offline import teacher_forcing
+from a2sf.offline.prompts import Prompt
+from a2sf.offline.teacher_forcing import Example, Prediction
 from a2sf.policy import EffectivePolicy
-from a2sf.prompts import Prompt
-from a2sf.teacher import Example, Prediction
-from tuner import datasets, machine, packing, policies, statistics
-from tuner.cells import Gathered, Plan, cell_of, compare
-from tuner.objective import (
+from tuner.data import datasets, packing
+from tuner.data.packing import Item
+from tuner.evaluation import machine, policy_specs, statistics
+from tuner.evaluation.cells import Gathered, Plan, cell_of, compare
+from tuner.evaluation.objective import (
     ROWS_PER_PASS,
     check_finite,
     divergence,
@@ -31,10 +34,9 @@ from tuner.objective import (
     log_likelihoods,
     read_prompts,
 )
-from tuner.packing import Item
-from tuner.policies import Named
+from tuner.evaluation.policy_specs import Named
+from tuner.evaluation.results import Accuracy, Evaluation, Policy, Size, Task
 from tuner.progress import Progress
-from tuner.results import Accuracy, Evaluation, Policy, Size, Task
 
 STEP_BY_STEP = 1
 """Default prompt block for questions asked one by one: prompts are pruned as in the paper."""
@@ -79,8 +81,8 @@ def evaluate(settings: Settings) -> Evaluation:
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
-    teacher.prepare(model)
-    wanted = policies.parse(settings.policies, model)
+    teacher_forcing.prepare(model)
+    wanted = policy_specs.parse(settings.policies, model)
     plans = [
         _plan(model, source, shots, wanted, settings)
         for source in sources
@@ -264,7 +266,7 @@ def _pass(
     chosen = [resolved(example, cell) for (cell, _), example in zip(rows, examples, strict=True)]
     # A table sets its own prefill_chunk.
     known = prompts and all(policy.prefill_chunk == EXACT for policy in chosen)
-    found = teacher.predict(
+    found = teacher_forcing.predict(
         model,
         examples,
         chosen,
@@ -284,7 +286,7 @@ def _pass(
             float(log_likelihoods(example, prediction.logits.log_softmax(dim=-1)).sum())
             for (_, _, example), prediction in zip(
                 asked,
-                teacher.predict(model, [example for _, _, example in asked], chosen),
+                teacher_forcing.predict(model, [example for _, _, example in asked], chosen),
                 strict=True,
             )
         ]

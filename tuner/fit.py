@@ -12,22 +12,26 @@ from functools import partial
 
 import optuna
 
-from a2sf import __version__, teacher
+from a2sf import __version__
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel, load_model
+from a2sf.model.loader import LoadedModel, load_model
+from a2sf.offline import teacher_forcing
+from a2sf.offline.teacher_forcing import Example
 from a2sf.schema import AlphaTable, Calibration, Estimate, Search, UniformSetting
 from a2sf.tablefile import seal
-from a2sf.teacher import Example
-from tuner import datasets, objective, packing, proof, samplers, sensitivity, statistics
-from tuner.ledger import Ledger
-from tuner.moves import Climb
-from tuner.objective import Objective
+from tuner import proof
+from tuner.data import datasets, packing
+from tuner.evaluation import objective, statistics
+from tuner.evaluation.objective import Objective
 from tuner.progress import Progress
-from tuner.search import Frame
+from tuner.search import samplers, sensitivity
+from tuner.search.moves import Climb
+from tuner.search.space import Frame
+from tuner.search.trials import Account, Trials, Tried
+from tuner.search.uniform import best_uniform
 from tuner.settings import OPEN, PER_LAYER, Settings
-from tuner.storage import open_storage
-from tuner.trials import Account, Trials, Tried
-from tuner.uniform import best_uniform
+from tuner.study.ledger import Ledger
+from tuner.study.storage import open_storage
 
 LEAST_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few unprotected."""
@@ -82,7 +86,7 @@ def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progr
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
-    teacher.prepare(model)
+    teacher_forcing.prepare(model)
     calibration, held_out = _examples(model, chosen, settings)
     frame = Frame(
         num_layers=model.shape.num_layers,

@@ -96,8 +96,8 @@ def evaluate(
 
     # The imports below take seconds; the flags above are checked without them.
     from tuner import evaluate as evaluation
-    from tuner.report import tabulate
-    from tuner.results import Size
+    from tuner.evaluation.results import Size
+    from tuner.report.terminal import tabulate
 
     sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
     found = evaluation.evaluate(
@@ -124,7 +124,7 @@ def evaluate(
         write_whole(json, found.model_dump_json(indent=1) + "\n")
         print(f"Wrote {json}.")
     if html is not None:
-        from tuner.page import render
+        from tuner.report.evaluation_page import render
 
         write_whole(html, render(found))
         print(f"Wrote {html}.")
@@ -181,7 +181,7 @@ def budget(
 
     # The imports below take seconds; the flags above are checked without them.
     from tuner import budget as budgets
-    from tuner.budget_answer import lines
+    from tuner.report.budget_answer import lines
 
     found = budgets.search(
         budgets.Settings(

@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
+from a2sf.offline.teacher_forcing import Example
 from a2sf.policy import CachePolicy
 from a2sf.schema import Evidence, Stage, TablePolicy, UniformSetting
-from a2sf.teacher import Example
-from tuner import objective, packing, statistics
-from tuner.ledger import Ledger, Measured
-from tuner.objective import ROWS_PER_PASS, Candidate, Cost, Objective
-from tuner.rivals import AdaKV, Pyramid
-from tuner.search import Frame
+from tuner.data import packing
+from tuner.evaluation import objective, statistics
+from tuner.evaluation.objective import ROWS_PER_PASS, Candidate, Cost, Objective
+from tuner.evaluation.rivals import AdaKV, Pyramid
+from tuner.search.space import Frame
+from tuner.search.trials import Account, Trials, Tried
 from tuner.settings import PROOF
-from tuner.trials import Account, Trials, Tried
+from tuner.study.ledger import Ledger, Measured
 
 COMPARED_PRESETS = ("h2o", "window", "tova_per_head", "random")
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from a2sf.cache import PolicyTensors, Slots
+from a2sf.cache.slots import PolicyTensors, Slots
 from benchmarks.gpu.models import SHAPES, LlamaShape
 from benchmarks.gpu.run import Cell, Run
 
@@ -30,8 +30,8 @@ def needed(cells: tuple[Cell, ...], multiprocessors: int, room: int) -> list[tup
 
     `room` is the number of slots besides the context in a row that keeps all tokens.
     """
-    from a2sf.fused import batch_sizes
-    from a2sf.kernels.decode import choose_splits, tile_slots
+    from a2sf.cache.kernels.decode import choose_splits, tile_slots
+    from a2sf.engine.cuda_graphs import batch_sizes
 
     found = set()
     for cell in cells:
@@ -81,7 +81,7 @@ def all_cells(run: Run) -> tuple[Cell, ...]:
 
 def compile_for(shape: LlamaShape, splits: int, device: torch.device, dtype: torch.dtype) -> None:
     """Run both programs for a number of splits once, on minimal data."""
-    from a2sf.kernels.decode import Workspace, decode_attention, tile_slots
+    from a2sf.cache.kernels.decode import Workspace, decode_attention, tile_slots
 
     heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     slots = Slots.empty(

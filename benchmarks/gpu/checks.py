@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from a2sf.kernels import problem
-from a2sf.models import LoadedModel
+from a2sf.cache.kernels import problem
+from a2sf.model.loader import LoadedModel
 from a2sf.requests import GenerationRequest
 from benchmarks.gpu.models import CHECKED, build
 from benchmarks.gpu.report import CheckFailed, NotSupported, OutOfTime

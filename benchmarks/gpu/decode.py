@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy
 from benchmarks.gpu.filling import Rows, kv_step_bytes, policies
 from benchmarks.gpu.models import plain, token_bytes, weight_bytes

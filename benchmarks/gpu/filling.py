@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from a2sf import decoding
-from a2sf.cache import Slots
-from a2sf.models import LoadedModel
+from a2sf.cache.slots import Slots
+from a2sf.engine import decoding
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, Heads, resolve
 from a2sf.schema import TablePolicy
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.timing import device_ms, spread
-from tuner import machine
+from tuner.evaluation import machine
 
 LIBRARIES = ("triton", "grpcio", "tokenizers", "numpy")
 """Reported in addition to the versions that every figure of this project includes."""

@@ -159,7 +159,7 @@ def plot(document: dict[str, Any], out: Path) -> bool:
     if not contexts:
         return False
     # Imported here, because a measuring machine may lack the packages for drawing.
-    from tuner.pictures import paper
+    from tuner.report.pictures import paper
 
     with paper("gpu"):
         drawn = _drawn(cells, contexts, document["machine"].get("device", ""))
@@ -172,7 +172,7 @@ def _drawn(cells: list[Entry], contexts: list[int], device: str) -> str:
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     from benchmarks.pictures import standalone
-    from tuner.pictures import GRID, inline
+    from tuner.report.pictures import GRID, inline
 
     figure = Figure(figsize=(4.6 * len(contexts), 4.2), layout="constrained")
     axes = figure.subplots(1, len(contexts), sharey=True, squeeze=False)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from a2sf import decoding, scoring
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
-from a2sf.models import LoadedModel
+from a2sf.cache import scoring
+from a2sf.engine import decoding
+from a2sf.engine.admission import EngineConfig
+from a2sf.engine.engine import Engine
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, GenerationRequest, Sampling
 from benchmarks.gpu.models import plain

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
 from benchmarks.gpu.models import DRY_SHAPES, SHAPES, build
 from benchmarks.gpu.report import Deadline, Report
 

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
-from a2sf.models import LoadedModel
+from a2sf.engine.admission import EngineConfig
+from a2sf.engine.engine import Engine
+from a2sf.model.loader import LoadedModel
 from a2sf.requests import Delta, GenerationRequest
 from benchmarks.gpu.prefill import prompt_ids
 from benchmarks.gpu.report import Deadline, NotSupported

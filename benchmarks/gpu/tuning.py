@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy
 
-from a2sf import teacher
-from a2sf.models import LoadedModel
-from a2sf.teacher import Example
+from a2sf.model.loader import LoadedModel
+from a2sf.offline import teacher_forcing
+from a2sf.offline.teacher_forcing import Example
 from benchmarks.gpu.filling import policies
 from benchmarks.gpu.prefill import prompt_ids
 from benchmarks.gpu.report import NotSupported
@@ -47,12 +47,12 @@ def measure(run: Run) -> None:
 
     def teach(length: int) -> float:
         examples = _examples(model, rows, length, length)
-        return timed(lambda: teacher.predict(model, examples, None, batch=batch))
+        return timed(lambda: teacher_forcing.predict(model, examples, None, batch=batch))
 
     def follow(steps: int) -> float:
         examples = _examples(model, rows, prompt + steps, prompt)
         wanted = [chosen] * rows
-        return timed(lambda: teacher.predict(model, examples, wanted, batch=batch))
+        return timed(lambda: teacher_forcing.predict(model, examples, wanted, batch=batch))
 
     teach(tokens)
     run.deadline.check()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2sf import decoding
-from a2sf.cache import PolicyTensors, Slots
-from a2sf.decoding import Backend
-from a2sf.models import LoadedModel
+from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.engine import decoding
+from a2sf.engine.decoding import Backend
+from a2sf.model.loader import LoadedModel
 from benchmarks.gpu.filling import policies
 from benchmarks.gpu.run import Run, Texts
 from benchmarks.gpu.timing import device_ms, spread
@@ -113,7 +113,7 @@ def _steps(
     if backend != "triton":
         steps = decoding.make_steps(backend, slots, policy)
         return lambda query, keys, values, start: steps(start)(0, query, keys, values, scale)
-    from a2sf.kernels.decode import Workspace, decode_attention, plan_slots
+    from a2sf.cache.kernels.decode import Workspace, decode_attention, plan_slots
 
     plan = plan_slots(slots, policy, torch.zeros_like(policy.sinks))
     workspace = Workspace.empty(slots, query_heads)

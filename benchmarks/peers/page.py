@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.pictures import standalone
-from tuner.pictures import GRID, inline, paper
+from tuner.report.pictures import GRID, inline, paper
 
 from .variants import BASE, VARIANTS
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
-from a2sf.models import LoadedModel, load_model
+from a2sf.engine.admission import EngineConfig
+from a2sf.engine.engine import Engine
+from a2sf.engine.sequence import Sequence
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Event, GenerationRequest, Sampling
-from a2sf.sequence import Sequence
 
 from .loop import Filling, serve, timed
 

@@ -2,8 +2,8 @@
 
 Owns the public names of the client: `service.client.aio` has those for asyncio, and
 `service.client.sync` those for threads. Knows nothing of the server's internals. As a program
-(`python -m service.client "prompt"`) it runs `service.client.cli`, which must handle Ctrl-C before
-any slow import; so each name imports its module on first use.
+(`python -m service.client "prompt"`) it runs `service.client.terminal.cli`, which must handle
+Ctrl-C before any slow import; so each name imports its module on first use.
 """
 
 from importlib import import_module

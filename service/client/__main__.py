@@ -2,7 +2,7 @@
 
 import signal
 
-from service.client.interrupt import Interrupt
+from service.client.terminal.interrupt import Interrupt
 
 
 def main() -> None:
@@ -10,7 +10,7 @@ def main() -> None:
     interrupt = Interrupt()
     signal.signal(signal.SIGINT, interrupt)
     # Imported after that, because it is slow to load.
-    from service.client.cli import app
+    from service.client.terminal.cli import app
 
     app(prog_name="a2sf-client", obj=interrupt)
 

@@ -1,7 +1,7 @@
 """Converts requests to messages and responses to values, for the client.
 
-The counterpart of `service.conversions`, separate from it so that a client loads neither engine nor
-torch. Knows nothing of channels.
+The counterpart of `service.rpc.conversions`, separate from it so that a client loads neither engine
+nor torch. Knows nothing of channels.
 """
 
 import math
@@ -43,7 +43,7 @@ from service.client.results import (
     TokenLogprobs,
 )
 from service.pb import inference_pb2 as pb
-from service.policies import policy_from_message, policy_to_message, preset_name, set_fields
+from service.policy_messages import policy_from_message, policy_to_message, preset_name, set_fields
 from service.status import RemoteError, Violations, fields_of
 
 Written = TypeVar("Written", bound=Message)

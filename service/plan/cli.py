@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from a2sf.errors import InvalidArgument
-from a2sf.files import REFERENCE
+from a2sf.model.locate import REFERENCE
 from service.plan import devices, units
 
 PROGRAM = "a2sf-serve plan"

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from a2sf import capacity
+from a2sf.engine import capacity
 from a2sf.errors import InvalidArgument
 from service.plan.sizing import Sizing
 

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from a2sf import capacity, dtypes
-from a2sf.capacity import Weights
+from a2sf.engine import capacity
+from a2sf.engine.capacity import Weights
+from a2sf.model import dtypes
+from service.config.settings import NAMES, flag
 from service.plan.pace import Load, Means, Pace
 from service.plan.sizing import Sizing
 from service.plan.units import binary
-from service.settings import NAMES, flag
 
 WIDTH, LABEL = 100, 12
 """Characters per line at most, and characters of a label before a row of numbers."""

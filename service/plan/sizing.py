@@ -9,16 +9,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from a2sf import capacity, dtypes, reference
-from a2sf.capacity import Weights
+from a2sf import reference
+from a2sf.engine import capacity
+from a2sf.engine.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
-from a2sf.files import REFERENCE
-from a2sf.model_spec import ModelSpec, read_model_spec
+from a2sf.model import dtypes
+from a2sf.model.locate import REFERENCE
+from a2sf.model.spec import ModelSpec, read_model_spec
 from a2sf.policy import DEFAULT_SINKS, Heads, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
-from service.core import check_default, row_shape
-from service.options import ServerOptions, Shares, heads_of
+from service.backend.loading import check_default, row_shape
+from service.config.options import ServerOptions, Shares, heads_of
 from service.plan import units
 
 DEVICES = ("cuda", "cpu")

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.schema import first_problem
-from service import settings
-from service.listening import check_free
+from service.config import settings
 from service.ray_serve.options import RayOptions
+from service.rpc.listener import check_free
 
 PROGRAM = "python -m service.ray_serve"
 

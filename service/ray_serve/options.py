@@ -11,8 +11,8 @@ from pydantic import ConfigDict
 
 from a2sf.errors import InvalidArgument
 from a2sf.schema import NotNegative, Positive
-from service.options import ServerOptions
-from service.settings import NAMES, flag
+from service.config.options import ServerOptions
+from service.config.settings import NAMES, flag
 
 _PLAIN = "Ray's gRPC proxy speaks plain text; let what stands before it speak TLS"
 _ANY_REPLICA = "an operator's call would reach any one replica, not all"

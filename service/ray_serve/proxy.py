@@ -14,10 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from a2sf.errors import A2SFError, Aborted, ResourceExhausted, Unavailable
-from service.decoding import Unreadable, reading, refuse, reread
-from service.options import ServerOptions
+from service.config.options import ServerOptions
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.stall import writing
+from service.rpc.malformed import Unreadable, reading, refuse, reread
+from service.rpc.stall import writing
 from service.status import DETAILS_KEY, to_wire
 
 STALL_TIMEOUT_S: float = ServerOptions.model_fields["stall_timeout_s"].default

@@ -17,16 +17,16 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from a2sf.errors import NotFound, Unauthenticated, Unsupported
-from service import logs
-from service.auth import TokenFile
-from service.core import load_core
-from service.options import ServerOptions
+from service.backend.loading import load_core
+from service.backend.runner import EngineCrashed
+from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.ray_serve.context import CallContext, Ended, RayContext
-from service.runner import EngineCrashed
-from service.servicers import InferenceServicer, ModelServicer
+from service.rpc.auth import TokenFile
+from service.rpc.inference import InferenceServicer, ModelServicer
+from service.rpc.startup import make_backend, warm
 from service.status import WireStatus, to_wire
-from service.warming import make_backend, warm
+from service.telemetry import logs
 
 log = structlog.get_logger(__name__)
 

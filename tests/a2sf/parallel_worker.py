@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from a2sf.admission import EngineConfig
-from a2sf.engine import Engine
+from a2sf.engine.admission import EngineConfig
+from a2sf.engine.engine import Engine
+from a2sf.engine.parallel import Follower, LeadingEngine
 from a2sf.errors import A2SFError
-from a2sf.models import LoadedModel, load_model
-from a2sf.parallel import Follower, LeadingEngine
-from a2sf.ranks import Ranks
+from a2sf.model.loader import LoadedModel, load_model
+from a2sf.model.tensor_parallel import Ranks
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
 from tests.driving import run_at_random
 

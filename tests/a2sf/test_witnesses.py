@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from a2sf import admission, reference, teacher
-from a2sf.admission import EngineConfig
-from a2sf.models import LoadedModel
+from a2sf import reference
+from a2sf.engine import admission
+from a2sf.engine.admission import EngineConfig
+from a2sf.model.loader import LoadedModel
+from a2sf.offline import teacher_forcing
 from a2sf.policy import CachePolicy
 from a2sf.requests import Started
 from tests.driving import engine_for, finished, prompts, request, run, tokens
@@ -63,7 +65,7 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     texts = prompts(4, low=10)
     examples = [
-        teacher.Example(tuple(t), prompt_tokens=len(t) // 2, counted=tuple(range(len(t))))
+        teacher_forcing.Example(tuple(t), prompt_tokens=len(t) // 2, counted=tuple(range(len(t))))
         for t in texts
     ]
     requested_policy = CachePolicy(preset=preset, budget=None if preset == "full" else 80)
@@ -74,8 +76,8 @@ def test_teacher_forcing_with_room_equals_transformers_logits(
         for t in texts
     ]
     for predicted in (
-        teacher.predict(tiny_model, examples, policies),
-        teacher.predict(tiny_model, examples, None),
+        teacher_forcing.predict(tiny_model, examples, policies),
+        teacher_forcing.predict(tiny_model, examples, None),
     ):
         for text, mine in zip(texts, predicted, strict=True):
             with torch.no_grad():
@@ -191,12 +193,12 @@ def test_the_engine_equals_teacher_forcing(tiny_model_64: LoadedModel) -> None:
         stream = run(engine)["r"]
         assert isinstance(stream[0], Started)
         answer = tokens(stream)
-        example = teacher.Example(
+        example = teacher_forcing.Example(
             token_ids=(*prompt, *answer),
             prompt_tokens=len(prompt),
             counted=tuple(range(len(prompt) - 1, len(prompt) + len(answer) - 1)),
         )
-        (predicted,) = teacher.predict(tiny_model_64, [example], [stream[0].policy])
+        (predicted,) = teacher_forcing.predict(tiny_model_64, [example], [stream[0].policy])
         assert predicted.logits.argmax(dim=-1).tolist() == answer
 
 
@@ -209,7 +211,9 @@ def test_texts_of_different_lengths_predict_the_same_together_and_alone(
     examples, policies = [], []
     for index, text in enumerate(prompts(7, low=12, high=90, seed=prefill_chunk)):
         prompt = rng.randint(1, len(text))
-        examples.append(teacher.Example(tuple(text), prompt, counted=tuple(range(0, len(text), 2))))
+        examples.append(
+            teacher_forcing.Example(tuple(text), prompt, counted=tuple(range(0, len(text), 2)))
+        )
         requested_policy = rng.choice(
             [
                 CachePolicy(alpha=0.9, budget=rng.randint(8, 40), recent=3),
@@ -230,7 +234,7 @@ def test_texts_of_different_lengths_predict_the_same_together_and_alone(
                 EngineConfig(slots=512),
             )
         )
-    together = teacher.predict(tiny_model_64, examples, policies, batch=4)
+    together = teacher_forcing.predict(tiny_model_64, examples, policies, batch=4)
     for example, policy, predicted in zip(examples, policies, together, strict=True):
-        (alone,) = teacher.predict(tiny_model_64, [example], [policy])
+        (alone,) = teacher_forcing.predict(tiny_model_64, [example], [policy])
         torch.testing.assert_close(predicted.logits, alone.logits)

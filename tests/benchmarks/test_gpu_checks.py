@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf import decoding
-from a2sf.kernels import (
+from a2sf.cache.kernels import (
     decode,
     decode_programs,
     prefill,
@@ -17,6 +16,7 @@ from a2sf.kernels import (
     triton_walk,
     triton_walk_programs,
 )
+from a2sf.engine import decoding
 from benchmarks.gpu import ahead, checks, walk
 from benchmarks.gpu.models import DRY_SHAPES
 from benchmarks.gpu.report import CheckFailed, Deadline, NotSupported, OutOfTime

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from a2sf.cache import SLOT_OVERHEAD_BYTES
+from a2sf.cache.slots import SLOT_OVERHEAD_BYTES
 from a2sf.policy import EffectivePolicy
 from benchmarks.gpu.filling import SINKS, Rows, kv_step_bytes, policies, source_row
 from benchmarks.gpu.models import DRY_SHAPES, SHAPES, build, plain, token_bytes, weight_bytes
@@ -65,7 +65,7 @@ def test_heads_of_other_budgets_hold_as_many_as_theirs() -> None:
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
-    from a2sf.kernels import decode_programs, score_update
+    from a2sf.cache.kernels import decode_programs, score_update
     from tests.interpreting import interpreting
 
     with interpreting(score_update, decode_programs):

@@ -11,7 +11,7 @@ from benchmarks import RESULTS
 from benchmarks.findings import FIGURES
 from benchmarks.pictures import standalone, study_picture
 from tests.tuner.pages import RATIOS, evaluation, table
-from tuner.pictures import MORE_TABLES, curves, metrics_of
+from tuner.report.pictures import MORE_TABLES, curves, metrics_of
 
 PICTURES = sorted(RESULTS.glob("*.svg"))
 STUDIES = {study["name"]: study for study in json.loads(FIGURES.read_text())["studies"]}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from scripts.validate_manifests import MANIFESTS, render
-from service.options import ServerOptions
-from service.settings import ENV_PREFIX, load
+from service.config.options import ServerOptions
+from service.config.settings import ENV_PREFIX, load
 from tests.docker.test_docker import inherited, last
 
 Resource = dict[str, Any]

@@ -11,8 +11,8 @@ from sqlalchemy import make_url
 import tuner.__main__ as tuner_main
 import tuner.cli
 import tuner.fit
-from service.options import ServerOptions
-from service.settings import load
+from service.config.options import ServerOptions
+from service.config.settings import load
 from tests.docker.test_docker import ACCELERATORS, DOCKERFILE, arguments, stages, variables
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import yaml
 from typer.main import get_command
 
 from service import health
-from service.settings import load
+from service.config.settings import load
 from tests.docker.test_docker import ROOT, arguments, stages, variables
 from tuner.cli import app
 
@@ -100,7 +100,7 @@ def test_the_check_for_tls_takes_its_options() -> None:
 
 
 def test_variables_on_the_page_are_ones_that_something_reads(compose: dict[str, Any]) -> None:
-    from service.settings import NAMES, variable
+    from service.config.settings import NAMES, variable
 
     file = (ROOT / "docker" / "compose.yaml").read_text()
     known = {variable(name) for name in NAMES.values()} | {"A2SF_DATA_DIR"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "docker" / "grafana"
@@ -99,7 +99,7 @@ def test_every_event_on_the_page_is_one_that_the_service_logs() -> None:
         r"^\| `([a-z][^`]*)` \| (?:critical|error|warning|info) \|", PAGE, re.MULTILINE
     )
     assert "engine thread died" in events
-    source = "".join(path.read_text() for path in (ROOT / "service").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "service").rglob("*.py"))
     assert [event for event in events if f'"{event}"' not in source] == []
 
 

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from scripts.image_test import PROGRAMS, pip_settings
 from service import health
-from service.settings import load, variable
+from service.config.settings import load, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"

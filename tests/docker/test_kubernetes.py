@@ -12,9 +12,9 @@ from a2sf import __version__
 from scripts.validate_manifests import MANIFESTS, kustomizations, problems, render
 from service import health
 from service.__main__ import main
-from service.options import ServerOptions
+from service.config.options import ServerOptions
+from service.config.settings import ENV_PREFIX, load
 from service.server import FLUSH_S, INFERENCE_SERVICES
-from service.settings import ENV_PREFIX, load
 from tests.docker.kubernetes import (
     Rendered,
     Resource,

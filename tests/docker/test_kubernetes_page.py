@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scripts.validate_manifests import KUBECTL, MANIFESTS, NEWEST, OLDEST, kustomizations
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.docker.kubernetes import overlay_of, settled
 from tests.docker.test_dashboard import NAME, Catalog, Load
 from tests.docker.test_kubernetes import KEYS

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from scripts.validate_manifests import MANIFESTS
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.docker.kubernetes import Rendered, overlay_of, settled
 from tests.docker.test_dashboard import PAGE, Catalog, Load
 

@@ -20,7 +20,7 @@ from tests.docker.test_docker import last
 from tests.tuner.conftest import sums, write_rows
 from tests.tuner.postgres import postgresql
 from tuner.__main__ import main
-from tuner.datasets import REGISTRY, Made
+from tuner.data.datasets import REGISTRY, Made
 from tuner.fit import Settings
 
 PASSWORD = "p@ss/w:rd 100%"
@@ -48,9 +48,9 @@ def fit_and_table(overlay: Rendered) -> tuple[Resource, Resource]:
 
 # As `python -m tuner`, with six uniform settings in the place of 88.
 SMALL_TUNER = """
-import tuner.uniform
+import tuner.search.uniform
 from tuner.__main__ import main
-tuner.uniform.GRID = tuner.uniform.GRID[::15]
+tuner.search.uniform.GRID = tuner.search.uniform.GRID[::15]
 main()
 """
 

@@ -19,7 +19,7 @@ NOT_RUN: tuple[tuple[str, str, str], ...] = (
     (
         "docs/tuner.md",
         r"pip install 'a2sf-serve\[eval\]'",
-        "my_tasks stands for the reader's; tests/tuner/test_harness.py runs it on a task file",
+        "my_tasks stands for the reader's; the tests of the harness run it on a task file",
     ),
     (
         "docs/clients.md",
@@ -32,7 +32,7 @@ NOT_RUN: tuple[tuple[str, str, str], ...] = (
     (
         "docs/ray.md",
         "python|export",
-        "starts a cluster of Ray, for minutes; tests/service/test_ray.py starts one",
+        "starts a cluster of Ray, for minutes; tests/service/ray_serve/test_ray.py starts one",
     ),
     (
         "examples/node/README.md",

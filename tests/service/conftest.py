@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from service.backend.loading import Core, load_core
 from service.client import Client
-from service.core import Core, load_core
-from service.options import ServerOptions
+from service.config.options import ServerOptions
 from service.server import Server
 from tests.tiny import save_tiny_llama
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import grpc
 from google.protobuf.message import DecodeError
 
-from a2sf import admission
-from a2sf.admission import EngineConfig
+from a2sf.engine import admission
+from a2sf.engine.admission import EngineConfig
 from a2sf.errors import A2SFError, TableError
-from a2sf.models import LoadedModel, load_model
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Started
 from a2sf.tablefile import canonical_digest, parse_table
-from service import conversions
+from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
-from service.policies import policy_from_message
+from service.policy_messages import policy_from_message
+from service.rpc import conversions
 from service.status import WireStatus, to_wire
-from service.tables import TableStore
 from tests.tables import IDENTITY, make_table
 from tests.tiny import save_tiny_llama
 

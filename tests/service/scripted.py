@@ -17,7 +17,7 @@ from a2sf.requests import (
     Timings,
     Usage,
 )
-from service.runner import EngineRunner
+from service.backend.runner import EngineRunner
 from tests.service.conftest import WAIT_S
 
 ENDLESS = 10**6

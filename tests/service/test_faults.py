@@ -9,10 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from a2sf.errors import NonFinite, NotFound
-from a2sf.text import TextStream
-from service.answering import answering
+from a2sf.text.detokenizer import TextStream
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
+from service.rpc.lifecycle import answering
 from service.server import Server
 from service.status import RemoteError
 from tests.service.conftest import StartServer, until

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 # Serves as `python -m service` does, with an engine that dies at the third step of a long request.
 FRAGILE = """
-from a2sf.engine import Engine
+from a2sf.engine.engine import Engine
 from service.__main__ import main
 step, steps = Engine.step, iter(range(10))
 def fragile(self):

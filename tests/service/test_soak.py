@@ -22,7 +22,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from a2sf.models import load_model
+from a2sf.model.loader import load_model
 from a2sf.tablefile import save_table
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from a2sf import reference
-from tuner.generated import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS, PLACES
+from tuner.data.generated import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS, PLACES
 
 TOKENIZER = Tokenizer.from_file(str(reference.path() / "tokenizer.json"))
 

@@ -15,7 +15,7 @@ from training.config import REFERENCE, TINY
 from training.data import BOS_ID, EOS_ID, Mixture, episode_of
 from training.export import export
 from training.train import Trainer
-from tuner.generated import RECALL_FORMS, STATE_FORMS
+from tuner.data.generated import RECALL_FORMS, STATE_FORMS
 
 TOKENIZER = Tokenizer.from_file(str(reference.path() / "tokenizer.json"))
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import optuna
 import pytest
 
-import tuner.uniform
+import tuner.search.uniform
 from tests.tuner.planted import Clock
-from tuner.ledger import BATCH, FINISHED, INDEX
 from tuner.settings import Settings
-from tuner.storage import open_storage
+from tuner.study.ledger import BATCH, FINISHED, INDEX
+from tuner.study.storage import open_storage
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +24,14 @@ def _no_data_directory_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the ledger times measuring by."""
     clock = Clock()
-    monkeypatch.setattr("tuner.ledger.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("tuner.study.ledger.time.perf_counter", lambda: clock.now)
     return clock
 
 
 @pytest.fixture
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six uniform settings in the place of 88, for fits that take a second."""
-    monkeypatch.setattr(tuner.uniform, "GRID", tuner.uniform.GRID[::15])
+    monkeypatch.setattr(tuner.search.uniform, "GRID", tuner.search.uniform.GRID[::15])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -15,8 +15,8 @@ import psutil
 from optuna.storages import BaseStorage, RDBStorage
 
 from tests.tuner.ledger_worker import BATCHES, POINTS, search
-from tuner.ledger import Ledger
-from tuner.storage import open_storage
+from tuner.study.ledger import Ledger
+from tuner.study.storage import open_storage
 
 EVERY_POINT = [(batch, index) for batch in range(BATCHES) for index in range(POINTS)]
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuner.ledger import Ledger, Measured, Pace
-from tuner.storage import open_storage
+from tuner.study.ledger import Ledger, Measured, Pace
+from tuner.study.storage import open_storage
 
 BATCHES = 3
 POINTS = 6

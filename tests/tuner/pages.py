@@ -9,7 +9,7 @@ from typing import Any
 
 from a2sf.schema import Estimate
 from tests.tables import IDENTITY, random_alpha
-from tuner.results import Cell, Comparison, Evaluation, Metric, Policy, Size, Task
+from tuner.evaluation.results import Cell, Comparison, Evaluation, Metric, Policy, Size, Task
 
 ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 NAMES = ("full", "window", "h2o", "tova_per_head", "random", *(f"a2sf:{a:g}" for a in ALPHAS))

@@ -14,10 +14,10 @@ from typing import Any
 
 POINTS = {
     "loading": ("tuner.fit", "load_model", 1),
-    "the full cache": ("tuner.objective", "full_cache", 1),
-    "the grid": ("tuner.objective.Objective", "cost", 3),
-    "a stage": ("tuner.objective.Objective", "cost", 6),
-    "the proof": ("tuner.objective.Objective", "costs", 7),
+    "the full cache": ("tuner.evaluation.objective", "full_cache", 1),
+    "the grid": ("tuner.evaluation.objective.Objective", "cost", 3),
+    "a stage": ("tuner.evaluation.objective.Objective", "cost", 6),
+    "the proof": ("tuner.evaluation.objective.Objective", "costs", 7),
     "writing": ("os", "fsync", -1),
 }
 """Where it stands still: a function, and at which of its calls; -1: of the table's file."""

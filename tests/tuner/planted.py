@@ -10,10 +10,10 @@ import optuna
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import TablePolicy
-from tuner.ledger import Ledger
-from tuner.objective import Cost, Objective
-from tuner.search import Frame, Setting, log_tau_of
-from tuner.trials import Trials
+from tuner.evaluation.objective import Cost, Objective
+from tuner.search.space import Frame, Setting, log_tau_of
+from tuner.search.trials import Trials
+from tuner.study.ledger import Ledger
 
 FRAME = Frame(num_layers=3, num_kv_heads=2, budget=40, budget_ratio=None, prefill_chunk=0)
 

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
 from tests.tuner.commands import run
-from tuner import packing, statistics
 from tuner.budget import Settings, _most, search, smallest
-from tuner.budget_answer import BudgetSearch, answer
-from tuner.datasets import load
-from tuner.objective import Objective
-from tuner.policies import parse
-from tuner.results import Size
+from tuner.data import packing
+from tuner.data.datasets import load
+from tuner.evaluation import statistics
+from tuner.evaluation.objective import Objective
+from tuner.evaluation.policy_specs import parse
+from tuner.evaluation.results import Size
+from tuner.report.budget_answer import BudgetSearch, answer
 
 
 @given(st.integers(1, 60), st.integers(1, 99), st.integers(0, 120))

@@ -9,18 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a2sf import teacher
 from a2sf.errors import InvalidArgument, NotFound
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
+from a2sf.offline import teacher_forcing
 from a2sf.tablefile import save_table
 from tests.tables import make_table
 from tests.tuner.conftest import sums, write_rows
-from tuner import packing, statistics
-from tuner.datasets import load
+from tuner.data import packing
+from tuner.data.datasets import load
 from tuner.evaluate import Settings, evaluate
-from tuner.objective import effective
-from tuner.policies import parse
-from tuner.results import Cell, Evaluation, Size
+from tuner.evaluation import statistics
+from tuner.evaluation.objective import effective
+from tuner.evaluation.policy_specs import parse
+from tuner.evaluation.results import Cell, Evaluation, Size
 
 METHODS = "full,window,h2o,tova_per_head,random,a2sf:.5,a2sf:.9:0:0"
 
@@ -111,8 +112,8 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
         example = item.example
         wish = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
         settled = effective(wish, tiny_model, len(example.token_ids))
-        (kept,) = teacher.predict(tiny_model, [example], [settled], similarity=True)
-        (full,) = teacher.predict(tiny_model, [example], None)
+        (kept,) = teacher_forcing.predict(tiny_model, [example], [settled], similarity=True)
+        (full,) = teacher_forcing.predict(tiny_model, [example], None)
         p, q = (torch.softmax(x.logits.double(), dim=-1) for x in (full, kept))
         targets = [example.token_ids[t + 1] for t in example.counted]
         agree = (p.argmax(-1) == q.argmax(-1)).double().mean()
@@ -245,7 +246,9 @@ def test_the_document_survives_json(run: Run) -> None:
 def test_what_cannot_be_measured_is_told_before_any_pass(
     run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "predictions", lambda *_, **__: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(
+        teacher_forcing, "predictions", lambda *_, **__: pytest.fail("a pass was begun")
+    )
     with pytest.raises(InvalidArgument) as caught:
         run(**overrides)
     assert told in str(caught.value)
@@ -293,19 +296,19 @@ def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_doe
     blocks = make_table(tiny_model.identity, prefill_chunk=7, budget=20, sinks=1, recent=2)
     save_table(blocks, tmp_path / "blocks.json")
     given: list[bool] = []
-    honest = teacher.predict
+    honest = teacher_forcing.predict
 
     def noting(*positional: Any, prompts: Any = None, **named: Any) -> Any:
         given.append(prompts is not None)
         return honest(*positional, prompts=prompts, **named)
 
-    monkeypatch.setattr(teacher, "predict", noting)
+    monkeypatch.setattr(teacher_forcing, "predict", noting)
     methods = f"h2o,window,a2sf:.5,{tmp_path / 'blocks.json'}"
     # Rows for one policy at a time.
     monkeypatch.setattr("tuner.evaluate.ROWS_PER_PASS", 5)
     shared = run(policies=methods, sizes=(Size(slots=20),))
     assert given == [True, True, True, False]
-    monkeypatch.setattr("tuner.objective.PROMPT_BYTES", 0)
+    monkeypatch.setattr("tuner.evaluation.objective.PROMPT_BYTES", 0)
     given.clear()
     for mine, plain in zip(
         shared.cells, run(policies=methods, sizes=(Size(slots=20),)).cells, strict=True

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 import tuner.fit
-from a2sf import dtypes
 from a2sf.errors import InvalidArgument
-from a2sf.models import LoadedModel
+from a2sf.model import dtypes
+from a2sf.model.loader import LoadedModel
+from a2sf.offline.teacher_forcing import Example
 from a2sf.schema import Evidence, UniformSetting
 from a2sf.tablefile import load_table, save_table
-from a2sf.teacher import Example
 from tests.tuner.conftest import MakeSettings, finished, sums, write_rows
 from tests.tuner.planted import Clock
-from tuner import objective
+from tuner.evaluation import objective
 from tuner.fit import RIVAL_SHARE, Found, fit, search
 from tuner.proof import judge
-from tuner.report import is_uniform
-from tuner.trials import Trials
+from tuner.report.terminal import is_uniform
+from tuner.search.trials import Trials
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
@@ -109,7 +109,7 @@ def test_a_fit_run_again_finds_its_trials_and_says_the_same(
 ) -> None:
     first = fit(settings()).table
     monkeypatch.setattr(
-        tuner.objective.teacher,
+        tuner.evaluation.objective.teacher_forcing,
         "predictions",
         lambda *_, **__: pytest.fail("something was measured"),
     )
@@ -154,7 +154,7 @@ def test_a_study_is_measured_in_one_dtype_by_all_workers(
     )
     # What the sentence says helps.
     monkeypatch.setattr(
-        tuner.objective.teacher,
+        tuner.evaluation.objective.teacher_forcing,
         "predictions",
         lambda *_, **__: pytest.fail("something was measured"),
     )
@@ -164,13 +164,13 @@ def test_a_study_is_measured_in_one_dtype_by_all_workers(
 def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    honest = tuner.objective.Objective._pass
+    honest = tuner.evaluation.objective.Objective._pass
 
     def second(self: Any, rows: Any) -> Any:
         clock.now += 0.1 * len(rows)
         return honest(self, rows)
 
-    monkeypatch.setattr(tuner.objective.Objective, "_pass", second)
+    monkeypatch.setattr(tuner.evaluation.objective.Objective, "_pass", second)
     outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
     assert 8 <= outcome.table.evidence.examples < 60
     assert clock.now < 30 + 1
@@ -181,13 +181,13 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
 def test_time_that_does_not_suffice_for_the_proof_is_told_with_how_to_go_on(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    honest = tuner.objective.Objective._pass
+    honest = tuner.evaluation.objective.Objective._pass
 
     def second(self: Any, rows: Any) -> Any:
         clock.now += 1.0 * len(rows)
         return honest(self, rows)
 
-    monkeypatch.setattr(tuner.objective.Objective, "_pass", second)
+    monkeypatch.setattr(tuner.evaluation.objective.Objective, "_pass", second)
     with pytest.raises(InvalidArgument, match=r"^minutes: .*same command with --minutes") as told:
         fit(settings(trials=50, minutes=0.1))
     enough = float(re.search(r"--minutes ([\d.]+) or more", str(told.value))[1])  # type: ignore[index]
@@ -276,8 +276,10 @@ def test_a_mixture_has_as_many_examples_of_each_dataset_and_is_named_after_all(
     settings: MakeSettings, two_datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[Example]] = []
-    honest = tuner.packing.digest
-    monkeypatch.setattr(tuner.packing, "digest", lambda made: seen.append(made) or honest(made))
+    honest = tuner.data.packing.digest
+    monkeypatch.setattr(
+        tuner.data.packing, "digest", lambda made: seen.append(made) or honest(made)
+    )
     mixed = settings(dataset="low,high", data_dir=two_datasets, examples=4, holdout=4, trials=0)
     table = fit(mixed).table
     assert (table.calibration.dataset, table.evidence.dataset) == ("low,high", "low,high")

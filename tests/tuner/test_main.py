@@ -18,8 +18,8 @@ from tests.broken import BROKEN
 from tests.tuner.commands import ROOT, command, run
 from tests.tuner.conftest import MakeSettings, finished
 from tests.tuner.postgres import postgresql
-from tuner.ledger import Pace
-from tuner.results import Evaluation
+from tuner.evaluation.results import Evaluation
+from tuner.study.ledger import Pace
 
 
 def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
@@ -146,19 +146,21 @@ def test_a_storage_that_goes_away_in_the_middle_ends_in_one_sentence(
     tmp_path: Path,
     away: str,
 ) -> None:
-    monkeypatch.setattr("tuner.ledger.Pace", partial(Pace, patience=0.5))
-    honest = tuner.objective.Objective.cost
+    monkeypatch.setattr("tuner.study.ledger.Pace", partial(Pace, patience=0.5))
+    honest = tuner.evaluation.objective.Objective.cost
     place = tmp_path / "volume"
     place.mkdir()
 
-    def cost(self: tuner.objective.Objective, *arguments: object) -> tuner.objective.Cost:
+    def cost(
+        self: tuner.evaluation.objective.Objective, *arguments: object
+    ) -> tuner.evaluation.objective.Cost:
         if away == "journal":
             (place / "sums.journal").unlink(missing_ok=True)
         elif place.exists():
             place.rename(tmp_path / "unmounted")
         return honest(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuner.objective.Objective, "cost", cost)
+    monkeypatch.setattr(tuner.evaluation.objective.Objective, "cost", cost)
     code, out, line = run(monkeypatch, capsys, *small_fit, "--out", place / "sums.json")
     assert (code, out) == (os.EX_UNAVAILABLE, "")
     assert line == (
@@ -171,16 +173,18 @@ def test_a_storage_that_goes_away_in_the_middle_ends_in_one_sentence(
 def test_a_database_that_goes_away_in_the_middle_ends_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
-    monkeypatch.setattr("tuner.ledger.Pace", partial(Pace, patience=1.0))
-    honest = tuner.objective.Objective.cost
+    monkeypatch.setattr("tuner.study.ledger.Pace", partial(Pace, patience=1.0))
+    honest = tuner.evaluation.objective.Objective.cost
     with postgresql() as server:
         address = server.database("gone")
 
-        def cost(self: tuner.objective.Objective, *arguments: object) -> tuner.objective.Cost:
+        def cost(
+            self: tuner.evaluation.objective.Objective, *arguments: object
+        ) -> tuner.evaluation.objective.Cost:
             server.stop()
             return honest(self, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(tuner.objective.Objective, "cost", cost)
+        monkeypatch.setattr(tuner.evaluation.objective.Objective, "cost", cost)
         code, out, line = run(monkeypatch, capsys, *small_fit, "--storage", address)
         server.start()
     assert (code, out) == (os.EX_UNAVAILABLE, "")
@@ -218,15 +222,17 @@ def test_an_interruption_is_one_line_and_keeps_the_study(
     tmp_path: Path,
 ) -> None:
     begun: list[object] = []
-    honest = tuner.objective.Objective.cost
+    honest = tuner.evaluation.objective.Objective.cost
 
-    def cost(self: tuner.objective.Objective, *arguments: object) -> tuner.objective.Cost:
+    def cost(
+        self: tuner.evaluation.objective.Objective, *arguments: object
+    ) -> tuner.evaluation.objective.Cost:
         begun.append(arguments)
         if len(begun) == 5:
             signal.raise_signal(signal.SIGINT)
         return honest(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuner.objective.Objective, "cost", cost)
+    monkeypatch.setattr(tuner.evaluation.objective.Objective, "cost", cost)
     code, _, line = run(monkeypatch, capsys, *small_fit, "--stages", "layers")
     assert code == 130
     assert line == "interrupted; what is measured is kept: run the same command to go on"

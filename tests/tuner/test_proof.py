@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from a2sf.models import LoadedModel
+from a2sf.model.loader import LoadedModel
 from a2sf.schema import UniformSetting
-from tuner import statistics
-from tuner.objective import Cost, effective
+from tuner.evaluation import statistics
+from tuner.evaluation.objective import Cost, effective
+from tuner.evaluation.rivals import FLOOR
 from tuner.proof import baselines, judge
-from tuner.rivals import FLOOR
-from tuner.search import Frame
+from tuner.search.space import Frame
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 

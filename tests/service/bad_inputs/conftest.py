@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
-from service.core import Core, load_core
-from service.options import ServerOptions
+from service.backend.loading import Core, load_core
+from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.server import Server
 from service.status import DETAILS_KEY

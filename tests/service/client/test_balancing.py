@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
+from service.backend.loading import Core, load_core
 from service.client import Client
-from service.core import Core, load_core
-from service.options import ServerOptions
+from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.server import Server
 from tests.service.client.test_channel import UP, Model, serving, with_health

@@ -21,11 +21,11 @@ from a2sf.errors import (
 )
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, FinishReason, Sampling
+from service.backend.loading import Core, load_core
 from service.client import AdminClient, ChannelOptions, ChatMessage, Tls, conversions
 from service.client.results import Activated, Load, Prompt, Reloaded, StreamStarted
 from service.client.results import Delta as TokenDelta
-from service.core import Core, load_core
-from service.options import ServerOptions
+from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.status import RemoteError
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer

@@ -10,7 +10,7 @@ import threading
 import psutil
 import pytest
 
-from service.client.interrupt import Interrupt
+from service.client.terminal.interrupt import Interrupt
 from service.status import Cancelled
 from tests.service.conftest import WAIT_S, StartServer, until
 
@@ -39,7 +39,7 @@ import sys, time
 from service.client.__main__ import main
 class Slow:
     def find_spec(self, name, *_):
-        if name == "service.client.cli":
+        if name == "service.client.terminal.cli":
             print("loading", flush=True)
             while True:
                 time.sleep(1)
@@ -97,7 +97,7 @@ def test_an_interrupt_is_raised_after_a_call_and_not_in_it() -> None:
 async def test_a_second_interrupt_ends_what_the_first_did_not() -> None:
     stuck = """
 import signal, time
-from service.client.interrupt import Interrupt
+from service.client.terminal.interrupt import Interrupt
 interrupt = Interrupt()
 signal.signal(signal.SIGINT, interrupt)
 with interrupt.ending(lambda: print("told", flush=True)):

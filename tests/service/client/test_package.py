@@ -6,6 +6,7 @@ import os
 import sys
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def module_file(name: str) -> Path | None:
     return path.parent.with_suffix(".py") if path.parent.with_suffix(".py").exists() else None
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All entries of a folder and its folders that are not folders themselves, links included."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from files_below(path)
+        else:
+            yield path
+
+
 def imported_by_the_client() -> set[Path]:
     """Files outside of WHOLE that the client imports, all the way."""
     found: set[Path] = set()
@@ -56,14 +66,15 @@ def imported_by_the_client() -> set[Path]:
 
 def test_it_links_to_exactly_what_the_client_imports() -> None:
     parts = ("a2sf", "service")
-    links = {path for part in parts for path in (PACKAGE / part).iterdir()}
+    links = {path for part in parts for path in files_below(PACKAGE / part)}
     for link in links:
         assert link.is_symlink()
         assert link.resolve() == ROOT / link.relative_to(PACKAGE)
     needed = imported_by_the_client()
     assert len(needed) > 6
     ours = {ROOT / part / name for part in parts for name in ("__init__.py", "py.typed")}
-    assert {link.resolve() for link in links} == {*needed, *WHOLE, *ours}
+    packages = {file.parent / "__init__.py" for file in needed}
+    assert {link.resolve() for link in links} == {*needed, *WHOLE, *ours, *packages}
 
 
 def test_its_version_and_ranges_are_those_of_the_whole() -> None:

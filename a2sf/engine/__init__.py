@@ -1,0 +1,1 @@
+"""The engine: admits requests, reads their prompts, decodes all rows together, draws tokens."""

@@ -1,0 +1,416 @@
+"""The interface to transformers: loads models and replaces their attention.
+
+Owns loading, a model's identity, and the registered attention function; `model_spec` reads the
+settings. The caller passes a `LayerAttention` to every forward pass; transformers hands it to each
+layer as a keyword argument. So nothing is patched and modules hold no state. Knows nothing of
+requests or schedules, and nothing of a particular family.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
+from transformers.distributed import DistributedConfig
+
+from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
+from a2sf.model import dtypes, families, gguf_file, locate, packed_linear, partial_decoder
+from a2sf.model.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
+from a2sf.model.locate import REFERENCE
+from a2sf.model.spec import (
+    ModelShape,
+    check_generation_settings,
+    empty_module,
+    read_headers,
+    read_settings,
+    read_tokenizer,
+    reading,
+    shape_of,
+)
+from a2sf.model.tensor_parallel import Ranks, num_processes, restrict_to_local_heads
+from a2sf.schema import LoadedIdentity, ModelIdentity
+
+ATTENTION_NAME = "a2sf"
+"""The name under which transformers knows our attention function."""
+
+
+class LayerAttention(Protocol):
+    """Replaces the attention of every layer in a forward pass."""
+
+    def __call__(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
+    ) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            layer: the layer's index.
+            query: [rows, H_q, width, D], rotated.
+            keys, values: [rows, H_kv, width, D], the keys rotated.
+            scale: factor on the logits.
+
+        Returns:
+            The attention output, [rows, H_q, width, D].
+        """
+        ...
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layer_attention: LayerAttention,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    assert attention_mask is None, "masks come from positions; transformers makes none for us"
+    layer_index = module.layer_idx
+    assert isinstance(layer_index, int)
+    families.refuse_effects(layer_index, module.config, arguments)
+    output = layer_attention(layer_index, query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer and its identity."""
+
+    identity: ModelIdentity
+    """The identity of the whole model, even if several processes share it."""
+    shape: ModelShape
+    """The sizes in this process: if ranks share the model, it counts only this rank's heads."""
+    module: Any
+    """The transformers model, in evaluation mode; its linear layers may be packed."""
+    tokenizer: Any
+    """The transformers fast tokenizer."""
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    local_heads: tuple[int, int] | None = None
+    """(first, end): this process holds the KV heads first .. end - 1 of each layer, and their query
+    heads. None: all heads."""
+    dtype_reason: str = "asked for"
+    """The reason for this dtype, for people to read."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype, such as `bfloat16`."""
+        return dtypes.name(self.dtype)
+
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Encode text to token ids, with the beginning-of-sequence token if the model has one.
+
+        Special tokens that the text spells out are encoded as special tokens. A text that already
+        starts with the beginning-of-sequence token gets no second one. Without `special`, none is
+        added; use this for the output of a chat template, which already has it.
+        """
+        ids = self._encode(text, special=special)
+        begin = self.tokenizer.bos_token_id
+        if special and ids[:2] == (begin, begin):
+            # The text may have spelled out one of the two, or both.
+            own = self._encode(text, special=False)
+            if own[:1] == (begin,) and ids[1 : 1 + len(own)] == own:
+                return ids[1:]
+        return ids
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        # verbose=False: callers report texts that are longer than the model's context themselves.
+        encoded = self.tokenizer(text, verbose=False, add_special_tokens=special)
+        return tuple(encoded.input_ids)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        layer_input: tuple[int, Tensor] | None = None,
+        *,
+        differentiable: bool = False,
+    ) -> Tensor:
+        """Run the layers with `attention` in each.
+
+        Args:
+            token_ids, positions: [rows, width] integer.
+            attention: computes the attention of every layer.
+            layer_input: a layer's index and its input, from `compute_layer_input`. The layers below
+                it are not run.
+            differentiable: whether gradients flow to the results of `attention`. The model must
+                have been loaded with `pack=False`.
+
+        Returns:
+            [rows, width, hidden], after the final norm, for `logits`.
+        """
+        # torch would only warn, and return gradients that ignore the packed layers.
+        packed = any(isinstance(part, packed_linear.PackedLinear) for part in self.module.modules())
+        assert not (differentiable and packed), "load the model with pack=False"
+        with torch.inference_mode(not differentiable):
+            if self.local_heads is not None:
+                attention = restrict_to_local_heads(attention, self.local_heads)
+            hidden: Tensor = _decode(
+                self._decoder(layer_input), token_ids, positions, attention
+            ).last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def compute_layer_input(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: LayerAttention,
+        layer: int,
+        layer_input: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Run only the layers below `layer`; return the layer's input, [rows, width, hidden]."""
+        decoder, placeholder = partial_decoder.up_to_layer(self._decoder(layer_input), layer)
+        _decode(decoder, token_ids, positions, attention)
+        assert placeholder.input is not None
+        return placeholder.input
+
+    def _decoder(self, layer_input: tuple[int, Tensor] | None) -> Any:
+        decoder = self.module.get_decoder()
+        if layer_input is None or layer_input[0] == 0:
+            return decoder
+        return partial_decoder.from_layer(decoder, *layer_input)
+
+    def logits(self, hidden: Tensor, *, differentiable: bool = False) -> Tensor:
+        """Project hidden states [..., hidden] onto the vocabulary: [..., vocab], same dtype."""
+        with torch.inference_mode(not differentiable):
+            projected: Tensor = self.module.get_output_embeddings()(hidden)
+        return projected
+
+
+def _decode(decoder: Any, token_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Any:
+    return decoder(
+        input_ids=token_ids, position_ids=positions, use_cache=False, layer_attention=attention
+    )
+
+
+def load_model(
+    id_or_path: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    pack: bool = True,
+    ranks: Ranks | None = None,
+) -> LoadedModel:
+    """Load a model with its tokenizer, from safetensors or GGUF, without remote code.
+
+    Args:
+        id_or_path: "reference" for the packaged model, a directory, a GGUF file, or a hub id.
+        revision: branch, tag or commit, for a hub id.
+        device: "auto" (CUDA if available, else the processor), "cpu", "cuda" or "cuda:N".
+        dtype: "auto", see `dtypes.choose`, or a name such as "bfloat16".
+        pack: whether to pack the weights for a processor. Packed layers have no gradients; pass
+            False for gradients.
+        ranks: the processes that share the model's heads; all of them must call this function.
+            Each uses its rank's device, and weights are not packed. None: one process holds all.
+
+    Raises:
+        NotFound: there is no such model, or it cannot be reached.
+        Unsupported: this program would run the model wrongly, or torchrun has started several
+            processes that do not share it.
+        InvalidArgument: device or dtype is not one of those above, or heads cannot be divided.
+    """
+    if ranks is None and num_processes() > 1:
+        raise Unsupported(
+            "this program does not divide a model among the processes that torchrun has started; "
+            "start it without torchrun"
+        )
+    target = ranks.device if ranks else _device(device)
+    dtypes.check(dtype)
+    gguf = gguf_file.open_model(id_or_path)
+    if gguf is not None and ranks:
+        raise Unsupported(
+            f"model {id_or_path!r} is a GGUF file, which is not divided among processes; supported "
+            "there: *.safetensors"
+        )
+    directory = gguf.header.path.parent if gguf else locate.directory(id_or_path, revision)
+    config = read_settings(id_or_path, directory, gguf)
+    choice = dtypes.choose(dtype, target.type, config, processes=ranks.size if ranks else 1)
+    chosen = choice.dtype
+    shape = shape_of(config)
+    # Check the files before reading weights.
+    if gguf:
+        vocabulary = gguf.vocabulary()
+        tokenizer, ends = vocabulary.tokenizer(), vocabulary.end_ids()
+        # Mixed quantisations may differ only outside the key projections, so hash all types.
+        starts, stored = gguf.key_starts(BYTES_A_WEIGHT), {"stored": gguf.header.type_counts()}
+        identity = _identity(gguf.id, revision, config, starts, stored)
+    else:
+        empty = empty_module(id_or_path, config, chosen)
+        starts = key_starts(read_headers(id_or_path, directory, config, empty))
+        tokenizer = read_tokenizer(id_or_path, directory, config)
+        check_generation_settings(id_or_path, directory)
+        ends = _eos_token_ids(directory, config, tokenizer)
+        # The id of a local model is its folder's name; its path must not leak.
+        local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+        name = directory.resolve().name if local else id_or_path
+        identity = _identity(name, revision, config, starts)
+    local_heads = None
+    if ranks:
+        local_heads = ranks.share(shape.num_kv_heads)
+        shape = replace(
+            shape,
+            num_attention_heads=shape.num_attention_heads // ranks.size,
+            num_kv_heads=shape.num_kv_heads // ranks.size,
+        )
+    with reading(id_or_path, "weights"):
+        if gguf:
+            module, loaded = gguf.load(chosen, attn_implementation=ATTENTION_NAME)
+        else:
+            module, loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=chosen,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_divided(id_or_path, config) if ranks else {},
+            )
+    # transformers fills missing weights with random numbers and only warns.
+    for kind in ("missing", "unexpected", "mismatched"):
+        if loaded[f"{kind}_keys"]:
+            raise NotFound(
+                f"model {id_or_path!r}: weights are {kind}: "
+                f"{', '.join(sorted(map(str, loaded[f'{kind}_keys'])))}"
+            )
+    module = module.to(target).eval().requires_grad_(False)
+    # transformers hooks the sum over ranks to these layers; packing would remove it.
+    if pack and not ranks:
+        packed_linear.pack(module)
+    model = LoadedModel(
+        identity=identity,
+        shape=shape,
+        module=module,
+        tokenizer=tokenizer,
+        device=target,
+        dtype=chosen,
+        eos_token_ids=ends,
+        local_heads=local_heads,
+        dtype_reason=choice.reason,
+    )
+    try:
+        _try_out(model)
+    except Unsupported as error:
+        raise Unsupported(f"model {id_or_path!r}: {error}") from error
+    except RuntimeError as error:
+        raise Unsupported(
+            f"model {id_or_path!r} cannot read a token ({one_line(error)})"
+        ) from error
+    return model
+
+
+def _identity(
+    name: str,
+    revision: str | None,
+    config: Any,
+    starts: Mapping[int, bytes],
+    stored: Mapping[str, Any] = MappingProxyType({}),
+) -> LoadedIdentity:
+    """Return a model's identity; `stored` is hashed in addition to the settings."""
+    shape, architecture = shape_of(config), config.architectures[0]
+    partial = architecture in families.ROTATE_IN_PART
+    sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
+    sizes["vocab_size"] = shape.vocab_size
+    rope = canonical_rotation(config.rope_parameters, shape.max_context, partial=partial)
+    fingerprint, *earlier = fingerprints(
+        {
+            "architecture": architecture,
+            "num_layers": shape.num_layers,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            **sizes,
+            **stored,
+        },
+        config.rope_parameters,
+        starts,
+        num_layers=shape.num_layers,
+        max_context=shape.max_context,
+        partial=partial,
+    )
+    return LoadedIdentity(
+        id=name,
+        revision=revision,
+        architecture=architecture,
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_kv_heads=shape.num_kv_heads,
+        fingerprint=fingerprint,
+        earlier=tuple(earlier),
+        settings=", ".join(f"{name} {value}" for name, value in {**sizes, **rope}.items()),
+    )
+
+
+def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:
+    """Return the arguments with which transformers divides the model among the ranks.
+
+    Raises Unsupported unless, in the model's plan, each process projects its own heads' output.
+    """
+    plan = config.base_model_tp_plan or {}
+    outputs = [how for part, how in plan.items() if re.search(r"self_attn\.(o_proj|dense)$", part)]
+    if not outputs or not set(outputs) <= {"rowwise", "rowwise_split_input"}:
+        raise Unsupported(
+            f"model {name!r} is a {config.architectures[0]}, for which transformers has no "
+            "tensor-parallel plan that divides the heads; serve it with one process"
+        )
+    if find_spec("accelerate") is None:
+        raise Unsupported(
+            "several processes need accelerate to share a model; install a2sf-serve[parallel]"
+        )
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
+
+
+def _try_out(model: LoadedModel) -> None:
+    """Run one token, so that a layer with unsupported attention is refused at load time."""
+    shape = model.shape
+    attended = []
+
+    def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        assert query.shape == (1, shape.num_attention_heads, 1, shape.head_dim)
+        assert keys.shape == values.shape == (1, shape.num_kv_heads, 1, shape.head_dim)
+        attended.append(layer)
+        return query
+
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model.hidden_states(token, token, attend)
+    assert attended == list(range(shape.num_layers)), "each layer attends once, in order"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InvalidArgument("device", f"{name!r}; accepted: auto, cpu, cuda, cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidArgument("device", f"{name!r}, but this machine has no CUDA device; use cpu")
+    return torch.device(name)
+
+
+def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the end-of-sequence tokens of settings, generation settings and tokenizer."""
+    named = [config.eos_token_id, tokenizer.eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        named.append(GenerationConfig.from_pretrained(directory).eos_token_id)
+    found: set[int] = set()
+    for ids in named:
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    # In some settings, a negative number means that there is none.
+    return frozenset(index for index in found if index >= 0)

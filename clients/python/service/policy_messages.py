@@ -1,0 +1,1 @@
+../../../service/policy_messages.py

@@ -1,0 +1,1 @@
+../../../../service/telemetry/__init__.py

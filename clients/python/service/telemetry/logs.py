@@ -1,0 +1,1 @@
+../../../../service/telemetry/logs.py

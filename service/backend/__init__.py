@@ -1,0 +1,1 @@
+"""What serves the calls: the loaded model with its engine thread, and the alpha tables."""

@@ -1,0 +1,290 @@
+"""The client's command line: completes a prompt or holds a conversation, then prints figures.
+
+Owns the flags and the exit codes: 0; 1 for a failed call (one line on stderr); 2 for arguments that
+are refused before any call; 130 when interrupted. Knows nothing of how calls are made or shown.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import grpc
+import typer
+
+from a2sf.errors import A2SFError, InvalidArgument
+from a2sf.policy import CachePolicy, Preset
+from a2sf.requests import Sampling
+from a2sf.schema import Given
+from service.client.calls import DEFAULT_TIMEOUT_S
+from service.client.channel import ChannelOptions, Tls
+from service.client.options import GenerationOptions
+from service.client.sync import SyncClient
+from service.client.terminal.display import ForPeople, JsonLines
+from service.client.terminal.interrupt import INTERRUPTED, Interrupt
+from service.client.terminal.session import Session
+from service.status import NoRoom, Violations, code_of, fields_of
+
+Checked = TypeVar("Checked", bound=Given)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _panel(title: str) -> Any:
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=title, **settings)
+
+    return option
+
+
+_server = _panel("Server")
+_length = _panel("Length")
+_drawing = _panel("Drawing tokens")
+_memory = _panel("Forgetting")
+_output = _panel("Output")
+_chat = _panel("Conversation")
+
+_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "metavar": "FILE"}
+
+
+@app.command(no_args_is_help=True)
+def complete(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Text to continue, or with --chat to answer; - reads it from stdin.",
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        _server(
+            help="The server: HOST:PORT. Of several: dns:///NAME:PORT, a name with several "
+            "addresses, or a list, IP:PORT,IP:PORT."
+        ),
+    ] = "127.0.0.1:50051",
+    timeout: Annotated[
+        float, _server(help="Seconds until the call is given up.")
+    ] = DEFAULT_TIMEOUT_S,
+    token_file: Annotated[
+        Path | None, _server(help="Holds the token that the server asks for.", **_FILE)
+    ] = None,
+    insecure_token: Annotated[
+        bool, _server("--insecure-token", help="Send it even in plain text to another machine.")
+    ] = False,
+    tls: Annotated[
+        bool, _server("--tls", help="Encrypt, trusting the public authorities.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None, _server(help="Encrypt, trusting these certificates.", **_FILE)
+    ] = None,
+    tls_cert: Annotated[Path | None, _server(help="The client's own certificate.", **_FILE)] = None,
+    tls_key: Annotated[Path | None, _server(help="Its key.", **_FILE)] = None,
+    server_name: Annotated[
+        str | None,
+        _server(help="Name in the server's certificate, where the target has another or none."),
+    ] = None,
+    request_id: Annotated[str, _server(help="Names the request in the server's logs.")] = "",
+    chat: Annotated[
+        bool,
+        _chat(
+            "--chat",
+            help="PROMPT is a message to answer. Without PROMPT: a conversation, a line of stdin "
+            "each turn; /reset forgets it, /quit or the end of input leaves.",
+        ),
+    ] = False,
+    system: Annotated[
+        str | None, _chat(help="What the model is told before; needs --chat.")
+    ] = None,
+    max_new_tokens: Annotated[int, _length(help="Most tokens to write.")] = 128,
+    min_new_tokens: Annotated[
+        int, _length(help="Tokens before which nothing but the time limit ends it.")
+    ] = 0,
+    time_limit: Annotated[
+        float | None, _length(help="Seconds after which it ends with what it has.")
+    ] = None,
+    stop: Annotated[list[str] | None, _length(help="A string that ends it; repeatable.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, _length(help="A token that ends it; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, _length("--ignore-eos", help="Write past the end of the sequence.")
+    ] = False,
+    repetition_penalty: Annotated[
+        float | None, _drawing(help="More than 1 discourages repeating. [default: 1]")
+    ] = None,
+    temperature: Annotated[float | None, _drawing(help="0 is greedy. [default: 1]")] = None,
+    top_k: Annotated[int | None, _drawing(help="Draw from the k most likely.")] = None,
+    top_p: Annotated[float | None, _drawing(help="Draw from this probability mass.")] = None,
+    min_p: Annotated[float | None, _drawing(help="Leave out the less likely.")] = None,
+    seed: Annotated[int | None, _drawing(help="Makes the draws repeatable.")] = None,
+    table: Annotated[str | None, _memory(help="Forget by this alpha table.")] = None,
+    alpha: Annotated[float | None, _memory(help="Forget by this one factor, 0 to 1.")] = None,
+    preset: Annotated[Preset | None, _memory(help="Forget by a known method.")] = None,
+    budget: Annotated[
+        int | None, _memory(help="Tokens each head keeps, the mean over heads.")
+    ] = None,
+    budget_ratio: Annotated[
+        float | None, _memory(help="The same, as a share of prompt + new tokens.")
+    ] = None,
+    min_budget: Annotated[
+        int | None,
+        _memory(help="The fewest tokens that a ratio comes to; 0 for no floor."),
+    ] = None,
+    recent: Annotated[int | None, _memory(help="Newest tokens that are never forgotten.")] = None,
+    recent_share: Annotated[
+        float | None, _memory(help="The same, as a share of budget - sinks - 1.")
+    ] = None,
+    sinks: Annotated[int | None, _memory(help="First tokens that are never forgotten.")] = None,
+    prefill_chunk: Annotated[
+        int | None, _memory(help="Tokens of one prompt block; 0 for one block.")
+    ] = None,
+    random_seed: Annotated[int | None, _memory(help="Seed of preset random.")] = None,
+    echo: Annotated[
+        bool, _output("--echo", help="Show the prompt first, as the model read it.")
+    ] = False,
+    logprobs: Annotated[
+        bool, _output("--logprobs", help="Show how likely each token was.")
+    ] = False,
+    top_logprobs: Annotated[
+        int, _output(help="Show this many most likely tokens of each step; needs --logprobs.")
+    ] = 0,
+    as_json: Annotated[
+        bool, _output("--json", help="A JSON object a line for each event, and for an error.")
+    ] = False,
+) -> None:
+    """Complete PROMPT on a running server; print tokens as they arrive, then the figures.
+
+    Exit codes: 0; 1 for a failed call; 2 for wrong usage, or a value that is refused before any
+    call; 130 when interrupted.
+    """
+    if prompt is None and not chat:
+        raise typer.BadParameter("give PROMPT, or --chat for a conversation")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat")
+    if server_name is not None and not (tls or tls_ca or tls_cert or tls_key):
+        raise typer.BadParameter("--server-name needs --tls or --tls-ca")
+    report = _report_json if as_json else _report_line
+    # If another program calls this, Ctrl-C is left to that program.
+    interrupt = context.obj or Interrupt()
+    policy = {
+        "table": table,
+        "alpha": alpha,
+        "preset": preset,
+        "budget": budget,
+        "budget_ratio": budget_ratio,
+        "min_budget": min_budget,
+        "recent": recent,
+        "recent_share": recent_share,
+        "sinks": sinks,
+        "prefill_chunk": prefill_chunk,
+        "random_seed": random_seed,
+    }
+    drawn = {
+        "repetition_penalty": repetition_penalty,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    try:
+        with interrupt.raised():
+            found, sampling, cache_policy = Violations(), Sampling(), CachePolicy()
+            with found.of_part():
+                sampling = _checked(Sampling, "input.sampling", drawn)
+            with found.of_part():
+                cache_policy = _checked(CachePolicy, "input.cache_policy", policy)
+            found.check()
+            options = GenerationOptions(
+                min_new_tokens=min_new_tokens,
+                sampling=sampling,
+                stop=stop or (),
+                stop_token_ids=stop_token_id or (),
+                ignore_eos=ignore_eos,
+                cache_policy=cache_policy,
+                request_id=request_id,
+                # For the live figures; JSON output shows them too.
+                token_ids=True,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                echo=echo,
+            )
+            if time_limit is not None:
+                options["time_limit_s"] = time_limit
+            encrypted = tls or tls_ca or tls_cert or tls_key
+            channel = ChannelOptions(
+                token=_first_token(token_file) if token_file else None,
+                insecure_token=insecure_token,
+                tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key, server_name=server_name)
+                if encrypted
+                else None,
+            )
+            given = sys.stdin.read() if prompt == "-" else prompt
+            with SyncClient(target, channel) as client:
+                display = JsonLines if as_json else ForPeople
+                session = Session(
+                    client, max_new_tokens, timeout, options, display, interrupt, report
+                )
+                if given is None:
+                    session.converse(system)
+                elif chat:
+                    session.answer(given, system)
+                else:
+                    session.complete(given)
+    except A2SFError as error:
+        report(error)
+        raise typer.Exit(2 if _refused_here(error) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of stdout has gone, as with `head`. Without this, the interpreter would report
+        # the error again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
+def _refused_here(error: A2SFError) -> bool:
+    """Whether the client itself refused a value; a server's refusal comes from a failed call."""
+    return isinstance(error, InvalidArgument) and not isinstance(error.__cause__, grpc.RpcError)
+
+
+def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
+    """Build a value from the flags that were given. Raises InvalidArgument with their names."""
+    with fields_of(name):
+        return cls(**{k: v for k, v in values.items() if v is not None})
+
+
+def _first_token(path: Path) -> str:
+    """Read a file in the server's format: one token per line, blank lines, and # comments."""
+    # Invalid UTF-8 becomes an invalid token, and is refused as such.
+    for line in path.read_text(errors="replace").splitlines():
+        if line.strip() and not line.startswith("#"):
+            return line.strip()
+    raise InvalidArgument("--token-file", f"{path} holds no token")
+
+
+def _report_line(error: A2SFError) -> None:
+    # Print the partial completion before the error.
+    sys.stdout.flush()
+    # Report all problems, so that the user need not fix them one by one.
+    told = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
+    typer.echo(f"error: {' '.join(told.split())}", err=True)
+
+
+def _report_json(error: A2SFError) -> None:
+    """Print an error as a JSON object: `code`, `message`, and any known details."""
+    told: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
+    if violations := _violations(error):
+        told["field_violations"] = [{"field": f, "description": d} for f, d in violations]
+    elif isinstance(error, NoRoom) and error.retry_after_s is not None:
+        told["retry_after_seconds"] = error.retry_after_s
+    sys.stdout.flush()
+    typer.echo(json.dumps({"error": told}), err=True)
+
+
+def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
+    """Return the invalid fields with their problems; empty if the error is not about fields."""
+    return error.violations if isinstance(error, InvalidArgument) else ()

@@ -1,0 +1,234 @@
+"""The handlers of the inference and model services.
+
+Owns reading requests, writing responses, and aborting a stream that its client does not read. Every
+handler runs inside `answering`. Knows nothing of how the server starts or stops.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+from structlog.contextvars import bind_contextvars
+
+from a2sf import __version__
+from a2sf.errors import InvalidArgument
+from a2sf.policy import CachePolicy
+from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
+from a2sf.text import chat_template
+from service.backend.loading import Core, default_policy
+from service.backend.runner import RequestFailed
+from service.config.options import ServerOptions
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
+from service.policy_messages import policy_from_message, policy_to_message
+from service.rpc import conversions
+from service.rpc.lifecycle import Backend, Call, Door, answering
+from service.rpc.stall import writing
+from service.status import Violations
+
+log = structlog.get_logger(__name__)
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """Generates completions and tokenizes prompts."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    # Uses `context.write` instead of a generator: when a client leaves, grpc leaves a generator
+    # suspended, and then its `finally`, which frees the row, may run at any later time.
+    async def StreamGenerate(  # type: ignore[override]  # noqa: N802
+        self,
+        request: pb.StreamGenerateRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        """See the proto."""
+        async with answering("StreamGenerate", self._backend, context, Door.COMPLETION) as call:
+            generation, answer = await self._read(request.input, call)
+            limit_s = self._backend.options.stall_timeout_s
+            async with (
+                aclosing(self._events(generation, call)) as events,
+                writing(context, limit_s) as writer,
+            ):
+                async for event in events:
+                    await writer.write(answer.stream_response(event))
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GenerateResponse:
+        """See the proto."""
+        response = pb.GenerateResponse()
+        text: list[str] = []
+        async with answering("Generate", self._backend, context, Door.COMPLETION) as call:
+            generation, answer = await self._read(request.input, call)
+            async with aclosing(self._events(generation, call)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            response.started.CopyFrom(answer.started(event))
+                        case Delta():
+                            delta = answer.delta(event)
+                            text.append(delta.text)
+                            response.token_ids.extend(delta.token_ids)
+                            response.logprobs.extend(delta.logprobs)
+                        case Finished():
+                            response.finished.CopyFrom(conversions.finished_message(event))
+            response.text = "".join(text)
+        return response
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizeResponse:
+        """See the proto."""
+        response = pb.TokenizeResponse()
+        async with answering("Tokenize", self._backend, context, Door.COMPLETION):
+            prompt = await self._backend.prepare(partial(self._prompt, request, where=""))
+            response.token_ids.extend(prompt.token_ids)
+            response.text = prompt.text or ""
+        return response
+
+    async def _events(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Event, None]:
+        call.span.request(request, self._backend.core.model.identity.id)
+        written: list[str] = []
+        try:
+            with conversions.proto_fields():
+                async with aclosing(self._backend.runner.stream(request)) as events:
+                    async for event in events:
+                        call.completion.event(event)
+                        call.span.event(event)
+                        if isinstance(event, Finished):
+                            call.figures = _figures(event)
+                        elif isinstance(event, Delta) and self._backend.options.log_prompts:
+                            written.append(event.text)
+                        yield event
+        except RequestFailed:
+            call.completion.failed()
+            raise
+        finally:
+            # Also for a completion that failed or was left early: log the text so far.
+            if written:
+                log.info("completion", request_id=call.request_id, text="".join(written))
+
+    async def _read(
+        self, message: pb.GenerationInput, call: Call
+    ) -> tuple[GenerationRequest, conversions.Answer]:
+        found, policy = Violations(), CachePolicy()
+        with found.of_part():
+            call.request_id = conversions.request_id(message, call.request_id)
+        # For all later log lines of this call; each call has a separate context.
+        bind_contextvars(request_id=call.request_id)
+        core = self._backend.core
+        # Use one state of the tables, even if they are reloaded meanwhile.
+        store = core.tables.now
+        with found.of_part():
+            policy = policy_from_message(message.cache_policy, "input.cache_policy")
+        if not policy.names_method and store.default is not None:
+            policy = policy.model_copy(update={"table": store.default})
+
+        def prepare() -> tuple[GenerationRequest, conversions.Answer]:
+            # A placeholder if the prompt is invalid, so that the other fields are checked too.
+            prompt = conversions.Prompt(None, (0,))
+            with found.of_part():
+                prompt = self._prompt(message)
+            with found.of_part():
+                request = conversions.generation_request(
+                    message,
+                    name=call.request_id,
+                    prompt_ids=prompt.token_ids,
+                    turn_end_ids=prompt.turn_end_ids,
+                    policy=policy,
+                )
+            found.check()
+            if self._backend.options.log_prompts:
+                log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
+            if policy.table is not None:
+                request = request.model_copy(update={"table": store.lookup(policy.table)})
+            return request, conversions.Answer(message.output, prompt, core.model)
+
+        return await self._backend.prepare(prepare)
+
+    def _prompt(
+        self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
+    ) -> conversions.Prompt:
+        limit = self._backend.options.max_prompt_bytes
+        return conversions.read_prompt(message, self._backend.core.model, limit, where)
+
+
+class ModelServicer(pb_grpc.ModelServiceServicer):
+    """Describes the model and the alpha tables."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def GetModel(  # noqa: N802
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        """See the proto."""
+        response = pb.GetModelResponse()
+        async with answering("GetModel", self._backend, context):
+            response.CopyFrom(describe(self._backend.core, self._backend.options))
+        return response
+
+    async def ListAlphaTables(  # noqa: N802
+        self, request: pb.ListAlphaTablesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListAlphaTablesResponse:
+        """See the proto."""
+        response = pb.ListAlphaTablesResponse()
+        async with answering("ListAlphaTables", self._backend, context):
+            store = self._backend.core.tables.now
+            response.CopyFrom(conversions.table_list_message(store))
+        return response
+
+    async def GetAlphaTable(  # noqa: N802
+        self, request: pb.GetAlphaTableRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetAlphaTableResponse:
+        """See the proto."""
+        response = pb.GetAlphaTableResponse()
+        async with answering("GetAlphaTable", self._backend, context):
+            if not request.name:
+                raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
+            table = self._backend.core.tables.now.lookup(request.name)
+            response.CopyFrom(conversions.table_message(table))
+        return response
+
+
+def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
+    """Describe the model and the server's sizes."""
+    shape, config = core.model.shape, core.config
+    slots = config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
+    policy = default_policy(config, core.tables.now)
+    return pb.GetModelResponse(
+        model=conversions.identity_message(core.model.identity),
+        max_context=shape.max_context,
+        vocab_size=shape.vocab_size,
+        head_dim=shape.head_dim,
+        dtype=core.model.dtype_name,
+        device=core.model.device.type,
+        slots=config.slots,
+        layer_slots=conversions.layer_means(slots),
+        head_slots=conversions.head_messages(slots),
+        max_prefill_tokens=config.staging_slots(shape.max_context),
+        chat=chat_template.has_template(core.model.tokenizer),
+        max_batch=config.max_batch,
+        max_waiting=config.max_waiting,
+        max_prompt_bytes=options.max_prompt_bytes,
+        kv_slab_bytes=core.engine.kv_slab_bytes,
+        default_cache_policy=policy_to_message(policy),
+        server_version=__version__,
+    )
+
+
+def _figures(event: Finished) -> dict[str, Any]:
+    usage, timings = event.usage, event.timings
+    return {
+        "reason": event.reason.value,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "evicted_tokens": event.cache.evicted_tokens,
+        "queue_s": round(timings.queue_s, 3),
+        "prefill_s": round(timings.prefill_s, 3),
+        "decode_s": round(timings.decode_s, 3),
+    }

@@ -1,0 +1,73 @@
+"""The server's command line: starts that cannot succeed say why in one line, exit code 2."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from a2sf.engine.engine import Engine
+from service.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("as_it_was")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tables", "/no/such/tables"], "/no/such/tables: no such directory"),
+        (["--default-table", "mathqa"], "no alpha table 'mathqa'; served: none"),
+        (["--default-budget", "65"], "accepted: 5 (sinks and the newest token) to 64 (slots)"),
+        (["--default-budget", "4"], "accepted: 5"),
+        (["--min-budget", "65"], "--min-budget: 65; accepted: 0 (none) to 64 (slots)"),
+        (["--device", "abacus"], "accepted: auto, cpu, cuda"),
+        (["--dtype", "float3"], "accepted: auto"),
+        (["--port-file", "/no/such/folder/port"], "/no/such/folder: no such directory"),
+        (["--max-batch", "1000000000000"], "do not fit into memory; lower --max-batch"),
+        (["--host", "192.0.2.1"], "--insecure-bind"),
+        (["--host", "192.0.2.1", "--insecure-bind"], "Cannot assign requested address"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_start_that_cannot_succeed_says_why(
+    long_model_dir: Path,
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                *("--model", str(long_model_dir), "--port", "0", "--device", "cpu"),
+                *("--slots", "64", "--default-budget", "32", *arguments),
+            ]
+        )
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_an_engine_that_dies_in_its_first_step_is_no_fault_of_the_user_s(
+    long_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Engine) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", str(long_model_dir), "--port", "0"])
+    assert ended.value.code == 1
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert line == "error: the engine's thread died"
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """Undo what the command line makes of this process's logging."""
+    before = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = before
+    logging.captureWarnings(False)
+    structlog.reset_defaults()

@@ -1,0 +1,262 @@
+"""What a newcomer gets: the policy of requests that name none, and the floor of ratios."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from a2sf.errors import InvalidArgument, InvalidRequest, TableInvalid
+from a2sf.policy import DEFAULT_METHOD, CachePolicy
+from a2sf.schema import AlphaTable, ModelIdentity
+from a2sf.tablefile import save_table
+from service.backend.loading import check_default, load_core
+from service.config.options import MIN_BUDGET, ServerOptions, heads_of
+from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
+from service.policy_messages import in_words
+from tests.service.client.test_terminal import run
+from tests.service.conftest import StartProcess, StartServer
+from tests.tables import make_table
+
+SHARES = ((6.0, 2.0), (1.0, 1.0), (1.0, 1.0))
+
+
+@pytest.fixture
+def identity(long_model_dir: Path) -> ModelIdentity:
+    return load_core(ServerOptions(model=str(long_model_dir), device="cpu")).model.identity
+
+
+@pytest.fixture
+def tables(tmp_path: Path, identity: ModelIdentity) -> Path:
+    """Tables whose budget is a fifth of a request, with floors of their own and without."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name, floor in [("plain", None), ("forty", 40), ("none", 0)]:
+        ratio = {"budget": None, "budget_ratio": 0.2, "min_budget": floor}
+        save_table(make_table(identity, name=name, **ratio), folder / f"{name}.json")
+    return folder
+
+
+async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
+    start_server: StartServer,
+) -> None:
+    with capture_logs() as lines:
+        server, client, _ = await start_server(default_budget=None)
+    answer = await client.generate([7] * 30, max_new_tokens=20, ignore_eos=True)
+    started = answer.started
+    assert (started.method, started.alpha, started.budget) == ("a2sf", DEFAULT_METHOD.alpha, 64)
+    assert answer.finished.cache.evicted_tokens == 0
+    answer = await client.generate([7] * 80, max_new_tokens=20, ignore_eos=True)
+    assert answer.started.recent == int((DEFAULT_METHOD.recent_share or 0) * (64 - 4 - 1))
+    assert (answer.finished.cache.kept_tokens, answer.finished.cache.evicted_tokens) == (64, 35)
+    # The server says so when it starts, and when it is asked.
+    told = DEFAULT_METHOD.model_copy(update={"budget": 64, "min_budget": 16})
+    assert (await client.get_model()).default_cache_policy == told
+    (line,) = [line for line in lines if line["event"] == "default policy"]
+    assert (line["policy"], line["min_budget"]) == (in_words(told), 16)
+    assert server.core.config.default_policy == told
+
+
+async def test_a_server_says_its_default_policy_when_it_starts(
+    start_process: StartProcess,
+) -> None:
+    server = start_process("--min-budget", "9")
+    await server.address()
+    words = in_words(DEFAULT_METHOD.model_copy(update={"budget": 32}))
+    assert f'event="default policy" policy="{words}" min_budget=9' in server.log
+
+
+async def test_a_short_request_of_a_ratio_keeps_all_its_tokens_and_is_told_why(
+    start_server: StartServer, tables: Path
+) -> None:
+    _, client, address = await start_server(tables=tables, default_table="plain")
+    answer = await client.generate([7] * 5, max_new_tokens=3, ignore_eos=True)
+    assert (answer.started.budget, answer.started.min_budget) == (8, 16)
+    assert answer.finished.cache.evicted_tokens == 0
+    # A fifth of 60 tokens would be 12.
+    answer = await client.generate([7] * 40, max_new_tokens=20, ignore_eos=True)
+    assert (answer.started.budget, answer.started.min_budget) == (16, 16)
+    answer = await client.generate([7] * 80, max_new_tokens=20, ignore_eos=True)
+    assert (answer.started.budget, answer.started.min_budget) == (20, None)
+    options = ["--max-new-tokens", "3", "--ignore-eos", "--target", address]
+    code, out, _ = await run("Hello", *options)
+    assert code == 0
+    assert "; table plain, budget 8 (raised by min_budget 16); each head kept" in out
+
+
+@pytest.mark.parametrize(
+    ("table", "wish", "budget", "floor"),
+    [
+        ("plain", {}, 30, 30),
+        ("forty", {}, 40, 40),
+        ("none", {}, 20, None),
+        ("forty", {"min_budget": 50}, 50, 50),
+        ("forty", {"min_budget": 0}, 20, None),
+        ("forty", {"budget": 21}, 21, None),
+        (None, {"alpha": 0.5, "budget_ratio": 0.1}, 30, 30),
+        (None, {"preset": "h2o", "budget_ratio": 0.1, "min_budget": 11}, 11, 11),
+        (None, {"preset": "h2o", "budget": 11}, 11, None),
+    ],
+)
+async def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s(
+    start_server: StartServer,
+    tables: Path,
+    table: str | None,
+    wish: dict[str, float],
+    budget: int,
+    floor: int | None,
+) -> None:
+    _, client, _ = await start_server(tables=tables, min_budget=30)
+    policy = CachePolicy(table=table, **wish)
+    answer = await client.generate([7] * 80, max_new_tokens=20, cache_policy=policy)
+    assert (answer.started.budget, answer.started.min_budget) == (budget, floor)
+
+
+async def test_what_is_served_tells_the_floors(start_server: StartServer, tables: Path) -> None:
+    _, client, address = await start_server(tables=tables, default_table="forty")
+    assert (await client.get_model()).default_cache_policy == CachePolicy(
+        table="forty",
+        **{"budget_ratio": 0.2, "min_budget": 40, "recent": 4, "sinks": 2, "prefill_chunk": 0},
+    )
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.ModelServiceStub(channel)
+        told = {
+            name: (await stub.GetAlphaTable(pb.GetAlphaTableRequest(name=name))).table
+            for name in ("plain", "forty", "none")
+        }
+    assert not told["plain"].HasField("min_budget")
+    assert told["none"].HasField("min_budget")
+    assert [told[name].min_budget for name in ("forty", "none")] == [40, 0]
+    assert (await client.get_alpha_table("forty")).policy.min_budget == 40
+    _, client, _ = await start_server(tables=tables, default_table="plain")
+    assert (await client.get_model()).default_cache_policy.min_budget == 16
+
+
+async def test_a_floor_out_of_range_is_refused_by_its_field(start_server: StartServer) -> None:
+    _, client, address = await start_server()
+    wish = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=65)
+    with pytest.raises(InvalidArgument, match=r"^input\.cache_policy\.min_budget: min_budget 65 "):
+        await client.generate([7] * 80, max_new_tokens=20, cache_policy=wish)
+    code, _, err = await run("x", "--target", address, "--min-budget", "-1")
+    assert code == 2
+    assert "input.cache_policy.min_budget: " in err
+
+
+async def test_a_misspelt_preset_is_refused_as_everything_else_is(
+    start_server: StartServer,
+) -> None:
+    _, client, _ = await start_server()
+    with pytest.raises(InvalidRequest, match="did you mean h2o") as told:
+        await client.generate("x", max_new_tokens=1, cache_policy=CachePolicy(preset="h20"))  # type: ignore[arg-type]
+    assert told.value.violations[0][0] == "preset"
+
+
+def test_the_floor_is_a_quarter_of_a_row_or_its_narrowest_head_where_rows_are_small() -> None:
+    options = ServerOptions(slots=1024)
+    assert options.floor(None) == MIN_BUDGET
+    assert ServerOptions(slots=100).floor(None) == 25
+    # The narrowest of these heads has half of the mean, and of those a tenth.
+    assert ServerOptions(slots=100).floor(SHARES) == 25
+    assert ServerOptions(slots=100).floor(((1.9, 0.1),)) == 10
+    assert ServerOptions(slots=100, min_budget=0).floor(SHARES) == 0
+    assert options.engine_config(None).default_policy.min_budget == MIN_BUDGET
+
+
+def test_a_floor_of_more_than_a_row_stops_the_start() -> None:
+    with pytest.raises(InvalidArgument, match=r"^--min-budget: 65; accepted: 0 \(none\) to 64"):
+        ServerOptions(slots=64, min_budget=65).engine_config(None)
+
+
+Ratio = Callable[[int | None], AlphaTable]
+
+
+@pytest.fixture
+def ratio(identity: ModelIdentity) -> Ratio:
+    """A table that deals a fifth of a request unequally, by its own floor."""
+
+    def make(floor: int | None) -> AlphaTable:
+        shape = {"head_share": SHARES, "budget": None, "budget_ratio": 0.2, "recent": 0, "sinks": 0}
+        return make_table(identity, name="ratio", min_budget=floor, **shape)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "says"),
+    [
+        ({"min_budget": 31}, None, "--min-budget is 31 .*--slots 62 .*, or --min-budget 30 or"),
+        ({}, 31, "min_budget of ratio is 31 tokens.*give --slots 62 or more$"),
+    ],
+)
+async def test_a_floor_that_the_narrowest_head_has_no_slots_for_stops_the_start(
+    start_server: StartServer,
+    tmp_path: Path,
+    ratio: Ratio,
+    options: dict[str, int],
+    own: int | None,
+    says: str,
+) -> None:
+    folder = tmp_path / "shaped"
+    folder.mkdir()
+    save_table(ratio(own), folder / "ratio.json")
+    settings = {"tables": folder, "default_table": "ratio", "slots": 60, "default_budget": 8}
+    with pytest.raises(InvalidArgument, match=says):
+        await start_server(**settings, **options)
+    settings |= {"slots": 62}
+    _, client, _ = await start_server(**settings, **options)
+    for prompt in (1, 27, 28, 29, 30, 31, 40, 60, 90, 118, 140, 150, 160, 290):
+        answer = await client.generate([7] * prompt, max_new_tokens=2, ignore_eos=True)
+        wanted = max(int((prompt + 2) * 0.2 + 0.5), min(31, prompt + 2))
+        assert sum(map(sum, answer.started.head_budgets)) == wanted * 6
+
+
+def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio) -> None:
+    options = ServerOptions(slots=60, default_budget=8)
+    rows = heads_of(60, SHARES)
+    check_default(options, rows, 10**6, ratio(30))
+    check_default(options, rows, 10**6, ratio(None))
+    with pytest.raises(
+        TableInvalid, match=r"no fewer than 31 tokens .*has 30; start .* and --slots 62 or more$"
+    ):
+        check_default(options, rows, 10**6, ratio(31))
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (
+            CachePolicy(alpha=0.95, recent_share=0.25, budget=1024, min_budget=64),
+            "a2sf, alpha 0.95, 0.25 of the rest recent, budget 1024 tokens",
+        ),
+        (
+            CachePolicy(table="mathqa", recent=8, budget_ratio=0.2, min_budget=64),
+            "table mathqa, 8 tokens recent, budget 0.2 of prompt + new tokens, at least 64",
+        ),
+        (
+            CachePolicy(table="mathqa", recent=8, budget_ratio=0.2, min_budget=0),
+            "table mathqa, 8 tokens recent, budget 0.2 of prompt + new tokens",
+        ),
+        (CachePolicy(preset="h2o", budget=32), "h2o, budget 32 tokens"),
+    ],
+)
+def test_a_policy_is_told_in_words(policy: CachePolicy, words: str) -> None:
+    assert in_words(policy) == words
+
+
+def test_the_help_and_the_pages_tell_the_defaults() -> None:
+    described = {
+        name: field.description or "" for name, field in ServerOptions.model_fields.items()
+    }
+    root = Path(__file__).resolve().parents[3]
+    pages = [(root / "docs" / name).read_text() for name in ("operations.md", "clients.md")]
+    method = DEFAULT_METHOD
+    assert f"alpha {method.alpha:g} in all heads" in " ".join(described["default_table"].split())
+    assert f"a share of {method.recent_share:g}" in " ".join(described["default_table"].split())
+    assert f"without it {MIN_BUDGET}, a quarter" in " ".join(described["min_budget"].split())
+    for page in pages:
+        assert f"factor {method.alpha:g} " in page
+        assert f"a share of {method.recent_share:g}" in page
+        assert f"{MIN_BUDGET} tokens" in page
+    assert f"alpha {method.alpha:g}".replace("0.", ".") in (root / "README.md").read_text()

@@ -1,0 +1,153 @@
+"""Values survive the wire: what is written is read back the same."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2sf.errors import InvalidRequest
+from a2sf.model.loader import LoadedModel
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
+from a2sf.requests import Sampling, Started
+from a2sf.tablefile import parse_table
+from service.client import conversions as client_conversions
+from service.client.results import StreamStarted
+from service.pb import inference_pb2 as pb
+from service.policy_messages import policy_from_message, policy_to_message
+from service.rpc import conversions
+from tests.tables import make_table
+
+share = st.floats(0.0, 1.0, allow_subnormal=False)
+count = st.integers(0, 2**31 - 1)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> CachePolicy:
+    """Every policy that is not a contradiction."""
+    fields = {
+        **draw(
+            st.one_of(
+                st.just({}),
+                st.fixed_dictionaries({"preset": st.sampled_from(PRESETS)}),
+                st.fixed_dictionaries({"table": st.text(min_size=1, max_size=9)}),
+                st.fixed_dictionaries({"alpha": share}),
+            )
+        ),
+        **draw(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "budget": st.integers(1, 2**31),
+                    "recent": count,
+                    "sinks": count,
+                    "min_budget": count,
+                    "prefill_chunk": count,
+                    "random_seed": count,
+                },
+            )
+        ),
+    }
+    try:
+        return CachePolicy(**fields)
+    except InvalidRequest:
+        return CachePolicy(budget_ratio=0.5, recent_share=fields.get("alpha", 0.0))
+
+
+@given(policies())
+def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
+    sent = pb.CachePolicy.FromString(policy_to_message(policy).SerializeToString())
+    assert policy_from_message(sent) == policy
+
+
+@given(
+    st.builds(
+        Sampling,
+        repetition_penalty=st.floats(0.01, 100.0),
+        temperature=st.floats(0.0, 100.0),
+        top_k=count,
+        top_p=st.floats(0.0, 1.0, exclude_min=True),
+        min_p=share,
+        seed=st.none() | st.integers(0, 2**63 - 1),
+    )
+)
+def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> None:
+    message = client_conversions.generation_input(
+        [1, 2], 3, {"sampling": sampling, "stop": ["a"], "stop_token_ids": [0], "ignore_eos": True}
+    )
+    sent = pb.GenerationInput.FromString(message.SerializeToString())
+    assert tuple(sent.token_ids.ids) == (1, 2)
+    request = conversions.generation_request(
+        sent, name="r", prompt_ids=(1, 2), policy=CachePolicy()
+    )
+    assert request.sampling == sampling
+    assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)
+
+
+def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
+    shares = ((0.25, 0.75), (5.0, 1.0), (1.0, 1.0))
+    table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, head_share=shares)
+    message = conversions.table_message(table)
+    assert parse_table(message.canonical_json.encode()) == table
+    typed = message.table
+    assert tuple(tuple(layer.alphas) for layer in typed.layers) == table.policy.alpha
+    assert tuple(tuple(layer.shares) for layer in typed.head_share) == shares
+    assert tuple(typed.layer_share) == (0.5, 3.0, 1.0)
+    assert typed.WhichOneof("budget_choice") == "budget_ratio"
+    assert (typed.budget_ratio, typed.recent, typed.sinks) == (0.25, 4, 2)
+    assert typed.summary.sha256 == table.sha256
+    assert typed.summary.created_at.ToSeconds() == int(table.created_at.timestamp())
+    assert typed.model.fingerprint == table.model.fingerprint
+
+
+heads = st.lists(
+    st.lists(st.tuples(st.integers(1, 2**31 - 1), count), min_size=2, max_size=2),
+    min_size=1,
+    max_size=5,
+)
+
+
+def test_a_table_tells_what_its_heads_would_keep_small_shares_lifted(
+    tiny_model: LoadedModel,
+) -> None:
+    shares = ((9.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    table = make_table(tiny_model.identity, budget=14, head_share=shares, sinks=2, recent=5)
+    told = conversions.table_message(table).table
+    # Of 84 slots: 6 would be each small share's, and 8 are what a head needs.
+    assert [list(layer.tokens) for layer in told.head_budgets] == [[44, 8], [8, 8], [8, 8]]
+    crowded = make_table(tiny_model.identity, budget=7, sinks=2, recent=5)
+    assert not conversions.table_message(crowded).table.head_budgets
+
+
+@given(heads)
+def test_the_budget_and_window_of_each_head_reach_the_client(
+    tiny_model: LoadedModel, layers: list[list[tuple[int, int]]]
+) -> None:
+    policy = EffectivePolicy(
+        method="table",
+        alpha=((0.5, 1.0),) * len(layers),
+        budget=7,
+        head_budgets=tuple(tuple(budget for budget, _ in layer) for layer in layers),
+        recent=3,
+        head_recents=tuple(tuple(recent for _, recent in layer) for layer in layers),
+        sinks=1,
+        prefill_chunk=0,
+        table_name="made-up",
+        table_sha256="0" * 64,
+    )
+    event = Started(request_id="r", policy=policy, prompt_tokens=5, seed=0)
+    answer = conversions.Answer(pb.OutputOptions(), conversions.Prompt("x", (1,)), tiny_model)
+    message = answer.stream_response(event)
+    sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
+    read = client_conversions.stream_event(sent, "r")
+    assert isinstance(read, StreamStarted)
+    assert (read.head_budgets, read.head_recents) == (policy.head_budgets, policy.head_recents)
+    assert (read.budget, read.recent) == (7, 3)
+
+
+def test_a_server_that_tells_layers_alone_is_understood(tiny_model: LoadedModel) -> None:
+    identity = conversions.identity_message(tiny_model.identity)
+    told = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
+    told.default_cache_policy.preset = pb.CACHE_PRESET_H2O
+    assert client_conversions.model_description(told).head_slots == (
+        (40, 40),
+        (8, 8),
+        (8, 8),
+    )

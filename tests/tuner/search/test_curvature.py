@@ -1,0 +1,141 @@
+"""The curvature: it foretells what a head alone costs; each head and row stands for itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from a2sf.model.loader import LoadedModel, load_model
+from a2sf.offline import teacher_forcing
+from a2sf.offline.teacher_forcing import Example
+from a2sf.policy import EffectivePolicy
+from a2sf.schema import UniformSetting
+from tuner.data import packing
+from tuner.data.datasets import load
+from tuner.evaluation.objective import divergence, effective, full_cache
+from tuner.search import curvature
+from tuner.search.space import Frame
+
+SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=2)
+
+
+def frame(ratio: float, chunk: int = 0) -> Frame:
+    return Frame(3, 2, budget=None, budget_ratio=ratio, prefill_chunk=chunk)
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_model: LoadedModel, small_data: Path) -> list[Example]:
+    part = load("sums", small_data).calibration
+    return packing.examples(tiny_model, part, count=4, length=96, seed=0)
+
+
+@pytest.fixture(scope="module")
+def unpacked(tiny_model_dir: Path) -> LoadedModel:
+    return load_model(str(tiny_model_dir), device="cpu", dtype="float64", pack=False)
+
+
+def alone(policy: EffectivePolicy, layer: int, head: int, length: int) -> EffectivePolicy:
+    """The policy in one head; every other keeps all."""
+
+    def only(rows: tuple[tuple[int, ...], ...], other: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(x if (i, j) == (layer, head) else other for j, x in enumerate(row))
+            for i, row in enumerate(rows)
+        )
+
+    return policy.model_copy(
+        update={
+            "head_budgets": only(policy.head_budgets, length),
+            "head_recents": only(policy.head_recents, 0),
+        }
+    )
+
+
+def test_it_foretells_what_each_head_costs_alone(
+    unpacked: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So many draws that the estimate's own error is a few hundredths.
+    monkeypatch.setattr(curvature, "SAMPLES", 400)
+    at = frame(0.5)
+    policy = at.policy(at.uniform(SETTING))
+    found = curvature.effects(unpacked, examples, [policy]).square().mean(dim=(0, 1))[..., 0] / 2
+    true = torch.zeros(3, 2, dtype=torch.float64)
+    full = full_cache(unpacked, examples)
+    for layer in range(3):
+        for head in range(2):
+            policies = [
+                alone(effective(policy, unpacked, n), layer, head, n)
+                for n in (len(example.token_ids) for example in examples)
+            ]
+            predicted = teacher_forcing.predict(unpacked, examples, policies)
+            kls = [divergence(*row)[0] for row in zip(examples, predicted, full, strict=True)]
+            true[layer, head] = float(np.mean(kls))
+    assert true.max() > 1.5 * true.min()
+    np.testing.assert_allclose(found, true, rtol=0.25)
+    assert spearmanr(found.flatten(), true.flatten()).statistic > 0.8
+
+
+def test_a_budget_that_holds_everything_moves_nothing(
+    unpacked: LoadedModel, examples: list[Example]
+) -> None:
+    at = Frame(3, 2, budget=200, budget_ratio=None, prefill_chunk=0)
+    found = curvature.effects(unpacked, examples[:1], [at.policy(at.uniform(SETTING))])
+    assert found.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_rows_and_policies_stand_for_themselves(
+    unpacked: LoadedModel, examples: list[Example], chunk: int
+) -> None:
+    frames = [frame(ratio, chunk) for ratio in (0.2, 0.5)]
+    policies = [at.policy(at.uniform(SETTING)) for at in frames]
+    short = Example(
+        token_ids=examples[0].token_ids[:40],
+        prompt_tokens=8,
+        counted=tuple(range(20, 39)),
+    )
+    rows = [short, examples[1]]
+    together = curvature.effects(unpacked, rows, policies)
+    assert together.shape == (2, curvature.SAMPLES, 3, 2, 2)
+    for number, row in enumerate(rows):
+        for place, policy in enumerate(policies):
+            single = curvature.effects(unpacked, [row], [policy])
+            torch.testing.assert_close(single[0, ..., 0], together[number, ..., place])
+
+
+def test_what_is_told_of_the_work_is_what_is_done(
+    unpacked: LoadedModel, examples: list[Example]
+) -> None:
+    at = frame(0.3)
+    ticks: list[int] = []
+    curvature.effects(
+        unpacked, examples[:1], [at.policy(at.uniform(SETTING))], lambda: ticks.append(1)
+    )
+    assert len(ticks) == curvature.ticks(unpacked)
+
+
+def test_heads_of_one_layer_do_not_influence_each_other(
+    unpacked: LoadedModel, examples: list[Example]
+) -> None:
+    at = frame(0.3)
+    setting = at.uniform(SETTING)
+    both = at.policy(setting)
+    one = at.policy(setting.with_head(1, 0, 0.0))
+    found = curvature.effects(unpacked, examples, [both, one])
+    changed = (found[..., 0] - found[..., 1]).abs().amax(dim=(0, 1)) > 1e-12
+    assert changed.tolist() == [[False, False], [True, False], [False, False]]
+
+
+def test_a_model_in_half_precision_foretells_the_same(
+    unpacked: LoadedModel, tiny_model_dir: Path, examples: list[Example]
+) -> None:
+    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
+    policies = [frame(0.3).policy(frame(0.3).uniform(SETTING))]
+    one, other = (
+        curvature.effects(model, examples, policies).square().mean(dim=(0, 1))
+        for model in (half, unpacked)
+    )
+    # Other words are drawn from figures that are rounded, and few of them.
+    np.testing.assert_allclose(one.log(), other.log(), atol=1.0)

@@ -1,0 +1,1 @@
+"""From a data set to token sequences: reading, generating, packing, digests."""

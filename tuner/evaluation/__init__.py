@@ -1,0 +1,1 @@
+"""What a policy costs on examples, and whether one is better than another."""

@@ -1,0 +1,1 @@
+"""This engine as a model of EleutherAI's lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""The shared store of a fit: measurements and decisions of many workers."""
