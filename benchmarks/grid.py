@@ -206,14 +206,14 @@ def rows_of(variants: list[str], budgets: list[int]) -> list[Row]:
 
 
 def parts(wanted: list[str], dtypes: list[str] | None) -> Iterator[tuple[str, str]]:
-    """Yield models and dtypes to measure; by default the reference model in float32 only."""
+    """Yield models and dtypes to measure; by default only the random model in bfloat16 also."""
     for model in wanted:
-        for dtype in dtypes or (["float32"] if model == "reference" else ["float32", "bfloat16"]):
+        for dtype in dtypes or (["float32", "bfloat16"] if model == "random" else ["float32"]):
             yield model, dtype
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="reference or random.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=", ".join(models.MODELS))] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Prompt tokens of a row.")] = None,
     budget: Annotated[list[int] | None, typer.Option(help="Tokens that a row may keep.")] = None,
@@ -248,9 +248,9 @@ def main(
     except ValueError as mixed:
         raise typer.BadParameter(str(mixed)) from mixed
     rows = rows_of(variant or list(VARIANTS), budget or [128, 512])
-    for name, number in parts(model or ["reference", "random"], dtype):
+    for name, number in parts(model or list(models.MODELS), dtype):
         directory = models.prepare(name, environments.STORE / "models", layers)
-        label = name if name == "reference" else directory.name
+        label = directory.name if name == "random" else name
         bench = Bench(directory, label, number, {**options, "timeout_s": timeout_s})
         try:
             for length in sorted(context or [512, 2048, 8192]):

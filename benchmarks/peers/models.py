@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf.reference import path as reference_path
+from scripts.real_model import real_model
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -73,10 +74,15 @@ class Shape:
         return self.token_slots * 2 * self.head_dim * ITEM_BYTES[dtype]
 
 
+MODELS = ("reference", "random", "smollm2")
+
+
 def prepare(name: str, store: Path, layers: int | None = None) -> Path:
-    """Return the directory of the model `reference`, or of `random`; write that if missing."""
+    """Return the directory of a model of `MODELS`; make it if it is missing."""
     if name == "reference":
         return reference_path()
+    if name == "smollm2":
+        return real_model()
     shape = RANDOM if layers is None else {**RANDOM, "num_hidden_layers": layers}
     directory = store / f"random-{shape['num_hidden_layers']}"
     if not (directory / "config.json").exists():
