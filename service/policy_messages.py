@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from a2sf.errors import InvalidRequest
 from a2sf.policy import CachePolicy
 from service.pb import inference_pb2 as pb
-from service.status import fields_of
+from service.status import field_prefix
 
 _PREFIX = "CACHE_PRESET_"
 
@@ -27,7 +27,7 @@ def policy_from_message(
     if "preset" in values:
         # An unknown number is kept, so that its error is reported with those of other fields.
         values["preset"] = _preset_names().get(values["preset"], values["preset"])
-    with fields_of(where):
+    with field_prefix(where):
         return CachePolicy(**values)
 
 

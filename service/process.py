@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 
-_PARTED = "the processes of the model have parted"
+_CONNECTION_LOST = "the processes of the model have parted"
 
 
 class Announce(Protocol):
@@ -45,45 +45,45 @@ async def run(options: ServerOptions, announce: Announce) -> int:
     """
     if not is_first_rank():
         return _follow(options)
-    stopping, served = asyncio.Event(), False
+    stopping, has_served = asyncio.Event(), False
     with _signals(stopping), _port_file(options.port_file) as write_port:
         server = Server(options)
         try:
             port = await server.bind()
             address = options.model_copy(update={"port": port}).address
-            named = {"model": options.model, "address": address}
-            announce("listening", f"listening on {address}, loading {options.model}", **named)
+            fields = {"model": options.model, "address": address}
+            announce("listening", f"listening on {address}, loading {options.model}", **fields)
             if (admin := server.admin_address) is not None:
                 announce("admin", f"admin on {admin}", address=admin)
             if (url := server.metrics_url) is not None:
                 announce("metrics", f"metrics on {url}", url=url)
-            told: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
+            stop_requested: asyncio.Future[Any] = asyncio.ensure_future(stopping.wait())
             warming: asyncio.Future[Any] = asyncio.ensure_future(server.warm())
             try:
-                if await _either(told, warming) is warming:
+                if await _first_done(stop_requested, warming) is warming:
                     warming.result()
                     write_port(port)
-                    served = True
-                    announce("serving", f"serving {options.model} on {address}", **named)
-                    await _either(told, server.crashed)
+                    has_served = True
+                    announce("serving", f"serving {options.model} on {address}", **fields)
+                    await _first_done(stop_requested, server.crashed)
             finally:
-                told.cancel()
+                stop_requested.cancel()
                 warming.cancel()
             if not server.crashed.done():
                 announce("stopping", "stopping")
                 await server.drain(options.grace_s, options.settle_s)
         finally:
             await server.stop()
-    if server.left_behind:
+    if server.thread_left_running:
         # If a thread runs native code, a normal exit of the interpreter would abort.
         log.warning("the engine's thread is still busy and is left behind")
         logging.shutdown()
         os._exit(int(server.crashed.done()))
-    if served and not server.crashed.done():
+    if has_served and not server.crashed.done():
         try:
             server.core.close()
         except RankLost as error:
-            log.critical(_PARTED, reason=str(error))
+            log.critical(_CONNECTION_LOST, reason=str(error))
             return 1
     return int(server.crashed.done())
 
@@ -98,7 +98,7 @@ def _follow(options: ServerOptions) -> int:
         follower.run()
         leave()
     except RankLost as error:
-        log.critical(_PARTED, reason=str(error))
+        log.critical(_CONNECTION_LOST, reason=str(error))
         return 1
     except A2SFError as error:
         log.critical("a process of the model cannot do its part", reason=str(error))
@@ -106,7 +106,7 @@ def _follow(options: ServerOptions) -> int:
     return 0
 
 
-async def _either(
+async def _first_done(
     first: "asyncio.Future[Any]", second: "asyncio.Future[Any]"
 ) -> "asyncio.Future[Any]":
     done, _ = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +143,7 @@ def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
         if path is None:
             return
         with (
-            _told_of(path),
+            _port_file_errors(path),
             tempfile.NamedTemporaryFile(
                 "w", dir=path.parent, prefix=f".{path.name}.", delete=False
             ) as file,
@@ -157,7 +157,7 @@ def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
         if not path.parent.is_dir():
             raise InvalidArgument("--port-file", f"{path.parent}: no such directory")
         # A file from a killed server would send clients to a wrong port.
-        with _told_of(path):
+        with _port_file_errors(path):
             path.unlink(missing_ok=True)
     try:
         yield write
@@ -167,7 +167,7 @@ def _port_file(path: Path | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
+def _port_file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -19,7 +19,7 @@ from service.rpc.admin import AdminServicer
 from service.rpc.auth import BearerAuth, TokenFile
 from service.rpc.inference import InferenceServicer, ModelServicer
 from service.rpc.listener import Listener
-from service.rpc.malformed import Decoding
+from service.rpc.malformed import DecodingInterceptor
 from service.rpc.startup import end_calls, make_backend, warm
 from service.rpc.tls import server_credentials
 from service.telemetry.metrics import MetricsServer, serve_metrics
@@ -49,7 +49,7 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self._admin: Listener | None = None
         self._admin_port: int | None = None
-        self.left_behind = False
+        self.thread_left_running = False
 
         def listener(services: tuple[str, ...], tokens: TokenFile | None) -> Listener:
             return Listener(
@@ -58,7 +58,7 @@ class Server:
                 credentials=server_credentials(options),
                 interceptors=[
                     *([BearerAuth(tokens, self._metrics)] if tokens is not None else []),
-                    Decoding(self._metrics),
+                    DecodingInterceptor(self._metrics),
                 ],
                 max_message_bytes=options.max_message_bytes,
             )
@@ -88,9 +88,9 @@ class Server:
         return self._backend.core
 
     @property
-    def inside(self) -> int:
+    def num_calls(self) -> int:
         """Number of calls under way."""
-        return self._gate.inside
+        return self._gate.num_calls
 
     @property
     def crashed(self) -> "asyncio.Future[BaseException]":
@@ -156,21 +156,21 @@ class Server:
             await asyncio.wait({self.crashed}, timeout=settle_s)
         self._gate.close("the server is shutting down")
         try:
-            await asyncio.wait_for(self._gate.emptied(), grace_s)
+            await asyncio.wait_for(self._gate.wait_until_empty(), grace_s)
         except TimeoutError:
-            log.warning("calls did not finish in time", calls=self._gate.inside, grace_s=grace_s)
+            log.warning("calls did not finish in time", calls=self._gate.num_calls, grace_s=grace_s)
 
     async def stop(self) -> None:
         """End every call with a status, then the ports and the engine's thread.
 
-        Afterwards, `left_behind` is True if that thread did not end.
+        Afterwards, `thread_left_running` is True if that thread did not end.
         """
         await end_calls(self._backend, self._watching)
         await asyncio.gather(*(listener.stop(FLUSH_S) for listener in self._listeners()))
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         await asyncio.to_thread(self._tracer.shutdown, FLUSH_S)
-        self.left_behind = not await self._runner.stop(FLUSH_S)
+        self.thread_left_running = not await self._runner.stop(FLUSH_S)
 
     def _listeners(self) -> Iterator[Listener]:
         yield self._listener

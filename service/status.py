@@ -79,7 +79,7 @@ class Violations:
         self._found: list[tuple[str, str]] = []
 
     @contextmanager
-    def of_part(self) -> Iterator[None]:
+    def collect(self) -> Iterator[None]:
         """Record an InvalidArgument that the block raises, and continue after the block."""
         try:
             yield
@@ -120,12 +120,14 @@ class Cancelled(RemoteError):
 
 
 @contextmanager
-def fields_of(where: str) -> Iterator[None]:
+def field_prefix(where: str) -> Iterator[None]:
     """Prefix the fields of InvalidRequest with `where`, such as `input.sampling`."""
     try:
         yield
     except InvalidRequest as error:
-        raise InvalidRequest((_within(where, f), told) for f, told in error.violations) from None
+        raise InvalidRequest(
+            (_within(where, f), problem) for f, problem in error.violations
+        ) from None
 
 
 def _within(where: str, field: str) -> str:
@@ -150,10 +152,10 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
         code, message = grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}"
         name = "Internal"
     else:
-        code, message, name = CODES[reason], _cut(str(error), 768), reason.__name__
+        code, message, name = CODES[reason], _truncate(str(error), 768), reason.__name__
     status = status_pb2.Status(code=code.value[0], message=message)
     status.details.append(
-        _packed(
+        _pack(
             error_details_pb2.ErrorInfo(
                 reason=name, domain=DOMAIN, metadata={"request_id": request_id}
             )
@@ -161,32 +163,34 @@ def to_wire(error: BaseException, request_id: str) -> WireStatus:
     )
     trailers: list[tuple[str, str | bytes]] = []
     if isinstance(error, errors.InvalidArgument):
-        status.details.append(_packed(_bad_request(error.violations)))
+        status.details.append(_pack(_bad_request(error.violations)))
     elif isinstance(error, errors.TableError):
         failure = error_details_pb2.PreconditionFailure
-        unmet = failure.Violation(type=name, subject="alpha table", description=_cut(message, 384))
-        status.details.append(_packed(failure(violations=[unmet])))
+        unmet = failure.Violation(
+            type=name, subject="alpha table", description=_truncate(message, 384)
+        )
+        status.details.append(_pack(failure(violations=[unmet])))
     elif isinstance(error, errors.ResourceExhausted):
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(RETRY_AFTER_MS)
-        status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+        status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
         trailers.append((PUSHBACK_KEY, str(RETRY_AFTER_MS)))
     rich = rpc_status.to_status(status)
     return WireStatus(code, message, (*rich.trailing_metadata, *trailers))
 
 
 def _bad_request(violations: Sequence[tuple[str, str]]) -> error_details_pb2.BadRequest:
-    told, room = error_details_pb2.BadRequest(), VIOLATIONS_BYTES
+    bad_request, room = error_details_pb2.BadRequest(), VIOLATIONS_BYTES
     for index, (field, problem) in enumerate(violations):
-        one = error_details_pb2.BadRequest.FieldViolation(
-            field=_cut(field, 128), description=_cut(problem, 384)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_truncate(field, 128), description=_truncate(problem, 384)
         )
-        room -= one.ByteSize()
+        room -= violation.ByteSize()
         if room < 0:
-            told.field_violations.add(description=f"and {len(violations) - index} more")
+            bad_request.field_violations.add(description=f"and {len(violations) - index} more")
             break
-        told.field_violations.append(one)
-    return told
+        bad_request.field_violations.append(violation)
+    return bad_request
 
 
 def code_of(error: errors.A2SFError) -> grpc.StatusCode:
@@ -227,8 +231,8 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
             # Raised by gRPC itself, for a fixed limit: metadata or message are too large.
             part = "metadata" if "metadata size" in message else "request"
             return errors.InvalidArgument(part, message)
-        told = retry.HasField("retry_delay")
-        return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if told else None)
+        has_delay = retry.HasField("retry_delay")
+        return NoRoom(message, retry.retry_delay.ToMilliseconds() / 1000 if has_delay else None)
     return cls(message)
 
 
@@ -237,7 +241,7 @@ def _details(call: Any) -> Iterable[Any]:
     return () if packed is None else status_pb2.Status.FromString(packed).details
 
 
-def _cut(text: str, size: int) -> str:
+def _truncate(text: str, size: int) -> str:
     """Shorten text, which may quote the caller's value, to `size` bytes of UTF-8."""
     encoded = text.encode()
     if len(encoded) <= size:
@@ -246,7 +250,7 @@ def _cut(text: str, size: int) -> str:
     return encoded[: size - 3].decode(errors="ignore") + "..."
 
 
-def _packed(message: Any) -> any_pb2.Any:
+def _pack(message: Any) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

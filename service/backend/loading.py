@@ -25,7 +25,7 @@ from a2sf.schema import AlphaTable
 from a2sf.text import chat_template
 from a2sf.threads import set_threads
 from service.backend.tables import TableCatalog, TableStore
-from service.config.options import ServerOptions, Shares, heads_of
+from service.config.options import ServerOptions, Shares, slots_per_head
 from service.policy_messages import in_words
 
 log = structlog.get_logger(__name__)
@@ -71,7 +71,7 @@ def load_core(options: ServerOptions) -> Core:
         shape = row_shape(options, tables.now.lookup(options.default_table))
         config = options.engine_config(shape)
     rows = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-    tables.settle(
+    tables.set_default(
         options.default_table, partial(check_default, options, rows, model.shape.max_context)
     )
     try:
@@ -93,14 +93,14 @@ def load_core(options: ServerOptions) -> Core:
         kernels=engine.kernels,
         rows=config.max_batch,
         slots=config.slots,
-        shape=_written(rows, options),
+        shape=_describe_rows(rows, options),
         slab_bytes=engine.kv_slab_bytes,
         staging_bytes=engine.kv_staging_bytes,
         tables=len(tables.now.tables),
         refused=len(tables.now.refused),
         default_table=options.default_table,
     )
-    tell_default(config, tables.now)
+    log_default_policy(config, tables.now)
     return Core(model=model, engine=engine, config=config, tables=tables)
 
 
@@ -132,7 +132,7 @@ def default_policy(config: EngineConfig, store: TableStore) -> CachePolicy:
     )
 
 
-def tell_default(config: EngineConfig, store: TableStore) -> None:
+def log_default_policy(config: EngineConfig, store: TableStore) -> None:
     """Log the policy of a request that sets none, and the lower bound of ratios, in one line."""
     log.info(
         "default policy",
@@ -148,9 +148,9 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
     ratio depends on the length of each request, and is never below its lower bound.
     """
     shares, fitted = table.policy.head_share, table.policy.budget or 0
-    floor = _floor(options, table)
-    wanted = max(options.budget(shares), fitted, floor)
-    slots = heads_of(options.slots, shares)
+    floor = _lower_bound(options, table)
+    wanted = max(options.default_budget_for(shares), fitted, floor)
+    slots = slots_per_head(options.slots, shares)
     narrowest, layer, head = min(
         (has, layer, head) for layer, row in enumerate(slots) for head, has in enumerate(row)
     )
@@ -197,7 +197,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     """
     policy, start = table.policy, f"start the server with --default-table {table.name}"
     cannot = f"alpha table {table.name!r} cannot be the default"
-    wanted = heads_of(options.slots, policy.head_share)
+    wanted = slots_per_head(options.slots, policy.head_share)
     alike = wanted == rows
     if policy.budget is None:
         if not alike:
@@ -212,7 +212,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
                 f"dealt so: layer {layer} head {head} has {rows[layer][head]} slots, where this "
                 f"table deals it {wanted[layer][head]}; {start}"
             )
-        floor, narrowest = _floor(options, table), min(chain(*rows))
+        floor, narrowest = _lower_bound(options, table), min(chain(*rows))
         if floor > narrowest:
             raise TableInvalid(
                 f"{cannot}: its ratio comes to no fewer than {floor} tokens (min_budget), of which "
@@ -222,7 +222,11 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
             )
         return
     budget = policy.budget
-    peaks = [[budget] * len(row) for row in rows] if alike else _peaks(budget, policy.head_share)
+    peaks = (
+        [[budget] * len(row) for row in rows]
+        if alike
+        else _max_slots_per_head(budget, policy.head_share)
+    )
     _, layer, head = max(
         (peak - has, -layer, -head)
         for layer, (mine, row) in enumerate(zip(peaks, rows, strict=True))
@@ -250,15 +254,17 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         raise TableInvalid(f"{cannot}: {error.problem}") from error
 
 
-def _floor(options: ServerOptions, table: AlphaTable) -> int:
+def _lower_bound(options: ServerOptions, table: AlphaTable) -> int:
     """Return the lower bound in slots of a default table's ratio; 0 if its budget is no ratio."""
     policy = table.policy
     if policy.budget is not None:
         return 0
-    return options.floor(policy.head_share) if policy.min_budget is None else policy.min_budget
+    if policy.min_budget is not None:
+        return policy.min_budget
+    return options.min_budget_for(policy.head_share)
 
 
-def _peaks(budget: int, shares: Shares) -> list[list[int]]:
+def _max_slots_per_head(budget: int, shares: Shares) -> list[list[int]]:
     """Return the most slots that each head takes of `budget`, over sequences of all lengths.
 
     No head takes more slots than the sequence has tokens; the rest goes to the other heads. So a
@@ -274,7 +280,7 @@ def _peaks(budget: int, shares: Shares) -> list[list[int]]:
     return [[peak(weight) for weight in row] for row in shares]
 
 
-def _written(rows: Heads, options: ServerOptions) -> str:
+def _describe_rows(rows: Heads, options: ServerOptions) -> str:
     """Describe the slots of a row's heads for the log: flat, or the fewest and the most."""
     slots = list(chain(*rows))
     equal = len(set(slots)) == 1

@@ -33,7 +33,7 @@ from service.telemetry.logs import LoggedFailure
 log = structlog.get_logger(__name__)
 
 
-class EngineLike(Protocol):
+class EngineProtocol(Protocol):
     """The part of an engine that the thread uses; `a2sf.engine.engine.Engine` implements it."""
 
     @property
@@ -66,7 +66,7 @@ class EngineHolder(Protocol):
     """The result of the build function: an engine, with anything loaded for it."""
 
     @property
-    def engine(self) -> EngineLike:
+    def engine(self) -> EngineProtocol:
         """The engine."""
 
 
@@ -82,7 +82,7 @@ class EngineCrashed(Exception):
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineLoad:
     """Requests in the engine; requests still in the inbox are not counted."""
 
     running: int
@@ -93,7 +93,7 @@ class Load:
     """Bytes of the slots that hold tokens."""
 
 
-class _Channel:
+class _EventQueue:
     """Events of one stream on the way to its reader. Use it only in the event loop."""
 
     def __init__(self, request_id: str) -> None:
@@ -136,7 +136,7 @@ class _Channel:
 @dataclass(frozen=True)
 class _Submit:
     request: GenerationRequest
-    channel: _Channel
+    events: _EventQueue
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class EngineRunner:
         self._loop = asyncio.get_running_loop()
         self._max_unread = max_unread
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._channels: dict[str, _Channel] = {}
-        self._engine: EngineLike | None = None
+        self._streams: dict[str, _EventQueue] = {}
+        self._engine: EngineProtocol | None = None
         self._ended: Callable[[], Exception] | None = None
         self._thread: threading.Thread | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
@@ -168,22 +168,22 @@ class EngineRunner:
     @property
     def active(self) -> int:
         """Number of streams with a reader."""
-        return len(self._channels)
+        return len(self._streams)
 
     @property
     def unread(self) -> int:
         """Events that wait for their readers, over all streams."""
-        return sum(channel.unread for channel in self._channels.values())
+        return sum(events.unread for events in self._streams.values())
 
     @property
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         """Number of requests in the engine; 0 before it is built."""
         if self._engine is None:
-            return Load(running=0, waiting=0, kv_bytes_used=0)
+            return EngineLoad(running=0, waiting=0, kv_bytes_used=0)
         # The thread runs meanwhile. Each number was right a moment ago, except for a request that
         # is just moving from one state to the next. That is enough, because the numbers are only
         # shown: no decision depends on them. With a lock, a reader would wait for a step.
-        return Load(
+        return EngineLoad(
             running=self._engine.running,
             waiting=self._engine.waiting,
             kv_bytes_used=self._engine.kv_bytes_used,
@@ -212,42 +212,42 @@ class EngineRunner:
         """
         if self._ended is not None:
             raise self._ended()
-        if request.request_id in self._channels:
+        if request.request_id in self._streams:
             raise InvalidArgument(
                 "request_id", f"{request.request_id!r} is the id of a request under way"
             )
-        channel = self._channels[request.request_id] = _Channel(request.request_id)
-        self._inbox.put(_Submit(request, channel))
+        events = self._streams[request.request_id] = _EventQueue(request.request_id)
+        self._inbox.put(_Submit(request, events))
         finished = False
         try:
             while not finished:
-                event = await channel.get()
+                event = await events.get()
                 finished = isinstance(event, Finished)
                 yield event
         finally:
             # The inbox keeps the order, so a later request may use the same id.
-            if channel.open:
-                channel.open = False
+            if events.open:
+                events.open = False
                 self._inbox.put(_Cancel(request.request_id))
-            del self._channels[request.request_id]
+            del self._streams[request.request_id]
 
     def abort(self, request_ids: Collection[str] | None) -> tuple[str, ...]:
         """Abort the named requests (None: all); return the ids of those that were under way."""
-        names = tuple(self._channels) if request_ids is None else request_ids
+        names = tuple(self._streams) if request_ids is None else request_ids
         ended = []
         for name in names:
-            channel = self._channels.get(name)
-            if channel is not None and channel.open:
-                self._end(channel, Aborted("the operator ended this request"))
+            events = self._streams.get(name)
+            if events is not None and events.open:
+                self._end(events, Aborted("the operator ended this request"))
                 ended.append(name)
         return tuple(ended)
 
     def fail_all(self, failure: Callable[[], Exception]) -> None:
         """End every stream with a new `failure()`, and refuse later ones in the same way."""
         self._ended = failure
-        for channel in self._channels.values():
-            if channel.open:
-                self._end(channel, failure())
+        for events in self._streams.values():
+            if events.open:
+                self._end(events, failure())
 
     async def stop(self, timeout_s: float) -> bool:
         """End all streams as Unavailable, then the thread; return whether it ended in time."""
@@ -262,17 +262,17 @@ class EngineRunner:
         try:
             holder = build()
         except BaseException as error:
-            self._post(_settle, built, None, error)
+            self._post(_resolve, built, None, error)
             return
-        self._post(_settle, built, holder, None)
+        self._post(_resolve, built, holder, None)
         try:
             self._serve(holder.engine)
         except BaseException as error:
             log.critical("engine thread died", exc_info=True)
             self._post(self._on_crash, error)
 
-    def _serve(self, engine: EngineLike) -> None:
-        channels: dict[str, _Channel] = {}
+    def _serve(self, engine: EngineProtocol) -> None:
+        streams: dict[str, _EventQueue] = {}
         while True:
             # Without work, wait for one command. With work, take only the commands that are there
             # now, so that a constant flow of commands cannot delay the next step of the rows.
@@ -283,70 +283,74 @@ class EngineRunner:
                 if isinstance(command, _Submit):
                     # Skip a request that was already cancelled, so that a step never waits for more
                     # validations than there are readers.
-                    if command.channel.open:
-                        self._submit(engine, command, channels)
+                    if command.events.open:
+                        self._submit(engine, command, streams)
                 elif isinstance(command, _Cancel):
-                    channels.pop(command.request_id, None)
+                    streams.pop(command.request_id, None)
                     engine.cancel(command.request_id)
             if engine.has_work:
-                self._dispatch(engine.step(), channels)
+                self._dispatch(engine.step(), streams)
 
-    def _submit(self, engine: EngineLike, command: _Submit, channels: dict[str, _Channel]) -> None:
+    def _submit(
+        self, engine: EngineProtocol, command: _Submit, streams: dict[str, _EventQueue]
+    ) -> None:
         try:
             engine.submit(command.request)
         # Any error of validation is a failure of this request, not of the server.
         except BaseException as error:
             raise_if_fatal(error)
-            told = (
+            failure = (
                 error
                 if isinstance(error, A2SFError)
-                else _logged(command.request.request_id, error)
+                else _log_failure(command.request.request_id, error)
             )
-            self._post(self._refuse, command.channel, told)
+            self._post(self._refuse, command.events, failure)
         else:
-            channels[command.request.request_id] = command.channel
+            streams[command.request.request_id] = command.events
 
-    def _dispatch(self, events: list[StepEvent], channels: dict[str, _Channel]) -> None:
-        batch: list[tuple[_Channel, Event | RequestFailed]] = []
-        for event in events:
+    def _dispatch(self, step_events: list[StepEvent], streams: dict[str, _EventQueue]) -> None:
+        batch: list[tuple[_EventQueue, Event | RequestFailed]] = []
+        for event in step_events:
             # Also log the failure of a request that has no reader any more.
-            told = _logged(event.request_id, event.error) if isinstance(event, Failed) else event
-            channel = channels.get(event.request_id)
-            if channel is not None:
-                batch.append((channel, told))
+            delivered = (
+                _log_failure(event.request_id, event.error) if isinstance(event, Failed) else event
+            )
+            events = streams.get(event.request_id)
+            if events is not None:
+                batch.append((events, delivered))
                 if isinstance(event, Finished | Failed):
-                    del channels[event.request_id]
+                    del streams[event.request_id]
         # Wake the loop once for the whole batch, not once per token.
         if batch:
             self._post(self._deliver, batch)
 
-    def _refuse(self, channel: _Channel, error: Exception) -> None:
-        if channel.open:
-            channel.fail(error)
+    def _refuse(self, events: _EventQueue, error: Exception) -> None:
+        if events.open:
+            events.fail(error)
 
-    def _deliver(self, batch: list[tuple[_Channel, Event | RequestFailed]]) -> None:
-        for channel, event in batch:
+    def _deliver(self, batch: list[tuple[_EventQueue, Event | RequestFailed]]) -> None:
+        for events, event in batch:
             # The engine sent this before it learned that the stream had ended.
-            if not channel.open:
+            if not events.open:
                 continue
             if isinstance(event, RequestFailed):
-                channel.fail(event)
+                events.fail(event)
                 continue
-            if channel.unread < self._max_unread:
-                channel.put(event)
+            if events.unread < self._max_unread:
+                events.put(event)
                 continue
-            log.warning("client stopped reading", request_id=channel.request_id)
+            log.warning("client stopped reading", request_id=events.request_id)
             self._end(
-                channel,
+                events,
                 Aborted(
-                    f"the client stopped reading: {channel.unread} events were waiting for it, "
+                    f"the client stopped reading: {events.unread} events were waiting for it, "
                     "the most that are kept"
                 ),
             )
 
-    def _end(self, channel: _Channel, error: Exception) -> None:
-        channel.fail(error)
-        self._inbox.put(_Cancel(channel.request_id))
+    def _end(self, events: _EventQueue, error: Exception) -> None:
+        events.fail(error)
+        self._inbox.put(_Cancel(events.request_id))
 
     def _on_crash(self, cause: BaseException) -> None:
         self.fail_all(lambda: EngineCrashed("the engine's thread died"))
@@ -361,7 +365,7 @@ class EngineRunner:
             log.debug("event loop closed before the engine's thread ended")
 
 
-def _logged(request_id: str, error: BaseException) -> RequestFailed:
+def _log_failure(request_id: str, error: BaseException) -> RequestFailed:
     """Log the engine's failure at one request; return the error for its reader."""
     log.error("request failed", request_id=request_id, reason=first_line(error), exc_info=error)
     failed = RequestFailed("the engine failed at this request")
@@ -369,7 +373,7 @@ def _logged(request_id: str, error: BaseException) -> RequestFailed:
     return failed
 
 
-def _settle(future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None) -> None:
+def _resolve(future: "asyncio.Future[Holder]", value: Holder, error: BaseException | None) -> None:
     if future.done():
         return
     if error is not None:

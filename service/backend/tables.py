@@ -101,17 +101,17 @@ class TableCatalog:
         self._check: Callable[[AlphaTable], None] = _anything
         self._lock = threading.Lock()
         # The table served from each file, by file name. It stays here if its file becomes invalid.
-        self._kept: dict[str, AlphaTable] = {}
+        self._by_file: dict[str, AlphaTable] = {}
         self._refused: list[tuple[str, TableError]] = []
         # The default table, if its file is gone.
-        self._orphan: AlphaTable | None = None
+        self._default_without_file: AlphaTable | None = None
         self._default: str | None = None
-        self._seen: object = None
+        self._last_stamp: object = None
         self.now = TableStore()
         if directory is not None:
             self._read(directory)
 
-    def settle(self, default: str | None, check: Callable[[AlphaTable], None]) -> None:
+    def set_default(self, default: str | None, check: Callable[[AlphaTable], None]) -> None:
         """Set the first default table, and the check that every later default must pass.
 
         `check` gets the candidate, and raises one of the project's errors if requests that name no
@@ -127,7 +127,7 @@ class TableCatalog:
 
     def outdated(self) -> bool:
         """Whether the directory has changed since it was last read; opens no file."""
-        return self.directory is not None and self._seen != _look(self.directory)
+        return self.directory is not None and self._last_stamp != _directory_stamp(self.directory)
 
     def reload(self) -> Reloaded:
         """Read the directory again.
@@ -160,15 +160,15 @@ class TableCatalog:
             if name:
                 self._check(self.now.lookup(name))
             self._default = name or None
-            if self._orphan is not None and self._orphan.name != name:
-                self._orphan = None
+            if self._default_without_file is not None and self._default_without_file.name != name:
+                self._default_without_file = None
             self._publish()
             log.info("default alpha table activated", table=name, etag=self.now.etag)
             return self.now
 
     def _read(self, directory: Path) -> Reloaded:
         # The stamp is taken before the read, so a change during the read causes another read.
-        look = _look(directory)
+        stamp = _directory_stamp(directory)
         try:
             names = sorted(entry.name for entry in directory.iterdir() if _is_table(entry.name))
         except OSError as error:
@@ -176,15 +176,15 @@ class TableCatalog:
                 f"the directory of alpha tables cannot be listed: {error.strerror}; the tables "
                 "that are served stay"
             ) from error
-        whole: dict[str, AlphaTable] = {}
+        valid: dict[str, AlphaTable] = {}
         refused: list[tuple[str, TableError]] = []
-        kept: dict[str, AlphaTable] = {}
+        by_file: dict[str, AlphaTable] = {}
         for file in names:
-            before = self._kept.get(file)
+            before = self._by_file.get(file)
             # Until the table's name is known, use the name it had before, or the file's name.
             name = before.name if before is not None else Path(_printable(file)).stem
             try:
-                table = parse_table(_contents(directory / file))
+                table = parse_table(_read_file(directory / file))
                 name = table.name
                 table.check_model(self._identity)
                 if name == self._default and table.sha256 != self.now.tables[name].sha256:
@@ -194,38 +194,41 @@ class TableCatalog:
             # A damaged file may make a library raise any of these.
             except (A2SFError, OSError, ValueError, RecursionError) as error:
                 if before is not None:
-                    kept[file] = before
+                    by_file[file] = before
                 refused.append((name, _refusal(file, error)))
             else:
-                whole[file] = table
-        taken = {table.name: file for file, table in kept.items()}
+                valid[file] = table
+        file_of_name = {table.name: file for file, table in by_file.items()}
         # A file that already serves a name has priority over another file with that name.
-        for file in sorted(whole, key=lambda file: (not self._served(file, whole[file]), file)):
-            table = whole[file]
-            if taken.setdefault(table.name, file) == file:
-                kept[file] = table
+        for file in sorted(valid, key=lambda file: (not self._served(file, valid[file]), file)):
+            table = valid[file]
+            if file_of_name.setdefault(table.name, file) == file:
+                by_file[file] = table
             else:
-                why = f"another file, {_printable(taken[table.name])}, has the name {table.name!r}"
+                other = _printable(file_of_name[table.name])
+                why = f"another file, {other}, has the name {table.name!r}"
                 refused.append((table.name, _refusal(file, TableInvalid(why))))
         default = self.now.tables[self._default] if self._default is not None else None
-        self._orphan = default if default is not None and default.name not in taken else None
-        self._kept, self._refused, self._seen = kept, refused, look
+        self._default_without_file = (
+            default if default is not None and default.name not in file_of_name else None
+        )
+        self._by_file, self._refused, self._last_stamp = by_file, refused, stamp
         past = self.now
         self._publish()
-        return _told(past, self.now)
+        return _compare_and_log(past, self.now)
 
     def _served(self, file: str, table: AlphaTable) -> bool:
-        return file in self._kept and self._kept[file].name == table.name
+        return file in self._by_file and self._by_file[file].name == table.name
 
     def _publish(self) -> None:
-        tables = {table.name: table for table in self._kept.values()}
+        tables = {table.name: table for table in self._by_file.values()}
         refused: dict[str, TableError] = {}
         for name, error in self._refused:
             first = refused.get(name)
             refused[name] = type(first)(f"{first}; {error}") if first is not None else error
-        if self._orphan is not None:
-            name = self._orphan.name
-            tables[name] = self._orphan
+        if self._default_without_file is not None:
+            name = self._default_without_file.name
+            tables[name] = self._default_without_file
             gone = TableError(f"no file has alpha table {name!r} any more; it stays as the default")
             refused.setdefault(name, gone)
         self.now = TableStore(
@@ -242,7 +245,7 @@ def _is_table(file: str) -> bool:
     return file.endswith(".json") and not file.startswith(".")
 
 
-def _look(directory: Path) -> object:
+def _directory_stamp(directory: Path) -> object:
     """Return the state of a directory and its tables without reading files; None: unreadable."""
     try:
         entries = [entry for entry in directory.iterdir() if _is_table(entry.name)]
@@ -252,10 +255,10 @@ def _look(directory: Path) -> object:
     return (seen.st_dev, seen.st_ino), {entry.name: files.stamp(entry) for entry in entries}
 
 
-def _contents(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
-        return files.contents(path, MAX_FILE_BYTES)
-    except files.Unfit as error:
+        return files.read_limited(path, MAX_FILE_BYTES)
+    except files.UnreadableFile as error:
         raise TableInvalid(str(error)) from None
 
 
@@ -268,7 +271,7 @@ def _refusal(file: str, error: Exception) -> TableError:
     return kind(f"alpha table {_printable(file)}: {why}")
 
 
-def _told(before: TableStore, now: TableStore) -> Reloaded:
+def _compare_and_log(before: TableStore, now: TableStore) -> Reloaded:
     """Compare two states, and log what is new."""
     old, new = before.tables, now.tables
     told = Reloaded(

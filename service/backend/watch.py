@@ -34,29 +34,29 @@ async def watch(
 
     If the directory is missing, wait until it is back.
     """
-    lost = False
-    async with aclosing(_glances(directory)) as glances:
-        async for told in glances:
-            if not (told or lost or await asyncio.to_thread(catalog.outdated)):
+    missing = False
+    async with aclosing(_change_signals(directory)) as signals:
+        async for changed in signals:
+            if not (changed or missing or await asyncio.to_thread(catalog.outdated)):
                 continue
             try:
                 await reload()
             except NotFound as error:
-                if not lost:
+                if not missing:
                     log.warning("tables not read", directory=str(directory), reason=str(error))
-                lost = True
+                missing = True
                 continue
-            if lost:
+            if missing:
                 log.info("tables directory is back", directory=str(directory))
-            lost = False
+            missing = False
 
 
-async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
+async def _change_signals(directory: Path) -> AsyncGenerator[bool, None]:
     """Yield True after a notified change, and False when it is time to check for changes."""
     reason = None
     while True:
         try:
-            place = await asyncio.to_thread(_place, directory)
+            inode = await asyncio.to_thread(_inode, directory)
             async with aclosing(
                 awatch(
                     directory,
@@ -69,10 +69,10 @@ async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
                     recursive=False,
                 )
             ) as changes:
-                async for told in changes:
+                async for changed in changes:
                     reason = None
-                    yield bool(told)
-                    if await asyncio.to_thread(_place, directory) != place:
+                    yield bool(changed)
+                    if await asyncio.to_thread(_inode, directory) != inode:
                         break
         # RuntimeError: the system's limit on watches is reached.
         except (OSError, RuntimeError) as error:
@@ -88,6 +88,6 @@ async def _glances(directory: Path) -> AsyncGenerator[bool, None]:
             await asyncio.sleep(RECHECK_S)
 
 
-def _place(directory: Path) -> tuple[int, int]:
+def _inode(directory: Path) -> tuple[int, int]:
     seen = directory.stat()
     return seen.st_dev, seen.st_ino

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from a2sf.errors import InvalidArgument, first_line
 from a2sf.schema import Given
-from service.client.targets import is_list, may_be_several, stays_here, uri
+from service.client.targets import is_list, is_local, may_be_several, uri
 from service.pb import inference_pb2 as pb
 from service.status import METADATA_OPTIONS
 
@@ -145,7 +145,7 @@ class ChannelOptions(Given):
             raise InvalidArgument("token", "accepted: printable ASCII without spaces")
         if not self.token:
             raise InvalidArgument("token", "empty; give one, or none at all")
-        if self.tls is None and not self.insecure_token and not stays_here(target):
+        if self.tls is None and not self.insecure_token and not is_local(target):
             raise InvalidArgument(
                 "token",
                 f"{target} is reached in plain text, where others can read the token; use TLS, or "

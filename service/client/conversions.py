@@ -44,9 +44,9 @@ from service.client.results import (
 )
 from service.pb import inference_pb2 as pb
 from service.policy_messages import policy_from_message, policy_to_message, preset_name, set_fields
-from service.status import RemoteError, Violations, fields_of
+from service.status import RemoteError, Violations, field_prefix
 
-Written = TypeVar("Written", bound=Message)
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 def generation_input(
@@ -62,24 +62,24 @@ def generation_input(
             f"no such option: {', '.join(sorted(unknown))}; accepted: "
             f"{', '.join(sorted(GenerationOptions.__annotations__))}"
         )
-    found, message = Violations(), pb.GenerationInput()
+    violations, message = Violations(), pb.GenerationInput()
     sampling = options.get("sampling", Sampling())
     output = {name: options.get(name) for name in pb.OutputOptions.DESCRIPTOR.fields_by_name}
-    with found.of_part():
+    with violations.collect():
         if isinstance(options.get("stop"), str):
             # A string is a sequence too, but of one-character strings.
             raise InvalidArgument("input.stop", "one string; give a list of strings")
-        message.stop.extend(_written(pb.GenerationInput, "input.", stop=options.get("stop")).stop)
-    with found.of_part():
-        drawn = sampling.model_dump(exclude_none=True)
-        message.sampling.CopyFrom(_written(pb.Sampling, "input.sampling.", **drawn))
-    with found.of_part():
+        message.stop.extend(_build(pb.GenerationInput, "input.", stop=options.get("stop")).stop)
+    with violations.collect():
+        sampling_fields = sampling.model_dump(exclude_none=True)
+        message.sampling.CopyFrom(_build(pb.Sampling, "input.sampling.", **sampling_fields))
+    with violations.collect():
         message.cache_policy.CopyFrom(_policy(options.get("cache_policy", CachePolicy())))
-    with found.of_part():
-        message.output.CopyFrom(_written(pb.OutputOptions, "input.output.", **output))
-    with found.of_part():
+    with violations.collect():
+        message.output.CopyFrom(_build(pb.OutputOptions, "input.output.", **output))
+    with violations.collect():
         message.MergeFrom(
-            _written(
+            _build(
                 pb.GenerationInput,
                 "input.",
                 request_id=options.get("request_id"),
@@ -90,10 +90,10 @@ def generation_input(
                 ignore_eos=options.get("ignore_eos"),
             )
         )
-    with found.of_part():
+    with violations.collect():
         special = options.get("special_tokens_in_content", False)
         _write_prompt(prompt, message, "input.", special=special)
-    found.check()
+    violations.check()
     return message
 
 
@@ -106,22 +106,22 @@ def tokenize_request(
     return message
 
 
-def _written(cls: type[Written], where: str, **fields: Any) -> Written:
+def _build(cls: type[MessageT], where: str, **fields: Any) -> MessageT:
     # One field at a time, because protobuf does not say which value does not fit its field.
-    message, found = cls(), Violations()
+    message, violations = cls(), Violations()
     for name, value in fields.items():
-        with found.of_part():
-            message.MergeFrom(_field(cls, where, name, value))
-    found.check()
+        with violations.collect():
+            message.MergeFrom(_with_one_field(cls, where, name, value))
+    violations.check()
     return message
 
 
-def _field(cls: type[Written], where: str, name: str, value: Any) -> Written:
+def _with_one_field(cls: type[MessageT], where: str, name: str, value: Any) -> MessageT:
     """Make a message with one field; None leaves it unset."""
     try:
         part = cls(**{name: value})
     except (ValueError, OverflowError) as error:
-        problem = f"{error}{_accepted(cls.DESCRIPTOR.fields_by_name[name].type)}"
+        problem = f"{error}{_accepted_range(cls.DESCRIPTOR.fields_by_name[name].type)}"
         raise InvalidArgument(f"{where}{name}", problem) from error
     # A float that is too large for its field silently becomes infinite.
     if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
@@ -131,7 +131,7 @@ def _field(cls: type[Written], where: str, name: str, value: Any) -> Written:
     return part
 
 
-def _accepted(kind: int) -> str:
+def _accepted_range(kind: int) -> str:
     """Return the accepted range of an integer field, as a suffix; empty for other types."""
     bits = {FieldDescriptor.TYPE_UINT32: 32, FieldDescriptor.TYPE_UINT64: 64}.get(kind)
     return f"; accepted: 0 to {2**bits - 1}" if bits else ""
@@ -154,7 +154,7 @@ def _write_prompt(
     if isinstance(prompt, (bytes, bytearray)):
         raise InvalidArgument(f"{where}prompt", "bytes; decode them, or give token ids as a list")
     if isinstance(prompt, str):
-        message.text = _written(type(message), where, text=prompt).text
+        message.text = _build(type(message), where, text=prompt).text
         return
     ids = [part for part in prompt if isinstance(part, int)]
     if len(ids) < len(prompt):
@@ -169,19 +169,19 @@ def _write_prompt(
         message.chat.special_tokens_in_content = special
     elif isinstance(message, pb.GenerationInput):
         message.token_ids.SetInParent()
-        message.token_ids.MergeFrom(_written(pb.TokenIds, f"{where}token_ids.", ids=ids))
+        message.token_ids.MergeFrom(_build(pb.TokenIds, f"{where}token_ids.", ids=ids))
     else:
         raise InvalidArgument("prompt", "no text; give text, or one chat message or more")
 
 
 def _chat_message(part: object, where: str) -> pb.ChatMessage:
     if isinstance(part, Mapping):
-        with fields_of(where):
+        with field_prefix(where):
             part = ChatMessage(**part)
     if not isinstance(part, ChatMessage):
         raise InvalidArgument(where, "accepted: a ChatMessage, or a mapping of role and content")
     one = part
-    return _written(pb.ChatMessage, f"{where}.", role=one.role, content=one.content)
+    return _build(pb.ChatMessage, f"{where}.", role=one.role, content=one.content)
 
 
 def stream_event(message: pb.StreamGenerateResponse, request_id: str) -> StreamEvent | None:
@@ -342,8 +342,8 @@ def _heads(heads: Iterable[pb.HeadTokens], layers: Iterable[int], num_kv_heads: 
     Servers that do not yet split slots by head send only `layers`: all heads of a layer have the
     same number. If the number of heads is unknown, one entry stands for all.
     """
-    told = tuple(tuple(layer.tokens) for layer in heads)
-    return told or tuple((tokens,) * num_kv_heads for tokens in layers)
+    per_head = tuple(tuple(layer.tokens) for layer in heads)
+    return per_head or tuple((tokens,) * num_kv_heads for tokens in layers)
 
 
 def _prompt(message: pb.Prompt) -> Prompt:

@@ -37,7 +37,7 @@ def may_be_several(target: str) -> bool:
     return len(hosts) > 1 or any(host != "localhost" and not _is_ip(host) for host in hosts)
 
 
-def stays_here(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Whether data sent to a target never leaves this machine."""
     return all(host == "localhost" or _is_loopback(host) for host in _hosts(target))
 

@@ -38,15 +38,15 @@ class _Calls:
         self._channel = channel
         self._metadata = metadata
         self._target = target
-        self._speech = "plain text" if options.tls is None else "TLS"
+        self._encryption = "plain text" if options.tls is None else "TLS"
         self._several = may_be_several(target)
         self._stubs: dict[type, Any] = {}
         self._closed = False
         # A stub created on a closed channel for threads crashes the interpreter.
-        self._making = threading.Lock()
+        self._lock = threading.Lock()
 
     def start(self, call: Call[Any], timeout_s: float) -> Any:
-        with self._making:
+        with self._lock:
             if self._closed:
                 raise _closed()
             if call.stub not in self._stubs:
@@ -65,15 +65,15 @@ class _Calls:
 
     def close(self) -> None:
         """Refuse new calls; call it before closing the channel."""
-        with self._making:
+        with self._lock:
             self._closed = True
 
     @contextmanager
-    def own_errors(self, timeout_s: float) -> Iterator[None]:
+    def converted_errors(self, timeout_s: float) -> Iterator[None]:
         try:
             yield
         except grpc.RpcError as error:
-            raise self._told(error, timeout_s) from error
+            raise self._convert(error, timeout_s) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -81,19 +81,19 @@ class _Calls:
             # The caller was not cancelled: the channel was closed during the call.
             raise _closed() from None
 
-    def _told(self, error: grpc.RpcError, timeout_s: float) -> A2SFError:
-        told = from_wire(error, timeout_s)
+    def _convert(self, error: grpc.RpcError, timeout_s: float) -> A2SFError:
+        converted = from_wire(error, timeout_s)
         # At runtime, every error of a call is also a call; its static type does not say so.
         call: Any = error
-        if isinstance(told, Unavailable) and DETAILS_KEY not in dict(
+        if isinstance(converted, Unavailable) and DETAILS_KEY not in dict(
             call.trailing_metadata() or ()
         ):
             # The error is gRPC's own, not the server's, and does not say what to do.
             return Unavailable(
-                f"connection to {self._target} failed: {told}; see that a server is up there, and "
-                f"that it speaks {self._speech} as this client does"
+                f"connection to {self._target} failed: {converted}; see that a server is up "
+                f"there, and that it speaks {self._encryption} as this client does"
             )
-        return told
+        return converted
 
 
 def _closed() -> Cancelled:
@@ -132,7 +132,7 @@ class AsyncTransport:
         rounds = self._calls.rounds(timeout_s)
         while True:
             try:
-                with self._calls.own_errors(timeout_s):
+                with self._calls.converted_errors(timeout_s):
                     answer = await self._calls.start(call, rounds.left_s)
                 return call.read(answer)
             except NoRoom as refusal:
@@ -141,18 +141,18 @@ class AsyncTransport:
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
         """Make a call with a stream of events; yield those that `call.read` converts."""
-        rounds, begun = self._calls.rounds(timeout_s), False
+        rounds, started = self._calls.rounds(timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
             try:
-                with self._calls.own_errors(timeout_s):
+                with self._calls.converted_errors(timeout_s):
                     async for message in rpc:
-                        begun = True
+                        started = True
                         event = call.read(message)
                         if event is not None:
                             yield event
             except NoRoom as refusal:
-                if begun:
+                if started:
                     raise
                 wait_s = rounds.wait_s(refusal)
             else:
@@ -193,7 +193,7 @@ class SyncTransport:
         rounds = self._calls.rounds(timeout_s)
         while True:
             try:
-                with self._calls.own_errors(timeout_s):
+                with self._calls.converted_errors(timeout_s):
                     answer = self._calls.start(call, rounds.left_s)
                 return call.read(answer)
             except NoRoom as refusal:
@@ -202,18 +202,18 @@ class SyncTransport:
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
         """Make a call with a stream of events; yield those that `call.read` converts."""
-        rounds, begun = self._calls.rounds(timeout_s), False
+        rounds, started = self._calls.rounds(timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
             try:
-                with self._calls.own_errors(timeout_s):
+                with self._calls.converted_errors(timeout_s):
                     for message in rpc:
-                        begun = True
+                        started = True
                         event = call.read(message)
                         if event is not None:
                             yield event
             except NoRoom as refusal:
-                if begun:
+                if started:
                     raise
                 wait_s = rounds.wait_s(refusal)
             else:

@@ -169,7 +169,7 @@ class ShutdownOptions(_Group):
     """Seconds that running requests then get to finish."""
 
 
-class SightOptions(_Group):
+class ObservabilityOptions(_Group):
     """Logs, metrics and traces"""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -194,13 +194,13 @@ GROUPS: tuple[type[_Group], ...] = (
     SecurityOptions,
     AdminOptions,
     ShutdownOptions,
-    SightOptions,
+    ObservabilityOptions,
 )
 """In the order of the help."""
 
 
 class ServerOptions(
-    SightOptions,
+    ObservabilityOptions,
     ShutdownOptions,
     AdminOptions,
     SecurityOptions,
@@ -212,7 +212,7 @@ class ServerOptions(
     """All settings of `serve`. The fields of the last base come first."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _consistent(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InvalidArgument("--tls-cert", "it and --tls-key need each other; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -226,13 +226,15 @@ class ServerOptions(
     @property
     def address(self) -> str:
         """Address to listen on. Raises InvalidArgument for plain text that others can reach."""
-        return self._reachable("--host", self.host, self.port, plain_text=self.tls_cert is None)
+        return self._checked_address(
+            "--host", self.host, self.port, plain_text=self.tls_cert is None
+        )
 
     @property
     def admin_address(self) -> str:
         """Address of the admin service, which must be enabled; raises as `address`."""
         assert self.admin_port is not None
-        return self._reachable(
+        return self._checked_address(
             "--admin-host", self.admin_host, self.admin_port, plain_text=self.tls_cert is None
         )
 
@@ -240,11 +242,11 @@ class ServerOptions(
     def metrics_address(self) -> str:
         """Address of the metrics, which must be enabled. Always plain text; raises as `address`."""
         assert self.metrics_port is not None
-        return self._reachable(
+        return self._checked_address(
             "--metrics-host", self.metrics_host, self.metrics_port, plain_text=True
         )
 
-    def _reachable(self, field: str, host: str, port: int, *, plain_text: bool) -> str:
+    def _checked_address(self, field: str, host: str, port: int, *, plain_text: bool) -> str:
         if plain_text and not self.insecure_bind and not is_loopback(host):
             encrypt = "" if field == "--metrics-host" else "give --tls-cert and --tls-key, "
             raise InvalidArgument(
@@ -255,14 +257,14 @@ class ServerOptions(
             )
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def budget(self, head_share: Shares | None) -> int:
+    def default_budget_for(self, head_share: Shares | None) -> int:
         """Default budget of a request, if rows have these shares (None: equal heads)."""
         if self.default_budget is not None:
             return self.default_budget
         return self._narrowest(head_share)
 
-    def floor(self, head_share: Shares | None) -> int:
-        """Lower bound of a ratio if request and table set none; shares as in `budget`."""
+    def min_budget_for(self, head_share: Shares | None) -> int:
+        """Lower bound of a ratio if request and table set none (None: equal heads)."""
         if self.min_budget is not None:
             return self.min_budget
         # A quarter, so that a table that gives some heads four times the mean fits too. A request
@@ -270,7 +272,7 @@ class ServerOptions(
         return min(MIN_BUDGET, self.slots // 4, self._narrowest(head_share))
 
     def _narrowest(self, head_share: Shares | None) -> int:
-        return min(chain(*heads_of(self.slots, head_share or ((1.0,),))))
+        return min(chain(*slots_per_head(self.slots, head_share or ((1.0,),))))
 
     def engine_config(self, head_share: Shares | None) -> "EngineConfig":
         """The engine's sizes. `head_share`: the shares of a row's heads; None: equal heads.
@@ -281,7 +283,7 @@ class ServerOptions(
         from a2sf.engine.admission import EngineConfig
 
         least = DEFAULT_SINKS + 1
-        budget = self.budget(head_share)
+        budget = self.default_budget_for(head_share)
         if self.default_budget is None and budget < least:
             raise InvalidArgument(
                 "--slots",
@@ -293,7 +295,7 @@ class ServerOptions(
                 "--default-budget",
                 f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
-        if (floor := self.floor(head_share)) > self.slots:
+        if (floor := self.min_budget_for(head_share)) > self.slots:
             raise InvalidArgument(
                 "--min-budget", f"{floor}; accepted: 0 (none) to {self.slots} (slots)"
             )
@@ -315,7 +317,7 @@ class ServerOptions(
             raise InvalidArgument("options", first_problem(error)) from error
 
 
-def heads_of(slots: int, shares: Shares) -> Heads:
+def slots_per_head(slots: int, shares: Shares) -> Heads:
     """Return the slots of each layer and head of a row with `slots`, split by `shares`."""
     return deal(slots, shares, slots * sum(map(len, shares)))
 

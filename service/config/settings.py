@@ -76,11 +76,11 @@ def variable(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSettings:
     """The result of reading the command line."""
 
     options: ServerOptions
-    places: Mapping[str, str]
+    sources: Mapping[str, str]
     """Source of each value that is not a default, by the setting's name."""
     print_config: bool
     misspelt: tuple[str, ...]
@@ -99,11 +99,11 @@ class Loaded:
                 shown = str(value) if isinstance(value, Path) else value
                 # Strings, numbers and booleans of JSON are valid TOML.
                 written = json.dumps(shown, ensure_ascii=False)
-                lines.append(f"{name} = {written}  # {self.places.get(name, 'default')}")
+                lines.append(f"{name} = {written}  # {self.sources.get(name, 'default')}")
         return "\n".join(lines) + "\n"
 
 
-def load(arguments: Sequence[str]) -> Loaded:
+def load(arguments: Sequence[str]) -> LoadedSettings:
     """Read the flags, the process's environment, and the file that either one names.
 
     Raises InvalidArgument for invalid values, and SystemExit after printing help or the version.
@@ -117,7 +117,7 @@ def load(arguments: Sequence[str]) -> Loaded:
     environment = EnvSettingsSource(_Sources)()
     path = parsed.config or os.environ.get(CONFIG_ENV) or None
     file = _read(Path(path)) if path else {}
-    places = {
+    sources = {
         **{name: str(path) for name in file},
         **{name: variable(name) for name in environment},
         **{name: flag(name) for name in flags},
@@ -127,8 +127,8 @@ def load(arguments: Sequence[str]) -> Loaded:
             {**file, **environment, **flags}, strict=False, by_alias=True, by_name=False
         )
     except ValidationError as error:
-        raise _told(error, places) from None
-    return Loaded(options, places, parsed.print_config, tuple(_misspelt(os.environ)))
+        raise _invalid_setting(error, sources) from None
+    return LoadedSettings(options, sources, parsed.print_config, tuple(_misspelt(os.environ)))
 
 
 class _Parser(ArgumentParser):
@@ -165,9 +165,9 @@ class _Parser(ArgumentParser):
 
     def add_setting(self, *flags: str, dest: str, help: str, **kwargs: Any) -> None:
         """Add the argument of a field to its section, with plainer metavars and defaults."""
-        words = {"int": "N", "float": "SECONDS", "Path": "PATH", "str": "TEXT"}
+        metavars = {"int": "N", "float": "SECONDS", "Path": "PATH", "str": "TEXT"}
         if "metavar" in kwargs:
-            kwargs["metavar"] = words.get(kwargs["metavar"], kwargs["metavar"])
+            kwargs["metavar"] = metavars.get(kwargs["metavar"], kwargs["metavar"])
         for said, meant in (
             (" (default: none)", ""),
             ("(default: False)", "(default: off)"),
@@ -196,16 +196,16 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _told(error: ValidationError, places: Mapping[str, str]) -> InvalidArgument:
+def _invalid_setting(error: ValidationError, sources: Mapping[str, str]) -> InvalidArgument:
     problem = error.errors(include_url=False)[0]
     if not problem["loc"]:
         # A rule about several settings; its error names them.
         refusal: InvalidArgument = problem["ctx"]["error"]
         return refusal
     name = str(problem["loc"][0])
-    place = "" if places[name] == flag(name) else f" (from {places[name]})"
+    source = "" if sources[name] == flag(name) else f" (from {sources[name]})"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return InvalidArgument(flag(name), f"{problem['input']!r}{place}: {message}")
+    return InvalidArgument(flag(name), f"{problem['input']!r}{source}: {message}")
 
 
 def _misspelt(environment: Iterable[str]) -> Iterable[str]:

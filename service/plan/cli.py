@@ -198,13 +198,13 @@ def plan(
         known = replace(known, bandwidth=units.parse_bandwidth("--bandwidth", bandwidth))
     if compute is not None:
         known = replace(known, compute=units.parse_compute("--compute", compute))
-    means = pace.Means(
+    sources = pace.TimeSources(
         bandwidth=known.bandwidth,
         compute=known.compute,
         step_s=None if step_ms is None else step_ms / 1e3,
         prefill_tokens_per_s=prefill_tokens_per_s,
     )
-    load = pace.Load(
+    load = pace.Workload(
         requests_per_s=requests_per_s,
         tokens_per_s=tokens_per_s,
         prompt_tokens=prompt_tokens,
@@ -212,9 +212,9 @@ def plan(
         utilisation=utilisation,
         price_per_hour=price_per_hour,
     )
-    pace.check(means, load)
+    pace.check(sources, load)
     sized = sizing.size(
-        sizing.Wish(
+        sizing.PlanInputs(
             model=model,
             revision=revision,
             device=device,
@@ -235,16 +235,16 @@ def plan(
         )
     )
     pace.check_lengths(sized, load)
-    worked_out = report.Plan(
+    planned = report.Plan(
         sizing=sized,
-        means=means,
+        sources=sources,
         load=load,
         reserve_said=reserve,
-        ours=pace.ours(sized, means, load),
-        full=pace.full(sized, means, load),
+        this_cache=pace.this_cache(sized, sources, load),
+        full_cache=pace.full_cache(sized, sources, load),
     )
-    show = report.for_programs if as_json else report.for_people
-    print(show(worked_out))
+    show = report.as_json if as_json else report.as_text
+    print(show(planned))
 
 
 def run(arguments: Sequence[str]) -> None:

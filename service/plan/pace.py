@@ -16,7 +16,7 @@ from service.plan.sizing import Sizing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
+class TimeSources:
     """Sources of times; a measured time takes precedence over a bound."""
 
     bandwidth: int | None
@@ -30,7 +30,7 @@ class Means:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """The load to serve, and the planned utilisation of a replica."""
 
     requests_per_s: float | None
@@ -71,8 +71,8 @@ class Pace:
         return self.rows / self.step_s
 
 
-def check(means: Means, load: Load) -> None:
-    """Check that `means` suffices to compute times for `load`. Raises InvalidArgument."""
+def check(sources: TimeSources, load: Workload) -> None:
+    """Check that `sources` suffices to compute times for `load`. Raises InvalidArgument."""
     if load.requests_per_s is not None and load.tokens_per_s is not None:
         raise InvalidArgument("--requests-per-s", "goes not with --tokens-per-s; give one load")
     if load.requests_per_s is not None and not (load.prompt_tokens and load.completion_tokens):
@@ -81,20 +81,20 @@ def check(means: Means, load: Load) -> None:
         )
     if load.prompt_tokens and not load.completion_tokens:
         raise InvalidArgument("--prompt-tokens", "needs --completion-tokens beside it")
-    if load.prompt_tokens and means.compute is None and means.prefill_tokens_per_s is None:
+    if load.prompt_tokens and sources.compute is None and sources.prefill_tokens_per_s is None:
         raise InvalidArgument(
             "--prompt-tokens",
             "reading them takes time too: give --gpu, --compute or --prefill-tokens-per-s",
         )
     wants = (load.requests_per_s, load.tokens_per_s, load.prompt_tokens, load.price_per_hour)
-    if means.bandwidth is None and means.step_s is None and any(wants):
+    if sources.bandwidth is None and sources.step_s is None and any(wants):
         raise InvalidArgument(
             "--bandwidth",
             "missing; a load or a price needs a step's time: give --gpu, --bandwidth or --step-ms",
         )
 
 
-def check_lengths(sizing: Sizing, load: Load) -> None:
+def check_lengths(sizing: Sizing, load: Workload) -> None:
     """Refuse requests that the planned server would refuse. Raises InvalidArgument."""
     if not (load.prompt_tokens and load.completion_tokens):
         return
@@ -112,15 +112,15 @@ def check_lengths(sizing: Sizing, load: Load) -> None:
         )
 
 
-def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
+def this_cache(sizing: Sizing, sources: TimeSources, load: Workload) -> Pace | None:
     """Pace of the planned server, with every row at its budget; None without a time source."""
-    tokens = sizing.held
+    tokens = sizing.cached_tokens
     operations = capacity.attention_operations(sizing.spec, tokens) + sum(
         capacity.scoring_operations(sizing.spec, tokens)
     )
     return _pace(
         sizing,
-        means,
+        sources,
         load,
         rows=sizing.rows,
         row_nbytes=capacity.held_nbytes(sizing.spec, tokens),
@@ -129,17 +129,17 @@ def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
     )
 
 
-def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
+def full_cache(sizing: Sizing, sources: TimeSources, load: Workload) -> Pace | None:
     """Pace of a cache that keeps every token, with every row at its whole context.
 
     None without a time source, if no row fits, or if the step's time was measured, because that
     does not apply to another cache.
     """
-    if means.step_s is not None or sizing.full_rows == 0:
+    if sources.step_s is not None or sizing.full_rows == 0:
         return None
     return _pace(
         sizing,
-        means,
+        sources,
         load,
         rows=sizing.full_rows,
         row_nbytes=sizing.full_sequence,
@@ -150,8 +150,8 @@ def full(sizing: Sizing, means: Means, load: Load) -> Pace | None:
 
 def _pace(
     sizing: Sizing,
-    means: Means,
-    load: Load,
+    sources: TimeSources,
+    load: Workload,
     *,
     rows: int,
     row_nbytes: int,
@@ -162,17 +162,17 @@ def _pace(
     step_nbytes = weights.step_nbytes + rows * row_nbytes
     step_operations = rows * (2 * weights.step_parameters + row_operations)
     bounds: dict[Literal["memory", "compute", "measured"], float] = {}
-    if means.step_s is not None:
-        bounds["measured"] = means.step_s
-    elif means.bandwidth is not None:
-        bounds["memory"] = step_nbytes / means.bandwidth
-        if means.compute is not None:
-            bounds["compute"] = step_operations / means.compute
+    if sources.step_s is not None:
+        bounds["measured"] = sources.step_s
+    elif sources.bandwidth is not None:
+        bounds["memory"] = step_nbytes / sources.bandwidth
+        if sources.compute is not None:
+            bounds["compute"] = step_operations / sources.compute
     else:
         return None
     taken_from = max(bounds, key=bounds.__getitem__)
     step_s = bounds[taken_from]
-    prompt_s = _prompt_s(sizing, means, load)
+    prompt_s = _prompt_s(sizing, sources, load)
     token_s = step_s / rows
     if prompt_s is not None and load.completion_tokens:
         token_s += prompt_s / load.completion_tokens
@@ -194,11 +194,11 @@ def _pace(
     )
 
 
-def _prompt_s(sizing: Sizing, means: Means, load: Load) -> float | None:
+def _prompt_s(sizing: Sizing, sources: TimeSources, load: Workload) -> float | None:
     if load.prompt_tokens is None:
         return None
-    if means.prefill_tokens_per_s is not None:
-        return load.prompt_tokens / means.prefill_tokens_per_s
-    assert means.compute is not None
+    if sources.prefill_tokens_per_s is not None:
+        return load.prompt_tokens / sources.prefill_tokens_per_s
+    assert sources.compute is not None
     operations = capacity.prompt_operations(sizing.spec, sizing.weights, load.prompt_tokens)
-    return operations / means.compute
+    return operations / sources.compute

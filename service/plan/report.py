@@ -14,7 +14,7 @@ from a2sf.engine import capacity
 from a2sf.engine.capacity import Weights
 from a2sf.model import dtypes
 from service.config.settings import NAMES, flag
-from service.plan.pace import Load, Means, Pace
+from service.plan.pace import Pace, TimeSources, Workload
 from service.plan.sizing import Sizing
 from service.plan.units import binary
 
@@ -27,24 +27,24 @@ class Plan:
     """All results of planning."""
 
     sizing: Sizing
-    means: Means
-    load: Load
+    sources: TimeSources
+    load: Workload
     reserve_said: str
-    ours: Pace | None
-    full: Pace | None
+    this_cache: Pace | None
+    full_cache: Pace | None
 
     @property
     def command(self) -> list[str]:
         """The command line that starts the planned server."""
-        said = [
+        given = [
             part
             for field, value in self.sizing.options.items()
             for part in (flag(NAMES[field]), str(value))
         ]
-        return ["python", "-m", "service", *said]
+        return ["python", "-m", "service", *given]
 
 
-def for_people(plan: Plan) -> str:
+def as_text(plan: Plan) -> str:
     """Format the plan as text; lines have at most 100 characters, unless a name is long."""
     sections = (
         _head(plan),
@@ -54,14 +54,14 @@ def for_people(plan: Plan) -> str:
         _scoring(plan),
         _times(plan),
     )
-    told = "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
-    return f"{told}\n\nStart it with\n  {shlex.join(plan.command)}"
+    text = "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
+    return f"{text}\n\nStart it with\n  {shlex.join(plan.command)}"
 
 
-def for_programs(plan: Plan) -> str:
+def as_json(plan: Plan) -> str:
     """Format the plan as one JSON object; bytes, seconds and tokens are plain numbers."""
     sizing = plan.sizing
-    tokens = sizing.held
+    tokens = sizing.cached_tokens
     multiplications, additions = capacity.scoring_operations(sizing.spec, tokens)
     shape = sizing.spec.shape
     return json.dumps(
@@ -93,16 +93,16 @@ def for_programs(plan: Plan) -> str:
                 "scoring_multiplications": multiplications,
                 "scoring_additions": additions,
                 "attention_operations": capacity.attention_operations(sizing.spec, tokens),
-                "pace": _pace(plan.ours),
+                "pace": _pace(plan.this_cache),
             },
             "full_cache": {
                 "context": sizing.context,
                 "context_from": sizing.context_from,
                 "sequence_bytes": sizing.full_sequence,
                 "rows": sizing.full_rows,
-                "pace": _pace(plan.full),
+                "pace": _pace(plan.full_cache),
             },
-            "times_from": asdict(plan.means),
+            "times_from": asdict(plan.sources),
             "load": asdict(plan.load),
             "command": plan.command,
         }
@@ -157,50 +157,50 @@ def _heads(plan: Plan) -> Iterator[str]:
 def _sides(plan: Plan) -> Iterator[str]:
     sizing = plan.sizing
     vectors = capacity.vectors_nbytes(sizing.spec, sum(chain(*sizing.head_slots)))
-    full = sizing.full_sequence
+    full_nbytes = sizing.full_sequence
     yield _row("Sequences", "this cache", "full cache")
     kept = min(sizing.budget, sizing.context)
     yield _row("  tokens of a sequence kept", f"{kept:,}", f"{sizing.context:,}")
-    yield _row("  bytes of keys and values", f"{vectors:,}", f"{full:,}")
+    yield _row("  bytes of keys and values", f"{vectors:,}", f"{full_nbytes:,}")
     yield _row("  positions and scores", f"{sizing.row - vectors:,}", "0")
-    yield _row("  bytes together", f"{sizing.row:,}", f"{full:,}")
-    yield _row("", binary(sizing.row), binary(full))
+    yield _row("  bytes together", f"{sizing.row:,}", f"{full_nbytes:,}")
+    yield _row("", binary(sizing.row), binary(full_nbytes))
     yield _row("  sequences at a time", f"{sizing.rows:,}", f"{sizing.full_rows:,}")
     yield f"  Full cache: {sizing.context:,} tokens a sequence, {sizing.context_from}."
 
 
 def _scoring(plan: Plan) -> Iterator[str]:
-    spec, tokens = plan.sizing.spec, plan.sizing.held
+    spec, tokens = plan.sizing.spec, plan.sizing.cached_tokens
     multiplications, additions = capacity.scoring_operations(spec, tokens)
     attention = capacity.attention_operations(spec, tokens)
-    full = capacity.attention_operations(spec, plan.sizing.full_tokens)
+    full_operations = capacity.attention_operations(spec, plan.sizing.full_tokens)
     yield _row("Operations of a token", "this cache", "full cache")
-    yield _row("  attention", f"{attention:,}", f"{full:,}")
+    yield _row("  attention", f"{attention:,}", f"{full_operations:,}")
     yield _row("  multiplications by alpha", f"{multiplications:,}", "0")
     yield _row("  additions of what is paid", f"{additions:,}", "0")
     yield _row("  scoring over attention", f"{(multiplications + additions) / attention:.2%}", "0")
 
 
 def _times(plan: Plan) -> Iterator[str]:
-    ours, full, load = plan.ours, plan.full, plan.load
-    if ours is None:
+    this_cache, full_cache, load = plan.this_cache, plan.full_cache, plan.load
+    if this_cache is None:
         yield "Times: give --gpu, --bandwidth or --step-ms"
         return
-    measured = ours.taken_from == "measured"
+    measured = this_cache.taken_from == "measured"
     yield _row("Times, as measured" if measured else "Times, bounds", "this cache", "full cache")
-    for label, show in _figures(ours, load):
-        yield _row(f"  {label}", show(ours), "-" if full is None else show(full))
+    for label, show in _figures(this_cache, load):
+        yield _row(f"  {label}", show(this_cache), "-" if full_cache is None else show(full_cache))
     yield "  For scores a step reads a slot's position and score and writes its score: 12 bytes."
     if not measured:
         yield "  Upper bounds of speed from published figures; nothing here was measured. Sequences"
         yield "  of this cache are at their budget, those of the full cache at their whole length."
-    if load.prompt_tokens is None and (ours.replicas or ours.price_per_million):
+    if load.prompt_tokens is None and (this_cache.replicas or this_cache.price_per_million):
         yield "  Reading prompts is left out: give --prompt-tokens and --completion-tokens."
-    if ours.replicas is not None or ours.price_per_million is not None:
+    if this_cache.replicas is not None or this_cache.price_per_million is not None:
         yield f"  {_load(load)}each replica busy {load.utilisation:.0%} of its time."
 
 
-def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str]]]:
+def _figures(this_cache: Pace, load: Workload) -> Iterator[tuple[str, Callable[[Pace], str]]]:
     """Yield the rows of times: the label, and a function that formats the value."""
     yield "bytes that a step moves", lambda pace: f"{pace.step_nbytes:,}"
     yield "  of them for scores", lambda pace: f"{pace.scores_nbytes:,}"
@@ -208,16 +208,16 @@ def _figures(ours: Pace, load: Load) -> Iterator[tuple[str, Callable[[Pace], str
     yield "taken from", lambda pace: pace.taken_from
     yield "tokens/s, all sequences", lambda pace: f"{pace.tokens_per_s:,.0f}"
     yield "tokens/s, each sequence", lambda pace: f"{1 / pace.step_s:,.1f}"
-    if ours.prompt_s is not None:
+    if this_cache.prompt_s is not None:
         yield "milliseconds of a prompt", lambda pace: f"{(pace.prompt_s or 0.0) * 1e3:,.1f}"
-    least = "" if ours.taken_from == "measured" else ", least"
-    if ours.replicas is not None:
+    least = "" if this_cache.taken_from == "measured" else ", least"
+    if this_cache.replicas is not None:
         yield f"replicas{least}", lambda pace: f"{pace.replicas:,}"
-    if ours.price_per_million is not None:
+    if this_cache.price_per_million is not None:
         yield f"price, 1e6 tokens{least}", lambda pace: f"{pace.price_per_million:,.3f}"
 
 
-def _load(load: Load) -> str:
+def _load(load: Workload) -> str:
     """Describe the load for replicas and price, as the beginning of a sentence."""
     if load.tokens_per_s is not None:
         return f"For {load.tokens_per_s:,g} completion tokens/s, "

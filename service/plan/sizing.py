@@ -20,7 +20,7 @@ from a2sf.policy import DEFAULT_SINKS, Heads, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.backend.loading import check_default, row_shape
-from service.config.options import ServerOptions, Shares, heads_of
+from service.config.options import ServerOptions, Shares, slots_per_head
 from service.plan import units
 
 DEVICES = ("cuda", "cpu")
@@ -31,7 +31,7 @@ sequences, and would make every smaller cache look too good."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PlanInputs:
     """The command line's arguments. Names shared with `serve` have the same meaning there."""
 
     model: str
@@ -74,7 +74,7 @@ class Sizing:
     """Source of `context`, in words."""
     head_slots: Heads
     """Slots of a row in each layer and KV head."""
-    held: int
+    cached_tokens: int
     """Tokens that a sequence of `context` keeps, summed over layers and KV heads."""
     staging_slots: int
     row: int
@@ -108,73 +108,73 @@ class Sizing:
         return self.memory - taken
 
 
-def size(wish: Wish) -> Sizing:
+def size(inputs: PlanInputs) -> Sizing:
     """Compute what fits. Reads settings, headers and tables; loads no weights.
 
     Raises the errors of starting such a server, and InvalidArgument if nothing fits.
     """
-    if wish.device not in DEVICES:
-        raise InvalidArgument("--device", f"{wish.device!r}; accepted: {', '.join(DEVICES)}")
-    if wish.memory is None and wish.max_batch is None:
+    if inputs.device not in DEVICES:
+        raise InvalidArgument("--device", f"{inputs.device!r}; accepted: {', '.join(DEVICES)}")
+    if inputs.memory is None and inputs.max_batch is None:
         raise InvalidArgument("--gpu-memory", "missing; give it, --gpu or --max-batch")
     least = DEFAULT_SINKS + 1
-    if wish.budget < least:
+    if inputs.budget < least:
         raise InvalidArgument(
-            "--budget", f"{wish.budget}; accepted: {least} (sinks and the newest token) or more"
+            "--budget", f"{inputs.budget}; accepted: {least} (sinks and the newest token) or more"
         )
-    if wish.slots is not None and wish.slots < wish.budget:
+    if inputs.slots is not None and inputs.slots < inputs.budget:
         raise InvalidArgument(
-            "--slots", f"{wish.slots}; accepted: {wish.budget} (the budget) or more"
+            "--slots", f"{inputs.slots}; accepted: {inputs.budget} (the budget) or more"
         )
     spec = read_model_spec(
-        wish.model, revision=wish.revision, device_type=wish.device, dtype=wish.dtype
+        inputs.model, revision=inputs.revision, device_type=inputs.device, dtype=inputs.dtype
     )
-    options = _options(wish, spec)
+    options = _options(inputs, spec)
     shape = spec.shape
     shares: Shares | None = None
-    if wish.default_table is not None:
-        table = _table(wish, spec)
-        if len(set(chain(*heads_of(options["slots"], table.policy.head_share)))) == 1:
-            options["default_budget"] = wish.budget
+    if inputs.default_table is not None:
+        table = _table(inputs, spec)
+        if len(set(chain(*slots_per_head(options["slots"], table.policy.head_share)))) == 1:
+            options["default_budget"] = inputs.budget
         server = ServerOptions(**options)
         shares = row_shape(server, table)
         slots = server.engine_config(shares).head_slots(shape.num_layers, shape.num_kv_heads)
         check_default(server, slots, shape.max_context, table)
     else:
-        options["default_budget"] = wish.budget
+        options["default_budget"] = inputs.budget
     config = ServerOptions(**options).engine_config(shares)
     head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
     staging_slots = config.staging_slots(shape.max_context)
-    context, context_from = _context(wish, shape.max_context)
+    context, context_from = _context(inputs, shape.max_context)
     weights = capacity.weights(spec)
     heads = shape.num_layers * shape.num_kv_heads
     row = capacity.slots_nbytes(spec, 1, head_slots)
     equal = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
-    staging = capacity.slots_nbytes(spec, 1, heads_of(staging_slots, equal))
+    staging = capacity.slots_nbytes(spec, 1, slots_per_head(staging_slots, equal))
     full_sequence = capacity.vectors_nbytes(spec, heads * context)
-    if wish.memory is None:
-        assert wish.max_batch is not None
-        reserve, rows, full_rows = 0, wish.max_batch, wish.max_batch
+    if inputs.memory is None:
+        assert inputs.max_batch is not None
+        reserve, rows, full_rows = 0, inputs.max_batch, inputs.max_batch
     else:
-        reserve = units.parse_reserve("--reserve", wish.reserve, wish.memory)
-        room = wish.memory - reserve - weights.nbytes
-        rows = _rows(wish, room - staging, row)
+        reserve = units.parse_reserve("--reserve", inputs.reserve, inputs.memory)
+        room = inputs.memory - reserve - weights.nbytes
+        rows = _rows(inputs, room - staging, row)
         most = max(room // full_sequence, 0)
-        full_rows = most if wish.max_batch is None else min(most, wish.max_batch)
-    budgets = deal(wish.budget, shares or equal, context)
+        full_rows = most if inputs.max_batch is None else min(most, inputs.max_batch)
+    budgets = deal(inputs.budget, shares or equal, context)
     return Sizing(
         spec=spec,
         weights=weights,
         options={**options, "max_batch": rows},
-        budget=wish.budget,
+        budget=inputs.budget,
         context=context,
         context_from=context_from,
         head_slots=head_slots,
-        held=sum(min(budget, context) for budget in chain(*budgets)),
+        cached_tokens=sum(min(budget, context) for budget in chain(*budgets)),
         staging_slots=staging_slots,
         row=row,
         staging=staging,
-        memory=wish.memory,
+        memory=inputs.memory,
         reserve=reserve,
         rows=rows,
         full_sequence=full_sequence,
@@ -182,54 +182,54 @@ def size(wish: Wish) -> Sizing:
     )
 
 
-def _context(wish: Wish, longest: int) -> tuple[int, str]:
+def _context(inputs: PlanInputs, longest: int) -> tuple[int, str]:
     """Return the length of the full cache's sequences, and its source in words."""
-    if wish.context is not None:
-        if wish.context > longest:
+    if inputs.context is not None:
+        if inputs.context > longest:
             raise InvalidArgument(
-                "--context", f"{wish.context}; the model's is {longest}; accepted: that or less"
+                "--context", f"{inputs.context}; the model's is {longest}; accepted: that or less"
             )
-        return wish.context, "by --context"
-    if wish.request_tokens is not None:
+        return inputs.context, "by --context"
+    if inputs.request_tokens is not None:
         # A request longer than the model's context is refused when the load is checked.
-        return min(wish.request_tokens, longest), "prompt and completion of a request"
-    usual = max(DEFAULT_CONTEXT, wish.budget)
+        return min(inputs.request_tokens, longest), "prompt and completion of a request"
+    usual = max(DEFAULT_CONTEXT, inputs.budget)
     if usual >= longest:
         return longest, "the model's context; --context says otherwise"
     return usual, f"of the model's {longest:,}; --context says otherwise"
 
 
-def _options(wish: Wish, spec: ModelSpec) -> dict[str, Any]:
+def _options(inputs: PlanInputs, spec: ModelSpec) -> dict[str, Any]:
     """Return the server's settings that were given, in the order of the command line.
 
     On a CPU, the dtype is always included, because another machine might choose another.
     """
-    chosen = wish.dtype != "auto" or spec.device_type == "cpu"
-    said = {
-        "model": wish.model,
-        "revision": wish.revision,
-        "device": wish.device,
+    chosen = inputs.dtype != "auto" or spec.device_type == "cpu"
+    given = {
+        "model": inputs.model,
+        "revision": inputs.revision,
+        "device": inputs.device,
         "dtype": dtypes.name(spec.dtype) if chosen else None,
-        "tables": wish.tables,
-        "default_table": wish.default_table,
-        "slots": wish.slots or wish.budget,
-        "min_budget": wish.min_budget,
-        "max_prefill_tokens": wish.max_prefill_tokens,
+        "tables": inputs.tables,
+        "default_table": inputs.default_table,
+        "slots": inputs.slots or inputs.budget,
+        "min_budget": inputs.min_budget,
+        "max_prefill_tokens": inputs.max_prefill_tokens,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _rows(wish: Wish, room: int, row: int) -> int:
+def _rows(inputs: PlanInputs, room: int, row: int) -> int:
     """Return how many rows to plan for. Raises InvalidArgument if they do not fit."""
     most = room // row
-    if wish.max_batch is not None:
-        if wish.max_batch > most:
+    if inputs.max_batch is not None:
+        if inputs.max_batch > most:
             raise InvalidArgument(
                 "--max-batch",
-                f"{wish.max_batch} rows of {units.binary(row)} do not fit beside weights, staging "
-                f"row and reserve; accepted here: {_most(most)}",
+                f"{inputs.max_batch} rows of {units.binary(row)} do not fit beside weights, "
+                f"staging row and reserve; accepted here: {_most(most)}",
             )
-        return wish.max_batch
+        return inputs.max_batch
     if most < 1:
         raise InvalidArgument(
             "--gpu-memory",
@@ -244,10 +244,10 @@ def _most(rows: int) -> str:
     return f"at most {rows}" if rows > 0 else "none, so give more memory or a smaller --budget"
 
 
-def _table(wish: Wish, spec: ModelSpec) -> AlphaTable:
+def _table(inputs: PlanInputs, spec: ModelSpec) -> AlphaTable:
     """Find the default table like the server, without checking the fingerprint of the weights."""
-    directory = wish.tables
-    if directory is None and wish.model == REFERENCE:
+    directory = inputs.tables
+    if directory is None and inputs.model == REFERENCE:
         directory = reference.path() / "tables"
     if directory is None or not directory.is_dir():
         raise NotFound(f"tables directory {directory or '--tables'}: no such directory")
@@ -259,12 +259,12 @@ def _table(wish: Wish, spec: ModelSpec) -> AlphaTable:
             # Like the server: a bad file does not hide a good one.
             continue
         found[table.name] = table
-    if wish.default_table not in found:
+    if inputs.default_table not in found:
         raise NotFound(
-            f"no alpha table {wish.default_table!r} in {directory}; there: "
+            f"no alpha table {inputs.default_table!r} in {directory}; there: "
             f"{', '.join(sorted(found)) or 'none'}"
         )
-    table = found[wish.default_table]
+    table = found[inputs.default_table]
     shape = spec.shape
     if (table.model.num_layers, table.model.num_kv_heads) != (shape.num_layers, shape.num_kv_heads):
         raise TableMismatch(

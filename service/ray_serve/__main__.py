@@ -49,7 +49,7 @@ def serve(arguments: Sequence[str]) -> int:
         options = RayOptions(**given, **{name: getattr(own, name) for name in OWN})
     except ValidationError as error:
         raise InvalidArgument(PROGRAM, first_problem(error)) from error
-    options.check(loaded.places)
+    options.check(loaded.sources)
     if port == 0:
         raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
     # Ray's processes would report a port in use much later and less clearly.

@@ -33,7 +33,7 @@ class Ended(Exception):
 
 
 class CallContext:
-    """A partial `grpc.aio.ServicerContext`: only what `answering` and writers use."""
+    """A partial `grpc.aio.ServicerContext`: only what `call_scope` and writers use."""
 
     def __init__(self, context: RayContext) -> None:
         self._context = context

@@ -56,16 +56,16 @@ class RayOptions(ServerOptions):
     """GPUs that Ray reserves for each replica; the replica sees only these. With 0, Ray hides no
     GPU."""
 
-    def check(self, places: Mapping[str, str] = MappingProxyType({})) -> None:
+    def check(self, sources: Mapping[str, str] = MappingProxyType({})) -> None:
         """Raise InvalidArgument, with the flag, for a setting that Ray does not support.
 
-        `places` maps settings' names to the sources of their values, as far as known.
+        `sources` maps settings' names to the sources of their values, as far as known.
         """
         for field, why in REFUSED.items():
             if field in self.model_fields_set:
                 name = flag(NAMES[field])
-                place = places.get(NAMES[field], name)
-                came = "" if place == name else f" (from {place})"
+                source = sources.get(NAMES[field], name)
+                came = "" if source == name else f" (from {source})"
                 raise InvalidArgument(name, f"not accepted under Ray Serve{came}: {why}")
         if not self.insecure_bind:
             raise InvalidArgument(

@@ -16,8 +16,13 @@ from grpc_health.v1 import health_pb2_grpc
 from a2sf.errors import A2SFError, Aborted, ResourceExhausted, Unavailable
 from service.config.options import ServerOptions
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.rpc.malformed import Unreadable, reading, refuse, reread
-from service.rpc.stall import writing
+from service.rpc.malformed import (
+    UndecodableRequest,
+    abort_undecodable,
+    lenient_decoder,
+    rebuild_handler,
+)
+from service.rpc.stall import stream_writer
 from service.status import DETAILS_KEY, to_wire
 
 STALL_TIMEOUT_S: float = ServerOptions.model_fields["stall_timeout_s"].default
@@ -36,14 +41,14 @@ def add_services(servicer: Any, server: Any) -> None:
     versions.
     """
     # Ray creates every handler that is added from now on with this factory.
-    server.service_handler_factory = _told(server.service_handler_factory)
-    lenient: Any = _Lenient(server)
+    server.service_handler_factory = _wrapping_factory(server.service_handler_factory)
+    lenient: Any = _LenientServer(server)
     pb_grpc.add_InferenceServiceServicer_to_server(servicer, lenient)
     pb_grpc.add_ModelServiceServicer_to_server(servicer, lenient)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, lenient)
 
 
-class _Lenient:
+class _LenientServer:
     """Wraps the server that handlers are added to, so that they receive undecodable requests."""
 
     def __init__(self, server: Any) -> None:
@@ -55,10 +60,10 @@ class _Lenient:
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """Add the handlers of a service, both as generic and as registered handlers."""
         readers = {
-            name: reread(
+            name: rebuild_handler(
                 handler,
                 handler.unary_stream or handler.unary_unary,
-                reading(handler.request_deserializer),
+                lenient_decoder(handler.request_deserializer),
             )
             for name, handler in handlers.items()
         }
@@ -67,39 +72,39 @@ class _Lenient:
         self._server.add_registered_method_handlers(service, readers)
 
 
-def _told(make: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapping_factory(make: Callable[..., Any]) -> Callable[..., Any]:
     wrappers: dict[str, Callable[[Any], Any]] = {"unary_unary": _unary, "unary_stream": _stream}
 
-    def make_told(service_method: str, streaming_type: str) -> Any:
+    def make_wrapped(service_method: str, streaming_type: str) -> Any:
         handler = make(service_method=service_method, streaming_type=streaming_type)
         # Ray creates a handler of each kind for every method; we have no methods of other kinds.
         if streaming_type not in wrappers:
             return handler
         return _readable(service_method, wrappers[streaming_type](handler))
 
-    return make_told
+    return make_wrapped
 
 
-def _readable(method: str, answer: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+def _readable(method: str, handle: Callable[[Any, Context], Awaitable[Any]]) -> Any:
     async def answer_or_refuse(request: Any, context: Context) -> Any:
-        if isinstance(request, Unreadable):
-            await refuse(method, context)
-        return await answer(request, context)
+        if isinstance(request, UndecodableRequest):
+            await abort_undecodable(method, context)
+        return await handle(request, context)
 
     return answer_or_refuse
 
 
 def _unary(route: Unary) -> Unary:
-    async def answer(request: Any, context: Context) -> bytes:
+    async def handle(request: Any, context: Context) -> bytes:
         response = await route(request, context)
-        await _settle(context)
+        await _end_failed_call(context)
         return response
 
-    return answer
+    return handle
 
 
 def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
-    async def answer(request: Any, context: Context) -> None:
+    async def handle(request: Any, context: Context) -> None:
         unsent: asyncio.Queue[bytes | None] = asyncio.Queue()
 
         async def read() -> None:
@@ -114,7 +119,7 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
         # cancelled during a write, the completion would continue without a reader.
         reading = asyncio.create_task(read())
         try:
-            async with writing(context, STALL_TIMEOUT_S) as writer:
+            async with stream_writer(context, STALL_TIMEOUT_S) as writer:
                 while (message := await unsent.get()) is not None:
                     await writer.write(message)
             await reading
@@ -126,12 +131,12 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
         finally:
             reading.cancel()
             await asyncio.wait({reading})
-        await _settle(context)
+        await _end_failed_call(context)
 
-    return answer
+    return handle
 
 
-async def _settle(context: Context) -> None:
+async def _end_failed_call(context: Context) -> None:
     """End a failed call; if the failure is Ray's own, use the service's code and details.
 
     Ends it with `abort`, because a status after a response also sends initial metadata, and the
@@ -142,14 +147,14 @@ async def _settle(context: Context) -> None:
     if code is grpc.StatusCode.OK:
         return
     # A replica reports all of its failures itself, with details.
-    error = None if DETAILS_KEY in dict(trailers) else _meant(code, details)
+    error = None if DETAILS_KEY in dict(trailers) else _service_error(code, details)
     if error is not None:
         status = to_wire(error, "-")
         code, details, trailers = status.code, status.details, (*trailers, *status.trailers)
     await context.abort(code, details, trailers)
 
 
-def _meant(code: grpc.StatusCode, details: str) -> A2SFError | None:
+def _service_error(code: grpc.StatusCode, details: str) -> A2SFError | None:
     """Convert a failure of Ray's proxy to an error of the service; None: pass it on unchanged."""
     match code:
         case grpc.StatusCode.INTERNAL:

@@ -41,7 +41,7 @@ ANSWERS_LEAVE_S = 0.2
 FLUSH_S = 2.0
 """Seconds to send pending traces."""
 
-Answer = TypeVar("Answer", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 class Replica:
@@ -82,8 +82,8 @@ class Replica:
         context = CallContext(grpc_context)
 
         async def handle() -> None:
-            await self._let_in("StreamGenerate", context)
-            await self._inference.StreamGenerate(request, _seen(context))
+            await self._authenticate("StreamGenerate", context)
+            await self._inference.StreamGenerate(request, _as_servicer_context(context))
 
         async for message in context.messages(handle(), pb.StreamGenerateResponse()):
             yield message
@@ -92,7 +92,7 @@ class Replica:
         self, request: pb.GenerateRequest, grpc_context: RayContext
     ) -> pb.GenerateResponse:
         """See the proto."""
-        return await self._answer(
+        return await self._unary(
             self._inference.Generate, request, grpc_context, pb.GenerateResponse()
         )
 
@@ -100,7 +100,7 @@ class Replica:
         self, request: pb.TokenizeRequest, grpc_context: RayContext
     ) -> pb.TokenizeResponse:
         """See the proto."""
-        return await self._answer(
+        return await self._unary(
             self._inference.Tokenize, request, grpc_context, pb.TokenizeResponse()
         )
 
@@ -108,7 +108,7 @@ class Replica:
         self, request: pb.GetModelRequest, grpc_context: RayContext
     ) -> pb.GetModelResponse:
         """See the proto."""
-        return await self._answer(
+        return await self._unary(
             self._models.GetModel, request, grpc_context, pb.GetModelResponse()
         )
 
@@ -116,7 +116,7 @@ class Replica:
         self, request: pb.ListAlphaTablesRequest, grpc_context: RayContext
     ) -> pb.ListAlphaTablesResponse:
         """See the proto."""
-        return await self._answer(
+        return await self._unary(
             self._models.ListAlphaTables, request, grpc_context, pb.ListAlphaTablesResponse()
         )
 
@@ -124,7 +124,7 @@ class Replica:
         self, request: pb.GetAlphaTableRequest, grpc_context: RayContext
     ) -> pb.GetAlphaTableResponse:
         """See the proto."""
-        return await self._answer(
+        return await self._unary(
             self._models.GetAlphaTable, request, grpc_context, pb.GetAlphaTableResponse()
         )
 
@@ -155,21 +155,21 @@ class Replica:
         async for message in context.messages(refuse(), health_pb2.HealthCheckResponse()):
             yield message
 
-    async def _answer(
+    async def _unary(
         self,
-        handler: Callable[[Any, Any], Awaitable[Answer]],
+        handler: Callable[[Any, Any], Awaitable[ResponseT]],
         request: Message,
         grpc_context: RayContext,
-        empty: Answer,
-    ) -> Answer:
+        empty: ResponseT,
+    ) -> ResponseT:
         context = CallContext(grpc_context)
         try:
-            await self._let_in(handler.__name__, context)
-            return await handler(request, _seen(context))
+            await self._authenticate(handler.__name__, context)
+            return await handler(request, _as_servicer_context(context))
         except Ended:
             return empty
 
-    async def _let_in(self, method: str, context: CallContext) -> None:
+    async def _authenticate(self, method: str, context: CallContext) -> None:
         if self._tokens is None:
             return
         problem = self._tokens.problem(context.invocation_metadata())
@@ -179,20 +179,20 @@ class Replica:
 
     def _on_crash(self, crashed: "asyncio.Future[BaseException]") -> None:
         self._backend.gate.close("the engine of this replica has died; try again")
-        self._ending = asyncio.create_task(self._end())
+        self._exiting = asyncio.create_task(self._exit_process())
 
-    async def _end(self) -> None:
+    async def _exit_process(self) -> None:
         """End the process, as the server does when its engine has died.
 
         Until three health checks have failed, Ray still sends calls here, and more than to other
         replicas, because calls fail fast: a client would use up its retries on this replica.
         """
-        await self._backend.gate.emptied()
+        await self._backend.gate.wait_until_empty()
         await asyncio.sleep(ANSWERS_LEAVE_S)
         os._exit(1)
 
 
-def _seen(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:
+def _as_servicer_context(context: CallContext) -> grpc.aio.ServicerContext[Any, Any]:
     # The servicers use only the methods that it has.
     return cast("grpc.aio.ServicerContext[Any, Any]", context)
 

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 
 from a2sf.errors import InvalidArgument
-from service.backend.loading import tell_default
+from service.backend.loading import log_default_policy
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.rpc.conversions import refused_messages
-from service.rpc.lifecycle import Backend, Door, answering
+from service.rpc.lifecycle import Backend, CallKind, call_scope
 
 
 class AdminServicer(pb_grpc.AdminServiceServicer):
@@ -31,12 +31,12 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     ) -> pb.ActivateAlphaTableResponse:
         """See the proto."""
         response = pb.ActivateAlphaTableResponse()
-        async with answering("ActivateAlphaTable", self._backend, context, Door.OPERATOR):
+        async with call_scope("ActivateAlphaTable", self._backend, context, CallKind.ADMIN):
             # In a thread, because another thread may hold the catalog's lock while it reads files.
             store = await asyncio.to_thread(
                 self._backend.core.tables.activate, request.name, request.etag
             )
-            tell_default(self._backend.core.config, store)
+            log_default_policy(self._backend.core.config, store)
             response.default_table = store.default or ""
             response.etag = store.etag
         return response
@@ -48,13 +48,13 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     ) -> pb.ReloadAlphaTablesResponse:
         """See the proto."""
         response = pb.ReloadAlphaTablesResponse()
-        async with answering("ReloadAlphaTables", self._backend, context, Door.OPERATOR):
-            told = await self._backend.reload_tables()
-            response.added.extend(told.added)
-            response.changed.extend(told.changed)
-            response.removed.extend(told.removed)
-            response.refused.extend(refused_messages(told.refused))
-            response.etag = told.etag
+        async with call_scope("ReloadAlphaTables", self._backend, context, CallKind.ADMIN):
+            reloaded = await self._backend.reload_tables()
+            response.added.extend(reloaded.added)
+            response.changed.extend(reloaded.changed)
+            response.removed.extend(reloaded.removed)
+            response.refused.extend(refused_messages(reloaded.refused))
+            response.etag = reloaded.etag
         return response
 
     async def AbortRequests(  # noqa: N802
@@ -62,7 +62,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     ) -> pb.AbortRequestsResponse:
         """See the proto."""
         response = pb.AbortRequestsResponse()
-        async with answering("AbortRequests", self._backend, context, Door.OPERATOR) as call:
+        async with call_scope("AbortRequests", self._backend, context, CallKind.ADMIN) as call:
             if request.all == bool(request.request_ids):
                 raise InvalidArgument(
                     "request_ids", "give the ids of requests, or all; exactly one of the two"
@@ -77,6 +77,6 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     ) -> pb.GetLoadResponse:
         """See the proto."""
         response = pb.GetLoadResponse()
-        async with answering("GetLoad", self._backend, context, Door.OPERATOR):
+        async with call_scope("GetLoad", self._backend, context, CallKind.ADMIN):
             response.CopyFrom(pb.GetLoadResponse(**asdict(self._backend.load)))
         return response

@@ -51,7 +51,7 @@ class TokenFile:
         """Read the file given by `flag`. Raises InvalidArgument if it contains no valid tokens."""
         self._path = path
         self._flag = flag
-        self._seen = files.stamp(path)
+        self._stamp = files.stamp(path)
         self._digests = _read(path, flag)
         self._checked = time.monotonic()
         if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
@@ -83,11 +83,11 @@ class TokenFile:
         if now - self._checked < CHECK_S:
             return
         self._checked = now
-        seen = files.stamp(self._path)
-        if seen == self._seen:
+        stamp = files.stamp(self._path)
+        if stamp == self._stamp:
             return
         # The stamp is taken before the read, so a change during the read causes another read.
-        self._seen = seen
+        self._stamp = stamp
         try:
             self._digests = _read(self._path, self._flag)
         except InvalidArgument as error:

@@ -36,7 +36,7 @@ from a2sf.text.detokenizer import vocabulary
 from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
 from service.policy_messages import preset_value, set_fields
-from service.status import Violations, fields_of
+from service.status import Violations, field_prefix
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -47,7 +47,7 @@ def proto_fields() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise InvalidRequest((_proto_field(f), told) for f, told in problems(error)) from None
+        raise InvalidRequest((_proto_field(f), problem) for f, problem in problems(error)) from None
     except InvalidRequest:
         raise
     except InvalidArgument as error:
@@ -80,7 +80,7 @@ def request_id(message: pb.GenerationInput, made_up: str) -> str:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """A prompt that was read from a request."""
 
     text: str | None
@@ -102,7 +102,7 @@ def read_prompt(
     model: LoadedModel,
     max_bytes: int,
     where: str = "input.",
-) -> Prompt:
+) -> EncodedPrompt:
     """Return the encoded prompt. May be slow for a long one: not for the event loop.
 
     `where` is the prefix of field names in errors. Raises InvalidRequest if the prompt is missing
@@ -113,7 +113,7 @@ def read_prompt(
             if not message.text:
                 raise InvalidRequest([(f"{where}text", "empty; give at least one character")])
             _check_size([message.text], max_bytes, f"{where}text")
-            return Prompt(message.text, model.encode(message.text))
+            return EncodedPrompt(message.text, model.encode(message.text))
         case "chat":
             field = f"{where}chat.messages"
             if not message.chat.messages:
@@ -126,7 +126,7 @@ def read_prompt(
                 raise InvalidRequest(
                     [(f"{where}token_ids.ids", "empty; give at least one token id")]
                 )
-            return Prompt(None, tuple(message.token_ids.ids))
+            return EncodedPrompt(None, tuple(message.token_ids.ids))
     kinds = ", ".join(f.name for f in message.DESCRIPTOR.oneofs_by_name["prompt"].fields)
     raise InvalidRequest([(f"{where}prompt", f"missing; give one of {kinds}")])
 
@@ -139,10 +139,10 @@ def _check_size(texts: Iterable[str], max_bytes: int, field: str) -> None:
 
 def _conversation(
     conversation: pb.ChatMessages, model: LoadedModel, max_bytes: int, field: str
-) -> Prompt:
+) -> EncodedPrompt:
     messages = []
     for index, message in enumerate(conversation.messages):
-        with fields_of(f"{field}[{index}]"):
+        with field_prefix(f"{field}[{index}]"):
             messages.append(ChatMessage(role=message.role, content=message.content))
     try:
         read = chat_template.read(
@@ -153,7 +153,7 @@ def _conversation(
         )
     except InvalidArgument as error:
         raise InvalidRequest([(field, error.problem)]) from None
-    return Prompt(read.text, read.token_ids, chat_template.turn_end_ids(model.tokenizer))
+    return EncodedPrompt(read.text, read.token_ids, chat_template.turn_end_ids(model.tokenizer))
 
 
 def generation_request(
@@ -169,21 +169,21 @@ def generation_request(
     A million token ids take a while: not for the event loop. Raises InvalidRequest with everything
     that is invalid.
     """
-    found = Violations()
+    violations = Violations()
     sampling = Sampling()
     lists: dict[str, Any] = {}
     for field, most in (("stop", MAX_STOP_STRINGS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
         # Checked here, because pydantic would first validate every entry of a million.
         values = getattr(message, field)
-        with found.of_part():
+        with violations.collect():
             if len(values) > most:
                 raise InvalidArgument(
                     f"input.{field}", f"{len(values)} of them; accepted: at most {most}"
                 )
             lists[field] = tuple(values)
-    with found.of_part(), fields_of("input.sampling"):
+    with violations.collect(), field_prefix("input.sampling"):
         sampling = Sampling(**set_fields(message.sampling))
-    with found.of_part(), proto_fields():
+    with violations.collect(), proto_fields():
         request = GenerationRequest(
             request_id=name,
             prompt_ids=prompt_ids,
@@ -200,14 +200,14 @@ def generation_request(
             cache_policy=policy,
             **lists,
         )
-    found.check()
+    violations.check()
     return request
 
 
-class Answer:
+class ResponseBuilder:
     """Converts the events of one completion to messages, with the fields that `output` selects."""
 
-    def __init__(self, output: pb.OutputOptions, prompt: Prompt, model: LoadedModel) -> None:
+    def __init__(self, output: pb.OutputOptions, prompt: EncodedPrompt, model: LoadedModel) -> None:
         """Build the echo, if requested; decoding may be slow: not for the event loop."""
         self._output = output
         self._vocabulary = vocabulary(model.tokenizer)

@@ -17,20 +17,20 @@ class Gate:
 
     def __init__(self) -> None:
         self._closed_because: str | None = "the server is starting"
-        self._inside = 0
+        self._num_calls = 0
         self._admitted = 0
         self._capacity = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
     @property
-    def inside(self) -> int:
+    def num_calls(self) -> int:
         """Calls under way, of any kind."""
-        return self._inside
+        return self._num_calls
 
     @property
     def admitted(self) -> int:
-        """Completions under way, which are part of `inside`."""
+        """Completions under way, which are part of `num_calls`."""
         return self._admitted
 
     @property
@@ -56,13 +56,13 @@ class Gate:
         """Count a call for the length of the block. Raises Unavailable while closed."""
         if self._closed_because is not None:
             raise Unavailable(self._closed_because)
-        self._inside += 1
+        self._num_calls += 1
         self._empty.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if self._inside == 0:
+            self._num_calls -= 1
+            if self._num_calls == 0:
                 self._empty.set()
 
     @contextmanager
@@ -83,6 +83,6 @@ class Gate:
         finally:
             self._admitted -= 1
 
-    async def emptied(self) -> None:
+    async def wait_until_empty(self) -> None:
         """Wait until no call is under way."""
         await self._empty.wait()

@@ -1,7 +1,7 @@
 """The handlers of the inference and model services.
 
 Owns reading requests, writing responses, and aborting a stream that its client does not read. Every
-handler runs inside `answering`. Knows nothing of how the server starts or stops.
+handler runs inside `call_scope`. Knows nothing of how the server starts or stops.
 """
 
 from collections.abc import AsyncGenerator
@@ -25,8 +25,8 @@ from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policy_messages import policy_from_message, policy_to_message
 from service.rpc import conversions
-from service.rpc.lifecycle import Backend, Call, Door, answering
-from service.rpc.stall import writing
+from service.rpc.lifecycle import Backend, CallKind, CallState, call_scope
+from service.rpc.stall import stream_writer
 from service.status import Violations
 
 log = structlog.get_logger(__name__)
@@ -46,15 +46,17 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
         """See the proto."""
-        async with answering("StreamGenerate", self._backend, context, Door.COMPLETION) as call:
-            generation, answer = await self._read(request.input, call)
+        async with call_scope(
+            "StreamGenerate", self._backend, context, CallKind.COMPLETION
+        ) as call:
+            generation, responses = await self._read(request.input, call)
             limit_s = self._backend.options.stall_timeout_s
             async with (
                 aclosing(self._events(generation, call)) as events,
-                writing(context, limit_s) as writer,
+                stream_writer(context, limit_s) as writer,
             ):
                 async for event in events:
-                    await writer.write(answer.stream_response(event))
+                    await writer.write(responses.stream_response(event))
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -62,15 +64,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.GenerateResponse()
         text: list[str] = []
-        async with answering("Generate", self._backend, context, Door.COMPLETION) as call:
-            generation, answer = await self._read(request.input, call)
+        async with call_scope("Generate", self._backend, context, CallKind.COMPLETION) as call:
+            generation, responses = await self._read(request.input, call)
             async with aclosing(self._events(generation, call)) as events:
                 async for event in events:
                     match event:
                         case Started():
-                            response.started.CopyFrom(answer.started(event))
+                            response.started.CopyFrom(responses.started(event))
                         case Delta():
-                            delta = answer.delta(event)
+                            delta = responses.delta(event)
                             text.append(delta.text)
                             response.token_ids.extend(delta.token_ids)
                             response.logprobs.extend(delta.logprobs)
@@ -84,13 +86,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.TokenizeResponse:
         """See the proto."""
         response = pb.TokenizeResponse()
-        async with answering("Tokenize", self._backend, context, Door.COMPLETION):
+        async with call_scope("Tokenize", self._backend, context, CallKind.COMPLETION):
             prompt = await self._backend.prepare(partial(self._prompt, request, where=""))
             response.token_ids.extend(prompt.token_ids)
             response.text = prompt.text or ""
         return response
 
-    async def _events(self, request: GenerationRequest, call: Call) -> AsyncGenerator[Event, None]:
+    async def _events(
+        self, request: GenerationRequest, call: CallState
+    ) -> AsyncGenerator[Event, None]:
         call.span.request(request, self._backend.core.model.identity.id)
         written: list[str] = []
         try:
@@ -113,27 +117,27 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 log.info("completion", request_id=call.request_id, text="".join(written))
 
     async def _read(
-        self, message: pb.GenerationInput, call: Call
-    ) -> tuple[GenerationRequest, conversions.Answer]:
-        found, policy = Violations(), CachePolicy()
-        with found.of_part():
+        self, message: pb.GenerationInput, call: CallState
+    ) -> tuple[GenerationRequest, conversions.ResponseBuilder]:
+        violations, policy = Violations(), CachePolicy()
+        with violations.collect():
             call.request_id = conversions.request_id(message, call.request_id)
         # For all later log lines of this call; each call has a separate context.
         bind_contextvars(request_id=call.request_id)
         core = self._backend.core
         # Use one state of the tables, even if they are reloaded meanwhile.
         store = core.tables.now
-        with found.of_part():
+        with violations.collect():
             policy = policy_from_message(message.cache_policy, "input.cache_policy")
         if not policy.names_method and store.default is not None:
             policy = policy.model_copy(update={"table": store.default})
 
-        def prepare() -> tuple[GenerationRequest, conversions.Answer]:
+        def prepare() -> tuple[GenerationRequest, conversions.ResponseBuilder]:
             # A placeholder if the prompt is invalid, so that the other fields are checked too.
-            prompt = conversions.Prompt(None, (0,))
-            with found.of_part():
+            prompt = conversions.EncodedPrompt(None, (0,))
+            with violations.collect():
                 prompt = self._prompt(message)
-            with found.of_part():
+            with violations.collect():
                 request = conversions.generation_request(
                     message,
                     name=call.request_id,
@@ -141,18 +145,18 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                     turn_end_ids=prompt.turn_end_ids,
                     policy=policy,
                 )
-            found.check()
+            violations.check()
             if self._backend.options.log_prompts:
                 log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
             if policy.table is not None:
                 request = request.model_copy(update={"table": store.lookup(policy.table)})
-            return request, conversions.Answer(message.output, prompt, core.model)
+            return request, conversions.ResponseBuilder(message.output, prompt, core.model)
 
         return await self._backend.prepare(prepare)
 
     def _prompt(
         self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
-    ) -> conversions.Prompt:
+    ) -> conversions.EncodedPrompt:
         limit = self._backend.options.max_prompt_bytes
         return conversions.read_prompt(message, self._backend.core.model, limit, where)
 
@@ -168,7 +172,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.GetModelResponse:
         """See the proto."""
         response = pb.GetModelResponse()
-        async with answering("GetModel", self._backend, context):
+        async with call_scope("GetModel", self._backend, context):
             response.CopyFrom(describe(self._backend.core, self._backend.options))
         return response
 
@@ -177,7 +181,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.ListAlphaTablesResponse:
         """See the proto."""
         response = pb.ListAlphaTablesResponse()
-        async with answering("ListAlphaTables", self._backend, context):
+        async with call_scope("ListAlphaTables", self._backend, context):
             store = self._backend.core.tables.now
             response.CopyFrom(conversions.table_list_message(store))
         return response
@@ -187,7 +191,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     ) -> pb.GetAlphaTableResponse:
         """See the proto."""
         response = pb.GetAlphaTableResponse()
-        async with answering("GetAlphaTable", self._backend, context):
+        async with call_scope("GetAlphaTable", self._backend, context):
             if not request.name:
                 raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
             table = self._backend.core.tables.now.lookup(request.name)

@@ -1,6 +1,6 @@
 """The common part of every call: admission, status, log line, metrics and trace.
 
-Owns the state that handlers share, and `answering`, the context manager that every handler runs in.
+Owns the state that handlers share, and `call_scope`, the context manager of every handler.
 It passes the gate, turns every error into a status, and reports the call to log, metrics and trace,
 with the request id and figures, never with text. Knows nothing of what a call does.
 """
@@ -18,14 +18,14 @@ import grpc
 import structlog
 
 from a2sf.errors import NotFound, Unavailable, raise_if_fatal
-from service.backend.loading import Core, tell_default
+from service.backend.loading import Core, log_default_policy
 from service.backend.runner import EngineRunner
 from service.backend.tables import Reloaded
 from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.rpc.gate import Gate
 from service.status import to_wire
-from service.telemetry.metrics import Completion, Metrics
+from service.telemetry.metrics import CompletionMetrics, Metrics, ServerLoad
 from service.telemetry.tracing import CallSpan, Tracer
 
 log = structlog.get_logger(__name__)
@@ -33,14 +33,14 @@ log = structlog.get_logger(__name__)
 ABORT_S = 2.0
 """Seconds to wait for the status of a failed call to be sent."""
 
-PREPARING = 4
+MAX_PREPARING = 4
 """Requests whose prompts are prepared at the same time.
 
 asyncio's default thread pool has at least five threads, so one or more stay free for tables and
 shutdown.
 """
 
-Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
 
 SERVICE_OF = {
     method.name: service.full_name
@@ -48,18 +48,6 @@ SERVICE_OF = {
     for method in service.methods
 }
 """Full service name of each method; method names are unique across services."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """Load of the server at one moment. The fields are those of the GetLoad response."""
-
-    running: int
-    waiting: int
-    admitted: int
-    capacity: int
-    kv_bytes_used: int
-    kv_bytes_limit: int
 
 
 class Backend:
@@ -79,7 +67,7 @@ class Backend:
         self.metrics = metrics
         self.tracer = tracer
         self._core: Core | None = None
-        self._preparing = asyncio.Semaphore(PREPARING)
+        self._preparing = asyncio.Semaphore(MAX_PREPARING)
 
     @property
     def loaded(self) -> bool:
@@ -96,7 +84,7 @@ class Backend:
     def core(self, core: Core) -> None:
         self._core = core
 
-    async def prepare(self, work: Callable[[], Prepared]) -> Prepared:
+    async def prepare(self, work: Callable[[], Result]) -> Result:
         """Run `work`, which may be slow, in a thread; return its result or raise its error.
 
         If the caller is cancelled, wait until running work ends: a thread cannot be stopped. So a
@@ -121,22 +109,22 @@ class Backend:
         Raises NotFound if the directory cannot be read; then nothing changes.
         """
         try:
-            told = await asyncio.to_thread(self.core.tables.reload)
+            reloaded = await asyncio.to_thread(self.core.tables.reload)
         except NotFound:
             self.metrics.reloaded("failed")
             raise
-        changed = told.added or told.changed or told.removed
+        changed = reloaded.added or reloaded.changed or reloaded.removed
         self.metrics.reloaded("changed" if changed else "unchanged")
         store = self.core.tables.now
-        if store.default in told.changed:
-            tell_default(self.core.config, store)
-        return told
+        if store.default in reloaded.changed:
+            log_default_policy(self.core.config, store)
+        return reloaded
 
     @property
-    def load(self) -> Load:
+    def load(self) -> ServerLoad:
         """The current load; may be read from any thread."""
         engine = self.runner.load
-        return Load(
+        return ServerLoad(
             running=engine.running,
             waiting=engine.waiting,
             admitted=self.gate.admitted,
@@ -147,11 +135,11 @@ class Backend:
 
 
 @dataclass
-class Call:
+class CallState:
     """State of one call for log, metrics and trace, and for the status of a failure."""
 
     span: CallSpan
-    completion: Completion
+    completion: CompletionMetrics
     """Measures tokens; used only by calls that generate some."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Random, unless a completion brings its own."""
@@ -160,42 +148,42 @@ class Call:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-class Door(enum.Enum):
+class CallKind(enum.Enum):
     """How a call is admitted."""
 
     ORDINARY = "ordinary"
     COMPLETION = "completion"
     """Takes one of the places for completions."""
-    OPERATOR = "operator"
+    ADMIN = "admin"
     """Also admitted while the server drains; draining does not wait for it."""
 
 
 @contextmanager
-def _inside(backend: Backend, door: Door) -> Iterator[None]:
-    if door is Door.OPERATOR:
+def _admitted(backend: Backend, kind: CallKind) -> Iterator[None]:
+    if kind is CallKind.ADMIN:
         if not backend.loaded:
             raise Unavailable("the server is starting")
         yield
         return
-    place = backend.gate.admit if door is Door.COMPLETION else nullcontext
+    place = backend.gate.admit if kind is CallKind.COMPLETION else nullcontext
     with backend.gate.enter(), place():
         yield
 
 
 @asynccontextmanager
-async def answering(
+async def call_scope(
     method: str,
     backend: Backend,
     context: grpc.aio.ServicerContext[Any, Any],
-    door: Door = Door.ORDINARY,
-) -> AsyncIterator[Call]:
+    kind: CallKind = CallKind.ORDINARY,
+) -> AsyncIterator[CallState]:
     """Run a call: pass the gate, set its status, and report it to log, metrics and trace."""
     arrived = time.monotonic()
     metadata = tuple(context.invocation_metadata() or ())
     with backend.tracer.call(SERVICE_OF[method], method, metadata) as span:
-        call = Call(span, backend.metrics.completion())
+        call = CallState(span, backend.metrics.completion())
         try:
-            with _inside(backend, door):
+            with _admitted(backend, kind):
                 yield call
             call.outcome = "OK"
         except asyncio.CancelledError:

@@ -26,23 +26,23 @@ log = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Unreadable:
+class UndecodableRequest:
     """Placeholder for a request that the parser could not decode."""
 
 
-def reading(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Return a deserializer that returns `Unreadable` if `decode` raises DecodeError."""
+def lenient_decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that returns `UndecodableRequest` if `decode` raises DecodeError."""
 
     def read(message: bytes) -> Any:
         try:
             return decode(message)
         except DecodeError:
-            return Unreadable()
+            return UndecodableRequest()
 
     return read
 
 
-def reread(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
+def rebuild_handler(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
     """Return a unary-request `handler` with another behaviour and deserializer."""
     make: Any = (
         grpc.unary_stream_rpc_method_handler
@@ -52,8 +52,8 @@ def reread(handler: Any, behaviour: Any, decode: Callable[[bytes], Any]) -> Any:
     return make(behaviour, decode, handler.response_serializer)
 
 
-async def refuse(method: str, context: Context) -> None:
-    """End the call of an `Unreadable` request with INVALID_ARGUMENT; never returns."""
+async def abort_undecodable(method: str, context: Context) -> None:
+    """End the call of an `UndecodableRequest` request with INVALID_ARGUMENT; never returns."""
     name = method.rpartition("/")[2]
     problem = (
         f"cannot be read: the message of {name} is cut short, is none of Protocol Buffers, or has "
@@ -63,7 +63,7 @@ async def refuse(method: str, context: Context) -> None:
     await context.abort(status.code, status.details, status.trailers)
 
 
-class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class DecodingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses undecodable requests with INVALID_ARGUMENT, for health and reflection too."""
 
     def __init__(self, metrics: "Metrics") -> None:
@@ -81,39 +81,39 @@ class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if decode is None:
             return handler
         method = handler_call_details.method
-        rebuilt = self._streaming if handler.request_streaming else self._single
-        made: Handler = rebuilt(method, handler, reading(decode))
+        rebuild = self._stream if handler.request_streaming else self._unary
+        made: Handler = rebuild(method, handler, lenient_decoder(decode))
         return made
 
-    def _single(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
+    def _unary(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
         behaviour = handler.unary_stream or handler.unary_unary
 
-        async def answer(request: Any, context: Context) -> Any:
-            if isinstance(request, Unreadable):
-                await self._refuse(method, context)
+        async def handle(request: Any, context: Context) -> Any:
+            if isinstance(request, UndecodableRequest):
+                await self._abort(method, context)
             return await behaviour(request, context)
 
-        return reread(handler, answer, read)
+        return rebuild_handler(handler, handle, read)
 
-    def _streaming(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
+    def _stream(self, method: str, handler: Any, read: Callable[[bytes], Any]) -> Any:
         # Only reflection, whose handler is an async generator.
         behaviour = handler.stream_stream
         assert behaviour is not None, "no method takes a stream and gives one answer"
 
         async def readable(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async for request in requests:
-                if isinstance(request, Unreadable):
-                    await self._refuse(method, context)
+                if isinstance(request, UndecodableRequest):
+                    await self._abort(method, context)
                 yield request
 
-        async def answer(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def handle(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async for response in behaviour(readable(requests, context), context):
                 yield response
 
-        return grpc.stream_stream_rpc_method_handler(answer, read, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(handle, read, handler.response_serializer)
 
-    async def _refuse(self, method: str, context: Context) -> None:
+    async def _abort(self, method: str, context: Context) -> None:
         name, outcome = method.rpartition("/")[2], grpc.StatusCode.INVALID_ARGUMENT.name
         self._metrics.answered(name, outcome, 0.0)
         log.info("answered", request_id="-", method=name, outcome=outcome, seconds=0.0)
-        await refuse(method, context)
+        await abort_undecodable(method, context)

@@ -16,16 +16,16 @@ from a2sf.errors import Aborted
 
 
 @asynccontextmanager
-async def writing(
+async def stream_writer(
     context: grpc.aio.ServicerContext[Any, Any], limit_s: float
-) -> "AsyncIterator[Writer]":
+) -> "AsyncIterator[StreamWriter]":
     """Yield a writer of the stream's messages.
 
     Raises Aborted from the block as soon as one write has taken `limit_s` seconds.
     """
     try:
         async with asyncio.timeout(None) as end:
-            writer = Writer(context, limit_s, end)
+            writer = StreamWriter(context, limit_s, end)
             try:
                 yield writer
             finally:
@@ -38,7 +38,7 @@ async def writing(
         ) from None
 
 
-class Writer:
+class StreamWriter:
     """Writes messages, and makes `end` expire if one write takes too long."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._began: float | None = None
         """Time when the current write began; None between writes."""
-        self._timer = self._loop.call_later(limit_s, self._look)
+        self._timer = self._loop.call_later(limit_s, self._check)
 
     async def write(self, message: Any) -> None:
         """Write one message; returns once gRPC has accepted it."""
@@ -62,10 +62,10 @@ class Writer:
         """Stop the timer."""
         self._timer.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._loop.time()
         due = (now if self._began is None else self._began) + self._limit_s
         if due <= now:
             self._end.reschedule(now)
         else:
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._check)

@@ -68,14 +68,14 @@ async def warm(backend: Backend, load: Callable[[], Core]) -> "asyncio.Task[None
         device=core.model.device.type,
         dtype=core.model.dtype_name,
         load=lambda: backend.load,
-        catalog=lambda: core.tables.now,
+        tables=lambda: core.tables.now,
     )
     watching = None
     if options.watch_tables and core.tables.directory is not None:
         watching = asyncio.create_task(
             watch(core.tables, core.tables.directory, backend.reload_tables), name=WATCHING
         )
-        watching.add_done_callback(_tell_why)
+        watching.add_done_callback(_log_failure)
     backend.gate.open(core.config.max_batch + core.config.max_waiting)
     return watching
 
@@ -94,6 +94,6 @@ async def end_calls(backend: Backend, watching: "asyncio.Task[None] | None") -> 
         backend.runner.fail_all(lambda: Unavailable("the server is shutting down"))
 
 
-def _tell_why(watching: "asyncio.Task[None]") -> None:
+def _log_failure(watching: "asyncio.Task[None]") -> None:
     if not watching.cancelled() and (error := watching.exception()) is not None:
         log.error("tables are no longer watched", exc_info=error)

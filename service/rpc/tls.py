@@ -17,14 +17,14 @@ from service.config.options import ServerOptions
 log = structlog.get_logger(__name__)
 
 
-class _Files:
+class _CertificateFiles:
     """The certificate files, with their state when they were last read."""
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         self._certificate = certificate
         self._key = key
         self._client_ca = client_ca
-        self._seen = self._stamps()
+        self._last_stamps = self._current_stamps()
 
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Read and check all files. Raises InvalidArgument with the flag and the file."""
@@ -42,20 +42,20 @@ class _Files:
 
         grpc calls this before each handshake, in a separate thread. None keeps the earlier ones.
         """
-        seen = self._stamps()
-        if seen == self._seen:
+        stamps = self._current_stamps()
+        if stamps == self._last_stamps:
             return None
         # The stamps are taken before the read, so a change during the read causes another read.
-        self._seen = seen
+        self._last_stamps = stamps
         try:
-            found = self.read()
+            configuration = self.read()
         except InvalidArgument as error:
             log.error("certificates not taken, earlier ones stay", reason=str(error))  # noqa: TRY400
             return None
         log.info("certificates read again", file=str(self._certificate))
-        return found
+        return configuration
 
-    def _stamps(self) -> tuple[tuple[int, ...] | None, ...]:
+    def _current_stamps(self) -> tuple[tuple[int, ...] | None, ...]:
         paths = (self._certificate, self._key, self._client_ca)
         return tuple(files.stamp(path) for path in paths if path is not None)
 
@@ -67,7 +67,7 @@ def server_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
     """
     if options.tls_cert is None or options.tls_key is None:
         return None
-    certificates = _Files(options.tls_cert, options.tls_key, options.tls_client_ca)
+    certificates = _CertificateFiles(options.tls_cert, options.tls_key, options.tls_client_ca)
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
         certificates.read(),
         certificates.read_if_changed,  # type: ignore[arg-type]  # None keeps the earlier ones

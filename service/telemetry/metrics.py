@@ -39,35 +39,30 @@ ReloadOutcome = Literal["changed", "unchanged", "failed"]
 """Outcome of reading the directory of tables again. `failed`: unreadable, nothing changed."""
 
 
-class Load(Protocol):
-    """Load of the server; the fields mean the same as in the GetLoad response."""
+@dataclass(frozen=True)
+class ServerLoad:
+    """Load of the server at one moment. The fields are those of the GetLoad response."""
 
-    @property
-    def running(self) -> int: ...  # noqa: D102
-    @property
-    def waiting(self) -> int: ...  # noqa: D102
-    @property
-    def admitted(self) -> int: ...  # noqa: D102
-    @property
-    def capacity(self) -> int: ...  # noqa: D102
-    @property
-    def kv_bytes_used(self) -> int: ...  # noqa: D102
-    @property
-    def kv_bytes_limit(self) -> int: ...  # noqa: D102
+    running: int
+    waiting: int
+    admitted: int
+    capacity: int
+    kv_bytes_used: int
+    kv_bytes_limit: int
 
 
-class Table(Protocol):
+class ServedTable(Protocol):
     """What the metrics show of an alpha table besides its name."""
 
     @property
     def sha256(self) -> str: ...  # noqa: D102
 
 
-class Catalog(Protocol):
+class ServedTables(Protocol):
     """The alpha tables at one moment, by name."""
 
     @property
-    def tables(self) -> Mapping[str, Table]:
+    def tables(self) -> Mapping[str, ServedTable]:
         """Tables that are served."""
 
     @property
@@ -167,15 +162,15 @@ class Metrics:
         model: str,
         device: str,
         dtype: str,
-        load: Callable[[], Load],
-        catalog: Callable[[], Catalog],
+        load: Callable[[], ServerLoad],
+        tables: Callable[[], ServedTables],
     ) -> None:
         """Start to export model, load and tables. Call it once, after loading.
 
-        Each scrape calls `load` and `catalog` in another thread: they must neither block nor raise.
+        Each scrape calls `load` and `tables` in another thread: they must neither block nor raise.
         """
         info = {"id": model, "device": device, "dtype": dtype, "version": __version__}
-        self.registry.register(_Scraped(info, load, catalog))
+        self.registry.register(_Scraped(info, load, tables))
 
     def answered(self, method: str, code: str, seconds: float) -> None:
         """Count a call that ended. `code`: name of the gRPC status code, such as `CANCELLED`."""
@@ -183,16 +178,16 @@ class Metrics:
         self._requests.labels(known, code).inc()
         self._duration.labels(known).observe(seconds)
 
-    def completion(self) -> "Completion":
+    def completion(self) -> "CompletionMetrics":
         """Start to measure a completion; its time to the first token starts now."""
-        return Completion(self)
+        return CompletionMetrics(self)
 
     def reloaded(self, outcome: ReloadOutcome) -> None:
         """Count a read of the directory of tables."""
         self._reloads.labels(outcome).inc()
 
 
-class Completion:
+class CompletionMetrics:
     """Measures one completion. Pass each event here before it is written to the client.
 
     A slow reader delays the events, so the times are those of the response, not of the engine.
@@ -231,11 +226,14 @@ class _Scraped(Collector):
     """Collects the metrics that are read at each scrape."""
 
     def __init__(
-        self, info: dict[str, str], load: Callable[[], Load], catalog: Callable[[], Catalog]
+        self,
+        info: dict[str, str],
+        load: Callable[[], ServerLoad],
+        tables: Callable[[], ServedTables],
     ) -> None:
         self._info = info
         self._load = load
-        self._catalog = catalog
+        self._tables = tables
 
     def collect(self) -> Iterable[Metric]:
         """Return the current metrics."""
@@ -250,19 +248,19 @@ class _Scraped(Collector):
             ("kv_limit_bytes", "Memory that the cache takes in all.", load.kv_bytes_limit),
         ):
             yield GaugeMetricFamily(f"a2sf_{name}", meaning, value)
-        catalog = self._catalog()
+        served = self._tables()
         yield GaugeMetricFamily(
             "a2sf_alpha_tables_refused",
             "Alpha tables that cannot be used.",
-            len(catalog.refused),
+            len(served.refused),
         )
-        tables = InfoMetricFamily(
+        families = InfoMetricFamily(
             "a2sf_alpha_table", "Alpha tables served now.", labels=("name", "sha256", "default")
         )
-        for name, table in catalog.tables.items():
-            default = "true" if name == catalog.default else "false"
-            tables.add_metric((), {"name": name, "sha256": table.sha256, "default": default})
-        yield tables
+        for name, table in served.tables.items():
+            default = "true" if name == served.default else "false"
+            families.add_metric((), {"name": name, "sha256": table.sha256, "default": default})
+        yield families
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,9 @@ def start(enabled: bool) -> Tracer:
             "a2sf-serve[otel], or do without traces",
         ) from error
     for variable, accepted in ACCEPTED.items():
-        told = os.environ.get(variable) or accepted
-        if told != accepted:
-            raise InvalidArgument("--traces", f"{variable} is {told!r}; accepted: {accepted!r}")
+        given = os.environ.get(variable) or accepted
+        if given != accepted:
+            raise InvalidArgument("--traces", f"{variable} is {given!r}; accepted: {accepted!r}")
     ours = Resource.create({"service.name": "a2sf-serve", "service.version": __version__})
     # Merge the environment last, so that it overrides our values.
     provider = TracerProvider(

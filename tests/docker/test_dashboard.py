@@ -44,7 +44,7 @@ class Catalog:
 def exported() -> dict[str, set[str]]:
     """Names of the series of each metric, by the name that the metric goes by on the page."""
     metrics = Metrics(["StreamGenerate"])
-    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, catalog=Catalog)
+    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, tables=Catalog)
     series: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         if not family.name.startswith("process_"):

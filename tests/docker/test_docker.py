@@ -159,7 +159,7 @@ def test_the_service_s_variables_are_settings_that_flags_go_before(
         monkeypatch.setenv(name, value)
     loaded = load(["--port", "1"])
     places = {"host": "A2SF_HOST", "insecure_bind": "A2SF_INSECURE_BIND", "port": "--port"}
-    assert {name: loaded.places[name] for name in places} == places
+    assert {name: loaded.sources[name] for name in places} == places
     assert set(given) == {variable(name) for name in places}
     assert loaded.options.address == "0.0.0.0:1"
 

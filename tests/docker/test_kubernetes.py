@@ -79,7 +79,7 @@ def test_every_setting_is_one_that_the_server_takes(
     for name, value in overlay.settings.items():
         monkeypatch.setenv(name, value)
     loaded = load([])
-    taken = set(loaded.places.values())
+    taken = set(loaded.sources.values())
     assert {name for name in overlay.settings if name.startswith(ENV_PREFIX)} == taken
     assert loaded.misspelt == ()
     # Both may be listened on, from everywhere in the pod's network.

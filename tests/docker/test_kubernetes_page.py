@@ -120,7 +120,7 @@ def test_the_autoscaler_s_figures_are_its_own(monkeypatch: pytest.MonkeyPatch) -
 
 def test_metrics_and_versions_on_the_page_are_known() -> None:
     metrics = Metrics(["StreamGenerate"])
-    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, catalog=Catalog)
+    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, tables=Catalog)
     samples = {s.name for family in metrics.registry.collect() for s in family.samples}
     assert set(NAME.findall(PAGE)) <= samples
     assert f"Kubernetes {OLDEST} or newer" in PAGE

@@ -19,7 +19,7 @@ def production() -> Rendered:
 @pytest.fixture(scope="module")
 def gauges() -> set[str]:
     metrics = Metrics(["StreamGenerate"])
-    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, catalog=Catalog)
+    metrics.serving(model="m", device="cpu", dtype="float32", load=Load, tables=Catalog)
     return {family.name for family in metrics.registry.collect() if family.type == "gauge"}
 
 

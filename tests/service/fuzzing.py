@@ -83,16 +83,18 @@ def request_target(data: bytes) -> bool:
 def _admitted(message: pb.GenerationInput) -> pb.GenerationStarted:
     here = world()
     name = conversions.request_id(message, "made-up")
-    wish = policy_from_message(message.cache_policy, "input.cache_policy")
-    table = here.store.lookup(wish.table) if wish.table is not None else None
+    requested_policy = policy_from_message(message.cache_policy, "input.cache_policy")
+    table = (
+        here.store.lookup(requested_policy.table) if requested_policy.table is not None else None
+    )
     prompt = conversions.read_prompt(message, here.model, MAX_PROMPT_BYTES)
     request = conversions.generation_request(
-        message, name=name, prompt_ids=prompt.token_ids, policy=wish
+        message, name=name, prompt_ids=prompt.token_ids, policy=requested_policy
     ).model_copy(update={"table": table})
     with conversions.proto_fields():
         policy = admission.check(request, here.model, here.config)
     seed = request.sampling.seed or 0
-    return conversions.Answer(message.output, prompt, here.model).started(
+    return conversions.ResponseBuilder(message.output, prompt, here.model).started(
         Started(request_id=name, policy=policy, prompt_tokens=len(prompt.token_ids), seed=seed)
     )
 

@@ -20,8 +20,8 @@ def shown(*arguments: object) -> str:
 
 def planned(*arguments: object) -> dict[str, Any]:
     """The same as programs read it."""
-    told: dict[str, Any] = json.loads(shown("--json", *arguments))
-    return told
+    plan: dict[str, Any] = json.loads(shown("--json", *arguments))
+    return plan
 
 
 def refused(*arguments: object) -> str:

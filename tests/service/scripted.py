@@ -1,4 +1,4 @@
-"""An engine that says what it was told to, for tests of what stands around engines."""
+"""A scripted engine, for tests of the code around the engine."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ STEP_S = 0.0005
 
 @dataclass
 class ScriptedEngine:
-    """Says a word a step to each of its rows, as many as asked for, and notes what it is told.
+    """Generates one word per step for each row, up to the requested number, and records its calls.
 
     With `permits` it takes one for each step, and waits in the step until there is one.
     """

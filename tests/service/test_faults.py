@@ -1,4 +1,4 @@
-"""One request fails behind the real front door: its client is told, and nobody else notices."""
+"""One request fails on a real server: its client gets the error, and no other request notices."""
 
 import asyncio
 from collections.abc import AsyncIterable, Awaitable
@@ -12,7 +12,7 @@ from a2sf.errors import NonFinite, NotFound
 from a2sf.text.detokenizer import TextStream
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.rpc.lifecycle import answering
+from service.rpc.lifecycle import call_scope
 from service.server import Server
 from service.status import RemoteError
 from tests.service.conftest import StartServer, until
@@ -99,12 +99,12 @@ async def test_text_that_cannot_be_decoded_ends_that_stream_alone(
 
     server, _, address = await start_server()
     monkeypatch.setattr(TextStream, "push", broken)
-    told = await check_alone(server, address, completion(stop=[STOP]))
+    lines = await check_alone(server, address, completion(stop=[STOP]))
     # Once for each call, whoever else heard of it.
-    assert [(line["event"], line["request_id"]) for line in told] == [
+    assert [(line["event"], line["request_id"]) for line in lines] == [
         ("request failed", "the-victim")
     ] * 2
-    assert all(isinstance(line["exc_info"], Panic) for line in told)
+    assert all(isinstance(line["exc_info"], Panic) for line in lines)
 
 
 async def test_a_prompt_that_panics_where_it_is_queued_fails_alone(
@@ -128,11 +128,11 @@ async def test_logits_that_are_not_finite_end_that_stream_alone(
     save_poisoned_llama(tmp_path, POISON)
     server, _, address = await start_server(model=str(tmp_path))
     victim = completion(token_ids=pb.TokenIds(ids=[5, 6, POISON, 7]))
-    told = await check_alone(server, address, victim)
-    assert [(line["event"], line["request_id"]) for line in told] == [
+    lines = await check_alone(server, address, victim)
+    assert [(line["event"], line["request_id"]) for line in lines] == [
         ("request failed", "the-victim")
     ] * 2
-    assert all("non-finite logits" in line["reason"] for line in told)
+    assert all("non-finite logits" in line["reason"] for line in lines)
 
 
 async def test_a_model_that_is_not_finite_at_all_does_not_start(
@@ -159,7 +159,7 @@ async def test_a_panic_while_a_prompt_is_read_is_that_call_s_failure(
 
 
 class BrokenConnection:
-    """The context of a call whose client is gone before it is told how its call ended."""
+    """The context of a call whose client is gone before the status of its call is sent."""
 
     def invocation_metadata(self) -> tuple[()]:
         return ()
@@ -172,7 +172,7 @@ async def test_a_client_that_is_gone_before_its_status_ends_the_call_quietly(
     start_server: StartServer,
 ) -> None:
     server, _, _ = await start_server()
-    with capture_logs() as told, pytest.raises(asyncio.CancelledError):
-        async with answering("GetModel", server._backend, BrokenConnection()):  # type: ignore[arg-type]
+    with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
+        async with call_scope("GetModel", server._backend, BrokenConnection()):  # type: ignore[arg-type]
             raise NotFound("no such thing")
-    assert [(one["event"], one["outcome"]) for one in told] == [("answered", "NOT_FOUND")]
+    assert [(one["event"], one["outcome"]) for one in lines] == [("answered", "NOT_FOUND")]

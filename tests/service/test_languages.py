@@ -83,7 +83,7 @@ async def node(example: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 class Stand(pb_grpc.InferenceServiceServicer):
-    """Stands in for a server: refuses as often as it is told, and remembers who called."""
+    """Stands in for a server: refuses the given number of calls, and records every call."""
 
     def __init__(self, error: A2SFError, refusals: int) -> None:
         self._error = error
@@ -143,7 +143,7 @@ async def test_node_gets_the_text_that_python_gets(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["--max-new-tokens", "0"],
@@ -160,13 +160,13 @@ async def test_node_gets_the_text_that_python_gets(
     ],
 )
 async def test_node_tells_an_error_and_ends_with_1(
-    example: Path, start_server: StartServer, arguments: list[str], told: str
+    example: Path, start_server: StartServer, arguments: list[str], message: str
 ) -> None:
     server, _, address = await start_server()
     code, _, err = await node(example, "x", "--target", address, *arguments)
     assert code == 1
-    assert re.fullmatch(told, err)
-    await until(lambda: not server.inside)
+    assert re.fullmatch(message, err)
+    await until(lambda: not server.num_calls)
 
 
 @pytest.mark.slow
@@ -177,11 +177,11 @@ async def test_an_interrupt_of_node_frees_the_row(example: Path, start_server: S
     assert process.stdout is not None
     async with asyncio.timeout(WAIT_S):
         assert await process.stdout.read(1)
-    assert server.inside == 1
+    assert server.num_calls == 1
     process.send_signal(signal.SIGINT)
     code, _, err = await finished(process)
     assert (code, err) == (130, "error: CANCELLED: Cancelled on client\n")
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ async def test_a_reader_that_leaves_node_frees_the_row(
     os.close(reading)
     code, _, err = await finished(process)
     assert (code, err) == (1, "")
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
 
 
 @pytest.mark.slow

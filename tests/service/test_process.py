@@ -200,13 +200,13 @@ async def test_with_json_logs_every_line_is_json_from_start_to_end(
     )
     address = await process.address()
     lines = [json.loads(line) for line in process.log.splitlines()]
-    told = {line["event"]: line for line in lines}
-    assert told["listening"]["address"] == told["serving"]["address"] == address
-    assert told["serving"]["model"] == told["listening"]["model"]
-    with urllib.request.urlopen(told["metrics"]["url"], timeout=WAIT_S) as answer:
+    by_event = {line["event"]: line for line in lines}
+    assert by_event["listening"]["address"] == by_event["serving"]["address"] == address
+    assert by_event["serving"]["model"] == by_event["listening"]["model"]
+    with urllib.request.urlopen(by_event["metrics"]["url"], timeout=WAIT_S) as answer:
         assert answer.status == 200
     async with (
-        AdminClient(told["admin"]["address"], ChannelOptions(token=token)) as operator,
+        AdminClient(by_event["admin"]["address"], ChannelOptions(token=token)) as operator,
         Client(address) as client,
     ):
         await operator.get_load()
@@ -292,7 +292,7 @@ async def test_health_is_asked_from_the_command_line(start_process: StartProcess
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--port-file", "/"), "--port-file: /: "),
         (("--model", "/no/such/model"), "no such directory"),
@@ -301,9 +301,9 @@ async def test_health_is_asked_from_the_command_line(start_process: StartProcess
     ids=["no place for the port", "unknown model", "open to all"],
 )
 def test_a_start_that_cannot_succeed_says_why_in_one_line(
-    arguments: tuple[str, ...], told: str
+    arguments: tuple[str, ...], message: str
 ) -> None:
-    check_refused(arguments, told)
+    check_refused(arguments, message)
 
 
 def test_a_taken_port_is_told_in_one_line() -> None:
@@ -311,7 +311,7 @@ def test_a_taken_port_is_told_in_one_line() -> None:
         check_refused(("--port", str(taken.getsockname()[1])), "Address already in use")
 
 
-def check_refused(arguments: tuple[str, ...], told: str) -> None:
+def check_refused(arguments: tuple[str, ...], message: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "service", "--port", "0", *arguments],
         capture_output=True,
@@ -322,4 +322,4 @@ def check_refused(arguments: tuple[str, ...], told: str) -> None:
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line

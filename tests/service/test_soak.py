@@ -77,7 +77,7 @@ class Tally:
         self.ends[kind, end] += 1
 
 
-# What may become of each kind's requests, beside being told that there is no room.
+# What may become of each kind's requests, besides a refusal because the server is full.
 DOCUMENTED = {
     "reads": {"whole"},
     "asks for all": {"whole"},
@@ -304,12 +304,12 @@ async def weigh(process: ServerProcess, until: float) -> list[int]:
 
 def check_ends(ends: Counter[tuple[str, str]], documented: dict[str, set[str]]) -> None:
     """Every call ended in a way that its kind may end in, and there was one of every kind."""
-    told = "\n".join(f"{kind}: {end} {count}" for (kind, end), count in sorted(ends.items()))
-    print(told)
+    summary = "\n".join(f"{kind}: {end} {count}" for (kind, end), count in sorted(ends.items()))
+    print(summary)
     allowed = {(kind, end) for kind, all_ in documented.items() for end in all_}
     allowed |= {(kind, "RESOURCE_EXHAUSTED") for kind in documented}
-    assert set(ends) <= allowed, told
-    assert {kind for kind, _ in ends} == set(documented), told
+    assert set(ends) <= allowed, summary
+    assert {kind for kind, _ in ends} == set(documented), summary
 
 
 async def until_idle(admin: Any) -> None:

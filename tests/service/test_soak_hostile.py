@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS * 2 + 300)]
 
 TEMPLATE = "{{ raise_exception('roles must alternate') }}"
 
-# What may become of each kind's requests, beside being told that there is no room.
+# What may become of each kind's requests, besides a refusal because the server is full.
 DOCUMENTED = {
     "healthy": {"whole"},
     # Decoded, with replacement characters.

@@ -21,10 +21,10 @@ from service.client.calls import DEFAULT_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
 from service.client.options import GenerationOptions
 from service.client.sync import SyncClient
-from service.client.terminal.display import ForPeople, JsonLines
+from service.client.terminal.display import JsonLinesDisplay, TextDisplay
 from service.client.terminal.interrupt import INTERRUPTED, Interrupt
 from service.client.terminal.session import Session
-from service.status import NoRoom, Violations, code_of, fields_of
+from service.status import NoRoom, Violations, code_of, field_prefix
 
 Checked = TypeVar("Checked", bound=Given)
 
@@ -40,8 +40,8 @@ def _panel(title: str) -> Any:
 
 _server = _panel("Server")
 _length = _panel("Length")
-_drawing = _panel("Drawing tokens")
-_memory = _panel("Forgetting")
+_sampling = _panel("Drawing tokens")
+_policy = _panel("Forgetting")
 _output = _panel("Output")
 _chat = _panel("Conversation")
 
@@ -113,35 +113,35 @@ def complete(
         bool, _length("--ignore-eos", help="Write past the end of the sequence.")
     ] = False,
     repetition_penalty: Annotated[
-        float | None, _drawing(help="More than 1 discourages repeating. [default: 1]")
+        float | None, _sampling(help="More than 1 discourages repeating. [default: 1]")
     ] = None,
-    temperature: Annotated[float | None, _drawing(help="0 is greedy. [default: 1]")] = None,
-    top_k: Annotated[int | None, _drawing(help="Draw from the k most likely.")] = None,
-    top_p: Annotated[float | None, _drawing(help="Draw from this probability mass.")] = None,
-    min_p: Annotated[float | None, _drawing(help="Leave out the less likely.")] = None,
-    seed: Annotated[int | None, _drawing(help="Makes the draws repeatable.")] = None,
-    table: Annotated[str | None, _memory(help="Forget by this alpha table.")] = None,
-    alpha: Annotated[float | None, _memory(help="Forget by this one factor, 0 to 1.")] = None,
-    preset: Annotated[Preset | None, _memory(help="Forget by a known method.")] = None,
+    temperature: Annotated[float | None, _sampling(help="0 is greedy. [default: 1]")] = None,
+    top_k: Annotated[int | None, _sampling(help="Draw from the k most likely.")] = None,
+    top_p: Annotated[float | None, _sampling(help="Draw from this probability mass.")] = None,
+    min_p: Annotated[float | None, _sampling(help="Leave out the less likely.")] = None,
+    seed: Annotated[int | None, _sampling(help="Makes the draws repeatable.")] = None,
+    table: Annotated[str | None, _policy(help="Forget by this alpha table.")] = None,
+    alpha: Annotated[float | None, _policy(help="Forget by this one factor, 0 to 1.")] = None,
+    preset: Annotated[Preset | None, _policy(help="Forget by a known method.")] = None,
     budget: Annotated[
-        int | None, _memory(help="Tokens each head keeps, the mean over heads.")
+        int | None, _policy(help="Tokens each head keeps, the mean over heads.")
     ] = None,
     budget_ratio: Annotated[
-        float | None, _memory(help="The same, as a share of prompt + new tokens.")
+        float | None, _policy(help="The same, as a share of prompt + new tokens.")
     ] = None,
     min_budget: Annotated[
         int | None,
-        _memory(help="The fewest tokens that a ratio comes to; 0 for no floor."),
+        _policy(help="The fewest tokens that a ratio comes to; 0 for no floor."),
     ] = None,
-    recent: Annotated[int | None, _memory(help="Newest tokens that are never forgotten.")] = None,
+    recent: Annotated[int | None, _policy(help="Newest tokens that are never forgotten.")] = None,
     recent_share: Annotated[
-        float | None, _memory(help="The same, as a share of budget - sinks - 1.")
+        float | None, _policy(help="The same, as a share of budget - sinks - 1.")
     ] = None,
-    sinks: Annotated[int | None, _memory(help="First tokens that are never forgotten.")] = None,
+    sinks: Annotated[int | None, _policy(help="First tokens that are never forgotten.")] = None,
     prefill_chunk: Annotated[
-        int | None, _memory(help="Tokens of one prompt block; 0 for one block.")
+        int | None, _policy(help="Tokens of one prompt block; 0 for one block.")
     ] = None,
-    random_seed: Annotated[int | None, _memory(help="Seed of preset random.")] = None,
+    random_seed: Annotated[int | None, _policy(help="Seed of preset random.")] = None,
     echo: Annotated[
         bool, _output("--echo", help="Show the prompt first, as the model read it.")
     ] = False,
@@ -169,7 +169,7 @@ def complete(
     report = _report_json if as_json else _report_line
     # If another program calls this, Ctrl-C is left to that program.
     interrupt = context.obj or Interrupt()
-    policy = {
+    policy_flags = {
         "table": table,
         "alpha": alpha,
         "preset": preset,
@@ -182,7 +182,7 @@ def complete(
         "prefill_chunk": prefill_chunk,
         "random_seed": random_seed,
     }
-    drawn = {
+    sampling_flags = {
         "repetition_penalty": repetition_penalty,
         "temperature": temperature,
         "top_k": top_k,
@@ -192,12 +192,12 @@ def complete(
     }
     try:
         with interrupt.raised():
-            found, sampling, cache_policy = Violations(), Sampling(), CachePolicy()
-            with found.of_part():
-                sampling = _checked(Sampling, "input.sampling", drawn)
-            with found.of_part():
-                cache_policy = _checked(CachePolicy, "input.cache_policy", policy)
-            found.check()
+            violations, sampling, cache_policy = Violations(), Sampling(), CachePolicy()
+            with violations.collect():
+                sampling = _checked(Sampling, "input.sampling", sampling_flags)
+            with violations.collect():
+                cache_policy = _checked(CachePolicy, "input.cache_policy", policy_flags)
+            violations.check()
             options = GenerationOptions(
                 min_new_tokens=min_new_tokens,
                 sampling=sampling,
@@ -224,7 +224,7 @@ def complete(
             )
             given = sys.stdin.read() if prompt == "-" else prompt
             with SyncClient(target, channel) as client:
-                display = JsonLines if as_json else ForPeople
+                display = JsonLinesDisplay if as_json else TextDisplay
                 session = Session(
                     client, max_new_tokens, timeout, options, display, interrupt, report
                 )
@@ -253,7 +253,7 @@ def _refused_here(error: A2SFError) -> bool:
 
 def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
     """Build a value from the flags that were given. Raises InvalidArgument with their names."""
-    with fields_of(name):
+    with field_prefix(name):
         return cls(**{k: v for k, v in values.items() if v is not None})
 
 
@@ -270,19 +270,19 @@ def _report_line(error: A2SFError) -> None:
     # Print the partial completion before the error.
     sys.stdout.flush()
     # Report all problems, so that the user need not fix them one by one.
-    told = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
-    typer.echo(f"error: {' '.join(told.split())}", err=True)
+    problems = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
+    typer.echo(f"error: {' '.join(problems.split())}", err=True)
 
 
 def _report_json(error: A2SFError) -> None:
     """Print an error as a JSON object: `code`, `message`, and any known details."""
-    told: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
+    shown: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
     if violations := _violations(error):
-        told["field_violations"] = [{"field": f, "description": d} for f, d in violations]
+        shown["field_violations"] = [{"field": f, "description": d} for f, d in violations]
     elif isinstance(error, NoRoom) and error.retry_after_s is not None:
-        told["retry_after_seconds"] = error.retry_after_s
+        shown["retry_after_seconds"] = error.retry_after_s
     sys.stdout.flush()
-    typer.echo(json.dumps({"error": told}), err=True)
+    typer.echo(json.dumps({"error": shown}), err=True)
 
 
 def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:

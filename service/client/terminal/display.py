@@ -46,7 +46,7 @@ class Display(Protocol):
         """Show one event; `message` is the message that it was read from."""
 
 
-class JsonLines:
+class JsonLinesDisplay:
     """Prints each event as a line of JSON: protobuf's JSON form with the proto's field names."""
 
     def __enter__(self) -> Self:
@@ -68,7 +68,7 @@ class JsonLines:
         print(line, flush=True)
 
 
-class ForPeople:
+class TextDisplay:
     """Shows the text, the requested details of its tokens, and the figures."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class ForPeople:
             case Delta():
                 self._tokens.extend(event.logprobs)
                 if self._live is not None:
-                    self._live.grew(len(event.token_ids))
+                    self._live.add_tokens(len(event.token_ids))
                 self._write(event.text)
             case Finished():
                 self._end_live()
@@ -166,7 +166,7 @@ class _LiveFigures:
     def started(self, event: StreamStarted) -> None:
         self._started = event
 
-    def grew(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         if self._tokens == 0 and tokens:
             self._since = time.monotonic()
         self._tokens += tokens
@@ -194,11 +194,11 @@ class _LiveFigures:
         if not tokens:
             return f"reading {started.prompt_tokens} tokens, {elapsed:.0f} s"
         # The newest token is not in the cache yet.
-        seen = started.prompt_tokens + tokens - 1
+        cached = started.prompt_tokens + tokens - 1
         budgets = list(chain(*started.head_budgets)) or [started.budget]
-        gone = [max(0, seen - budget) for budget in budgets]
+        evicted = [max(0, cached - budget) for budget in budgets]
         rate = f"{(tokens - 1) / elapsed:.1f} tokens/s, " if tokens > 1 else ""
-        return f"{tokens} tokens, {rate}evicted {round(sum(gone) / len(gone))} of {seen}"
+        return f"{tokens} tokens, {rate}evicted {round(sum(evicted) / len(evicted))} of {cached}"
 
 
 def policy_in_words(event: StreamStarted) -> str:

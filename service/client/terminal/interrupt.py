@@ -20,21 +20,21 @@ class Interrupt:
     """A SIGINT handler for the main thread. By default, an interrupt ends the process."""
 
     def __init__(self) -> None:
-        self._came = False
-        self._answer: Callable[[], None] = _leave
+        self._interrupted = False
+        self._action: Callable[[], None] = _exit
 
     def __call__(self, *_: object) -> None:
         """Handle one interrupt."""
-        if self._came:
+        if self._interrupted:
             # A second interrupt: the user does not want to wait any longer.
-            _leave()
-        self._came = True
-        self._answer()
+            _exit()
+        self._interrupted = True
+        self._action()
 
     @contextmanager
     def raised(self) -> Iterator[None]:
         """Within the block, an interrupt raises KeyboardInterrupt."""
-        with self._answered_by(_raise):
+        with self._during(_raise):
             yield
 
     @contextmanager
@@ -45,23 +45,23 @@ class Interrupt:
         the main thread holds.
         """
         try:
-            with self._answered_by(threading.Thread(target=end, daemon=True).start):
+            with self._during(threading.Thread(target=end, daemon=True).start):
                 yield
         finally:
-            if self._came:
+            if self._interrupted:
                 # Whether the block raised or not, the interrupt is the cause.
                 raise KeyboardInterrupt from None
 
     @contextmanager
-    def _answered_by(self, answer: Callable[[], None]) -> Iterator[None]:
-        before, self._answer = self._answer, answer
+    def _during(self, action: Callable[[], None]) -> Iterator[None]:
+        before, self._action = self._action, action
         try:
             yield
         finally:
-            self._answer = before
+            self._action = before
 
 
-def _leave() -> None:
+def _exit() -> None:
     os._exit(INTERRUPTED)
 
 

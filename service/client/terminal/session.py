@@ -37,13 +37,13 @@ class Session:
         """Complete `prompt`, show the events as they arrive, and return the text."""
         call = calls.stream_generate(prompt, self.max_new_tokens, self.options)
         read = call.read
-        both = calls.Call(
+        with_message = calls.Call(
             call.stub, call.method, call.request, lambda message: (message, read(message))
         )
         text: list[str] = []
         with (
             self.interrupt.ending(self.client.close),
-            closing(self.client.stream(both, self.timeout_s)) as events,
+            closing(self.client.stream(with_message, self.timeout_s)) as events,
             self.display() as display,
         ):
             for message, event in events:
@@ -61,8 +61,8 @@ class Session:
 
         A failed call ends the conversation, unless stdin is a terminal.
         """
-        attended = sys.stdin.isatty()
-        if attended:
+        interactive = sys.stdin.isatty()
+        if interactive:
             print(HINT, file=sys.stderr)
         history = _first(system)
         for line in _lines():
@@ -71,15 +71,15 @@ class Session:
             if line == "/reset":
                 history = _first(system)
                 continue
-            asked = [*history, ChatMessage(role="user", content=line)]
+            messages = [*history, ChatMessage(role="user", content=line)]
             try:
-                text = self.complete(asked)
+                text = self.complete(messages)
             except A2SFError as error:
-                if not attended:
+                if not interactive:
                     raise
                 self.report(error)
             else:
-                history = [*asked, ChatMessage(role="assistant", content=text)]
+                history = [*messages, ChatMessage(role="assistant", content=text)]
 
 
 def _first(system: str | None) -> list[ChatMessage]:

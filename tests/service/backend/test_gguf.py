@@ -97,11 +97,11 @@ def test_a_plan_of_a_file_is_the_plan_of_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     path = save_gguf(checkpoint, tmp_path / "tiny.gguf", kind=GGMLQuantizationType.Q8_0)
     sizes = ("--budget", 48, "--max-batch", 2, "--dtype", "float32")
-    told, wanted = planned("--model", path, *sizes), planned("--model", checkpoint, *sizes)
-    assert told["memory"] == wanted["memory"]
-    assert told["weights"] == wanted["weights"]
-    assert told["weights"]["stored_parameters"] == told["weights"]["parameters"]
-    assert str(path) in told["command"]
+    plan, wanted = planned("--model", path, *sizes), planned("--model", checkpoint, *sizes)
+    assert plan["memory"] == wanted["memory"]
+    assert plan["weights"] == wanted["weights"]
+    assert plan["weights"]["stored_parameters"] == plan["weights"]["parameters"]
+    assert str(path) in plan["command"]
     part = tmp_path / "tiny-00001-of-00002.gguf"
     part.write_bytes(path.read_bytes())
     assert "is one of 2 parts" in refused("--model", part, *sizes)

@@ -66,7 +66,7 @@ async def gone(processes: list[psutil.Process]) -> bool:
 
 async def ask(target: str) -> list[tuple[str, int, int]]:
     """Some completions at once that evict: the text, tokens evicted and bytes held by each."""
-    wishes = [
+    requested_policies = [
         CachePolicy(preset="h2o", budget=16),
         CachePolicy(preset="random", budget=16, random_seed=3),
         CachePolicy(alpha=0.7, budget=16, prefill_chunk=4),
@@ -79,9 +79,9 @@ async def ask(target: str) -> list[tuple[str, int, int]]:
                     max_new_tokens=30,
                     ignore_eos=True,
                     sampling=Sampling(temperature=0.7 * index, seed=index),
-                    cache_policy=wish,
+                    cache_policy=requested_policy,
                 )
-                for index, wish in enumerate(wishes)
+                for index, requested_policy in enumerate(requested_policies)
             )
         )
     return [

@@ -9,7 +9,7 @@ import pytest
 
 from a2sf.errors import Aborted, InvalidArgument, Unavailable
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
-from service.backend.runner import EngineCrashed, EngineRunner, Load, RequestFailed
+from service.backend.runner import EngineCrashed, EngineLoad, EngineRunner, RequestFailed
 from tests.service.conftest import WAIT_S, until
 from tests.service.scripted import (
     REFUSED,
@@ -126,7 +126,7 @@ async def test_an_operator_ends_the_named_requests_at_once_and_no_others() -> No
         let_it_step(engine, 3)
         await first["a"]
         await first["b"]
-        await until(lambda: runner.load == Load(running=2, waiting=1, kv_bytes_used=20))
+        await until(lambda: runner.load == EngineLoad(running=2, waiting=1, kv_bytes_used=20))
         # One whose events are unread, one that still waits, one nobody knows, one twice.
         assert runner.abort(["a", "c", "nobody", "a"]) == ("a", "c")
         assert runner.abort(["a", "c"]) == ()
@@ -164,7 +164,7 @@ async def test_an_operator_leaves_an_answer_that_is_whole_to_its_reader() -> Non
 
 async def test_the_load_is_the_engine_s_and_nothing_before_there_is_one() -> None:
     runner, engine = EngineRunner(), ScriptedEngine(max_batch=1)
-    assert runner.load == Load(running=0, waiting=0, kv_bytes_used=0)
+    assert runner.load == EngineLoad(running=0, waiting=0, kv_bytes_used=0)
     await runner.start(lambda: engine)
     async with (
         asyncio.timeout(WAIT_S),
@@ -173,10 +173,10 @@ async def test_the_load_is_the_engine_s_and_nothing_before_there_is_one() -> Non
     ):
         await anext(first)
         waiting = asyncio.create_task(anext(second))
-        await until(lambda: runner.load == Load(running=1, waiting=1, kv_bytes_used=10))
+        await until(lambda: runner.load == EngineLoad(running=1, waiting=1, kv_bytes_used=10))
         waiting.cancel()
-        await until(lambda: runner.load == Load(running=1, waiting=0, kv_bytes_used=10))
-    await until(lambda: runner.load == Load(running=0, waiting=0, kv_bytes_used=0))
+        await until(lambda: runner.load == EngineLoad(running=1, waiting=0, kv_bytes_used=10))
+    await until(lambda: runner.load == EngineLoad(running=0, waiting=0, kv_bytes_used=0))
     await runner.stop(WAIT_S)
 
 

@@ -146,7 +146,7 @@ async def test_who_vanishes_is_gone_before_the_next_step() -> None:
             await anext(leaves)
             await until(lambda: engine.steps == 4)
             said = engine.said["b"]
-        # The thread is in a step, and has not been told; there is leave for no other.
+        # The thread is in a step and has not read the inbox; no further step is allowed.
         let_it_step(engine)
         await until(lambda: engine.cancelled == ["b"])
         assert engine.said["b"] <= said + 1

@@ -23,7 +23,7 @@ from a2sf.schema import AlphaTable
 from a2sf.tablefile import MAX_FILE_BYTES, save_table
 from service.backend.loading import check_default
 from service.backend.tables import TableCatalog
-from service.config.options import ServerOptions, Shares, heads_of
+from service.config.options import ServerOptions, Shares, slots_per_head
 from tests.tables import IDENTITY, make_table
 
 UNFIT = 99
@@ -37,7 +37,7 @@ def check(table: AlphaTable) -> None:
 
 def catalog(directory: Path, default: str | None = None) -> TableCatalog:
     made = TableCatalog(directory, IDENTITY)
-    made.settle(default, check)
+    made.set_default(default, check)
     return made
 
 
@@ -62,11 +62,11 @@ def test_reading_again_tells_what_is_new_changed_gone_and_refused(tmp_path: Path
     (tmp_path / "worse.json").write_text("{")
     (tmp_path / "gone.json").unlink()
     with capture_logs() as lines:
-        told = tables.reload()
-    assert (told.added, told.changed, told.removed) == (("new",), ("other",), ("gone",))
-    assert list(told.refused) == ["worse"]
-    assert str(told.refused["worse"]).startswith("alpha table worse.json: not whole JSON")
-    assert told.etag == tables.now.etag != before.etag
+        reloaded = tables.reload()
+    assert (reloaded.added, reloaded.changed, reloaded.removed) == (("new",), ("other",), ("gone",))
+    assert list(reloaded.refused) == ["worse"]
+    assert str(reloaded.refused["worse"]).startswith("alpha table worse.json: not whole JSON")
+    assert reloaded.etag == tables.now.etag != before.etag
     assert served(tables) == {"new": 24, "other": 25, "same": 24, "worse": 24}
     assert list(before.tables) == ["gone", "other", "same", "worse"], "a store never changes"
     assert {(line["event"], line["table"], line["log_level"]) for line in lines} == {
@@ -97,11 +97,11 @@ def test_the_default_outlives_its_file_until_another_is_activated(tmp_path: Path
     put(tmp_path, "b.json", "b")
     tables = catalog(tmp_path, "a")
     (tmp_path / "a.json").unlink()
-    told = tables.reload()
-    assert told.removed == ()
-    assert "stays as the default" in str(told.refused["a"])
+    reloaded = tables.reload()
+    assert reloaded.removed == ()
+    assert "stays as the default" in str(reloaded.refused["a"])
     assert served(tables) == {"a": 24, "b": 24}
-    tables.activate("b", told.etag)
+    tables.activate("b", reloaded.etag)
     assert served(tables) == {"b": 24}
     assert tables.now.refused == {}
     with pytest.raises(NotFound, match="served: b"):
@@ -114,9 +114,9 @@ def test_a_default_without_a_file_takes_the_next_file_of_its_name(tmp_path: Path
     (tmp_path / "a.json").unlink()
     tables.reload()
     put(tmp_path, "other.json", "a", UNFIT)
-    told = tables.reload()
+    reloaded = tables.reload()
     assert served(tables) == {"a": 24}
-    assert "cannot be the default" in str(told.refused["a"])
+    assert "cannot be the default" in str(reloaded.refused["a"])
     put(tmp_path, "other.json", "a", 25)
     assert tables.reload().changed == ("a",)
     assert tables.now.refused == {}
@@ -132,9 +132,9 @@ def test_two_files_of_one_name_leave_the_served_one_and_both_reasons_are_told(
         make_table(IDENTITY.model_copy(update={"fingerprint": "f" * 64}), name="name"),
         tmp_path / "b.json",
     )
-    told = tables.reload()
+    reloaded = tables.reload()
     assert served(tables) == {"name": 25}
-    reason = str(told.refused["name"])
+    reason = str(reloaded.refused["name"])
     assert "a.json: another file, z.json, has the name 'name'" in reason
     assert "alpha table b.json: " in reason
     (tmp_path / "z.json").unlink()
@@ -199,9 +199,9 @@ def test_a_directory_that_cannot_be_listed_changes_nothing(tmp_path: Path) -> No
     before = tables.now
     directory.rename(tmp_path / "elsewhere")
     assert tables.outdated()
-    with pytest.raises(NotFound, match="No such file or directory") as told:
+    with pytest.raises(NotFound, match="No such file or directory") as caught:
         tables.reload()
-    assert str(tmp_path) not in str(told.value)
+    assert str(tmp_path) not in str(caught.value)
     assert tables.now is before
     (tmp_path / "elsewhere").rename(directory)
     assert not tables.outdated()
@@ -279,7 +279,7 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
 ) -> None:
     identity = IDENTITY.model_copy(update={"num_layers": 3})
     table = make_table(identity, head_share=wanted, budget=budget, sinks=0, recent=0)
-    options, rows = ServerOptions(slots=slots), heads_of(slots, dealt)
+    options, rows = ServerOptions(slots=slots), slots_per_head(slots, dealt)
     longest = 3 * budget + 2
 
     def fits(rows: Heads) -> bool:
@@ -345,7 +345,7 @@ def test_what_may_be_the_default_depends_on_how_rows_are_dealt(
     budget = {"budget": None} if "budget_ratio" in settings else {}
     table = make_table(IDENTITY, **{"sinks": 0, "recent": 0, **budget, **settings})
     options = ServerOptions(slots=40)
-    rows = heads_of(40, by_layer(*dealt))
+    rows = slots_per_head(40, by_layer(*dealt))
     if reason is None:
         check_default(options, rows, 1000, table)
         return

@@ -40,14 +40,14 @@ RELOADING = """
 import threading
 from service.__main__ import main
 from service.backend.tables import TableCatalog
-settle = TableCatalog.settle
-def settle_and_read_on(self, *arguments):
-    settle(self, *arguments)
+set_default = TableCatalog.set_default
+def set_default_and_read_on(self, *arguments):
+    set_default(self, *arguments)
     def read_on():
         while True:
             self.reload()
     threading.Thread(target=read_on, daemon=True).start()
-TableCatalog.settle = settle_and_read_on
+TableCatalog.set_default = set_default_and_read_on
 main()
 """
 

@@ -25,7 +25,7 @@ Content = tuple[str, int] | str
 Step = tuple[Any, ...]
 
 
-def contents() -> dict[Content, bytes]:
+def file_contents() -> dict[Content, bytes]:
     """The bytes of each good table, by name and budget, and of each kind of bad file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t"
@@ -42,7 +42,7 @@ def contents() -> dict[Content, bytes]:
     return made
 
 
-CONTENTS = contents()
+CONTENTS = file_contents()
 
 file = st.sampled_from(FILES)
 steps = st.lists(
@@ -148,10 +148,10 @@ def test_whatever_is_done_to_the_files_the_rules_say_what_is_served(history: lis
                             tables.activate(name, tables.now.etag)
                 case ("reload",):
                     rules.reload()
-                    before, told = tables.now, tables.reload()
+                    before, reloaded = tables.now, tables.reload()
                     now = tables.now
-                    assert set(told.added) == set(now.tables) - set(before.tables)
-                    assert set(told.removed) == set(before.tables) - set(now.tables)
+                    assert set(reloaded.added) == set(now.tables) - set(before.tables)
+                    assert set(reloaded.removed) == set(before.tables) - set(now.tables)
                     named = {
                         f for f in FILES if any(f"{f}: " in str(w) for w in now.refused.values())
                     }

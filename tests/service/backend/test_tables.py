@@ -62,11 +62,17 @@ def test_bad_files_are_named_in_the_log_and_stop_no_others(
         store = TableCatalog(directory, identity).now
     assert list(store.tables) == ["good"]
     assert list(store.refused) == ["cut", "foreign"]
-    told = {line["table"]: line for line in lines}
-    assert (told["good"]["event"], told["good"]["log_level"]) == ("alpha table added", "info")
+    by_table = {line["table"]: line for line in lines}
+    assert (by_table["good"]["event"], by_table["good"]["log_level"]) == (
+        "alpha table added",
+        "info",
+    )
     for name, reason in (("cut", "cut.json: .*cut short"), ("foreign", "fingerprint")):
-        assert (told[name]["event"], told[name]["log_level"]) == ("alpha table refused", "warning")
-        assert re.search(reason, told[name]["reason"])
+        assert (by_table[name]["event"], by_table[name]["log_level"]) == (
+            "alpha table refused",
+            "warning",
+        )
+        assert re.search(reason, by_table[name]["reason"])
 
 
 @pytest.mark.parametrize(
@@ -207,11 +213,11 @@ async def test_a_default_table_of_unequal_heads_shapes_the_rows(
     assert answer.started.head_recents == ((13, 13),) * 3
     with pytest.raises(
         InvalidArgument, match="31 tokens in every head; layer 1 head 0 has 30"
-    ) as told:
+    ) as caught:
         await client.generate(
             "x", max_new_tokens=2, cache_policy=other.model_copy(update={"budget": 31})
         )
-    assert "(rows follow head_share); lower budget or raise --slots" in str(told.value)
+    assert "(rows follow head_share); lower budget or raise --slots" in str(caught.value)
     with pytest.raises(InvalidArgument, match="layer 0 head 0 183 slots; layer 0 head 0 has 180"):
         await client.generate([7] * 285, max_new_tokens=20)
 
@@ -241,8 +247,10 @@ async def test_a_request_with_another_deal_is_served_where_each_head_s_slots_fit
     )
 
     async def answer(**policy: int) -> Completion:
-        wish = CachePolicy(table="swapped", **policy)
-        return await client.generate([7] * 280, max_new_tokens=20, cache_policy=wish, **GREEDY)
+        requested_policy = CachePolicy(table="swapped", **policy)
+        return await client.generate(
+            [7] * 280, max_new_tokens=20, cache_policy=requested_policy, **GREEDY
+        )
 
     # The second head of the first layer has 60 slots, and gets three times the mean.
     alone, beside = await answer(), await asyncio.gather(answer(), answer(budget=10))
@@ -287,10 +295,10 @@ async def test_what_is_served_tells_the_slots_of_each_head(
 
 def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path) -> None:
     options = ServerOptions(tables=shaped, default_table="ratio", slots=60)
-    assert options.budget(None) == 60
-    assert options.budget(SHARES) == 30
+    assert options.default_budget_for(None) == 60
+    assert options.default_budget_for(SHARES) == 30
     assert options.engine_config(SHARES).default_policy.budget == 30
-    assert options.model_copy(update={"slots": 1024}).budget(None) == 1024
+    assert options.model_copy(update={"slots": 1024}).default_budget_for(None) == 1024
     narrow = options.model_copy(update={"slots": 8})
     with pytest.raises(InvalidArgument, match=r"^--slots: 8, of which the narrowest head gets 4; "):
         narrow.engine_config(SHARES)

@@ -1,7 +1,6 @@
-"""Watching the tables' directory: what is put there is served, whatever becomes of the directory.
+"""Watching the directory of tables: a new table is served, whatever happens to the directory.
 
-The tests of being told of a change set so long a time between looks that only being told can pass
-them.
+Tests of notifications make the time between checks so long that only a notification can pass them.
 """
 
 import asyncio
@@ -97,9 +96,9 @@ async def test_what_changes_in_the_directory_is_served(directory: Path) -> None:
         assert watched.serves(a=25)
         (directory / "a.json").unlink()
         await until(watched.serves)
-    assert [told.added for told in watched.reloads if told.added] == [("a",)]
-    assert [told.changed for told in watched.reloads if told.changed] == [("a",)]
-    assert [told.removed for told in watched.reloads if told.removed] == [("a",)]
+    assert [reloaded.added for reloaded in watched.reloads if reloaded.added] == [("a",)]
+    assert [reloaded.changed for reloaded in watched.reloads if reloaded.changed] == [("a",)]
+    assert [reloaded.removed for reloaded in watched.reloads if reloaded.removed] == [("a",)]
 
 
 class ConfigMap:
@@ -141,7 +140,7 @@ async def test_a_swapped_config_map_is_noticed(directory: Path) -> None:
         await until(lambda: watched.serves(a=25, b=24))
         mounted.swap(a=25, c=26)
         await until(lambda: watched.serves(a=25, c=26))
-    assert all(told.refused == {} for told in watched.reloads)
+    assert all(reloaded.refused == {} for reloaded in watched.reloads)
 
 
 @pytest.mark.usefixtures("looked_often")
@@ -209,8 +208,8 @@ async def test_without_watches_from_the_system_the_directory_is_looked_at(
             await until(lambda: watched.serves(a=24, b=24))
             enough = looks + 3
             await until(lambda: looks >= enough)
-    (told,) = [line for line in lines if "cannot be watched" in line["event"]]
-    assert (told["reason"], told["log_level"]) == ("no watch left", "warning")
+    (line,) = [each for each in lines if "cannot be watched" in each["event"]]
+    assert (line["reason"], line["log_level"]) == ("no watch left", "warning")
     assert len(watched.reloads) == 2, "looking without a change reads nothing"
 
 

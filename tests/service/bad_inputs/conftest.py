@@ -108,7 +108,7 @@ class Served:
     async def check_well(self, **options: Any) -> None:
         """See that nothing is left of what was before, and that a good request works."""
         engine = self.server.core.engine
-        await until(lambda: not (self.server.inside or engine.running or engine.waiting))
+        await until(lambda: not (self.server.num_calls or engine.running or engine.waiting))
         answer = pb.GenerateResponse.FromString(await self.call(GOOD, timeout=WAIT_S, **options))
         assert answer.finished.usage.completion_tokens
 

@@ -92,7 +92,7 @@ async def test_a_call_without_its_message_takes_no_place(served: Served, name: s
     async with raw_call(served.address) as call:
         await call.send({":path": GENERATE}, body, end=end)
         assert await call.settle() == Answer()
-        assert served.server.inside == 0
+        assert served.server.num_calls == 0
         await served.check_well()
 
 

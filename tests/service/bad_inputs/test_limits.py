@@ -140,9 +140,12 @@ async def test_a_number_beyond_its_limits_is_refused_by_name(served: Served, pat
         beyond += [math.nan, math.inf, -math.inf]
     for value in beyond:
         message = pb.GenerateRequest(input=with_number(path, value))
-        told = read(await served.refusal(message.SerializeToString()))
-        assert (told.code, told.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "InvalidArgument"), (
+        status = read(await served.refusal(message.SerializeToString()))
+        assert (status.code, status.reason) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "InvalidArgument",
+        ), (
             path,
             value,
         )
-        assert told.field == f"input.{limits.named or path}", (path, value)
+        assert status.field == f"input.{limits.named or path}", (path, value)

@@ -28,11 +28,11 @@ async def test_metadata_below_the_limit_is_always_taken(served: Served, size: in
 @pytest.mark.parametrize("size", [MAX_METADATA_BYTES, 2 * MAX_METADATA_BYTES])
 async def test_metadata_above_the_limit_is_never_taken(served: Served, size: int) -> None:
     for _ in range(TRIES):
-        told = read(await served.refusal(GOOD, metadata=[("x-large", "m" * size)]))
-        assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
+        status = read(await served.refusal(GOOD, metadata=[("x-large", "m" * size)]))
+        assert (status.code, status.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
         assert (
             f"metadata size exceeds hard limit (value length {size} vs. {MAX_METADATA_BYTES}"
-            in (told.details)
+            in (status.details)
         )
 
 

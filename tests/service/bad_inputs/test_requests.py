@@ -175,10 +175,12 @@ BAD: dict[str, Case] = {
 @pytest.mark.parametrize("name", BAD)
 async def test_a_bad_request_is_told_what_is_wrong(served: Served, name: str) -> None:
     case = BAD[name]
-    told = read(await served.refusal(case.request, case.method, **case.options))
-    assert (told.code, told.reason, told.field) == (case.code, case.reason, case.field), told
-    assert case.says in told.details
-    assert "Error" not in told.details, "no exception of Python's, nor its class"
+    status = read(await served.refusal(case.request, case.method, **case.options))
+    assert (status.code, status.reason, status.field) == (case.code, case.reason, case.field), (
+        status
+    )
+    assert case.says in status.details
+    assert "Error" not in status.details, "no exception of Python's, nor its class"
 
 
 async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) -> None:
@@ -190,9 +192,9 @@ async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) 
         cache_policy={"alpha": 3.0, "prefill_chunk": 1, "random_seed": 2**31},
         output={"top_logprobs": 21},
     )
-    told = read(await served.refusal(request))
-    assert (told.code, told.reason) == (C.INVALID_ARGUMENT, "InvalidArgument")
-    assert sorted(told.fields) == [
+    status = read(await served.refusal(request))
+    assert (status.code, status.reason) == (C.INVALID_ARGUMENT, "InvalidArgument")
+    assert sorted(status.fields) == [
         "input.cache_policy.alpha",
         "input.cache_policy.random_seed",
         "input.output.top_logprobs",
@@ -206,8 +208,8 @@ async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) 
 
 async def test_too_many_stops_are_told_beside_a_preset_that_there_is_not(served: Served) -> None:
     request = generation(stop=["s"] * 17, stop_token_ids=[1] * 129, cache_policy={"preset": 77})
-    told = read(await served.refusal(request))
-    assert sorted(told.fields) == [
+    status = read(await served.refusal(request))
+    assert sorted(status.fields) == [
         "input.cache_policy.preset",
         "input.stop",
         "input.stop_token_ids",

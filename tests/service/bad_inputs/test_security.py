@@ -41,12 +41,12 @@ async def test_wrong_tokens(start_server: StartServer, tmp_path: Path) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         served = Served(server, address, channel)
         for name, tokens in WRONG_TOKENS.items():
-            told = read(
+            status = read(
                 await served.refusal(GOOD, metadata=[("authorization", token) for token in tokens])
             )
-            assert told.code is UNAUTHENTICATED, name
-            assert told.reason == "Unauthenticated", name
-            assert not any(token[-10:] in told.details for token in tokens if token[10:]), name
+            assert status.code is UNAUTHENTICATED, name
+            assert status.reason == "Unauthenticated", name
+            assert not any(token[-10:] in status.details for token in tokens if token[10:]), name
             # A bad message of a caller whom nobody knows is not even read.
             assert (await served.refusal(b"\xff")).code() is UNAUTHENTICATED
         await served.check_well(metadata=[("authorization", f"Bearer {TOKEN}")])

@@ -1,4 +1,4 @@
-"""Bytes that are no request of a method are told as such, whichever service they are sent to."""
+"""Undecodable requests get INVALID_ARGUMENT from every method of every service."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -65,11 +65,14 @@ async def test_no_method_of_any_service_answers_unknown_to_bytes_that_are_no_req
                 call = channel.unary_unary(path)(request, timeout=WAIT_S, metadata=token)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call
-                told = read(caught.value)
-                assert told.code is grpc.StatusCode.INVALID_ARGUMENT, (path, request, told)
-                assert (told.reason, told.field) == ("InvalidArgument", "request"), (path, told)
-                assert f"message of {method.name} is cut short" in told.details
-                assert "Error" not in told.details, "no exception of Python's, nor its class"
+                status = read(caught.value)
+                assert status.code is grpc.StatusCode.INVALID_ARGUMENT, (path, request, status)
+                assert (status.reason, status.field) == ("InvalidArgument", "request"), (
+                    path,
+                    status,
+                )
+                assert f"message of {method.name} is cut short" in status.details
+                assert "Error" not in status.details, "no exception of Python's, nor its class"
 
 
 async def test_a_reflection_stream_is_answered_up_to_what_cannot_be_read(

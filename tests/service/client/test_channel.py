@@ -108,7 +108,7 @@ def test_what_may_be_several_addresses_is_balanced_by_health(target: str, severa
 
 @pytest.mark.parametrize("client", [AdminClient, SyncAdminClient])
 def test_an_admin_client_is_of_one_server(client: type[SyncAdminClient]) -> None:
-    # A health of the inference service is not told on the admin's port: balanced, it would be
+    # The admin port does not report the health of the inference service: balanced, it would be
     # taken for one that never serves.
     config = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))["grpc.service_config"]
     assert "healthCheckConfig" not in json.loads(config)
@@ -130,14 +130,14 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     other.issue_cert("client").private_key_pem.write_to_path(key)
     ca.cert_pem.write_to_path(roots)
     riddle.write_bytes(b"\xff not PEM")
-    for tls, told in [
+    for tls, message in [
         (Tls(root_ca=tmp_path / "none"), "none: No such file"),
         (Tls(root_ca=riddle), "riddle: accepted: PEM, certificates$"),
         (Tls(cert=cert), "together"),
         (Tls(cert=cert, key=key), "key that is the certificate's"),
         (Tls(cert=cert, key=tmp_path / "none"), "No such file"),
     ]:
-        with pytest.raises(InvalidArgument, match=told):
+        with pytest.raises(InvalidArgument, match=message):
             tls.credentials()
     assert Tls(root_ca=roots).credentials()
 

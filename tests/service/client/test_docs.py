@@ -47,8 +47,8 @@ async def test_its_programs_run(start_server: StartServer, tmp_path: Path) -> No
 
 
 def test_its_table_of_methods_is_whole() -> None:
-    told = set(re.findall(r"`(\w+)\(", PAGE))
+    documented = set(re.findall(r"`(\w+)\(", PAGE))
     methods = {
         name for cls in (Client, AdminClient) for name in vars(cls) if not name.startswith("_")
     }
-    assert methods <= told
+    assert methods <= documented

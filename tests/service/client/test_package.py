@@ -26,8 +26,8 @@ MOST_BYTES = 60_000_000
 
 
 def project(directory: Path) -> dict[str, Any]:
-    told: dict[str, Any] = tomllib.loads((directory / "pyproject.toml").read_text())["project"]
-    return told
+    project: dict[str, Any] = tomllib.loads((directory / "pyproject.toml").read_text())["project"]
+    return project
 
 
 def module_file(name: str) -> Path | None:
@@ -81,8 +81,8 @@ def test_its_version_and_ranges_are_those_of_the_whole() -> None:
     client, whole = project(PACKAGE), project(ROOT)
     for key in ("version", "requires-python", "license"):
         assert client[key] == whole[key]
-    told = {*whole["dependencies"], *whole["optional-dependencies"]["serve"]}
-    assert set(client["dependencies"]) <= told
+    declared = {*whole["dependencies"], *whole["optional-dependencies"]["serve"]}
+    assert set(client["dependencies"]) <= declared
     assert client["scripts"]["a2sf-client"] == whole["scripts"]["a2sf-client"]
 
 
@@ -140,7 +140,7 @@ async def test_alone_in_an_environment_it_weighs_little_and_calls_a_server(
     program.write_text(PROGRAM)
     assert await output(python, program, address, cwd=tmp_path) == "[20, 16]\n"
     command = environment / "bin" / "a2sf-client"
-    asked = ("Hello", "--target", address, "--max-new-tokens", "8", "--ignore-eos")
-    assert "8 tokens (length)" in await output(command, *asked, cwd=tmp_path)
+    arguments = ("Hello", "--target", address, "--max-new-tokens", "8", "--ignore-eos")
+    assert "8 tokens (length)" in await output(command, *arguments, cwd=tmp_path)
     version = ("-c", "import a2sf; print(a2sf.__version__)")
     assert (await output(python, *version, cwd=tmp_path)).strip() == project(PACKAGE)["version"]

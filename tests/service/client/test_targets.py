@@ -23,7 +23,7 @@ def test_a_list_is_put_as_grpc_takes_it(target: str, taken: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "told"),
+    ("target", "message"),
     [
         ("a2sf-1:50051,a2sf-2:50051", "'a2sf-1:50051' in a list; .* dns:///NAME:PORT"),
         ("localhost:1,localhost:2", "'localhost:1' in a list"),
@@ -37,6 +37,6 @@ def test_a_list_is_put_as_grpc_takes_it(target: str, taken: str) -> None:
         ("10.0.0.7:1,[fd00::8]:1", "mixes IPv4 and IPv6"),
     ],
 )
-def test_another_list_is_refused_by_name(target: str, told: str) -> None:
-    with pytest.raises(InvalidArgument, match=told):
+def test_another_list_is_refused_by_name(target: str, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
         uri(target)

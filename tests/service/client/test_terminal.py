@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from a2sf.requests import CacheStatistics, Finished, FinishReason, Timings, Usage
 from service.client.results import Delta
 from service.client.terminal.cli import app
-from service.client.terminal.display import ForPeople, figures
+from service.client.terminal.display import TextDisplay, figures
 from service.pb import inference_pb2 as pb
 from tests.service.client.test_conversions import load_with_template
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
@@ -145,10 +145,10 @@ async def test_an_error_in_json_is_one_object_with_code_and_fields(
     ]:
         given = ["x", "--target", address, "--json", "--ignore-eos", *flags]
         exit_code, _, err = await run(*given)
-        told = json.loads(err)["error"]
-        assert (exit_code, told["code"]) == (exits, code)
-        assert told["message"]
-        assert [v["field"] for v in told.get("field_violations", ())] == fields
+        shown = json.loads(err)["error"]
+        assert (exit_code, shown["code"]) == (exits, code)
+        assert shown["message"]
+        assert [v["field"] for v in shown.get("field_violations", ())] == fields
 
 
 async def test_a_busy_server_is_told_in_json_with_when_to_come_back(
@@ -159,9 +159,9 @@ async def test_a_busy_server_is_told_in_json_with_when_to_come_back(
         await anext(events)
         code, _, err = await run("y", "--target", address, "--json")
     assert code == 1
-    told = json.loads(err)["error"]
-    assert (told["code"], told["retry_after_seconds"]) == ("RESOURCE_EXHAUSTED", 0.5)
-    await until(lambda: not server.inside)
+    shown = json.loads(err)["error"]
+    assert (shown["code"], shown["retry_after_seconds"]) == ("RESOURCE_EXHAUSTED", 0.5)
+    await until(lambda: not server.num_calls)
 
 
 async def test_a_conversation_keeps_what_was_said_until_it_is_reset(
@@ -252,7 +252,7 @@ async def test_token_and_certificates_reach_the_server(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exits", "told"),
+    ("arguments", "exits", "message"),
     [
         (["--table", "mathqa"], 1, "no alpha table 'mathqa'; served: none"),
         (["--budget", "65"], 1, "at most 64 slots"),
@@ -267,14 +267,14 @@ async def test_token_and_certificates_reach_the_server(
     ],
 )
 async def test_an_error_is_one_line_on_stderr_and_2_where_no_call_was_made(
-    start_server: StartServer, arguments: list[str], exits: int, told: str
+    start_server: StartServer, arguments: list[str], exits: int, message: str
 ) -> None:
     _, _, address = await start_server()
     code, _, err = await run("x", "--target", address, *arguments)
     assert code == exits
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert message in err
 
 
 async def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
@@ -301,7 +301,7 @@ async def test_a_reader_that_leaves_ends_it_quietly(start_server: StartServer) -
         os.close(reading)
         assert await client.stderr.read() == b""
         assert await client.wait() == 1
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
 
 
 async def test_figures_live_on_a_terminal_alone(start_server: StartServer) -> None:
@@ -337,10 +337,10 @@ def test_a_terminal_is_not_made_to_obey_the_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = Delta(request_id="r", text="a\x1b[2J\tb\r\n\x9b", token_ids=())
-    for terminal, told in [(True, "a\ufffd[2J\tb\n\ufffd"), (False, event.text)]:
+    for terminal, message in [(True, "a\ufffd[2J\tb\n\ufffd"), (False, event.text)]:
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        ForPeople().show(pb.StreamGenerateResponse(), event)
-        assert capsys.readouterr().out == told
+        TextDisplay().show(pb.StreamGenerateResponse(), event)
+        assert capsys.readouterr().out == message
 
 
 @pytest.mark.parametrize("module", ["service.client", "service.client.terminal.cli"])

@@ -46,7 +46,7 @@ FINISHED = pb.StreamGenerateResponse(
 
 
 class Fake(pb_grpc.InferenceServiceServicer):
-    """Answers the nth attempt at a stream as it is told to, and counts them."""
+    """Answers each attempt at a stream by a given function, and counts the attempts."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -156,7 +156,7 @@ async def test_it_gives_up_after_four_attempts_and_says_when_to_come_back(
 
 @both
 @pytest.mark.parametrize(
-    "error", [Unavailable("broken"), ResourceExhausted("full"), Aborted("told to")]
+    "error", [Unavailable("broken"), ResourceExhausted("full"), Aborted("asked to")]
 )
 async def test_what_fails_after_its_start_is_not_tried_again(
     collect: Collect, error: Exception
@@ -233,11 +233,11 @@ async def test_closing_the_channel_ends_its_calls_as_cancelled() -> None:
 async def test_a_cancelled_task_stays_cancelled(start_server: StartServer) -> None:
     server, client, _ = await start_server()
     task = asyncio.create_task(client.generate("x", **ENDLESS))
-    await until(lambda: server.inside == 1)
+    await until(lambda: server.num_calls == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
 
 
 async def test_a_stream_left_early_is_cancelled_by_either_client(
@@ -269,10 +269,10 @@ async def test_a_stream_left_early_is_cancelled_by_either_client(
             blocking.generate("y", max_new_tokens=2, timeout_s=WAIT_S)
 
     await asyncio.wait_for(asyncio.to_thread(leave_early), WAIT_S)
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
     async with aclosing(client.stream_generate("x", **ENDLESS)) as events:
         await anext(events)
-    await until(lambda: not server.inside)
+    await until(lambda: not server.num_calls)
 
 
 async def test_both_clients_get_the_same(start_server: StartServer) -> None:
@@ -322,8 +322,8 @@ async def test_the_longest_deadline_is_no_past_one(start_server: StartServer) ->
 
 
 def test_a_server_that_is_not_there_is_told_with_what_to_do() -> None:
-    told = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* speaks plain text")
-    with SyncClient("127.0.0.1:1") as client, told:
+    refused = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* speaks plain text")
+    with SyncClient("127.0.0.1:1") as client, refused:
         client.get_model()
 
 

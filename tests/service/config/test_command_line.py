@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--tables", "/no/such/tables"], "/no/such/tables: no such directory"),
         (["--default-table", "mathqa"], "no alpha table 'mathqa'; served: none"),
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
 def test_a_start_that_cannot_succeed_says_why(
     long_model_dir: Path,
     arguments: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -46,7 +46,7 @@ def test_a_start_that_cannot_succeed_says_why(
     assert ended.value.code == 2
     line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
 def test_an_engine_that_dies_in_its_first_step_is_no_fault_of_the_user_s(

@@ -12,7 +12,7 @@ from a2sf.policy import DEFAULT_METHOD, CachePolicy
 from a2sf.schema import AlphaTable, ModelIdentity
 from a2sf.tablefile import save_table
 from service.backend.loading import check_default, load_core
-from service.config.options import MIN_BUDGET, ServerOptions, heads_of
+from service.config.options import MIN_BUDGET, ServerOptions, slots_per_head
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policy_messages import in_words
@@ -52,11 +52,11 @@ async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
     assert answer.started.recent == int((DEFAULT_METHOD.recent_share or 0) * (64 - 4 - 1))
     assert (answer.finished.cache.kept_tokens, answer.finished.cache.evicted_tokens) == (64, 35)
     # The server says so when it starts, and when it is asked.
-    told = DEFAULT_METHOD.model_copy(update={"budget": 64, "min_budget": 16})
-    assert (await client.get_model()).default_cache_policy == told
+    expected = DEFAULT_METHOD.model_copy(update={"budget": 64, "min_budget": 16})
+    assert (await client.get_model()).default_cache_policy == expected
     (line,) = [line for line in lines if line["event"] == "default policy"]
-    assert (line["policy"], line["min_budget"]) == (in_words(told), 16)
-    assert server.core.config.default_policy == told
+    assert (line["policy"], line["min_budget"]) == (in_words(expected), 16)
+    assert server.core.config.default_policy == expected
 
 
 async def test_a_server_says_its_default_policy_when_it_starts(
@@ -87,7 +87,7 @@ async def test_a_short_request_of_a_ratio_keeps_all_its_tokens_and_is_told_why(
 
 
 @pytest.mark.parametrize(
-    ("table", "wish", "budget", "floor"),
+    ("table", "requested_policy", "budget", "floor"),
     [
         ("plain", {}, 30, 30),
         ("forty", {}, 40, 40),
@@ -104,12 +104,12 @@ async def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s(
     start_server: StartServer,
     tables: Path,
     table: str | None,
-    wish: dict[str, float],
+    requested_policy: dict[str, float],
     budget: int,
     floor: int | None,
 ) -> None:
     _, client, _ = await start_server(tables=tables, min_budget=30)
-    policy = CachePolicy(table=table, **wish)
+    policy = CachePolicy(table=table, **requested_policy)
     answer = await client.generate([7] * 80, max_new_tokens=20, cache_policy=policy)
     assert (answer.started.budget, answer.started.min_budget) == (budget, floor)
 
@@ -122,13 +122,13 @@ async def test_what_is_served_tells_the_floors(start_server: StartServer, tables
     )
     async with grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.ModelServiceStub(channel)
-        told = {
+        expected = {
             name: (await stub.GetAlphaTable(pb.GetAlphaTableRequest(name=name))).table
             for name in ("plain", "forty", "none")
         }
-    assert not told["plain"].HasField("min_budget")
-    assert told["none"].HasField("min_budget")
-    assert [told[name].min_budget for name in ("forty", "none")] == [40, 0]
+    assert not expected["plain"].HasField("min_budget")
+    assert expected["none"].HasField("min_budget")
+    assert [expected[name].min_budget for name in ("forty", "none")] == [40, 0]
     assert (await client.get_alpha_table("forty")).policy.min_budget == 40
     _, client, _ = await start_server(tables=tables, default_table="plain")
     assert (await client.get_model()).default_cache_policy.min_budget == 16
@@ -136,9 +136,9 @@ async def test_what_is_served_tells_the_floors(start_server: StartServer, tables
 
 async def test_a_floor_out_of_range_is_refused_by_its_field(start_server: StartServer) -> None:
     _, client, address = await start_server()
-    wish = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=65)
+    requested_policy = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=65)
     with pytest.raises(InvalidArgument, match=r"^input\.cache_policy\.min_budget: min_budget 65 "):
-        await client.generate([7] * 80, max_new_tokens=20, cache_policy=wish)
+        await client.generate([7] * 80, max_new_tokens=20, cache_policy=requested_policy)
     code, _, err = await run("x", "--target", address, "--min-budget", "-1")
     assert code == 2
     assert "input.cache_policy.min_budget: " in err
@@ -148,19 +148,19 @@ async def test_a_misspelt_preset_is_refused_as_everything_else_is(
     start_server: StartServer,
 ) -> None:
     _, client, _ = await start_server()
-    with pytest.raises(InvalidRequest, match="did you mean h2o") as told:
+    with pytest.raises(InvalidRequest, match="did you mean h2o") as caught:
         await client.generate("x", max_new_tokens=1, cache_policy=CachePolicy(preset="h20"))  # type: ignore[arg-type]
-    assert told.value.violations[0][0] == "preset"
+    assert caught.value.violations[0][0] == "preset"
 
 
 def test_the_floor_is_a_quarter_of_a_row_or_its_narrowest_head_where_rows_are_small() -> None:
     options = ServerOptions(slots=1024)
-    assert options.floor(None) == MIN_BUDGET
-    assert ServerOptions(slots=100).floor(None) == 25
+    assert options.min_budget_for(None) == MIN_BUDGET
+    assert ServerOptions(slots=100).min_budget_for(None) == 25
     # The narrowest of these heads has half of the mean, and of those a tenth.
-    assert ServerOptions(slots=100).floor(SHARES) == 25
-    assert ServerOptions(slots=100).floor(((1.9, 0.1),)) == 10
-    assert ServerOptions(slots=100, min_budget=0).floor(SHARES) == 0
+    assert ServerOptions(slots=100).min_budget_for(SHARES) == 25
+    assert ServerOptions(slots=100).min_budget_for(((1.9, 0.1),)) == 10
+    assert ServerOptions(slots=100, min_budget=0).min_budget_for(SHARES) == 0
     assert options.engine_config(None).default_policy.min_budget == MIN_BUDGET
 
 
@@ -214,7 +214,7 @@ async def test_a_floor_that_the_narrowest_head_has_no_slots_for_stops_the_start(
 
 def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio) -> None:
     options = ServerOptions(slots=60, default_budget=8)
-    rows = heads_of(60, SHARES)
+    rows = slots_per_head(60, SHARES)
     check_default(options, rows, 10**6, ratio(30))
     check_default(options, rows, 10**6, ratio(None))
     with pytest.raises(

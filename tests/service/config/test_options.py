@@ -52,7 +52,7 @@ def test_a_flag_goes_before_the_environment_that_before_the_file_that_before_the
     assert (options.max_batch, options.slots, options.grace_s) == (4, 200, 1.5)
     assert options.tables == Path("/file")
     assert options.step_tokens == ServerOptions().step_tokens
-    assert loaded.places == {
+    assert loaded.sources == {
         **{"max_batch": "--max-batch", "slots": "A2SF_SLOTS"},
         **{"grace": str(file), "tables": str(file)},
     }
@@ -164,7 +164,7 @@ def test_the_printed_configuration_says_where_values_came_from(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--port", "70000"], "--port: 70000: input should be less than or equal to 65535"),
         (["--max-batch", "0"], "--max-batch: 0: input should be greater than or equal to 1"),
@@ -187,7 +187,7 @@ def test_the_printed_configuration_says_where_values_came_from(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_flag_that_is_not_accepted_is_told_in_one_line(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -195,12 +195,12 @@ def test_a_flag_that_is_not_accepted_is_told_in_one_line(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
     assert captured.out == ""
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("max_bathc = 1", "unknown setting 'max_bathc'; did you mean max_batch?"),
         ("grace_s = 1.0", "unknown setting 'grace_s'; did you mean grace?"),
@@ -212,11 +212,11 @@ def test_a_flag_that_is_not_accepted_is_told_in_one_line(
     ],
 )
 def test_a_file_that_is_not_accepted_is_told_with_its_name(
-    text: str, told: str, tmp_path: Path
+    text: str, message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(InvalidArgument, match=re.escape(told)) as caught:
+    with pytest.raises(InvalidArgument, match=re.escape(message)) as caught:
         load(["--config", str(path)])
     assert str(path) in str(caught.value)
 

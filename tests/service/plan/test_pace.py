@@ -22,8 +22,8 @@ RATES = ("--bandwidth", "1GB/s", "--compute", "1TFLOP/s")
 
 
 def test_a_step_bound_by_memory_takes_its_bytes_over_the_bandwidth() -> None:
-    told = planned(*SMALL, *RATES)
-    pace, weights = told["this_cache"]["pace"], told["weights"]
+    plan = planned(*SMALL, *RATES)
+    pace, weights = plan["this_cache"]["pace"], plan["weights"]
     assert (weights["parameters"], weights["head_parameters"]) == (PARAMETERS, HEAD)
     # The head is the embedding, so all weights are read; and so is the rotation's little buffer.
     assert pace["step_nbytes"] == weights["nbytes"] + 10 * HELD
@@ -31,17 +31,20 @@ def test_a_step_bound_by_memory_takes_its_bytes_over_the_bandwidth() -> None:
     assert pace["step_s"] == pytest.approx(pace["step_nbytes"] / 1e9)
     assert pace["taken_from"] == "memory"
     assert pace["tokens_per_s"] == pytest.approx(10 / pace["step_s"])
-    full = told["full_cache"]["pace"]
-    assert full["step_nbytes"] == weights["nbytes"] + 10 * 1024 * 6 * 4 * 2 * 32 * 2
+    full_cache = plan["full_cache"]["pace"]
+    assert full_cache["step_nbytes"] == weights["nbytes"] + 10 * 1024 * 6 * 4 * 2 * 32 * 2
 
 
 def test_a_step_says_how_many_of_its_bytes_are_for_scores() -> None:
-    told = planned(*SMALL, *RATES)
-    ours, full = told["this_cache"]["pace"], told["full_cache"]["pace"]
+    plan = planned(*SMALL, *RATES)
+    this_cache, full_cache = plan["this_cache"]["pace"], plan["full_cache"]["pace"]
     # Position and score are read, the score is written: three numbers of four bytes.
-    assert (ours["scores_nbytes"], full["scores_nbytes"]) == (10 * SLOTS * 12, 0)
+    assert (this_cache["scores_nbytes"], full_cache["scores_nbytes"]) == (10 * SLOTS * 12, 0)
     vectors = 10 * SLOTS * 2 * 32 * 2
-    assert ours["step_nbytes"] == told["weights"]["nbytes"] + vectors + ours["scores_nbytes"]
+    assert (
+        this_cache["step_nbytes"]
+        == plan["weights"]["nbytes"] + vectors + this_cache["scores_nbytes"]
+    )
     lines = shown(*SMALL, *RATES).splitlines()
     assert f"{'    of them for scores':<28}{10 * SLOTS * 12:>18,}{0:>18}" in lines
     assert any("writes its score: 12 bytes" in line for line in lines)
@@ -84,10 +87,10 @@ MEASURED = (*SMALL, "--step-ms", 20, "--prefill-tokens-per-s", 1000)
 
 
 def test_a_measured_step_goes_before_the_bound_and_says_nothing_of_another_cache() -> None:
-    told = planned(*MEASURED, *RATES)
-    pace = told["this_cache"]["pace"]
+    plan = planned(*MEASURED, *RATES)
+    pace = plan["this_cache"]["pace"]
     assert (pace["step_s"], pace["taken_from"], pace["tokens_per_s"]) == (0.02, "measured", 500)
-    assert told["full_cache"]["pace"] is None
+    assert plan["full_cache"]["pace"] is None
     text = shown(*MEASURED)
     assert "Times, as measured" in text
     assert "bounds" not in text
@@ -123,12 +126,12 @@ def test_the_price_of_tokens_is_that_of_the_time_they_take() -> None:
 def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
     times = planned("--budget", 100, "--gpu", "h200", "--compute", "1PFLOP/s")["times_from"]
     assert (times["bandwidth"], times["compute"]) == (4_800 * 10**9, 10**15)
-    told = planned("--budget", 100, "--gpu", "h200", "--gpu-memory", "10GiB")
-    assert told["memory"]["device_bytes"] == 10 * 2**30
+    plan = planned("--budget", 100, "--gpu", "h200", "--gpu-memory", "10GiB")
+    assert plan["memory"]["device_bytes"] == 10 * 2**30
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--budget", 4, "--gpu", "l4"), "--budget: 4; accepted: 5 (sinks and the newest"),
         (("--budget", 50), "--gpu-memory: missing; give it, --gpu or --max-batch"),
@@ -156,8 +159,10 @@ def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_planned_is_refused_by_name(arguments: tuple[Any, ...], told: str) -> None:
-    assert told in refused(*arguments)
+def test_what_cannot_be_planned_is_refused_by_name(
+    arguments: tuple[Any, ...], message: str
+) -> None:
+    assert message in refused(*arguments)
 
 
 @pytest.mark.parametrize(

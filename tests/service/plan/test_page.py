@@ -24,31 +24,31 @@ def test_the_page_shows_what_the_commands_print(arguments: str, output: str) -> 
 
 
 def test_half_the_tokens_take_half_the_bytes_and_eight_a_slot() -> None:
-    told = planned(*SMALL)
-    full, half = told["full_cache"]["sequence_bytes"], told["this_cache"]["sequence_bytes"]
+    plan = planned(*SMALL)
+    full_cache, half = plan["full_cache"]["sequence_bytes"], plan["this_cache"]["sequence_bytes"]
     slots = 8 * 4 * 1024
-    assert full == 16 * 2**20
-    assert half == full // 2 + 8 * slots
-    assert told["this_cache"]["scoring_multiplications"] == slots
-    assert told["this_cache"]["scoring_additions"] == 4 * slots
-    assert told["this_cache"]["attention_operations"] == 4 * 64 * 4 * slots
+    assert full_cache == 16 * 2**20
+    assert half == full_cache // 2 + 8 * slots
+    assert plan["this_cache"]["scoring_multiplications"] == slots
+    assert plan["this_cache"]["scoring_additions"] == 4 * slots
+    assert plan["this_cache"]["attention_operations"] == 4 * 64 * 4 * slots
     # Of a slot's operations, and of its bytes.
     assert f"{5 / (4 * 64 * 4):.2%}" == "0.49%"
     assert f"{8 / (2 * 64 * 2):.1%}" == "3.1%"
 
 
 def test_every_figure_in_the_words_is_one_of_the_outputs_or_recomputed_here() -> None:
-    told = planned(*ONE)
-    weights, times = told["weights"], told["times_from"]
-    pace = told["this_cache"]["pace"]
-    touched = (pace["step_nbytes"] - weights["step_nbytes"]) / told["this_cache"]["rows"]
+    plan = planned(*ONE)
+    weights, times = plan["weights"], plan["times_from"]
+    pace = plan["this_cache"]["pace"]
+    touched = (pace["step_nbytes"] - weights["step_nbytes"]) / plan["this_cache"]["rows"]
     compute_s = 2 * weights["step_parameters"] / times["compute"]
     memory_s = touched / times["bandwidth"]
     most = f"{1 / memory_s:,.0f} tokens/s"
     bounds = f"2P / F is {compute_s * 1e6:.0f} µs and K / B is {memory_s * 1e6:.0f} µs"
     turning = round(1024 * compute_s / memory_s, -1)
-    for said in (bounds, most, f"a budget below about {turning:.0f} tokens"):
-        assert said in PAGE
+    for given in (bounds, most, f"a budget below about {turning:.0f} tokens"):
+        assert given in PAGE
     assert f"1,000 tokens at the step above take {1000 * pace['step_s']:.0f} s" in PAGE
     words = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     figures = set(re.findall(r"\b\d{1,3}(?:,\d{3})+\b", words))

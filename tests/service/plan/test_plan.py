@@ -13,7 +13,7 @@ from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.spec import read_model_spec
 from a2sf.tablefile import save_table
 from service.backend.loading import load_core
-from service.config.options import heads_of
+from service.config.options import slots_per_head
 from service.config.settings import load
 from tests.a2sf.model.test_families import save
 from tests.broken import added
@@ -30,20 +30,20 @@ def held_bytes(model: LoadedModel) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def proposed(told: dict[str, Any]) -> Any:
+def proposed(plan: dict[str, Any]) -> Any:
     """What the server loads that the plan's last line starts."""
-    assert told["command"][:3] == ["python", "-m", "service"]
-    return load_core(load(told["command"][3:]).options)
+    assert plan["command"][:3] == ["python", "-m", "service"]
+    return load_core(load(plan["command"][3:]).options)
 
 
-def assert_allocates_what_was_planned(told: dict[str, Any]) -> None:
-    core, memory = proposed(told), told["memory"]
+def assert_allocates_what_was_planned(plan: dict[str, Any]) -> None:
+    core, memory = proposed(plan), plan["memory"]
     assert core.engine.kv_slab_bytes == memory["slab_bytes"]
     assert core.engine.kv_staging_bytes == memory["staging_bytes"]
     assert held_bytes(core.model) == memory["weights_bytes"]
     assert (
         core.engine.kv_slab_bytes
-        == told["this_cache"]["rows"] * (told["this_cache"]["sequence_bytes"])
+        == plan["this_cache"]["rows"] * (plan["this_cache"]["sequence_bytes"])
     )
 
 
@@ -86,12 +86,12 @@ def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
     )
     save_table(table, tmp_path / "table.json")
     (tmp_path / "other.json").write_text("no table")
-    said = ("--tables", tmp_path, "--default-table", table.name, "--budget", 64)
-    told = planned("--model", tiny_model_dir, "--device", "cpu", "--gpu-memory", "10MB", *said)
-    slots = told["this_cache"]["head_slots"]
+    given = ("--tables", tmp_path, "--default-table", table.name, "--budget", 64)
+    plan = planned("--model", tiny_model_dir, "--device", "cpu", "--gpu-memory", "10MB", *given)
+    slots = plan["this_cache"]["head_slots"]
     assert sum(map(sum, slots)) == 3 * 2 * 64
-    assert tuple(map(tuple, slots)) == heads_of(64, shares)
-    assert_allocates_what_was_planned(told)
+    assert tuple(map(tuple, slots)) == slots_per_head(64, shares)
+    assert_allocates_what_was_planned(plan)
 
 
 def test_people_read_the_slots_of_each_head_where_they_differ(
@@ -100,15 +100,15 @@ def test_people_read_the_slots_of_each_head_where_they_differ(
     shares = ((0.3, 0.5), (1.0, 3.0), (7.7, 0.9))
     table = make_table(tiny_model.identity, head_share=shares, budget=None, budget_ratio=0.2)
     save_table(table, tmp_path / "table.json")
-    said = ("--tables", tmp_path, "--default-table", table.name, "--budget", 640)
-    told = shown("--model", tiny_model_dir, "--device", "cpu", "--max-batch", 2, *said)
-    _, _, table_of_slots = told.partition("a line for each layer, a number for each KV head\n")
+    given = ("--tables", tmp_path, "--default-table", table.name, "--budget", 640)
+    plan = shown("--model", tiny_model_dir, "--device", "cpu", "--max-batch", 2, *given)
+    _, _, table_of_slots = plan.partition("a line for each layer, a number for each KV head\n")
     lines = [line.split() for line in table_of_slots.splitlines()[:3]]
-    slots = heads_of(640, shares)
+    slots = slots_per_head(640, shares)
     assert lines == [
         ["layer", f"{layer}", *(f"{one:,}" for one in row)] for layer, row in enumerate(slots)
     ]
-    assert f"2 rows of {min(map(min, slots))} to {max(map(max, slots)):,} slots\n" in told
+    assert f"2 rows of {min(map(min, slots))} to {max(map(max, slots)):,} slots\n" in plan
     assert "Slots of a row" not in shown("--device", "cpu", "--max-batch", 2, "--budget", 640)
 
 
@@ -119,15 +119,15 @@ def test_the_slots_of_many_heads_go_on_in_the_next_line(tmp_path: Path) -> None:
     identity = load_model(str(model), device="cpu", dtype="float32").identity
     shares = ((4.0,) * 29 + (0.25,), (1.0,) * 30, (1.0,) * 30)
     save_table(make_table(identity, head_share=shares, sinks=0, recent=0), tmp_path / "t.json")
-    said = ("--tables", tmp_path, "--default-table", "made-up", "--budget", 1000, "--slots", 8000)
-    told = shown("--model", model, "--device", "cpu", "--max-batch", 1, *said).splitlines()
-    first = next(number for number, line in enumerate(told) if line.startswith("Slots of a row"))
-    lines = [line.split() for line in told[first + 1 : first + 10]]
+    given = ("--tables", tmp_path, "--default-table", "made-up", "--budget", 1000, "--slots", 8000)
+    plan = shown("--model", model, "--device", "cpu", "--max-batch", 1, *given).splitlines()
+    first = next(number for number, line in enumerate(plan) if line.startswith("Slots of a row"))
+    lines = [line.split() for line in plan[first + 1 : first + 10]]
     assert [line[:2] == ["layer", str(number // 3)] for number, line in enumerate(lines)] == [
         number % 3 == 0 for number in range(9)
     ]
     assert [len(line) for line in lines[:3]] == [2 + 11, 11, 8]
-    assert max(map(len, told[first : first + 10])) <= 100
+    assert max(map(len, plan[first : first + 10])) <= 100
 
 
 def test_a_table_that_the_server_would_not_begin_with_is_refused(
@@ -137,13 +137,13 @@ def test_a_table_that_the_server_would_not_begin_with_is_refused(
     shape = {"layer_share": (0.3, 1.0, 7.7), "budget": 24, "sinks": 2, "recent": 22}
     table = make_table(tiny_model.identity, **shape)
     save_table(table, tmp_path / "table.json")
-    said = ("--tables", tmp_path, "--default-table", table.name, "--max-batch", 1)
-    assert "cannot be the default" in refused("--model", tiny_model_dir, *said, "--budget", 240)
-    assert "give --slots 241 or more" in refused("--model", tiny_model_dir, *said, "--budget", 200)
+    given = ("--tables", tmp_path, "--default-table", table.name, "--max-batch", 1)
+    assert "cannot be the default" in refused("--model", tiny_model_dir, *given, "--budget", 240)
+    assert "give --slots 241 or more" in refused("--model", tiny_model_dir, *given, "--budget", 200)
 
 
 def test_the_packaged_model_with_an_unequal_table() -> None:
-    said = (
+    given = (
         "--tables",
         ROOT / "benchmarks" / "tables",
         "--default-table",
@@ -151,19 +151,19 @@ def test_the_packaged_model_with_an_unequal_table() -> None:
         "--budget",
         100,
     )
-    told = planned("--device", "cpu", "--gpu-memory", "1GiB", *said)
-    slots = told["this_cache"]["head_slots"]
+    plan = planned("--device", "cpu", "--gpu-memory", "1GiB", *given)
+    slots = plan["this_cache"]["head_slots"]
     assert max(map(max, slots)) > 2 * 100
     by_the_formula = 6 * 4 * 100 * (2 * 32 * 4 + 8)
-    assert told["this_cache"]["sequence_bytes"] == by_the_formula
-    assert_allocates_what_was_planned(told)
+    assert plan["this_cache"]["sequence_bytes"] == by_the_formula
+    assert_allocates_what_was_planned(plan)
 
 
 def test_the_packaged_model_s_own_table_needs_no_directory() -> None:
-    told = planned("--device", "cpu", "--default-table", "mathqa", "--budget", 64, "--max-batch", 2)
+    plan = planned("--device", "cpu", "--default-table", "mathqa", "--budget", 64, "--max-batch", 2)
     # Its layers are equal, so that a request may have the whole budget unasked.
-    assert told["command"][-4:-2] == ["--default-budget", "64"]
-    assert_allocates_what_was_planned(told)
+    assert plan["command"][-4:-2] == ["--default-budget", "64"]
+    assert_allocates_what_was_planned(plan)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -173,9 +173,9 @@ def test_weights_take_the_planned_bytes_on_either_device(
 ) -> None:
     directory = save(architecture, tmp_path, tie_word_embeddings=tied)
     for dtype in ("float32", "bfloat16"):
-        said = ("--model", directory, "--dtype", dtype, "--budget", 8, "--max-batch", 1)
+        given = ("--model", directory, "--dtype", dtype, "--budget", 8, "--max-batch", 1)
         packed = load_model(str(directory), device="cpu", dtype=dtype)
-        on_cpu, on_cuda = planned("--device", "cpu", *said), planned("--device", "cuda", *said)
+        on_cpu, on_cuda = planned("--device", "cpu", *given), planned("--device", "cuda", *given)
         assert on_cpu["memory"]["weights_bytes"] == held_bytes(packed)
         # Nothing is packed on a GPU: the tensors are those of a model that is not.
         plain = load_model(str(directory), device="cpu", dtype=dtype, pack=False)
@@ -204,9 +204,9 @@ def test_no_weights_are_fetched_from_the_hub(
         return str(tiny_model_dir)
 
     monkeypatch.setattr("a2sf.model.locate.snapshot_download", snapshot)
-    told = planned("--model", "org/name", "--budget", 50, "--max-batch", 1)
+    plan = planned("--model", "org/name", "--budget", 50, "--max-batch", 1)
     assert asked == [["*.json"]]
-    assert told["command"][3:5] == ["--model", "org/name"]
+    assert plan["command"][3:5] == ["--model", "org/name"]
 
 
 def test_reading_a_model_spec_allocates_no_data() -> None:
@@ -227,29 +227,29 @@ def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
     tensors = load_file(directory / "model.safetensors")
     added("lm_head.weight", tensors["model.embed_tokens.weight"].clone())(directory)
-    told = shown("--model", directory, "--budget", 8, "--max-batch", 1)
+    plan = shown("--model", directory, "--budget", 8, "--max-batch", 1)
     stored = sum(tensor.numel() for tensor in tensors.values()) + 258 * 32
-    assert f"where the files' headers say {stored:,}" in told
+    assert f"where the files' headers say {stored:,}" in plan
 
 
 def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
     sizes = ("--budget", 100, "--gpu-memory", "1GB", "--reserve", "250MB")
-    told = planned(*sizes)
-    memory, rows = told["memory"], told["this_cache"]["rows"]
+    plan = planned(*sizes)
+    memory, rows = plan["memory"], plan["this_cache"]["rows"]
     parts = ("weights_bytes", "staging_bytes", "slab_bytes", "reserve_bytes", "free_bytes")
     assert memory["reserve_bytes"] == 250 * 10**6
     assert sum(memory[part] for part in parts) == 10**9
-    assert 0 <= memory["free_bytes"] < told["this_cache"]["sequence_bytes"]
+    assert 0 <= memory["free_bytes"] < plan["this_cache"]["sequence_bytes"]
     assert planned(*sizes, "--max-batch", rows)["memory"] == memory
     assert f"accepted here: at most {rows}" in refused(*sizes, "--max-batch", rows + 1)
 
 
 def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
-    told = planned("--budget", 100, "--gpu-memory", "1GB", "--reserve", "0", "--context", 1000)
-    full, memory = told["full_cache"], told["memory"]
-    assert full["sequence_bytes"] == 1000 * 6 * 4 * 2 * 32 * 2
+    plan = planned("--budget", 100, "--gpu-memory", "1GB", "--reserve", "0", "--context", 1000)
+    full_cache, memory = plan["full_cache"], plan["memory"]
+    assert full_cache["sequence_bytes"] == 1000 * 6 * 4 * 2 * 32 * 2
     room = 10**9 - memory["weights_bytes"]
-    assert full["rows"] == room // full["sequence_bytes"]
+    assert full_cache["rows"] == room // full_cache["sequence_bytes"]
 
 
 EIGHT_B = ("--model", ROOT / "docs" / "models" / "8b", "--gpu", "h100", "--budget")
@@ -257,7 +257,7 @@ EIGHT_B = ("--model", ROOT / "docs" / "models" / "8b", "--gpu", "h100", "--budge
 
 
 @pytest.mark.parametrize(
-    ("said", "context", "words"),
+    ("given", "context", "words"),
     [
         ((1024,), 8192, "of the model's 131,072; --context says otherwise"),
         ((10_000,), 10_000, "of the model's 131,072; --context says otherwise"),
@@ -276,33 +276,36 @@ EIGHT_B = ("--model", ROOT / "docs" / "models" / "8b", "--gpu", "h100", "--budge
     ],
 )
 def test_the_plan_compares_with_a_full_cache_of_the_length_that_is_planned_for(
-    said: tuple[object, ...], context: int, words: str
+    given: tuple[object, ...], context: int, words: str
 ) -> None:
-    full = planned(*EIGHT_B, *said)["full_cache"]
-    assert (full["context"], full["sequence_bytes"]) == (context, context * 32 * 8 * 2 * 128 * 2)
-    assert f"  Full cache: {context:,} tokens a sequence, {words}" in shown(*EIGHT_B, *said)
+    full_cache = planned(*EIGHT_B, *given)["full_cache"]
+    assert (full_cache["context"], full_cache["sequence_bytes"]) == (
+        context,
+        context * 32 * 8 * 2 * 128 * 2,
+    )
+    assert f"  Full cache: {context:,} tokens a sequence, {words}" in shown(*EIGHT_B, *given)
 
 
 def test_a_sequence_shorter_than_the_budget_is_kept_whole_and_no_longer() -> None:
-    said = ("--budget", 100, "--max-batch", 1, "--context", 40)
-    (line,) = [line for line in shown(*said).splitlines() if "tokens of a sequence kept" in line]
+    given = ("--budget", 100, "--max-batch", 1, "--context", 40)
+    (line,) = [line for line in shown(*given).splitlines() if "tokens of a sequence kept" in line]
     assert line.split()[-2:] == ["40", "40"]
 
 
 def test_a_full_cache_has_the_context_of_a_model_of_less_than_the_usual_length() -> None:
-    said = ("--budget", 100, "--gpu-memory", "1GB")
-    assert planned(*said)["full_cache"]["context"] == 1024
-    assert "1,024 tokens a sequence, the model's context; --context says" in shown(*said)
+    given = ("--budget", 100, "--gpu-memory", "1GB")
+    assert planned(*given)["full_cache"]["context"] == 1024
+    assert "1,024 tokens a sequence, the model's context; --context says" in shown(*given)
 
 
 def test_a_floor_is_checked_as_the_server_does_and_goes_into_its_command() -> None:
-    said = ("--budget", 100, "--max-batch", 1)
-    assert "--min-budget" not in planned(*said)["command"]
-    told = planned(*said, "--min-budget", 30)
-    assert "--min-budget 30" in " ".join(told["command"])
-    assert told["memory"] == planned(*said)["memory"]
+    given = ("--budget", 100, "--max-batch", 1)
+    assert "--min-budget" not in planned(*given)["command"]
+    plan = planned(*given, "--min-budget", 30)
+    assert "--min-budget 30" in " ".join(plan["command"])
+    assert plan["memory"] == planned(*given)["memory"]
     assert "--min-budget: 101; accepted: 0 (none) to 100 (slots)" in refused(
-        *said, "--min-budget", 101
+        *given, "--min-budget", 101
     )
 
 
@@ -315,14 +318,14 @@ def test_a_plan_for_a_processor_names_the_dtype_that_it_counted(
 ) -> None:
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
     monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
-    said = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)
-    told = planned(*said)
+    given = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)
+    plan = planned(*given)
     # A server on another machine might choose another, of which the plan would not be true.
-    assert "--dtype bfloat16" in " ".join(told["command"])
-    assert told["dtype"] == "bfloat16"
+    assert "--dtype bfloat16" in " ".join(plan["command"])
+    assert plan["dtype"] == "bfloat16"
     why = "with AMX-BF16, bfloat16 is at least 2.00 times as fast here"
-    assert told["dtype_reason"] == why
-    assert f"bfloat16 on cpu ({why})" in shown(*said)
-    assert told["memory"]["slab_bytes"] == 3 * 2 * 8 * (2 * 8 * 2 + 8)
+    assert plan["dtype_reason"] == why
+    assert f"bfloat16 on cpu ({why})" in shown(*given)
+    assert plan["memory"]["slab_bytes"] == 3 * 2 * 8 * (2 * 8 * 2 + 8)
     on_gpu = planned("--model", tiny_model_dir, "--budget", 8, "--max-batch", 1)
     assert "--dtype" not in on_gpu["command"]

@@ -111,10 +111,10 @@ async def test_a_stream_that_has_begun_ends_as_unavailable_and_is_not_begun_agai
         die(context)
 
     async with serving(made) as address:
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await stream(address)
     assert tries == 1
-    error = from_wire(told.value)
+    error = from_wire(caught.value)
     assert isinstance(error, Unavailable)
     assert "actor" not in str(error), "Ray's words stay with Ray"
 
@@ -130,9 +130,9 @@ async def test_a_replicas_failure_keeps_its_details_and_brings_no_message(
         yield pb.StreamGenerateResponse()
 
     async with serving(made) as address:
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await ask(address)
-    error = from_wire(told.value)
+    error = from_wire(caught.value)
     assert isinstance(error, InvalidRequest)
     assert error.violations == violations
 
@@ -152,9 +152,9 @@ async def test_a_request_that_cannot_be_read_is_told_by_the_proxy(method: str) -
         yield DELTA
 
     async with serving(made) as address, grpc.aio.insecure_channel(address) as channel:
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await channel.unary_unary(method)(b"\x0a\x05cut", timeout=WAIT_S)
-    error = from_wire(told.value)
+    error = from_wire(caught.value)
     assert isinstance(error, InvalidRequest)
     assert error.field == "request"
 
@@ -169,9 +169,9 @@ async def test_what_a_stream_said_before_it_failed_arrives() -> None:
     async with serving(made) as address, grpc.aio.insecure_channel(address) as channel:
         call = pb_grpc.InferenceServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest())
         assert [await call.read(), await call.read()] == [DELTA, DELTA]
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await call.read()
-    assert isinstance(from_wire(told.value), Aborted)
+    assert isinstance(from_wire(caught.value), Aborted)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ async def test_rays_own_refusals_mean_what_they_mean_in_the_service(
             yield nothing
 
     async with serving(made) as address, grpc.aio.insecure_channel(address) as channel:
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await pb_grpc.ModelServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=WAIT_S)
-    error = from_wire(told.value)
+    error = from_wire(caught.value)
     assert type(error) is (NoRoom if meant is ResourceExhausted else meant)
     assert "said by Ray" in str(error)
 
@@ -248,8 +248,8 @@ async def test_a_client_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPa
         call = pb_grpc.InferenceServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest())
         await call.read()
         await until(lambda: ended)
-        with pytest.raises(grpc.RpcError) as told:
+        with pytest.raises(grpc.RpcError) as caught:
             await drain(call)
-        error = from_wire(told.value)
+        error = from_wire(caught.value)
     assert isinstance(error, Aborted)
     assert "stopped reading" in str(error)

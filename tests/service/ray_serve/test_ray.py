@@ -247,7 +247,7 @@ async def test_errors_are_those_of_the_server_without_ray(
     for one in inputs:
         one.request_id = "wrong"
 
-    async def told(address: str) -> list[tuple[Any, ...]]:
+    async def failures(address: str) -> list[tuple[Any, ...]]:
         failures = []
         async with grpc.aio.insecure_channel(address) as channel:
             inference = pb_grpc.InferenceServiceStub(channel)
@@ -273,7 +273,7 @@ async def test_errors_are_those_of_the_server_without_ray(
                 failures.append((error.code(), error.details(), trailers))
         return failures
 
-    ours, theirs = await told(application.address), await told(plain)
+    ours, theirs = await failures(application.address), await failures(plain)
     assert ours == theirs
     assert sum(b"made-up" in trailers[DETAILS_KEY] for _, _, trailers in ours) == 2
 
@@ -302,9 +302,9 @@ async def test_health_is_told_of_each_service(application: Application) -> None:
             (stub.Check(health_pb2.HealthCheckRequest(service="x")), grpc.StatusCode.NOT_FOUND),
             (stub.Watch(health_pb2.HealthCheckRequest()).read(), grpc.StatusCode.UNIMPLEMENTED),
         ):
-            with pytest.raises(grpc.RpcError) as told:
+            with pytest.raises(grpc.RpcError) as caught:
                 await call
-            assert told.value.code() is code
+            assert caught.value.code() is code
 
 
 async def test_every_replica_serves_a_table_that_is_put_into_the_directory(

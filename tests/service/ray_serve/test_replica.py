@@ -124,7 +124,7 @@ async def test_leaving_a_stream_frees_its_row(long_model_dir: Path, leave: str) 
             reading.cancel()
         await asyncio.wait({reading})
         await until(lambda: runner.load.running == 0)
-        assert replica._backend.gate.inside == 0
+        assert replica._backend.gate.num_calls == 0
 
 
 async def test_a_stream_that_cannot_be_ends_with_its_status_beside_an_empty_message(
@@ -182,13 +182,13 @@ def test_an_application_says_how_much_a_replica_can_hold() -> None:
 def test_a_setting_that_means_nothing_under_ray_is_refused_by_name(field: str) -> None:
     value = RayOptions.model_construct().model_dump()[field]
     options = RayOptions.model_construct(**{field: value, "insecure_bind": True})
-    with pytest.raises(InvalidArgument, match="not accepted under Ray Serve") as told:
+    with pytest.raises(InvalidArgument, match="not accepted under Ray Serve") as caught:
         options.check()
-    assert told.value.field == flag(NAMES[field])
+    assert caught.value.field == flag(NAMES[field])
 
 
 def test_it_is_said_that_rays_port_is_open_to_all() -> None:
-    with pytest.raises(InvalidArgument, match="every address") as told:
+    with pytest.raises(InvalidArgument, match="every address") as caught:
         RayOptions().check()
-    assert told.value.field == "--insecure-bind"
+    assert caught.value.field == "--insecure-bind"
     RayOptions(insecure_bind=True).check()

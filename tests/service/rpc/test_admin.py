@@ -172,17 +172,17 @@ async def test_a_reload_tells_what_changed_and_the_bad_files(
     (directory / "two.json").unlink()
     (directory / "wide.json").write_text("{")
     async with administering(server) as admin:
-        told = await admin.reload()
-        assert (list(told.added), list(told.changed), list(told.removed)) == (
+        reloaded = await admin.reload()
+        assert (list(reloaded.added), list(reloaded.changed), list(reloaded.removed)) == (
             ["new"],
             ["one"],
             ["two"],
         )
-        assert [refused.name for refused in told.refused] == ["bad", "wide"]
-        assert told.refused[1].reason.startswith("alpha table wide.json: ")
+        assert [refused.name for refused in reloaded.refused] == ["bad", "wide"]
+        assert reloaded.refused[1].reason.startswith("alpha table wide.json: ")
         listing = await client.list_alpha_tables()
         assert list(listing.served) == ["new", "one", "wide"]
-        assert told.etag == server.core.tables.now.etag
+        assert reloaded.etag == server.core.tables.now.etag
         directory.rename(directory.with_name("elsewhere"))
         with pytest.raises(NotFound, match="cannot be listed") as caught:
             await admin.reload()
@@ -230,7 +230,7 @@ async def test_a_request_under_way_keeps_its_table_when_the_file_changes(
         events = [await anext(stream), await anext(stream)]
         save_table(second, directory / "one.json")
         assert list((await admin.reload()).changed) == ["one"]
-        assert server.inside == 1, "the request is still under way"
+        assert server.num_calls == 1, "the request is still under way"
         later = await collect(client, **{**settings, "max_new_tokens": 40})
         events += [event async for event in stream]
     assert isinstance(events[0], StreamStarted)

@@ -142,7 +142,7 @@ async def test_each_token_of_the_file_opens_every_kind_of_call(
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ([TOKEN], "of the form"),
         ([f"Basic {TOKEN}"], "of the form"),
@@ -158,12 +158,12 @@ async def test_each_token_of_the_file_opens_every_kind_of_call(
     ],
 )
 async def test_a_header_of_another_form_is_refused(
-    values: list[str], told: str, start_server: StartServer, tokens: Path
+    values: list[str], message: str, start_server: StartServer, tokens: Path
 ) -> None:
     _, _, address = await start_server(token_file=tokens)
     metadata = tuple(("authorization", value) for value in values)
     async with grpc.aio.insecure_channel(address) as channel:
-        assert told in await refusal(describe(channel, metadata))
+        assert message in await refusal(describe(channel, metadata))
         assert await describe(channel, (("authorization", f"bearer {TOKEN}"),))
 
 
@@ -266,7 +266,7 @@ def test_the_file_is_looked_at_once_a_second_at_most(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "holds no token"),
         ("# only a comment\n\n", "holds no token"),
@@ -277,10 +277,10 @@ def test_the_file_is_looked_at_once_a_second_at_most(
     ],
 )
 def test_a_file_without_good_tokens_is_refused_at_the_start(
-    text: str, told: str, tmp_path: Path
+    text: str, message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "tokens", text)
-    with pytest.raises(InvalidArgument, match=told) as caught:
+    with pytest.raises(InvalidArgument, match=message) as caught:
         TokenFile(path, "--token-file")
     message = str(caught.value)
     assert message.startswith(f"--token-file: {path}")

@@ -109,9 +109,9 @@ def test_a_table_tells_what_its_heads_would_keep_small_shares_lifted(
 ) -> None:
     shares = ((9.0, 1.0), (1.0, 1.0), (1.0, 1.0))
     table = make_table(tiny_model.identity, budget=14, head_share=shares, sinks=2, recent=5)
-    told = conversions.table_message(table).table
+    observed = conversions.table_message(table).table
     # Of 84 slots: 6 would be each small share's, and 8 are what a head needs.
-    assert [list(layer.tokens) for layer in told.head_budgets] == [[44, 8], [8, 8], [8, 8]]
+    assert [list(layer.tokens) for layer in observed.head_budgets] == [[44, 8], [8, 8], [8, 8]]
     crowded = make_table(tiny_model.identity, budget=7, sinks=2, recent=5)
     assert not conversions.table_message(crowded).table.head_budgets
 
@@ -133,7 +133,9 @@ def test_the_budget_and_window_of_each_head_reach_the_client(
         table_sha256="0" * 64,
     )
     event = Started(request_id="r", policy=policy, prompt_tokens=5, seed=0)
-    answer = conversions.Answer(pb.OutputOptions(), conversions.Prompt("x", (1,)), tiny_model)
+    answer = conversions.ResponseBuilder(
+        pb.OutputOptions(), conversions.EncodedPrompt("x", (1,)), tiny_model
+    )
     message = answer.stream_response(event)
     sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
     read = client_conversions.stream_event(sent, "r")
@@ -144,9 +146,9 @@ def test_the_budget_and_window_of_each_head_reach_the_client(
 
 def test_a_server_that_tells_layers_alone_is_understood(tiny_model: LoadedModel) -> None:
     identity = conversions.identity_message(tiny_model.identity)
-    told = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
-    told.default_cache_policy.preset = pb.CACHE_PRESET_H2O
-    assert client_conversions.model_description(told).head_slots == (
+    observed = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
+    observed.default_cache_policy.preset = pb.CACHE_PRESET_H2O
+    assert client_conversions.model_description(observed).head_slots == (
         (40, 40),
         (8, 8),
         (8, 8),

@@ -95,12 +95,12 @@ ODD += [{"\ud800": 1}, [[0.5]], [0.5] * 500, {"a": {"a": {}}}, deep, "0" * 64, "
 ODD += ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "2026-01-01T00:00:00Z"]
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
+def sources(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every holder in a document, with each of its keys."""
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield value, key
         if isinstance(part, dict | list):
-            yield from places(part)
+            yield from sources(part)
 
 
 @st.composite
@@ -109,7 +109,7 @@ def tables(draw: st.DrawFn) -> bytes:
     document = deepcopy(draw(st.sampled_from(TABLES)))
     odd = st.sampled_from(ODD).map(deepcopy) | st.floats() | st.integers()
     for _ in range(draw(st.integers(0, 3))):
-        holder, key = draw(st.sampled_from(list(places(document))))
+        holder, key = draw(st.sampled_from(list(sources(document))))
         match draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"])):
             case "replace":
                 holder[key] = draw(odd)
@@ -155,7 +155,7 @@ def test_a_trap_for_readers_of_json_catches_nothing(name: str) -> None:
 @pytest.mark.parametrize("document", TABLES, ids=lambda table: table["name"])
 def test_a_table_with_any_value_replaced_by_any_odd_one(document: dict[str, Any]) -> None:
     whole = deepcopy(document)
-    for holder, key in list(places(whole)):
+    for holder, key in list(sources(whole)):
         right = holder[key]
         for odd in ODD:
             holder[key] = odd

@@ -21,11 +21,11 @@ def test_a_gate_is_closed_until_opened_and_says_why() -> None:
     gate.open(2)
     assert gate.capacity == 2
     with gate.enter():
-        assert gate.inside == 1
+        assert gate.num_calls == 1
     gate.close("the cat wants out")
     with pytest.raises(Unavailable, match="the cat wants out"), gate.enter():
         pass
-    assert gate.inside == 0
+    assert gate.num_calls == 0
 
 
 def test_completions_beyond_the_capacity_are_refused_with_the_figures() -> None:
@@ -33,21 +33,21 @@ def test_completions_beyond_the_capacity_are_refused_with_the_figures() -> None:
     gate.open(2)
     with gate.enter(), gate.admit():
         with gate.enter(), gate.admit():
-            assert (gate.inside, gate.admitted) == (2, 2)
+            assert (gate.num_calls, gate.admitted) == (2, 2)
             refusal = "^2 of at most 2 completions are under way; try again later$"
             with gate.enter(), pytest.raises(ResourceExhausted, match=refusal), gate.admit():
                 pass
-            assert (gate.inside, gate.admitted) == (2, 2)
+            assert (gate.num_calls, gate.admitted) == (2, 2)
         with gate.enter(), gate.admit():
             assert gate.admitted == 2
-    assert (gate.inside, gate.admitted) == (0, 0)
+    assert (gate.num_calls, gate.admitted) == (0, 0)
 
 
 def test_calls_that_make_no_completion_need_no_place() -> None:
     gate = Gate()
     gate.open(1)
     with gate.enter(), gate.admit(), gate.enter(), gate.enter():
-        assert (gate.inside, gate.admitted) == (3, 1)
+        assert (gate.num_calls, gate.admitted) == (3, 1)
 
 
 def test_a_closed_gate_still_admits_who_is_inside() -> None:
@@ -65,16 +65,16 @@ def test_a_place_is_free_again_however_its_holder_ends() -> None:
     for error in (RuntimeError, asyncio.CancelledError):
         with pytest.raises(error), gate.enter(), gate.admit():
             raise error
-        assert (gate.inside, gate.admitted) == (0, 0)
+        assert (gate.num_calls, gate.admitted) == (0, 0)
 
 
 async def test_emptied_waits_for_the_last_call_inside() -> None:
     gate = Gate()
     gate.open(1)
     async with asyncio.timeout(WAIT_S):
-        await gate.emptied()
+        await gate.wait_until_empty()
         with gate.enter():
-            waiting = asyncio.create_task(gate.emptied())
+            waiting = asyncio.create_task(gate.wait_until_empty())
             with gate.enter():
                 await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -104,8 +104,8 @@ def test_never_more_than_the_capacity_and_nobody_is_refused_below_it(
                         continue
                     stack.enter_context(gate.admit())
                 inside.append((move, stack.pop_all()))
-        assert gate.inside == len(inside)
+        assert gate.num_calls == len(inside)
         assert gate.admitted == sum(kind == "make" for kind, _ in inside) <= capacity
     for _, stack in inside:
         stack.close()
-    assert (gate.inside, gate.admitted) == (0, 0)
+    assert (gate.num_calls, gate.admitted) == (0, 0)

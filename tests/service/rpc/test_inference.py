@@ -17,7 +17,7 @@ from service.client.results import StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.rpc import conversions
-from service.rpc.lifecycle import PREPARING
+from service.rpc.lifecycle import MAX_PREPARING
 from service.server import Server
 from service.status import RemoteError, from_wire
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
@@ -32,7 +32,7 @@ async def read(events: AsyncGenerator[StreamEvent, None]) -> list[StreamEvent]:
 
 def idle(server: Server) -> bool:
     engine = server.core.engine
-    return not engine.running and not engine.waiting and not server.inside
+    return not engine.running and not engine.waiting and not server.num_calls
 
 
 async def test_a_stream_is_started_then_grows_then_finishes_once(
@@ -148,28 +148,28 @@ async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_t
     reading, go_on = list[str](), threading.Event()
     read_prompt = conversions.read_prompt
 
-    def slow(message: Any, *arguments: Any) -> conversions.Prompt:
+    def slow(message: Any, *arguments: Any) -> conversions.EncodedPrompt:
         reading.append(message.text)
         assert go_on.wait(WAIT_S)
         return read_prompt(message, *arguments)
 
     monkeypatch.setattr(conversions, "read_prompt", slow)
     async with asyncio.timeout(WAIT_S):
-        calls = [asyncio.create_task(client.tokenize("x")) for _ in range(PREPARING)]
-        await until(lambda: len(reading) == PREPARING)
+        calls = [asyncio.create_task(client.tokenize("x")) for _ in range(MAX_PREPARING)]
+        await until(lambda: len(reading) == MAX_PREPARING)
         later = [asyncio.create_task(client.tokenize("late")) for _ in range(2)]
-        await until(lambda: server.inside == PREPARING + 2)
+        await until(lambda: server.num_calls == MAX_PREPARING + 2)
         # Other work of threads does not wait behind prompts.
         await asyncio.to_thread(lambda: None)
         for call in (*calls, *later):
             call.cancel()
         await asyncio.wait({*calls, *later})
         # Those whose prompt nobody has begun to read are gone, the others are not.
-        await until(lambda: server.inside == PREPARING)
+        await until(lambda: server.num_calls == MAX_PREPARING)
         go_on.set()
         await until(lambda: idle(server))
         assert await client.tokenize("x")
-    assert reading == ["x"] * (PREPARING + 1)
+    assert reading == ["x"] * (MAX_PREPARING + 1)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -135,11 +135,11 @@ async def test_the_metrics_tell_what_is_served_and_how_much_is_taken(
 
     async with asyncio.timeout(WAIT_S), aclosing(client.stream_generate("x", **ENDLESS)) as events:
         await anext(events)
-        told = await asyncio.to_thread(scrape)
-    assert f'id="{server.core.model.identity.id}"' in told
-    assert "a2sf_requests_running 1.0" in told
-    assert "a2sf_requests_capacity 66.0" in told
-    assert f"a2sf_kv_limit_bytes {float(server.core.engine.kv_slab_bytes)}" in told
+        observed = await asyncio.to_thread(scrape)
+    assert f'id="{server.core.model.identity.id}"' in observed
+    assert "a2sf_requests_running 1.0" in observed
+    assert "a2sf_requests_capacity 66.0" in observed
+    assert f"a2sf_kv_limit_bytes {float(server.core.engine.kv_slab_bytes)}" in observed
     await server.stop()
     with pytest.raises(OSError):
         await asyncio.to_thread(scrape)
@@ -171,7 +171,7 @@ async def test_a_watch_that_failed_is_told_once_and_does_not_keep_the_server_fro
         await client.generate("x", max_new_tokens=1)
         await server.stop()
     assert [line["event"] for line in logs].count("tables are no longer watched") == 1
-    assert not server.left_behind
+    assert not server.thread_left_running
     assert "engine" not in {thread.name for thread in threading.enumerate()}
 
 

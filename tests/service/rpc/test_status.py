@@ -14,7 +14,7 @@ from service.status import (
     PUSHBACK_KEY,
     RemoteError,
     WireStatus,
-    fields_of,
+    field_prefix,
     from_wire,
     to_wire,
 )
@@ -97,7 +97,7 @@ def test_no_room_tells_when_to_come_back() -> None:
 
 
 def test_every_bad_field_is_told_at_once() -> None:
-    with pytest.raises(InvalidRequest) as caught, fields_of("input.cache_policy"):
+    with pytest.raises(InvalidRequest) as caught, field_prefix("input.cache_policy"):
         CachePolicy(alpha=1.5, budget=0)
     back = from_wire(over_the_wire(to_wire(caught.value, "r1")))
     assert isinstance(back, InvalidRequest)

@@ -231,10 +231,10 @@ async def test_a_client_that_stops_reading_loses_its_stream_and_nobody_else_s(
         assert (await anext(responses)).WhichOneof("event") == "started"
         answer = await client.generate("y", max_new_tokens=50, ignore_eos=True)
         assert answer.finished.usage.completion_tokens == 50
-        await until(lambda: not server.inside and not server.core.engine.running)
+        await until(lambda: not server.num_calls and not server.core.engine.running)
         with pytest.raises(grpc.aio.AioRpcError, match="stopped reading") as caught:
             _ = [response async for response in responses]
         assert caught.value.code() is grpc.StatusCode.ABORTED
     assert server.metrics_url is not None
-    with urllib.request.urlopen(server.metrics_url, timeout=WAIT_S) as told:
-        assert b'a2sf_requests_total{code="ABORTED",method="StreamGenerate"} 1.0' in told.read()
+    with urllib.request.urlopen(server.metrics_url, timeout=WAIT_S) as response:
+        assert b'a2sf_requests_total{code="ABORTED",method="StreamGenerate"} 1.0' in response.read()

@@ -188,9 +188,11 @@ async def test_files_that_became_bad_change_nothing_until_they_are_good(
             place.key.unlink()
         await answered(place.channel(address))
         await answered(place.channel(address))
-    told = [line for line in logs if line["event"] == "certificates not taken, earlier ones stay"]
-    assert len(told) == 1
-    assert "--tls-" in told[0]["reason"]
+    message = [
+        line for line in logs if line["event"] == "certificates not taken, earlier ones stay"
+    ]
+    assert len(message) == 1
+    assert "--tls-" in message[0]["reason"]
     place.issue(other)
     await answered(place.channel(address, ca=other))
 
@@ -207,7 +209,7 @@ def encrypted_key() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         ({"server.key": trustme.CA().issue_cert("a").private_key_pem.bytes()}, "is not the key of"),
         ({"server.key": encrypted_key()}, "without a passphrase"),
@@ -224,7 +226,7 @@ def encrypted_key() -> bytes:
     ],
 )
 def test_files_that_cannot_be_used_are_refused_at_the_start(
-    files: dict[str, bytes | None], told: str, place: Place
+    files: dict[str, bytes | None], message: str, place: Place
 ) -> None:
     for name, content in files.items():
         (place.directory / name).unlink()
@@ -233,7 +235,7 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(
     options = ServerOptions(
         tls_cert=place.cert, tls_key=place.key, tls_client_ca=place.trusted_clients
     )
-    with pytest.raises(InvalidArgument, match=told):
+    with pytest.raises(InvalidArgument, match=message):
         server_credentials(options)
 
 
@@ -309,7 +311,7 @@ async def test_health_is_probed_over_tls_with_a_certificate(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--tls-cert", "c"], "error: --tls-cert and --tls-key need each other"),
         (
@@ -319,7 +321,7 @@ async def test_health_is_probed_over_tls_with_a_certificate(
         (["--tls-ca", "/no/such.pem"], "error: /no/such.pem: No such file or directory"),
     ],
 )
-async def test_a_probe_with_wrong_options_says_why(arguments: list[str], told: str) -> None:
+async def test_a_probe_with_wrong_options_says_why(arguments: list[str], message: str) -> None:
     code, output = await probe(*arguments)
     assert code == 2
-    assert output.startswith(told)
+    assert output.startswith(message)

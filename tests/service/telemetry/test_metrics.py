@@ -28,7 +28,7 @@ METHODS = ("StreamGenerate", "GetModel")
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -53,7 +53,7 @@ class FakeTable:
 
 
 @dataclass(frozen=True)
-class FakeCatalog:
+class FakeTables:
     tables: dict[str, FakeTable] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     default: str | None = None
@@ -130,7 +130,7 @@ def test_a_stream_is_counted_as_it_goes_by(metrics: Metrics, clock: Clock) -> No
     ):
         clock.now += wait
         watch.event(event)
-    told = {
+    observed = {
         name: value(metrics, f"a2sf_{name}")
         for name in (
             "prompt_tokens_total",
@@ -144,7 +144,7 @@ def test_a_stream_is_counted_as_it_goes_by(metrics: Metrics, clock: Clock) -> No
             "queue_seconds_sum",
         )
     }
-    assert told == pytest.approx(
+    assert observed == pytest.approx(
         {
             "prompt_tokens_total": 7,
             "completion_tokens_total": 3,
@@ -207,7 +207,7 @@ def test_load_is_read_at_each_scrape(metrics: Metrics, served: MetricsServer) ->
     assert "a2sf_requests_running" not in scrape(served)
     loads = [FakeLoad(), replace(FakeLoad(), running=5)]
     metrics.serving(
-        model="m", device="cpu", dtype="float32", load=lambda: loads.pop(0), catalog=FakeCatalog
+        model="m", device="cpu", dtype="float32", load=lambda: loads.pop(0), tables=FakeTables
     )
     first, second = scrape(served), scrape(served)
     for line in (
@@ -223,13 +223,13 @@ def test_load_is_read_at_each_scrape(metrics: Metrics, served: MetricsServer) ->
 
 
 def test_only_tables_served_now_are_told(metrics: Metrics) -> None:
-    state = FakeCatalog({"a": FakeTable("11"), "b": FakeTable("22")}, ("bad",), "b")
-    states = [state, FakeCatalog({"b": FakeTable("33")})]
+    state = FakeTables({"a": FakeTable("11"), "b": FakeTable("22")}, ("bad",), "b")
+    states = [state, FakeTables({"b": FakeTable("33")})]
     metrics.serving(
-        model="m", device="cpu", dtype="float32", load=FakeLoad, catalog=lambda: states[0]
+        model="m", device="cpu", dtype="float32", load=FakeLoad, tables=lambda: states[0]
     )
 
-    def told() -> set[tuple[str, str, str]]:
+    def observed() -> set[tuple[str, str, str]]:
         return {
             (s.labels["name"], s.labels["sha256"], s.labels["default"])
             for family in metrics.registry.collect()
@@ -237,10 +237,10 @@ def test_only_tables_served_now_are_told(metrics: Metrics) -> None:
             if s.name == "a2sf_alpha_table_info" and s.value == 1
         }
 
-    assert told() == {("a", "11", "false"), ("b", "22", "true")}
+    assert observed() == {("a", "11", "false"), ("b", "22", "true")}
     assert value(metrics, "a2sf_alpha_tables_refused") == 1
     del states[0]
-    assert told() == {("b", "33", "false")}
+    assert observed() == {("b", "33", "false")}
     assert value(metrics, "a2sf_alpha_tables_refused") == 0
 
 
@@ -248,14 +248,14 @@ def test_model_and_version_are_told(metrics: Metrics) -> None:
     from a2sf import __version__
 
     metrics.serving(
-        model="org/model", device="cuda", dtype="bfloat16", load=FakeLoad, catalog=FakeCatalog
+        model="org/model", device="cuda", dtype="bfloat16", load=FakeLoad, tables=FakeTables
     )
     labels = {"id": "org/model", "device": "cuda", "dtype": "bfloat16", "version": __version__}
     assert value(metrics, "a2sf_model_info", **labels) == 1
 
 
 def test_every_metric_has_our_prefix_a_base_unit_and_a_meaning(metrics: Metrics) -> None:
-    metrics.serving(model="m", device="cpu", dtype="float32", load=FakeLoad, catalog=FakeCatalog)
+    metrics.serving(model="m", device="cpu", dtype="float32", load=FakeLoad, tables=FakeTables)
     ours = [f for f in metrics.registry.collect() if not f.name.startswith("process_")]
     assert len(ours) > 15
     for family in ours:

@@ -341,7 +341,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("variable", "told"),
+    ("variable", "value"),
     [
         ("OTEL_TRACES_EXPORTER", "console"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
@@ -349,10 +349,10 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_another_exporter_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, variable: str, told: str
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
-    monkeypatch.setenv(variable, told)
-    with pytest.raises(InvalidArgument, match=f"{variable} is '{told}'"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidArgument, match=f"{variable} is '{value}'"):
         tracing.start(True)
 
 
