@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from a2sf.errors import InvalidRequest
-from a2sf.policy import CachePolicy
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads
 from service.pb import inference_pb2 as pb
 from service.status import field_prefix
 
@@ -37,6 +37,40 @@ def policy_to_message(policy: CachePolicy) -> pb.CachePolicy:
     if "preset" in values:
         values["preset"] = preset_value(values["preset"])
     return pb.CachePolicy(**values)
+
+
+def effective_policy_to_message(policy: EffectivePolicy) -> pb.EffectiveCachePolicy:
+    """Convert the policy that a sequence was admitted with."""
+    message = pb.EffectiveCachePolicy(
+        budget=policy.budget,
+        layer_budgets=layer_means(policy.head_budgets),
+        recent=policy.recent,
+        layer_recents=layer_means(policy.head_recents),
+        head_budgets=head_messages(policy.head_budgets),
+        head_recents=head_messages(policy.head_recents),
+        sinks=policy.sinks,
+        prefill_chunk=policy.prefill_chunk,
+        random_seed=policy.random_seed,
+        min_budget=policy.min_budget,
+    )
+    if policy.method in PRESETS:
+        message.preset = preset_value(policy.method)
+    elif policy.method == "table":
+        message.table.name = policy.table_name or ""
+        message.table.sha256 = policy.table_sha256 or ""
+    else:
+        message.alpha = policy.alpha[0][0]
+    return message
+
+
+def head_messages(heads: Heads) -> list[pb.HeadTokens]:
+    """Convert numbers per layer and KV head."""
+    return [pb.HeadTokens(tokens=row) for row in heads]
+
+
+def layer_means(heads: Heads) -> list[int]:
+    """Return the mean over each layer's heads, rounded to the nearest integer, halves up."""
+    return [(2 * sum(row) + len(row)) // (2 * len(row)) for row in heads]
 
 
 def in_words(policy: CachePolicy) -> str:

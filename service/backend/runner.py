@@ -1,7 +1,7 @@
 """Runs the engine in its thread, and connects it with the event loop.
 
-Owns the thread, its inbox, and one channel of events per request. Only this thread builds, uses and
-drops the engine, so the engine never blocks the loop. A channel holds a limited number of events: a
+Owns the thread, its inbox, and one queue of events per request. Only this thread builds, uses and
+drops the engine, so the engine never blocks the loop. A queue holds a limited number of events: a
 reader that stops reading loses its stream, and the server keeps its memory. If the engine fails at
 a request, the failure is logged here, once, and the reader gets RequestFailed. If the thread dies,
 every stream fails at once, and `crashed` informs the server, so that no call waits forever. Knows
@@ -11,10 +11,9 @@ nothing of gRPC.
 import asyncio
 import queue
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -27,48 +26,12 @@ from a2sf.errors import (
     raise_if_fatal,
 )
 from a2sf.requests import Event, Failed, Finished, GenerationRequest, StepEvent
-from service.config.options import MAX_UNREAD
+from service.backend.engine_protocol import EngineHolder, EngineLoad, EngineProtocol
+from service.backend.event_queue import EventQueue
+from service.config.groups import MAX_UNREAD
 from service.telemetry.logs import LoggedFailure
 
 log = structlog.get_logger(__name__)
-
-
-class EngineProtocol(Protocol):
-    """The part of an engine that the thread uses; `a2sf.engine.engine.Engine` implements it."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` has work."""
-
-    @property
-    def running(self) -> int:
-        """Requests that hold a row or are in prefill."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a row."""
-
-    @property
-    def kv_bytes_used(self) -> int:
-        """Bytes of the slots that hold tokens."""
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Validate and queue a request."""
-
-    def cancel(self, request_id: str) -> None:
-        """Drop a request; unknown ids are ignored."""
-
-    def step(self) -> list[StepEvent]:
-        """Run one step."""
-
-
-class EngineHolder(Protocol):
-    """The result of the build function: an engine, with anything loaded for it."""
-
-    @property
-    def engine(self) -> EngineProtocol:
-        """The engine."""
-
 
 Holder = TypeVar("Holder", bound=EngineHolder)
 
@@ -82,61 +45,9 @@ class EngineCrashed(Exception):
 
 
 @dataclass(frozen=True)
-class EngineLoad:
-    """Requests in the engine; requests still in the inbox are not counted."""
-
-    running: int
-    """Requests that hold a row or are in prefill."""
-    waiting: int
-    """Requests that wait for a row."""
-    kv_bytes_used: int
-    """Bytes of the slots that hold tokens."""
-
-
-class _EventQueue:
-    """Events of one stream on the way to its reader. Use it only in the event loop."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.open = True
-        """Whether more events may come: the stream has not ended or failed, and has a reader."""
-        self._unread: deque[Event] = deque()
-        self._failure: Exception | None = None
-        self._arrived = asyncio.Event()
-
-    @property
-    def unread(self) -> int:
-        """Events that the reader has not taken."""
-        return len(self._unread)
-
-    def put(self, event: Event) -> None:
-        """Add an event; `Finished` must be the last."""
-        self._unread.append(event)
-        self.open = not isinstance(event, Finished)
-        self._arrived.set()
-
-    def fail(self, error: Exception) -> None:
-        """Make the reader's next `get` raise `error`, and drop unread events."""
-        self.open = False
-        self._failure = error
-        self._unread.clear()
-        self._arrived.set()
-
-    async def get(self) -> Event:
-        """Wait for the next event; raise the failure if there is one."""
-        await self._arrived.wait()
-        if self._failure is not None:
-            raise self._failure
-        event = self._unread.popleft()
-        if not self._unread:
-            self._arrived.clear()
-        return event
-
-
-@dataclass(frozen=True)
 class _Submit:
     request: GenerationRequest
-    events: _EventQueue
+    events: EventQueue
 
 
 @dataclass(frozen=True)
@@ -158,7 +69,7 @@ class EngineRunner:
         self._loop = asyncio.get_running_loop()
         self._max_unread = max_unread
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._streams: dict[str, _EventQueue] = {}
+        self._streams: dict[str, EventQueue] = {}
         self._engine: EngineProtocol | None = None
         self._ended: Callable[[], Exception] | None = None
         self._thread: threading.Thread | None = None
@@ -216,7 +127,7 @@ class EngineRunner:
             raise InvalidArgument(
                 "request_id", f"{request.request_id!r} is the id of a request under way"
             )
-        events = self._streams[request.request_id] = _EventQueue(request.request_id)
+        events = self._streams[request.request_id] = EventQueue(request.request_id)
         self._inbox.put(_Submit(request, events))
         finished = False
         try:
@@ -272,7 +183,7 @@ class EngineRunner:
             self._post(self._on_crash, error)
 
     def _serve(self, engine: EngineProtocol) -> None:
-        streams: dict[str, _EventQueue] = {}
+        streams: dict[str, EventQueue] = {}
         while True:
             # Without work, wait for one command. With work, take only the commands that are there
             # now, so that a constant flow of commands cannot delay the next step of the rows.
@@ -292,7 +203,7 @@ class EngineRunner:
                 self._dispatch(engine.step(), streams)
 
     def _submit(
-        self, engine: EngineProtocol, command: _Submit, streams: dict[str, _EventQueue]
+        self, engine: EngineProtocol, command: _Submit, streams: dict[str, EventQueue]
     ) -> None:
         try:
             engine.submit(command.request)
@@ -308,8 +219,8 @@ class EngineRunner:
         else:
             streams[command.request.request_id] = command.events
 
-    def _dispatch(self, step_events: list[StepEvent], streams: dict[str, _EventQueue]) -> None:
-        batch: list[tuple[_EventQueue, Event | RequestFailed]] = []
+    def _dispatch(self, step_events: list[StepEvent], streams: dict[str, EventQueue]) -> None:
+        batch: list[tuple[EventQueue, Event | RequestFailed]] = []
         for event in step_events:
             # Also log the failure of a request that has no reader any more.
             delivered = (
@@ -324,11 +235,11 @@ class EngineRunner:
         if batch:
             self._post(self._deliver, batch)
 
-    def _refuse(self, events: _EventQueue, error: Exception) -> None:
+    def _refuse(self, events: EventQueue, error: Exception) -> None:
         if events.open:
             events.fail(error)
 
-    def _deliver(self, batch: list[tuple[_EventQueue, Event | RequestFailed]]) -> None:
+    def _deliver(self, batch: list[tuple[EventQueue, Event | RequestFailed]]) -> None:
         for events, event in batch:
             # The engine sent this before it learned that the stream had ended.
             if not events.open:
@@ -348,7 +259,7 @@ class EngineRunner:
                 ),
             )
 
-    def _end(self, events: _EventQueue, error: Exception) -> None:
+    def _end(self, events: EventQueue, error: Exception) -> None:
         events.fail(error)
         self._inbox.put(_Cancel(events.request_id))
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from a2sf.errors import InvalidArgument
 from a2sf.schema import AlphaTable
-from service.client import conversions
+from service.client import requests, responses
 from service.client.options import Chat, GenerationOptions
 from service.client.results import (
     Activated,
@@ -51,13 +51,13 @@ def stream_generate(
 ) -> Call[StreamEvent | None]:
     """Build the call of a streamed completion; an unknown kind of event reads as None."""
     request = pb.StreamGenerateRequest(
-        input=conversions.generation_input(prompt, max_new_tokens, options)
+        input=requests.generation_input(prompt, max_new_tokens, options)
     )
     name = ""
 
     def read(message: pb.StreamGenerateResponse) -> StreamEvent | None:
         nonlocal name
-        event = conversions.stream_event(message, name)
+        event = responses.stream_event(message, name)
         # Only the first event carries the request id.
         name = event.request_id if event is not None else name
         return event
@@ -69,46 +69,44 @@ def generate(
     prompt: str | Sequence[int] | Chat, max_new_tokens: int, options: GenerationOptions
 ) -> Call[Completion]:
     """Build the call of a whole completion."""
-    request = pb.GenerateRequest(
-        input=conversions.generation_input(prompt, max_new_tokens, options)
-    )
-    return Call(pb_grpc.InferenceServiceStub, "Generate", request, conversions.completion)
+    request = pb.GenerateRequest(input=requests.generation_input(prompt, max_new_tokens, options))
+    return Call(pb_grpc.InferenceServiceStub, "Generate", request, responses.completion)
 
 
 def tokenize(prompt: str | Chat, special_tokens_in_content: bool) -> Call[TokenizedPrompt]:
     """Build the call that tokenizes a prompt."""
-    request = conversions.tokenize_request(prompt, special_tokens_in_content)
-    return Call(pb_grpc.InferenceServiceStub, "Tokenize", request, conversions.tokenized_prompt)
+    request = requests.tokenize_request(prompt, special_tokens_in_content)
+    return Call(pb_grpc.InferenceServiceStub, "Tokenize", request, responses.tokenized_prompt)
 
 
 def get_model() -> Call[ModelDescription]:
     """Build the call that describes the model and the server's sizes."""
     request = pb.GetModelRequest()
-    return Call(pb_grpc.ModelServiceStub, "GetModel", request, conversions.model_description)
+    return Call(pb_grpc.ModelServiceStub, "GetModel", request, responses.model_description)
 
 
 def list_alpha_tables() -> Call[TableListing]:
     """Build the call that lists the tables."""
     request = pb.ListAlphaTablesRequest()
-    return Call(pb_grpc.ModelServiceStub, "ListAlphaTables", request, conversions.table_listing)
+    return Call(pb_grpc.ModelServiceStub, "ListAlphaTables", request, responses.table_listing)
 
 
 def get_alpha_table(name: str) -> Call[AlphaTable]:
     """Build the call that fetches one table."""
     request = pb.GetAlphaTableRequest(name=name)
-    return Call(pb_grpc.ModelServiceStub, "GetAlphaTable", request, conversions.alpha_table)
+    return Call(pb_grpc.ModelServiceStub, "GetAlphaTable", request, responses.alpha_table)
 
 
 def activate_alpha_table(name: str | None, etag: str) -> Call[Activated]:
     """Build the call that changes the default table."""
     request = pb.ActivateAlphaTableRequest(name=name or "", etag=etag)
-    return Call(pb_grpc.AdminServiceStub, "ActivateAlphaTable", request, conversions.activated)
+    return Call(pb_grpc.AdminServiceStub, "ActivateAlphaTable", request, responses.activated)
 
 
 def reload_alpha_tables() -> Call[Reloaded]:
     """Build the call that reloads the directory of tables."""
     request = pb.ReloadAlphaTablesRequest()
-    return Call(pb_grpc.AdminServiceStub, "ReloadAlphaTables", request, conversions.reloaded)
+    return Call(pb_grpc.AdminServiceStub, "ReloadAlphaTables", request, responses.reloaded)
 
 
 def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple[str, ...]]:
@@ -128,4 +126,4 @@ def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple
 def get_load() -> Call[Load]:
     """Build the call that returns the current load."""
     request = pb.GetLoadRequest()
-    return Call(pb_grpc.AdminServiceStub, "GetLoad", request, conversions.load)
+    return Call(pb_grpc.AdminServiceStub, "GetLoad", request, responses.load)

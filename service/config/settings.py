@@ -20,7 +20,8 @@ from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
 
 from a2sf import __version__
 from a2sf.errors import InvalidArgument
-from service.config.options import GROUPS, ServerOptions
+from service.config.groups import GROUPS
+from service.config.options import ServerOptions
 
 PROGRAM = "a2sf-serve"
 ENV_PREFIX = "A2SF_"

@@ -19,7 +19,7 @@ from a2sf.model.spec import ModelSpec, read_model_spec
 from a2sf.policy import DEFAULT_SINKS, Heads, deal
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
-from service.backend.loading import check_default, row_shape
+from service.backend.default_table import check_default, row_shape
 from service.config.options import ServerOptions, Shares, slots_per_head
 from service.plan import units
 

@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 
 from a2sf.errors import InvalidArgument
-from service.backend.loading import log_default_policy
+from service.backend.default_table import log_default_policy
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.rpc.conversions import refused_messages
+from service.rpc.conversions.descriptions import refused_messages
 from service.rpc.lifecycle import Backend, CallKind, call_scope
 
 

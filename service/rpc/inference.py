@@ -13,18 +13,14 @@ import grpc
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from a2sf import __version__
 from a2sf.errors import InvalidArgument
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
-from a2sf.text import chat_template
-from service.backend.loading import Core, default_policy
 from service.backend.runner import RequestFailed
-from service.config.options import ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.policy_messages import policy_from_message, policy_to_message
-from service.rpc import conversions
+from service.policy_messages import policy_from_message
+from service.rpc.conversions import descriptions, requests, responses
 from service.rpc.lifecycle import Backend, CallKind, CallState, call_scope
 from service.rpc.stall import stream_writer
 from service.status import Violations
@@ -49,14 +45,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         async with call_scope(
             "StreamGenerate", self._backend, context, CallKind.COMPLETION
         ) as call:
-            generation, responses = await self._read(request.input, call)
+            generation, builder = await self._read(request.input, call)
             limit_s = self._backend.options.stall_timeout_s
             async with (
                 aclosing(self._events(generation, call)) as events,
                 stream_writer(context, limit_s) as writer,
             ):
                 async for event in events:
-                    await writer.write(responses.stream_response(event))
+                    await writer.write(builder.stream_response(event))
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -65,19 +61,19 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         response = pb.GenerateResponse()
         text: list[str] = []
         async with call_scope("Generate", self._backend, context, CallKind.COMPLETION) as call:
-            generation, responses = await self._read(request.input, call)
+            generation, builder = await self._read(request.input, call)
             async with aclosing(self._events(generation, call)) as events:
                 async for event in events:
                     match event:
                         case Started():
-                            response.started.CopyFrom(responses.started(event))
+                            response.started.CopyFrom(builder.started(event))
                         case Delta():
-                            delta = responses.delta(event)
+                            delta = builder.delta(event)
                             text.append(delta.text)
                             response.token_ids.extend(delta.token_ids)
                             response.logprobs.extend(delta.logprobs)
                         case Finished():
-                            response.finished.CopyFrom(conversions.finished_message(event))
+                            response.finished.CopyFrom(responses.finished_message(event))
             response.text = "".join(text)
         return response
 
@@ -98,7 +94,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         call.span.request(request, self._backend.core.model.identity.id)
         written: list[str] = []
         try:
-            with conversions.proto_fields():
+            with requests.proto_fields():
                 async with aclosing(self._backend.runner.stream(request)) as events:
                     async for event in events:
                         call.completion.event(event)
@@ -118,10 +114,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def _read(
         self, message: pb.GenerationInput, call: CallState
-    ) -> tuple[GenerationRequest, conversions.ResponseBuilder]:
+    ) -> tuple[GenerationRequest, responses.ResponseBuilder]:
         violations, policy = Violations(), CachePolicy()
         with violations.collect():
-            call.request_id = conversions.request_id(message, call.request_id)
+            call.request_id = requests.request_id(message, call.request_id)
         # For all later log lines of this call; each call has a separate context.
         bind_contextvars(request_id=call.request_id)
         core = self._backend.core
@@ -132,13 +128,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if not policy.names_method and store.default is not None:
             policy = policy.model_copy(update={"table": store.default})
 
-        def prepare() -> tuple[GenerationRequest, conversions.ResponseBuilder]:
+        def prepare() -> tuple[GenerationRequest, responses.ResponseBuilder]:
             # A placeholder if the prompt is invalid, so that the other fields are checked too.
-            prompt = conversions.EncodedPrompt(None, (0,))
+            prompt = requests.EncodedPrompt(None, (0,))
             with violations.collect():
                 prompt = self._prompt(message)
             with violations.collect():
-                request = conversions.generation_request(
+                request = requests.generation_request(
                     message,
                     name=call.request_id,
                     prompt_ids=prompt.token_ids,
@@ -150,15 +146,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
             if policy.table is not None:
                 request = request.model_copy(update={"table": store.lookup(policy.table)})
-            return request, conversions.ResponseBuilder(message.output, prompt, core.model)
+            return request, responses.ResponseBuilder(message.output, prompt, core.model)
 
         return await self._backend.prepare(prepare)
 
     def _prompt(
         self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
-    ) -> conversions.EncodedPrompt:
+    ) -> requests.EncodedPrompt:
         limit = self._backend.options.max_prompt_bytes
-        return conversions.read_prompt(message, self._backend.core.model, limit, where)
+        return requests.read_prompt(message, self._backend.core.model, limit, where)
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
@@ -173,7 +169,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         """See the proto."""
         response = pb.GetModelResponse()
         async with call_scope("GetModel", self._backend, context):
-            response.CopyFrom(describe(self._backend.core, self._backend.options))
+            response.CopyFrom(descriptions.model_message(self._backend.core, self._backend.options))
         return response
 
     async def ListAlphaTables(  # noqa: N802
@@ -183,7 +179,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         response = pb.ListAlphaTablesResponse()
         async with call_scope("ListAlphaTables", self._backend, context):
             store = self._backend.core.tables.now
-            response.CopyFrom(conversions.table_list_message(store))
+            response.CopyFrom(descriptions.table_list_message(store))
         return response
 
     async def GetAlphaTable(  # noqa: N802
@@ -195,34 +191,8 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
             if not request.name:
                 raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
             table = self._backend.core.tables.now.lookup(request.name)
-            response.CopyFrom(conversions.table_message(table))
+            response.CopyFrom(descriptions.table_message(table))
         return response
-
-
-def describe(core: Core, options: ServerOptions) -> pb.GetModelResponse:
-    """Describe the model and the server's sizes."""
-    shape, config = core.model.shape, core.config
-    slots = config.head_slots(shape.num_layers, core.model.identity.num_kv_heads)
-    policy = default_policy(config, core.tables.now)
-    return pb.GetModelResponse(
-        model=conversions.identity_message(core.model.identity),
-        max_context=shape.max_context,
-        vocab_size=shape.vocab_size,
-        head_dim=shape.head_dim,
-        dtype=core.model.dtype_name,
-        device=core.model.device.type,
-        slots=config.slots,
-        layer_slots=conversions.layer_means(slots),
-        head_slots=conversions.head_messages(slots),
-        max_prefill_tokens=config.staging_slots(shape.max_context),
-        chat=chat_template.has_template(core.model.tokenizer),
-        max_batch=config.max_batch,
-        max_waiting=config.max_waiting,
-        max_prompt_bytes=options.max_prompt_bytes,
-        kv_slab_bytes=core.engine.kv_slab_bytes,
-        default_cache_policy=policy_to_message(policy),
-        server_version=__version__,
-    )
 
 
 def _figures(event: Finished) -> dict[str, Any]:

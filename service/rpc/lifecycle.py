@@ -18,7 +18,8 @@ import grpc
 import structlog
 
 from a2sf.errors import NotFound, Unavailable, raise_if_fatal
-from service.backend.loading import Core, log_default_policy
+from service.backend.default_table import log_default_policy
+from service.backend.loading import Core
 from service.backend.runner import EngineRunner
 from service.backend.tables import Reloaded
 from service.config.options import ServerOptions

@@ -26,7 +26,7 @@ from a2sf.tablefile import canonical_digest, parse_table
 from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
 from service.policy_messages import policy_from_message
-from service.rpc import conversions
+from service.rpc.conversions import descriptions, requests, responses
 from service.status import WireStatus, to_wire
 from tests.tables import IDENTITY, make_table
 from tests.tiny import save_tiny_llama
@@ -82,19 +82,19 @@ def request_target(data: bytes) -> bool:
 
 def _admitted(message: pb.GenerationInput) -> pb.GenerationStarted:
     here = world()
-    name = conversions.request_id(message, "made-up")
+    name = requests.request_id(message, "made-up")
     requested_policy = policy_from_message(message.cache_policy, "input.cache_policy")
     table = (
         here.store.lookup(requested_policy.table) if requested_policy.table is not None else None
     )
-    prompt = conversions.read_prompt(message, here.model, MAX_PROMPT_BYTES)
-    request = conversions.generation_request(
+    prompt = requests.read_prompt(message, here.model, MAX_PROMPT_BYTES)
+    request = requests.generation_request(
         message, name=name, prompt_ids=prompt.token_ids, policy=requested_policy
     ).model_copy(update={"table": table})
-    with conversions.proto_fields():
+    with requests.proto_fields():
         policy = admission.check(request, here.model, here.config)
     seed = request.sampling.seed or 0
-    return conversions.ResponseBuilder(message.output, prompt, here.model).started(
+    return responses.ResponseBuilder(message.output, prompt, here.model).started(
         Started(request_id=name, policy=policy, prompt_tokens=len(prompt.token_ids), seed=seed)
     )
 
@@ -120,9 +120,9 @@ def _read_table(data: bytes) -> None:
         check_status(to_wire(error, "r" * 128))
         refused["t"] = error
     else:
-        assert conversions.table_message(table).SerializeToString()
+        assert descriptions.table_message(table).SerializeToString()
     listed = TableStore({} if refused else {table.name: table}, refused)
-    assert conversions.table_list_message(listed).SerializeToString()
+    assert descriptions.table_list_message(listed).SerializeToString()
 
 
 def check_status(status: WireStatus) -> None:

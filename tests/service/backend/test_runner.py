@@ -9,7 +9,8 @@ import pytest
 
 from a2sf.errors import Aborted, InvalidArgument, Unavailable
 from a2sf.requests import Delta, Event, Finished, GenerationRequest
-from service.backend.runner import EngineCrashed, EngineLoad, EngineRunner, RequestFailed
+from service.backend.engine_protocol import EngineLoad
+from service.backend.runner import EngineCrashed, EngineRunner, RequestFailed
 from tests.service.conftest import WAIT_S, until
 from tests.service.scripted import (
     REFUSED,

@@ -21,7 +21,7 @@ from a2sf.errors import (
 from a2sf.policy import CachePolicy, Heads, resolve
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import MAX_FILE_BYTES, save_table
-from service.backend.loading import check_default
+from service.backend.default_table import check_default
 from service.backend.tables import TableCatalog
 from service.config.options import ServerOptions, Shares, slots_per_head
 from tests.tables import IDENTITY, make_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from a2sf.tablefile import save_table
 from service.client import AdminClient, Client
-from tests.service.client.test_conversions import load_with_template
+from tests.service.client.test_responses import load_with_template
 from tests.service.conftest import WAIT_S, StartServer
 from tests.tables import make_table
 

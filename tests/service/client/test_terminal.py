@@ -22,7 +22,7 @@ from service.client.results import Delta
 from service.client.terminal.cli import app
 from service.client.terminal.display import TextDisplay, figures
 from service.pb import inference_pb2 as pb
-from tests.service.client.test_conversions import load_with_template
+from tests.service.client.test_responses import load_with_template
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
 
 

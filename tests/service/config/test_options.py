@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from a2sf.errors import InvalidArgument
 from service.__main__ import main
 from service.config import settings
-from service.config.options import GROUPS, ServerOptions
+from service.config.groups import GROUPS
+from service.config.options import ServerOptions
 from service.config.settings import NAMES, flag, load, variable
 
 

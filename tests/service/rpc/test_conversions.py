@@ -8,11 +8,12 @@ from a2sf.model.loader import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling, Started
 from a2sf.tablefile import parse_table
-from service.client import conversions as client_conversions
+from service.client import requests as client_requests
+from service.client import responses as client_responses
 from service.client.results import StreamStarted
 from service.pb import inference_pb2 as pb
 from service.policy_messages import policy_from_message, policy_to_message
-from service.rpc import conversions
+from service.rpc.conversions import descriptions, requests, responses
 from tests.tables import make_table
 
 share = st.floats(0.0, 1.0, allow_subnormal=False)
@@ -69,14 +70,12 @@ def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
     )
 )
 def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> None:
-    message = client_conversions.generation_input(
+    message = client_requests.generation_input(
         [1, 2], 3, {"sampling": sampling, "stop": ["a"], "stop_token_ids": [0], "ignore_eos": True}
     )
     sent = pb.GenerationInput.FromString(message.SerializeToString())
     assert tuple(sent.token_ids.ids) == (1, 2)
-    request = conversions.generation_request(
-        sent, name="r", prompt_ids=(1, 2), policy=CachePolicy()
-    )
+    request = requests.generation_request(sent, name="r", prompt_ids=(1, 2), policy=CachePolicy())
     assert request.sampling == sampling
     assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)
 
@@ -84,7 +83,7 @@ def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> No
 def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
     shares = ((0.25, 0.75), (5.0, 1.0), (1.0, 1.0))
     table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, head_share=shares)
-    message = conversions.table_message(table)
+    message = descriptions.table_message(table)
     assert parse_table(message.canonical_json.encode()) == table
     typed = message.table
     assert tuple(tuple(layer.alphas) for layer in typed.layers) == table.policy.alpha
@@ -109,11 +108,11 @@ def test_a_table_tells_what_its_heads_would_keep_small_shares_lifted(
 ) -> None:
     shares = ((9.0, 1.0), (1.0, 1.0), (1.0, 1.0))
     table = make_table(tiny_model.identity, budget=14, head_share=shares, sinks=2, recent=5)
-    observed = conversions.table_message(table).table
+    observed = descriptions.table_message(table).table
     # Of 84 slots: 6 would be each small share's, and 8 are what a head needs.
     assert [list(layer.tokens) for layer in observed.head_budgets] == [[44, 8], [8, 8], [8, 8]]
     crowded = make_table(tiny_model.identity, budget=7, sinks=2, recent=5)
-    assert not conversions.table_message(crowded).table.head_budgets
+    assert not descriptions.table_message(crowded).table.head_budgets
 
 
 @given(heads)
@@ -133,22 +132,22 @@ def test_the_budget_and_window_of_each_head_reach_the_client(
         table_sha256="0" * 64,
     )
     event = Started(request_id="r", policy=policy, prompt_tokens=5, seed=0)
-    answer = conversions.ResponseBuilder(
-        pb.OutputOptions(), conversions.EncodedPrompt("x", (1,)), tiny_model
+    answer = responses.ResponseBuilder(
+        pb.OutputOptions(), requests.EncodedPrompt("x", (1,)), tiny_model
     )
     message = answer.stream_response(event)
     sent = pb.StreamGenerateResponse.FromString(message.SerializeToString())
-    read = client_conversions.stream_event(sent, "r")
+    read = client_responses.stream_event(sent, "r")
     assert isinstance(read, StreamStarted)
     assert (read.head_budgets, read.head_recents) == (policy.head_budgets, policy.head_recents)
     assert (read.budget, read.recent) == (7, 3)
 
 
 def test_a_server_that_tells_layers_alone_is_understood(tiny_model: LoadedModel) -> None:
-    identity = conversions.identity_message(tiny_model.identity)
+    identity = descriptions.identity_message(tiny_model.identity)
     observed = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
     observed.default_cache_policy.preset = pb.CACHE_PRESET_H2O
-    assert client_conversions.model_description(observed).head_slots == (
+    assert client_responses.model_description(observed).head_slots == (
         (40, 40),
         (8, 8),
         (8, 8),

@@ -16,7 +16,7 @@ from a2sf.requests import Delta, Finished, FinishReason, Sampling
 from service.client.results import StreamEvent, StreamStarted
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.rpc import conversions
+from service.rpc.conversions import requests
 from service.rpc.lifecycle import MAX_PREPARING
 from service.server import Server
 from service.status import RemoteError, from_wire
@@ -146,14 +146,14 @@ async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_t
 ) -> None:
     server, client, _ = await start_server(max_batch=2, max_waiting=6)
     reading, go_on = list[str](), threading.Event()
-    read_prompt = conversions.read_prompt
+    read_prompt = requests.read_prompt
 
-    def slow(message: Any, *arguments: Any) -> conversions.EncodedPrompt:
+    def slow(message: Any, *arguments: Any) -> requests.EncodedPrompt:
         reading.append(message.text)
         assert go_on.wait(WAIT_S)
         return read_prompt(message, *arguments)
 
-    monkeypatch.setattr(conversions, "read_prompt", slow)
+    monkeypatch.setattr(requests, "read_prompt", slow)
     async with asyncio.timeout(WAIT_S):
         calls = [asyncio.create_task(client.tokenize("x")) for _ in range(MAX_PREPARING)]
         await until(lambda: len(reading) == MAX_PREPARING)

@@ -1,14 +1,11 @@
-"""What the client asks for is what is sent, and what is answered is what it tells."""
+"""Results hold everything that the server sent."""
 
-import math
-from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf.wrappers_pb2 import FloatValue
 
 from a2sf.errors import (
     Aborted,
@@ -19,10 +16,9 @@ from a2sf.errors import (
     Unauthenticated,
     Unsupported,
 )
-from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, FinishReason, Sampling
 from service.backend.loading import Core, load_core
-from service.client import AdminClient, ChannelOptions, ChatMessage, Tls, conversions
+from service.client import AdminClient, ChannelOptions, responses
 from service.client.results import Activated, Load, Prompt, Reloaded, StreamStarted
 from service.client.results import Delta as TokenDelta
 from service.config.options import ServerOptions
@@ -41,149 +37,11 @@ def load_with_template(options: ServerOptions) -> Core:
     return core
 
 
-def test_every_field_of_a_request_can_be_asked_for() -> None:
-    message = conversions.generation_input(
-        "x",
-        9,
-        {
-            "request_id": "r",
-            "min_new_tokens": 2,
-            "time_limit_s": 1.5,
-            "sampling": Sampling(repetition_penalty=1.2, top_k=3, seed=0, min_p=0.1, top_p=0.5),
-            "stop": ["a"],
-            "stop_token_ids": [1],
-            "ignore_eos": True,
-            "cache_policy": conversions.CachePolicy(budget=3),
-            "token_ids": True,
-            "logprobs": True,
-            "top_logprobs": 4,
-            "echo": True,
-        },
-    )
-    sent = {field.name for field, _ in message.ListFields()}
-    assert sent == {f.name for f in pb.GenerationInput.DESCRIPTOR.fields} - {"token_ids", "chat"}
-    for part in (message.sampling, message.output):
-        assert {f.name for f, _ in part.ListFields()} == {f.name for f in part.DESCRIPTOR.fields}
-    assert message.time_limit_seconds == 1.5
-    assert message.sampling.repetition_penalty == 1.2
-
-
-def test_a_request_that_asks_for_nothing_sets_no_time_limit() -> None:
-    message = conversions.generation_input("x", 9, {})
-    assert not message.HasField("time_limit_seconds")
-    assert not message.output.ListFields()
-
-
-def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
-    by_value = [
-        ChatMessage(role="system", content="Be brief."),
-        ChatMessage(role="user", content=""),
-    ]
-    by_mapping = [dict(message) for message in by_value]
-    assert conversions.tokenize_request(by_value) == conversions.tokenize_request(by_mapping)
-    message = conversions.generation_input(by_mapping, 1, {})
-    assert [(m.role, m.content) for m in message.chat.messages] == [
-        ("system", "Be brief."),
-        ("user", ""),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "field", "problem"),
-    [
-        (b"bytes", "input.prompt", "decode them"),
-        ([1, {"role": "user", "content": "x"}], "input.prompt", "give either"),
-        ([{"role": "user"}], "input.chat.messages[0].content", "required"),
-        (
-            [{"role": "user", "content": "x"}, {"role": "a b", "content": "x"}],
-            "input.chat.messages[1].role",
-            "pattern",
-        ),
-        ([{"role": "user", "content": "x", "name": "y"}], "input.chat.messages[0].name", "no such"),
-        (["text"], "input.chat.messages[0]", "accepted: a ChatMessage, or a mapping"),
-        ([2**32], "input.token_ids.ids", "out of range"),
-        ("\ud800", "input.text", "surrogate"),
-    ],
-)
-def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, problem: str) -> None:
-    with pytest.raises(InvalidArgument, match=problem) as caught:
-        conversions.generation_input(prompt, 1, {})
-    assert caught.value.field == field
-
-
-def test_all_that_does_not_fit_its_field_is_told_at_once() -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        conversions.generation_input(
-            b"bytes", 2**32, {"stop": "one", "top_logprobs": -1, "stop_token_ids": [-1]}
-        )
-    assert sorted(field for field, _ in caught.value.violations) == [
-        "input.max_new_tokens",
-        "input.output.top_logprobs",
-        "input.prompt",
-        "input.stop",
-        "input.stop_token_ids",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: CachePolicy(preset="h20", budget=0), "did you mean h2o.*; budget: .*(got 0)"),
-        (lambda: Sampling(temprature=1.0), "temprature: no such field; .*did you mean temperature"),
-        (lambda: ChatMessage(role="a b", content="x"), "^role: "),
-        (lambda: ChannelOptions(token=5), "^token: "),
-        (lambda: Tls(root_ca="here"), "^root_ca: "),
-    ],
-    ids=["policy", "sampling", "message", "channel", "tls"],
-)
-def test_what_callers_make_is_refused_by_our_own_error(make: Callable[[], Any], says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"min_new_tokens": -1}, "input.min_new_tokens"),
-        ({"top_logprobs": -1}, "input.output.top_logprobs"),
-        ({"stop_token_ids": [-1]}, "input.stop_token_ids"),
-        ({"stop": "one"}, "input.stop"),
-        ({"request_id": "\ud800"}, "input.request_id"),
-        ({"time_limit_s": math.inf}, "input.time_limit_seconds"),
-        ({"time_limit_s": -math.inf}, "input.time_limit_seconds"),
-        ({"time_limit_s": math.nan}, "input.time_limit_seconds"),
-        ({"time_limit_s": 10**400}, "input.time_limit_seconds"),
-    ],
-)
-def test_an_option_that_does_not_fit_is_refused_by_its_field(options: Any, field: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        conversions.generation_input("x", 1, options)
-    assert caught.value.field == field
-
-
-def test_a_number_that_its_field_cannot_hold_is_told_with_what_it_can() -> None:
-    with pytest.raises(InvalidArgument, match="-1; accepted: 0 to 4294967295"):
-        conversions.generation_input("x", -1, {})
-
-
-def test_a_number_too_large_for_a_float_does_not_become_infinite() -> None:
-    """The contract has none yet, and protobuf would not tell."""
-    assert FloatValue(value=1e40).value == math.inf
-    with pytest.raises(InvalidArgument, match=r"input\.value: 1e\+40 is no finite number"):
-        conversions._written(FloatValue, "input.", value=1e40)
-
-
-@pytest.mark.parametrize("prompt", [[], [1, 2], b"x"])
-def test_token_ids_are_not_encoded_again(prompt: Any) -> None:
-    with pytest.raises(InvalidArgument, match="prompt: "):
-        conversions.tokenize_request(prompt)
-
-
 def test_a_finish_that_is_newer_than_the_client_is_told_as_such() -> None:
     message = pb.GenerationFinished(reason=99)  # type: ignore[arg-type]
     with pytest.raises(RemoteError, match="upgrade this client"):
-        conversions.stream_event(pb.StreamGenerateResponse(finished=message), "r")
-    assert conversions.stream_event(pb.StreamGenerateResponse(), "r") is None
+        responses.stream_event(pb.StreamGenerateResponse(finished=message), "r")
+    assert responses.stream_event(pb.StreamGenerateResponse(), "r") is None
 
 
 def test_a_listing_tells_the_default_and_each_table_in_short() -> None:
@@ -192,27 +50,27 @@ def test_a_listing_tells_the_default_and_each_table_in_short() -> None:
         name="t", sha256="0" * 64, dataset="mathqa", verdict=pb.TABLE_VERDICT_BETTER
     ).created_at.FromJsonString("2026-01-02T03:04:05Z")
     message.refused.add(name="u", reason="cut short")
-    listing = conversions.table_listing(message)
+    listing = responses.table_listing(message)
     assert (listing.default_table, listing.etag) == ("t", "e7")
     assert (listing.served, listing.refused) == ({"t": "0" * 64}, {"u": "cut short"})
     assert listing.tables["t"].verdict == "better"
     assert listing.tables["t"].dataset == "mathqa"
     assert listing.tables["t"].created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    assert conversions.table_listing(pb.ListAlphaTablesResponse()).default_table is None
+    assert responses.table_listing(pb.ListAlphaTablesResponse()).default_table is None
 
 
 def test_what_admin_calls_answer_is_told_whole() -> None:
     refused = [pb.RefusedAlphaTable(name="d", reason="no JSON")]
-    assert conversions.reloaded(
+    assert responses.reloaded(
         pb.ReloadAlphaTablesResponse(
             added=["a"], changed=["b"], removed=["c"], refused=refused, etag="e"
         )
     ) == Reloaded(added=("a",), changed=("b",), removed=("c",), refused={"d": "no JSON"}, etag="e")
     numbers = {name: index for index, name in enumerate(Load.model_fields)}
-    assert conversions.load(pb.GetLoadResponse(**numbers)) == Load(**numbers)
+    assert responses.load(pb.GetLoadResponse(**numbers)) == Load(**numbers)
     assert {f.name for f in pb.GetLoadResponse.DESCRIPTOR.fields} == set(Load.model_fields)
     answer = pb.ActivateAlphaTableResponse(etag="e")
-    assert conversions.activated(answer) == Activated(default_table=None, etag="e")
+    assert responses.activated(answer) == Activated(default_table=None, etag="e")
 
 
 async def test_a_completion_tells_how_likely_each_token_was(start_server: StartServer) -> None:
@@ -327,8 +185,3 @@ async def test_an_operator_changes_what_is_served_and_ends_what_runs(
         with pytest.raises(InvalidArgument, match="one string"):
             await admin.abort_requests("long")
         assert await admin.abort_requests(all_requests=True) == ()
-
-
-def test_an_option_that_there_is_not_is_refused_rather_than_left_out() -> None:
-    with pytest.raises(TypeError, match=r"temperature; accepted: .*sampling"):
-        conversions.generation_input("x", 1, {"temperature": 0.0})  # type: ignore[typeddict-unknown-key]

@@ -1,0 +1,157 @@
+"""Every value that a caller gives reaches its field, or is refused with the name of the field."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.wrappers_pb2 import FloatValue
+
+from a2sf.errors import InvalidArgument, InvalidRequest
+from a2sf.policy import CachePolicy
+from a2sf.requests import Sampling
+from service.client import ChannelOptions, ChatMessage, Tls, requests
+from service.pb import inference_pb2 as pb
+
+
+def test_every_field_of_a_request_can_be_asked_for() -> None:
+    message = requests.generation_input(
+        "x",
+        9,
+        {
+            "request_id": "r",
+            "min_new_tokens": 2,
+            "time_limit_s": 1.5,
+            "sampling": Sampling(repetition_penalty=1.2, top_k=3, seed=0, min_p=0.1, top_p=0.5),
+            "stop": ["a"],
+            "stop_token_ids": [1],
+            "ignore_eos": True,
+            "cache_policy": CachePolicy(budget=3),
+            "token_ids": True,
+            "logprobs": True,
+            "top_logprobs": 4,
+            "echo": True,
+        },
+    )
+    sent = {field.name for field, _ in message.ListFields()}
+    assert sent == {f.name for f in pb.GenerationInput.DESCRIPTOR.fields} - {"token_ids", "chat"}
+    for part in (message.sampling, message.output):
+        assert {f.name for f, _ in part.ListFields()} == {f.name for f in part.DESCRIPTOR.fields}
+    assert message.time_limit_seconds == 1.5
+    assert message.sampling.repetition_penalty == 1.2
+
+
+def test_a_request_that_asks_for_nothing_sets_no_time_limit() -> None:
+    message = requests.generation_input("x", 9, {})
+    assert not message.HasField("time_limit_seconds")
+    assert not message.output.ListFields()
+
+
+def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
+    by_value = [
+        ChatMessage(role="system", content="Be brief."),
+        ChatMessage(role="user", content=""),
+    ]
+    by_mapping = [dict(message) for message in by_value]
+    assert requests.tokenize_request(by_value) == requests.tokenize_request(by_mapping)
+    message = requests.generation_input(by_mapping, 1, {})
+    assert [(m.role, m.content) for m in message.chat.messages] == [
+        ("system", "Be brief."),
+        ("user", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "problem"),
+    [
+        (b"bytes", "input.prompt", "decode them"),
+        ([1, {"role": "user", "content": "x"}], "input.prompt", "give either"),
+        ([{"role": "user"}], "input.chat.messages[0].content", "required"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "a b", "content": "x"}],
+            "input.chat.messages[1].role",
+            "pattern",
+        ),
+        ([{"role": "user", "content": "x", "name": "y"}], "input.chat.messages[0].name", "no such"),
+        (["text"], "input.chat.messages[0]", "accepted: a ChatMessage, or a mapping"),
+        ([2**32], "input.token_ids.ids", "out of range"),
+        ("\ud800", "input.text", "surrogate"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem) as caught:
+        requests.generation_input(prompt, 1, {})
+    assert caught.value.field == field
+
+
+def test_all_that_does_not_fit_its_field_is_told_at_once() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        requests.generation_input(
+            b"bytes", 2**32, {"stop": "one", "top_logprobs": -1, "stop_token_ids": [-1]}
+        )
+    assert sorted(field for field, _ in caught.value.violations) == [
+        "input.max_new_tokens",
+        "input.output.top_logprobs",
+        "input.prompt",
+        "input.stop",
+        "input.stop_token_ids",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: CachePolicy(preset="h20", budget=0), "did you mean h2o.*; budget: .*(got 0)"),
+        (lambda: Sampling(temprature=1.0), "temprature: no such field; .*did you mean temperature"),
+        (lambda: ChatMessage(role="a b", content="x"), "^role: "),
+        (lambda: ChannelOptions(token=5), "^token: "),
+        (lambda: Tls(root_ca="here"), "^root_ca: "),
+    ],
+    ids=["policy", "sampling", "message", "channel", "tls"],
+)
+def test_what_callers_make_is_refused_by_our_own_error(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"min_new_tokens": -1}, "input.min_new_tokens"),
+        ({"top_logprobs": -1}, "input.output.top_logprobs"),
+        ({"stop_token_ids": [-1]}, "input.stop_token_ids"),
+        ({"stop": "one"}, "input.stop"),
+        ({"request_id": "\ud800"}, "input.request_id"),
+        ({"time_limit_s": math.inf}, "input.time_limit_seconds"),
+        ({"time_limit_s": -math.inf}, "input.time_limit_seconds"),
+        ({"time_limit_s": math.nan}, "input.time_limit_seconds"),
+        ({"time_limit_s": 10**400}, "input.time_limit_seconds"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_by_its_field(options: Any, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        requests.generation_input("x", 1, options)
+    assert caught.value.field == field
+
+
+def test_a_number_that_its_field_cannot_hold_is_told_with_what_it_can() -> None:
+    with pytest.raises(InvalidArgument, match="-1; accepted: 0 to 4294967295"):
+        requests.generation_input("x", -1, {})
+
+
+def test_a_number_too_large_for_a_float_does_not_become_infinite() -> None:
+    """The contract has none yet, and protobuf would not tell."""
+    assert FloatValue(value=1e40).value == math.inf
+    with pytest.raises(InvalidArgument, match=r"input\.value: 1e\+40 is no finite number"):
+        requests._build(FloatValue, "input.", value=1e40)
+
+
+@pytest.mark.parametrize("prompt", [[], [1, 2], b"x"])
+def test_token_ids_are_not_encoded_again(prompt: Any) -> None:
+    with pytest.raises(InvalidArgument, match="prompt: "):
+        requests.tokenize_request(prompt)
+
+
+def test_an_option_that_there_is_not_is_refused_rather_than_left_out() -> None:
+    with pytest.raises(TypeError, match=r"temperature; accepted: .*sampling"):
+        requests.generation_input("x", 1, {"temperature": 0.0})  # type: ignore[typeddict-unknown-key]
