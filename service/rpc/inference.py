@@ -14,16 +14,13 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from a2sf.errors import InvalidArgument
-from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Event, Finished, GenerationRequest, Started
 from service.backend.runner import RequestFailed
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.policy_messages import policy_from_message
 from service.rpc.conversions import descriptions, requests, responses
 from service.rpc.lifecycle import Backend, CallKind, CallState, call_scope
 from service.rpc.stall import stream_writer
-from service.status import Violations
 
 log = structlog.get_logger(__name__)
 
@@ -83,7 +80,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         """See the proto."""
         response = pb.TokenizeResponse()
         async with call_scope("Tokenize", self._backend, context, CallKind.COMPLETION):
-            prompt = await self._backend.prepare(partial(self._prompt, request, where=""))
+            read = partial(
+                requests.read_prompt,
+                request,
+                self._backend.core.model,
+                self._backend.options.max_prompt_bytes,
+                prefix="",
+            )
+            prompt = await self._backend.prepare(read)
             response.token_ids.extend(prompt.token_ids)
             response.text = prompt.text or ""
         return response
@@ -115,46 +119,25 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def _read(
         self, message: pb.GenerationInput, call: CallState
     ) -> tuple[GenerationRequest, responses.ResponseBuilder]:
-        violations, policy = Violations(), CachePolicy()
-        with violations.collect():
-            call.request_id = requests.request_id(message, call.request_id)
+        call.request_id = requests.valid_request_id(message) or call.request_id
         # For all later log lines of this call; each call has a separate context.
         bind_contextvars(request_id=call.request_id)
-        core = self._backend.core
-        # Use one state of the tables, even if they are reloaded meanwhile.
-        store = core.tables.now
-        with violations.collect():
-            policy = policy_from_message(message.cache_policy, "input.cache_policy")
-        if not policy.names_method and store.default is not None:
-            policy = policy.model_copy(update={"table": store.default})
+        options, core = self._backend.options, self._backend.core
+        tables = core.tables.now
 
-        def prepare() -> tuple[GenerationRequest, responses.ResponseBuilder]:
-            # A placeholder if the prompt is invalid, so that the other fields are checked too.
-            prompt = requests.EncodedPrompt(None, (0,))
-            with violations.collect():
-                prompt = self._prompt(message)
-            with violations.collect():
-                request = requests.generation_request(
-                    message,
-                    name=call.request_id,
-                    prompt_ids=prompt.token_ids,
-                    turn_end_ids=prompt.turn_end_ids,
-                    policy=policy,
-                )
-            violations.check()
-            if self._backend.options.log_prompts:
+        def read() -> tuple[GenerationRequest, responses.ResponseBuilder]:
+            request, prompt = requests.read_request(
+                message,
+                tables,
+                core.model,
+                request_id=call.request_id,
+                max_prompt_bytes=options.max_prompt_bytes,
+            )
+            if options.log_prompts:
                 log.info("prompt", request_id=call.request_id, text=prompt.decoded(core.model))
-            if policy.table is not None:
-                request = request.model_copy(update={"table": store.lookup(policy.table)})
             return request, responses.ResponseBuilder(message.output, prompt, core.model)
 
-        return await self._backend.prepare(prepare)
-
-    def _prompt(
-        self, message: pb.GenerationInput | pb.TokenizeRequest, where: str = "input."
-    ) -> requests.EncodedPrompt:
-        limit = self._backend.options.max_prompt_bytes
-        return requests.read_prompt(message, self._backend.core.model, limit, where)
+        return await self._backend.prepare(read)
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):

@@ -25,7 +25,6 @@ from a2sf.requests import Started
 from a2sf.tablefile import canonical_digest, parse_table
 from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
-from service.policy_messages import policy_from_message
 from service.rpc.conversions import descriptions, requests, responses
 from service.status import WireStatus, to_wire
 from tests.tables import IDENTITY, make_table
@@ -82,20 +81,23 @@ def request_target(data: bytes) -> bool:
 
 def _admitted(message: pb.GenerationInput) -> pb.GenerationStarted:
     here = world()
-    name = requests.request_id(message, "made-up")
-    requested_policy = policy_from_message(message.cache_policy, "input.cache_policy")
-    table = (
-        here.store.lookup(requested_policy.table) if requested_policy.table is not None else None
+    request, prompt = requests.read_request(
+        message,
+        here.store,
+        here.model,
+        request_id=requests.valid_request_id(message) or "made-up",
+        max_prompt_bytes=MAX_PROMPT_BYTES,
     )
-    prompt = requests.read_prompt(message, here.model, MAX_PROMPT_BYTES)
-    request = requests.generation_request(
-        message, name=name, prompt_ids=prompt.token_ids, policy=requested_policy
-    ).model_copy(update={"table": table})
     with requests.proto_fields():
         policy = admission.check(request, here.model, here.config)
     seed = request.sampling.seed or 0
     return responses.ResponseBuilder(message.output, prompt, here.model).started(
-        Started(request_id=name, policy=policy, prompt_tokens=len(prompt.token_ids), seed=seed)
+        Started(
+            request_id=request.request_id,
+            policy=policy,
+            prompt_tokens=len(prompt.token_ids),
+            seed=seed,
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """Reads requests: from messages to the core's values.
 
-Owns the names of fields in errors, and which fields a request must have. A field with the same
+Owns the steps of reading a completion request (`read_request`), the names of fields in errors, and
+which fields a request must have. A field with the same
 meaning has the same name in the proto and in the core, so most of this is a copy. Raises
 InvalidRequest with dotted proto names. Knows nothing of responses, handlers or threads.
 """
@@ -26,8 +27,9 @@ from a2sf.requests import (
 from a2sf.schema import problems
 from a2sf.text import chat_template
 from a2sf.text.detokenizer import vocabulary
+from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
-from service.policy_messages import set_fields
+from service.policy_messages import policy_from_message, set_fields
 from service.status import Violations, field_prefix
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -60,17 +62,6 @@ def _proto_field(field: str) -> str:
     return f"input.{field}"
 
 
-def request_id(message: pb.GenerationInput, made_up: str) -> str:
-    """Return the request's id, or `made_up` if it has none. Raises InvalidRequest if invalid."""
-    if not message.request_id:
-        return made_up
-    if not _REQUEST_ID.fullmatch(message.request_id):
-        raise InvalidRequest(
-            [("input.request_id", "accepted: 1 to 128 characters of A-Z a-z 0-9 . _ : -")]
-        )
-    return message.request_id
-
-
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt that was read from a request."""
@@ -89,25 +80,73 @@ class EncodedPrompt:
         return backend.decode(self.token_ids, skip_special_tokens=False)
 
 
+def valid_request_id(message: pb.GenerationInput) -> str | None:
+    """Return the request's id; None without one, or if `read_request` would refuse it."""
+    return message.request_id if _REQUEST_ID.fullmatch(message.request_id) else None
+
+
+def read_request(
+    message: pb.GenerationInput,
+    tables: TableStore,
+    model: LoadedModel,
+    *,
+    request_id: str,
+    max_prompt_bytes: int,
+) -> tuple[GenerationRequest, EncodedPrompt]:
+    """Read a whole request, with its alpha table. May be slow: not for the event loop.
+
+    Args:
+        message: the request.
+        tables: one state of the tables, so that a reload meanwhile changes nothing. A request that
+            names no method gets their default table, if there is one.
+        model: the served model.
+        request_id: `valid_request_id`, or an id that the server made up.
+        max_prompt_bytes: the longest prompt, in bytes of UTF-8.
+
+    Raises InvalidRequest with everything that is invalid, the errors of `TableStore.lookup`, and
+    those of rendering a chat.
+    """
+    violations, policy = Violations(), CachePolicy()
+    # A placeholder if the prompt is invalid, so that the other fields are checked too.
+    prompt = EncodedPrompt(None, (0,))
+    with violations.collect():
+        if message.request_id and valid_request_id(message) is None:
+            raise InvalidRequest(
+                [("input.request_id", "accepted: 1 to 128 characters of A-Z a-z 0-9 . _ : -")]
+            )
+    with violations.collect():
+        policy = policy_from_message(message.cache_policy, "input.cache_policy")
+    if not policy.names_method and tables.default is not None:
+        policy = policy.model_copy(update={"table": tables.default})
+    with violations.collect():
+        prompt = read_prompt(message, model, max_prompt_bytes)
+    with violations.collect():
+        request = _generation_request(message, request_id, prompt, policy)
+    violations.check()
+    if policy.table is not None:
+        request = request.model_copy(update={"table": tables.lookup(policy.table)})
+    return request, prompt
+
+
 def read_prompt(
     message: pb.GenerationInput | pb.TokenizeRequest,
     model: LoadedModel,
     max_bytes: int,
-    where: str = "input.",
+    prefix: str = "input.",
 ) -> EncodedPrompt:
     """Return the encoded prompt. May be slow for a long one: not for the event loop.
 
-    `where` is the prefix of field names in errors. Raises InvalidRequest if the prompt is missing
+    `prefix` begins the names of fields in errors. Raises InvalidRequest if the prompt is missing
     or longer than `max_bytes` of UTF-8, and the errors of rendering a chat.
     """
     match message.WhichOneof("prompt"):
         case "text":
             if not message.text:
-                raise InvalidRequest([(f"{where}text", "empty; give at least one character")])
-            _check_size([message.text], max_bytes, f"{where}text")
+                raise InvalidRequest([(f"{prefix}text", "empty; give at least one character")])
+            _check_size([message.text], max_bytes, f"{prefix}text")
             return EncodedPrompt(message.text, model.encode(message.text))
         case "chat":
-            field = f"{where}chat.messages"
+            field = f"{prefix}chat.messages"
             if not message.chat.messages:
                 raise InvalidRequest([(field, "empty; give at least one message")])
             texts = (text for m in message.chat.messages for text in (m.role, m.content))
@@ -116,11 +155,11 @@ def read_prompt(
         case "token_ids" if isinstance(message, pb.GenerationInput):
             if not message.token_ids.ids:
                 raise InvalidRequest(
-                    [(f"{where}token_ids.ids", "empty; give at least one token id")]
+                    [(f"{prefix}token_ids.ids", "empty; give at least one token id")]
                 )
             return EncodedPrompt(None, tuple(message.token_ids.ids))
     kinds = ", ".join(f.name for f in message.DESCRIPTOR.oneofs_by_name["prompt"].fields)
-    raise InvalidRequest([(f"{where}prompt", f"missing; give one of {kinds}")])
+    raise InvalidRequest([(f"{prefix}prompt", f"missing; give one of {kinds}")])
 
 
 def _check_size(texts: Iterable[str], max_bytes: int, field: str) -> None:
@@ -148,19 +187,9 @@ def _conversation(
     return EncodedPrompt(read.text, read.token_ids, chat_template.turn_end_ids(model.tokenizer))
 
 
-def generation_request(
-    message: pb.GenerationInput,
-    *,
-    name: str,
-    prompt_ids: tuple[int, ...],
-    turn_end_ids: tuple[int, ...] = (),
-    policy: CachePolicy,
+def _generation_request(
+    message: pb.GenerationInput, request_id: str, prompt: EncodedPrompt, policy: CachePolicy
 ) -> GenerationRequest:
-    """Make a request of its message and the parts already read; the caller adds the table.
-
-    A million token ids take a while: not for the event loop. Raises InvalidRequest with everything
-    that is invalid.
-    """
     violations = Violations()
     sampling = Sampling()
     lists: dict[str, Any] = {}
@@ -177,9 +206,9 @@ def generation_request(
         sampling = Sampling(**set_fields(message.sampling))
     with violations.collect(), proto_fields():
         request = GenerationRequest(
-            request_id=name,
-            prompt_ids=prompt_ids,
-            turn_end_ids=turn_end_ids,
+            request_id=request_id,
+            prompt_ids=prompt.token_ids,
+            turn_end_ids=prompt.turn_end_ids,
             max_new_tokens=message.max_new_tokens,
             min_new_tokens=message.min_new_tokens,
             time_limit_s=(

@@ -8,6 +8,7 @@ from a2sf.model.loader import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling, Started
 from a2sf.tablefile import parse_table
+from service.backend.tables import TableStore
 from service.client import requests as client_requests
 from service.client import responses as client_responses
 from service.client.results import StreamStarted
@@ -69,13 +70,17 @@ def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
         seed=st.none() | st.integers(0, 2**63 - 1),
     )
 )
-def test_what_a_client_asks_is_what_the_engine_is_told(sampling: Sampling) -> None:
+def test_what_a_client_asks_is_what_the_engine_is_told(
+    tiny_model: LoadedModel, sampling: Sampling
+) -> None:
     message = client_requests.generation_input(
         [1, 2], 3, {"sampling": sampling, "stop": ["a"], "stop_token_ids": [0], "ignore_eos": True}
     )
     sent = pb.GenerationInput.FromString(message.SerializeToString())
     assert tuple(sent.token_ids.ids) == (1, 2)
-    request = requests.generation_request(sent, name="r", prompt_ids=(1, 2), policy=CachePolicy())
+    request, _ = requests.read_request(
+        sent, TableStore(), tiny_model, request_id="r", max_prompt_bytes=0
+    )
     assert request.sampling == sampling
     assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)
 

@@ -148,10 +148,10 @@ async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_t
     reading, go_on = list[str](), threading.Event()
     read_prompt = requests.read_prompt
 
-    def slow(message: Any, *arguments: Any) -> requests.EncodedPrompt:
+    def slow(message: Any, *arguments: Any, **named: Any) -> requests.EncodedPrompt:
         reading.append(message.text)
         assert go_on.wait(WAIT_S)
-        return read_prompt(message, *arguments)
+        return read_prompt(message, *arguments, **named)
 
     monkeypatch.setattr(requests, "read_prompt", slow)
     async with asyncio.timeout(WAIT_S):
