@@ -1,7 +1,8 @@
 """Converts cache policies to and from messages, for server and client.
 
-Owns the mapping of the policy's fields and presets. A field has the same name here, in the core and
-in the alpha table, so the conversion is a copy. Knows nothing of the rest of a request.
+Owns the mapping of the policy's fields and presets, and the words for a policy. A field has the
+same name here, in the core and in the alpha table, so the conversion is a copy. Knows nothing of
+the rest of a request.
 """
 
 from typing import Any
@@ -73,8 +74,11 @@ def layer_means(heads: Heads) -> list[int]:
     return [(2 * sum(row) + len(row)) // (2 * len(row)) for row in heads]
 
 
-def in_words(policy: CachePolicy) -> str:
-    """Describe a default policy in one line: method, window, budget and lower bound."""
+def describe_policy(policy: CachePolicy, raised_by: int | None = None) -> str:
+    """Describe a policy in one line: method, window, budget and lower bound.
+
+    `raised_by`: the lower bound that raised the budget, if one did.
+    """
     if policy.table is not None:
         method = f"table {policy.table}"
     else:
@@ -86,6 +90,8 @@ def in_words(policy: CachePolicy) -> str:
         parts.append(f"{policy.recent} tokens recent")
     if policy.budget is not None:
         parts.append(f"budget {policy.budget} tokens")
+        if raised_by is not None:
+            parts.append(f"raised by min_budget {raised_by}")
     elif policy.budget_ratio is not None:
         floor = f", at least {policy.min_budget}" if policy.min_budget else ""
         parts.append(f"budget {policy.budget_ratio:g} of prompt + new tokens{floor}")

@@ -15,7 +15,7 @@ from a2sf.policy import CachePolicy, Heads, policy_if_omitted, resolve, slots_fo
 from a2sf.schema import AlphaTable
 from service.backend.tables import TableStore
 from service.config.options import ServerOptions, Shares, slots_per_head
-from service.policy_messages import in_words
+from service.policy_messages import describe_policy
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +32,7 @@ def log_default_policy(config: EngineConfig, store: TableStore) -> None:
     """Log the policy of a request that sets none, and the lower bound of ratios, in one line."""
     log.info(
         "default policy",
-        policy=in_words(default_policy(config, store)),
+        policy=describe_policy(default_policy(config, store)),
         min_budget=config.default_policy.min_budget,
     )
 

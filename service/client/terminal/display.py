@@ -19,9 +19,11 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from a2sf.policy import CachePolicy
 from a2sf.requests import Finished
 from service.client.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 from service.pb import inference_pb2 as pb
+from service.policy_messages import describe_policy
 
 # A terminal obeys control characters, and a model may write any of them.
 _CONTROLS = {
@@ -97,7 +99,7 @@ class TextDisplay:
         """Show one event."""
         match event:
             case StreamStarted():
-                self._policy = policy_in_words(event)
+                self._policy = describe_policy(effective_policy(event), event.min_budget)
                 if self._live is not None:
                     self._live.started(event)
                 if event.prompt is not None:
@@ -201,16 +203,20 @@ class _LiveFigures:
         return f"{tokens} tokens, {rate}evicted {round(sum(evicted) / len(evicted))} of {cached}"
 
 
-def policy_in_words(event: StreamStarted) -> str:
-    """Describe the policy of a completion, and what raised its budget."""
+def effective_policy(event: StreamStarted) -> CachePolicy:
+    """Return the policy of a completion, with the numbers that apply to it."""
     if event.method == "table":
-        method = f"table {event.table_name}"
+        numbers: dict[str, object] = {"table": event.table_name}
     elif event.alpha is not None:
-        method = f"alpha {event.alpha:g}"
+        numbers = {"alpha": event.alpha}
     else:
-        method = event.method
-    floor = "" if event.min_budget is None else f" (raised by min_budget {event.min_budget})"
-    return f"{method}, budget {event.budget}{floor}"
+        numbers = {"preset": event.method}
+    # These presets set their own window, and preset full its own budget.
+    if event.method not in ("full", "window", "h2o"):
+        numbers["recent"] = event.recent
+    if event.method != "full":
+        numbers["budget"] = event.budget
+    return CachePolicy.model_validate(numbers)
 
 
 def figures(event: Finished, policy: str) -> str:

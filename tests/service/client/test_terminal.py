@@ -17,10 +17,7 @@ import trustme
 from google.protobuf.json_format import Parse
 from typer.testing import CliRunner
 
-from a2sf.requests import CacheStatistics, Finished, FinishReason, Timings, Usage
-from service.client.results import Delta
 from service.client.terminal.cli import app
-from service.client.terminal.display import TextDisplay, figures
 from service.pb import inference_pb2 as pb
 from tests.service.client.test_responses import load_with_template
 from tests.service.conftest import ENDLESS, WAIT_S, StartServer, until
@@ -53,7 +50,8 @@ async def test_it_prints_the_completion_and_one_line_of_figures(
     text, line = out.rstrip("\n").rsplit("\n", 1)
     assert text
     assert line.startswith("40 tokens (length), ")
-    assert "; alpha 0.98, budget 16; each head kept 16 of 44 tokens, evicted 28; " in line
+    assert "; a2sf, alpha 0.98, 5 tokens recent, budget 16 tokens; " in line
+    assert "; each head kept 16 of 44 tokens, evicted 28; " in line
     assert line.endswith("in a full cache")
 
 
@@ -333,16 +331,6 @@ async def test_figures_live_on_a_terminal_alone(start_server: StartServer) -> No
     assert b"tokens/s, evicted " in b"".join(drawn)
 
 
-def test_a_terminal_is_not_made_to_obey_the_model(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    event = Delta(request_id="r", text="a\x1b[2J\tb\r\n\x9b", token_ids=())
-    for terminal, message in [(True, "a\ufffd[2J\tb\n\ufffd"), (False, event.text)]:
-        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        TextDisplay().show(pb.StreamGenerateResponse(), event)
-        assert capsys.readouterr().out == message
-
-
 @pytest.mark.parametrize("module", ["service.client", "service.client.terminal.cli"])
 def test_a_client_loads_no_engine(module: str) -> None:
     heavy = {
@@ -356,24 +344,3 @@ def test_a_client_loads_no_engine(module: str) -> None:
     code = f"import sys, {module}; sys.exit(' '.join({heavy!r} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], timeout=WAIT_S, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_the_figures_are_for_people() -> None:
-    finished = Finished(
-        request_id="r",
-        reason=FinishReason.LENGTH,
-        matched_stop=None,
-        usage=Usage(prompt_tokens=100, completion_tokens=21),
-        cache=CacheStatistics(
-            budget=64,
-            kept_tokens=64,
-            evicted_tokens=56,
-            kv_bytes=1_500_000,
-            kv_bytes_full=2_800_000,
-        ),
-        timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=2.0),
-    )
-    assert figures(finished, "table mathqa, budget 64") == (
-        "21 tokens (length), 10.0 tokens/s; table mathqa, budget 64; "
-        "each head kept 64 of 120 tokens, evicted 56; KV 1.5 MB against 2.8 MB in a full cache"
-    )

@@ -16,7 +16,7 @@ from service.backend.loading import load_core
 from service.config.options import MIN_BUDGET, ServerOptions, slots_per_head
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.policy_messages import in_words
+from service.policy_messages import describe_policy
 from tests.service.client.test_terminal import run
 from tests.service.conftest import StartProcess, StartServer
 from tests.tables import make_table
@@ -56,7 +56,7 @@ async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
     expected = DEFAULT_METHOD.model_copy(update={"budget": 64, "min_budget": 16})
     assert (await client.get_model()).default_cache_policy == expected
     (line,) = [line for line in lines if line["event"] == "default policy"]
-    assert (line["policy"], line["min_budget"]) == (in_words(expected), 16)
+    assert (line["policy"], line["min_budget"]) == (describe_policy(expected), 16)
     assert server.core.config.default_policy == expected
 
 
@@ -65,7 +65,7 @@ async def test_a_server_says_its_default_policy_when_it_starts(
 ) -> None:
     server = start_process("--min-budget", "9")
     await server.address()
-    words = in_words(DEFAULT_METHOD.model_copy(update={"budget": 32}))
+    words = describe_policy(DEFAULT_METHOD.model_copy(update={"budget": 32}))
     assert f'event="default policy" policy="{words}" min_budget=9' in server.log
 
 
@@ -84,7 +84,7 @@ async def test_a_short_request_of_a_ratio_keeps_all_its_tokens_and_is_told_why(
     options = ["--max-new-tokens", "3", "--ignore-eos", "--target", address]
     code, out, _ = await run("Hello", *options)
     assert code == 0
-    assert "; table plain, budget 8 (raised by min_budget 16); each head kept" in out
+    assert "; table plain, 4 tokens recent, budget 8 tokens, raised by min_budget 16; " in out
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio)
     ],
 )
 def test_a_policy_is_told_in_words(policy: CachePolicy, words: str) -> None:
-    assert in_words(policy) == words
+    assert describe_policy(policy) == words
 
 
 def test_the_help_and_the_pages_tell_the_defaults() -> None:
