@@ -40,41 +40,37 @@ def log_default_policy(config: EngineConfig, store: TableStore) -> None:
 def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
     """Return the shares by which the default table shapes rows, or None if all are equal.
 
-    Raises InvalidArgument if the server's default policy would not always fit. A budget that is a
-    ratio depends on the length of each request, and is never below its lower bound.
+    Raises InvalidArgument, with everything that is too large, unless the defaults of the server and
+    of the table fit at every length: their budgets, and their lower bounds of a ratio. A request
+    with equal heads, or one no longer than its budget, needs the whole budget in every head.
     """
-    shares, fitted = table.policy.head_share, table.policy.budget or 0
-    floor = _lower_bound(options, table)
-    wanted = max(options.default_budget_for(shares), fitted, floor)
+    policy, shares = table.policy, table.policy.head_share
     slots = slots_per_head(options.slots, shares)
     narrowest, layer, head = min(
         (has, layer, head) for layer, row in enumerate(slots) for head, has in enumerate(row)
     )
-    if wanted <= narrowest:
+    limits = (
+        (f"{table.name} was fitted for a budget of", policy.budget or 0, None),
+        (f"min_budget of {table.name} is", policy.min_budget or 0, None),
+        ("--default-budget is", options.default_budget_for(shares), "--default-budget"),
+        ("--min-budget is", options.min_budget_for(shares), "--min-budget"),
+    )
+    too_large = [limit for limit in limits if limit[1] > narrowest]
+    if not too_large:
         return None if len(set(chain(*slots))) == 1 else shares
-    if wanted == fitted:
-        budget = f"{table.name} was fitted for a budget of {fitted} tokens"
-    elif wanted == floor:
-        whose = "--min-budget" if table.policy.min_budget is None else f"min_budget of {table.name}"
-        budget = f"{whose} is {floor} tokens"
-    else:
-        budget = f"--default-budget is {wanted} tokens"
-    room = f"there are {options.slots} slots"
+    room = f"a row has {options.slots} slots"
     if narrowest < options.slots:
         room = (
-            f"of {options.slots} slots, dealt by this table's head_share, layer {layer} head "
-            f"{head} gets {narrowest}, while a request whose heads get the same, or one shorter "
-            "than its budget, needs the whole budget in every head"
+            f"of {options.slots} slots, split by this table's head_share, layer {layer} head "
+            f"{head} gets {narrowest}, and a request with equal heads, or one no longer than its "
+            "budget, needs the whole budget in every head"
         )
-    less = ""
-    if wanted not in (fitted, floor) and max(fitted, floor) <= narrowest:
-        less = f", or --default-budget {narrowest} or less"
-    elif wanted == floor and table.policy.min_budget is None:
-        less = f", or --min-budget {narrowest} or less"
-    raise InvalidArgument(
-        "--default-table",
-        f"{budget}, and {room}; give --slots {slots_for(wanted, shares)} or more{less}",
-    )
+    wanted = max(tokens for _, tokens, _ in too_large)
+    fix = f"give --slots {slots_for(wanted, shares)} or more"
+    if all(option is not None for _, _, option in too_large):
+        fix += ", or " + " and ".join(f"{option} {narrowest} or less" for _, _, option in too_large)
+    problem = " and ".join(f"{words} {tokens} tokens" for words, tokens, _ in too_large)
+    raise InvalidArgument("--default-table", f"{problem}, but {room}; {fix}")
 
 
 def check_default(options: ServerOptions, rows: Heads, max_context: int, table: AlphaTable) -> None:
@@ -104,20 +100,24 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
                 if want != has
             )
             raise TableInvalid(
-                f"{cannot}: its budget is a ratio, dealt by its head_share, and rows are not "
-                f"dealt so: layer {layer} head {head} has {rows[layer][head]} slots, where this "
-                f"table deals it {wanted[layer][head]}; {start}"
+                f"{cannot}: its budget is a ratio, and rows are not split by its head_share: "
+                f"layer {layer} head {head} has {rows[layer][head]} slots, and this table gives it "
+                f"{wanted[layer][head]}; {start}"
             )
-        floor, narrowest = _lower_bound(options, table), min(chain(*rows))
+        floor, narrowest = policy.min_budget, min(chain(*rows))
+        if floor is None:
+            floor = options.min_budget_for(policy.head_share)
         if floor > narrowest:
             raise TableInvalid(
-                f"{cannot}: its ratio comes to no fewer than {floor} tokens (min_budget), of which "
-                f"a request that has just as many needs {floor} slots in every head, and the "
-                f"narrowest has {narrowest}; {start} and "
+                f"{cannot}: its budget is never below {floor} tokens (min_budget), a request of "
+                f"that length needs {floor} slots in every head, and the narrowest head has "
+                f"{narrowest}; {start} and "
                 f"--slots {slots_for(floor, policy.head_share)} or more"
             )
         return
-    budget = policy.budget
+    # A request that sets a ratio gets at least the table's min_budget.
+    budget = max(policy.budget, policy.min_budget or 0)
+    name = "budget" if budget == policy.budget else "min_budget"
     peaks = (
         [[budget] * len(row) for row in rows]
         if alike
@@ -131,8 +131,8 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     peak, has = peaks[-layer][-head], rows[-layer][-head]
     if peak > has:
         raise TableInvalid(
-            f"{cannot}: its budget of {budget} tokens, dealt by its head_share, takes up to {peak} "
-            f"slots of layer {-layer} head {-head}, which has {has}; {start} and "
+            f"{cannot}: its {name} of {budget} tokens, split by its head_share, takes up to "
+            f"{peak} slots of layer {-layer} head {-head}, which has {has}; {start} and "
             f"--slots {slots_for(budget, policy.head_share)} or more"
         )
     try:
@@ -148,16 +148,6 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         )
     except InvalidArgument as error:
         raise TableInvalid(f"{cannot}: {error.problem}") from error
-
-
-def _lower_bound(options: ServerOptions, table: AlphaTable) -> int:
-    """Return the lower bound in slots of a default table's ratio; 0 if its budget is no ratio."""
-    policy = table.policy
-    if policy.budget is not None:
-        return 0
-    if policy.min_budget is not None:
-        return policy.min_budget
-    return options.min_budget_for(policy.head_share)
 
 
 def _max_slots_per_head(budget: int, shares: Shares) -> list[list[int]]:

@@ -70,15 +70,15 @@ def refused_messages(refused: Mapping[str, TableError]) -> list[pb.RefusedAlphaT
 
 def table_message(table: AlphaTable) -> pb.GetAlphaTableResponse:
     """Convert one table, to typed fields and to the canonical JSON of its file."""
-    dealt = table.policy.head_share
+    shares = table.policy.head_share
     policy = table.policy.model_dump(exclude={"alpha", "head_share"}, exclude_none=True)
     return pb.GetAlphaTableResponse(
         table=pb.AlphaTable(
             summary=_summary(table),
             model=identity_message(table.model),
             layers=[pb.LayerAlphas(alphas=row) for row in table.policy.alpha],
-            layer_share=[math.fsum(row) / len(row) for row in dealt],
-            head_share=[pb.HeadShares(shares=row) for row in dealt],
+            layer_share=[math.fsum(row) / len(row) for row in shares],
+            head_share=[pb.HeadShares(shares=row) for row in shares],
             head_budgets=head_messages(_budgets(table)),
             **policy,
         ),

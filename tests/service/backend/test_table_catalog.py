@@ -317,7 +317,11 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
             "head 0 has 40 slots, .* 60",
         ),
         ((3.0, 1.0), {"budget_ratio": 0.2, "layer_share": (3.0, 1.0)}, None),
-        ((3.0, 1.0), {"budget_ratio": 0.2}, "not dealt so: layer 0 head 0 has 60 slots, .* 40"),
+        (
+            (3.0, 1.0),
+            {"budget_ratio": 0.2},
+            "not split by .*: layer 0 head 0 has 60 slots, .* 40",
+        ),
         ((1.0, 1.0), {"budget": 20, "layer_share": (3.0, 1.0)}, None),
         (
             (1.0, 1.0),

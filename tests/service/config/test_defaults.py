@@ -213,13 +213,60 @@ async def test_a_floor_that_the_narrowest_head_has_no_slots_for_stops_the_start(
         assert sum(map(sum, answer.started.head_budgets)) == wanted * 6
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"min_budget": 31},
+            "--min-budget is 31 .*--slots 62 or more, or --min-budget 30 or",
+        ),
+        (
+            {"min_budget": 31, "default_budget": 40},
+            "--default-budget is 40 tokens and --min-budget is 31 tokens, .*give --slots 80 or "
+            "more, or --default-budget 30 or less and --min-budget 30 or less$",
+        ),
+    ],
+)
+async def test_budgets_of_the_server_must_fit_beside_a_default_table_with_a_fixed_budget(
+    start_server: StartServer,
+    tmp_path: Path,
+    identity: ModelIdentity,
+    options: dict[str, int],
+    says: str,
+) -> None:
+    folder = tmp_path / "shaped"
+    folder.mkdir()
+    fixed = make_table(identity, name="fixed", head_share=SHARES, budget=20, recent=0, sinks=0)
+    save_table(fixed, folder / "fixed.json")
+    settings = {"tables": folder, "default_table": "fixed", "slots": 60, "default_budget": 8}
+    with pytest.raises(InvalidArgument, match=says):
+        await start_server(**settings | options)
+    _, client, _ = await start_server(**settings, min_budget=30)
+    policy = CachePolicy(budget_ratio=0.1)
+    for prompt in (1, 27, 28, 29, 100):
+        answer = await client.generate([7] * prompt, max_new_tokens=2, cache_policy=policy)
+        assert answer.started.budget == min(30, prompt + 2)
+
+
+def test_the_floor_of_a_table_with_a_fixed_budget_must_fit_too(identity: ModelIdentity) -> None:
+    options, rows = ServerOptions(slots=60, default_budget=8), slots_per_head(60, SHARES)
+
+    def fixed(floor: int) -> AlphaTable:
+        shape = {"head_share": SHARES, "budget": 20, "recent": 0, "sinks": 0}
+        return make_table(identity, name="fixed", min_budget=floor, **shape)
+
+    check_default(options, rows, 10**6, fixed(30))
+    with pytest.raises(TableInvalid, match=r"its min_budget of 31 tokens, .*--slots 62 or more$"):
+        check_default(options, rows, 10**6, fixed(31))
+
+
 def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio) -> None:
     options = ServerOptions(slots=60, default_budget=8)
     rows = slots_per_head(60, SHARES)
     check_default(options, rows, 10**6, ratio(30))
     check_default(options, rows, 10**6, ratio(None))
     with pytest.raises(
-        TableInvalid, match=r"no fewer than 31 tokens .*has 30; start .* and --slots 62 or more$"
+        TableInvalid, match=r"never below 31 tokens .*has 30; start .* and --slots 62 or more$"
     ):
         check_default(options, rows, 10**6, ratio(31))
 
