@@ -17,24 +17,26 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def check(
     target: Annotated[str, typer.Option(help="The server, HOST:PORT.")] = "127.0.0.1:50051",
-    service: Annotated[str, typer.Option(help="A service's full name; empty for all.")] = "",
+    service: Annotated[
+        str, typer.Option(help="Full name of a service; empty for the whole server.")
+    ] = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
     tls_ca: Annotated[
         Path | None,
-        typer.Option(help="Authority (PEM) of the server's certificate; without it, plain text."),
+        typer.Option(help="CA certificate (PEM) of the server; without it, plain text."),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate (PEM) to show to the server; with --tls-ca.")
+        Path | None, typer.Option(help="Client certificate (PEM); needs --tls-ca.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of --tls-cert.")] = None,
     server_name: Annotated[
         str | None,
-        typer.Option(help="Name in the server's certificate, where the target is another."),
+        typer.Option(help="Name in the server's certificate, if the target has another."),
     ] = None,
 ) -> None:
     """Check whether a server is SERVING."""
     if (tls_cert is None) != (tls_key is None):
-        _fail("--tls-cert and --tls-key need each other; give both or neither")
+        _fail("give both --tls-cert and --tls-key, or neither")
     if tls_ca is None and (tls_cert is not None or server_name is not None):
         _fail("--tls-cert, --tls-key and --server-name need --tls-ca")
     request = health_pb2.HealthCheckRequest(service=service)

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 
-_CONNECTION_LOST = "the processes of the model have parted"
+_CONNECTION_LOST = "the processes of the model lost their connection"
 
 
 class Announce(Protocol):
@@ -76,7 +76,7 @@ async def run(options: ServerOptions, announce: Announce) -> int:
             await server.stop()
     if server.thread_left_running:
         # If a thread runs native code, a normal exit of the interpreter would abort.
-        log.warning("the engine's thread is still busy and is left behind")
+        log.warning("the engine's thread is still busy; the process exits without it")
         logging.shutdown()
         os._exit(int(server.crashed.done()))
     if has_served and not server.crashed.done():
@@ -101,7 +101,7 @@ def _follow(options: ServerOptions) -> int:
         log.critical(_CONNECTION_LOST, reason=str(error))
         return 1
     except A2SFError as error:
-        log.critical("a process of the model cannot do its part", reason=str(error))
+        log.critical("a process of the model cannot start or run", reason=str(error))
         return 2
     return 0
 

@@ -219,7 +219,7 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
         return InvalidRequest((v.field, v.description) for v in bad_request.field_violations)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         limit = f" of {timeout_s:g} s" if timeout_s is not None else ""
-        return DeadlineExceeded(f"the deadline{limit} passed before the answer was whole", code)
+        return DeadlineExceeded(f"the deadline{limit} passed before the call was complete", code)
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(f"the call was cancelled: {message}", code)
     named = _CLASSES.get(info.reason) if info.domain == DOMAIN else None

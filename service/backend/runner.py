@@ -125,7 +125,7 @@ class EngineRunner:
             raise self._ended()
         if request.request_id in self._streams:
             raise InvalidArgument(
-                "request_id", f"{request.request_id!r} is the id of a request under way"
+                "request_id", f"{request.request_id!r} is the id of a running request; give another"
             )
         events = self._streams[request.request_id] = EventQueue(request.request_id)
         self._inbox.put(_Submit(request, events))
@@ -149,7 +149,7 @@ class EngineRunner:
         for name in names:
             events = self._streams.get(name)
             if events is not None and events.open:
-                self._end(events, Aborted("the operator ended this request"))
+                self._end(events, Aborted("an operator aborted this request"))
                 ended.append(name)
         return tuple(ended)
 
@@ -254,8 +254,8 @@ class EngineRunner:
             self._end(
                 events,
                 Aborted(
-                    f"the client stopped reading: {events.unread} events were waiting for it, "
-                    "the most that are kept"
+                    f"the client stopped reading: {events.unread} events wait for it, and the "
+                    "server keeps no more"
                 ),
             )
 

@@ -151,11 +151,11 @@ class TableCatalog:
         """
         with self._lock:
             if not etag:
-                raise InvalidArgument("etag", "missing; ListAlphaTables tells it")
+                raise InvalidArgument("etag", "missing; ListAlphaTables returns it")
             if etag != self.now.etag:
                 raise Conflict(
-                    f"the alpha tables are no longer as etag {etag!r} has them; read them again "
-                    "with ListAlphaTables, then decide"
+                    f"the alpha tables have changed since etag {etag!r}; call ListAlphaTables "
+                    "again, then decide"
                 )
             if name:
                 self._check(self.now.lookup(name))
@@ -173,8 +173,8 @@ class TableCatalog:
             names = sorted(entry.name for entry in directory.iterdir() if _is_table(entry.name))
         except OSError as error:
             raise NotFound(
-                f"the directory of alpha tables cannot be listed: {error.strerror}; the tables "
-                "that are served stay"
+                f"the directory of alpha tables cannot be listed: {error.strerror}; the server "
+                "keeps its tables"
             ) from error
         valid: dict[str, AlphaTable] = {}
         refused: list[tuple[str, TableError]] = []
@@ -274,20 +274,20 @@ def _refusal(file: str, error: Exception) -> TableError:
 def _compare_and_log(before: TableStore, now: TableStore) -> Reloaded:
     """Compare two states, and log what is new."""
     old, new = before.tables, now.tables
-    told = Reloaded(
+    reloaded = Reloaded(
         added=tuple(name for name in new if name not in old),
         changed=tuple(n for n in new if n in old and new[n].sha256 != old[n].sha256),
         removed=tuple(name for name in old if name not in new),
         refused=now.refused,
         etag=now.etag,
     )
-    _log_tables("alpha table added", told.added, new)
-    _log_tables("alpha table changed", told.changed, new)
-    _log_tables("alpha table removed", told.removed, old)
+    _log_tables("alpha table added", reloaded.added, new)
+    _log_tables("alpha table changed", reloaded.changed, new)
+    _log_tables("alpha table removed", reloaded.removed, old)
     for name, error in now.refused.items():
         if str(error) != str(before.refused.get(name)):
             log.warning("alpha table refused", table=name, reason=str(error))
-    return told
+    return reloaded
 
 
 def _log_tables(event: str, names: Iterable[str], tables: Mapping[str, AlphaTable]) -> None:

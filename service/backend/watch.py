@@ -79,7 +79,7 @@ async def _change_signals(directory: Path) -> AsyncGenerator[bool, None]:
             if str(error) != reason:
                 reason = str(error)
                 log.warning(
-                    "tables directory cannot be watched; looked at from time to time instead",
+                    "tables directory cannot be watched; checked at intervals instead",
                     directory=str(directory),
                     every_s=RECHECK_S,
                     reason=reason,

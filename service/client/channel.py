@@ -87,7 +87,7 @@ class Tls(Given):
     def credentials(self) -> grpc.ChannelCredentials:
         """Read the files. Raises InvalidArgument with the file that cannot be used."""
         if (self.cert is None) != (self.key is None):
-            raise InvalidArgument("tls", "cert and key are given together or not at all")
+            raise InvalidArgument("tls", "give both cert and key, or neither")
         # gRPC accepts any bytes as PEM, and then fails each call with an unclear error.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         roots = None
@@ -144,12 +144,12 @@ class ChannelOptions(Given):
         if not self.token.isascii() or not self.token.isprintable() or " " in self.token:
             raise InvalidArgument("token", "accepted: printable ASCII without spaces")
         if not self.token:
-            raise InvalidArgument("token", "empty; give one, or none at all")
+            raise InvalidArgument("token", "empty; give a token, or leave it out")
         if self.tls is None and not self.insecure_token and not is_local(target):
             raise InvalidArgument(
                 "token",
-                f"{target} is reached in plain text, where others can read the token; use TLS, or "
-                "say insecure_token where the network itself is trusted",
+                f"plain text to {target} would show the token to others; use TLS, or set "
+                "insecure_token if the network is trusted",
             )
         return (("authorization", f"Bearer {self.token}"),)
 
@@ -161,7 +161,7 @@ class ChannelOptions(Given):
         """
         if is_list(target) and not balanced:
             raise InvalidArgument(
-                "target", f"{target} lists several servers; make an admin client of each"
+                "target", f"{target} lists several servers; create one admin client for each"
             )
         # With one address there is no other server to try. Ask it directly, so that its own error
         # says what is wrong.
@@ -175,8 +175,8 @@ class ChannelOptions(Given):
         elif self.tls is not None and is_list(target):
             raise InvalidArgument(
                 "tls.server_name",
-                f"missing, and the list {target} has no name of its own; give the one name that "
-                "the certificates of all its servers bear",
+                f"missing, and the list {target} has no name; give the name that the certificates "
+                "of all its servers share",
             )
         return settings
 

@@ -100,7 +100,8 @@ def _with_one_field(cls: type[MessageT], where: str, name: str, value: Any) -> M
     # A float that is too large for its field silently becomes infinite.
     if isinstance(value, int | float) and not math.isfinite(getattr(part, name)):
         raise InvalidArgument(
-            f"{where}{name}", f"{value!r} is no finite number there; accepted: finite numbers"
+            f"{where}{name}",
+            f"{value!r} is not a finite number in this field; accepted: finite numbers",
         )
     return part
 
@@ -134,7 +135,7 @@ def _write_prompt(
     if len(ids) < len(prompt):
         if ids:
             raise InvalidArgument(
-                f"{where}prompt", "token ids and chat messages in one list; give either"
+                f"{where}prompt", "token ids and chat messages in one list; give one kind"
             )
         message.chat.messages.extend(
             _chat_message(part, f"{where}chat.messages[{index}]")
@@ -145,7 +146,7 @@ def _write_prompt(
         message.token_ids.SetInParent()
         message.token_ids.MergeFrom(_build(pb.TokenIds, f"{where}token_ids.", ids=ids))
     else:
-        raise InvalidArgument("prompt", "no text; give text, or one chat message or more")
+        raise InvalidArgument("prompt", "not text; give text, or at least one chat message")
 
 
 def _chat_message(part: object, where: str) -> pb.ChatMessage:

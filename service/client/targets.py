@@ -67,8 +67,8 @@ def _family(address: str) -> int:
     if version != (4 if bare == host else 6) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidArgument(
             "target",
-            f"{address!r} in a list; accepted: 10.0.0.7:50051, [fd00::7]:50051. A name that stands "
-            "for several servers is given alone, as dns:///NAME:PORT",
+            f"{address!r} in a list; accepted: 10.0.0.7:50051, [fd00::7]:50051. Give a name of "
+            "several servers alone, as dns:///NAME:PORT",
         )
     return version
 

@@ -90,8 +90,8 @@ class _Calls:
         ):
             # The error is gRPC's own, not the server's, and does not say what to do.
             return Unavailable(
-                f"connection to {self._target} failed: {converted}; see that a server is up "
-                f"there, and that it speaks {self._encryption} as this client does"
+                f"connection to {self._target} failed: {converted}; check that a server "
+                f"is running there and uses {self._encryption}, as this client does"
             )
         return converted
 

@@ -51,13 +51,15 @@ class ServerOptions(
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise InvalidArgument("--tls-cert", "it and --tls-key need each other; give both")
+            raise InvalidArgument(
+                "--tls-cert", "needs --tls-key, and --tls-key needs it; give both"
+            )
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise InvalidArgument("--tls-client-ca", "needs --tls-cert and --tls-key")
         if self.admin_port is not None and self.admin_token_file is None:
             raise InvalidArgument("--admin-port", "needs --admin-token-file")
         if self.admin_token_file is not None and self.admin_port is None:
-            raise InvalidArgument("--admin-token-file", "opens nothing without --admin-port")
+            raise InvalidArgument("--admin-token-file", "needs --admin-port")
         return self
 
     @property
@@ -88,9 +90,8 @@ class ServerOptions(
             encrypt = "" if field == "--metrics-host" else "give --tls-cert and --tls-key, "
             raise InvalidArgument(
                 field,
-                f"{host} can be reached from outside, and this server speaks plain text there; "
-                f"bind 127.0.0.1, {encrypt}or say --insecure-bind where the network itself is "
-                "trusted",
+                f"{host} can be reached from other machines, in plain text; bind 127.0.0.1, "
+                f"{encrypt}or give --insecure-bind if the network is trusted",
             )
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -124,7 +125,7 @@ class ServerOptions(
         if self.default_budget is None and budget < least:
             raise InvalidArgument(
                 "--slots",
-                f"{self.slots}, of which the narrowest head gets {budget}; accepted: "
+                f"{self.slots}, and the narrowest head gets {budget} of them; accepted: "
                 f"{slots_for(least, head_share or ((1.0,),))} or more",
             )
         if not least <= budget <= self.slots:

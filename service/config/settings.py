@@ -29,9 +29,9 @@ CONFIG_ENV = "A2SF_CONFIG"
 
 EPILOG = (
     f"Every option can also be set in the environment (--max-batch as {ENV_PREFIX}MAX_BATCH) and "
-    "in a TOML file (max_batch = 8). A flag goes before the environment, that before the file; "
-    "`none` as a flag or in the environment takes back what comes after it. "
-    f"`{PROGRAM} plan --help` tells how to know a server's memory and pace before it is started."
+    "in a TOML file (max_batch = 8). A flag overrides the environment, and the environment "
+    "overrides the file; `none` as a flag or in the environment restores the default. "
+    f"`{PROGRAM} plan` computes a server's memory and speed before it starts."
 )
 
 
@@ -152,12 +152,14 @@ class _Parser(ArgumentParser):
             "--version", action="version", version=__version__, help="Show the version and exit."
         )
         general.add_argument(
-            "--config", metavar="FILE", help=f"TOML file with settings; or {CONFIG_ENV}."
+            "--config",
+            metavar="FILE",
+            help=f"TOML file with settings; also read from {CONFIG_ENV}.",
         )
         general.add_argument(
             "--print-config",
             action="store_true",
-            help="Print every setting and where it came from, as such a file, and exit.",
+            help="Print every setting and its source, as a TOML file, and exit.",
         )
         self._sections: dict[str, _ArgumentGroup] = {}
         for group in GROUPS:
@@ -192,7 +194,7 @@ def _read(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in NAMES.values():
             near = difflib.get_close_matches(key, NAMES.values(), 1)
-            hint = f"did you mean {near[0]}?" if near else "see --print-config for those there are"
+            hint = f"did you mean {near[0]}?" if near else "--print-config lists all settings"
             raise InvalidArgument("--config", f"{path}: unknown setting {key!r}; {hint}")
     return values
 

@@ -29,10 +29,10 @@ def _panel(title: str) -> Any:
     return option
 
 
-_model = _panel("Model, as serve takes it")
+_model = _panel("Model, as for serve")
 _cache = _panel("Cache")
 _device = _panel("Device")
-_measured = _panel("Measured instead of bounded")
+_measured = _panel("Measured times, instead of bounds")
 _load = _panel("Load and price")
 _output = _panel("Output")
 
@@ -49,22 +49,26 @@ def plan(
     ] = REFERENCE,
     revision: Annotated[str | None, _model(help="Branch, tag or commit, for a hub id.")] = None,
     device: Annotated[
-        str, _model(help="cuda or cpu: what is planned for, which need not be here.")
+        str, _model(help="cuda or cpu: the device of the server; this machine need not have it.")
     ] = "cuda",
-    dtype: Annotated[str, _model(help="As of the server; auto on cpu asks this machine.")] = "auto",
+    dtype: Annotated[
+        str, _model(help="As for the server; auto on cpu depends on this machine.")
+    ] = "auto",
     tables: Annotated[
         Path | None, _model(metavar="PATH", help="Directory of alpha tables (*.json).")
     ] = None,
     default_table: Annotated[
         str | None,
-        _model(help="Table of requests that name no method; it may deal slots unequally."),
+        _model(
+            help="Table for requests that name no method; it may split slots unequally among heads."
+        ),
     ] = None,
     budget: Annotated[
         int,
         _cache(
             metavar="N",
-            help="Tokens each head keeps of a sequence, the mean over heads. It becomes --slots, "
-            "and --default-budget where heads are equal.",
+            help="Tokens that each head keeps of a sequence, averaged over heads. It becomes "
+            "--slots, and --default-budget if heads are equal.",
         ),
     ],
     slots: Annotated[
@@ -72,17 +76,19 @@ def plan(
         _cache(
             metavar="N",
             min=1,
-            help="Slots of a row, for requests that may ask for more than --budget. "
+            help="Slots per head of a row, if requests may set a larger budget than --budget. "
             "[default: the budget]",
         ),
     ] = None,
     min_budget: Annotated[
         int | None,
-        _cache(metavar="N", min=0, help="As of the server: the fewest tokens of a ratio."),
+        _cache(metavar="N", min=0, help="As for the server: lower bound of a ratio, in tokens."),
     ] = None,
     max_batch: Annotated[
         int | None,
-        _cache(metavar="N", min=1, help="Sequences at a time. [default: as many as fit]"),
+        _cache(
+            metavar="N", min=1, help="Sequences that decode together. [default: as many as fit]"
+        ),
     ] = None,
     max_prefill_tokens: Annotated[
         int | None,
@@ -97,71 +103,70 @@ def plan(
         _cache(
             metavar="N",
             min=1,
-            help="Tokens of a sequence, for the full cache beside this one, which holds all of "
-            "them without scores. [default: --prompt-tokens and --completion-tokens together; "
-            "without them the model's context, at most 8192 or the budget]",
+            help="Tokens of a sequence in the full cache that the plan compares with. [default: "
+            "--prompt-tokens + --completion-tokens; without them the model's context, at most 8192 "
+            "or the budget]",
         ),
     ] = None,
     gpu: Annotated[
         str | None,
         _device(
             metavar="NAME",
-            help=f"{', '.join(devices.GPUS)}: the memory, bandwidth and compute that its maker "
-            "publishes, where the next three do not say otherwise.",
+            help=f"{', '.join(devices.GPUS)}: use its published memory, bandwidth and compute, "
+            "unless the next three options give others.",
         ),
     ] = None,
     gpu_memory: Annotated[
         str | None, _device(metavar="SIZE", help="Memory of the device: 80GB or 80GiB.")
     ] = None,
     bandwidth: Annotated[
-        str | None, _device(metavar="RATE", help="Of its memory: 4.8TB/s.")
+        str | None, _device(metavar="RATE", help="Memory bandwidth: 4.8TB/s.")
     ] = None,
     compute: Annotated[
-        str | None, _device(metavar="RATE", help="Of its processor: 989TFLOP/s.")
+        str | None, _device(metavar="RATE", help="Compute of the processor: 989TFLOP/s.")
     ] = None,
     reserve: Annotated[
         str,
         _device(
             metavar="SIZE",
-            help="Memory left for all that is not weights or cache: the driver's context, the "
+            help="Memory for everything except weights and cache: the driver's context, the "
             "allocator, activations and logits, the kernels' scratch, CUDA graphs. A size or a "
-            "share of the memory. The default is a convention that nobody measured: look at what "
-            "a running server takes, and say it here.",
+            "percentage of the memory. The default is a convention, not a measurement: look at "
+            "the memory of a running server, and give that.",
         ),
     ] = DEFAULT_RESERVE,
     step_ms: Annotated[
         float | None,
         _measured(
-            metavar="MS", help="A decode step of all --max-batch sequences; needs --max-batch."
+            metavar="MS",
+            help="Milliseconds of a decode step of --max-batch sequences; needs --max-batch.",
         ),
     ] = None,
     prefill_tokens_per_s: Annotated[
-        float | None, _measured(metavar="N", help="Prompt tokens a second while nothing decodes.")
+        float | None, _measured(metavar="N", help="Prompt tokens per second while nothing decodes.")
     ] = None,
     requests_per_s: Annotated[
-        float | None, _load(metavar="N", help="Requests to be served a second.")
+        float | None, _load(metavar="N", help="Requests per second to serve.")
     ] = None,
     prompt_tokens: Annotated[
-        int | None, _load(metavar="N", min=1, help="Of a request, on average.")
+        int | None, _load(metavar="N", min=1, help="Prompt tokens of a request, on average.")
     ] = None,
     completion_tokens: Annotated[
-        int | None, _load(metavar="N", min=1, help="Of a request, on average.")
+        int | None, _load(metavar="N", min=1, help="Completion tokens of a request, on average.")
     ] = None,
     tokens_per_s: Annotated[
         float | None,
-        _load(metavar="N", help="Completion tokens to be served a second, in place of requests."),
+        _load(metavar="N", help="Completion tokens per second to serve, instead of requests."),
     ] = None,
     utilisation: Annotated[
         float,
-        _load(
-            metavar="SHARE", help="Of its time that a replica may be busy; the rest is headroom."
-        ),
+        _load(metavar="SHARE", help="Share of time that a replica is busy; the rest is headroom."),
     ] = DEFAULT_UTILISATION,
     price_per_hour: Annotated[
-        float | None, _load(metavar="PRICE", help="Of one replica, in any currency.")
+        float | None, _load(metavar="PRICE", help="Price of one replica per hour, in any currency.")
     ] = None,
     as_json: Annotated[
-        bool, _output("--json", help="One JSON object, with plain numbers.")
+        bool, _output("--json", help="Print one JSON object, with plain numbers.")
     ] = False,
 ) -> None:
     """Compute the memory, speed and cost of a server, and print the command line that starts it.
@@ -188,9 +193,7 @@ def plan(
     if not 0 < utilisation <= 1:
         raise InvalidArgument("--utilisation", f"{utilisation:g}; accepted: above 0, at most 1")
     if step_ms is not None and max_batch is None:
-        raise InvalidArgument(
-            "--step-ms", "says nothing without the --max-batch it was measured at"
-        )
+        raise InvalidArgument("--step-ms", "needs --max-batch, the batch that it was measured at")
     known = devices.gpu(gpu)
     if gpu_memory is not None:
         known = replace(known, memory=units.parse_size("--gpu-memory", gpu_memory))

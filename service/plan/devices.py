@@ -42,7 +42,7 @@ def gpu(name: str | None) -> Gpu:
     if name not in GPUS:
         raise InvalidArgument(
             "--gpu",
-            f"{name!r}; accepted: {', '.join(GPUS)}; of others give --gpu-memory, --bandwidth and "
+            f"{name!r}; accepted: {', '.join(GPUS)}; for others give --gpu-memory, --bandwidth and "
             "--compute",
         )
     return GPUS[name]

@@ -74,23 +74,24 @@ class Pace:
 def check(sources: TimeSources, load: Workload) -> None:
     """Check that `sources` suffices to compute times for `load`. Raises InvalidArgument."""
     if load.requests_per_s is not None and load.tokens_per_s is not None:
-        raise InvalidArgument("--requests-per-s", "goes not with --tokens-per-s; give one load")
-    if load.requests_per_s is not None and not (load.prompt_tokens and load.completion_tokens):
         raise InvalidArgument(
-            "--requests-per-s", "needs --prompt-tokens and --completion-tokens of a request"
+            "--requests-per-s", "cannot be combined with --tokens-per-s; give one of them"
         )
+    if load.requests_per_s is not None and not (load.prompt_tokens and load.completion_tokens):
+        raise InvalidArgument("--requests-per-s", "needs --prompt-tokens and --completion-tokens")
     if load.prompt_tokens and not load.completion_tokens:
-        raise InvalidArgument("--prompt-tokens", "needs --completion-tokens beside it")
+        raise InvalidArgument("--prompt-tokens", "needs --completion-tokens too")
     if load.prompt_tokens and sources.compute is None and sources.prefill_tokens_per_s is None:
         raise InvalidArgument(
             "--prompt-tokens",
-            "reading them takes time too: give --gpu, --compute or --prefill-tokens-per-s",
+            "prefill takes time too: give --gpu, --compute or --prefill-tokens-per-s",
         )
     wants = (load.requests_per_s, load.tokens_per_s, load.prompt_tokens, load.price_per_hour)
     if sources.bandwidth is None and sources.step_s is None and any(wants):
         raise InvalidArgument(
             "--bandwidth",
-            "missing; a load or a price needs a step's time: give --gpu, --bandwidth or --step-ms",
+            "missing; a load or a price needs the time of a step: give --gpu, --bandwidth or "
+            "--step-ms",
         )
 
 
@@ -102,13 +103,13 @@ def check_lengths(sizing: Sizing, load: Workload) -> None:
     if length > longest:
         raise InvalidArgument(
             "--prompt-tokens",
-            f"with the completion {length} tokens; the model's context is {longest}",
+            f"{length} tokens with the completion; the model's context is {longest}",
         )
     if load.prompt_tokens > sizing.staging_slots:
         raise InvalidArgument(
             "--prompt-tokens",
-            f"{load.prompt_tokens}; prompts are planned to be read exactly, and the staging row "
-            f"holds {sizing.staging_slots}; give --max-prefill-tokens {load.prompt_tokens} or more",
+            f"{load.prompt_tokens}; the plan reads prompts exactly, and the staging row holds "
+            f"{sizing.staging_slots}; give --max-prefill-tokens {load.prompt_tokens} or more",
         )
 
 

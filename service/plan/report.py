@@ -146,7 +146,7 @@ def _heads(plan: Plan) -> Iterator[str]:
         return
     width = max(len(f"{most:,}") for most in chain(*slots)) + 2
     many = (WIDTH - LABEL) // width
-    yield "Slots of a row, a line for each layer, a number for each KV head"
+    yield "Slots of a row: one line per layer, one number per KV head"
     for layer, row in enumerate(slots):
         for first in range(0, len(row), many):
             label = "" if first else f"  layer {layer}"
@@ -177,7 +177,7 @@ def _scoring(plan: Plan) -> Iterator[str]:
     yield _row("Operations of a token", "this cache", "full cache")
     yield _row("  attention", f"{attention:,}", f"{full_operations:,}")
     yield _row("  multiplications by alpha", f"{multiplications:,}", "0")
-    yield _row("  additions of what is paid", f"{additions:,}", "0")
+    yield _row("  additions of attention", f"{additions:,}", "0")
     yield _row("  scoring over attention", f"{(multiplications + additions) / attention:.2%}", "0")
 
 
@@ -190,26 +190,26 @@ def _times(plan: Plan) -> Iterator[str]:
     yield _row("Times, as measured" if measured else "Times, bounds", "this cache", "full cache")
     for label, show in _figures(this_cache, load):
         yield _row(f"  {label}", show(this_cache), "-" if full_cache is None else show(full_cache))
-    yield "  For scores a step reads a slot's position and score and writes its score: 12 bytes."
+    yield "  Scores: a step reads each slot's position and score, and writes the score: 12 bytes."
     if not measured:
-        yield "  Upper bounds of speed from published figures; nothing here was measured. Sequences"
-        yield "  of this cache are at their budget, those of the full cache at their whole length."
+        yield "  Upper bounds of speed from published figures, not measurements. The sequences of"
+        yield "  this cache are at their budget, those of the full cache at their whole length."
     if load.prompt_tokens is None and (this_cache.replicas or this_cache.price_per_million):
-        yield "  Reading prompts is left out: give --prompt-tokens and --completion-tokens."
+        yield "  Without prefill: to include it, give --prompt-tokens and --completion-tokens."
     if this_cache.replicas is not None or this_cache.price_per_million is not None:
-        yield f"  {_load(load)}each replica busy {load.utilisation:.0%} of its time."
+        yield f"  {_load(load)}each replica is busy {load.utilisation:.0%} of the time."
 
 
 def _figures(this_cache: Pace, load: Workload) -> Iterator[tuple[str, Callable[[Pace], str]]]:
     """Yield the rows of times: the label, and a function that formats the value."""
-    yield "bytes that a step moves", lambda pace: f"{pace.step_nbytes:,}"
-    yield "  of them for scores", lambda pace: f"{pace.scores_nbytes:,}"
-    yield "milliseconds of a step", lambda pace: f"{pace.step_s * 1e3:,.2f}"
+    yield "bytes moved per step", lambda pace: f"{pace.step_nbytes:,}"
+    yield "  of these for scores", lambda pace: f"{pace.scores_nbytes:,}"
+    yield "milliseconds per step", lambda pace: f"{pace.step_s * 1e3:,.2f}"
     yield "taken from", lambda pace: pace.taken_from
     yield "tokens/s, all sequences", lambda pace: f"{pace.tokens_per_s:,.0f}"
     yield "tokens/s, each sequence", lambda pace: f"{1 / pace.step_s:,.1f}"
     if this_cache.prompt_s is not None:
-        yield "milliseconds of a prompt", lambda pace: f"{(pace.prompt_s or 0.0) * 1e3:,.1f}"
+        yield "milliseconds per prompt", lambda pace: f"{(pace.prompt_s or 0.0) * 1e3:,.1f}"
     least = "" if this_cache.taken_from == "measured" else ", least"
     if this_cache.replicas is not None:
         yield f"replicas{least}", lambda pace: f"{pace.replicas:,}"
@@ -230,10 +230,10 @@ def _load(load: Workload) -> str:
 def _counted(weights: Weights) -> str:
     stored = weights.stored_parameters
     if stored is None:
-        return "by config.json alone"
+        return "computed from config.json"
     if stored == weights.parameters:
-        return "as the files' headers say"
-    return f"where the files' headers say {stored:,}"
+        return "as in the files' headers"
+    return f"{stored:,} in the files' headers"
 
 
 def _slots(sizing: Sizing) -> str:

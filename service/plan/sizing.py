@@ -187,7 +187,7 @@ def _context(inputs: PlanInputs, longest: int) -> tuple[int, str]:
     if inputs.context is not None:
         if inputs.context > longest:
             raise InvalidArgument(
-                "--context", f"{inputs.context}; the model's is {longest}; accepted: that or less"
+                "--context", f"{inputs.context}; accepted: at most {longest} (the model's context)"
             )
         return inputs.context, "by --context"
     if inputs.request_tokens is not None:
@@ -195,8 +195,8 @@ def _context(inputs: PlanInputs, longest: int) -> tuple[int, str]:
         return min(inputs.request_tokens, longest), "prompt and completion of a request"
     usual = max(DEFAULT_CONTEXT, inputs.budget)
     if usual >= longest:
-        return longest, "the model's context; --context says otherwise"
-    return usual, f"of the model's {longest:,}; --context says otherwise"
+        return longest, "the model's context; --context sets another"
+    return usual, f"of the model's {longest:,}; --context sets another"
 
 
 def _options(inputs: PlanInputs, spec: ModelSpec) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _rows(inputs: PlanInputs, room: int, row: int) -> int:
             raise InvalidArgument(
                 "--max-batch",
                 f"{inputs.max_batch} rows of {units.binary(row)} do not fit beside weights, "
-                f"staging row and reserve; accepted here: {_most(most)}",
+                f"staging row and reserve; accepted: {_most(most)}",
             )
         return inputs.max_batch
     if most < 1:
@@ -261,7 +261,7 @@ def _table(inputs: PlanInputs, spec: ModelSpec) -> AlphaTable:
         found[table.name] = table
     if inputs.default_table not in found:
         raise NotFound(
-            f"no alpha table {inputs.default_table!r} in {directory}; there: "
+            f"no alpha table {inputs.default_table!r} in {directory}; found: "
             f"{', '.join(sorted(found)) or 'none'}"
         )
     table = found[inputs.default_table]

@@ -65,5 +65,5 @@ def _parsed(field: str, text: str, units: dict[str, int], example: str) -> Decim
         )
     value = Decimal(match[1]) * units[match[2]]
     if value < 1:
-        raise InvalidArgument(field, f"{text!r}; accepted: more than nothing, such as {example}")
+        raise InvalidArgument(field, f"{text!r}; accepted: more than 0, such as {example}")
     return value

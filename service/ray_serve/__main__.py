@@ -38,7 +38,7 @@ def serve(arguments: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
         parser.print_help()
-        print("\nAnd those of the server, of which some are refused:\n")
+        print("\nThe options of the server, some of which are refused here:\n")
     loaded = settings.load(rest)
     if loaded.print_config:
         print(loaded.as_toml(), end="")
@@ -51,7 +51,7 @@ def serve(arguments: Sequence[str]) -> int:
         raise InvalidArgument(PROGRAM, first_problem(error)) from error
     options.check(loaded.sources)
     if port == 0:
-        raise InvalidArgument("--port", "0; Ray's gRPC proxy picks no free port: name one")
+        raise InvalidArgument("--port", "0; Ray's gRPC proxy cannot pick a free port; give one")
     # Ray's processes would report a port in use much later and less clearly.
     check_free(f"0.0.0.0:{port}", "--port")
     check_free(f"127.0.0.1:{own.http_port}", "--http-port")
@@ -81,7 +81,7 @@ def serve(arguments: Sequence[str]) -> int:
             serve.run(app(options), name=APPLICATION)
         except RuntimeError as error:
             # The cause is in the replica's log lines, which Ray has printed by now.
-            print(f"error: {error} The replicas' lines above say why.", file=sys.stderr)
+            print(f"error: {error} See the replicas' log lines above.", file=sys.stderr)
             return 1
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=8000,
         metavar="N",
-        help="Port on 127.0.0.1 of Serve's HTTP proxy, which has nothing of ours.",
+        help="Port on 127.0.0.1 of Serve's HTTP proxy, which this application does not use.",
     )
     return parser
 

@@ -14,19 +14,19 @@ from a2sf.schema import NotNegative, Positive
 from service.config.options import ServerOptions
 from service.config.settings import NAMES, flag
 
-_PLAIN = "Ray's gRPC proxy speaks plain text; let what stands before it speak TLS"
-_ANY_REPLICA = "an operator's call would reach any one replica, not all"
+_PLAIN = "Ray's gRPC proxy uses plain text; end TLS in a proxy in front of it"
+_ANY_REPLICA = "an admin call would reach one replica, not all"
 _EVERYWHERE = "Ray's gRPC proxy listens on every address of its node"
-_READS = "Ray's proxy, which none of these settings reach, reads ahead for the client"
+_READS = "Ray's proxy reads ahead for the client, and these settings do not reach it"
 _METRICS = "Ray exports the metrics of its deployments itself"
 
 REFUSED: Mapping[str, str] = {
-    "max_message_bytes": "Ray's gRPC proxy reads messages of up to 2 GiB; --max-prompt-bytes holds",
+    "max_message_bytes": "Ray's gRPC proxy reads messages up to 2 GiB; --max-prompt-bytes applies",
     "max_unread": _READS,
     "stall_timeout_s": _READS,
     "host": _EVERYWHERE,
-    "port": "it is Serve's: grpc_options.port of its config, or serve start --grpc-port",
-    "port_file": "the port is Serve's, which tells it before it starts",
+    "port": "Serve owns the port: give grpc_options.port in its config, or serve start --grpc-port",
+    "port_file": "Serve owns the port, and its config gives it",
     "tls_cert": _PLAIN,
     "tls_key": _PLAIN,
     "tls_client_ca": _PLAIN,
@@ -70,6 +70,6 @@ class RayOptions(ServerOptions):
         if not self.insecure_bind:
             raise InvalidArgument(
                 "--insecure-bind",
-                "needed under Ray Serve, whose gRPC proxy listens on every address of its node, in "
-                "plain text; say it where the network itself is trusted",
+                "needed under Ray Serve: its gRPC proxy listens on every address of its node, in "
+                "plain text; give it if the network is trusted",
             )

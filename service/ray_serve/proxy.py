@@ -159,7 +159,7 @@ def _service_error(code: grpc.StatusCode, details: str) -> A2SFError | None:
     match code:
         case grpc.StatusCode.INTERNAL:
             # Without Ray's text, which may contain a traceback.
-            return Unavailable("the replica that had the request has gone; try again")
+            return Unavailable("the replica with this request has stopped; try again")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND:
             # NOT_FOUND: the application is not deployed yet, or is draining.
             return Unavailable(details)

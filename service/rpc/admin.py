@@ -64,9 +64,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         response = pb.AbortRequestsResponse()
         async with call_scope("AbortRequests", self._backend, context, CallKind.ADMIN) as call:
             if request.all == bool(request.request_ids):
-                raise InvalidArgument(
-                    "request_ids", "give the ids of requests, or all; exactly one of the two"
-                )
+                raise InvalidArgument("request_ids", "give either request ids or all")
             ended = self._backend.runner.abort(None if request.all else request.request_ids)
             response.request_ids.extend(ended)
             call.figures = {"aborted": len(ended)}

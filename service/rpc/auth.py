@@ -75,7 +75,7 @@ class TokenFile:
         if len(given) > 1 or scheme.lower() != "bearer" or not token:
             return "the metadata authorization must be one value of the form: Bearer TOKEN"
         if not self.accepts(token):
-            return "the bearer token is none of those that this server accepts"
+            return "this server does not accept the bearer token"
         return None
 
     def _refresh(self) -> None:
@@ -142,10 +142,10 @@ def _read(path: Path, flag: str) -> tuple[bytes, ...]:
         if _TOKEN.fullmatch(token) is None:
             raise InvalidArgument(
                 flag,
-                f"{path}, line {number}: no token; accepted: {MIN_TOKEN_CHARACTERS} or more "
+                f"{path}, line {number}: not a token; accepted: {MIN_TOKEN_CHARACTERS} or more "
                 "printable ASCII characters without spaces",
             )
         digests.append(_digest(token))
     if not digests:
-        raise InvalidArgument(flag, f"{path} holds no token; put one on a line of its own")
+        raise InvalidArgument(flag, f"{path} holds no token; give one token per line")
     return tuple(digests)

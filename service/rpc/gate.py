@@ -74,8 +74,8 @@ class Gate:
         """
         if self._admitted >= self._capacity:
             raise ResourceExhausted(
-                f"{self._admitted} of at most {self._capacity} completions are under way; "
-                "try again later"
+                f"{self._admitted} completions are running or waiting, and the server takes "
+                f"{self._capacity}; try again later"
             )
         self._admitted += 1
         try:

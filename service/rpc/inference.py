@@ -172,7 +172,7 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         response = pb.GetAlphaTableResponse()
         async with call_scope("GetAlphaTable", self._backend, context):
             if not request.name:
-                raise InvalidArgument("name", "missing; ListAlphaTables tells the names")
+                raise InvalidArgument("name", "missing; ListAlphaTables lists the names")
             table = self._backend.core.tables.now.lookup(request.name)
             response.CopyFrom(descriptions.table_message(table))
         return response

@@ -56,8 +56,8 @@ async def abort_undecodable(method: str, context: Context) -> None:
     """End the call of an `UndecodableRequest` request with INVALID_ARGUMENT; never returns."""
     name = method.rpartition("/")[2]
     problem = (
-        f"cannot be read: the message of {name} is cut short, is none of Protocol Buffers, or has "
-        "a string that is not UTF-8"
+        f"cannot be read: the message of {name} is truncated, is not in the Protocol Buffers "
+        "format, or has a string that is not UTF-8"
     )
     status = to_wire(InvalidRequest([("request", problem)]), "-")
     await context.abort(status.code, status.details, status.trailers)

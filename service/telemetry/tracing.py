@@ -92,8 +92,8 @@ def start(enabled: bool) -> Tracer:
     except ImportError as error:
         raise InvalidArgument(
             "--traces",
-            f"need OpenTelemetry, of which {error.name} is not installed; install "
-            "a2sf-serve[otel], or do without traces",
+            f"needs OpenTelemetry, and {error.name} is not installed; install a2sf-serve[otel], or "
+            "leave --traces out",
         ) from error
     for variable, accepted in ACCEPTED.items():
         given = os.environ.get(variable) or accepted

@@ -40,8 +40,8 @@ def _panel(title: str) -> Any:
 
 _server = _panel("Server")
 _length = _panel("Length")
-_sampling = _panel("Drawing tokens")
-_policy = _panel("Forgetting")
+_sampling = _panel("Sampling")
+_policy = _panel("Cache policy")
 _output = _panel("Output")
 _chat = _panel("Conversation")
 
@@ -55,104 +55,120 @@ def complete(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Text to continue, or with --chat to answer; - reads it from stdin.",
+            help="Text to continue, or a message with --chat; - reads it from stdin.",
         ),
     ] = None,
     target: Annotated[
         str,
         _server(
-            help="The server: HOST:PORT. Of several: dns:///NAME:PORT, a name with several "
+            help="The server, HOST:PORT; or several: dns:///NAME:PORT for a name with several "
             "addresses, or a list, IP:PORT,IP:PORT."
         ),
     ] = "127.0.0.1:50051",
     timeout: Annotated[
-        float, _server(help="Seconds until the call is given up.")
+        float, _server(help="Deadline of the call, in seconds.")
     ] = DEFAULT_TIMEOUT_S,
     token_file: Annotated[
-        Path | None, _server(help="Holds the token that the server asks for.", **_FILE)
+        Path | None, _server(help="File with the bearer token for the server.", **_FILE)
     ] = None,
     insecure_token: Annotated[
-        bool, _server("--insecure-token", help="Send it even in plain text to another machine.")
+        bool,
+        _server("--insecure-token", help="Send the token even in plain text to another machine."),
     ] = False,
     tls: Annotated[
-        bool, _server("--tls", help="Encrypt, trusting the public authorities.")
+        bool, _server("--tls", help="Encrypt, and trust the public certificate authorities.")
     ] = False,
     tls_ca: Annotated[
-        Path | None, _server(help="Encrypt, trusting these certificates.", **_FILE)
+        Path | None, _server(help="Encrypt, and trust these certificates (PEM).", **_FILE)
     ] = None,
-    tls_cert: Annotated[Path | None, _server(help="The client's own certificate.", **_FILE)] = None,
-    tls_key: Annotated[Path | None, _server(help="Its key.", **_FILE)] = None,
+    tls_cert: Annotated[
+        Path | None, _server(help="The client's certificate (PEM).", **_FILE)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, _server(help="Private key (PEM) of --tls-cert.", **_FILE)
+    ] = None,
     server_name: Annotated[
         str | None,
-        _server(help="Name in the server's certificate, where the target has another or none."),
+        _server(help="Name in the server's certificate, if the target has another or none."),
     ] = None,
-    request_id: Annotated[str, _server(help="Names the request in the server's logs.")] = "",
+    request_id: Annotated[str, _server(help="Id of the request in the server's log.")] = "",
     chat: Annotated[
         bool,
         _chat(
             "--chat",
-            help="PROMPT is a message to answer. Without PROMPT: a conversation, a line of stdin "
-            "each turn; /reset forgets it, /quit or the end of input leaves.",
+            help="PROMPT is a chat message. Without PROMPT: a conversation, one line of stdin per "
+            "turn; /reset clears it, /quit or the end of input exits.",
         ),
     ] = False,
     system: Annotated[
-        str | None, _chat(help="What the model is told before; needs --chat.")
+        str | None, _chat(help="System message before the conversation; needs --chat.")
     ] = None,
-    max_new_tokens: Annotated[int, _length(help="Most tokens to write.")] = 128,
+    max_new_tokens: Annotated[int, _length(help="The most tokens to generate.")] = 128,
     min_new_tokens: Annotated[
-        int, _length(help="Tokens before which nothing but the time limit ends it.")
+        int, _length(help="Until this many tokens, only the time limit ends the completion.")
     ] = 0,
     time_limit: Annotated[
-        float | None, _length(help="Seconds after which it ends with what it has.")
+        float | None,
+        _length(help="Seconds after which the completion ends with the tokens so far."),
     ] = None,
-    stop: Annotated[list[str] | None, _length(help="A string that ends it; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, _length(help="A string that ends the completion; repeatable.")
+    ] = None,
     stop_token_id: Annotated[
-        list[int] | None, _length(help="A token that ends it; repeatable.")
+        list[int] | None, _length(help="A token id that ends the completion; repeatable.")
     ] = None,
     ignore_eos: Annotated[
-        bool, _length("--ignore-eos", help="Write past the end of the sequence.")
+        bool, _length("--ignore-eos", help="Continue past the end-of-sequence token.")
     ] = False,
     repetition_penalty: Annotated[
-        float | None, _sampling(help="More than 1 discourages repeating. [default: 1]")
+        float | None, _sampling(help="A value above 1 discourages repetition. [default: 1]")
     ] = None,
     temperature: Annotated[float | None, _sampling(help="0 is greedy. [default: 1]")] = None,
-    top_k: Annotated[int | None, _sampling(help="Draw from the k most likely.")] = None,
-    top_p: Annotated[float | None, _sampling(help="Draw from this probability mass.")] = None,
-    min_p: Annotated[float | None, _sampling(help="Leave out the less likely.")] = None,
-    seed: Annotated[int | None, _sampling(help="Makes the draws repeatable.")] = None,
-    table: Annotated[str | None, _policy(help="Forget by this alpha table.")] = None,
-    alpha: Annotated[float | None, _policy(help="Forget by this one factor, 0 to 1.")] = None,
-    preset: Annotated[Preset | None, _policy(help="Forget by a known method.")] = None,
+    top_k: Annotated[int | None, _sampling(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        _sampling(help="Sample from the most likely tokens with this total probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        _sampling(help="Leave out tokens below this share of the highest probability."),
+    ] = None,
+    seed: Annotated[int | None, _sampling(help="Seed that makes sampling repeatable.")] = None,
+    table: Annotated[str | None, _policy(help="Evict by this alpha table.")] = None,
+    alpha: Annotated[
+        float | None, _policy(help="Evict by this alpha in all heads, 0 to 1.")
+    ] = None,
+    preset: Annotated[Preset | None, _policy(help="Evict by this preset.")] = None,
     budget: Annotated[
-        int | None, _policy(help="Tokens each head keeps, the mean over heads.")
+        int | None, _policy(help="Tokens that each head keeps, averaged over heads.")
     ] = None,
     budget_ratio: Annotated[
-        float | None, _policy(help="The same, as a share of prompt + new tokens.")
+        float | None, _policy(help="The budget as a share of prompt + new tokens.")
     ] = None,
     min_budget: Annotated[
         int | None,
-        _policy(help="The fewest tokens that a ratio comes to; 0 for no floor."),
+        _policy(help="Lower bound of a ratio, in tokens; 0: none."),
     ] = None,
-    recent: Annotated[int | None, _policy(help="Newest tokens that are never forgotten.")] = None,
+    recent: Annotated[int | None, _policy(help="Newest tokens that are never evicted.")] = None,
     recent_share: Annotated[
-        float | None, _policy(help="The same, as a share of budget - sinks - 1.")
+        float | None, _policy(help="The recent tokens as a share of budget - sinks - 1.")
     ] = None,
-    sinks: Annotated[int | None, _policy(help="First tokens that are never forgotten.")] = None,
+    sinks: Annotated[int | None, _policy(help="First tokens that are never evicted.")] = None,
     prefill_chunk: Annotated[
-        int | None, _policy(help="Tokens of one prompt block; 0 for one block.")
+        int | None, _policy(help="Tokens per prompt block; 0: the whole prompt in one block.")
     ] = None,
     random_seed: Annotated[int | None, _policy(help="Seed of preset random.")] = None,
     echo: Annotated[
-        bool, _output("--echo", help="Show the prompt first, as the model read it.")
+        bool, _output("--echo", help="Show the prompt first, as the model reads it.")
     ] = False,
     logprobs: Annotated[
-        bool, _output("--logprobs", help="Show how likely each token was.")
+        bool, _output("--logprobs", help="Show the log-probability of each token.")
     ] = False,
     top_logprobs: Annotated[
-        int, _output(help="Show this many most likely tokens of each step; needs --logprobs.")
+        int, _output(help="Most likely tokens to show per step; needs --logprobs.")
     ] = 0,
     as_json: Annotated[
-        bool, _output("--json", help="A JSON object a line for each event, and for an error.")
+        bool, _output("--json", help="Print each event, and an error, as one line of JSON.")
     ] = False,
 ) -> None:
     """Complete PROMPT on a running server; print tokens as they arrive, then the figures.

@@ -18,7 +18,7 @@ from service.client.sync import SyncClient
 from service.client.terminal.display import Display
 from service.client.terminal.interrupt import Interrupt
 
-HINT = "/reset forgets the conversation, /quit or the end of input leaves"
+HINT = "/reset clears the conversation; /quit or the end of input exits"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ async def play(moves: list[tuple[Any, ...]], max_unread: int) -> None:
             assert runner.active == len(readers)
             match move:
                 case ("submit", name, _) if name in readers:
-                    with pytest.raises(InvalidArgument, match="under way"):
+                    with pytest.raises(InvalidArgument, match="running request"):
                         await take(runner, name, 1)
                 case ("submit", name, length):
                     readers[name] = Reader(runner, name, length)

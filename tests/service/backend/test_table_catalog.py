@@ -166,7 +166,7 @@ def test_activating_needs_the_etag_of_the_present_state(tmp_path: Path) -> None:
     etag = tables.now.etag
     refusals: list[tuple[str, str, type[Exception], str]] = [
         ("a", "", InvalidArgument, "^etag: missing"),
-        ("a", "0" * 16, Conflict, "read them again"),
+        ("a", "0" * 16, Conflict, "call ListAlphaTables again"),
         ("missing", etag, NotFound, "served: a, unfit"),
         ("../a", etag, NotFound, "served: a, unfit"),
         ("bad", etag, TableCorrupt, "cut short"),

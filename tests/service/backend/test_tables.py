@@ -300,7 +300,9 @@ def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path)
     assert options.engine_config(SHARES).default_policy.budget == 30
     assert options.model_copy(update={"slots": 1024}).default_budget_for(None) == 1024
     narrow = options.model_copy(update={"slots": 8})
-    with pytest.raises(InvalidArgument, match=r"^--slots: 8, of which the narrowest head gets 4; "):
+    with pytest.raises(
+        InvalidArgument, match=r"^--slots: 8, and the narrowest head gets 4 of them; "
+    ):
         narrow.engine_config(SHARES)
     narrow.model_copy(update={"slots": 10}).engine_config(SHARES)
 

@@ -71,7 +71,7 @@ async def test_no_method_of_any_service_answers_unknown_to_bytes_that_are_no_req
                     path,
                     status,
                 )
-                assert f"message of {method.name} is cut short" in status.details
+                assert f"message of {method.name} is truncated" in status.details
                 assert "Error" not in status.details, "no exception of Python's, nor its class"
 
 

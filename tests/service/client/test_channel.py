@@ -112,12 +112,12 @@ def test_an_admin_client_is_of_one_server(client: type[SyncAdminClient]) -> None
     # taken for one that never serves.
     config = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))["grpc.service_config"]
     assert "healthCheckConfig" not in json.loads(config)
-    with pytest.raises(InvalidArgument, match="make an admin client of each"):
+    with pytest.raises(InvalidArgument, match="create one admin client for each"):
         client("127.0.0.1:1,127.0.0.1:2")
 
 
 def test_a_list_has_no_name_for_certificates_to_bear() -> None:
-    with pytest.raises(InvalidArgument, match=r"tls\.server_name: missing, .* no name of its own"):
+    with pytest.raises(InvalidArgument, match=r"tls\.server_name: missing, .* has no name"):
         SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls()))
     with SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls(server_name="a2sf.example"))):
         pass
@@ -133,7 +133,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for tls, message in [
         (Tls(root_ca=tmp_path / "none"), "none: No such file"),
         (Tls(root_ca=riddle), "riddle: accepted: PEM, certificates$"),
-        (Tls(cert=cert), "together"),
+        (Tls(cert=cert), "both cert and key"),
         (Tls(cert=cert, key=key), "key that is the certificate's"),
         (Tls(cert=cert, key=tmp_path / "none"), "No such file"),
     ]:

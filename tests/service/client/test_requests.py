@@ -65,7 +65,7 @@ def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
     ("prompt", "field", "problem"),
     [
         (b"bytes", "input.prompt", "decode them"),
-        ([1, {"role": "user", "content": "x"}], "input.prompt", "give either"),
+        ([1, {"role": "user", "content": "x"}], "input.prompt", "give one kind"),
         ([{"role": "user"}], "input.chat.messages[0].content", "required"),
         (
             [{"role": "user", "content": "x"}, {"role": "a b", "content": "x"}],
@@ -142,7 +142,7 @@ def test_a_number_that_its_field_cannot_hold_is_told_with_what_it_can() -> None:
 def test_a_number_too_large_for_a_float_does_not_become_infinite() -> None:
     """The contract has none yet, and protobuf would not tell."""
     assert FloatValue(value=1e40).value == math.inf
-    with pytest.raises(InvalidArgument, match=r"input\.value: 1e\+40 is no finite number"):
+    with pytest.raises(InvalidArgument, match=r"input\.value: 1e\+40 is not a finite number"):
         requests._build(FloatValue, "input.", value=1e40)
 
 

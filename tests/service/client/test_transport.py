@@ -322,7 +322,7 @@ async def test_the_longest_deadline_is_no_past_one(start_server: StartServer) ->
 
 
 def test_a_server_that_is_not_there_is_told_with_what_to_do() -> None:
-    refused = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* speaks plain text")
+    refused = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* uses plain text")
     with SyncClient("127.0.0.1:1") as client, refused:
         client.get_model()
 

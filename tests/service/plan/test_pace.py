@@ -46,8 +46,8 @@ def test_a_step_says_how_many_of_its_bytes_are_for_scores() -> None:
         == plan["weights"]["nbytes"] + vectors + this_cache["scores_nbytes"]
     )
     lines = shown(*SMALL, *RATES).splitlines()
-    assert f"{'    of them for scores':<28}{10 * SLOTS * 12:>18,}{0:>18}" in lines
-    assert any("writes its score: 12 bytes" in line for line in lines)
+    assert f"{'    of these for scores':<28}{10 * SLOTS * 12:>18,}{0:>18}" in lines
+    assert any("writes the score: 12 bytes" in line for line in lines)
 
 
 def test_a_step_bound_by_compute_takes_its_operations() -> None:
@@ -139,7 +139,7 @@ def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
         ((*SMALL, "--device", "cuda:0"), "--device: 'cuda:0'; accepted: cuda, cpu"),
         ((*SMALL, "--dtype", "int8"), "accepted: auto, float64"),
         ((*SMALL, "--gpu", "h300"), "accepted: l4, l40s"),
-        ((*SMALL, "--context", 1025), "--context: 1025; the model's is 1024"),
+        ((*SMALL, "--context", 1025), "--context: 1025; accepted: at most 1024"),
         ((*SMALL, "--model", "/no/such"), "no such directory"),
         ((*SMALL, "--default-table", "x"), "no alpha table 'x'"),
         ((*SMALL, "--tables", "/no/such", "--default-table", "x"), "/no/such: no such directory"),
@@ -148,12 +148,12 @@ def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
         ((*SMALL, "--utilisation", 1.1), "--utilisation: 1.1; accepted"),
         ((*SMALL, "--step-ms", 0), "--step-ms: 0; accepted: more than 0"),
         ((*SMALL, "--step-ms", "nan"), "--step-ms: nan; accepted: more than 0"),
-        (("--budget", 50, "--gpu", "l4", "--step-ms", 1), "--step-ms: says nothing without"),
+        (("--budget", 50, "--gpu", "l4", "--step-ms", 1), "--step-ms: needs --max-batch"),
         ((*SMALL, "--price-per-hour", 1), "--bandwidth: missing"),
         ((*SMALL, *RATES, "--requests-per-s", 1), "--requests-per-s: needs --prompt-tokens"),
-        ((*SMALL, "--bandwidth", "1GB/s", *LOAD), "--prompt-tokens: reading them takes time"),
+        ((*SMALL, "--bandwidth", "1GB/s", *LOAD), "--prompt-tokens: prefill takes time"),
         ((*SMALL, *RATES, "--prompt-tokens", 9), "--prompt-tokens: needs --completion-tokens"),
-        ((*MEASURED, *LOAD, "--requests-per-s", 1, "--tokens-per-s", 1), "goes not with"),
+        ((*MEASURED, *LOAD, "--requests-per-s", 1, "--tokens-per-s", 1), "cannot be combined with"),
         ((*MEASURED, "--prompt-tokens", 900, "--completion-tokens", 200), "the model's context"),
         ((*MEASURED, *LOAD, "--max-prefill-tokens", 99), "give --max-prefill-tokens 300 or more"),
     ],

@@ -102,7 +102,7 @@ def test_people_read_the_slots_of_each_head_where_they_differ(
     save_table(table, tmp_path / "table.json")
     given = ("--tables", tmp_path, "--default-table", table.name, "--budget", 640)
     plan = shown("--model", tiny_model_dir, "--device", "cpu", "--max-batch", 2, *given)
-    _, _, table_of_slots = plan.partition("a line for each layer, a number for each KV head\n")
+    _, _, table_of_slots = plan.partition("one line per layer, one number per KV head\n")
     lines = [line.split() for line in table_of_slots.splitlines()[:3]]
     slots = slots_per_head(640, shares)
     assert lines == [
@@ -229,7 +229,7 @@ def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
     added("lm_head.weight", tensors["model.embed_tokens.weight"].clone())(directory)
     plan = shown("--model", directory, "--budget", 8, "--max-batch", 1)
     stored = sum(tensor.numel() for tensor in tensors.values()) + 258 * 32
-    assert f"where the files' headers say {stored:,}" in plan
+    assert f"{stored:,} in the files' headers" in plan
 
 
 def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
@@ -241,7 +241,7 @@ def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
     assert sum(memory[part] for part in parts) == 10**9
     assert 0 <= memory["free_bytes"] < plan["this_cache"]["sequence_bytes"]
     assert planned(*sizes, "--max-batch", rows)["memory"] == memory
-    assert f"accepted here: at most {rows}" in refused(*sizes, "--max-batch", rows + 1)
+    assert f"accepted: at most {rows}" in refused(*sizes, "--max-batch", rows + 1)
 
 
 def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
@@ -259,8 +259,8 @@ EIGHT_B = ("--model", ROOT / "docs" / "models" / "8b", "--gpu", "h100", "--budge
 @pytest.mark.parametrize(
     ("given", "context", "words"),
     [
-        ((1024,), 8192, "of the model's 131,072; --context says otherwise"),
-        ((10_000,), 10_000, "of the model's 131,072; --context says otherwise"),
+        ((1024,), 8192, "of the model's 131,072; --context sets another"),
+        ((10_000,), 10_000, "of the model's 131,072; --context sets another"),
         ((1024, "--context", 131_072), 131_072, "by --context"),
         (
             (1024, "--prompt-tokens", 3000, "--completion-tokens", 1000),
@@ -295,7 +295,7 @@ def test_a_sequence_shorter_than_the_budget_is_kept_whole_and_no_longer() -> Non
 def test_a_full_cache_has_the_context_of_a_model_of_less_than_the_usual_length() -> None:
     given = ("--budget", 100, "--gpu-memory", "1GB")
     assert planned(*given)["full_cache"]["context"] == 1024
-    assert "1,024 tokens a sequence, the model's context; --context says" in shown(*given)
+    assert "1,024 tokens a sequence, the model's context; --context sets" in shown(*given)
 
 
 def test_a_floor_is_checked_as_the_server_does_and_goes_into_its_command() -> None:

@@ -34,7 +34,9 @@ def test_completions_beyond_the_capacity_are_refused_with_the_figures() -> None:
     with gate.enter(), gate.admit():
         with gate.enter(), gate.admit():
             assert (gate.num_calls, gate.admitted) == (2, 2)
-            refusal = "^2 of at most 2 completions are under way; try again later$"
+            refusal = (
+                "^2 completions are running or waiting, and the server takes 2; try again later$"
+            )
             with gate.enter(), pytest.raises(ResourceExhausted, match=refusal), gate.admit():
                 pass
             assert (gate.num_calls, gate.admitted) == (2, 2)

@@ -313,7 +313,7 @@ async def test_health_is_probed_over_tls_with_a_certificate(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tls-cert", "c"], "error: --tls-cert and --tls-key need each other"),
+        (["--tls-cert", "c"], "error: give both --tls-cert and --tls-key"),
         (
             ["--tls-cert", "c", "--tls-key", "k"],
             "error: --tls-cert, --tls-key and --server-name need --tls-ca",
