@@ -17,7 +17,7 @@ ROWS = [
 TOLD = {code for codes, *_ in ROWS for code in re.findall(r"`([A-Z_]+)`", codes)}
 
 
-def test_its_table_has_every_status_that_the_service_can_send() -> None:
+def test_the_errors_page_lists_every_status() -> None:
     # Each is a row of the one table, or is named where it is sent or counted.
     sent = {code.name for code in CODES.values()}
     for path in (ROOT / "service").rglob("*.py"):
@@ -33,13 +33,13 @@ def test_its_table_has_every_status_that_the_service_can_send() -> None:
     assert sent <= TOLD
 
 
-def test_its_table_names_nothing_that_is_no_status() -> None:
+def test_the_errors_page_lists_only_statuses() -> None:
     assert set(grpc.StatusCode.__members__) >= TOLD
     assert all(len(row) == 5 for row in ROWS)
     assert all(row[1] and row[4] for row in ROWS)
 
 
-def test_its_table_has_every_class_of_the_tree_beside_its_status() -> None:
+def test_the_errors_page_lists_every_error_class_with_its_status() -> None:
     for cls, code in CODES.items():
         if cls is errors.NonFinite:
             # A request never ends with it: the client gets INTERNAL, and the log has the cause.

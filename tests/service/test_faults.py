@@ -54,7 +54,7 @@ async def to_the_end(events: AsyncIterable[pb.StreamGenerateResponse]) -> None:
         pass
 
 
-async def check_told(call: Awaitable[object]) -> None:
+async def check_internal_error(call: Awaitable[object]) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await call
     assert failed.value.code() is grpc.StatusCode.INTERNAL
@@ -74,8 +74,8 @@ async def check_alone(server: Server, address: str, victim: pb.GenerationInput) 
         with capture_logs() as lines:
             reading = asyncio.create_task(text_of(stub, neighbour))
             streaming = stub.StreamGenerate(pb.StreamGenerateRequest(input=victim), timeout=60)
-            await check_told(to_the_end(streaming))
-            await check_told(stub.Generate(pb.GenerateRequest(input=victim), timeout=60))
+            await check_internal_error(to_the_end(streaming))
+            await check_internal_error(stub.Generate(pb.GenerateRequest(input=victim), timeout=60))
             assert await reading == want
         assert not server.crashed.done()
         assert await text_of(stub, neighbour) == want
@@ -87,7 +87,7 @@ async def check_alone(server: Server, address: str, victim: pb.GenerationInput) 
     return [line for line in lines if line.get("exc_info")]
 
 
-async def test_text_that_cannot_be_decoded_ends_that_stream_alone(
+async def test_a_decoding_error_ends_only_its_stream(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push = TextStream.push
@@ -107,7 +107,7 @@ async def test_text_that_cannot_be_decoded_ends_that_stream_alone(
     assert all(isinstance(line["exc_info"], Panic) for line in lines)
 
 
-async def test_a_prompt_that_panics_where_it_is_queued_fails_alone(
+async def test_a_panic_at_submission_fails_only_that_request(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = TextStream.__init__
@@ -122,7 +122,7 @@ async def test_a_prompt_that_panics_where_it_is_queued_fails_alone(
     await check_alone(server, address, completion(stop=[STOP]))
 
 
-async def test_logits_that_are_not_finite_end_that_stream_alone(
+async def test_non_finite_logits_end_only_their_stream(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     save_poisoned_llama(tmp_path, POISON)
@@ -135,7 +135,7 @@ async def test_logits_that_are_not_finite_end_that_stream_alone(
     assert all("non-finite logits" in line["reason"] for line in lines)
 
 
-async def test_a_model_that_is_not_finite_at_all_does_not_start(
+async def test_a_model_with_only_non_finite_logits_does_not_start(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     save_poisoned_llama(tmp_path, 0)
@@ -143,7 +143,7 @@ async def test_a_model_that_is_not_finite_at_all_does_not_start(
         await start_server(model=str(tmp_path))
 
 
-async def test_a_panic_while_a_prompt_is_read_is_that_call_s_failure(
+async def test_a_panic_while_reading_a_prompt_fails_only_that_call(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client, _ = await start_server()
@@ -168,7 +168,7 @@ class BrokenConnection:
         raise grpc.aio.InternalError("Failed to execute a batch")
 
 
-async def test_a_client_that_is_gone_before_its_status_ends_the_call_quietly(
+async def test_a_client_that_leaves_before_its_status_ends_the_call_quietly(
     start_server: StartServer,
 ) -> None:
     server, _, _ = await start_server()

@@ -124,7 +124,7 @@ async def standing(
 
 
 @pytest.mark.slow
-async def test_node_gets_the_text_that_python_gets(
+async def test_node_and_python_clients_get_the_same_text(
     example: Path, start_server: StartServer
 ) -> None:
     _, client, address = await start_server()
@@ -159,7 +159,7 @@ async def test_node_gets_the_text_that_python_gets(
         (["--ca", "nowhere"], r"error: ENOENT: .*nowhere.*\n"),
     ],
 )
-async def test_node_tells_an_error_and_ends_with_1(
+async def test_node_client_prints_an_error_and_exits_1(
     example: Path, start_server: StartServer, arguments: list[str], message: str
 ) -> None:
     server, _, address = await start_server()
@@ -170,7 +170,9 @@ async def test_node_tells_an_error_and_ends_with_1(
 
 
 @pytest.mark.slow
-async def test_an_interrupt_of_node_frees_the_row(example: Path, start_server: StartServer) -> None:
+async def test_interrupting_the_node_client_frees_the_row(
+    example: Path, start_server: StartServer
+) -> None:
     server, _, address = await start_server()
     arguments = ("--target", address, "--max-new-tokens", "900000", *GREEDY)
     process = await start_node(example, "x", *arguments)
@@ -185,7 +187,7 @@ async def test_an_interrupt_of_node_frees_the_row(example: Path, start_server: S
 
 
 @pytest.mark.slow
-async def test_a_reader_that_leaves_node_frees_the_row(
+async def test_closing_the_output_of_the_node_client_frees_the_row(
     example: Path, start_server: StartServer
 ) -> None:
     server, _, address = await start_server()
@@ -203,7 +205,7 @@ async def test_a_reader_that_leaves_node_frees_the_row(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [Unavailable("starting"), ResourceExhausted("full")])
-async def test_node_s_channel_repeats_what_was_refused_before_it_began(
+async def test_node_client_retries_calls_that_failed_before_their_start(
     example: Path, error: A2SFError
 ) -> None:
     async with standing(error, refusals=2) as (stand, address):
@@ -213,7 +215,7 @@ async def test_node_s_channel_repeats_what_was_refused_before_it_began(
 
 
 @pytest.mark.slow
-async def test_node_gives_up_in_the_end_and_says_when_to_come_back(example: Path) -> None:
+async def test_node_client_stops_retrying_and_prints_the_retry_delay(example: Path) -> None:
     async with standing(ResourceExhausted("full"), refusals=100) as (stand, address):
         code, out, err = await node(example, "x", "--target", address)
     assert (code, out) == (1, "")
@@ -223,7 +225,7 @@ async def test_node_gives_up_in_the_end_and_says_when_to_come_back(example: Path
 
 
 @pytest.mark.slow
-async def test_node_sends_its_token_over_tls_and_trusts_the_given_authority_alone(
+async def test_node_client_sends_its_token_over_tls_and_trusts_only_the_given_ca(
     example: Path, tmp_path: Path
 ) -> None:
     ours, other = trustme.CA(), trustme.CA()
@@ -251,7 +253,7 @@ async def test_node_sends_its_token_over_tls_and_trusts_the_given_authority_alon
     assert stand.authorizations == ["Bearer open-sesame"]
 
 
-def test_the_lock_of_node_s_packages_names_no_registry() -> None:
+def test_the_node_lock_file_names_no_registry() -> None:
     lock = json.loads((ROOT / "examples" / "node" / "package-lock.json").read_text())
     packages = [package for name, package in lock["packages"].items() if name]
     assert packages
@@ -284,7 +286,7 @@ async def buf_curl(cache: Path, *arguments: str) -> str:
     return out
 
 
-async def test_reflection_tells_the_methods(start_server: StartServer, tmp_path: Path) -> None:
+async def test_reflection_lists_the_methods(start_server: StartServer, tmp_path: Path) -> None:
     _, _, address = await start_server()
     listed = await buf_curl(tmp_path, "--list-methods", f"http://{address}")
     assert set(listed.split()) >= {
@@ -321,9 +323,7 @@ async def test_reflection_is_enough_to_stream_a_completion(
     assert last["finished"]["usage"]["completionTokens"] == 40
 
 
-async def test_the_calls_that_the_page_shows_for_grpcurl_are_answered(
-    start_server: StartServer, tmp_path: Path
-) -> None:
+async def test_grpcurl_calls_on_the_page_work(start_server: StartServer, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "clients.md").read_text()
     # Calls that need no token; `list` and `describe` are no calls.
     shown = [

@@ -41,7 +41,7 @@ async def serving(process: ServerProcess) -> Client:
     return Client(await process.address())
 
 
-async def test_it_starts_streams_and_ends_with_exit_code_0_on_sigterm(
+async def test_the_server_starts_streams_and_exits_0_on_sigterm(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     process = start_process()
@@ -59,7 +59,7 @@ async def test_it_starts_streams_and_ends_with_exit_code_0_on_sigterm(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's wheel brings libgomp on Linux alone")
 @pytest.mark.parametrize(("given", "spins"), [(None, "'0'"), ("ACTIVE", "'30000000000'")])
-async def test_the_engine_s_threads_wait_without_spinning_unless_told_otherwise(
+async def test_engine_threads_wait_passively_by_default(
     start_process: StartProcess, monkeypatch: pytest.MonkeyPatch, given: str | None, spins: str
 ) -> None:
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
@@ -87,7 +87,7 @@ async def test_sigterm_lets_a_running_stream_finish(start_process: StartProcess)
 
 
 @pytest.mark.timeout(300)
-async def test_sigterm_under_load_lets_all_that_were_taken_finish_and_refuses_others(
+async def test_sigterm_under_load_finishes_accepted_requests_and_refuses_new_ones(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     token = "admin-token-0123456789"
@@ -131,7 +131,7 @@ async def test_sigterm_under_load_lets_all_that_were_taken_finish_and_refuses_ot
         assert time.monotonic() - at < grace_s
 
 
-async def test_what_outlasts_the_grace_is_ended_and_the_exit_code_is_0(
+async def test_requests_that_exceed_the_grace_are_ended_and_the_exit_code_is_0(
     start_process: StartProcess,
 ) -> None:
     process = start_process("--grace", "0.2")
@@ -148,7 +148,7 @@ async def test_what_outlasts_the_grace_is_ended_and_the_exit_code_is_0(
         assert await process.ended() == 0, process.log
 
 
-async def test_a_second_signal_ends_it_at_once(start_process: StartProcess) -> None:
+async def test_a_second_signal_ends_the_process_at_once(start_process: StartProcess) -> None:
     process = start_process("--grace", "1000")
     async with (
         await serving(process) as client,
@@ -165,7 +165,7 @@ async def test_a_second_signal_ends_it_at_once(start_process: StartProcess) -> N
                 pass
 
 
-async def test_the_ports_beside_are_announced_and_the_server_settles_before_it_refuses(
+async def test_other_ports_are_announced_and_the_server_settles_before_it_refuses(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     tokens = tmp_path / "tokens"
@@ -188,7 +188,7 @@ async def test_the_ports_beside_are_announced_and_the_server_settles_before_it_r
         assert await process.ended() == 0, process.log
 
 
-async def test_with_json_logs_every_line_is_json_from_start_to_end(
+async def test_with_json_logs_every_line_is_json(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     token = "admin-token-0123456789"
@@ -224,7 +224,7 @@ async def test_with_json_logs_every_line_is_json_from_start_to_end(
     assert min(map(len, ids)) > 1
 
 
-async def test_with_json_logs_a_start_that_fails_is_a_line_of_json(
+async def test_with_json_logs_a_failed_start_is_a_json_line(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     process = start_process("--log-format", "json", "--default-table", "absent")
@@ -234,7 +234,7 @@ async def test_with_json_logs_a_start_that_fails_is_a_line_of_json(
     assert "absent" in last["reason"]
 
 
-async def test_sigterm_while_loading_ends_it(start_process: StartProcess) -> None:
+async def test_sigterm_during_loading_ends_the_process(start_process: StartProcess) -> None:
     process = start_process()
     await process.logged("listening")
     process.process.send_signal(signal.SIGTERM)
@@ -258,7 +258,7 @@ async def test_a_killed_client_frees_its_row(start_process: StartProcess) -> Non
         await other.generate("y", max_new_tokens=2, timeout_s=WAIT_S)
 
 
-async def test_the_engine_s_death_ends_the_process_with_a_failure(
+async def test_an_engine_crash_ends_the_process_with_a_failure(
     start_process: StartProcess,
 ) -> None:
     process = start_process(program=("-c", FRAGILE))
@@ -270,7 +270,7 @@ async def test_the_engine_s_death_ends_the_process_with_a_failure(
     assert "a secret of the house" in process.log
 
 
-async def test_health_is_asked_from_the_command_line(start_process: StartProcess) -> None:
+async def test_the_health_command_checks_a_server(start_process: StartProcess) -> None:
     process = start_process()
     address = await process.address()
 
@@ -300,13 +300,13 @@ async def test_health_is_asked_from_the_command_line(start_process: StartProcess
     ],
     ids=["no place for the port", "unknown model", "open to all"],
 )
-def test_a_start_that_cannot_succeed_says_why_in_one_line(
+def test_a_failed_start_prints_one_line_with_the_reason(
     arguments: tuple[str, ...], message: str
 ) -> None:
     check_refused(arguments, message)
 
 
-def test_a_taken_port_is_told_in_one_line() -> None:
+def test_a_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         check_refused(("--port", str(taken.getsockname()[1])), "Address already in use")
 

@@ -322,7 +322,7 @@ async def until_idle(admin: Any) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_many_clients_of_every_kind_leave_nothing_behind(
+async def test_many_clients_of_every_kind_leave_no_state(
     start_process: StartProcess, long_model_dir: Path, tmp_path: Path
 ) -> None:
     identity = load_model(str(long_model_dir), device="cpu", dtype="float32").identity

@@ -150,7 +150,7 @@ async def read(stub: Any, message: pb.GenerationInput, most: int | None) -> tupl
     return text, "whole"
 
 
-async def test_a_tenth_of_hostile_requests_disturbs_no_other(
+async def test_hostile_requests_do_not_disturb_other_requests(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     model = save_poisoned_llama(

@@ -56,7 +56,7 @@ def test_a_plan_needs_no_shard_though_an_index_lists_them(checkpoint: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", STARTED)
-def test_a_server_does_not_start_and_says_why_in_one_line(name: str, checkpoint: Path) -> None:
+def test_a_broken_checkpoint_fails_the_start_with_one_line(name: str, checkpoint: Path) -> None:
     BROKEN[name].change(checkpoint)
     ended = subprocess.run(
         [sys.executable, "-m", "service", "--port", "0", "--model", str(checkpoint)],

@@ -44,7 +44,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("family", "kind"), [(LlamaConfig, "F16"), (Qwen2Config, "Q8_0")], ids=["llama", "qwen2"]
 )
-async def test_a_table_fitted_on_a_file_is_served_on_it_and_on_no_other(
+async def test_a_table_fitted_on_a_gguf_file_is_served_only_for_that_file(
     family: type[PreTrainedConfig],
     kind: str,
     start_server: StartServer,
@@ -93,7 +93,7 @@ async def test_a_table_fitted_on_a_file_is_served_on_it_and_on_no_other(
     assert json.loads(figures.read_text())["model"]["id"] == f"tiny-{kind}"
 
 
-def test_a_plan_of_a_file_is_the_plan_of_its_checkpoint(tmp_path: Path) -> None:
+def test_a_plan_of_a_gguf_file_equals_the_plan_of_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint")
     path = save_gguf(checkpoint, tmp_path / "tiny.gguf", kind=GGMLQuantizationType.Q8_0)
     sizes = ("--budget", 48, "--max-batch", 2, "--dtype", "float32")
@@ -107,7 +107,7 @@ def test_a_plan_of_a_file_is_the_plan_of_its_checkpoint(tmp_path: Path) -> None:
     assert "is one of 2 parts" in refused("--model", part, *sizes)
 
 
-def test_the_harness_takes_a_file(tmp_path: Path) -> None:
+def test_the_harness_accepts_a_gguf_file(tmp_path: Path) -> None:
     from tuner.harness.model import HarnessModel
 
     checkpoint = save_checkpoint(tmp_path / "checkpoint")

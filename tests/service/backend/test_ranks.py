@@ -89,7 +89,7 @@ async def ask(target: str) -> list[tuple[str, int, int]]:
     ]
 
 
-async def test_two_processes_answer_as_one_and_end_with_the_first(
+async def test_two_processes_serve_as_one_and_end_together(
     start_ranks: StartRanks, start_process: StartProcess, tmp_path: Path
 ) -> None:
     process = start_ranks()
@@ -168,7 +168,7 @@ async def test_a_process_that_is_killed_while_nothing_runs_ends_the_server_too(
     assert "rank 0 of 2 has lost another rank, which must have ended" in process.log
 
 
-async def test_what_no_process_can_do_is_told_and_ends_all(start_ranks: StartRanks) -> None:
+async def test_an_error_of_one_process_is_reported_and_ends_all(start_ranks: StartRanks) -> None:
     process = start_ranks("--device", "cuda:0")
     assert await process.ended() == 1
     # By the one that found it first: torchrun ends the other.

@@ -23,7 +23,7 @@ from tests.service.scripted import (
 )
 
 
-async def test_the_engine_lives_in_one_thread_that_is_not_the_loop_s() -> None:
+async def test_the_engine_runs_in_one_thread_outside_the_event_loop() -> None:
     runner, engine = EngineRunner(), ScriptedEngine()
     built_in: list[int] = []
 
@@ -38,7 +38,7 @@ async def test_the_engine_lives_in_one_thread_that_is_not_the_loop_s() -> None:
     assert threading.get_ident() not in engine.threads
 
 
-async def test_an_id_under_way_is_refused() -> None:
+async def test_the_id_of_a_running_request_is_refused() -> None:
     runner = EngineRunner()
     await runner.start(ScriptedEngine)
     async with asyncio.timeout(WAIT_S), aclosing(runner.stream(request("a"))) as first:
@@ -66,7 +66,7 @@ async def test_a_refused_request_fails_alone(tokens: int, error: type[Exception]
 
 
 @pytest.mark.parametrize("cause", [RuntimeError("broken"), SystemExit(3), MemoryError()])
-async def test_the_thread_s_death_fails_every_stream_and_is_told(cause: BaseException) -> None:
+async def test_a_crashed_thread_fails_every_stream_and_sets_crashed(cause: BaseException) -> None:
     runner, engine = EngineRunner(), ScriptedEngine()
     await runner.start(lambda: engine)
     async with asyncio.timeout(WAIT_S), aclosing(runner.stream(request("a"))) as first:
@@ -81,7 +81,7 @@ async def test_the_thread_s_death_fails_every_stream_and_is_told(cause: BaseExce
     assert await runner.stop(WAIT_S)
 
 
-async def test_what_building_raises_is_raised_to_who_starts() -> None:
+async def test_start_raises_the_error_of_the_build_function() -> None:
     def build() -> ScriptedEngine:
         raise InvalidArgument("model", "none")
 
@@ -102,7 +102,7 @@ async def test_stopping_ends_streams_as_unavailable() -> None:
         await take(runner, "b", 1)
 
 
-async def test_a_stream_is_what_the_engine_said_to_its_end() -> None:
+async def test_a_stream_yields_all_events_of_the_engine() -> None:
     runner, engine = EngineRunner(), ScriptedEngine()
     await runner.start(lambda: engine)
     *words, last = await take(runner, "a", 99, max_new_tokens=3)
@@ -113,7 +113,7 @@ async def test_a_stream_is_what_the_engine_said_to_its_end() -> None:
     assert engine.cancelled == []
 
 
-async def test_an_operator_ends_the_named_requests_at_once_and_no_others() -> None:
+async def test_abort_ends_only_the_named_requests_at_once() -> None:
     runner = EngineRunner()
     engine = ScriptedEngine(max_batch=2, permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -149,7 +149,7 @@ async def test_an_operator_ends_the_named_requests_at_once_and_no_others() -> No
     assert not engine.has_work
 
 
-async def test_an_operator_leaves_an_answer_that_is_whole_to_its_reader() -> None:
+async def test_abort_keeps_a_finished_stream_for_its_reader() -> None:
     runner, engine = EngineRunner(), ScriptedEngine()
     await runner.start(lambda: engine)
     async with asyncio.timeout(WAIT_S), aclosing(runner.stream(request("a", 2))) as events:
@@ -163,7 +163,7 @@ async def test_an_operator_leaves_an_answer_that_is_whole_to_its_reader() -> Non
     assert "a" not in engine.cancelled
 
 
-async def test_the_load_is_the_engine_s_and_nothing_before_there_is_one() -> None:
+async def test_the_load_is_zero_before_the_engine_is_built() -> None:
     runner, engine = EngineRunner(), ScriptedEngine(max_batch=1)
     assert runner.load == EngineLoad(running=0, waiting=0, kv_bytes_used=0)
     await runner.start(lambda: engine)
@@ -181,7 +181,7 @@ async def test_the_load_is_the_engine_s_and_nothing_before_there_is_one() -> Non
     await runner.stop(WAIT_S)
 
 
-async def test_a_flood_of_requests_does_not_keep_the_rows_from_stepping() -> None:
+async def test_a_flood_of_requests_does_not_delay_the_steps_of_rows() -> None:
     loop, steps_before = asyncio.get_running_loop(), list[int]()
 
     class Flooded(ScriptedEngine):

@@ -34,7 +34,7 @@ MOVES = st.one_of(
 # The least that a channel must hold here is a last word and the end, which come together.
 @given(st.lists(MOVES, max_size=30), st.integers(2, 4))
 @settings(max_examples=60)
-def test_whatever_readers_and_operators_do_nothing_is_left_behind(
+def test_no_state_remains_after_any_moves_of_readers_and_operators(
     moves: list[tuple[Any, ...]], max_unread: int
 ) -> None:
     asyncio.run(play(moves, max_unread))

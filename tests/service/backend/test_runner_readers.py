@@ -30,7 +30,7 @@ async def test_leaving_early_frees_the_request_and_its_id() -> None:
     assert not engine.has_work
 
 
-async def test_a_reader_that_stops_loses_its_stream_and_nobody_else_does() -> None:
+async def test_only_a_reader_that_stops_loses_its_stream() -> None:
     runner = EngineRunner(max_unread=4)
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -66,7 +66,7 @@ async def test_a_reader_that_stops_loses_its_stream_and_nobody_else_does() -> No
     assert engine.cancelled == ["slow", "swift"]
 
 
-async def test_what_a_channel_can_hold_is_read_whole_however_late() -> None:
+async def test_a_late_reader_gets_all_queued_events() -> None:
     runner = EngineRunner(max_unread=4)
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -81,7 +81,7 @@ async def test_what_a_channel_can_hold_is_read_whole_however_late() -> None:
     await runner.stop(WAIT_S)
 
 
-async def test_the_last_event_too_ends_a_stream_whose_channel_is_full() -> None:
+async def test_the_last_event_also_aborts_a_stream_whose_queue_is_full() -> None:
     runner = EngineRunner(max_unread=4)
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -96,7 +96,7 @@ async def test_the_last_event_too_ends_a_stream_whose_channel_is_full() -> None:
     await runner.stop(WAIT_S)
 
 
-async def test_an_id_is_free_once_the_reader_that_stopped_is_gone() -> None:
+async def test_an_id_is_free_after_its_stopped_reader_has_left() -> None:
     runner = EngineRunner(max_unread=2)
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -134,7 +134,7 @@ async def test_leaving_while_queued_frees_the_place(leave: str) -> None:
     await runner.stop(WAIT_S)
 
 
-async def test_who_vanishes_is_gone_before_the_next_step() -> None:
+async def test_a_cancelled_request_is_removed_before_the_next_step() -> None:
     runner = EngineRunner()
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)
@@ -154,7 +154,7 @@ async def test_who_vanishes_is_gone_before_the_next_step() -> None:
     await runner.stop(WAIT_S)
 
 
-async def test_a_request_left_before_the_engine_sees_it_is_not_even_checked() -> None:
+async def test_a_request_cancelled_in_the_inbox_is_not_validated() -> None:
     runner = EngineRunner()
     engine = ScriptedEngine(permits=threading.Semaphore(0))
     await runner.start(lambda: engine)

@@ -52,7 +52,7 @@ def served(tables: TableCatalog) -> dict[str, int | None]:
     return {name: table.policy.budget for name, table in tables.now.tables.items()}
 
 
-def test_reading_again_tells_what_is_new_changed_gone_and_refused(tmp_path: Path) -> None:
+def test_a_reload_lists_added_changed_removed_and_refused_tables(tmp_path: Path) -> None:
     for name in ("gone", "same", "worse", "other"):
         put(tmp_path, f"{name}.json", name)
     tables = catalog(tmp_path)
@@ -80,7 +80,7 @@ def test_reading_again_tells_what_is_new_changed_gone_and_refused(tmp_path: Path
     assert lines == [], "what has been said is not said again"
 
 
-def test_a_damaged_file_is_refused_under_the_name_of_the_table_that_it_held(
+def test_a_damaged_file_is_refused_under_its_previous_table_name(
     tmp_path: Path,
 ) -> None:
     put(tmp_path, "file.json", "table")
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_refused_under_the_name_of_the_table_that_it_held(
     assert list(catalog(tmp_path).now.refused) == ["file"], "a new start knows only the file"
 
 
-def test_the_default_outlives_its_file_until_another_is_activated(tmp_path: Path) -> None:
+def test_the_default_table_outlives_its_file_until_another_is_activated(tmp_path: Path) -> None:
     put(tmp_path, "a.json", "a")
     put(tmp_path, "b.json", "b")
     tables = catalog(tmp_path, "a")
@@ -108,7 +108,7 @@ def test_the_default_outlives_its_file_until_another_is_activated(tmp_path: Path
         tables.activate("a", tables.now.etag)
 
 
-def test_a_default_without_a_file_takes_the_next_file_of_its_name(tmp_path: Path) -> None:
+def test_a_default_without_a_file_is_replaced_by_the_next_file_of_its_name(tmp_path: Path) -> None:
     put(tmp_path, "a.json", "a")
     tables = catalog(tmp_path, "a")
     (tmp_path / "a.json").unlink()
@@ -122,7 +122,7 @@ def test_a_default_without_a_file_takes_the_next_file_of_its_name(tmp_path: Path
     assert tables.now.refused == {}
 
 
-def test_two_files_of_one_name_leave_the_served_one_and_both_reasons_are_told(
+def test_with_two_files_of_one_name_the_served_one_stays_and_both_reasons_are_listed(
     tmp_path: Path,
 ) -> None:
     put(tmp_path, "z.json", "name", 25)
@@ -158,7 +158,7 @@ def test_the_same_state_has_the_same_etag_and_another_state_another(tmp_path: Pa
     assert tables.activate("", second).etag == first
 
 
-def test_activating_needs_the_etag_of_the_present_state(tmp_path: Path) -> None:
+def test_activating_needs_the_current_etag(tmp_path: Path) -> None:
     put(tmp_path, "a.json", "a")
     put(tmp_path, "unfit.json", "unfit", UNFIT)
     (tmp_path / "bad.json").write_text("{")
@@ -183,7 +183,7 @@ def test_activating_needs_the_etag_of_the_present_state(tmp_path: Path) -> None:
     assert tables.activate("", now.etag).default is None
 
 
-def test_a_start_with_a_default_that_cannot_be_one_fails(tmp_path: Path) -> None:
+def test_a_start_with_an_unsuitable_default_table_fails(tmp_path: Path) -> None:
     put(tmp_path, "unfit.json", "unfit", UNFIT)
     with pytest.raises(TableInvalid, match="cannot be the default"):
         catalog(tmp_path, "unfit")
@@ -209,7 +209,7 @@ def test_a_directory_that_cannot_be_listed_changes_nothing(tmp_path: Path) -> No
         TableCatalog(None, IDENTITY).reload()
 
 
-def test_only_whole_regular_files_of_sane_size_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_of_limited_size_are_read(tmp_path: Path) -> None:
     directory = tmp_path / "tables"
     directory.mkdir()
     os.mkfifo(directory / "pipe.json")
@@ -237,7 +237,7 @@ def test_only_whole_regular_files_of_sane_size_are_read(tmp_path: Path) -> None:
     assert all(isinstance(error, TableError) for error in now.refused.values())
 
 
-def test_what_changes_a_table_makes_the_reading_outdated(tmp_path: Path) -> None:
+def test_a_changed_table_makes_the_catalog_outdated(tmp_path: Path) -> None:
     put(tmp_path, "a.json", "a")
     tables = catalog(tmp_path)
     (tmp_path / "notes.txt").write_text("no table")
@@ -274,7 +274,7 @@ def by_layer(*layers: float) -> tuple[tuple[float, ...], ...]:
 @example(dealt=by_layer(4.0, 1.0, 1.0), wanted=by_layer(2.0, 1.0, 1.0), slots=20, budget=11)
 @example(dealt=by_layer(2.0, 1.0, 1.0), wanted=by_layer(4.0, 2.0, 1.0), slots=39, budget=28)
 @settings(max_examples=150)
-def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
+def test_an_accepted_default_table_fits_requests_of_every_length(
     dealt: Shares, wanted: Shares, slots: int, budget: int
 ) -> None:
     identity = IDENTITY.model_copy(update={"num_layers": 3})
@@ -343,7 +343,7 @@ def test_a_table_that_may_be_the_default_fits_requests_of_every_length(
         ),
     ],
 )
-def test_what_may_be_the_default_depends_on_how_rows_are_dealt(
+def test_accepted_default_tables_depend_on_the_split_of_rows(
     dealt: tuple[float, ...], settings: dict[str, Any], reason: str | None
 ) -> None:
     budget = {"budget": None} if "budget_ratio" in settings else {}

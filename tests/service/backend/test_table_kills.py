@@ -99,7 +99,7 @@ def start_writer() -> Iterator[Callable[..., Writer]]:
         writer.close()
 
 
-def test_whoever_is_killed_while_writing_leaves_a_whole_table(
+def test_a_killed_writer_leaves_a_whole_table(
     tmp_path: Path, start_writer: Callable[..., Writer]
 ) -> None:
     folder = tmp_path / "tables"

@@ -122,7 +122,7 @@ class Rules:
     ]
 )
 @settings(max_examples=200)
-def test_whatever_is_done_to_the_files_the_rules_say_what_is_served(history: list[Step]) -> None:
+def test_the_rules_predict_the_served_tables_for_any_file_changes(history: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as folder, capture_logs():
         directory = Path(folder)
         tables, rules, etags = catalog(directory), Rules(), dict[object, str]()

@@ -55,7 +55,7 @@ def directory(tmp_path: Path, identity: ModelIdentity) -> Path:
     return folder
 
 
-def test_bad_files_are_named_in_the_log_and_stop_no_others(
+def test_invalid_files_are_logged_and_do_not_affect_other_files(
     directory: Path, identity: ModelIdentity
 ) -> None:
     with capture_logs() as lines:
@@ -85,7 +85,7 @@ def test_bad_files_are_named_in_the_log_and_stop_no_others(
         ("any-name", NotFound, "served: good"),
     ],
 )
-def test_a_name_that_cannot_be_served_tells_why(
+def test_an_unserved_table_name_gets_the_reason(
     directory: Path, identity: ModelIdentity, name: str, error: type[Exception], reason: str
 ) -> None:
     store = TableCatalog(directory, identity).now
@@ -94,7 +94,7 @@ def test_a_name_that_cannot_be_served_tells_why(
     assert str(directory) not in str(caught.value)
 
 
-def test_a_name_that_is_taken_is_refused_to_the_second_file(
+def test_a_second_file_with_the_same_table_name_is_refused(
     directory: Path, identity: ModelIdentity
 ) -> None:
     save_table(make_table(identity, name="good", budget=30), directory / "z.json")
@@ -123,7 +123,7 @@ async def test_a_table_is_listed_fetched_and_used(
     assert (answer.started.recent, answer.started.budget) == (3, 24)
 
 
-async def test_a_refused_table_is_refused_to_requests_with_the_same_reason(
+async def test_requests_for_a_refused_table_get_the_same_reason(
     start_server: StartServer, directory: Path
 ) -> None:
     server, client, _ = await start_server(tables=directory)
@@ -159,7 +159,7 @@ async def test_the_default_table_serves_requests_that_name_no_method(
         ("good", 23, ValueError),
     ],
 )
-def test_a_default_table_that_cannot_be_used_stops_the_start(
+def test_an_unusable_default_table_fails_the_start(
     directory: Path, long_model_dir: Path, name: str, slots: int, error: type[Exception]
 ) -> None:
     options = ServerOptions(
@@ -222,7 +222,7 @@ async def test_a_default_table_of_unequal_heads_shapes_the_rows(
         await client.generate([7] * 285, max_new_tokens=20)
 
 
-async def test_the_least_slots_that_a_start_asks_for_serve_requests_of_every_length(
+async def test_the_slots_named_by_the_error_serve_requests_of_every_length(
     start_server: StartServer, shaped: Path
 ) -> None:
     options = {"tables": shaped, "default_table": "fixed", "default_budget": 8}
@@ -236,7 +236,7 @@ async def test_the_least_slots_that_a_start_asks_for_serve_requests_of_every_len
         assert sum(map(sum, answer.started.head_budgets)) == 30 * 6
 
 
-async def test_a_request_with_another_deal_is_served_where_each_head_s_slots_fit(
+async def test_a_request_with_another_split_is_served_if_every_head_fits(
     start_server: StartServer, shaped: Path, identity: ModelIdentity
 ) -> None:
     shares = ((2.0, 6.0), (1.0, 1.0), (1.0, 1.0))
@@ -266,7 +266,7 @@ async def test_a_request_with_another_deal_is_served_where_each_head_s_slots_fit
         await answer(budget=21)
 
 
-async def test_what_is_served_tells_the_slots_of_each_head(
+async def test_get_model_and_tables_list_the_slots_of_each_head(
     start_server: StartServer, shaped: Path
 ) -> None:
     _, client, address = await start_server(
@@ -293,7 +293,9 @@ async def test_what_is_served_tells_the_slots_of_each_head(
     assert not tables["ratio"].head_budgets
 
 
-def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path) -> None:
+def test_without_a_default_budget_requests_get_the_slots_of_the_narrowest_head(
+    shaped: Path,
+) -> None:
     options = ServerOptions(tables=shaped, default_table="ratio", slots=60)
     assert options.default_budget_for(None) == 60
     assert options.default_budget_for(SHARES) == 30
@@ -315,7 +317,7 @@ def test_without_a_default_budget_requests_get_what_every_head_has(shaped: Path)
         ("fixed", 50, "--default-budget is 50 tokens.*--slots 100 .*--default-budget 30 or less"),
     ],
 )
-def test_a_default_budget_that_the_narrowest_head_has_no_slots_for_stops_the_start(
+def test_a_default_budget_above_the_narrowest_head_fails_the_start(
     long_model_dir: Path, shaped: Path, table: str, budget: int, says: str
 ) -> None:
     options = ServerOptions(

@@ -74,17 +74,17 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def told_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def notifications_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "RECHECK_S", NEVER_S)
 
 
 @pytest.fixture
-def looked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "RECHECK_S", OFTEN_S)
 
 
-@pytest.mark.usefixtures("told_only")
-async def test_what_changes_in_the_directory_is_served(directory: Path) -> None:
+@pytest.mark.usefixtures("notifications_only")
+async def test_changes_in_the_directory_are_served(directory: Path) -> None:
     async with following(directory) as watched:
         await watched.noticed()
         watched.put("a")
@@ -129,7 +129,7 @@ class ConfigMap:
             shutil.rmtree(past)
 
 
-@pytest.mark.usefixtures("told_only")
+@pytest.mark.usefixtures("notifications_only")
 async def test_a_swapped_config_map_is_noticed(directory: Path) -> None:
     mounted = ConfigMap(directory)
     mounted.swap(a=24, b=24)
@@ -143,8 +143,8 @@ async def test_a_swapped_config_map_is_noticed(directory: Path) -> None:
     assert all(reloaded.refused == {} for reloaded in watched.reloads)
 
 
-@pytest.mark.usefixtures("looked_often")
-async def test_a_directory_that_is_gone_is_waited_for_and_what_was_served_stays(
+@pytest.mark.usefixtures("frequent_checks")
+async def test_a_missing_directory_is_awaited_and_its_tables_stay(
     directory: Path,
 ) -> None:
     with capture_logs() as lines:
@@ -166,8 +166,8 @@ async def test_a_directory_that_is_gone_is_waited_for_and_what_was_served_stays(
     assert any(line["event"] == "tables directory is back" for line in lines)
 
 
-@pytest.mark.usefixtures("looked_often")
-async def test_a_directory_put_in_the_place_of_the_watched_one_is_followed(
+@pytest.mark.usefixtures("frequent_checks")
+async def test_a_directory_that_replaces_the_watched_one_is_watched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
@@ -187,8 +187,8 @@ async def test_a_directory_put_in_the_place_of_the_watched_one_is_followed(
         await watched.noticed()
 
 
-@pytest.mark.usefixtures("looked_often")
-async def test_without_watches_from_the_system_the_directory_is_looked_at(
+@pytest.mark.usefixtures("frequent_checks")
+async def test_without_system_watches_the_directory_is_polled(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -213,9 +213,9 @@ async def test_without_watches_from_the_system_the_directory_is_looked_at(
     assert len(watched.reloads) == 2, "looking without a change reads nothing"
 
 
-@pytest.mark.usefixtures("told_only")
+@pytest.mark.usefixtures("notifications_only")
 @pytest.mark.parametrize("there", [True, False], ids=["waiting", "lost"])
-async def test_it_can_be_cancelled_at_once(directory: Path, there: bool) -> None:
+async def test_a_watch_can_be_cancelled_at_once(directory: Path, there: bool) -> None:
     async with following(directory) as watched:
         await watched.noticed()
         if not there:

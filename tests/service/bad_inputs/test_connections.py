@@ -86,7 +86,7 @@ UNFINISHED: dict[str, tuple[bytes, bool]] = {
 
 
 @pytest.mark.parametrize("name", UNFINISHED)
-async def test_a_call_without_its_message_takes_no_place(served: Served, name: str) -> None:
+async def test_a_call_without_a_message_takes_no_place(served: Served, name: str) -> None:
     """It is never answered, for gRPC waits for the message; it must not count as a call either."""
     body, end = UNFINISHED[name]
     async with raw_call(served.address) as call:
@@ -134,11 +134,11 @@ GARBAGE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-async def test_garbage_is_hung_up_on(served: Served, name: str) -> None:
+async def test_garbage_closes_the_connection(served: Served, name: str) -> None:
     await until_hung_up_on(served.address, GARBAGE[name])
 
 
-async def test_half_open_connections_keep_nobody_from_being_served(served: Served) -> None:
+async def test_half_open_connections_do_not_block_other_calls(served: Served) -> None:
     async with AsyncExitStack() as stack:
         for number in range(HALF_OPEN):
             call = await stack.enter_async_context(raw_call(served.address))
@@ -150,5 +150,5 @@ async def test_half_open_connections_keep_nobody_from_being_served(served: Serve
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"", PREFACE[:10], PREFACE])
-async def test_who_does_not_begin_is_hung_up_on_in_time(served: Served, sent: bytes) -> None:
+async def test_silent_connections_are_closed(served: Served, sent: bytes) -> None:
     await until_hung_up_on(served.address, sent)

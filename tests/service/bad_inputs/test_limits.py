@@ -118,7 +118,7 @@ def test_every_number_of_a_request_has_its_limits_here() -> None:
     assert set(asked) == {f"input.{path}" for path in LIMITS}
 
 
-def test_no_number_of_a_request_is_so_narrow_that_it_becomes_infinite_on_its_way() -> None:
+def test_no_number_of_a_request_becomes_infinite_on_the_wire() -> None:
     """Of a `float` set to 1e40 protobuf makes infinity, without an error on either side."""
     assert not {path for path, one in NUMBERS.items() if one.type == one.TYPE_FLOAT}
 
@@ -133,7 +133,7 @@ async def test_a_number_at_its_limits_is_accepted(served: Served, path: str) -> 
 
 @pytest.mark.parametrize("path", LIMITS)
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_number_beyond_its_limits_is_refused_by_name(served: Served, path: str) -> None:
+async def test_a_number_outside_its_limits_is_refused_by_name(served: Served, path: str) -> None:
     limits = LIMITS[path]
     beyond = [value for value in (limits.below, limits.above) if value is not None]
     if NUMBERS[path].cpp_type == FieldDescriptor.CPPTYPE_DOUBLE:

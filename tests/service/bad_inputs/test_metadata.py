@@ -20,13 +20,13 @@ OURS_BYTES = 1024
 
 
 @pytest.mark.parametrize("size", [8_192, 12_000, MAX_METADATA_BYTES - OURS_BYTES])
-async def test_metadata_below_the_limit_is_always_taken(served: Served, size: int) -> None:
+async def test_metadata_below_the_limit_is_always_accepted(served: Served, size: int) -> None:
     for _ in range(TRIES):
         await served.call(GOOD, metadata=[("x-large", "m" * size)])
 
 
 @pytest.mark.parametrize("size", [MAX_METADATA_BYTES, 2 * MAX_METADATA_BYTES])
-async def test_metadata_above_the_limit_is_never_taken(served: Served, size: int) -> None:
+async def test_metadata_above_the_limit_is_never_accepted(served: Served, size: int) -> None:
     for _ in range(TRIES):
         status = read(await served.refusal(GOOD, metadata=[("x-large", "m" * size)]))
         assert (status.code, status.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
@@ -36,7 +36,7 @@ async def test_metadata_above_the_limit_is_never_taken(served: Served, size: int
         )
 
 
-async def test_our_client_tells_metadata_that_is_too_large_from_a_full_queue(
+async def test_the_client_distinguishes_large_metadata_from_a_full_server(
     served: Served,
 ) -> None:
     options = ChannelOptions(token="t" * MAX_METADATA_BYTES)

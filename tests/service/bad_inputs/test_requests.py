@@ -173,7 +173,7 @@ BAD: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_a_bad_request_is_told_what_is_wrong(served: Served, name: str) -> None:
+async def test_a_bad_request_gets_the_reason(served: Served, name: str) -> None:
     case = BAD[name]
     status = read(await served.refusal(case.request, case.method, **case.options))
     assert (status.code, status.reason, status.field) == (case.code, case.reason, case.field), (
@@ -183,7 +183,7 @@ async def test_a_bad_request_is_told_what_is_wrong(served: Served, name: str) ->
     assert "Error" not in status.details, "no exception of Python's, nor its class"
 
 
-async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) -> None:
+async def test_all_faults_of_a_request_are_reported_together(served: Served) -> None:
     request = generation(
         request_id="a b",
         text="",
@@ -206,7 +206,7 @@ async def test_all_that_is_wrong_with_a_request_is_told_at_once(served: Served) 
     ]
 
 
-async def test_too_many_stops_are_told_beside_a_preset_that_there_is_not(served: Served) -> None:
+async def test_too_many_stops_and_an_unknown_preset_are_reported_together(served: Served) -> None:
     request = generation(stop=["s"] * 17, stop_token_ids=[1] * 129, cache_policy={"preset": 77})
     status = read(await served.refusal(request))
     assert sorted(status.fields) == [
@@ -231,7 +231,7 @@ ODD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-async def test_what_only_looks_bad_is_served(served: Served, name: str) -> None:
+async def test_unusual_but_valid_requests_are_served(served: Served, name: str) -> None:
     answer = pb.GenerateResponse.FromString(await served.call(ODD[name]))
     assert 1 <= answer.finished.usage.completion_tokens <= 4
 
@@ -242,7 +242,7 @@ async def test_a_compressed_request_is_served(served: Served) -> None:
     assert pb.GenerateResponse.FromString(answer).started.prompt_tokens == MAX_PROMPT_BYTES
 
 
-async def test_bad_files_of_tables_are_listed_with_what_is_wrong(served: Served) -> None:
+async def test_invalid_table_files_are_listed_with_the_reason(served: Served) -> None:
     listed = pb.ListAlphaTablesResponse.FromString(await served.call(b"", LIST_TABLES))
     reasons = {table.name: table.reason for table in listed.refused}
     assert set(reasons) == {"broken", "long", "no-text-\N{REPLACEMENT CHARACTER}"}

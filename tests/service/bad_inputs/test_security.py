@@ -33,7 +33,7 @@ WRONG_TOKENS: dict[str, tuple[str, ...]] = {
 }
 
 
-async def test_wrong_tokens(start_server: StartServer, tmp_path: Path) -> None:
+async def test_wrong_tokens_are_refused(start_server: StartServer, tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"#-a-comment-in-the-file\n\n{TOKEN}\n")
     file.chmod(0o600)
@@ -53,7 +53,7 @@ async def test_wrong_tokens(start_server: StartServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [b"\xff\xfe", b"Bearer \xc3", b"Bearer \xed\xa0\x80", b"\x01"])
-async def test_a_token_that_is_no_text(
+async def test_a_binary_token_is_refused(
     start_server: StartServer, tmp_path: Path, value: bytes
 ) -> None:
     file = tmp_path / "tokens"
@@ -83,7 +83,7 @@ class Papers:
         )
 
 
-async def test_wrong_certificates(start_server: StartServer, tmp_path: Path) -> None:
+async def test_wrong_certificates_are_refused(start_server: StartServer, tmp_path: Path) -> None:
     ours, theirs = trustme.CA(), trustme.CA()
     certificate = ours.issue_cert("127.0.0.1")
     files = {name: tmp_path / name for name in ("tls_cert", "tls_key", "tls_client_ca")}
@@ -111,7 +111,9 @@ async def test_wrong_certificates(start_server: StartServer, tmp_path: Path) -> 
         await Served(server, address, channel).check_well()
 
 
-async def test_the_token_of_another_port(start_server: StartServer, tmp_path: Path) -> None:
+async def test_the_token_of_another_port_is_refused(
+    start_server: StartServer, tmp_path: Path
+) -> None:
     """The admin port has tokens of its own: neither opens the other."""
     files = {name: tmp_path / name for name in ("token_file", "admin_token_file")}
     for name, file in files.items():

@@ -49,7 +49,7 @@ async def both_ports(
         await Served(server, address, everyone).check_well()
 
 
-async def test_no_method_of_any_service_answers_unknown_to_bytes_that_are_no_request(
+async def test_no_method_returns_unknown_for_an_undecodable_request(
     both_ports: tuple[grpc.aio.Channel, grpc.aio.Channel],
 ) -> None:
     everyone, operators = both_ports
@@ -75,7 +75,7 @@ async def test_no_method_of_any_service_answers_unknown_to_bytes_that_are_no_req
                 assert "Error" not in status.details, "no exception of Python's, nor its class"
 
 
-async def test_a_reflection_stream_is_answered_up_to_what_cannot_be_read(
+async def test_a_reflection_stream_is_answered_up_to_the_undecodable_message(
     both_ports: tuple[grpc.aio.Channel, grpc.aio.Channel],
 ) -> None:
     good = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
@@ -88,7 +88,7 @@ async def test_a_reflection_stream_is_answered_up_to_what_cannot_be_read(
     assert read(caught.value).field == "request"
 
 
-async def test_health_lists_what_it_knows(
+async def test_health_lists_every_service(
     both_ports: tuple[grpc.aio.Channel, grpc.aio.Channel],
 ) -> None:
     answer = await both_ports[0].unary_unary("/grpc.health.v1.Health/List")(b"", timeout=WAIT_S)

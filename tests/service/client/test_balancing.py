@@ -27,7 +27,7 @@ def calls_of(server: Server) -> float:
     )
 
 
-async def test_many_calls_that_fail_at_once_are_all_tried_again() -> None:
+async def test_many_calls_that_fail_at_once_are_all_retried() -> None:
     broken = asyncio.Event()
 
     class Breaking(Model):
@@ -56,7 +56,7 @@ async def test_many_calls_that_fail_at_once_are_all_tried_again() -> None:
     assert {answer.server_version for answer in answers} == {"one", "other"}
 
 
-async def test_a_server_gets_nothing_until_it_is_warm(start_server: StartServer) -> None:
+async def test_a_server_gets_no_calls_until_it_is_warm(start_server: StartServer) -> None:
     warm = threading.Event()
 
     def load(options: ServerOptions) -> Core:

@@ -54,13 +54,13 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("target", HERE)
-def test_a_token_may_go_in_plain_text_to_this_machine(target: str) -> None:
+def test_a_token_may_go_to_this_machine_in_plain_text(target: str) -> None:
     sent = ChannelOptions(token=TOKEN).metadata(target)
     assert sent == (("authorization", f"Bearer {TOKEN}"),)
 
 
 @pytest.mark.parametrize("target", ELSEWHERE)
-def test_a_token_goes_elsewhere_only_encrypted_or_told_so(target: str) -> None:
+def test_a_token_leaves_this_machine_only_with_tls_or_insecure_token(target: str) -> None:
     with pytest.raises(InvalidArgument, match="plain text") as caught:
         ChannelOptions(token=TOKEN).metadata(target)
     assert TOKEN not in str(caught.value)
@@ -70,7 +70,7 @@ def test_a_token_goes_elsewhere_only_encrypted_or_told_so(target: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "naïve"])
-def test_what_no_header_can_hold_is_no_token(token: str) -> None:
+def test_a_token_that_a_header_cannot_hold_is_refused(token: str) -> None:
     with pytest.raises(InvalidArgument, match="token") as caught:
         ChannelOptions(token=token).metadata("127.0.0.1:1")
     assert not token or token not in str(caught.value)
@@ -95,7 +95,7 @@ def test_a_token_is_not_shown() -> None:
         ("127.0.0.1:1,127.0.0.1:2", True),
     ],
 )
-def test_what_may_be_several_addresses_is_balanced_by_health(target: str, several: bool) -> None:
+def test_targets_with_several_addresses_are_balanced_by_health(target: str, several: bool) -> None:
     def configured(balanced: bool) -> Any:
         settings = dict(PLAIN_TEXT.settings(target, balanced=balanced))
         return json.loads(settings["grpc.service_config"])
@@ -107,7 +107,7 @@ def test_what_may_be_several_addresses_is_balanced_by_health(target: str, severa
 
 
 @pytest.mark.parametrize("client", [AdminClient, SyncAdminClient])
-def test_an_admin_client_is_of_one_server(client: type[SyncAdminClient]) -> None:
+def test_an_admin_client_accepts_only_one_server(client: type[SyncAdminClient]) -> None:
     # The admin port does not report the health of the inference service: balanced, it would be
     # taken for one that never serves.
     config = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))["grpc.service_config"]
@@ -116,14 +116,14 @@ def test_an_admin_client_is_of_one_server(client: type[SyncAdminClient]) -> None
         client("127.0.0.1:1,127.0.0.1:2")
 
 
-def test_a_list_has_no_name_for_certificates_to_bear() -> None:
+def test_a_list_with_tls_needs_a_server_name() -> None:
     with pytest.raises(InvalidArgument, match=r"tls\.server_name: missing, .* has no name"):
         SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls()))
     with SyncClient("10.0.0.7:1,10.0.0.8:1", ChannelOptions(tls=Tls(server_name="a2sf.example"))):
         pass
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unusable_certificate_files_are_named(tmp_path: Path) -> None:
     ca, other = trustme.CA(), trustme.CA()
     cert, key, roots, riddle = (tmp_path / n for n in ("cert", "key", "roots", "riddle"))
     ca.issue_cert("client").cert_chain_pems[0].write_to_path(cert)
@@ -247,7 +247,7 @@ async def with_health(status: int) -> Any:
     )
 
 
-async def test_servers_of_a_list_bear_one_name_over_tls(tmp_path: Path) -> None:
+async def test_servers_of_a_list_share_one_name_over_tls(tmp_path: Path) -> None:
     ca = trustme.CA()
     ca.cert_pem.write_to_path(tmp_path / "ca.pem")
     options = ChannelOptions(
@@ -273,7 +273,7 @@ async def test_servers_of_a_list_bear_one_name_over_tls(tmp_path: Path) -> None:
     assert "c" not in seen
 
 
-async def test_several_addresses_take_turns_and_one_not_serving_is_passed_over() -> None:
+async def test_several_addresses_take_turns_and_servers_not_serving_are_skipped() -> None:
     async with (
         serving(Model("a"), None, await with_health(UP)) as a,
         serving(Model("b"), None, await with_health(UP)) as b,

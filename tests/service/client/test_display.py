@@ -17,7 +17,7 @@ from service.rpc.conversions.responses import ResponseBuilder
 from tests.tables import make_table
 
 
-def test_a_terminal_is_not_made_to_obey_the_model(
+def test_control_characters_of_the_model_do_not_reach_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = Delta(request_id="r", text="a\x1b[2J\tb\r\n\x9b", token_ids=())
@@ -27,7 +27,7 @@ def test_a_terminal_is_not_made_to_obey_the_model(
         assert capsys.readouterr().out == shown
 
 
-def test_the_figures_are_for_people() -> None:
+def test_figures_are_one_readable_line() -> None:
     finished = Finished(
         request_id="r",
         reason=FinishReason.LENGTH,

@@ -15,7 +15,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "clients.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-async def test_its_programs_run(start_server: StartServer, tmp_path: Path) -> None:
+async def test_the_programs_of_the_page_run(start_server: StartServer, tmp_path: Path) -> None:
     token = tmp_path / "admin-token.txt"
     token.write_text("a-token-of-the-tests\n")
     token.chmod(0o600)
@@ -46,7 +46,7 @@ async def test_its_programs_run(start_server: StartServer, tmp_path: Path) -> No
     assert (await client.list_alpha_tables()).default_table == "new"
 
 
-def test_its_table_of_methods_is_whole() -> None:
+def test_the_page_lists_every_client_method() -> None:
     documented = set(re.findall(r"`(\w+)\(", PAGE))
     methods = {
         name for cls in (Client, AdminClient) for name in vars(cls) if not name.startswith("_")

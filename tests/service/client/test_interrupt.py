@@ -32,7 +32,7 @@ async def test_an_interrupt_ends_the_call_and_exits_130(start_server: StartServe
     await until(lambda: not server.num_calls)
 
 
-async def test_an_interrupt_while_it_loads_ends_it_quietly() -> None:
+async def test_an_interrupt_during_loading_ends_the_client_quietly() -> None:
     # The rest of the command line loads for as long as the test likes.
     stuck = """
 import sys, time
@@ -94,7 +94,7 @@ def test_an_interrupt_is_raised_after_a_call_and_not_in_it() -> None:
     assert reached == [True]
 
 
-async def test_a_second_interrupt_ends_what_the_first_did_not() -> None:
+async def test_a_second_interrupt_ends_the_process() -> None:
     stuck = """
 import signal, time
 from service.client.terminal.interrupt import Interrupt

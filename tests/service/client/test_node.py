@@ -12,7 +12,9 @@ __all__ = ["example"]  # A fixture, which pytest finds here.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [Unavailable("starting"), ResourceExhausted("full")])
-async def test_node_goes_on_to_the_server_that_has_room(example: Path, error: A2SFError) -> None:
+async def test_the_node_client_tries_the_next_server_if_one_is_full(
+    example: Path, error: A2SFError
+) -> None:
     async with standing(error, refusals=100) as (_, one), standing(error, 0) as (other, two):
         target = f"ipv4:{one},{two}".replace("localhost", "127.0.0.1")
         code, out, err = await node(example, "at last", "--target", target)

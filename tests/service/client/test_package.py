@@ -64,7 +64,7 @@ def imported_by_the_client() -> set[Path]:
     return found
 
 
-def test_it_links_to_exactly_what_the_client_imports() -> None:
+def test_the_package_links_to_exactly_what_the_client_imports() -> None:
     parts = ("a2sf", "service")
     links = {path for part in parts for path in files_below(PACKAGE / part)}
     for link in links:
@@ -77,7 +77,7 @@ def test_it_links_to_exactly_what_the_client_imports() -> None:
     assert {link.resolve() for link in links} == {*needed, *WHOLE, *ours, *packages}
 
 
-def test_its_version_and_ranges_are_those_of_the_whole() -> None:
+def test_the_package_has_the_projects_version_and_ranges() -> None:
     client, whole = project(PACKAGE), project(ROOT)
     for key in ("version", "requires-python", "license"):
         assert client[key] == whole[key]
@@ -115,7 +115,7 @@ async def output(*command: str | Path, cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-async def test_alone_in_an_environment_it_weighs_little_and_calls_a_server(
+async def test_the_package_alone_is_small_and_calls_a_server(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     _, _, address = await start_server()

@@ -14,7 +14,7 @@ from service.client import ChannelOptions, ChatMessage, Tls, requests
 from service.pb import inference_pb2 as pb
 
 
-def test_every_field_of_a_request_can_be_asked_for() -> None:
+def test_every_field_of_a_request_can_be_set() -> None:
     message = requests.generation_input(
         "x",
         9,
@@ -41,13 +41,13 @@ def test_every_field_of_a_request_can_be_asked_for() -> None:
     assert message.sampling.repetition_penalty == 1.2
 
 
-def test_a_request_that_asks_for_nothing_sets_no_time_limit() -> None:
+def test_a_request_without_options_sets_no_time_limit() -> None:
     message = requests.generation_input("x", 9, {})
     assert not message.HasField("time_limit_seconds")
     assert not message.output.ListFields()
 
 
-def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
+def test_conversations_accept_values_and_mappings() -> None:
     by_value = [
         ChatMessage(role="system", content="Be brief."),
         ChatMessage(role="user", content=""),
@@ -78,13 +78,13 @@ def test_a_conversation_is_given_as_values_or_as_mappings() -> None:
         ("\ud800", "input.text", "surrogate"),
     ],
 )
-def test_what_is_no_prompt_is_refused_by_its_place(prompt: Any, field: str, problem: str) -> None:
+def test_an_invalid_prompt_is_refused_by_its_field(prompt: Any, field: str, problem: str) -> None:
     with pytest.raises(InvalidArgument, match=problem) as caught:
         requests.generation_input(prompt, 1, {})
     assert caught.value.field == field
 
 
-def test_all_that_does_not_fit_its_field_is_told_at_once() -> None:
+def test_all_values_that_do_not_fit_are_reported_together() -> None:
     with pytest.raises(InvalidRequest) as caught:
         requests.generation_input(
             b"bytes", 2**32, {"stop": "one", "top_logprobs": -1, "stop_token_ids": [-1]}
@@ -109,7 +109,7 @@ def test_all_that_does_not_fit_its_field_is_told_at_once() -> None:
     ],
     ids=["policy", "sampling", "message", "channel", "tls"],
 )
-def test_what_callers_make_is_refused_by_our_own_error(make: Callable[[], Any], says: str) -> None:
+def test_invalid_values_raise_invalid_request(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         make()
 
@@ -128,13 +128,13 @@ def test_what_callers_make_is_refused_by_our_own_error(make: Callable[[], Any], 
         ({"time_limit_s": 10**400}, "input.time_limit_seconds"),
     ],
 )
-def test_an_option_that_does_not_fit_is_refused_by_its_field(options: Any, field: str) -> None:
+def test_an_invalid_option_is_refused_by_its_field(options: Any, field: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         requests.generation_input("x", 1, options)
     assert caught.value.field == field
 
 
-def test_a_number_that_its_field_cannot_hold_is_told_with_what_it_can() -> None:
+def test_a_number_out_of_range_is_refused_with_the_range() -> None:
     with pytest.raises(InvalidArgument, match="-1; accepted: 0 to 4294967295"):
         requests.generation_input("x", -1, {})
 
@@ -152,6 +152,6 @@ def test_token_ids_are_not_encoded_again(prompt: Any) -> None:
         requests.tokenize_request(prompt)
 
 
-def test_an_option_that_there_is_not_is_refused_rather_than_left_out() -> None:
+def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match=r"temperature; accepted: .*sampling"):
         requests.generation_input("x", 1, {"temperature": 0.0})  # type: ignore[typeddict-unknown-key]

@@ -37,14 +37,14 @@ def load_with_template(options: ServerOptions) -> Core:
     return core
 
 
-def test_a_finish_that_is_newer_than_the_client_is_told_as_such() -> None:
+def test_an_unknown_finish_reason_asks_for_a_newer_client() -> None:
     message = pb.GenerationFinished(reason=99)  # type: ignore[arg-type]
     with pytest.raises(RemoteError, match="upgrade this client"):
         responses.stream_event(pb.StreamGenerateResponse(finished=message), "r")
     assert responses.stream_event(pb.StreamGenerateResponse(), "r") is None
 
 
-def test_a_listing_tells_the_default_and_each_table_in_short() -> None:
+def test_a_listing_has_the_default_and_a_summary_of_each_table() -> None:
     message = pb.ListAlphaTablesResponse(default_table="t", etag="e7")
     message.tables.add(
         name="t", sha256="0" * 64, dataset="mathqa", verdict=pb.TABLE_VERDICT_BETTER
@@ -59,7 +59,7 @@ def test_a_listing_tells_the_default_and_each_table_in_short() -> None:
     assert responses.table_listing(pb.ListAlphaTablesResponse()).default_table is None
 
 
-def test_what_admin_calls_answer_is_told_whole() -> None:
+def test_results_of_admin_calls_have_every_field() -> None:
     refused = [pb.RefusedAlphaTable(name="d", reason="no JSON")]
     assert responses.reloaded(
         pb.ReloadAlphaTablesResponse(
@@ -73,7 +73,7 @@ def test_what_admin_calls_answer_is_told_whole() -> None:
     assert responses.activated(answer) == Activated(default_table=None, etag="e")
 
 
-async def test_a_completion_tells_how_likely_each_token_was(start_server: StartServer) -> None:
+async def test_a_completion_has_the_logprob_of_each_token(start_server: StartServer) -> None:
     _, client, _ = await start_server()
     options: dict[str, Any] = {"token_ids": True, "logprobs": True, "top_logprobs": 2, **GREEDY}
     done = await client.generate("How likely", max_new_tokens=5, echo=True, **options)
@@ -100,7 +100,7 @@ async def test_a_completion_tells_how_likely_each_token_was(start_server: StartS
     assert streamed[0].prompt is None
 
 
-async def test_a_time_limit_and_a_stop_token_are_told_as_what_they_were(
+async def test_finish_reasons_distinguish_a_time_limit_and_a_stop_token(
     start_server: StartServer,
 ) -> None:
     _, client, _ = await start_server()
@@ -116,7 +116,7 @@ async def test_a_time_limit_and_a_stop_token_are_told_as_what_they_were(
     assert stopped.finished.matched_stop is None
 
 
-async def test_a_conversation_is_answered_where_the_model_has_a_template(
+async def test_a_conversation_works_if_the_model_has_a_template(
     start_server: StartServer,
 ) -> None:
     said = [{"role": "user", "content": "Hello"}]
@@ -135,7 +135,7 @@ async def test_a_conversation_is_answered_where_the_model_has_a_template(
         await plain.generate(said, max_new_tokens=3)
 
 
-async def test_the_room_is_described(start_server: StartServer) -> None:
+async def test_get_model_describes_the_sizes_of_the_server(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_waiting=7)
     described = await client.get_model()
     shape = server.core.model.shape
@@ -145,7 +145,7 @@ async def test_the_room_is_described(start_server: StartServer) -> None:
     assert described.max_prompt_bytes > 0
 
 
-async def test_an_operator_changes_what_is_served_and_ends_what_runs(
+async def test_an_admin_client_changes_the_default_table_and_aborts_requests(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     (tmp_path / "tables").mkdir()

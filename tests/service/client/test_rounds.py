@@ -44,7 +44,7 @@ async def by_threads(target: str, describe: Callable[[Any], Awaitable[None]]) ->
 
 
 @pytest.mark.parametrize("by", [by_asyncio, by_threads])
-async def test_one_of_two_servers_without_room_costs_no_wait(by: Any) -> None:
+async def test_a_full_server_of_two_causes_no_wait(by: Any) -> None:
     busy, free = Full("busy"), Model("free")
 
     async def describe(get_model: Callable[[], Awaitable[Any]]) -> None:
@@ -67,7 +67,7 @@ async def test_one_of_two_servers_without_room_costs_no_wait(by: Any) -> None:
 
 
 @pytest.mark.parametrize("by", [by_asyncio, by_threads])
-async def test_an_answer_in_one_piece_is_given_up_after_four_rounds_too(by: Any) -> None:
+async def test_a_unary_call_also_fails_after_four_rounds(by: Any) -> None:
     busy = Full("busy")
 
     async def describe(get_model: Callable[[], Awaitable[Any]]) -> None:
@@ -82,7 +82,7 @@ async def test_an_answer_in_one_piece_is_given_up_after_four_rounds_too(by: Any)
 
 
 @both
-async def test_no_room_anywhere_is_told_after_four_rounds(collect: Collect) -> None:
+async def test_full_servers_are_reported_after_four_rounds(collect: Collect) -> None:
     async with serving(full) as (first, one), serving(full) as (second, other):
         began = time.monotonic()
         with pytest.raises(NoRoom, match="full"):
@@ -92,7 +92,7 @@ async def test_no_room_anywhere_is_told_after_four_rounds(collect: Collect) -> N
 
 
 @both
-async def test_it_does_not_wait_for_room_past_its_deadline(collect: Collect) -> None:
+async def test_retries_do_not_wait_past_the_deadline(collect: Collect) -> None:
     async with serving(full) as (fake, to):
         with pytest.raises(NoRoom) as caught:
             await collect(to, 0.4)

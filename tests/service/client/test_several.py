@@ -140,7 +140,7 @@ async def both(start: Start) -> AsyncIterator[tuple[list[ServerProcess], list[st
         yield servers, addresses, client
 
 
-async def test_a_killed_server_loses_started_streams_alone_and_is_used_again(
+async def test_a_killed_server_loses_only_started_streams_and_is_used_again(
     start: Start,
 ) -> None:
     async with both(start) as (servers, addresses, client):
@@ -210,7 +210,7 @@ async def test_a_drained_server_loses_nothing(start: Start) -> None:
         assert answered(stays, "UNAVAILABLE") == 0
 
 
-async def test_a_killed_server_loses_no_answer_in_one_piece(start: Start) -> None:
+async def test_a_killed_server_loses_no_unary_call(start: Start) -> None:
     async with both(start) as (servers, addresses, _):
         goes = servers[0]
         with SyncClient(",".join(addresses)) as client:

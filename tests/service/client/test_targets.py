@@ -18,7 +18,7 @@ from service.client.targets import uri
         ("ipv6:[fd00::7]:1,[fd00::8]:2", "ipv6:[fd00::7]:1,[fd00::8]:2"),
     ],
 )
-def test_a_list_is_put_as_grpc_takes_it(target: str, taken: str) -> None:
+def test_a_list_is_converted_to_grpc_syntax(target: str, taken: str) -> None:
     assert uri(target) == taken
 
 
@@ -37,6 +37,6 @@ def test_a_list_is_put_as_grpc_takes_it(target: str, taken: str) -> None:
         ("10.0.0.7:1,[fd00::8]:1", "mixes IPv4 and IPv6"),
     ],
 )
-def test_another_list_is_refused_by_name(target: str, message: str) -> None:
+def test_an_invalid_list_is_refused_by_name(target: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         uri(target)

@@ -40,7 +40,7 @@ async def run(*arguments: str, said: str | None = None) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-async def test_it_prints_the_completion_and_one_line_of_figures(
+async def test_the_client_prints_the_completion_and_one_line_of_figures(
     start_server: StartServer,
 ) -> None:
     _, _, address = await start_server()
@@ -89,7 +89,7 @@ REFUSED_HERE = {
 """Fields whose values the client refuses before any call."""
 
 
-async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartServer) -> None:
+async def test_invalid_flag_values_are_reported_by_field(start_server: StartServer) -> None:
     _, _, address = await start_server()
     for flag, value, field in [
         ("--repetition-penalty", "0", "input.sampling.repetition_penalty"),
@@ -118,7 +118,7 @@ async def test_each_flag_s_value_is_judged_under_its_field(start_server: StartSe
         assert json.loads(err)["error"]["field_violations"][0]["field"] == field
 
 
-async def test_json_is_each_event_as_it_came(start_server: StartServer) -> None:
+async def test_json_output_has_each_event_unchanged(start_server: StartServer) -> None:
     _, _, address = await start_server()
     flags = ["x", "--target", address, "--max-new-tokens", "5", "--temperature", "0"]
     _, plain, _ = await run(*flags)
@@ -149,7 +149,7 @@ async def test_an_error_in_json_is_one_object_with_code_and_fields(
         assert [v["field"] for v in shown.get("field_violations", ())] == fields
 
 
-async def test_a_busy_server_is_told_in_json_with_when_to_come_back(
+async def test_a_full_server_in_json_includes_the_retry_delay(
     start_server: StartServer,
 ) -> None:
     server, client, address = await start_server(max_batch=1, max_waiting=0)
@@ -162,7 +162,7 @@ async def test_a_busy_server_is_told_in_json_with_when_to_come_back(
     await until(lambda: not server.num_calls)
 
 
-async def test_a_conversation_keeps_what_was_said_until_it_is_reset(
+async def test_a_conversation_keeps_its_history_until_reset(
     start_server: StartServer,
 ) -> None:
     _, _, address = await start_server(load_with_template)
@@ -194,7 +194,9 @@ async def test_one_message_is_answered_from_the_command_line_or_stdin(
     assert out.startswith("<user>Two\nlines\n<assistant>")
 
 
-async def test_a_model_without_a_template_is_told_in_one_line(start_server: StartServer) -> None:
+async def test_a_model_without_a_template_is_reported_in_one_line(
+    start_server: StartServer,
+) -> None:
     _, _, address = await start_server()
     code, out, err = await run("--chat", "--target", address, said="Hello\nAgain\n")
     assert (code, out) == (1, "")
@@ -206,7 +208,7 @@ async def test_a_model_without_a_template_is_told_in_one_line(start_server: Star
     "arguments",
     [["--seed", "1"], ["x", "--system", "y"], ["x", "--server-name", "y"], ["--no-such"]],
 )
-async def test_a_command_line_that_makes_no_sense_exits_2(arguments: list[str]) -> None:
+async def test_an_invalid_command_line_exits_2(arguments: list[str]) -> None:
     code, out, err = await run(*arguments)
     assert (code, out) == (2, "")
     assert err
@@ -264,7 +266,7 @@ async def test_token_and_certificates_reach_the_server(
         (["--tls-cert", __file__, "--tls-key", __file__], 2, "accepted: PEM"),
     ],
 )
-async def test_an_error_is_one_line_on_stderr_and_2_where_no_call_was_made(
+async def test_an_error_is_one_line_and_exits_2_if_no_call_was_made(
     start_server: StartServer, arguments: list[str], exits: int, message: str
 ) -> None:
     _, _, address = await start_server()
@@ -275,7 +277,7 @@ async def test_an_error_is_one_line_on_stderr_and_2_where_no_call_was_made(
     assert message in err
 
 
-async def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
+async def test_a_missing_server_is_reported_in_one_line() -> None:
     code, out, err = await run("x", "--target", "127.0.0.1:1", "--timeout", "10")
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
@@ -283,7 +285,7 @@ async def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
     assert "127.0.0.1:1" in err
 
 
-async def test_a_reader_that_leaves_ends_it_quietly(start_server: StartServer) -> None:
+async def test_a_closed_stdout_ends_the_client_quietly(start_server: StartServer) -> None:
     server, _, address = await start_server()
     reading, writing = os.pipe()
     client = await asyncio.create_subprocess_exec(
@@ -302,7 +304,7 @@ async def test_a_reader_that_leaves_ends_it_quietly(start_server: StartServer) -
     await until(lambda: not server.num_calls)
 
 
-async def test_figures_live_on_a_terminal_alone(start_server: StartServer) -> None:
+async def test_live_figures_are_shown_only_on_a_terminal(start_server: StartServer) -> None:
     _, _, address = await start_server()
     flags = ["x", "--target", address, "--max-new-tokens", "400", "--ignore-eos"]
     ours, theirs = pty.openpty()

@@ -102,7 +102,7 @@ async def whole(context: Context) -> None:
 
 
 @both
-async def test_no_room_is_tried_again_when_the_server_said_to(collect: Collect) -> None:
+async def test_a_full_server_is_retried_after_its_delay(collect: Collect) -> None:
     times: list[float] = []
 
     async def answer(context: Context, attempt: int) -> None:
@@ -120,7 +120,7 @@ async def test_no_room_is_tried_again_when_the_server_said_to(collect: Collect) 
 
 
 @both
-async def test_unavailable_before_the_start_is_tried_again(collect: Collect) -> None:
+async def test_unavailable_before_the_start_is_retried(collect: Collect) -> None:
     async def answer(context: Context, attempt: int) -> None:
         if attempt == 1:
             await fail(context, Unavailable("not yet"))
@@ -132,7 +132,7 @@ async def test_unavailable_before_the_start_is_tried_again(collect: Collect) -> 
 
 
 @both
-async def test_a_prompt_of_a_mib_is_tried_again_too(collect: Collect) -> None:
+async def test_a_prompt_of_one_mib_is_retried_too(collect: Collect) -> None:
     async def answer(context: Context, attempt: int) -> None:
         if attempt == 1:
             await fail(context, Unavailable("not yet"))
@@ -144,7 +144,7 @@ async def test_a_prompt_of_a_mib_is_tried_again_too(collect: Collect) -> None:
 
 
 @both
-async def test_it_gives_up_after_four_attempts_and_says_when_to_come_back(
+async def test_a_full_server_is_reported_after_four_attempts_with_its_delay(
     collect: Collect,
 ) -> None:
     async with serving(lambda context, _: fail(context, ResourceExhausted("full"))) as (fake, to):
@@ -158,7 +158,7 @@ async def test_it_gives_up_after_four_attempts_and_says_when_to_come_back(
 @pytest.mark.parametrize(
     "error", [Unavailable("broken"), ResourceExhausted("full"), Aborted("asked to")]
 )
-async def test_what_fails_after_its_start_is_not_tried_again(
+async def test_a_stream_that_fails_after_its_start_is_not_retried(
     collect: Collect, error: Exception
 ) -> None:
     async def answer(context: Context, _: int) -> None:
@@ -173,7 +173,7 @@ async def test_what_fails_after_its_start_is_not_tried_again(
 
 
 @both
-async def test_a_server_that_hangs_is_given_up_at_the_deadline(collect: Collect) -> None:
+async def test_a_hanging_server_fails_at_the_deadline(collect: Collect) -> None:
     gone = asyncio.Event()
 
     async def answer(context: Context, _: int) -> None:
@@ -194,7 +194,7 @@ async def test_a_server_that_hangs_is_given_up_at_the_deadline(collect: Collect)
 
 
 @both
-async def test_so_is_one_that_never_speaks(collect: Collect) -> None:
+async def test_a_silent_server_fails_at_the_deadline(collect: Collect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(DeadlineExceeded):
         await collect(f"127.0.0.1:{mute.getsockname()[1]}", 0.5)
 
@@ -275,7 +275,7 @@ async def test_a_stream_left_early_is_cancelled_by_either_client(
     await until(lambda: not server.num_calls)
 
 
-async def test_both_clients_get_the_same(start_server: StartServer) -> None:
+async def test_both_clients_get_the_same_results(start_server: StartServer) -> None:
     _, client, address = await start_server()
 
     def blocking() -> list[Any]:
@@ -286,14 +286,14 @@ async def test_both_clients_get_the_same(start_server: StartServer) -> None:
     assert await asyncio.to_thread(blocking) == [*awaited, await client.tokenize("Both")]
 
 
-async def test_a_request_that_cannot_be_written_is_refused_before_the_call() -> None:
+async def test_an_invalid_request_is_refused_before_the_call() -> None:
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(InvalidArgument, match="out of range"):
             client.stream_generate("x", max_new_tokens=-1)
 
 
 @pytest.mark.parametrize("timeout_s", [math.inf, math.nan, 1e10, 10**400])
-async def test_a_deadline_that_grpc_would_take_for_a_past_one_is_refused(timeout_s: float) -> None:
+async def test_a_deadline_that_overflows_grpc_is_refused(timeout_s: float) -> None:
     refused = pytest.raises(InvalidArgument, match=r"timeout_s: .*accepted: at most 1e\+09")
     async with Client("127.0.0.1:1") as client:
         with refused:
@@ -308,7 +308,7 @@ async def test_a_deadline_that_grpc_would_take_for_a_past_one_is_refused(timeout
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, -math.inf])
-async def test_a_deadline_that_has_passed_is_told_as_that(
+async def test_a_passed_deadline_raises_deadline_exceeded(
     start_server: StartServer, timeout_s: float
 ) -> None:
     _, client, _ = await start_server()
@@ -316,19 +316,19 @@ async def test_a_deadline_that_has_passed_is_told_as_that(
         await client.get_model(timeout_s=timeout_s)
 
 
-async def test_the_longest_deadline_is_no_past_one(start_server: StartServer) -> None:
+async def test_the_longest_deadline_is_accepted(start_server: StartServer) -> None:
     _, client, _ = await start_server()
     assert (await client.get_model(timeout_s=MAX_TIMEOUT_S)).max_batch == 2
 
 
-def test_a_server_that_is_not_there_is_told_with_what_to_do() -> None:
+def test_a_missing_server_is_reported_with_advice() -> None:
     refused = pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 failed: .* uses plain text")
     with SyncClient("127.0.0.1:1") as client, refused:
         client.get_model()
 
 
 @pytest.mark.parametrize(("one", "other"), [(Client, SyncClient), (AdminClient, SyncAdminClient)])
-def test_the_clients_methods_are_alike(one: type, other: type) -> None:
+def test_both_clients_have_the_same_methods(one: type, other: type) -> None:
     def methods(cls: type) -> dict[str, tuple[list[str], dict[str, Any]]]:
         found = {}
         for name, method in inspect.getmembers(cls, inspect.isfunction):

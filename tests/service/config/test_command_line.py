@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_start_that_cannot_succeed_says_why(
+def test_a_failed_start_gives_the_reason(
     long_model_dir: Path,
     arguments: list[str],
     message: str,
@@ -49,7 +49,7 @@ def test_a_start_that_cannot_succeed_says_why(
     assert message in line
 
 
-def test_an_engine_that_dies_in_its_first_step_is_no_fault_of_the_user_s(
+def test_an_engine_crash_in_the_first_step_exits_1(
     long_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Engine) -> None:

@@ -40,7 +40,7 @@ def tables(tmp_path: Path, identity: ModelIdentity) -> Path:
     return folder
 
 
-async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
+async def test_a_request_without_a_policy_is_exact_while_it_fits_into_a_row(
     start_server: StartServer,
 ) -> None:
     with capture_logs() as lines:
@@ -60,7 +60,7 @@ async def test_a_request_that_names_nothing_is_exact_while_it_fits_into_a_row(
     assert server.core.config.default_policy == expected
 
 
-async def test_a_server_says_its_default_policy_when_it_starts(
+async def test_a_server_logs_its_default_policy_at_the_start(
     start_process: StartProcess,
 ) -> None:
     server = start_process("--min-budget", "9")
@@ -69,7 +69,7 @@ async def test_a_server_says_its_default_policy_when_it_starts(
     assert f'event="default policy" policy="{words}" min_budget=9' in server.log
 
 
-async def test_a_short_request_of_a_ratio_keeps_all_its_tokens_and_is_told_why(
+async def test_a_short_request_with_a_ratio_keeps_all_tokens_and_names_the_lower_bound(
     start_server: StartServer, tables: Path
 ) -> None:
     _, client, address = await start_server(tables=tables, default_table="plain")
@@ -101,7 +101,7 @@ async def test_a_short_request_of_a_ratio_keeps_all_its_tokens_and_is_told_why(
         (None, {"preset": "h2o", "budget": 11}, 11, None),
     ],
 )
-async def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s(
+async def test_min_budget_comes_from_the_request_then_the_table_then_the_server(
     start_server: StartServer,
     tables: Path,
     table: str | None,
@@ -115,7 +115,9 @@ async def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s(
     assert (answer.started.budget, answer.started.min_budget) == (budget, floor)
 
 
-async def test_what_is_served_tells_the_floors(start_server: StartServer, tables: Path) -> None:
+async def test_the_served_policies_include_min_budget(
+    start_server: StartServer, tables: Path
+) -> None:
     _, client, address = await start_server(tables=tables, default_table="forty")
     assert (await client.get_model()).default_cache_policy == CachePolicy(
         table="forty",
@@ -135,7 +137,7 @@ async def test_what_is_served_tells_the_floors(start_server: StartServer, tables
     assert (await client.get_model()).default_cache_policy.min_budget == 16
 
 
-async def test_a_floor_out_of_range_is_refused_by_its_field(start_server: StartServer) -> None:
+async def test_min_budget_out_of_range_is_refused_by_its_field(start_server: StartServer) -> None:
     _, client, address = await start_server()
     requested_policy = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=65)
     with pytest.raises(InvalidArgument, match=r"^input\.cache_policy\.min_budget: min_budget 65 "):
@@ -145,7 +147,7 @@ async def test_a_floor_out_of_range_is_refused_by_its_field(start_server: StartS
     assert "input.cache_policy.min_budget: " in err
 
 
-async def test_a_misspelt_preset_is_refused_as_everything_else_is(
+async def test_a_misspelt_preset_is_refused_by_its_field(
     start_server: StartServer,
 ) -> None:
     _, client, _ = await start_server()
@@ -154,7 +156,7 @@ async def test_a_misspelt_preset_is_refused_as_everything_else_is(
     assert caught.value.violations[0][0] == "preset"
 
 
-def test_the_floor_is_a_quarter_of_a_row_or_its_narrowest_head_where_rows_are_small() -> None:
+def test_min_budget_defaults_to_a_quarter_of_a_small_row_or_its_narrowest_head() -> None:
     options = ServerOptions(slots=1024)
     assert options.min_budget_for(None) == MIN_BUDGET
     assert ServerOptions(slots=100).min_budget_for(None) == 25
@@ -165,7 +167,7 @@ def test_the_floor_is_a_quarter_of_a_row_or_its_narrowest_head_where_rows_are_sm
     assert options.engine_config(None).default_policy.min_budget == MIN_BUDGET
 
 
-def test_a_floor_of_more_than_a_row_stops_the_start() -> None:
+def test_min_budget_above_the_slots_of_a_row_fails_the_start() -> None:
     with pytest.raises(InvalidArgument, match=r"^--min-budget: 65; accepted: 0 \(none\) to 64"):
         ServerOptions(slots=64, min_budget=65).engine_config(None)
 
@@ -191,7 +193,7 @@ def ratio(identity: ModelIdentity) -> Ratio:
         ({}, 31, "min_budget of ratio is 31 tokens.*give --slots 62 or more$"),
     ],
 )
-async def test_a_floor_that_the_narrowest_head_has_no_slots_for_stops_the_start(
+async def test_min_budget_above_the_narrowest_head_fails_the_start(
     start_server: StartServer,
     tmp_path: Path,
     ratio: Ratio,
@@ -227,7 +229,7 @@ async def test_a_floor_that_the_narrowest_head_has_no_slots_for_stops_the_start(
         ),
     ],
 )
-async def test_budgets_of_the_server_must_fit_beside_a_default_table_with_a_fixed_budget(
+async def test_server_budgets_must_fit_the_rows_of_a_default_table_with_a_fixed_budget(
     start_server: StartServer,
     tmp_path: Path,
     identity: ModelIdentity,
@@ -248,7 +250,7 @@ async def test_budgets_of_the_server_must_fit_beside_a_default_table_with_a_fixe
         assert answer.started.budget == min(30, prompt + 2)
 
 
-def test_the_floor_of_a_table_with_a_fixed_budget_must_fit_too(identity: ModelIdentity) -> None:
+def test_min_budget_of_a_table_with_a_fixed_budget_must_fit(identity: ModelIdentity) -> None:
     options, rows = ServerOptions(slots=60, default_budget=8), slots_per_head(60, SHARES)
 
     def fixed(floor: int) -> AlphaTable:
@@ -260,7 +262,7 @@ def test_the_floor_of_a_table_with_a_fixed_budget_must_fit_too(identity: ModelId
         check_default(options, rows, 10**6, fixed(31))
 
 
-def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio) -> None:
+def test_a_table_whose_min_budget_does_not_fit_cannot_be_the_default(ratio: Ratio) -> None:
     options = ServerOptions(slots=60, default_budget=8)
     rows = slots_per_head(60, SHARES)
     check_default(options, rows, 10**6, ratio(30))
@@ -289,11 +291,11 @@ def test_a_table_whose_floor_has_no_room_cannot_become_the_default(ratio: Ratio)
         (CachePolicy(preset="h2o", budget=32), "h2o, budget 32 tokens"),
     ],
 )
-def test_a_policy_is_told_in_words(policy: CachePolicy, words: str) -> None:
+def test_a_policy_is_described_in_one_line(policy: CachePolicy, words: str) -> None:
     assert describe_policy(policy) == words
 
 
-def test_the_help_and_the_pages_tell_the_defaults() -> None:
+def test_help_and_pages_give_the_defaults() -> None:
     described = {
         name: field.description or "" for name, field in ServerOptions.model_fields.items()
     }

@@ -43,7 +43,7 @@ def help_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return capsys.readouterr().out
 
 
-def test_a_flag_goes_before_the_environment_that_before_the_file_that_before_the_default(
+def test_flags_override_the_environment_which_overrides_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A2SF_MAX_BATCH", "3")
@@ -59,7 +59,7 @@ def test_a_flag_goes_before_the_environment_that_before_the_file_that_before_the
     }
 
 
-def test_the_environment_can_name_the_file_and_a_flag_another(
+def test_the_environment_names_a_file_and_a_flag_overrides_it(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A2SF_CONFIG", str(file))
@@ -69,7 +69,7 @@ def test_the_environment_can_name_the_file_and_a_flag_another(
     assert load(["--config", str(other)]).options.max_batch == 7
 
 
-def test_none_takes_back_what_comes_after_it_and_an_empty_variable_says_nothing(
+def test_none_restores_the_default_and_an_empty_variable_is_ignored(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load(["--config", str(file), "--tables", "none"]).options.tables is None
@@ -79,11 +79,11 @@ def test_none_takes_back_what_comes_after_it_and_an_empty_variable_says_nothing(
     assert load(["--config", str(file)]).options.tables is None
 
 
-def test_the_last_of_a_repeated_flag_counts() -> None:
+def test_the_last_of_a_repeated_flag_wins() -> None:
     assert load(["--port", "1", "--port", "2"]).options.port == 2
 
 
-def test_code_that_makes_options_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_created_in_code_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A2SF_MAX_BATCH", "3")
     monkeypatch.setattr("sys.argv", ["a2sf-serve", "--max-batch", "4"])
     assert ServerOptions().max_batch == 8
@@ -122,7 +122,7 @@ def told_by(options: ServerOptions) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", ["flags", "environment", "file"])
-def test_every_setting_can_come_from_every_place(
+def test_every_setting_can_come_from_every_source(
     place: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -147,7 +147,7 @@ def test_every_setting_can_come_from_every_place(
     assert told_by(load(arguments).options) == EVERYTHING
 
 
-def test_the_printed_configuration_says_where_values_came_from(
+def test_the_printed_configuration_names_the_source_of_each_value(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("A2SF_PORT", "7")
@@ -187,7 +187,7 @@ def test_the_printed_configuration_says_where_values_came_from(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_flag_that_is_not_accepted_is_told_in_one_line(
+def test_an_invalid_flag_gets_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -212,9 +212,7 @@ def test_a_flag_that_is_not_accepted_is_told_in_one_line(
         ("port = 70000", "--port: 70000 (from "),
     ],
 )
-def test_a_file_that_is_not_accepted_is_told_with_its_name(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_invalid_file_is_reported_with_its_name(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InvalidArgument, match=re.escape(message)) as caught:
@@ -222,7 +220,7 @@ def test_a_file_that_is_not_accepted_is_told_with_its_name(
     assert str(path) in str(caught.value)
 
 
-def test_a_variable_that_is_not_accepted_is_told_by_its_name(
+def test_an_invalid_variable_is_reported_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("A2SF_PORT", "tcp://10.0.0.7:50051")
@@ -232,7 +230,7 @@ def test_a_variable_that_is_not_accepted_is_told_by_its_name(
     assert load(["--port", "1"]).options.port == 1
 
 
-def test_a_misspelt_variable_is_noticed_and_those_of_others_are_not(
+def test_only_variables_that_nearly_match_a_setting_cause_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("A2SF_DATA_DIR", "/data")
@@ -257,7 +255,7 @@ def test_the_help_is_in_sections_with_every_flag_and_its_default(help_text: str)
     assert max(map(len, help_text.splitlines())) <= 100
 
 
-def test_every_setting_has_a_sentence_in_the_help_and_a_group(help_text: str) -> None:
+def test_every_setting_has_help_and_a_group(help_text: str) -> None:
     assert {name for group in GROUPS for name in settings.names_of(group).values()} == set(
         NAMES.values()
     )
@@ -267,7 +265,7 @@ def test_every_setting_has_a_sentence_in_the_help_and_a_group(help_text: str) ->
         assert info.description.endswith("."), name
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0

@@ -35,7 +35,7 @@ def test_a_step_bound_by_memory_takes_its_bytes_over_the_bandwidth() -> None:
     assert full_cache["step_nbytes"] == weights["nbytes"] + 10 * 1024 * 6 * 4 * 2 * 32 * 2
 
 
-def test_a_step_says_how_many_of_its_bytes_are_for_scores() -> None:
+def test_a_step_reports_its_bytes_for_scores() -> None:
     plan = planned(*SMALL, *RATES)
     this_cache, full_cache = plan["this_cache"]["pace"], plan["full_cache"]["pace"]
     # Position and score are read, the score is written: three numbers of four bytes.
@@ -64,14 +64,14 @@ def test_an_embedding_that_is_only_looked_up_is_not_read() -> None:
     assert weights["parameters"] - weights["step_parameters"] == 128256 * 4096
 
 
-def test_scoring_is_counted_beside_attention() -> None:
+def test_scoring_is_counted_separately_from_attention() -> None:
     cache = planned(*SMALL)["this_cache"]
     assert cache["scoring_multiplications"] == SLOTS
     assert cache["scoring_additions"] == 2 * SLOTS
     assert cache["attention_operations"] == ATTENTION
 
 
-def test_a_sequence_shorter_than_the_budget_holds_no_more_than_itself() -> None:
+def test_a_sequence_below_the_budget_holds_only_its_own_tokens() -> None:
     cache = planned(*SMALL, "--context", 40)["this_cache"]
     assert cache["attention_operations"] == ATTENTION * 40 // 100
 
@@ -86,7 +86,7 @@ def test_prompts_are_read_exactly_at_the_peak() -> None:
 MEASURED = (*SMALL, "--step-ms", 20, "--prefill-tokens-per-s", 1000)
 
 
-def test_a_measured_step_goes_before_the_bound_and_says_nothing_of_another_cache() -> None:
+def test_a_measured_step_replaces_the_bound_and_applies_only_to_this_cache() -> None:
     plan = planned(*MEASURED, *RATES)
     pace = plan["this_cache"]["pace"]
     assert (pace["step_s"], pace["taken_from"], pace["tokens_per_s"]) == (0.02, "measured", 500)
@@ -107,14 +107,14 @@ def test_a_measured_step_goes_before_the_bound_and_says_nothing_of_another_cache
     ids=["many requests", "few requests", "tokens"],
 )
 @pytest.mark.parametrize("utilisation", [0.5, 0.7, 1.0])
-def test_replicas_are_the_load_s_busy_seconds_over_those_that_a_replica_may_be_busy(
+def test_replicas_are_the_busy_seconds_over_the_utilisation(
     load: tuple[Any, ...], busy_s: float, utilisation: float
 ) -> None:
     pace = planned(*MEASURED, *load, "--utilisation", utilisation)["this_cache"]["pace"]
     assert pace["replicas"] == math.ceil(round(busy_s / utilisation, 9))
 
 
-def test_the_price_of_tokens_is_that_of_the_time_they_take() -> None:
+def test_the_price_of_tokens_is_the_price_of_their_time() -> None:
     price = ("--price-per-hour", 3.6, "--utilisation", 0.5)
     pace = planned(*MEASURED, *price)["this_cache"]["pace"]
     # A thousandth a second, 2 ms of it a token, at half use.
@@ -123,7 +123,7 @@ def test_the_price_of_tokens_is_that_of_the_time_they_take() -> None:
     assert pace["price_per_million"] == pytest.approx(0.001 * 0.7 / 200 / 0.5 * 1e6)
 
 
-def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
+def test_options_override_the_figures_of_a_named_gpu() -> None:
     times = planned("--budget", 100, "--gpu", "h200", "--compute", "1PFLOP/s")["times_from"]
     assert (times["bandwidth"], times["compute"]) == (4_800 * 10**9, 10**15)
     plan = planned("--budget", 100, "--gpu", "h200", "--gpu-memory", "10GiB")
@@ -159,9 +159,7 @@ def test_a_named_gpu_s_figures_may_be_said_otherwise() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_planned_is_refused_by_name(
-    arguments: tuple[Any, ...], message: str
-) -> None:
+def test_invalid_plan_options_are_refused_by_name(arguments: tuple[Any, ...], message: str) -> None:
     assert message in refused(*arguments)
 
 
@@ -180,7 +178,7 @@ def test_sizes_are_read_to_the_byte(text: str, nbytes: int) -> None:
     "text",
     ["", "80", "80gb", "80Gb", "80G", "80KB", "-1GB", "1e3GB", "80GB/s", "1_0GB", "0GB", "٣GB"],
 )
-def test_other_sizes_are_refused_with_those_accepted(text: str) -> None:
+def test_invalid_sizes_are_refused_with_the_accepted_units(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^--gpu-memory: .*accepted: .*80GB"):
         units.parse_size("--gpu-memory", text)
 
@@ -201,7 +199,7 @@ def test_a_reserve_is_a_size_or_a_share(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["100%", "-1%", "a lot", "10 percent", "10"])
-def test_other_reserves_are_refused(text: str) -> None:
+def test_invalid_reserves_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^--reserve: .*accepted"):
         units.parse_reserve("--reserve", text, 1000)
 

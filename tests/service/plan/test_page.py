@@ -37,7 +37,7 @@ def test_half_the_tokens_take_half_the_bytes_and_eight_a_slot() -> None:
     assert f"{8 / (2 * 64 * 2):.1%}" == "3.1%"
 
 
-def test_every_figure_in_the_words_is_one_of_the_outputs_or_recomputed_here() -> None:
+def test_every_figure_on_the_page_is_an_output_or_recomputed() -> None:
     plan = planned(*ONE)
     weights, times = plan["weights"], plan["times_from"]
     pace = plan["this_cache"]["pace"]
@@ -64,7 +64,7 @@ def test_reading_a_prompt_takes_nearly_as_long_as_writing_the_completion() -> No
     assert 0.8 < pace["prompt_s"] / writing_s < 1
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_links_of_the_page_resolve() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links
     for link in links:

@@ -75,7 +75,7 @@ def test_the_server_allocates_what_was_planned(
         ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),
     ],
 )
-def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
+def test_a_table_that_splits_slots_shapes_plan_and_server_alike(
     shares: tuple[tuple[float, ...], ...],
     tiny_model: LoadedModel,
     tiny_model_dir: Path,
@@ -94,7 +94,7 @@ def test_a_table_that_deals_slots_shapes_the_plan_as_it_shapes_the_server(
     assert_allocates_what_was_planned(plan)
 
 
-def test_people_read_the_slots_of_each_head_where_they_differ(
+def test_the_text_lists_the_slots_of_each_head_if_they_differ(
     tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     shares = ((0.3, 0.5), (1.0, 3.0), (7.7, 0.9))
@@ -112,7 +112,7 @@ def test_people_read_the_slots_of_each_head_where_they_differ(
     assert "Slots of a row" not in shown("--device", "cpu", "--max-batch", 2, "--budget", 640)
 
 
-def test_the_slots_of_many_heads_go_on_in_the_next_line(tmp_path: Path) -> None:
+def test_the_slots_of_many_heads_continue_on_the_next_line(tmp_path: Path) -> None:
     model = save_tiny_llama(
         tmp_path / "model", hidden_size=240, num_attention_heads=30, num_key_value_heads=30
     )
@@ -130,7 +130,7 @@ def test_the_slots_of_many_heads_go_on_in_the_next_line(tmp_path: Path) -> None:
     assert max(map(len, plan[first : first + 10])) <= 100
 
 
-def test_a_table_that_the_server_would_not_begin_with_is_refused(
+def test_a_table_that_the_server_would_refuse_is_refused(
     tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     # A budget of 24 has no room for what it protects and the newest token: 25.
@@ -184,7 +184,7 @@ def test_weights_take_the_planned_bytes_on_either_device(
         assert stored == on_cuda["weights"]["parameters"]
 
 
-def test_a_configuration_alone_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_config_json_alone_is_enough_for_a_plan(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
     sizes = ("--budget", 50, "--gpu-memory", "20MB")
     bare, whole = (planned("--model", path, *sizes) for path in (tmp_path, tiny_model_dir))
@@ -216,14 +216,14 @@ def test_reading_a_model_spec_allocates_no_data() -> None:
     assert spec.dtype == torch.bfloat16
 
 
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "truncated or damaged" in refused("--model", directory, "--budget", 8, "--max-batch", 1)
 
 
-def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
+def test_an_lm_head_that_is_stored_twice_is_reported(tmp_path: Path) -> None:
     directory = save_tiny_llama(tmp_path)
     tensors = load_file(directory / "model.safetensors")
     added("lm_head.weight", tensors["model.embed_tokens.weight"].clone())(directory)
@@ -232,7 +232,7 @@ def test_an_output_head_that_is_stored_twice_is_told(tmp_path: Path) -> None:
     assert f"{stored:,} in the files' headers" in plan
 
 
-def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
+def test_rows_fill_the_memory_beside_the_reserve() -> None:
     sizes = ("--budget", 100, "--gpu-memory", "1GB", "--reserve", "250MB")
     plan = planned(*sizes)
     memory, rows = plan["memory"], plan["this_cache"]["rows"]
@@ -244,7 +244,7 @@ def test_as_many_rows_as_fit_beside_the_reserve_and_not_one_more() -> None:
     assert f"accepted: at most {rows}" in refused(*sizes, "--max-batch", rows + 1)
 
 
-def test_the_full_cache_beside_it_holds_the_context_without_scores() -> None:
+def test_the_full_cache_holds_the_context_without_scores() -> None:
     plan = planned("--budget", 100, "--gpu-memory", "1GB", "--reserve", "0", "--context", 1000)
     full_cache, memory = plan["full_cache"], plan["memory"]
     assert full_cache["sequence_bytes"] == 1000 * 6 * 4 * 2 * 32 * 2
@@ -286,19 +286,19 @@ def test_the_plan_compares_with_a_full_cache_of_the_length_that_is_planned_for(
     assert f"  Full cache: {context:,} tokens a sequence, {words}" in shown(*EIGHT_B, *given)
 
 
-def test_a_sequence_shorter_than_the_budget_is_kept_whole_and_no_longer() -> None:
+def test_a_sequence_below_the_budget_counts_only_its_own_tokens() -> None:
     given = ("--budget", 100, "--max-batch", 1, "--context", 40)
     (line,) = [line for line in shown(*given).splitlines() if "tokens of a sequence kept" in line]
     assert line.split()[-2:] == ["40", "40"]
 
 
-def test_a_full_cache_has_the_context_of_a_model_of_less_than_the_usual_length() -> None:
+def test_a_full_cache_uses_a_short_models_whole_context() -> None:
     given = ("--budget", 100, "--gpu-memory", "1GB")
     assert planned(*given)["full_cache"]["context"] == 1024
     assert "1,024 tokens a sequence, the model's context; --context sets" in shown(*given)
 
 
-def test_a_floor_is_checked_as_the_server_does_and_goes_into_its_command() -> None:
+def test_min_budget_is_checked_like_the_server_and_added_to_the_command() -> None:
     given = ("--budget", 100, "--max-batch", 1)
     assert "--min-budget" not in planned(*given)["command"]
     plan = planned(*given, "--min-budget", 30)
@@ -309,13 +309,11 @@ def test_a_floor_is_checked_as_the_server_does_and_goes_into_its_command() -> No
     )
 
 
-def test_the_reserve_is_a_tenth_unless_it_is_said() -> None:
+def test_the_reserve_defaults_to_a_tenth() -> None:
     assert planned("--budget", 100, "--gpu-memory", "1GB")["memory"]["reserve_bytes"] == 10**8
 
 
-def test_a_plan_for_a_processor_names_the_dtype_that_it_counted(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_plan_names_its_dtype(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
     monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
     given = ("--model", tiny_model_dir, "--device", "cpu", "--budget", 8, "--max-batch", 1)

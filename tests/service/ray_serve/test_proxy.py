@@ -83,7 +83,7 @@ async def drain(call: Any) -> None:
 
 
 @pytest.mark.parametrize("ask", [generate, stream])
-async def test_a_request_that_died_with_its_replica_is_sent_again_by_the_client(
+async def test_a_request_lost_with_its_replica_is_retried_by_the_client(
     ask: Callable[[str], Awaitable[Any]],
 ) -> None:
     tries = 0
@@ -101,7 +101,7 @@ async def test_a_request_that_died_with_its_replica_is_sent_again_by_the_client(
     assert tries == 3
 
 
-async def test_a_stream_that_has_begun_ends_as_unavailable_and_is_not_begun_again() -> None:
+async def test_a_started_stream_ends_as_unavailable_and_is_not_retried() -> None:
     tries = 0
 
     async def made(context: Any) -> AsyncIterator[Any]:
@@ -120,7 +120,7 @@ async def test_a_stream_that_has_begun_ends_as_unavailable_and_is_not_begun_agai
 
 
 @pytest.mark.parametrize("ask", [generate, stream])
-async def test_a_replicas_failure_keeps_its_details_and_brings_no_message(
+async def test_a_replicas_failure_keeps_its_details_and_delivers_no_message(
     ask: Callable[[str], Awaitable[Any]],
 ) -> None:
     violations = (("input.stop", "too many"), ("input.seed", "too large"))
@@ -146,7 +146,7 @@ async def test_a_replicas_failure_keeps_its_details_and_brings_no_message(
         "/grpc.health.v1.Health/Check",
     ],
 )
-async def test_a_request_that_cannot_be_read_is_told_by_the_proxy(method: str) -> None:
+async def test_the_proxy_refuses_an_undecodable_request(method: str) -> None:
     async def made(_: Any) -> AsyncIterator[Any]:
         raise AssertionError("no replica is asked")
         yield DELTA
@@ -159,7 +159,7 @@ async def test_a_request_that_cannot_be_read_is_told_by_the_proxy(method: str) -
     assert error.field == "request"
 
 
-async def test_what_a_stream_said_before_it_failed_arrives() -> None:
+async def test_events_before_a_failure_are_delivered() -> None:
     async def made(context: Any) -> AsyncIterator[Any]:
         yield DELTA
         yield DELTA
@@ -183,7 +183,7 @@ async def test_what_a_stream_said_before_it_failed_arrives() -> None:
         (grpc.StatusCode.PERMISSION_DENIED, RemoteError),
     ],
 )
-async def test_rays_own_refusals_mean_what_they_mean_in_the_service(
+async def test_rays_own_failures_become_errors_of_the_service(
     code: grpc.StatusCode, meant: type[A2SFError]
 ) -> None:
     async def made(context: Any) -> AsyncIterator[Any]:
@@ -200,7 +200,7 @@ async def test_rays_own_refusals_mean_what_they_mean_in_the_service(
     assert "said by Ray" in str(error)
 
 
-async def test_a_replicas_not_found_stays_one() -> None:
+async def test_not_found_from_a_replica_is_unchanged() -> None:
     async def made(context: Any) -> AsyncIterator[Any]:
         fail(context, NotFound("no table"))
         yield pb.GetModelResponse()
@@ -210,7 +210,7 @@ async def test_a_replicas_not_found_stays_one() -> None:
             await client.get_model()
 
 
-async def test_a_client_that_leaves_unread_messages_behind_is_noticed_at_the_replica() -> None:
+async def test_the_replica_notices_a_client_that_leaves_with_unread_messages() -> None:
     went_on, left = asyncio.Event(), asyncio.Event()
 
     async def made(context: Any) -> AsyncIterator[Any]:
@@ -231,7 +231,7 @@ async def test_a_client_that_leaves_unread_messages_behind_is_noticed_at_the_rep
         await left.wait()
 
 
-async def test_a_client_that_does_not_read_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "STALL_TIMEOUT_S", 0.2)
     ended = False
 

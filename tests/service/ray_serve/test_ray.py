@@ -166,7 +166,7 @@ async def plain(application: Application) -> AsyncIterator[str]:
     await server.stop()
 
 
-def test_rays_processes_run_at_the_priority_of_the_program(application: Application) -> None:
+def test_ray_processes_run_at_the_priority_of_the_program(application: Application) -> None:
     niceness = application.niceness()
     kinds = {title.split(":")[2].partition(".")[0] for title in niceness}
     assert {"ServeReplica", "ProxyActor"} <= kinds
@@ -186,7 +186,7 @@ async def text_of(client: Client, prompt: str, **options: Any) -> tuple[str, Fin
     return "".join(event.text for event in said if isinstance(event, Delta)), finished
 
 
-async def test_answers_are_those_of_the_server_without_ray(client: Client, plain: str) -> None:
+async def test_responses_equal_those_of_the_server_without_ray(client: Client, plain: str) -> None:
     prompts = [f"Tom has {number} apples and eats two of them." for number in range(6)]
     options: dict[str, Any] = {"max_new_tokens": 48, "sampling": Sampling(seed=5)}
     async with Client(plain) as other:
@@ -233,7 +233,7 @@ async def test_both_replicas_work_at_once_and_ray_queues_what_they_cannot_hold(
     assert {one[0][0] for one in workers} == application.replicas()
 
 
-async def test_errors_are_those_of_the_server_without_ray(
+async def test_errors_equal_those_of_the_server_without_ray(
     application: Application, plain: str
 ) -> None:
     none = pb.GenerationInput()
@@ -278,7 +278,7 @@ async def test_errors_are_those_of_the_server_without_ray(
     assert sum(b"made-up" in trailers[DETAILS_KEY] for _, _, trailers in ours) == 2
 
 
-async def test_leaving_ends_the_completion(application: Application, client: Client) -> None:
+async def test_cancelling_ends_the_completion(application: Application, client: Client) -> None:
     async with aclosing(client.stream_generate("x", request_id="left", **LONG)) as events:
         await anext(events)
     asking = asyncio.create_task(client.generate("x", request_id="cancelled", **LONG))
@@ -291,7 +291,7 @@ async def test_leaving_ends_the_completion(application: Application, client: Cli
         assert [outcome for _, outcome in application.answered(name)] == ["CANCELLED"]
 
 
-async def test_health_is_told_of_each_service(application: Application) -> None:
+async def test_health_reports_each_service(application: Application) -> None:
     async with grpc.aio.insecure_channel(application.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", "a2sf.inference.v1.InferenceService", "a2sf.inference.v1.ModelService"):

@@ -77,7 +77,7 @@ def test_every_rpc_of_its_services_has_a_method_as_ray_calls_it() -> None:
             assert inspect.isasyncgenfunction(handler) == method.server_streaming
 
 
-async def test_a_crashed_engine_is_told_to_ray_sends_calls_elsewhere_and_ends_the_process(
+async def test_a_crashed_engine_fails_the_health_check_refuses_calls_and_ends_the_process(
     long_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exits: list[int] = []
@@ -127,7 +127,7 @@ async def test_leaving_a_stream_frees_its_row(long_model_dir: Path, leave: str) 
         assert replica._backend.gate.num_calls == 0
 
 
-async def test_a_stream_that_cannot_be_ends_with_its_status_beside_an_empty_message(
+async def test_a_refused_stream_ends_with_its_status_and_an_empty_message(
     long_model_dir: Path,
 ) -> None:
     async with made(long_model_dir) as replica:
@@ -139,7 +139,7 @@ async def test_a_stream_that_cannot_be_ends_with_its_status_beside_an_empty_mess
         assert DETAILS_KEY in context.trailers
 
 
-async def test_calls_need_a_token_where_there_is_a_file_and_health_needs_none(
+async def test_calls_need_a_token_if_there_is_a_token_file_and_health_needs_none(
     long_model_dir: Path, tmp_path: Path
 ) -> None:
     token = "inference-token-0123456789"
@@ -168,7 +168,7 @@ async def test_calls_need_a_token_where_there_is_a_file_and_health_needs_none(
         assert await health(replica) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_an_application_says_how_much_a_replica_can_hold() -> None:
+def test_an_application_sets_the_capacity_of_a_replica() -> None:
     application = pytest.importorskip("service.ray_serve.application")
     options = RayOptions.model_validate(
         {"max_batch": "3", "max_waiting": "4", "num_gpus": "0.5", "insecure_bind": "true"}
@@ -179,7 +179,7 @@ def test_an_application_says_how_much_a_replica_can_hold() -> None:
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_a_setting_that_means_nothing_under_ray_is_refused_by_name(field: str) -> None:
+def test_a_setting_without_meaning_under_ray_is_refused_by_name(field: str) -> None:
     value = RayOptions.model_construct().model_dump()[field]
     options = RayOptions.model_construct(**{field: value, "insecure_bind": True})
     with pytest.raises(InvalidArgument, match="not accepted under Ray Serve") as caught:
@@ -187,7 +187,7 @@ def test_a_setting_that_means_nothing_under_ray_is_refused_by_name(field: str) -
     assert caught.value.field == flag(NAMES[field])
 
 
-def test_it_is_said_that_rays_port_is_open_to_all() -> None:
+def test_insecure_bind_is_required_under_ray() -> None:
     with pytest.raises(InvalidArgument, match="every address") as caught:
         RayOptions().check()
     assert caught.value.field == "--insecure-bind"

@@ -99,7 +99,7 @@ async def method_of(client: Client) -> str:
     return answer.started.table_name or answer.started.method
 
 
-async def test_the_activated_table_is_that_of_requests_that_name_no_method(
+async def test_requests_that_name_no_method_use_the_activated_table(
     start_server: StartServer, directory: Path
 ) -> None:
     server, client, _ = await start_server(tables=directory)
@@ -148,7 +148,7 @@ async def test_a_table_that_cannot_be_the_default_is_not_activated(
     assert server.core.tables.now is before
 
 
-async def test_the_default_of_the_start_can_be_activated_again(
+async def test_the_first_default_table_can_be_activated_again(
     start_server: StartServer, directory: Path, identity: ModelIdentity
 ) -> None:
     shares = (4.0, 1.0, 1.0)
@@ -163,7 +163,7 @@ async def test_the_default_of_the_start_can_be_activated_again(
         assert second.default_table == "ratio"
 
 
-async def test_a_reload_tells_what_changed_and_the_bad_files(
+async def test_a_reload_lists_changes_and_refused_files(
     start_server: StartServer, directory: Path, identity: ModelIdentity
 ) -> None:
     server, client, _ = await start_server(tables=directory)
@@ -208,7 +208,7 @@ def tokens(events: list[StreamEvent]) -> list[int]:
     return [token for event in events if isinstance(event, Delta) for token in event.token_ids]
 
 
-async def test_a_request_under_way_keeps_its_table_when_the_file_changes(
+async def test_a_running_request_keeps_its_table_when_the_file_changes(
     start_server: StartServer, directory: Path, identity: ModelIdentity
 ) -> None:
     server, client, _ = await start_server(tables=directory)
@@ -241,7 +241,7 @@ async def test_a_request_under_way_keeps_its_table_when_the_file_changes(
     assert tokens(later) != tokens(undisturbed)[:40], "the tables differ in what they keep"
 
 
-async def test_a_default_table_that_changes_is_told_as_the_new_default_policy(
+async def test_a_changed_default_table_logs_the_new_default_policy(
     start_server: StartServer, directory: Path, identity: ModelIdentity
 ) -> None:
     server, _, _ = await start_server(tables=directory, default_table="one", watch_tables=False)
@@ -257,7 +257,7 @@ async def test_a_default_table_that_changes_is_told_as_the_new_default_policy(
         assert line["policy"].endswith(", budget 13 tokens")
 
 
-async def test_requests_are_ended_by_id_or_all_at_once(start_server: StartServer) -> None:
+async def test_requests_are_aborted_by_id_or_all_together(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_batch=3)
 
     async def ended(name: str) -> str:
@@ -281,7 +281,7 @@ async def test_requests_are_ended_by_id_or_all_at_once(start_server: StartServer
                 await admin.abort(*ids, everything=everything)
 
 
-async def test_the_load_tells_what_is_taken_of_what_there_is(start_server: StartServer) -> None:
+async def test_the_load_gives_usage_and_limits(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_batch=1, max_waiting=3)
     slab = server.core.engine.kv_slab_bytes
     async with administering(server) as admin:

@@ -128,7 +128,7 @@ async def test_a_stream_is_refused_before_its_first_message(
 
 
 @pytest.mark.parametrize("token", [TOKEN, SECOND])
-async def test_each_token_of_the_file_opens_every_kind_of_call(
+async def test_every_token_of_the_file_allows_every_kind_of_call(
     token: str, start_server: StartServer, tokens: Path
 ) -> None:
     _, _, address = await start_server(token_file=tokens)
@@ -157,7 +157,7 @@ async def test_each_token_of_the_file_opens_every_kind_of_call(
         (["Bearer # of the tests"], "does not accept"),
     ],
 )
-async def test_a_header_of_another_form_is_refused(
+async def test_a_malformed_authorization_header_is_refused(
     values: list[str], message: str, start_server: StartServer, tokens: Path
 ) -> None:
     _, _, address = await start_server(token_file=tokens)
@@ -167,7 +167,7 @@ async def test_a_header_of_another_form_is_refused(
         assert await describe(channel, (("authorization", f"bearer {TOKEN}"),))
 
 
-async def test_health_is_open_to_all(
+async def test_health_needs_no_token(
     start_server: StartServer, tokens: Path, admin_tokens: Path
 ) -> None:
     server, _, address = await start_server(
@@ -181,7 +181,7 @@ async def test_health_is_open_to_all(
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_large_request_is_refused_as_clearly_as_a_small_one(
+async def test_large_and_small_requests_without_a_token_get_the_same_error(
     start_server: StartServer, tokens: Path
 ) -> None:
     _, _, address = await start_server(token_file=tokens)
@@ -191,7 +191,7 @@ async def test_a_large_request_is_refused_as_clearly_as_a_small_one(
         assert "needs a bearer token" in await refusal(call)
 
 
-async def test_each_port_has_tokens_and_services_of_its_own(
+async def test_each_port_has_separate_tokens_and_services(
     start_server: StartServer, tokens: Path, admin_tokens: Path
 ) -> None:
     server, _, address = await start_server(
@@ -221,7 +221,7 @@ async def test_each_port_has_tokens_and_services_of_its_own(
         }
 
 
-async def test_a_changed_file_counts_without_a_restart(
+async def test_a_changed_token_file_is_used_without_a_restart(
     start_server: StartServer, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "CHECK_S", 0.0)
@@ -234,7 +234,7 @@ async def test_a_changed_file_counts_without_a_restart(
 
 
 @pytest.mark.parametrize("text", ["", "# none\n", "short\n", None])
-def test_a_file_that_became_bad_is_told_once_and_changes_nothing(
+def test_an_invalid_new_token_file_is_logged_once_and_changes_nothing(
     text: str | None, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "CHECK_S", 0.0)
@@ -252,7 +252,7 @@ def test_a_file_that_became_bad_is_told_once_and_changes_nothing(
     assert not file.accepts(TOKEN)
 
 
-def test_the_file_is_looked_at_once_a_second_at_most(
+def test_the_token_file_is_checked_at_most_once_a_second(
     tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -276,7 +276,7 @@ def test_the_file_is_looked_at_once_a_second_at_most(
         ("x" * (files.MAX_FILE_BYTES + 1), "larger than"),
     ],
 )
-def test_a_file_without_good_tokens_is_refused_at_the_start(
+def test_a_file_without_valid_tokens_fails_the_start(
     text: str, message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "tokens", text)
@@ -288,7 +288,7 @@ def test_a_file_without_good_tokens_is_refused_at_the_start(
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a directory", "a pipe"])
-def test_what_is_no_regular_file_is_refused_at_the_start(kind: str, tmp_path: Path) -> None:
+def test_a_token_file_must_be_a_regular_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     if kind == "a directory":
         path.mkdir()
@@ -298,7 +298,7 @@ def test_what_is_no_regular_file_is_refused_at_the_start(kind: str, tmp_path: Pa
         TokenFile(path, "--token-file")
 
 
-def test_a_file_that_others_can_read_is_warned_of(tokens: Path) -> None:
+def test_a_token_file_that_others_can_read_causes_a_warning(tokens: Path) -> None:
     with capture_logs() as logs:
         TokenFile(tokens, "--token-file")
     assert logs == []
@@ -308,7 +308,7 @@ def test_a_file_that_others_can_read_is_warned_of(tokens: Path) -> None:
     assert [line["event"] for line in logs] == ["token file can be read by other users"]
 
 
-async def test_neither_tokens_nor_what_was_sent_is_logged(
+async def test_tokens_and_credentials_are_never_logged(
     start_server: StartServer, tokens: Path
 ) -> None:
     with capture_logs() as logs:
@@ -323,7 +323,7 @@ async def test_neither_tokens_nor_what_was_sent_is_logged(
 
 
 @pytest.mark.parametrize("insecure", [True, False])
-async def test_tokens_in_plain_text_beyond_this_machine_are_warned_of(
+async def test_tokens_in_plain_text_on_a_network_cause_a_warning(
     insecure: bool, start_server: StartServer, tokens: Path
 ) -> None:
     host = "0.0.0.0" if insecure else "127.0.0.1"

@@ -30,7 +30,7 @@ def values(enum: Any) -> set[str]:
     return set(enum.DESCRIPTOR.values_by_name)
 
 
-def test_the_generated_code_is_what_the_contract_generates(tmp_path: Path) -> None:
+def test_the_committed_code_equals_the_generated_code(tmp_path: Path) -> None:
     generate(tmp_path)
     fresh = {p.name: p.read_text() for p in (tmp_path / "service" / "pb").iterdir()}
     committed = {name: (ROOT / "service" / "pb" / name).read_text() for name in fresh}
@@ -45,14 +45,14 @@ def test_the_contract_names_the_code_that_is_generated_from_it() -> None:
     assert options.java_outer_classname == "InferenceProto"
 
 
-def test_the_library_of_reflection_still_has_no_v1_as_the_clients_page_says() -> None:
+def test_the_reflection_library_has_no_v1_as_the_clients_page_says() -> None:
     # Once it has one, serve it too and change the page.
     assert find_spec("grpc_reflection.v1alpha") is not None
     assert find_spec("grpc_reflection.v1") is None
     assert "no `v1`" in (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
-def test_every_rpc_has_a_handler_of_its_own_and_a_client_method() -> None:
+def test_every_rpc_has_a_handler_and_a_client_method() -> None:
     services = pb.DESCRIPTOR.services_by_name
     assert set(services) == set(SERVICERS)
     for name, service in services.items():
@@ -65,7 +65,7 @@ def test_every_rpc_has_a_handler_of_its_own_and_a_client_method() -> None:
                 assert callable(getattr(client, snake, None)), f"{client} has no {snake}"
 
 
-def test_the_policy_s_fields_are_named_alike_on_the_wire_and_in_the_core() -> None:
+def test_policy_fields_have_the_same_names_on_the_wire_and_in_the_core() -> None:
     assert {f.name for f in pb.CachePolicy.DESCRIPTOR.fields} == set(CachePolicy.model_fields)
     # In the order in which the filters apply, which both promise.
     sampling = [f.name for f in pb.Sampling.DESCRIPTOR.fields]
@@ -79,7 +79,7 @@ def test_every_preset_and_finish_reason_is_on_the_wire() -> None:
     assert reasons - {"UNSPECIFIED"} == {reason.name for reason in FinishReason}
 
 
-def test_a_request_s_number_has_presence_unless_zero_is_its_default() -> None:
+def test_numbers_of_a_request_have_presence_unless_zero_is_the_default() -> None:
     # The core's own default is zero for these, so that "not set" and 0 mean the same.
     zero = {"top_k", "min_p"}
     for message in (pb.CachePolicy, pb.Sampling):

@@ -54,7 +54,7 @@ def policies(draw: st.DrawFn) -> CachePolicy:
 
 
 @given(policies())
-def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
+def test_a_policy_survives_the_round_trip(policy: CachePolicy) -> None:
     sent = pb.CachePolicy.FromString(policy_to_message(policy).SerializeToString())
     assert policy_from_message(sent) == policy
 
@@ -70,7 +70,7 @@ def test_a_policy_is_read_back_as_it_was_written(policy: CachePolicy) -> None:
         seed=st.none() | st.integers(0, 2**63 - 1),
     )
 )
-def test_what_a_client_asks_is_what_the_engine_is_told(
+def test_the_engine_gets_what_the_client_requested(
     tiny_model: LoadedModel, sampling: Sampling
 ) -> None:
     message = client_requests.generation_input(
@@ -85,7 +85,7 @@ def test_what_a_client_asks_is_what_the_engine_is_told(
     assert (request.stop, request.stop_token_ids, request.ignore_eos) == (("a",), (0,), True)
 
 
-def test_a_table_s_typed_fields_and_its_json_tell_the_same(tiny_model: LoadedModel) -> None:
+def test_a_tables_typed_fields_equal_its_json(tiny_model: LoadedModel) -> None:
     shares = ((0.25, 0.75), (5.0, 1.0), (1.0, 1.0))
     table = make_table(tiny_model.identity, budget=None, budget_ratio=0.25, head_share=shares)
     message = descriptions.table_message(table)
@@ -108,7 +108,7 @@ heads = st.lists(
 )
 
 
-def test_a_table_tells_what_its_heads_would_keep_small_shares_lifted(
+def test_a_table_lists_head_budgets_with_small_shares_raised(
     tiny_model: LoadedModel,
 ) -> None:
     shares = ((9.0, 1.0), (1.0, 1.0), (1.0, 1.0))
@@ -148,7 +148,7 @@ def test_the_budget_and_window_of_each_head_reach_the_client(
     assert (read.budget, read.recent) == (7, 3)
 
 
-def test_a_server_that_tells_layers_alone_is_understood(tiny_model: LoadedModel) -> None:
+def test_a_response_with_only_layer_slots_is_understood(tiny_model: LoadedModel) -> None:
     identity = descriptions.identity_message(tiny_model.identity)
     observed = pb.GetModelResponse(model=identity, layer_slots=[40, 8, 8])
     observed.default_cache_policy.preset = pb.CACHE_PRESET_H2O

@@ -148,12 +148,12 @@ TRAPS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_a_trap_for_readers_of_json_catches_nothing(name: str) -> None:
+def test_json_traps_are_refused_or_read_correctly(name: str) -> None:
     table_target(TRAPS[name])
 
 
 @pytest.mark.parametrize("document", TABLES, ids=lambda table: table["name"])
-def test_a_table_with_any_value_replaced_by_any_odd_one(document: dict[str, Any]) -> None:
+def test_a_table_with_a_replaced_value_is_accepted_or_refused(document: dict[str, Any]) -> None:
     whole = deepcopy(document)
     for holder, key in list(sources(whole)):
         right = holder[key]
@@ -165,19 +165,19 @@ def test_a_table_with_any_value_replaced_by_any_odd_one(document: dict[str, Any]
 
 @settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(data=requests())
-def test_a_request_that_is_nearly_right_is_taken_or_refused(data: bytes) -> None:
+def test_a_nearly_valid_request_is_accepted_or_refused(data: bytes) -> None:
     request_target(data)
 
 
 @settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(data=tables())
-def test_a_table_that_is_nearly_right_is_taken_or_refused(data: bytes) -> None:
+def test_a_nearly_valid_table_is_accepted_or_refused(data: bytes) -> None:
     table_target(data)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @given(data=st.binary(max_size=200))
-def test_random_bytes_are_taken_or_refused(target: str, data: bytes) -> None:
+def test_random_bytes_are_accepted_or_refused(target: str, data: bytes) -> None:
     TARGETS[target](data)
 
 
@@ -221,7 +221,7 @@ def examples(strategy: SearchStrategy[bytes], count: int) -> list[bytes]:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_hundred_thousand_cases_that_coverage_leads_to(target: str, tmp_path: Path) -> None:
+def test_coverage_guided_inputs_are_accepted_or_refused(target: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris is not installed; it fuzzes by coverage")
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -13,7 +13,7 @@ from service.rpc.gate import Gate
 WAIT_S = 20.0
 
 
-def test_a_gate_is_closed_until_opened_and_says_why() -> None:
+def test_a_gate_is_closed_with_a_reason_until_it_is_opened() -> None:
     gate = Gate()
     assert gate.capacity == 0
     with pytest.raises(Unavailable, match="starting"), gate.enter():
@@ -28,7 +28,7 @@ def test_a_gate_is_closed_until_opened_and_says_why() -> None:
     assert gate.num_calls == 0
 
 
-def test_completions_beyond_the_capacity_are_refused_with_the_figures() -> None:
+def test_completions_above_the_capacity_are_refused_with_the_numbers() -> None:
     gate = Gate()
     gate.open(2)
     with gate.enter(), gate.admit():
@@ -45,14 +45,14 @@ def test_completions_beyond_the_capacity_are_refused_with_the_figures() -> None:
     assert (gate.num_calls, gate.admitted) == (0, 0)
 
 
-def test_calls_that_make_no_completion_need_no_place() -> None:
+def test_calls_without_a_completion_need_no_place() -> None:
     gate = Gate()
     gate.open(1)
     with gate.enter(), gate.admit(), gate.enter(), gate.enter():
         assert (gate.num_calls, gate.admitted) == (3, 1)
 
 
-def test_a_closed_gate_still_admits_who_is_inside() -> None:
+def test_a_running_call_can_still_be_admitted_after_the_gate_closes() -> None:
     gate = Gate()
     gate.open(1)
     with gate.enter():
@@ -61,7 +61,7 @@ def test_a_closed_gate_still_admits_who_is_inside() -> None:
             assert gate.admitted == 1
 
 
-def test_a_place_is_free_again_however_its_holder_ends() -> None:
+def test_a_place_is_freed_for_every_outcome() -> None:
     gate = Gate()
     gate.open(1)
     for error in (RuntimeError, asyncio.CancelledError):
@@ -70,7 +70,7 @@ def test_a_place_is_free_again_however_its_holder_ends() -> None:
         assert (gate.num_calls, gate.admitted) == (0, 0)
 
 
-async def test_emptied_waits_for_the_last_call_inside() -> None:
+async def test_wait_until_empty_waits_for_the_last_call() -> None:
     gate = Gate()
     gate.open(1)
     async with asyncio.timeout(WAIT_S):
@@ -85,9 +85,7 @@ async def test_emptied_waits_for_the_last_call_inside() -> None:
 
 
 @given(st.integers(1, 4), st.lists(st.sampled_from(["call", "make", "leave"])))
-def test_never_more_than_the_capacity_and_nobody_is_refused_below_it(
-    capacity: int, moves: list[str]
-) -> None:
+def test_calls_are_refused_only_at_the_capacity(capacity: int, moves: list[str]) -> None:
     gate = Gate()
     gate.open(capacity)
     inside: list[tuple[str, ExitStack]] = []

@@ -35,7 +35,7 @@ def idle(server: Server) -> bool:
     return not engine.running and not engine.waiting and not server.num_calls
 
 
-async def test_a_stream_is_started_then_grows_then_finishes_once(
+async def test_a_stream_has_one_start_then_deltas_then_one_finish(
     start_server: StartServer,
 ) -> None:
     server, client, _ = await start_server()
@@ -66,7 +66,7 @@ async def test_a_stream_is_started_then_grows_then_finishes_once(
     await until(lambda: idle(server))
 
 
-async def test_the_whole_answer_is_what_the_stream_says(start_server: StartServer) -> None:
+async def test_generate_returns_what_the_stream_delivers(start_server: StartServer) -> None:
     _, client, _ = await start_server()
     options: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(seed=3)}
     whole = await client.generate("One, two", **options)
@@ -101,7 +101,7 @@ async def test_requests_of_different_policies_share_a_batch(start_server: StartS
     assert together == alone
 
 
-async def test_token_ids_as_the_prompt_are_taken_as_they_are(start_server: StartServer) -> None:
+async def test_token_id_prompts_are_used_unchanged(start_server: StartServer) -> None:
     server, client, _ = await start_server()
     text = "As they are"
     by_text = await client.generate(text, max_new_tokens=4, sampling=GREEDY)
@@ -131,7 +131,7 @@ async def test_leaving_a_stream_frees_its_row(start_server: StartServer) -> None
     await client.generate("y", max_new_tokens=2, timeout_s=WAIT_S)
 
 
-async def test_a_cancelled_whole_answer_frees_its_row(start_server: StartServer) -> None:
+async def test_a_cancelled_generate_call_frees_its_row(start_server: StartServer) -> None:
     server, client, _ = await start_server(max_batch=1)
     call = asyncio.create_task(client.generate("x", **ENDLESS))
     await until(lambda: server.core.engine.running == 1)
@@ -141,7 +141,7 @@ async def test_a_cancelled_whole_answer_frees_its_row(start_server: StartServer)
     await until(lambda: idle(server))
 
 
-async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_the_place(
+async def test_few_prompts_are_prepared_together_and_a_cancelled_one_keeps_its_place_until_done(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client, _ = await start_server(max_batch=2, max_waiting=6)
@@ -173,7 +173,7 @@ async def test_prompts_are_read_a_few_at_a_time_and_who_leaves_meanwhile_keeps_t
 
 
 @pytest.mark.parametrize("asked", [True, False])
-async def test_prompts_and_completions_are_logged_only_when_asked(
+async def test_prompts_and_completions_are_logged_only_with_log_prompts(
     asked: bool, start_server: StartServer
 ) -> None:
     with capture_logs() as logs:
@@ -204,14 +204,14 @@ async def test_prompts_and_completions_are_logged_only_when_asked(
     assert "prompts and completions are logged" in {line["event"] for line in logs}
 
 
-async def test_a_deadline_is_kept_and_frees_the_row(start_server: StartServer) -> None:
+async def test_a_passed_deadline_ends_the_call_and_frees_the_row(start_server: StartServer) -> None:
     server, client, _ = await start_server()
     with pytest.raises(RemoteError, match=r"deadline of 0\.3 s"):
         await read(client.stream_generate("x", timeout_s=0.3, **ENDLESS))
     await until(lambda: idle(server))
 
 
-async def test_an_id_under_way_is_refused_and_free_again_afterwards(
+async def test_the_id_of_a_running_request_is_refused_until_it_ends(
     start_server: StartServer,
 ) -> None:
     server, client, _ = await start_server()
@@ -227,7 +227,7 @@ async def test_an_id_under_way_is_refused_and_free_again_afterwards(
     await client.generate("x", max_new_tokens=1, request_id="twin")
 
 
-async def test_no_room_is_told_before_anything_else_with_when_to_come_back(
+async def test_a_full_server_refuses_first_with_a_retry_delay(
     start_server: StartServer,
 ) -> None:
     server, client, address = await start_server(max_batch=1, max_waiting=1)
@@ -349,7 +349,7 @@ async def test_an_unknown_table_is_not_found(start_server: StartServer) -> None:
         await client.generate("x", max_new_tokens=1, cache_policy=CachePolicy(table="mathqa"))
 
 
-async def test_a_storm_of_requests_some_left_early_leaves_nothing_behind(
+async def test_many_requests_with_early_cancels_leave_no_state(
     start_server: StartServer,
 ) -> None:
     server, client, _ = await start_server(max_batch=4, max_waiting=64)

@@ -46,7 +46,7 @@ async def last(call: Any) -> Any:
     return message
 
 
-async def test_pings_of_each_second_are_taken_while_a_request_waits(
+async def test_a_ping_per_second_is_allowed_while_a_request_waits(
     start_server: StartServer,
 ) -> None:
     """Nothing is sent to it meanwhile, so that nothing excuses the pings."""
@@ -60,7 +60,7 @@ async def test_pings_of_each_second_are_taken_while_a_request_waits(
         running.cancel()
 
 
-async def test_pings_are_taken_while_tokens_flow(start_server: StartServer) -> None:
+async def test_pings_are_allowed_while_tokens_flow(start_server: StartServer) -> None:
     """What is sent to a client excuses its pings."""
     _, _, address = await start_server()
     async with pinging(address, 1000) as stub:
@@ -69,7 +69,7 @@ async def test_pings_are_taken_while_tokens_flow(start_server: StartServer) -> N
     assert finished.usage.completion_tokens > LASTS_S
 
 
-async def test_a_flood_of_pings_ends_its_connection_alone(start_server: StartServer) -> None:
+async def test_a_flood_of_pings_closes_only_its_connection(start_server: StartServer) -> None:
     server, _, address = await start_server(max_batch=1)
     async with pinging(address, 1000) as other:
         running = other.StreamGenerate(request(time_limit_seconds=WAIT_S), timeout=WAIT_S)

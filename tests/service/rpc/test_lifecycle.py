@@ -88,7 +88,7 @@ async def test_the_model_is_described(start_server: StartServer) -> None:
     assert (described.dtype, described.device) == ("float32", "cpu")
 
 
-async def test_draining_refuses_new_calls_and_lets_running_ones_finish(
+async def test_draining_refuses_new_calls_and_finishes_running_ones(
     start_server: StartServer,
 ) -> None:
     server, client, address = await start_server()
@@ -106,7 +106,7 @@ async def test_draining_refuses_new_calls_and_lets_running_ones_finish(
         await draining
 
 
-async def test_while_it_settles_new_calls_are_taken_though_health_says_no(
+async def test_new_calls_are_accepted_while_the_server_settles(
     start_server: StartServer,
 ) -> None:
     server, client, address = await start_server()
@@ -122,7 +122,7 @@ async def test_while_it_settles_new_calls_are_taken_though_health_says_no(
             await client.generate("y", max_new_tokens=1)
 
 
-async def test_the_metrics_tell_what_is_served_and_how_much_is_taken(
+async def test_the_metrics_give_model_load_and_limits(
     start_server: StartServer,
 ) -> None:
     server, client, _ = await start_server(metrics_port=0)
@@ -146,7 +146,7 @@ async def test_the_metrics_tell_what_is_served_and_how_much_is_taken(
 
 
 @pytest.mark.parametrize("watched", [True, False])
-async def test_the_directory_of_tables_is_watched_unless_told_otherwise(
+async def test_the_directory_of_tables_is_watched_by_default(
     watched: bool, start_server: StartServer, tmp_path: Path
 ) -> None:
     server, _, _ = await start_server(tables=tmp_path, watch_tables=watched)
@@ -159,7 +159,7 @@ async def test_the_directory_of_tables_is_watched_unless_told_otherwise(
             await asyncio.sleep(0.01)
 
 
-async def test_a_watch_that_failed_is_told_once_and_does_not_keep_the_server_from_its_end(
+async def test_a_failed_watch_is_logged_once_and_does_not_block_shutdown(
     start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> None:
@@ -182,14 +182,16 @@ async def test_a_server_that_never_served_does_not_settle(long_model_dir: Path) 
     await server.stop()
 
 
-async def test_a_request_larger_than_is_read_is_refused(start_server: StartServer) -> None:
+async def test_a_request_above_max_message_bytes_is_refused(start_server: StartServer) -> None:
     _, client, _ = await start_server(max_message_bytes=10_000)
     assert await client.tokenize("x" * 5_000)
     with pytest.raises(A2SFError, match="larger than max"):
         await client.tokenize("x" * 20_000)
 
 
-async def test_a_taken_admin_port_is_told_by_its_flag(long_model_dir: Path, tmp_path: Path) -> None:
+async def test_an_admin_port_in_use_is_refused_by_its_flag(
+    long_model_dir: Path, tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("admin-token-0123456789\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -201,7 +203,7 @@ async def test_a_taken_admin_port_is_told_by_its_flag(long_model_dir: Path, tmp_
         await server.stop()
 
 
-async def test_what_does_not_finish_within_the_grace_ends_as_unavailable(
+async def test_calls_that_exceed_the_grace_end_as_unavailable(
     start_server: StartServer,
 ) -> None:
     server, client, _ = await start_server()
@@ -215,7 +217,7 @@ async def test_what_does_not_finish_within_the_grace_ends_as_unavailable(
         await stopping
 
 
-async def test_an_open_health_watch_is_told_and_does_not_hold_the_shutdown(
+async def test_an_open_health_watch_is_notified_and_does_not_delay_shutdown(
     start_server: StartServer,
 ) -> None:
     server, _, address = await start_server()
@@ -235,7 +237,7 @@ async def test_an_open_health_watch_is_told_and_does_not_hold_the_shutdown(
         assert await after is grpc.aio.EOF
 
 
-async def test_the_engine_s_death_fails_calls_opaquely_and_is_told(
+async def test_an_engine_crash_fails_calls_as_internal_and_is_reported(
     start_server: StartServer,
 ) -> None:
     broken = asyncio.Event()
@@ -273,12 +275,12 @@ async def test_a_second_server_cannot_take_the_same_port(start_server: StartServ
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.invalid"])
-def test_plain_text_stays_on_this_machine_unless_told_otherwise(host: str) -> None:
+def test_plain_text_needs_loopback_or_insecure_bind(host: str) -> None:
     with pytest.raises(InvalidArgument, match="--insecure-bind"):
         _ = ServerOptions(host=host).address
     assert ServerOptions(host=host, insecure_bind=True).address.endswith(":50051")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_needs_no_leave(host: str) -> None:
+def test_loopback_needs_no_insecure_bind(host: str) -> None:
     assert ServerOptions(host=host).address.endswith(":50051")

@@ -50,7 +50,7 @@ def details(status: WireStatus) -> status_pb2.Status:
 
 
 @pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)
-def test_an_error_comes_back_as_the_class_and_words_it_was(error: errors.A2SFError) -> None:
+def test_an_error_arrives_with_the_same_class_and_message(error: errors.A2SFError) -> None:
     back = from_wire(over_the_wire(to_wire(error, "r1")))
     assert isinstance(back, type(error))
     assert str(back) == str(error)
@@ -59,12 +59,12 @@ def test_an_error_comes_back_as_the_class_and_words_it_was(error: errors.A2SFErr
         assert back.violations == error.violations
 
 
-def test_every_class_of_the_tree_has_a_row() -> None:
+def test_every_error_class_has_a_status() -> None:
     # Several violations go by the row of one.
     assert {type(error) for error in every_error()} - {InvalidRequest} == set(CODES)
 
 
-def test_an_unknown_error_is_opaque_to_the_client_and_whole_in_the_log() -> None:
+def test_an_unknown_error_is_hidden_from_the_client_and_logged() -> None:
     cause = RuntimeError("secret of the house")
     with capture_logs() as lines:
         status = to_wire(cause, "r7")
@@ -77,7 +77,7 @@ def test_an_unknown_error_is_opaque_to_the_client_and_whole_in_the_log() -> None
     assert type(from_wire(over_the_wire(status))) is RemoteError
 
 
-def test_whatever_a_caller_sent_the_status_fits_into_trailers() -> None:
+def test_a_status_always_fits_into_the_trailers() -> None:
     long = "ß" * 100_000
     violations = [(f"{long}[{number}]", long) for number in range(1000)]
     for error in (errors.NotFound(long), InvalidRequest(violations)):
@@ -89,14 +89,14 @@ def test_whatever_a_caller_sent_the_status_fits_into_trailers() -> None:
     assert "and 996 more" in repr(details(status))
 
 
-def test_no_room_tells_when_to_come_back() -> None:
+def test_resource_exhausted_carries_a_retry_delay() -> None:
     status = to_wire(errors.ResourceExhausted("full"), "r1")
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in details(status).details)
     assert retry.retry_delay.ToMilliseconds() == int(dict(status.trailers)[PUSHBACK_KEY])
 
 
-def test_every_bad_field_is_told_at_once() -> None:
+def test_all_invalid_fields_are_reported_together() -> None:
     with pytest.raises(InvalidRequest) as caught, field_prefix("input.cache_policy"):
         CachePolicy(alpha=1.5, budget=0)
     back = from_wire(over_the_wire(to_wire(caught.value, "r1")))
@@ -107,11 +107,11 @@ def test_every_bad_field_is_told_at_once() -> None:
     }
 
 
-def test_a_deadline_is_told_with_its_length() -> None:
+def test_a_passed_deadline_is_reported_with_its_length() -> None:
     late = over_the_wire(WireStatus(grpc.StatusCode.DEADLINE_EXCEEDED, "", ()))
     assert "1.5 s" in str(from_wire(late, 1.5))
 
 
-def test_a_status_of_another_origin_is_read_by_its_code() -> None:
+def test_a_status_from_elsewhere_is_converted_by_its_code() -> None:
     refused = over_the_wire(WireStatus(grpc.StatusCode.UNAVAILABLE, "no connection", ()))
     assert isinstance(from_wire(refused), errors.Unavailable)

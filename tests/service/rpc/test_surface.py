@@ -66,7 +66,7 @@ def chat(*messages: tuple[str, str]) -> pb.ChatMessages:
     return pb.ChatMessages(messages=[pb.ChatMessage(role=r, content=c) for r, c in messages])
 
 
-async def test_logprobs_come_with_every_token_of_stream_and_whole_answer(serve: Serve) -> None:
+async def test_streams_and_whole_responses_have_logprobs_for_every_token(serve: Serve) -> None:
     stub = await serve()
     output = pb.OutputOptions(token_ids=True, logprobs=True, top_logprobs=3)
     message = greedy(text="How likely", output=output)
@@ -89,7 +89,7 @@ async def test_logprobs_come_with_every_token_of_stream_and_whole_answer(serve: 
     assert [one for delta in deltas for one in delta.logprobs] == list(answer.logprobs)
 
 
-async def test_nothing_is_sent_that_was_not_asked_for(serve: Serve) -> None:
+async def test_optional_fields_are_sent_only_on_request(serve: Serve) -> None:
     answer = await whole(await serve(), greedy(text="Plain"))
     assert not answer.token_ids
     assert not answer.logprobs
@@ -98,7 +98,7 @@ async def test_nothing_is_sent_that_was_not_asked_for(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("given", ["text", "token_ids"])
-async def test_the_echo_is_the_prompt_as_it_was_read(serve: Serve, given: str) -> None:
+async def test_the_echo_is_the_prompt_as_the_model_reads_it(serve: Serve, given: str) -> None:
     stub = await serve()
     text = "Écho?"
     ids = list((await stub.Tokenize(pb.TokenizeRequest(text=text), timeout=WAIT_S)).token_ids)
@@ -111,7 +111,7 @@ async def test_the_echo_is_the_prompt_as_it_was_read(serve: Serve, given: str) -
     assert answer.started.prompt_tokens == len(ids)
 
 
-async def test_an_echo_does_not_hide_that_a_token_id_is_unknown(serve: Serve) -> None:
+async def test_an_unknown_token_id_is_refused_with_echo_too(serve: Serve) -> None:
     stub = await serve()
     message = greedy(token_ids=pb.TokenIds(ids=[1, 2**32 - 1]), output=pb.OutputOptions(echo=True))
     with pytest.raises(grpc.aio.AioRpcError, match="4294967295") as caught:
@@ -119,7 +119,7 @@ async def test_an_echo_does_not_hide_that_a_token_id_is_unknown(serve: Serve) ->
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_time_limit_ends_a_completion_with_what_it_has(serve: Serve) -> None:
+async def test_a_time_limit_ends_a_completion_with_the_tokens_so_far(serve: Serve) -> None:
     stub = await serve()
     message = greedy(text="x", max_new_tokens=900_000, time_limit_seconds=0.3)
     answer = await whole(stub, message)
@@ -153,7 +153,7 @@ async def test_a_stop_token_that_ends_a_completion_is_named(serve: Serve) -> Non
     assert len(later.token_ids) == 6
 
 
-async def test_a_penalty_changes_what_is_written(serve: Serve) -> None:
+async def test_a_repetition_penalty_changes_the_completion(serve: Serve) -> None:
     stub = await serve()
     output = pb.OutputOptions(token_ids=True)
     plain = await whole(stub, greedy(text="aaaa", max_new_tokens=40, output=output))
@@ -164,9 +164,7 @@ async def test_a_penalty_changes_what_is_written(serve: Serve) -> None:
     assert len(set(punished.token_ids)) > len(set(plain.token_ids))
 
 
-async def test_chat_is_read_through_the_model_s_template(
-    serve: Serve, chat_model_dir: Path
-) -> None:
+async def test_chat_uses_the_models_template(serve: Serve, chat_model_dir: Path) -> None:
     stub = await serve(model=str(chat_model_dir))
     conversation = chat(("system", "Be brief."), ("user", "Hi!"))
     tokens = await stub.Tokenize(pb.TokenizeRequest(chat=conversation), timeout=WAIT_S)
@@ -187,7 +185,7 @@ async def test_chat_without_a_template_is_refused_by_name(serve: Serve) -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_conversation_that_the_template_refuses_is_told_its_roles_and_the_template_s_words(
+async def test_a_refused_conversation_gets_its_roles_and_the_templates_message(
     serve: Serve, chat_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stub = await serve(model=str(chat_model_dir))
@@ -202,7 +200,7 @@ async def test_a_conversation_that_the_template_refuses_is_told_its_roles_and_th
     assert "abracadabra" not in caplog.text, "prompts are not logged, at no level"
 
 
-async def test_the_tokens_of_a_text_are_those_that_a_completion_reads(serve: Serve) -> None:
+async def test_tokenize_returns_the_tokens_that_a_completion_reads(serve: Serve) -> None:
     stub = await serve()
     tokens = await stub.Tokenize(pb.TokenizeRequest(text="Count me"), timeout=WAIT_S)
     answer = await whole(stub, greedy(text="Count me"))
@@ -210,7 +208,7 @@ async def test_the_tokens_of_a_text_are_those_that_a_completion_reads(serve: Ser
     assert tokens.text == "Count me"
 
 
-async def test_a_client_that_stops_reading_loses_its_stream_and_nobody_else_s(
+async def test_only_the_stream_of_a_client_that_stops_reading_is_aborted(
     start_server: StartServer,
 ) -> None:
     server, client, address = await start_server(stall_timeout_s=0.5, max_batch=2, metrics_port=0)

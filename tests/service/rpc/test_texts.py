@@ -93,7 +93,7 @@ def said(*contents: str, **fields: Any) -> pb.ChatMessages:
 BROKEN = ["<0xE4>", "<0xBD>", "<0xA0>", "<0xE5>", "▁hi"]
 
 
-async def test_bytes_that_are_no_character_do_not_end_a_stream(
+async def test_bytes_that_are_not_a_character_do_not_end_a_stream(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     model = save_reciter(tmp_path, byte_fallback(), BROKEN, after="▁1")
@@ -105,7 +105,7 @@ async def test_bytes_that_are_no_character_do_not_end_a_stream(
     assert pieces == ["", "", "你", "", "\ufffd hi"]
 
 
-async def test_the_texts_of_tokens_tell_a_word_from_the_end_of_one(
+async def test_token_texts_distinguish_a_word_from_a_word_end(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     model = save_reciter(tmp_path, byte_fallback(), ["▁hi", "hi", "<0xE5>"], after="▁1")
@@ -116,7 +116,7 @@ async def test_the_texts_of_tokens_tell_a_word_from_the_end_of_one(
     assert answer.text == " hihi\ufffd"
 
 
-async def test_a_chat_ends_with_its_turn_though_no_settings_name_that_token(
+async def test_a_chat_ends_at_the_end_of_the_turn_without_a_configured_token(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     # The model goes on with an invented turn, and its settings name another end.
@@ -157,7 +157,7 @@ async def test_an_end_of_sequence_that_is_token_zero_ends_a_completion(
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 @pytest.mark.parametrize("stop", ["<|end|>", "</s>"])
-async def test_a_stop_string_that_names_a_special_token_stops_at_it(
+async def test_a_stop_string_can_name_a_special_token(
     start_server: StartServer, tmp_path: Path, stop: str, ignore_eos: bool
 ) -> None:
     model = save_reciter(tmp_path, byte_level(), ["h", "i", stop, "a", "b"])
@@ -169,7 +169,7 @@ async def test_a_stop_string_that_names_a_special_token_stops_at_it(
     assert not answer.finished.HasField("matched_stop_token_id")
 
 
-async def test_what_a_template_says_of_a_conversation_reaches_its_client_alone(
+async def test_only_the_client_of_a_conversation_gets_the_templates_error(
     start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = "{{ 1 + messages[0].content }}" + TEMPLATE
@@ -181,7 +181,7 @@ async def test_what_a_template_says_of_a_conversation_reaches_its_client_alone(
     assert "secret" not in caplog.text
 
 
-async def test_the_server_uses_the_chat_template_that_it_was_told_to(
+async def test_the_server_uses_the_configured_chat_template(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     named = {"brief": TEMPLATE, "tools": "{{ messages[0].content }}"}
@@ -200,7 +200,7 @@ async def test_the_server_uses_the_chat_template_that_it_was_told_to(
         load_core(ServerOptions(model=str(model), device="cpu", chat_template="x"))
 
 
-async def test_nobody_forges_a_turn_unless_the_application_says_so(
+async def test_message_content_cannot_forge_a_turn_unless_the_request_allows_it(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     tokenizer = byte_level()
@@ -227,7 +227,7 @@ async def test_nobody_forges_a_turn_unless_the_application_says_so(
     assert (await client.tokenize("<|turn|>")).token_ids == (turn,)
 
 
-async def test_a_text_that_begins_with_the_first_token_gets_no_second_one(
+async def test_a_text_that_starts_with_the_bos_token_gets_no_second_one(
     start_server: StartServer, tmp_path: Path
 ) -> None:
     tokenizer = byte_fallback()

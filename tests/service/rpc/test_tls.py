@@ -90,7 +90,7 @@ async def answered(channel: grpc.aio.Channel) -> None:
         assert (await describe(channel)).max_batch == 2
 
 
-async def test_only_a_client_that_trusts_the_certificate_is_answered(
+async def test_only_clients_that_trust_the_certificate_can_call(
     start_server: StartServer, place: Place
 ) -> None:
     _, _, address = await start_server(tls_cert=place.cert, tls_key=place.key)
@@ -99,7 +99,7 @@ async def test_only_a_client_that_trusts_the_certificate_is_answered(
     await refused(grpc.aio.insecure_channel(address))
 
 
-async def test_with_an_authority_of_clients_each_needs_its_certificate(
+async def test_with_a_client_ca_every_client_needs_a_certificate(
     start_server: StartServer, place: Place
 ) -> None:
     _, _, address = await start_server(
@@ -112,7 +112,7 @@ async def test_with_an_authority_of_clients_each_needs_its_certificate(
         await refused(place.channel(address, client=wrong.issue_cert("operator@example.com")))
 
 
-async def test_tokens_and_the_admin_port_go_over_tls_too(
+async def test_tokens_and_the_admin_port_use_tls_too(
     start_server: StartServer, place: Place
 ) -> None:
     server, _, address = await start_server(
@@ -137,7 +137,7 @@ async def test_tokens_and_the_admin_port_go_over_tls_too(
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_renewed_certificate_is_shown_on_every_port_without_a_restart(
+async def test_a_renewed_certificate_is_used_on_every_port_without_a_restart(
     start_server: StartServer, place: Place
 ) -> None:
     server, _, address = await start_server(
@@ -159,7 +159,7 @@ async def test_a_renewed_certificate_is_shown_on_every_port_without_a_restart(
         await describe(before)
 
 
-async def test_a_renewed_authority_of_clients_counts_without_a_restart(
+async def test_a_renewed_client_ca_is_used_without_a_restart(
     start_server: StartServer, place: Place
 ) -> None:
     _, _, address = await start_server(
@@ -173,7 +173,7 @@ async def test_a_renewed_authority_of_clients_counts_without_a_restart(
 
 
 @pytest.mark.parametrize("what", ["half renewed", "damaged", "gone"])
-async def test_files_that_became_bad_change_nothing_until_they_are_good(
+async def test_invalid_new_certificate_files_change_nothing(
     what: str, start_server: StartServer, place: Place
 ) -> None:
     _, _, address = await start_server(tls_cert=place.cert, tls_key=place.key)
@@ -225,7 +225,7 @@ def encrypted_key() -> bytes:
         *("certificate missing", "key missing", "authority missing", "no authority"),
     ],
 )
-def test_files_that_cannot_be_used_are_refused_at_the_start(
+def test_unusable_certificate_files_fail_the_start(
     files: dict[str, bytes | None], message: str, place: Place
 ) -> None:
     for name, content in files.items():
@@ -239,7 +239,7 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(
         server_credentials(options)
 
 
-def test_with_tls_the_server_may_be_reached_from_outside(place: Place) -> None:
+def test_with_tls_the_server_may_listen_on_all_addresses(place: Place) -> None:
     options = ServerOptions(
         host="0.0.0.0",
         tls_cert=place.cert,
@@ -260,7 +260,7 @@ def test_with_tls_the_server_may_be_reached_from_outside(place: Place) -> None:
         _ = plain.admin_address
 
 
-async def test_nothing_is_listened_on_where_one_of_the_ports_may_not_be(place: Place) -> None:
+async def test_no_port_is_opened_if_one_address_is_refused(place: Place) -> None:
     server = Server(ServerOptions(port=0, metrics_port=0, metrics_host="0.0.0.0"))
     with pytest.raises(InvalidArgument, match="--metrics-host"):
         await server.bind()
@@ -280,7 +280,7 @@ async def probe(*arguments: str) -> tuple[int, str]:
     return process.returncode, output.decode()
 
 
-async def test_health_is_probed_over_tls_with_a_certificate(
+async def test_the_health_probe_works_over_tls_with_a_certificate(
     start_server: StartServer, place: Place
 ) -> None:
     _, _, address = await start_server(
@@ -321,7 +321,9 @@ async def test_health_is_probed_over_tls_with_a_certificate(
         (["--tls-ca", "/no/such.pem"], "error: /no/such.pem: No such file or directory"),
     ],
 )
-async def test_a_probe_with_wrong_options_says_why(arguments: list[str], message: str) -> None:
+async def test_a_probe_with_wrong_options_gives_the_reason(
+    arguments: list[str], message: str
+) -> None:
     code, output = await probe(*arguments)
     assert code == 2
     assert output.startswith(message)

@@ -38,7 +38,7 @@ def objects(lines: Lines) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines()]
 
 
-def test_a_json_line_leads_with_time_level_logger_and_event(lines: Lines) -> None:
+def test_a_json_line_starts_with_time_level_logger_and_event(lines: Lines) -> None:
     logs.configure("json", "info")
     structlog.get_logger("service.test").info("answered", outcome="OK", path=Path("/x"))
     (found,) = objects(lines)
@@ -62,7 +62,7 @@ def test_a_text_line_is_logfmt(lines: Lines) -> None:
     assert rest == 'level=info logger=service.test event="it is answered" seconds=0.5 whole=true'
 
 
-def test_a_line_of_the_standard_library_goes_the_same_way(lines: Lines) -> None:
+def test_standard_library_lines_have_the_same_format(lines: Lines) -> None:
     logs.configure("json", "info")
     logging.getLogger("grpc._cython.cygrpc").warning("at %d of %s", 3, "5")
     (found,) = objects(lines)
@@ -70,13 +70,13 @@ def test_a_line_of_the_standard_library_goes_the_same_way(lines: Lines) -> None:
     assert found["event"] == "at 3 of 5"
 
 
-def test_a_library_that_prints_by_itself_is_brought_in_once(lines: Lines) -> None:
+def test_a_library_with_its_own_handler_is_logged_once(lines: Lines) -> None:
     logs.configure("json", "info")
     logging.getLogger("transformers.modeling_utils").warning("weights are tied")
     assert [one["event"] for one in objects(lines)] == ["weights are tied"]
 
 
-def test_a_warning_is_a_line_too(lines: Lines) -> None:
+def test_python_warnings_are_log_lines(lines: Lines) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logs.configure("json", "info")
@@ -115,7 +115,7 @@ def log_both_ways(message: str) -> None:
         logging.getLogger("asyncio").exception(message)
 
 
-def test_a_traceback_is_whole_and_one_field_of_json(lines: Lines) -> None:
+def test_a_traceback_is_one_json_field(lines: Lines) -> None:
     logs.configure("json", "info")
     log_both_ways("failed")
     found = objects(lines)
@@ -126,7 +126,7 @@ def test_a_traceback_is_whole_and_one_field_of_json(lines: Lines) -> None:
         assert "exc_info" not in one
 
 
-def test_a_traceback_stands_behind_bars_in_text(lines: Lines) -> None:
+def test_a_text_traceback_has_a_bar_before_each_line(lines: Lines) -> None:
     logs.configure("text", "info")
     log_both_ways("failed")
     written = lines()
@@ -137,7 +137,7 @@ def test_a_traceback_stands_behind_bars_in_text(lines: Lines) -> None:
     assert all(line.isprintable() for line in written)
 
 
-async def test_a_request_id_is_on_the_lines_of_its_call_alone(lines: Lines) -> None:
+async def test_a_request_id_is_only_on_the_lines_of_its_call(lines: Lines) -> None:
     logs.configure("json", "info")
     log = structlog.get_logger("service.test")
 
@@ -156,7 +156,7 @@ async def test_a_request_id_is_on_the_lines_of_its_call_alone(lines: Lines) -> N
     assert "request_id" not in found[-1]
 
 
-def test_the_level_holds_for_both(lines: Lines) -> None:
+def test_the_level_applies_to_both_kinds_of_loggers(lines: Lines) -> None:
     logs.configure("text", "warning")
     structlog.get_logger("service.test").info("quiet")
     logging.getLogger("grpc").info("quiet")

@@ -118,7 +118,7 @@ def finished(reason: FinishReason = FinishReason.LENGTH) -> Finished:
     )
 
 
-def test_a_stream_is_counted_as_it_goes_by(metrics: Metrics, clock: Clock) -> None:
+def test_a_stream_is_counted_while_it_runs(metrics: Metrics, clock: Clock) -> None:
     watch = metrics.completion()
     for wait, event in (
         (1.0, started()),
@@ -163,7 +163,7 @@ def test_a_stream_is_counted_as_it_goes_by(metrics: Metrics, clock: Clock) -> No
         assert value(metrics, name, reason=reason.value) == expected
 
 
-def test_a_completion_that_was_left_has_its_tokens_counted(metrics: Metrics) -> None:
+def test_tokens_of_a_cancelled_completion_are_counted(metrics: Metrics) -> None:
     watch = metrics.completion()
     watch.event(started())
     watch.event(delta())
@@ -184,7 +184,7 @@ def test_calls_are_counted_by_method_and_code(metrics: Metrics) -> None:
     assert value(metrics, f"{seconds}_bucket", method="StreamGenerate", le="0.005") == 1
 
 
-def test_methods_that_nobody_knows_are_one(metrics: Metrics) -> None:
+def test_unknown_methods_share_one_label(metrics: Metrics) -> None:
     for number in range(100):
         metrics.answered(f"Guess{number}", "UNIMPLEMENTED", 0.0)
     text = {
@@ -196,7 +196,7 @@ def test_methods_that_nobody_knows_are_one(metrics: Metrics) -> None:
     assert text == {*METHODS, "other"}
 
 
-def test_readings_of_the_tables_are_counted_by_outcome(metrics: Metrics) -> None:
+def test_table_reloads_are_counted_by_outcome(metrics: Metrics) -> None:
     metrics.reloaded("changed")
     name = "a2sf_alpha_table_reloads_total"
     assert value(metrics, name, outcome="changed") == 1
@@ -222,7 +222,7 @@ def test_load_is_read_at_each_scrape(metrics: Metrics, served: MetricsServer) ->
     assert "a2sf_requests_running 5.0" in second.splitlines()
 
 
-def test_only_tables_served_now_are_told(metrics: Metrics) -> None:
+def test_metrics_list_only_the_tables_served_now(metrics: Metrics) -> None:
     state = FakeTables({"a": FakeTable("11"), "b": FakeTable("22")}, ("bad",), "b")
     states = [state, FakeTables({"b": FakeTable("33")})]
     metrics.serving(
@@ -244,7 +244,7 @@ def test_only_tables_served_now_are_told(metrics: Metrics) -> None:
     assert value(metrics, "a2sf_alpha_tables_refused") == 0
 
 
-def test_model_and_version_are_told(metrics: Metrics) -> None:
+def test_metrics_name_the_model_and_the_version(metrics: Metrics) -> None:
     from a2sf import __version__
 
     metrics.serving(
@@ -254,7 +254,7 @@ def test_model_and_version_are_told(metrics: Metrics) -> None:
     assert value(metrics, "a2sf_model_info", **labels) == 1
 
 
-def test_every_metric_has_our_prefix_a_base_unit_and_a_meaning(metrics: Metrics) -> None:
+def test_every_metric_has_our_prefix_a_base_unit_and_help(metrics: Metrics) -> None:
     metrics.serving(model="m", device="cpu", dtype="float32", load=FakeLoad, tables=FakeTables)
     ours = [f for f in metrics.registry.collect() if not f.name.startswith("process_")]
     assert len(ours) > 15
@@ -280,19 +280,19 @@ def test_buckets_go_from_milliseconds_to_minutes(metrics: Metrics) -> None:
         assert max(b for b in bounds if math.isfinite(b)) >= longest
 
 
-def test_two_servers_in_one_process_count_apart() -> None:
+def test_two_servers_in_one_process_have_separate_metrics() -> None:
     one, two = Metrics(METHODS), Metrics(METHODS)
     one.answered("GetModel", "OK", 0.0)
     assert value(one, "a2sf_requests_total", method="GetModel", code="OK") == 1
     assert value(two, "a2sf_requests_total", method="GetModel", code="OK") == 0
 
 
-def test_what_is_served_over_http_is_prometheus_text(served: MetricsServer) -> None:
+def test_metrics_over_http_are_prometheus_text(served: MetricsServer) -> None:
     names = {family.name for family in text_string_to_metric_families(scrape(served))}
     assert {"a2sf_requests", "process_cpu_seconds"} <= names
 
 
-def test_a_closed_server_gives_its_port_back(metrics: Metrics) -> None:
+def test_a_closed_metrics_server_frees_its_port(metrics: Metrics) -> None:
     server = serve_metrics(metrics, "127.0.0.1", 0)
     port = server.port
     server.close()
@@ -300,7 +300,7 @@ def test_a_closed_server_gives_its_port_back(metrics: Metrics) -> None:
     again.close()
 
 
-def test_a_port_that_is_taken_is_refused_by_name(metrics: Metrics) -> None:
+def test_a_metrics_port_in_use_is_refused_by_its_flag(metrics: Metrics) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InvalidArgument, match=f"--metrics-port: .*127.0.0.1, port {port}"):

@@ -17,7 +17,7 @@ from service.telemetry import tracing
 from tests.service.telemetry.test_tracing import SERVICE, complete, finished
 
 
-def test_off_does_nothing_and_imports_nothing() -> None:
+def test_a_disabled_tracer_imports_nothing() -> None:
     complete(tracing.start(False), finished())
     tracing.start(False).shutdown(1.0)
     script = (
@@ -29,7 +29,9 @@ def test_off_does_nothing_and_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_opentelemetry_names_the_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
     with pytest.raises(InvalidArgument, match=r"--traces: .*a2sf-serve\[otel\]"):
         tracing.start(True)
@@ -43,7 +45,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
     ],
 )
-def test_another_exporter_is_refused_by_name(
+def test_other_exporters_are_refused_by_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -82,7 +84,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         server.stop(None).wait(10)
 
 
-def test_shutting_down_sends_what_is_left_to_where_the_environment_says(
+def test_shutdown_exports_pending_spans_to_the_configured_endpoint(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = collector(lambda: None)
@@ -98,7 +100,7 @@ def test_shutting_down_sends_what_is_left_to_where_the_environment_says(
     assert sorted(names) == [f"{SERVICE}/StreamGenerate", "decode", "prefill", "queue"]
 
 
-def test_shutting_down_does_not_wait_for_a_collector_that_hangs(collector: Collector) -> None:
+def test_shutdown_does_not_wait_for_a_hanging_collector(collector: Collector) -> None:
     hold = threading.Event()
     collector(lambda: (hold.wait(30), None)[1])
     tracer = tracing.start(True)

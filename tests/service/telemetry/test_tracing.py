@@ -101,7 +101,7 @@ def complete(tracer: tracing.Tracer, last: Finished) -> None:
         span.status("OK")
 
 
-def test_a_call_is_a_server_span_below_its_callers(
+def test_a_call_is_a_server_span_and_a_child_of_the_callers_span(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     complete(tracer, finished())
@@ -115,7 +115,7 @@ def test_a_call_is_a_server_span_below_its_callers(
     assert dict(span.context.trace_state) == {"one": "1", "two": "2"}
 
 
-def test_a_call_without_a_traceparent_begins_a_trace(
+def test_a_call_without_a_traceparent_starts_a_trace(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_a_call_without_a_traceparent_begins_a_trace(
     assert one.context.trace_id != two.context.trace_id
 
 
-def test_a_span_has_the_attributes_of_the_conventions(
+def test_a_span_has_the_attributes_of_the_semantic_conventions(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     complete(tracer, finished())
@@ -160,13 +160,13 @@ def test_a_span_has_the_attributes_of_the_conventions(
     assert [event.name for event in span.events] == ["started", "first token"]
 
 
-def test_no_text_enters_a_trace(tracer: RecordingTracer, exporter: InMemorySpanExporter) -> None:
+def test_traces_contain_no_text(tracer: RecordingTracer, exporter: InMemorySpanExporter) -> None:
     complete(tracer, finished())
     assert exporter.get_finished_spans()
     assert not any(TEXT in span.to_json() for span in exporter.get_finished_spans())
 
 
-def test_queue_prefill_and_decode_follow_each_other_below_the_call(
+def test_queue_prefill_and_decode_are_consecutive_child_spans(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     before = time.time_ns()
@@ -189,7 +189,7 @@ def test_queue_prefill_and_decode_follow_each_other_below_the_call(
     assert before <= parts[0].start_time <= after
 
 
-def test_what_a_request_did_not_live_to_see_has_no_span(
+def test_phases_that_a_request_did_not_reach_have_no_span(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     complete(tracer, finished(prefill_s=0.0, decode_s=0.0))
@@ -206,7 +206,7 @@ def test_what_a_request_did_not_live_to_see_has_no_span(
         (grpc.StatusCode.INTERNAL, True),
     ],
 )
-def test_only_the_servers_own_failures_are_errors(
+def test_only_server_failures_mark_a_span_as_failed(
     tracer: RecordingTracer, exporter: InMemorySpanExporter, code: grpc.StatusCode, failed: bool
 ) -> None:
     with tracer.call(SERVICE, "Generate", METADATA) as span:
@@ -217,7 +217,7 @@ def test_only_the_servers_own_failures_are_errors(
 
 
 @pytest.mark.parametrize("cause", [asyncio.CancelledError, RuntimeError])
-def test_a_call_that_is_cut_off_ends_its_span(
+def test_an_interrupted_call_ends_its_span(
     tracer: RecordingTracer, exporter: InMemorySpanExporter, cause: type[BaseException]
 ) -> None:
     def cut_off() -> None:
@@ -234,7 +234,7 @@ def test_a_call_that_is_cut_off_ends_its_span(
     assert TEXT not in found.to_json()
 
 
-async def test_calls_at_the_same_time_keep_apart(
+async def test_concurrent_calls_have_separate_spans(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     async def call() -> str:
@@ -252,7 +252,7 @@ async def test_calls_at_the_same_time_keep_apart(
     assert {format(s.context.trace_id, "032x") for s in found if s.context} == logged
 
 
-async def test_a_call_over_grpc_continues_its_callers_trace_however_it_ends(
+async def test_a_grpc_call_continues_the_callers_trace_for_every_outcome(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     arrived = asyncio.Event()
@@ -304,7 +304,7 @@ async def test_a_call_over_grpc_continues_its_callers_trace_however_it_ends(
     assert codes == {"StreamGenerate": 0, "Tokenize": 8, "Generate": 1}
 
 
-def test_a_call_that_its_caller_does_not_sample_costs_nothing(
+def test_a_call_that_the_caller_does_not_sample_records_nothing(
     tracer: RecordingTracer, exporter: InMemorySpanExporter
 ) -> None:
     metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-00"),)
