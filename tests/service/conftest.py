@@ -1,4 +1,4 @@
-"""Servers for the tests: in this process on a real port, or as a process of their own."""
+"""Servers for the tests: in this process on a real port, or as a separate process."""
 
 import asyncio
 import os

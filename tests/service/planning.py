@@ -1,4 +1,4 @@
-"""Running `plan` in tests as a user does, and what it prints."""
+"""Runs `plan` as a user does, and returns its output."""
 
 import json
 from contextlib import redirect_stderr, redirect_stdout

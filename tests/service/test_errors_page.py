@@ -1,4 +1,4 @@
-"""What docs/errors.md tells is whole: every status that the service sends, and every class."""
+"""docs/errors.md is complete: every status that the service sends, and every error class."""
 
 import re
 from pathlib import Path

@@ -100,7 +100,7 @@ async def test_a_decoding_error_ends_only_its_stream(
     server, _, address = await start_server()
     monkeypatch.setattr(TextStream, "push", broken)
     lines = await check_alone(server, address, completion(stop=[STOP]))
-    # Once for each call, whoever else heard of it.
+    # Once for each call.
     assert [(line["event"], line["request_id"]) for line in lines] == [
         ("request failed", "the-victim")
     ] * 2

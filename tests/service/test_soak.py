@@ -272,7 +272,7 @@ async def cut_off(address: str) -> AsyncIterator[tuple[str, Callable[[], None]]]
 
 
 async def probe(address: str, until: float) -> list[float]:
-    """The seconds that health checks took, on a connection of their own."""
+    """The seconds that health checks took, on a separate connection."""
     taken = []
     async with grpc.aio.insecure_channel(address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check

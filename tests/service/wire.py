@@ -1,6 +1,6 @@
 """What no gRPC client would send: HTTP/2 spelled out, protobuf by the byte, and plain garbage.
 
-Owns one call over a connection of its own, sent as one likes, and what came back. Knows nothing of
+Owns one call over a separate connection, with any bytes, and the response. Knows nothing of
 what the services mean.
 """
 

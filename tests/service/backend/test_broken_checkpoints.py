@@ -1,4 +1,4 @@
-"""What cannot be served ends in one line and exit code 2, in `serve` and in `plan` alike."""
+"""A broken checkpoint ends `serve` and `plan` with one line and exit code 2."""
 
 import os
 import shutil

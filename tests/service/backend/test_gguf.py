@@ -1,4 +1,4 @@
-"""A GGUF file through every front door: fitted on, served, planned, and evaluated."""
+"""GGUF files in the fit, the server, the plan and the evaluation."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A server whose model two processes share, as torchrun starts it: its answers and its end."""
+"""A server whose model two processes share, as torchrun starts it: responses and shutdown."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""The engine's thread: whole streams, operators, and what its death means to others."""
+"""The engine's thread: complete streams, aborts, and the effects of a crash."""
 
 import asyncio
 import threading
@@ -128,7 +128,7 @@ async def test_abort_ends_only_the_named_requests_at_once() -> None:
         await first["a"]
         await first["b"]
         await until(lambda: runner.load == EngineLoad(running=2, waiting=1, kv_bytes_used=20))
-        # One whose events are unread, one that still waits, one nobody knows, one twice.
+        # A request with unread events, a waiting one, an unknown one, and a repeated one.
         assert runner.abort(["a", "c", "nobody", "a"]) == ("a", "c")
         assert runner.abort(["a", "c"]) == ()
         for reading in (anext(streams["a"]), first["c"]):

@@ -1,4 +1,4 @@
-"""The engine's thread under whatever readers and operators do: nothing is left behind."""
+"""Random moves of readers and operators against the engine's thread leave no state."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""The engine's thread and its readers: those that leave early, are slow, or stop reading."""
+"""The engine's thread and readers that leave early, are slow, or stop reading."""
 
 import asyncio
 import threading

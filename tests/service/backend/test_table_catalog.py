@@ -1,4 +1,4 @@
-"""Tables read again while serving: what each change does, and which may be the default."""
+"""Reloading tables while serving: what each change does, and which may be the default."""
 
 import os
 from collections.abc import Callable

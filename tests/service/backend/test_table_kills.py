@@ -1,4 +1,4 @@
-"""What a kill leaves: whole tables, whoever was writing or reading them."""
+"""Killed writers and readers of tables leave whole files."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Alpha tables: good ones served by name, bad ones refused with the reason, none outside."""
+"""Alpha tables: valid ones are served by name, invalid ones are refused with the reason."""
 
 import asyncio
 import json

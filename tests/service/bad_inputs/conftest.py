@@ -1,4 +1,4 @@
-"""One server for many bad inputs: after each it must be as if there had been none."""
+"""One server for many bad inputs; after each, its state must be unchanged."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is bad about a call or a connection rather than a request: spelled out, byte by byte."""
+"""Bad calls and connections, byte by byte; the requests are valid."""
 
 import ssl
 from contextlib import AsyncExitStack

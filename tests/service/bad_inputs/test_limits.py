@@ -1,4 +1,4 @@
-"""Every number of a request over the wire, at its limits and just beyond them."""
+"""Every number of a request over the wire, at its limits and just outside them."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Metadata has one limit: what is below is always taken, and what is above never."""
+"""Metadata has one limit: below it is always accepted, above it never."""
 
 import asyncio
 

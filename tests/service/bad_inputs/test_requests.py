@@ -1,4 +1,4 @@
-"""Bad requests over the wire: what each is answered with, and that the next good one works."""
+"""Bad requests over the wire: each gets its error, and the next good request works."""
 
 from dataclasses import dataclass, field
 from typing import Any

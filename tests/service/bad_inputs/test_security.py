@@ -1,4 +1,4 @@
-"""Callers without the right token or certificate are refused, and those with it still served."""
+"""Callers without the right token or certificate are refused; other callers are served."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ async def test_wrong_tokens_are_refused(start_server: StartServer, tmp_path: Pat
             assert status.code is UNAUTHENTICATED, name
             assert status.reason == "Unauthenticated", name
             assert not any(token[-10:] in status.details for token in tokens if token[10:]), name
-            # A bad message of a caller whom nobody knows is not even read.
+            # The message of an unknown caller is not read.
             assert (await served.refusal(b"\xff")).code() is UNAUTHENTICATED
         await served.check_well(metadata=[("authorization", f"Bearer {TOKEN}")])
 
@@ -68,7 +68,7 @@ async def test_a_binary_token_is_refused(
 
 @dataclass(frozen=True)
 class Papers:
-    """What a client shows, and whom it trusts."""
+    """The certificates that a client presents and trusts."""
 
     trusts: trustme.CA
     signed_by: trustme.CA | None
@@ -114,7 +114,7 @@ async def test_wrong_certificates_are_refused(start_server: StartServer, tmp_pat
 async def test_the_token_of_another_port_is_refused(
     start_server: StartServer, tmp_path: Path
 ) -> None:
-    """The admin port has tokens of its own: neither opens the other."""
+    """Each port accepts only its own tokens."""
     files = {name: tmp_path / name for name in ("token_file", "admin_token_file")}
     for name, file in files.items():
         file.write_text(f"{name}-{TOKEN}")

@@ -1,4 +1,4 @@
-"""How a server is reached: where a token may go, which certificates, what is balanced."""
+"""Channels: where a token may go, which certificates are used, and what is balanced."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What docs/clients.md tells is so: its programs run, its table of methods is whole."""
+"""docs/clients.md is correct: its programs run, and its table has every method."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""Ctrl-C at the client's command line: quiet, 130, and the call is over, whenever it comes."""
+"""Ctrl-C ends the client and its call quietly, with exit code 130, at any time."""
 
 import asyncio
 import os

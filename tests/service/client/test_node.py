@@ -1,4 +1,4 @@
-"""The client in Node before two servers."""
+"""The client in Node with two servers."""
 
 from pathlib import Path
 

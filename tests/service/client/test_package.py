@@ -1,4 +1,4 @@
-"""The client's own package: it holds what the client imports, weighs little, and works alone."""
+"""The client as a separate package holds what it imports, is small, and works alone."""
 
 import asyncio
 import json
@@ -92,8 +92,8 @@ from a2sf.policy import CachePolicy
 from service.client import SyncClient
 
 with SyncClient(sys.argv[1]) as client:
-    wish = CachePolicy(preset="h2o", budget=16)
-    done = client.generate("Hello", max_new_tokens=20, ignore_eos=True, cache_policy=wish)
+    policy = CachePolicy(preset="h2o", budget=16)
+    done = client.generate("Hello", max_new_tokens=20, ignore_eos=True, cache_policy=policy)
     print(json.dumps([done.finished.usage.completion_tokens, done.finished.cache.budget]))
 assert not {"torch", "numpy"} & sys.modules.keys()
 """

@@ -1,4 +1,4 @@
-"""What a call does that finds no room: the next server at once, then later, and then it tells."""
+"""A call that finds full servers tries the next one at once, then waits, then fails."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Two servers as processes behind one client: killed, drained, back again, both gone."""
+"""Two servers as processes behind one client: killed, drained, restarted, both down."""
 
 import asyncio
 import signal
@@ -30,7 +30,7 @@ Start = Callable[..., ServerProcess]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start servers, each with a place of its own; both share two cores with the client."""
+    """Start servers, each with a separate folder; both share two cores with the client."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     started: list[ServerProcess] = []
@@ -67,7 +67,7 @@ class Load:
     """How requests ended that had not."""
 
     async def run(self, client: Client) -> None:
-        """Make all requests, so many at once."""
+        """Make all requests, with a limit on concurrent ones."""
         left = iter(range(REQUESTS))
 
         async def work() -> None:
@@ -95,7 +95,7 @@ class Load:
             self.done.append((prompt, text))
 
     async def reached(self, count: int) -> None:
-        """Wait until so many are done."""
+        """Wait until this number of requests has finished."""
         while len(self.done) < count:
             await asyncio.sleep(0.01)
 

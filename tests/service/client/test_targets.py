@@ -1,4 +1,4 @@
-"""What a target may name, and how a list of servers is put."""
+"""Targets of a client, and their conversion to gRPC's syntax."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How calls are made: retries, deadlines, cancelling, and errors, by asyncio and by threads."""
+"""Calls: retries, deadlines, cancellation and errors, with asyncio and with threads."""
 
 import asyncio
 import inspect
@@ -255,7 +255,7 @@ async def test_a_stream_left_early_is_cancelled_by_either_client(
     def leave_early() -> None:
         with SyncClient(address) as blocking:
             start = blocking._calls.start
-            # gRPC cancels a call that nobody holds any more; here each is held.
+            # gRPC cancels a call without references; this test keeps them.
             monkeypatch.setattr(
                 blocking._calls, "start", lambda call, timeout_s: held(start(call, timeout_s))
             )

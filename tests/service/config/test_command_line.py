@@ -1,4 +1,4 @@
-"""The server's command line: starts that cannot succeed say why in one line, exit code 2."""
+"""The server's command line: a failed start prints one line and exits with 2."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a newcomer gets: the policy of requests that name none, and the floor of ratios."""
+"""Defaults: the policy of requests that set none, and the lower bound of ratios."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def identity(long_model_dir: Path) -> ModelIdentity:
 
 @pytest.fixture
 def tables(tmp_path: Path, identity: ModelIdentity) -> Path:
-    """Tables whose budget is a fifth of a request, with floors of their own and without."""
+    """Tables whose budget is a fifth of a request, with and without a min_budget."""
     folder = tmp_path / "tables"
     folder.mkdir()
     for name, floor in [("plain", None), ("forty", 40), ("none", 0)]:

@@ -1,4 +1,4 @@
-"""Settings: flags go before the environment, that before the file, that before the defaults."""
+"""Settings: flags override the environment, the environment the file, the file the defaults."""
 
 import os
 import re
@@ -273,7 +273,7 @@ def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_refusals_do_not_wait_for_torch() -> None:
-    # In a process of its own: here it is loaded long since.
+    # In a separate process, because torch is already loaded here.
     program = "import sys, service.__main__ as m; m.settings.load(['--port', '1']); "
     program += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -1,4 +1,4 @@
-"""Times, replicas and prices of a plan, recomputed by hand; and what is refused."""
+"""Times, replicas and prices of a plan, recomputed by hand; and refused options."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What docs/capacity.md shows is what the commands print, and its figures are theirs."""
+"""docs/capacity.md shows the output of its commands, and its figures come from them."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `plan` says of memory is what the server that it proposes allocates, byte for byte."""
+"""The memory of a plan equals what the proposed server allocates, byte for byte."""
 
 from pathlib import Path
 from typing import Any

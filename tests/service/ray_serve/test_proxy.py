@@ -1,4 +1,4 @@
-"""What Ray's gRPC proxy makes of our services: its own server, with replicas that are made up."""
+"""The services in Ray's gRPC proxy: its real server, with made-up replicas."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -211,7 +211,7 @@ async def test_both_replicas_work_at_once_and_ray_queues_what_they_cannot_hold(
     application: Application,
 ) -> None:
     count = REPLICAS * (ROWS + WAITING) + 6
-    # Without retries: nobody is refused.
+    # Without retries, so every call must be admitted.
     async with grpc.aio.insecure_channel(
         application.address, [("grpc.enable_retries", 0)]
     ) as channel:

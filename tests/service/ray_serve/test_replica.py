@@ -1,4 +1,4 @@
-"""A replica without Ray: its methods, its health, who is let in, what it may be started with."""
+"""A replica without Ray: its methods, health, tokens and settings."""
 
 import asyncio
 import inspect

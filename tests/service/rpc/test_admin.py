@@ -1,4 +1,4 @@
-"""The admin service: tables changed while serving, requests ended, and how full the server is."""
+"""The admin service: changing tables while serving, aborting requests, and the load."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -82,7 +82,7 @@ class Admin:
 
 @asynccontextmanager
 async def administering(server: Server) -> AsyncIterator[Admin]:
-    """Put the admin service of `server` on a port of its own."""
+    """Put the admin service of `server` on a separate port."""
     bare = grpc.aio.server()
     pb_grpc.add_AdminServiceServicer_to_server(AdminServicer(server._backend), bare)
     port = bare.add_insecure_port("127.0.0.1:0")

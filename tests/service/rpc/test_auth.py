@@ -1,4 +1,4 @@
-"""Who may call: tokens from a file, on both ports, for every method but health."""
+"""Bearer tokens from a file, on both ports, for every method except health."""
 
 import os
 from collections.abc import Callable

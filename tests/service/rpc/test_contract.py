@@ -1,4 +1,4 @@
-"""The contract is lint-clean, its code is fresh, and no RPC or preset lacks its counterpart."""
+"""The contract passes lint, its code is current, and every RPC and preset is implemented."""
 
 import re
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Values survive the wire: what is written is read back the same."""
+"""Values survive the wire."""
 
 from hypothesis import given
 from hypothesis import strategies as st

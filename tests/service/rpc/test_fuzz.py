@@ -181,7 +181,7 @@ def test_random_bytes_are_accepted_or_refused(target: str, data: bytes) -> None:
     TARGETS[target](data)
 
 
-# Stops once so many of the inputs were messages or documents: most that are mutated are neither.
+# Stop after this number of decodable inputs: most mutated inputs cannot be decoded.
 DRIVER = """
 import os
 import sys

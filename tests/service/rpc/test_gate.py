@@ -1,4 +1,4 @@
-"""The gate: when it takes calls, how many completions, and when it is empty."""
+"""The gate: when it admits calls, how many completions, and when it is empty."""
 
 import asyncio
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Completions through the front door: streams, whole answers, and requests that are refused."""
+"""Completions on a real port: streams, whole responses, and refused requests."""
 
 import asyncio
 import threading
@@ -164,7 +164,7 @@ async def test_few_prompts_are_prepared_together_and_a_cancelled_one_keeps_its_p
         for call in (*calls, *later):
             call.cancel()
         await asyncio.wait({*calls, *later})
-        # Those whose prompt nobody has begun to read are gone, the others are not.
+        # Calls whose prompt is not being prepared have ended; the others have not.
         await until(lambda: server.num_calls == MAX_PREPARING)
         go_on.set()
         await until(lambda: idle(server))

@@ -1,4 +1,4 @@
-"""Clients may ping once a second, whatever the server has to send them."""
+"""Clients may ping once a second, whether or not the server sends data."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""The server's life in this process: health, reflection, draining, and the engine's death."""
+"""The server in this process: health, reflection, draining, and a crash of the engine."""
 
 import asyncio
 import socket

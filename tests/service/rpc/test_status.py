@@ -1,4 +1,4 @@
-"""Errors cross the wire and come back as themselves; what is not ours stays opaque."""
+"""Errors cross the wire unchanged; unknown errors are hidden."""
 
 import grpc
 import pytest

@@ -1,4 +1,4 @@
-"""What a completion can be asked besides its text, as the wire shows it to a client of any kind."""
+"""The options of a completion on the wire, as a client in any language sees them."""
 
 import json
 import math

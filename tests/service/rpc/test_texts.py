@@ -1,4 +1,4 @@
-"""Text, ends and chat through the front door: a model that says what the test wrote down."""
+"""Text, stop conditions and chat on a real port, with a model whose output the test sets."""
 
 import json
 from collections.abc import Sequence

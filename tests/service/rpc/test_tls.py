@@ -1,4 +1,4 @@
-"""TLS: who may listen in, who may call, and certificates that change while the server runs."""
+"""TLS: listening, client certificates, and certificates that change while the server runs."""
 
 import asyncio
 import os

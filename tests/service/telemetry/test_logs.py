@@ -1,4 +1,4 @@
-"""The log is one stream of lines: one form, one line an event, whoever writes it."""
+"""The log is one stream of lines in one format, for every logger."""
 
 import asyncio
 import json

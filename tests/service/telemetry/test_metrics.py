@@ -1,4 +1,4 @@
-"""What Prometheus reads: names, units and bounded labels; figures that agree with the stream."""
+"""Prometheus metrics: names, units, bounded labels, and values that agree with the stream."""
 
 import math
 import socket

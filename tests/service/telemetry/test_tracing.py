@@ -1,4 +1,4 @@
-"""A call is one server span below its caller's, with the engine's work below it in turn."""
+"""A call is one server span below its caller's span, with child spans for the engine's work."""
 
 import asyncio
 import time
