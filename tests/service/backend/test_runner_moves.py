@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from a2sf.errors import Aborted, InvalidArgument
 from a2sf.requests import Delta, Event, Finished
-from service.backend.runner import EngineRunner
+from service.backend.runner import EngineRunner, RequestFailed
 from tests.service.conftest import WAIT_S, until
 from tests.service.scripted import (
     ENDLESS,
@@ -95,7 +95,7 @@ class Reader:
         reading, self._reading = self._reading, None
         try:
             event = await (reading or anext(self._stream))
-        except (Aborted, InvalidArgument, RuntimeError):
+        except (Aborted, InvalidArgument, RequestFailed):
             return False
         if isinstance(event, Finished):
             assert self._words == self._length
