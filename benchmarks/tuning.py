@@ -23,8 +23,8 @@ from a2sf.model.loader import load_model
 from benchmarks import RESULTS, save
 from tuner.data import datasets, packing
 from tuner.evaluation.objective import Objective
-from tuner.fit import climb
-from tuner.search.space import Frame
+from tuner.search.space import FitSpec
+from tuner.search.stages import run_stages
 from tuner.search.trials import Trials
 from tuner.search.uniform import best_uniform
 from tuner.settings import DEFAULT_STAGES
@@ -60,8 +60,8 @@ class Row:
     seconds: float
 
 
-def _trials(seen: Objective, frame: Frame) -> Trials:
-    return Trials(Ledger(InMemoryStorage(), "tuning", {}), seen, frame)
+def _trials(seen: Objective, spec: FitSpec) -> Trials:
+    return Trials(Ledger(InMemoryStorage(), "tuning", {}), seen, spec)
 
 
 def main(
@@ -84,7 +84,7 @@ def main(
     reload = partial(load_model, "reference", device="cpu", pack=False)
     data = datasets.load(dataset, datasets.data_directory(None))
     shape = model.shape
-    frame = Frame(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
+    spec = FitSpec(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
     make = partial(packing.examples, model, length=length)
     unseen = Objective(model, make(data.validation, count=holdout, seed=0), label="held out")
     rows: list[Row] = []
@@ -92,23 +92,23 @@ def main(
         seen = Objective(
             model, make(data.calibration, count=examples, seed=seed), label="calibration"
         )
-        _, uniform = best_uniform(_trials(seen, frame), trials)
-        bar = unseen.cost(frame.policy(uniform.setting)).mean
+        _, uniform = best_uniform(_trials(seen, spec), trials)
+        bar = unseen.cost(spec.policy(uniform.setting)).mean
         for name, stages in chosen.items():
-            plan = _trials(seen, frame)
-            bests, _ = climb(plan, uniform, stages, trials, seed, reload)
+            plan = _trials(seen, spec)
+            bests, _ = run_stages(plan, uniform, stages, trials, seed, reload)
             best = list(bests.values())[-1]
-            accounts = [plan.accounts[stage] for stage in stages]
+            stage_totals = [plan.stage_totals[stage] for stage in stages]
             rows.append(
                 Row(
                     seed=seed,
                     plan=name,
                     calibration=round(best.mean, 4),
-                    held_out=round(unseen.cost(frame.policy(best.setting)).mean, 4),
+                    held_out=round(unseen.cost(spec.policy(best.setting)).mean, 4),
                     held_out_uniform=round(bar, 4),
-                    trials=sum(account.trials for account in accounts),
-                    evaluations=round(sum(account.evaluations for account in accounts), 1),
-                    seconds=round(sum(account.seconds for account in accounts), 1),
+                    trials=sum(totals.trials for totals in stage_totals),
+                    evaluations=round(sum(totals.evaluations for totals in stage_totals), 1),
+                    seconds=round(sum(totals.seconds for totals in stage_totals), 1),
                 )
             )
             typer.echo(rows[-1])

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors import safe_open
 
-from benchmarks import grid
-from benchmarks.grid import Bench, parts, rows_of
+from benchmarks.grid import parts, rows_of
 from benchmarks.peers import environments, models, page
+from benchmarks.peers.bench import Bench
 from benchmarks.peers.models import Shape
 from benchmarks.peers.results import Results, compare, quartiles, summarise
 from benchmarks.peers.variants import VARIANTS, predicted_ms
@@ -179,7 +180,7 @@ def test_what_does_not_fit_the_memory_is_told(
     class Little:
         available = 10**8
 
-    monkeypatch.setattr(grid.psutil, "virtual_memory", Little)
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
     (entry,) = bench.measure(100, 4, [("dynamic", None)])
     assert entry["status"] == "failed"
     assert "0.1 are free" in entry["reason"]
