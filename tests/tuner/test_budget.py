@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from tests.tuner.commands import run
-from tuner.budget import Settings, _most, search, smallest
+from tuner.budget import BudgetSettings, max_measurements, search, smallest
 from tuner.data import packing
 from tuner.data.datasets import load
 from tuner.evaluation import statistics
@@ -35,7 +35,7 @@ def test_bisection_finds_what_looking_at_every_budget_would(
 
     found = smallest(steps, within)
     assert found == next((step for step in steps if step >= threshold), None)
-    assert len(asked) == len(set(asked)) <= _most(width)
+    assert len(asked) == len(set(asked)) <= max_measurements(width)
     if found is None:
         assert asked == [steps[-1]]
 
@@ -64,7 +64,7 @@ def settings(small_data: Path, tiny_model_dir: Path) -> dict[str, Any]:
 def test_the_budget_found_is_within_and_the_next_smaller_is_not(
     settings: dict[str, Any], tiny_model: LoadedModel, small_data: Path
 ) -> None:
-    found = search(Settings(**settings))
+    found = search(BudgetSettings(**settings))
     assert found.ratio is not None
     assert 0.01 < found.ratio < 0.99
     by_ratio = {one.ratio: one for one in found.measured}
@@ -99,10 +99,10 @@ def test_the_budget_found_is_within_and_the_next_smaller_is_not(
 def test_where_the_smallest_budget_there_is_is_within_no_smaller_one_is_judged(
     settings: dict[str, Any],
 ) -> None:
-    found = search(Settings(**{**settings, "within": 0.99}))
+    found = search(BudgetSettings(**{**settings, "within": 0.99}))
     lowest = found.measured[-1].model_copy(update={"ratio": 0.01, "within": True})
     told = answer(found.model_copy(update={"ratio": 0.01, "measured": (lowest,)}))
-    assert told.endswith(" there, and no smaller one is looked at.")
+    assert told.endswith(" there, and no smaller budget was considered.")
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60))
@@ -119,7 +119,7 @@ def test_bisection_ends_at_a_step_that_is_within_above_one_that_is_not(
 
 
 def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, Any]) -> None:
-    found = search(Settings(**{**settings, "within": 1e-7, "up_to": 0.3}))
+    found = search(BudgetSettings(**{**settings, "within": 1e-7, "up_to": 0.3}))
     assert found.ratio is None
     (top,) = found.measured
     assert top.ratio == 0.3
@@ -133,7 +133,7 @@ def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, 
 def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_for(
     settings: dict[str, Any],
 ) -> None:
-    found = search(Settings(**{**settings, "up_to": 0.3, "within": 1e-7}))
+    found = search(BudgetSettings(**{**settings, "up_to": 0.3, "within": 1e-7}))
     (top,) = found.measured
     between = (top.perplexity.mean + top.perplexity.high) / 2
     told = answer(found.model_copy(update={"within": between}))
@@ -143,11 +143,11 @@ def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_f
 
 
 def test_budgets_too_small_for_what_is_protected_are_passed_over(settings: dict[str, Any]) -> None:
-    found = search(Settings(**{**settings, "policy": "a2sf:.9:40:4", "within": 0.99}))
+    found = search(BudgetSettings(**{**settings, "policy": "a2sf:.9:40:4", "within": 0.99}))
     assert found.ratio is not None
     assert min(one.ratio for one in found.measured) * 128 >= 44
     with pytest.raises(InvalidArgument, match=r"^--up-to: 0.2 leaves a2sf:.9:40:4 no room"):
-        search(Settings(**{**settings, "policy": "a2sf:.9:40:4", "up_to": 0.2}))
+        search(BudgetSettings(**{**settings, "policy": "a2sf:.9:40:4", "up_to": 0.2}))
 
 
 @pytest.mark.parametrize(

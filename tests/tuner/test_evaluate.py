@@ -17,7 +17,7 @@ from tests.tables import make_table
 from tests.tuner.conftest import sums, write_rows
 from tuner.data import packing
 from tuner.data.datasets import load
-from tuner.evaluate import Settings, evaluate
+from tuner.evaluate import EvaluationSettings, evaluate
 from tuner.evaluation import statistics
 from tuner.evaluation.objective import effective
 from tuner.evaluation.policy_specs import parse
@@ -52,7 +52,7 @@ def run(small_data: Path, tiny_model_dir: Path) -> Run:
             "dtype": "float32",
             "command": "",
         }
-        return evaluate(Settings(**{**values, **overrides}))
+        return evaluate(EvaluationSettings(**{**values, **overrides}))
 
     return make
 
@@ -76,7 +76,7 @@ def test_rivals_are_compared_with_tables_at_the_same_budget(
 
 
 def test_a_prompt_that_is_read_step_by_step_leaves_adakv_nowhere_to_deal(run: Run) -> None:
-    with pytest.raises(InvalidArgument, match="adakv deals slots once at its end"):
+    with pytest.raises(InvalidArgument, match="adakv splits the slots once, at its end"):
         run(policies="full,adakv", shots=(0,))
 
 
@@ -110,8 +110,8 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     (policy,) = parse("a2sf:.9:0:0", tiny_model)
     for index, item in enumerate(items):
         example = item.example
-        wish = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
-        settled = effective(wish, tiny_model, len(example.token_ids))
+        requested_policy = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
+        settled = effective(requested_policy, tiny_model, len(example.token_ids))
         (kept,) = teacher_forcing.predict(tiny_model, [example], [settled], similarity=True)
         (full,) = teacher_forcing.predict(tiny_model, [example], None)
         p, q = (torch.softmax(x.logits.double(), dim=-1) for x in (full, kept))
@@ -200,9 +200,9 @@ def test_comparisons_are_paired_and_corrected_over_their_family(run: Run) -> Non
     for c in family:
         ours, theirs = (by_policy[name].by_example["kl"] for name in (c.policy, c.baseline))
         assert c.difference.mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
-    decisive = found.decisive("sums, packed", Size(ratio=0.3))
+    main_comparisons = found.main_comparisons("sums, packed", Size(ratio=0.3))
     best = min(("a2sf:.5", "a2sf:.9"), key=lambda name: by_policy[name].kl.mean)
-    assert {c.policy for c in decisive} == {best}
+    assert {c.policy for c in main_comparisons} == {best}
 
 
 def test_generated_tasks_and_text_are_evaluated_too(
@@ -305,7 +305,7 @@ def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_doe
     monkeypatch.setattr(teacher_forcing, "predict", noting)
     methods = f"h2o,window,a2sf:.5,{tmp_path / 'blocks.json'}"
     # Rows for one policy at a time.
-    monkeypatch.setattr("tuner.evaluate.ROWS_PER_PASS", 5)
+    monkeypatch.setattr("tuner.evaluation.passes.ROWS_PER_PASS", 5)
     shared = run(policies=methods, sizes=(Size(slots=20),))
     assert given == [True, True, True, False]
     monkeypatch.setattr("tuner.evaluation.objective.PROMPT_BYTES", 0)

@@ -12,7 +12,7 @@ from a2sf import reference
 from a2sf.tablefile import load_table
 from tests.tuner.commands import ROOT, command, run
 from tests.tuner.conftest import sums, write_rows
-from tuner.settings import Settings
+from tuner.settings import FitSettings
 
 
 class Taken(Exception):
@@ -21,7 +21,7 @@ class Taken(Exception):
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(settings: Settings) -> None:
+    def take(settings: FitSettings) -> None:
         raise Taken(settings)
 
     monkeypatch.setattr(tuner.fit, "fit", take)
@@ -97,8 +97,8 @@ def test_without_out_table_and_study_go_to_a_directory_that_says_what_they_are(
     assert str(settings.out) == out
     assert (settings.journal.parent, settings.journal.suffix) == (Path("tables"), ".journal")
     assert settings.out.parent.is_dir()
-    assert out in settings.told
-    assert str(settings.journal) in settings.told
+    assert out in settings.plan
+    assert str(settings.journal) in settings.plan
 
 
 @pytest.mark.usefixtures("taken")

@@ -19,9 +19,10 @@ from a2sf.tablefile import load_table, save_table
 from tests.tuner.conftest import MakeSettings, finished, sums, write_rows
 from tests.tuner.planted import Clock
 from tuner.evaluation import objective
-from tuner.fit import RIVAL_SHARE, Found, fit, search
+from tuner.fit import fit
 from tuner.proof import judge
-from tuner.report.terminal import is_uniform
+from tuner.report.sentences import is_uniform
+from tuner.search.stages import PER_LAYER_TIME_SHARE, SearchResult, search
 from tuner.search.trials import Trials
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
@@ -85,15 +86,15 @@ def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
 
     monkeypatch.setattr(Trials, "stage", noted)
     fit(settings(stages=("sensitivity", "alphas"), trials=20))
-    assert shares["per layer"] == RIVAL_SHARE < 0.5
+    assert shares["per layer"] == PER_LAYER_TIME_SHARE < 0.5
     assert shares["alphas"] == 1
 
 
 @pytest.mark.parametrize(
     ("trials", "compared", "told"),
     [
-        (4, False, "No setting by layers was measured: with more --trials or --minutes"),
-        (5, True, "The best setting by layers is of 1 trial, cut short: more --trials"),
+        (4, False, "No setting by layers was measured: more --trials or --minutes would"),
+        (5, True, "The search for the best setting by layers ended after 1 trial: more --trials"),
     ],
 )
 def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
@@ -174,8 +175,11 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
     outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
     assert 8 <= outcome.table.evidence.examples < 60
     assert clock.now < 30 + 1
-    assert any("The proof is on" in note for note in outcome.notes)
-    assert any("The bar is the best of" in note or "proof" in note for note in outcome.notes)
+    assert any("The proof uses" in note for note in outcome.notes)
+    assert any(
+        "The best uniform setting is the best of" in note or "proof" in note
+        for note in outcome.notes
+    )
 
 
 def test_time_that_does_not_suffice_for_the_proof_is_told_with_how_to_go_on(
@@ -210,7 +214,7 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
 
     moved = ((0.25,) * 2,) * 2 + ((0.5, 0.75),)
 
-    def found(*arguments: Any) -> Found:
+    def found(*arguments: Any) -> SearchResult:
         honest = search(*arguments)
         last = list(honest.bests)[-1]
         best = honest.bests[last]

@@ -14,7 +14,7 @@ from tests.tuner.crew import wait_for
 from tests.tuner.paused_fit import POINTS
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = "interrupted; what is measured is kept: run the same command to go on"
+LINE = "interrupted; all measurements are kept: run the same command to continue"
 
 
 @pytest.fixture

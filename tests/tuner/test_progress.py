@@ -92,7 +92,7 @@ def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
     out = tmp_path / "made" / "sums.json"
     assert first.endswith(
         f"to sums: 7 stages ({', '.join(FIT_STAGES)}), at most 2 min of measuring and 30 trials, "
-        f"after the model is loaded; the table goes to {out}, the study is kept in "
+        f"after the model is loaded. Table: {out}; study: "
         f"{out.with_suffix('.journal')}."
     )
     assert data == (

@@ -10,9 +10,9 @@ from a2sf.model.loader import LoadedModel
 from a2sf.schema import UniformSetting
 from tuner.evaluation import statistics
 from tuner.evaluation.objective import Cost, effective
-from tuner.evaluation.rivals import FLOOR
+from tuner.evaluation.slot_rules import FLOOR
 from tuner.proof import baselines, judge
-from tuner.search.space import Frame
+from tuner.search.space import FitSpec
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
@@ -92,7 +92,7 @@ def test_a_gain_of_a_standard_deviation_is_nearly_always_found() -> None:
 
 
 def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
-    names = baselines(Frame(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
+    names = baselines(FitSpec(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
     assert "pyramid" in names
     assert "adakv" not in names
 
@@ -102,9 +102,9 @@ def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
 def test_all_baselines_have_the_tables_budget_and_prefill_law(
     tiny_model: LoadedModel, budget: int | None, ratio: float | None, chunk: int
 ) -> None:
-    frame = Frame(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
-    compared = baselines(frame, SETTING, seed=7)
-    compared["uniform"] = frame.policy(frame.uniform(SETTING))
+    spec = FitSpec(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
+    compared = baselines(spec, SETTING, seed=7)
+    compared["uniform"] = spec.policy(spec.uniform(SETTING))
     policies = {name: effective(policy, tiny_model, 100) for name, policy in compared.items()}
     assert {policy.budget for policy in policies.values()} == {budget or 30}
     assert {policy.prefill_chunk for policy in policies.values()} == {chunk}

@@ -9,7 +9,8 @@ import pytest
 from a2sf.errors import NotFound
 from tests.tuner.conftest import sums, write_rows
 from tuner.data import datasets
-from tuner.data.datasets import REGISTRY, Part, load
+from tuner.data.datasets import REGISTRY, load
+from tuner.data.parts import Part
 from tuner.data.rows import Turn, row_of
 
 
@@ -71,8 +72,8 @@ def test_generated_datasets_ask_different_things_in_the_two_splits(name: str) ->
     dataset = load(name, None)
     asked = []
     for part in (dataset.calibration, dataset.validation):
-        assert part.made is not None
-        groups = [part.made(Random(seed), 20) for seed in range(20)]
+        assert part.generate is not None
+        groups = [part.generate(Random(seed), 20) for seed in range(20)]
         assert all(len(group) > 1 for group in groups) or name == "copy"
         asked.append({(t.question.rsplit("\n", 1)[-1], t.answer) for g in groups for t in g})
     assert not asked[0] & asked[1]

@@ -9,7 +9,9 @@ import pytest
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from tuner.data import packing
-from tuner.data.datasets import Group, Part, Turn, load
+from tuner.data.datasets import load
+from tuner.data.parts import Group, Part
+from tuner.data.rows import Turn
 
 
 def part_of(*turns: Turn) -> Part:

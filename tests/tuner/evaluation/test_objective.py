@@ -17,7 +17,8 @@ from a2sf.policy import CachePolicy
 from a2sf.schema import TablePolicy
 from tuner.data import packing
 from tuner.data.datasets import load
-from tuner.evaluation.objective import Candidate, Objective, divergence, effective
+from tuner.evaluation.divergence import divergence, full_cache
+from tuner.evaluation.objective import Candidate, Objective, effective
 
 ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
 
@@ -99,8 +100,8 @@ def test_a_ratio_is_that_very_ratio_while_candidates_are_compared(
 ) -> None:
     # A server would raise 20 slots to the table's floor.
     assert effective(table(min_budget=floor), tiny_model, 100).budget == 20
-    wish = CachePolicy(preset="h2o", budget_ratio=0.05)
-    assert effective(wish, tiny_model, 100).budget == 5
+    requested_policy = CachePolicy(preset="h2o", budget_ratio=0.05)
+    assert effective(requested_policy, tiny_model, 100).budget == 5
 
 
 def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -> None:
@@ -200,12 +201,12 @@ def test_positions_cost_the_same_however_many_are_compared_at_once(
     numbers: int,
 ) -> None:
     policy = effective(table(), tiny_model, len(examples[0].token_ids))
-    full = tuner.evaluation.objective.full_cache(tiny_model, examples[:1])[0].clone()
+    full = full_cache(tiny_model, examples[:1])[0].clone()
     (found,) = teacher_forcing.predict(tiny_model, examples[:1], [policy])
     found = replace(found, logits=found.logits.clone())
     # What the model rules out in both costs nothing.
     full[:, 7] = found.logits[:, 7] = -torch.inf
-    monkeypatch.setattr(tuner.evaluation.objective, "_NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("tuner.evaluation.divergence._NUMBERS_PER_COMPARISON", numbers)
     kl, nll = divergence(examples[0], found, full)
     log_q = found.logits.double().log_softmax(dim=-1)
     terms = full.double().exp() * (full.double() - log_q)

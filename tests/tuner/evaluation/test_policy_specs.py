@@ -13,11 +13,11 @@ from tests.tables import make_table
 from tuner.evaluation import policy_specs
 from tuner.evaluation.objective import effective
 from tuner.evaluation.results import Size
-from tuner.evaluation.rivals import AdaKV, Pyramid
+from tuner.evaluation.slot_rules import AdaKV, Pyramid
 
 
 @pytest.mark.parametrize(
-    ("written", "wish"),
+    ("written", "requested_policy"),
     [
         ("full", CachePolicy(preset="full")),
         ("window", CachePolicy(preset="window", sinks=4)),
@@ -33,17 +33,27 @@ from tuner.evaluation.rivals import AdaKV, Pyramid
     ],
 )
 def test_a_policy_is_read_as_it_is_written(
-    tiny_model: LoadedModel, written: str, wish: CachePolicy
+    tiny_model: LoadedModel, written: str, requested_policy: CachePolicy
 ) -> None:
     (found,) = policy_specs.parse(written, tiny_model)
-    assert (found.name, found.wish) == (written, wish)
+    assert (found.name, found.requested_policy) == (written, requested_policy)
     assert found.has_size == (written != "full")
 
 
 def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
     found = policy_specs.parse("window, a2sf", tiny_model)
-    assert {policy.wish.alpha for policy in found[1:]} == {0.0, 0.5, 0.9, 0.98, 0.99, 1.0}
-    assert {policy.wish.recent_share or policy.wish.recent for policy in found[1:]} == {0, 0.5}
+    assert {policy.requested_policy.alpha for policy in found[1:]} == {
+        0.0,
+        0.5,
+        0.9,
+        0.98,
+        0.99,
+        1.0,
+    }
+    assert {
+        policy.requested_policy.recent_share or policy.requested_policy.recent
+        for policy in found[1:]
+    } == {0, 0.5}
     assert len(found) == 13
 
 
@@ -53,7 +63,7 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
         ("", "none given; accepted: full; window"),
         ("snapkv", "'snapkv'; accepted: full; window"),
         ("full:3", "'full:3'; accepted"),
-        ("h2o:x", "'x' is no number"),
+        ("h2o:x", "'x' is not a number"),
         ("a2sf:1.5", "1.5; accepted: 0 to 1"),
         ("a2sf:nan", "nan; accepted: 0 to 1"),
         ("random:-1", "-1; accepted"),
@@ -86,7 +96,7 @@ def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
     (found,) = policy_specs.parse("pyramid:.9", tiny_model)
     at = found.at(Size(ratio=0.4), prefill_chunk=7, seed=0)
     assert at == Pyramid(
-        equal=found.wish.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
+        equal=found.requested_policy.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
     )
     assert "as PyramidKV deals them, uniform alpha 0.9" in found.description
 
@@ -96,7 +106,9 @@ def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
 ) -> None:
     (found,) = policy_specs.parse("adakv:.9", tiny_model)
     at = found.at(Size(slots=30), prefill_chunk=7, seed=0)
-    assert at == AdaKV(equal=found.wish.model_copy(update={"budget": 30, "prefill_chunk": 7}))
+    assert at == AdaKV(
+        equal=found.requested_policy.model_copy(update={"budget": 30, "prefill_chunk": 7})
+    )
     assert "as AdaKV deals them at the end of each prompt" in found.description
 
 

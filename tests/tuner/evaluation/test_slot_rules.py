@@ -10,7 +10,7 @@ from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy, resolve
 from tuner.evaluation.objective import effective
-from tuner.evaluation.rivals import FLOOR, AdaKV, Pyramid
+from tuner.evaluation.slot_rules import FLOOR, AdaKV, Pyramid
 
 
 def slots(pyramid: Pyramid, length: int, layers: int = 5, heads: int = 2) -> np.ndarray:

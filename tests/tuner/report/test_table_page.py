@@ -14,8 +14,8 @@ from tests.tables import BASELINES, IDENTITY, STAGES, brought_up, fitted_table, 
 from tests.tuner.pages import RATIOS, Page, evaluation
 from tuner.__main__ import main
 from tuner.evaluation.results import Evaluation, Policy
+from tuner.report.sentences import advice_line, caution_line, half_life, slots, verdict_line
 from tuner.report.table_page import load_evaluation, render
-from tuner.report.terminal import advice_line, caution_line, half_life, slots, verdict_line
 
 LARGE = IDENTITY.model_copy(update={"num_layers": 32, "num_kv_heads": 8})
 
@@ -111,9 +111,9 @@ def test_the_verdict_comes_first_and_then_what_it_rests_on() -> None:
     parts = [
         "the table costs less than the best uniform alpha (.93, recent half, sinks 4): "
         "table minus uniform -0.0130 [-0.0156, -0.0097] nats, -21\u00a0%.",
-        ">What was compared<",
-        ">What is remembered, and where<",
-        ">How it was found<",
+        ">Comparison at equal budget<",
+        ">Alphas and slots by head<",
+        ">Search<",
         ">Provenance<",
         ">Quality over budgets<",
     ]
@@ -184,7 +184,7 @@ def test_the_file_is_known_by_what_the_page_says(rendered: tuple[AlphaTable, str
         table.model.fingerprint,
         table.calibration.data_sha256,
         f"{table.calibration.tokens} tokens, seed {table.calibration.seed}",
-        f"{table.search.trials} tables by {table.search.sampler}, study",
+        f"{table.search.trials} trials in the stages {table.search.sampler}, study",
         f"by version {table.tool_version}",
         table.created_at.strftime("%Y-%m-%d %H:%M"),
         f"sinks {table.policy.sinks}, recent",

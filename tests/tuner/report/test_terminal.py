@@ -9,17 +9,16 @@ from rich.console import Console
 from a2sf.model.loader import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
 from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
-from tuner.report.terminal import (
-    FEW,
+from tuner.report.sentences import (
+    FEW_EXAMPLES,
     advice_line,
     caution_line,
     half_life,
-    heat_map,
     is_uniform,
     policy_line,
-    show,
     verdict_line,
 )
+from tuner.report.terminal import heat_map, show
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
@@ -48,7 +47,10 @@ def test_a_win_is_told_with_its_interval_and_share(tiny_model: LoadedModel) -> N
 
 @pytest.mark.parametrize(
     ("alpha", "carried"),
-    [(UNIFORM, "carries that uniform alpha"), (TABLE, "carries the table all the same, as asked")],
+    [
+        (UNIFORM, "carries that uniform alpha"),
+        (TABLE, "carries the fitted table, as --keep-table asked"),
+    ],
 )
 def test_without_a_win_the_line_says_what_the_file_carries(
     tiny_model: LoadedModel, alpha: Any, carried: str
@@ -89,13 +91,18 @@ def test_a_cache_that_changes_what_the_model_says_is_never_recommended(verdict: 
 
 def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
     assert caution_line(told()) is None
-    few = caution_line(told(examples=FEW - 1))
+    few = caution_line(told(examples=FEW_EXAMPLES - 1))
     assert few is not None
-    assert few.startswith(f"Few examples: {FEW - 1} held-out examples give rough intervals")
+    assert few.startswith(
+        f"Few examples: {FEW_EXAMPLES - 1} held-out examples give rough intervals"
+    )
     none = caution_line(told(examples=4))
     assert none is not None
-    assert "4 held-out examples cannot show a difference once 5 comparisons are paid for" in none
-    assert "8 at the least" in none
+    assert (
+        "4 held-out examples cannot show a difference after the correction for 5 comparisons"
+        in none
+    )
+    assert "at least 8" in none
 
 
 def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:

@@ -7,13 +7,13 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
-from tests.tuner.planted import FRAME, Clock, Planted, Timed, table, trials_of
-from tuner.search.moves import Climb, stepped
+from tests.tuner.planted import SPEC, Clock, Planted, Timed, table, trials_of
+from tuner.search.moves import CoordinateSearch, stepped
 from tuner.search.space import LOG_TAU_MAX, Setting, alpha_of
 from tuner.search.trials import Trials
 from tuner.search.uniform import best_uniform
 
-START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+START = SPEC.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 BY_LAYER = table((0.0, 0.0), (0.9, 0.9), (0.995, 0.995))
 BY_HEAD = table((0.0, 0.9), (0.99, 0.9), (0.9, 1.0))
 
@@ -23,15 +23,17 @@ def layers_of(setting: Setting) -> list[float]:
     return [sum(row) / len(row) for row in setting.head_share]
 
 
-def climb(planted: Planted, *stages: str, most: int = 1000, storage: Any = None) -> Climb:
+def climb(
+    planted: Planted, *stages: str, most: int = 1000, storage: Any = None
+) -> CoordinateSearch:
     trials = trials_of(planted, storage)
     with trials.stage("start", 1):
         (start,) = trials.measure("start", [START])
-    found = Climb(trials, start)
+    found = CoordinateSearch(trials, start)
     for stage in stages:
         with trials.stage(stage, most):
             getattr(found, stage)()
-            most = trials.left
+            most = trials.trials_left
     return found
 
 
@@ -91,7 +93,7 @@ def test_the_heads_of_the_layer_that_matters_most_come_first() -> None:
     trials = trials_of(planted)
     with trials.stage("start", 1):
         (start,) = trials.measure("start", [START])
-    found = Climb(trials, start)
+    found = CoordinateSearch(trials, start)
     with trials.stage("layers", 100):
         found.layers()
     with trials.stage("heads", 1):
@@ -124,17 +126,17 @@ def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
     assert len(planted.calls) < len(whole.calls) or fewer == 1
 
 
-def timed_fit(clock: Clock, storage: Any, minutes: float) -> tuple[Trials, Timed, Climb]:
+def timed_fit(clock: Clock, storage: Any, minutes: float) -> tuple[Trials, Timed, CoordinateSearch]:
     """The bar and all coordinate stages, where an example takes a tenth of a second."""
     planted = Timed(clock, 0.1, BY_HEAD)
     trials = trials_of(planted, storage, minutes)
     _, best = best_uniform(trials, 500)
-    found = Climb(trials, best)
+    found = CoordinateSearch(trials, best)
     most = 500
     for stage in ("slots", "layers", "heads", "protection", "polish"):
         with trials.stage(stage, most):
             getattr(found, stage)()
-            most = trials.left
+            most = trials.trials_left
     return trials, planted, found
 
 
@@ -146,7 +148,7 @@ def test_the_time_ends_every_stage_and_a_third_is_left_for_the_proof(
     # No more than the trial that was under way, and what a rung of the grid takes at the least.
     assert trials.seconds_spent < 40 * minutes + 2 * 3.2
     assert trials.seconds_left > 20 * minutes - 2 * 3.2
-    assert trials.accounts["slots"].trials > 0
+    assert trials.stage_totals["slots"].trials > 0
 
 
 def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clock) -> None:
@@ -168,7 +170,7 @@ def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clo
 def test_trials_end_a_stage_in_the_middle() -> None:
     planted = Planted(BY_HEAD)
     found = climb(planted, "layers", "heads", most=13)
-    tables = {policy for policy, _ in planted.calls} - {FRAME.policy(START)}
+    tables = {policy for policy, _ in planted.calls} - {SPEC.policy(START)}
     assert len(tables) <= 13
     assert planted.exact(found.best.setting) <= planted.exact(START)
 

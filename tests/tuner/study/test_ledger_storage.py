@@ -21,7 +21,7 @@ from sqlalchemy.exc import (
 
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from tests.tuner.crew import opened
-from tuner.study.storage import KernelLock, Patience, open_storage
+from tuner.study.storage import KernelLock, OutageRetry, open_storage
 
 
 def asked(storage: BaseStorage) -> int:
@@ -47,9 +47,13 @@ def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_storage_that_cannot_be_opened_is_told_without_its_address(
-    tmp_path: Path, url: str, kind: type[A2SFError], told: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    url: str,
+    kind: type[A2SFError],
+    reported: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=reported) as caught:
         open_storage(url, tmp_path / "x.journal")
     assert "secret" not in str(caught.value) + "".join(capfd.readouterr())
     assert caught.value.__suppress_context__
@@ -69,7 +73,7 @@ def test_a_file_that_is_no_journal_is_told_by_name_and_left_alone(
 ) -> None:
     journal = tmp_path / "x.journal"
     journal.write_text(content, encoding="utf-8")
-    with pytest.raises(InvalidArgument, match=r"x\.journal is not a whole journal"):
+    with pytest.raises(InvalidArgument, match=r"x\.journal is not a complete journal"):
         open_storage(None, journal)
     assert journal.read_text(encoding="utf-8") == content
 
@@ -78,10 +82,10 @@ def test_a_line_torn_anywhere_is_as_if_it_had_never_been_begun(tmp_path: Path) -
     journal = tmp_path / "x.journal"
     with opened(journal) as storage:
         assert asked(storage) == 1
-    whole = journal.read_bytes()
-    last = len(whole) - whole[:-1].rfind(b"\n") - 1
+    complete_lines = journal.read_bytes()
+    last = len(complete_lines) - complete_lines[:-1].rfind(b"\n") - 1
     for torn in range(1, last + 1):
-        journal.write_bytes(whole[:-torn])
+        journal.write_bytes(complete_lines[:-torn])
         with opened(journal) as reader, opened(journal) as writer:
             assert reader.get_all_trials(0)[0].user_attrs == {}
             assert asked(writer) == 2
@@ -176,7 +180,7 @@ def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        Patience("x", 30.0)(fails)
+        OutageRetry("x", 30.0)(fails)
     assert len(calls) == 1
 
 
@@ -201,7 +205,7 @@ def test_an_outage_is_waited_for_and_told_once(
             raise errors.pop()
         return 3
 
-    assert Patience("x", 30.0)(answers) == 3
+    assert OutageRetry("x", 30.0)(answers) == 3
     assert capsys.readouterr().err == (
         "the storage of study 'x' does not answer; waiting up to 30 s\n"
         "the storage of study 'x' is back\n"
