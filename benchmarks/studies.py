@@ -46,7 +46,7 @@ class Study:
         """Measure it on the shipped model."""
         return evaluate(
             EvaluationSettings(
-                datasets=self.datasets,
+                dataset=",".join(self.datasets),
                 policies=self.policies,
                 sizes=tuple(Size(ratio=ratio) for ratio in self.ratios),
                 shots=self.shots,

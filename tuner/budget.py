@@ -67,7 +67,7 @@ def search(settings: BudgetSettings) -> BudgetSearch:
             f"{percent(settings.within)} of the full cache on {part.split} of {source.name}: at "
             f"most {max_measurements(STEPS - 1)} measurements of {settings.examples} examples."
         )
-        progress.say(f"Data: {source.description}.")
+        progress.say(f"Data: {source.description}. Measured on {settings.split}.")
         model = load_model(
             settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
         )

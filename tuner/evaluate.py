@@ -32,7 +32,8 @@ STEP_BY_STEP = 1
 class EvaluationSettings:
     """The request of the user."""
 
-    datasets: tuple[str, ...]
+    dataset: str
+    """One dataset, or several with commas between them."""
     policies: str
     sizes: tuple[Size, ...]
     shots: tuple[int | None, ...]
@@ -57,10 +58,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     Raises A2SFError, before the first pass, for errors that the user can correct.
     """
     began = time.monotonic()
-    sources = [
-        datasets.load(name, datasets.data_directory(settings.data_dir))
-        for name in settings.datasets
-    ]
+    sources = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
     model = load_model(
         settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
@@ -78,7 +76,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
                     passes.resolve(model, plan.task, policy, size, example, settings.seed)
     with Progress("task", [plan.task.name for plan in plans]) as progress:
         for source in sources:
-            progress.say(f"Data: {source.description}.")
+            progress.say(f"Data: {source.description}. Measured on {settings.split}.")
         _run_all(model, plans, settings.seed, progress)
     return Evaluation(
         created_at=datetime.now(UTC).replace(microsecond=0),

@@ -51,6 +51,8 @@ class Outcome:
     """The same under the fitted `table` and under each baseline."""
     notes: tuple[str, ...]
     """Steps that `trials` or `minutes` cut short, one sentence each."""
+    limits: tuple[str, ...]
+    """The options that ended the fit, sorted: --minutes, --trials, both or none."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def fit(settings: FitSettings) -> Outcome:
     with Progress("stage", settings.parts, about="at most about") as progress:
         progress.say(settings.plan)
         for dataset in chosen:
-            progress.say(f"Data: {dataset.description}.")
+            progress.say(
+                f"Data: {dataset.description}. The search uses calibration, the proof validation."
+            )
         model = load_model(
             settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
         )
@@ -128,6 +132,7 @@ def fit(settings: FitSettings) -> Outcome:
         full_nll=statistics.estimate(proved.full_nll, seed=settings.seed),
         nll={name: statistics.estimate(c.nll, seed=settings.seed) for name, c in costs.items()},
         notes=tuple(trials.notes),
+        limits=tuple(sorted(trials.limits)),
     )
 
 
@@ -186,7 +191,7 @@ def _sealed(
         evidence=evidence,
         search=Search(
             sampler=",".join(found.bests),
-            trials=sum(found.stage_totals[name].trials for name in settings.stages),
+            trials=sum(one.trials for one in found.stage_totals.values()),
             study=settings.study,
             storage=storage_kind,
             wall_seconds=round(sum(one.seconds for one in found.stage_totals.values()), 3),

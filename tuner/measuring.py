@@ -104,7 +104,7 @@ def evaluate(
     sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
     found = evaluation.evaluate(
         evaluation.EvaluationSettings(
-            datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
+            dataset=dataset,
             policies=policies,
             sizes=tuple(sizes),
             shots=tuple(int(x) for x in before) or (None,),

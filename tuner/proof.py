@@ -183,6 +183,7 @@ def prove(
             min(left, trials.seconds_left - spent),
         )
     if len(full) < len(held_out):
+        trials.limits.add("--minutes")
         trials.notes.append(
             f"The proof uses {len(full)} of {len(held_out)} held-out examples: more --minutes "
             "make its intervals narrower."
@@ -251,11 +252,20 @@ def _measure(ledger: Ledger, part: _HeldOut, by_policy: Sequence[list[PointCost]
 
 
 def stages(found: SearchResult, proved: Proof, seed: int) -> tuple[Stage, ...]:
-    """Summarise the stages: the work of each, and the held-out value of its best setting."""
+    """Summarise the stages: the work of each, and the held-out value of its best setting.
+
+    The search for the baseline `per layer` is among them, at its place, if it had a trial.
+    """
     uniform = proved.costs["uniform"].kl
     summaries = []
-    for name, best in found.bests.items():
-        totals, kl = found.stage_totals[name], proved.costs[f"stage {name}"].kl
+    for name, totals in found.stage_totals.items():
+        if name == PER_LAYER and found.per_layer is not None:
+            best, kl = found.per_layer, proved.costs[PER_LAYER].kl
+        elif name in found.bests:
+            best, kl = found.bests[name], proved.costs[f"stage {name}"].kl
+        else:
+            # The search by layers had no trial.
+            continue
         summaries.append(
             Stage(
                 name=name,

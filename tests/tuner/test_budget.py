@@ -130,6 +130,16 @@ def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, 
     assert answer(found).endswith("try a larger --up-to.")
 
 
+@pytest.mark.parametrize("up_to", [0.99, 0.995, 1.0])
+def test_no_larger_up_to_is_suggested_if_the_largest_budget_was_measured(
+    settings: dict[str, Any], up_to: float
+) -> None:
+    found = search(BudgetSettings(**{**settings, "within": 0.1, "up_to": up_to}))
+    (top,) = [one for one in found.measured if one.ratio == 0.99]
+    failed = found.model_copy(update={"within": -1.0, "measured": (top,), "ratio": None})
+    assert answer(failed).endswith("; only a cache without eviction is within it.")
+
+
 def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_for(
     settings: dict[str, Any],
 ) -> None:
@@ -138,7 +148,7 @@ def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_f
     between = (top.perplexity.mean + top.perplexity.high) / 2
     told = answer(found.model_copy(update={"within": between}))
     assert told.endswith(
-        "its mean is, so that more --examples may show it, or else try a larger --up-to."
+        "its mean is within it, so more --examples may show it; otherwise try a larger --up-to."
     )
 
 

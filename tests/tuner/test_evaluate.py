@@ -36,7 +36,7 @@ def run(small_data: Path, tiny_model_dir: Path) -> Run:
 
     def make(**overrides: Any) -> Evaluation:
         values: dict[str, Any] = {
-            "datasets": ("sums",),
+            "dataset": "sums",
             "policies": METHODS,
             "sizes": (Size(ratio=0.3),),
             "shots": (None,),
@@ -211,7 +211,7 @@ def test_generated_tasks_and_text_are_evaluated_too(
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {number} of some text\n" for number in range(4000)))
     found = run(
-        datasets=("recall", "state", "arith", str(text)),
+        dataset=f"recall,state,arith,{text}",
         model="reference",
         policies="full,window",
         examples=2,
@@ -238,7 +238,7 @@ def test_the_document_survives_json(run: Run) -> None:
             {"sizes": (Size(slots=5),), "policies": "a2sf:.5:4:4"},
             "--slots: a2sf:.5:4:4 at 5 slots, on sums",
         ),
-        ({"datasets": ("recall",), "length": 24}, "gives 0"),
+        ({"dataset": "recall", "length": 24}, "gives 0"),
         ({"shots": (1,), "length": 40}, "validation of sums gives 0"),
         ({"policies": "snapkv"}, "'snapkv'"),
     ],
@@ -254,13 +254,32 @@ def test_what_cannot_be_measured_is_told_before_any_pass(
     assert told in str(caught.value)
 
 
+def test_the_name_of_a_data_file_may_contain_a_comma(run: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "one,two.jsonl", sums(0, 120))
+    assert [task.dataset for task in run(dataset=str(path), policies="full").tasks] == [path.name]
+
+
+def test_a_data_set_that_is_given_twice_is_refused(run: Run) -> None:
+    with pytest.raises(InvalidArgument, match="dataset: 'sums' is given twice"):
+        run(dataset="sums, sums")
+
+
+def test_the_line_on_the_data_names_the_measured_part(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(policies="full", split="calibration")
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("Data: "))
+    assert line.endswith("(120 rows). Measured on calibration.")
+    assert "searched" not in line
+
+
 def test_rows_that_are_judged_in_two_ways_have_no_accuracy(run: Run, tmp_path: Path) -> None:
     free = [{"question": f"and {n} ?", "answer": f"so {n}"} for n in range(40)]
     path = write_rows(
         tmp_path / "mixed.jsonl",
         [row for two in zip(sums(0, 40), free, strict=True) for row in two],
     )
-    found = run(datasets=(str(path),), shots=(0,), policies="full,window")
+    found = run(dataset=str(path), shots=(0,), policies="full,window")
     assert (found.tasks[0].accuracy, found.tasks[0].questions) == (None, 0)
     assert {cell.accuracy for cell in found.cells} == {None}
 
@@ -285,9 +304,9 @@ def test_shots_before_running_text_are_refused(run: Run, tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text("words and words\n" * 2000)
     with pytest.raises(InvalidArgument, match="running text has no questions"):
-        run(datasets=(str(text),), shots=(1,))
+        run(dataset=str(text), shots=(1,))
     with pytest.raises(NotFound, match="'nothing' not found"):
-        run(datasets=("nothing",))
+        run(dataset="nothing")
 
 
 def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_does_not(

@@ -214,8 +214,9 @@ def test_the_split_of_a_single_file_is_told_before_the_fit_and_the_table_names_t
     assert done.returncode == 0, done.stderr
     told = done.stderr.splitlines()
     split = (
-        "Data: mine.jsonl holds questions or prompts with answers; searched on all but the last "
-        "20% (200 rows), proved on the last 20% (50 rows)."
+        "Data: mine.jsonl holds questions or prompts with answers; calibration: all but the last "
+        "20% (200 rows), validation: the last 20% (50 rows). The search uses calibration, the "
+        "proof validation."
     )
     assert told.index(split) < next(i for i, line in enumerate(told) if line.startswith("stage 1"))
     table = load_table(out)

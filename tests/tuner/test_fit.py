@@ -4,10 +4,12 @@ import json
 import os
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import tuner.fit
 from a2sf.errors import InvalidArgument
@@ -22,6 +24,7 @@ from tuner.evaluation import objective
 from tuner.fit import fit
 from tuner.proof import judge
 from tuner.report.sentences import is_uniform
+from tuner.report.terminal import print_outcome
 from tuner.search.stages import PER_LAYER_TIME_SHARE, SearchResult, search
 from tuner.search.trials import Trials
 
@@ -51,11 +54,11 @@ def test_a_fit_writes_a_table_that_its_model_accepts(
         == table.evidence.paired.keys()
         == outcome.nll.keys() - {"table"}
     )
-    assert (table.search.trials, table.search.storage) == (3, "journal")
+    assert (table.search.trials, table.search.storage) == (6, "journal")
     assert all(value.mean > 0 for value in table.evidence.baselines.values())
     stages = {stage.name: stage for stage in table.search.stages}
     assert list(stages) == ["uniform", "layers", "heads"]
-    assert stages["layers"].trials + stages["heads"].trials == 3
+    assert stages["layers"].trials + stages["heads"].trials == 3 == stages["uniform"].trials
     assert stages["uniform"].paired.mean == 0
     assert stages["uniform"].held_out == table.evidence.baselines["uniform"]
     assert stages["heads"].held_out == table.evidence.table
@@ -69,9 +72,13 @@ def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings
     assert [stage.name for stage in outcome.table.search.stages] == [
         "uniform",
         "sensitivity",
+        "per layer",
         "alphas",
     ]
-    assert outcome.table.search.trials <= 20
+    by_name = {stage.name: stage for stage in outcome.table.search.stages}
+    assert by_name["per layer"].trials > 0
+    assert by_name["per layer"].held_out == outcome.table.evidence.baselines["per layer"]
+    assert outcome.table.search.trials == sum(stage.trials for stage in by_name.values()) <= 20
 
 
 def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
@@ -175,6 +182,12 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
     outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
     assert 8 <= outcome.table.evidence.examples < 60
     assert clock.now < 30 + 1
+    assert outcome.limits == ("--minutes",)
+    text = StringIO()
+    print_outcome(
+        Console(file=text), outcome, model="m", out=Path("t.json"), study_kept="'sums' in t.journal"
+    )
+    assert "run the same command again with more --minutes to continue." in text.getvalue()
     assert any("The proof uses" in note for note in outcome.notes)
     assert any(
         "The best uniform setting is the best of" in note or "proof" in note
@@ -235,7 +248,8 @@ def test_without_trials_the_best_uniform_alpha_is_written_and_called_no_better(
     assert is_uniform(outcome.table.policy)
     assert outcome.table.policy.alpha[0][0] == outcome.table.evidence.uniform.alpha
     assert outcome.table.evidence.verdict == "no_better_than_uniform"
-    assert outcome.table.search.trials == 0
+    # The uniform stage measures at least one setting.
+    assert outcome.table.search.trials == 1
 
 
 def test_a_budget_that_evicts_nothing_is_refused(settings: MakeSettings) -> None:

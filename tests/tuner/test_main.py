@@ -1,6 +1,7 @@
 """The command line: what is printed, what is written, and failures in one line."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,21 @@ def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
     assert ("\nNo better than uniform: " in out) == (table.evidence.verdict != "better")
     assert f"--model {tiny_model_dir} --tables {tmp_path} --default-table sums" in out
     assert (tmp_path / "sums.journal").exists()
+    assert "run the same command again with more --trials to continue." in out
+
+
+def test_a_table_whose_file_does_not_end_in_json_is_renamed_to_be_served(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_fit: list[object],
+    tmp_path: Path,
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, *small_fit, "--out", tmp_path / "sums-0.2")
+    assert code == 0
+    assert "A server reads only files that end in .json." in out
+    rename, serve = out.splitlines()[-1].split(" && ")
+    assert shlex.split(rename) == ["mv", f"{tmp_path}/sums-0.2", f"{tmp_path}/sums-0.2.json"]
+    assert serve.endswith(f"--tables {tmp_path} --default-table sums-0.2")
 
 
 def test_tables_show_prints_what_the_file_says(
@@ -180,7 +196,7 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
     assert done.returncode == 0, done.stderr
     table = load_table(tmp_path / "m.json")
     assert table.model.id == "reference"
-    assert (table.search.trials, table.calibration.examples) == (2, 4)
+    assert (table.search.trials, table.calibration.examples) == (4, 4)
     assert table.evidence.baselines["random"].mean > table.evidence.baselines["uniform"].mean
 
 

@@ -96,8 +96,9 @@ def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
         f"{out.with_suffix('.journal')}."
     )
     assert data == (
-        "Data: sums holds questions or prompts with answers; searched on calibration.jsonl "
-        "(80 rows), proved on validation.jsonl (120 rows)."
+        "Data: sums holds questions or prompts with answers; calibration: calibration.jsonl "
+        "(80 rows), validation: validation.jsonl (120 rows). The search uses calibration, the "
+        "proof validation."
     )
     begun = [line for line in lines if line.startswith("stage ")]
     named = [re.match(r"stage (\d) of 7: ([\w ]+);", line) for line in begun]

@@ -83,7 +83,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     """
     entry = REGISTRY.get(name)
     if isinstance(entry, GeneratedDataset):
-        description = f"{name} is generated; what it asks in one split it never asks in the other"
+        description = f"{name} is generated; no question of calibration is in validation"
         return Dataset(
             name,
             _generated_part(entry, "calibration"),
@@ -117,7 +117,8 @@ def load_all(names: str, data_dir: Path | None) -> list[Dataset]:
     """
     if Path(names).is_file():  # the file's own name may contain a comma
         return [load(names, data_dir)]
-    found = [load(name.strip(), data_dir) for name in names.split(",")]
+    each = [name.strip() for name in names.split(",") if name.strip()] or [names]
+    found = [load(name, data_dir) for name in each]
     for name in (dataset.name for dataset in found):
         if [dataset.name for dataset in found].count(name) > 1:
             raise InvalidArgument("dataset", f"{name!r} is given twice")

@@ -95,14 +95,14 @@ def _dataset_of(
         _part(splits[1], validation_content, without=calibration_content),
     )
     description = (
-        f"{name} holds {_kind(calibration_content)}; searched on {first} "
-        f"({_size(calibration_content)}), proved on {last} "
+        f"{name} holds {_kind(calibration_content)}; calibration: {first} "
+        f"({_size(calibration_content)}), validation: {last} "
         f"({_size(validation_content)})"
     )
     if isinstance(calibration_content, list):
         known = frozenset(calibration_content)
         if both := sum(row in known for row in validation_content if not isinstance(row, str)):
-            description += f", {both} of them left out because they are searched on"
+            description += f", {both} of them left out because calibration has them too"
     return Dataset(name, calibration, validation, description)
 
 

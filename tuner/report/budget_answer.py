@@ -15,6 +15,9 @@ from tuner.report.sentences import FEW_EXAMPLES
 STEPS = 100
 """Budgets are multiples of 1 / STEPS of the length."""
 
+LARGEST = (STEPS - 1) / STEPS
+"""The largest budget that is measured: at the whole length nothing is evicted."""
+
 
 class Measurement(Frozen):
     """The cost of a policy at one budget."""
@@ -68,7 +71,7 @@ def answer(found: BudgetSearch) -> str:
         (top,) = found.measured
         end = (
             "only a cache without eviction is within it"
-            if found.up_to == 1
+            if top.ratio >= LARGEST
             else "try a larger --up-to"
         )
         if top.perplexity.mean <= found.within:

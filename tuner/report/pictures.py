@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -190,10 +191,22 @@ def _panels(
         axes.grid(color=GRID, linewidth=0.6)
         value = getattr(reference, metric) if reference and metric in ("nll", "accuracy") else None
         if value is not None:
-            line = axes.axhline if draw is _curve else axes.axvline
-            line(value.mean, color=INK, linestyle="--", linewidth=1.2)
+            _full_cache_line(axes, value.mean, sizes if draw is _curve else None)
         draw(axes, metric, series, styles)
     return to_svg(figure, label)
+
+
+def _full_cache_line(axes: Axes, value: float, sizes: Sequence[Size] | None) -> None:
+    """Draw the full cache's value: over the sizes of curves, or (None) across a picture of dots.
+
+    Over curves the line ends at the largest size, so that it does not cross the names beside it.
+    """
+    style: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+    if sizes is None:
+        axes.axvline(value, **style)
+    else:
+        numbers = [value_of(size) for size in sizes]
+        axes.plot([min(numbers), max(numbers)], [value, value], **style)
 
 
 def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from a2sf.schema import Estimate, Evidence, Stage
 from tuner.report.svg import COLOURS, GRID, INK, figure_style, log_axis, plain, to_svg
+from tuner.settings import PER_LAYER
 
 WIDTH = 5.6
 DECADE = 10.0
@@ -43,16 +44,19 @@ def costs(evidence: Evidence, *, label: str, salt: str) -> str:
 def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str) -> str:
     """Draw cost over evaluations: calibration as steps, held-out costs as points at stages' ends.
 
-    The number of each stage, from 1, is drawn above its end.
+    The number of each stage, from 1, is drawn above its end. The search for the baseline
+    `per layer` has only its number, because its result is not a setting of the table.
     """
-    ends = list(accumulate(stage.evaluations for stage in found))
-    held_out = [stage.held_out for stage in found]
+    all_ends = list(accumulate(stage.evaluations for stage in found))
+    own = [(end, one) for end, one in zip(all_ends, found, strict=True) if one.name != PER_LAYER]
+    ends = [end for end, _ in own]
+    held_out = [stage.held_out for _, stage in own]
     with figure_style(salt):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = figure.subplots()
         axes.step(
             ends,
-            [stage.calibration for stage in found],
+            [stage.calibration for _, stage in own],
             where="post",
             color=INK,
             marker=".",
@@ -72,14 +76,14 @@ def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str)
         )
         _best_uniform_line(axes.axhline, evidence)
         calibration = [
-            Estimate(mean=s.calibration, low=s.calibration, high=s.calibration) for s in found
+            Estimate(mean=s.calibration, low=s.calibration, high=s.calibration) for _, s in own
         ]
         _cost_axis(axes, "y", [*held_out, *calibration, evidence.baselines["uniform"]])
-        right = 1.04 * ends[-1] or 1.0
+        right = 1.04 * all_ends[-1] or 1.0
         axes.set_xlim(0, right)
         axes.xaxis.set_major_locator(MaxNLocator(8))
         axes.set_xlabel("evaluations: passes over all calibration examples")
-        _number_stages(axes, ends, right)
+        _number_stages(axes, all_ends, right)
         figure.legend(loc="outside upper center", ncols=3, frameon=False, columnspacing=1)
         return to_svg(figure, label)
 

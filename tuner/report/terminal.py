@@ -5,6 +5,7 @@ same figures as the fit, except the likelihoods, which only the fit knows.
 """
 
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,27 @@ def print_outcome(
     _verdict(console, table)
     for note in outcome.notes:
         _line(console, note)
-    _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
-    serve = ["--model", model, "--tables", str(out.parent), "--default-table", table.name]
-    _line(console, f"Wrote {out}. Serve it: python -m service {shlex.join(serve)}")
+    _line(console, f"Study {study_kept}: {_continuation(outcome.limits)}.")
+    for line in _serve_lines(out, table.name, model):
+        _line(console, line)
+
+
+def _continuation(limits: Sequence[str]) -> str:
+    if not limits:
+        return "no limit ended the search; the same command gives the same table"
+    return f"run the same command again with more {' and '.join(limits)} to continue"
+
+
+def _serve_lines(out: Path, name: str, model: str) -> Iterator[str]:
+    """Say how to serve the table. A server reads the files of a directory that end in .json."""
+    serve = ["--model", model, "--tables", str(out.parent), "--default-table", name]
+    command = f"python -m service {shlex.join(serve)}"
+    if out.suffix == ".json":
+        yield f"Wrote {out}. Serve it: {command}"
+        return
+    renamed = out.with_name(f"{out.name}.json")
+    yield f"Wrote {out}. A server reads only files that end in .json. Rename and serve it:"
+    yield f"{shlex.join(['mv', str(out), str(renamed)])} && {command}"
 
 
 def show(console: Console, table: AlphaTable) -> None:
@@ -85,7 +104,7 @@ def show(console: Console, table: AlphaTable) -> None:
     search = table.search
     _line(
         console,
-        f"search       {search.trials} trials in the stages {search.sampler}, study "
+        f"search       {search.trials} trials by {search.sampler}, study "
         f"{search.study!r} ({search.storage}), {search.wall_seconds:.0f} s of measuring",
     )
     _line(console, f"made         {table.created_at.isoformat()} by version {table.tool_version}")

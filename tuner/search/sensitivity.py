@@ -160,6 +160,7 @@ def measure_profile(
                 if count
                 else "There was no time for the sensitivity profile: it needs more --minutes."
             )
+            trials.limits.add("--minutes")
             # Both stages that need a profile may find no time for it.
             if note not in trials.notes:
                 trials.notes.append(note)

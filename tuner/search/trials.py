@@ -59,6 +59,8 @@ class Trials:
         self.stage_totals: dict[str, StageTotals] = {}
         self.notes: list[str] = []
         """What was cut short and why, one sentence each."""
+        self.limits: set[str] = set()
+        """The options that ended a stage or a part of it: --trials, --minutes, or both."""
         self.progress = progress or Progress("stage")
         self._ledger = ledger
         self._proof_rows = proof_rows
@@ -128,6 +130,10 @@ class Trials:
             self._stage_deadline = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
         self.progress.begin(name, *self._estimated())
         yield
+        if self._trials_left <= 0:
+            self.limits.add("--trials")
+        elif self.trials_left == 0:
+            self.limits.add("--minutes")
 
     def show(self, detail: str, seconds: float = 0.0, trials: int = 0) -> None:
         """Show the progress, with seconds and trials that no account contains yet."""

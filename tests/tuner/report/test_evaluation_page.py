@@ -159,6 +159,15 @@ def test_the_full_cache_is_a_reference_and_no_curve() -> None:
     assert not any("accuracy" in label for label in labels)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "NLL, nats"])
+def test_the_line_of_the_full_cache_ends_before_the_names_of_curves(metric: str) -> None:
+    drawn = svg_of(render(evaluation()), f"{metric} over")
+    (line,) = re.findall(r'<path d="M [\d.]+ [\d.]+ +L ([\d.]+) [^>]*stroke-dasharray', drawn)
+    names = re.findall(r'x="([\d.]+)"[^>]*>(?:h2o|window|a2sf:0.5)</text>', drawn)
+    assert len(names) == 3
+    assert all(float(line) < float(x) for x in names)
+
+
 def test_every_line_has_its_name_but_the_settings_that_are_best_nowhere() -> None:
     document = evaluation(names=NAMES, sizes=RATIOS, tables=[table()])
     best = {document.best_a2sf("mathqa, 1-shot", size).policy for size in RATIOS}  # type: ignore[union-attr]

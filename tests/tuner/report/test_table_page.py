@@ -184,7 +184,7 @@ def test_the_file_is_known_by_what_the_page_says(rendered: tuple[AlphaTable, str
         table.model.fingerprint,
         table.calibration.data_sha256,
         f"{table.calibration.tokens} tokens, seed {table.calibration.seed}",
-        f"{table.search.trials} trials in the stages {table.search.sampler}, study",
+        f"{table.search.trials} trials by {table.search.sampler}, study",
         f"by version {table.tool_version}",
         table.created_at.strftime("%Y-%m-%d %H:%M"),
         f"sinks {table.policy.sinks}, recent",
