@@ -79,7 +79,7 @@ def test_the_weights_read_are_those_of_the_real_model() -> None:
     assert Shape.read(directory).weights_read == every
 
 
-def test_a_turns_mean_counts_what_comes_once_in_a_turn() -> None:
+def test_the_mean_of_a_turn_includes_work_that_is_done_once_per_turn() -> None:
     figures = summarise([[1.0, 1.0, 4.0], [1.0, 1.0, 10.0], [1.0, 1.0, 4.0]], 4)
     assert figures["ms_per_step"] == 2.0
     assert figures["ms_single_step_median"] == 1.0
@@ -106,7 +106,7 @@ def test_variants_that_keep_all_are_measured_once_a_cell() -> None:
     ]
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_results(tmp_path: Path) -> None:
     out = tmp_path / "grid.json"
     key = ("random-12", "float32", 512, 4)
     first = Results(out, HEAD, resume=True)
@@ -174,7 +174,7 @@ def test_a_variant_that_fails_ends_its_own_part_of_the_cell_alone(bench: Bench) 
     assert bench.versions["project"]["no-such-package"] == "not installed"
 
 
-def test_what_does_not_fit_the_memory_is_told(
+def test_a_cell_that_does_not_fit_the_memory_fails_with_the_free_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Little:

@@ -23,7 +23,7 @@ from tuner.report.budget_answer import BudgetSearch, answer
 
 
 @given(st.integers(1, 60), st.integers(1, 99), st.integers(0, 120))
-def test_bisection_finds_what_looking_at_every_budget_would(
+def test_bisection_finds_the_same_budget_as_a_full_search(
     first: int, width: int, threshold: int
 ) -> None:
     steps = range(first, first + width)
@@ -96,7 +96,7 @@ def test_the_budget_found_is_within_and_the_next_smaller_is_not(
     assert sentence.count(". ") == 0
 
 
-def test_where_the_smallest_budget_there_is_is_within_no_smaller_one_is_judged(
+def test_the_smallest_possible_budget_is_named_as_such(
     settings: dict[str, Any],
 ) -> None:
     found = search(BudgetSettings(**{**settings, "within": 0.99}))
@@ -118,7 +118,9 @@ def test_bisection_ends_at_a_step_that_is_within_above_one_that_is_not(
         assert found == first or found - 1 not in within
 
 
-def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, Any]) -> None:
+def test_if_no_budget_is_within_the_limit_the_answer_is_one_sentence(
+    settings: dict[str, Any],
+) -> None:
     found = search(BudgetSettings(**{**settings, "within": 1e-7, "up_to": 0.3}))
     assert found.ratio is None
     (top,) = found.measured
@@ -140,7 +142,7 @@ def test_no_larger_up_to_is_suggested_if_the_largest_budget_was_measured(
     assert answer(failed).endswith("; only a cache without eviction is within it.")
 
 
-def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_for(
+def test_more_examples_are_suggested_if_only_the_mean_is_within_the_limit(
     settings: dict[str, Any],
 ) -> None:
     found = search(BudgetSettings(**{**settings, "up_to": 0.3, "within": 1e-7}))
@@ -152,7 +154,7 @@ def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_f
     )
 
 
-def test_budgets_too_small_for_what_is_protected_are_passed_over(settings: dict[str, Any]) -> None:
+def test_budgets_too_small_for_the_protected_tokens_are_skipped(settings: dict[str, Any]) -> None:
     found = search(BudgetSettings(**{**settings, "policy": "a2sf:.9:40:4", "within": 0.99}))
     assert found.ratio is not None
     assert min(one.ratio for one in found.measured) * 128 >= 44
@@ -173,7 +175,7 @@ def test_budgets_too_small_for_what_is_protected_are_passed_over(settings: dict[
         (("h2o", "--examples", 999), "lower --examples"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_one_line(
+def test_mistakes_of_the_user_are_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_data: Path,

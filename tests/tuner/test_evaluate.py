@@ -61,7 +61,7 @@ def cells(found: Evaluation) -> dict[str, Cell]:
     return {cell.policy: cell for cell in found.cells}
 
 
-def test_rivals_are_compared_with_tables_at_the_same_budget(
+def test_other_slot_rules_are_compared_with_tables_at_the_same_budget(
     run: Run, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
     save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
@@ -75,13 +75,13 @@ def test_rivals_are_compared_with_tables_at_the_same_budget(
     assert len({round(kl[name], 9) for name in ("h2o", "pyramid", "adakv")}) == 3
 
 
-def test_a_prompt_that_is_read_step_by_step_leaves_adakv_nowhere_to_deal(run: Run) -> None:
+def test_adakv_is_refused_for_prompts_read_step_by_step(run: Run) -> None:
     with pytest.raises(InvalidArgument, match="adakv splits the slots once, at its end"):
         run(policies="full,adakv", shots=(0,))
 
 
 @pytest.mark.parametrize("shots", [None, 0, 1])
-def test_with_room_for_everything_every_policy_is_the_full_cache(
+def test_without_eviction_every_policy_equals_the_full_cache(
     run: Run, tiny_model: LoadedModel, tmp_path: Path, shots: int | None
 ) -> None:
     save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
@@ -132,7 +132,7 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     assert cell.kl == statistics.estimate(cell.by_example["kl"])
 
 
-def test_the_likeliest_choice_is_transformers_own(
+def test_the_likeliest_choice_is_that_of_transformers(
     run: Run, tiny_model: LoadedModel, tiny_model_dir: Path, small_data: Path
 ) -> None:
     found = run(policies="full,window", shots=(1,), sizes=(Size(ratio=0.4),), examples=12)
@@ -167,7 +167,7 @@ def test_the_likeliest_choice_is_transformers_own(
     assert 0 < sum(right) < 12
 
 
-def test_many_examples_and_policies_share_passes_without_a_trace(run: Run) -> None:
+def test_sharing_passes_changes_no_figure(run: Run) -> None:
     together = cells(run(examples=3))
     for name in ("h2o", "random", "a2sf:.5"):
         alone = cells(run(examples=3, policies=name))
@@ -243,7 +243,7 @@ def test_the_document_survives_json(run: Run) -> None:
         ({"policies": "snapkv"}, "'snapkv'"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_any_pass(
+def test_impossible_evaluations_are_refused_before_any_pass(
     run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -273,7 +273,7 @@ def test_the_line_on_the_data_names_the_measured_part(
     assert "searched" not in line
 
 
-def test_rows_that_are_judged_in_two_ways_have_no_accuracy(run: Run, tmp_path: Path) -> None:
+def test_rows_with_different_kinds_of_answers_have_no_accuracy(run: Run, tmp_path: Path) -> None:
     free = [{"question": f"and {n} ?", "answer": f"so {n}"} for n in range(40)]
     path = write_rows(
         tmp_path / "mixed.jsonl",
@@ -284,7 +284,7 @@ def test_rows_that_are_judged_in_two_ways_have_no_accuracy(run: Run, tmp_path: P
     assert {cell.accuracy for cell in found.cells} == {None}
 
 
-def test_no_question_stands_beside_its_own_answer(
+def test_solved_examples_come_from_the_other_part(
     run: Run, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []

@@ -81,7 +81,7 @@ def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings
     assert outcome.table.search.trials == sum(stage.trials for stage in by_name.values()) <= 20
 
 
-def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
+def test_the_baseline_by_layers_leaves_most_of_the_time_to_the_table(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: dict[str, float] = {}
@@ -104,7 +104,7 @@ def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
         (5, True, "The search for the best setting by layers ended after 1 trial: more --trials"),
     ],
 )
-def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
+def test_a_shortened_search_by_layers_is_noted(
     settings: MakeSettings, trials: int, compared: bool, told: str
 ) -> None:
     outcome = fit(settings(stages=("sensitivity", "alphas"), trials=trials))
@@ -112,7 +112,7 @@ def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
     assert sum(note.startswith(told) for note in outcome.notes) == 1
 
 
-def test_a_fit_run_again_finds_its_trials_and_says_the_same(
+def test_a_repeated_fit_reuses_its_trials_and_gives_the_same_table(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = fit(settings()).table
@@ -195,7 +195,7 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
     )
 
 
-def test_time_that_does_not_suffice_for_the_proof_is_told_with_how_to_go_on(
+def test_too_little_time_for_the_proof_is_reported_with_the_minutes_needed(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     honest = tuner.evaluation.objective.Objective._pass
@@ -241,7 +241,7 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
     assert is_uniform(table.policy) == (not better and not keep)
 
 
-def test_without_trials_the_best_uniform_alpha_is_written_and_called_no_better(
+def test_without_trials_the_uniform_setting_is_written_as_no_better(
     settings: MakeSettings,
 ) -> None:
     outcome = fit(settings(trials=0))
@@ -257,7 +257,7 @@ def test_a_budget_that_evicts_nothing_is_refused(settings: MakeSettings) -> None
         fit(settings(budget=128, budget_ratio=None))
 
 
-def test_a_budget_too_small_for_what_is_protected_is_refused(settings: MakeSettings) -> None:
+def test_a_budget_too_small_for_the_protected_tokens_is_refused(settings: MakeSettings) -> None:
     with pytest.raises(InvalidArgument, match="accepted: at least 8"):
         fit(settings(budget_ratio=0.02))
 

@@ -53,7 +53,7 @@ def told(process: subprocess.Popen[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("point", POINTS)
-def test_an_interrupted_fit_says_in_one_line_how_to_go_on_and_loses_nothing(
+def test_an_interrupted_fit_prints_how_to_continue_and_loses_nothing(
     point: str, flags: list[str], tmp_path: Path
 ) -> None:
     note, journal = tmp_path / "note", tmp_path / "sums.journal"

@@ -51,7 +51,7 @@ def test_a_table_whose_file_does_not_end_in_json_is_renamed_to_be_served(
     assert serve.endswith(f"--tables {tmp_path} --default-table sums-0.2")
 
 
-def test_tables_show_prints_what_the_file_says(
+def test_tables_show_prints_the_contents_of_the_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_fit: list[object],
@@ -100,7 +100,7 @@ def test_tables_show_prints_what_the_file_says(
         (("--device", "tpu"), "device: 'tpu'"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_the_last_line_with_exit_code_2(
+def test_mistakes_of_the_user_are_reported_in_the_last_line_with_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_fit: list[object],
@@ -116,7 +116,7 @@ def test_what_the_user_can_mend_is_told_in_the_last_line_with_exit_code_2(
     assert not (tmp_path / "sums.json").exists()
 
 
-def test_an_out_that_cannot_be_written_is_told_before_any_work(
+def test_an_unwritable_out_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     monkeypatch.setattr(tuner.fit, "fit", lambda _: pytest.fail("work was begun"))
@@ -128,7 +128,7 @@ def test_an_out_that_cannot_be_written_is_told_before_any_work(
     )
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_without_the_extra_the_error_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("optuna", "tuner")]:
@@ -153,7 +153,7 @@ def test_without_the_extra_it_says_what_to_install(
         (lambda _: None, "there is no such file"),
     ],
 )
-def test_a_file_that_is_no_whole_table_is_told_in_one_line(
+def test_a_damaged_table_file_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: MakeSettings,
@@ -211,7 +211,7 @@ def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
         "a tokenizer of an unknown kind",
     ],
 )
-def test_a_broken_checkpoint_is_told_in_one_line(
+def test_a_broken_checkpoint_is_reported_in_one_line(
     name: str,
     command: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -54,7 +54,7 @@ def test_evaluate_prints_every_figure_and_writes_json_and_html(
         (("--html", "/"), "--html: / is a directory"),
     ],
 )
-def test_evaluate_tells_what_the_user_can_mend(
+def test_evaluate_reports_mistakes_of_the_user_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_evaluation: list[object],

@@ -79,7 +79,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda rng: np.zeros(32),
     ],
 )
-def test_chance_is_called_better_no_more_often_than_the_interval_says(
+def test_chance_is_called_better_no_more_often_than_its_confidence_allows(
     chance: Callable[[np.random.Generator], NDArray[np.float64]],
 ) -> None:
     # One side of a 95 % interval is 2.5 %, and with 32 examples of a skewed kind somewhat more.
@@ -91,7 +91,7 @@ def test_a_gain_of_a_standard_deviation_is_nearly_always_found() -> None:
     assert verdicts(lambda rng: rng.normal(loc=-0.1, scale=0.1, size=32), runs=100) >= 0.99
 
 
-def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
+def test_adakv_is_not_a_baseline_if_prompts_are_read_token_by_token() -> None:
     names = baselines(FitSpec(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
     assert "pyramid" in names
     assert "adakv" not in names

@@ -18,7 +18,7 @@ from tests.tuner.postgres import postgresql
 from tuner.study.ledger import Timing
 
 
-def test_a_database_that_is_away_has_an_exit_code_of_its_own(
+def test_an_unreachable_database_has_a_separate_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     address = "postgresql://somebody:secret@127.0.0.1:1/studies"
@@ -28,7 +28,7 @@ def test_a_database_that_is_away_has_an_exit_code_of_its_own(
     assert "secret" not in line
 
 
-def test_a_study_made_for_something_else_is_told_in_one_line(
+def test_a_study_of_another_fit_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     assert run(monkeypatch, capsys, *small_fit)[0] == 0
@@ -38,7 +38,7 @@ def test_a_study_made_for_something_else_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("away", ["journal", "directory"])
-def test_a_storage_that_goes_away_in_the_middle_ends_in_one_sentence(
+def test_a_storage_that_fails_during_a_fit_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_fit: list[object],
@@ -69,7 +69,7 @@ def test_a_storage_that_goes_away_in_the_middle_ends_in_one_sentence(
 
 
 @pytest.mark.slow
-def test_a_database_that_goes_away_in_the_middle_ends_in_one_sentence(
+def test_a_database_that_fails_during_a_fit_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_fit: list[object]
 ) -> None:
     monkeypatch.setattr("tuner.study.ledger.Timing", partial(Timing, max_outage=1.0))
@@ -164,7 +164,9 @@ def wait_for_trials(process: subprocess.Popen[str], journal: Path, count: int) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Path) -> None:
+def test_a_killed_fit_continues_from_its_measurements(
+    small_fit: list[object], tmp_path: Path
+) -> None:
     journal = tmp_path / "killed.journal"
     first = fit_under("killed", small_fit, tmp_path)
     # Killed somewhere among the tables, after the 40 uniform ones.
@@ -186,7 +188,7 @@ def test_a_killed_fit_goes_on_where_it_was(small_fit: list[object], tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_three_workers_one_of_them_killed_find_what_one_finds(
+def test_three_workers_of_which_one_is_killed_find_the_same_as_one(
     small_fit: list[object], tmp_path: Path
 ) -> None:
     journal = tmp_path / "shared.journal"

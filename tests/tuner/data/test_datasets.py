@@ -79,7 +79,9 @@ def test_generated_datasets_ask_different_things_in_the_two_splits(name: str) ->
     assert not asked[0] & asked[1]
 
 
-def test_an_unknown_name_says_where_was_looked_and_which_names_are_known(tmp_path: Path) -> None:
+def test_an_unknown_name_is_reported_with_the_searched_places_and_known_names(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(NotFound) as caught:
         load("mathq", tmp_path)
     message = str(caught.value)
@@ -122,7 +124,7 @@ def test_a_repository_on_the_hub_is_read_like_a_folder(
     assert "calibration.jsonl" in options["allow_patterns"]  # type: ignore[operator]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_its_reason(
+def test_an_unreachable_hub_is_reported_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def download(repository: str, **options: object) -> str:

@@ -90,7 +90,7 @@ def test_a_document_is_its_text_and_a_conversation_its_messages() -> None:
         ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "nothing is asked"),
     ],
 )
-def test_a_row_of_no_known_form_is_named_by_file_line_and_what_was_found(
+def test_a_row_of_an_unknown_form_is_reported_with_file_line_and_contents(
     tmp_path: Path, row: str, found: str
 ) -> None:
     path = write_rows(tmp_path / "bad.jsonl", sums(0, 2))

@@ -49,9 +49,7 @@ def objective(tiny_model: LoadedModel, examples: list[Example]) -> Objective:
 @pytest.mark.parametrize(
     "policy", [table(budget=128, budget_ratio=None), CachePolicy(preset="full")]
 )
-def test_a_cache_that_holds_everything_costs_nothing(
-    objective: Objective, policy: Candidate
-) -> None:
+def test_a_cache_without_eviction_costs_nothing(objective: Objective, policy: Candidate) -> None:
     cost = objective.cost(policy)
     assert np.abs(cost.kl).max() < 1e-6
     np.testing.assert_allclose(cost.nll, objective.full_nll, atol=1e-5)
@@ -95,7 +93,7 @@ def test_a_candidate_is_resolved_by_the_rules_that_serving_uses(tiny_model: Load
 
 
 @pytest.mark.parametrize("floor", [None, 64, 1000])
-def test_a_ratio_is_that_very_ratio_while_candidates_are_compared(
+def test_a_minimum_budget_does_not_raise_the_ratio_of_a_candidate(
     tiny_model: LoadedModel, floor: int | None
 ) -> None:
     # A server would raise 20 slots to the table's floor.
@@ -108,7 +106,7 @@ def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -
     assert effective(table(budget=300, budget_ratio=None), tiny_model, 100).budget == 300
 
 
-def test_starting_from_what_is_kept_below_a_layer_changes_no_cost(
+def test_starting_from_a_stored_layer_input_changes_no_cost(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     kept = Objective(tiny_model, examples, label="kept")

@@ -32,7 +32,7 @@ from tuner.evaluation.slot_rules import AdaKV, Pyramid
         ("pyramid:.98:.25", CachePolicy(alpha=0.98, recent_share=0.25, sinks=4)),
     ],
 )
-def test_a_policy_is_read_as_it_is_written(
+def test_a_policy_string_is_parsed_to_its_fields(
     tiny_model: LoadedModel, written: str, requested_policy: CachePolicy
 ) -> None:
     (found,) = policy_specs.parse(written, tiny_model)
@@ -72,7 +72,9 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
         ("../mathqa", "accepted: full"),
     ],
 )
-def test_what_cannot_be_read_is_told(tiny_model: LoadedModel, written: str, told: str) -> None:
+def test_unreadable_policies_are_refused_with_the_accepted_forms(
+    tiny_model: LoadedModel, written: str, told: str
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
         policy_specs.parse(written, tiny_model)
     assert told in str(caught.value)
@@ -130,7 +132,9 @@ def test_the_shipped_table_is_known_by_its_name(reference_model: LoadedModel) ->
 @pytest.mark.parametrize(
     "written", ["full", "window", "h2o", "tova_per_head", "random", "a2sf:.9", "pyramid", "adakv"]
 )
-def test_every_description_says_what_is_protected(tiny_model: LoadedModel, written: str) -> None:
+def test_every_description_names_the_protected_tokens(
+    tiny_model: LoadedModel, written: str
+) -> None:
     (found,) = policy_specs.parse(written, tiny_model)
     assert ("sinks 4" in found.description) == (written != "full")
 

@@ -13,7 +13,7 @@ from tuner.harness.arguments import Arguments, SequencePolicies
 from tuner.harness.model import HarnessModel
 
 
-def test_a_ratio_of_a_table_is_that_very_ratio_whatever_the_table_s_floor(
+def test_a_minimum_budget_does_not_raise_the_ratio_of_a_table(
     tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
     ratio = {"budget": None, "budget_ratio": 0.2, "min_budget": 64}
@@ -54,13 +54,13 @@ def test_a_wrong_argument_is_named_with_what_is_accepted(
         harness_model(**arguments)
 
 
-def test_a_sequence_too_short_for_its_policy_is_told_with_its_length() -> None:
+def test_a_sequence_too_short_for_its_policy_is_reported_with_its_length() -> None:
     model = harness_model(policy="a2sf:.9", ratio=0.2)
     with pytest.raises(InvalidArgument, match=r"a sequence has \d tokens; budget is \d tokens"):
         likelihoods(model, [("a", " b c")])
 
 
-def test_own_arguments_win_over_the_harness_flags() -> None:
+def test_model_arguments_take_precedence_over_the_harness_flags() -> None:
     flags = {"batch_size": "auto", "max_batch_size": None, "device": "cuda:0"}
     made = HarnessModel.create_from_arg_string("pretrained=reference,policy=h2o,ratio=.2", flags)
     assert made.batch_size == 32

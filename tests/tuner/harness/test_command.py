@@ -124,7 +124,7 @@ def test_a_generation_task_is_scored(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_is_the_harness_own(science: Path) -> None:
+def test_the_command_line_is_that_of_the_harness(science: Path) -> None:
     arguments = [
         *("--model", "a2sf", "--tasks", "science", "--include_path", science, "--limit", "4"),
         *("--model_args", "pretrained=reference,policy=a2sf:.9:.5,ratio=0.5,prefill_chunk=1"),
@@ -151,7 +151,7 @@ def test_the_command_line_is_the_harness_own(science: Path) -> None:
     assert results["config"]["a2sf"]["policy"]["alpha"] == 0.9
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_without_the_extra_the_error_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
@@ -182,7 +182,7 @@ def test_a_refusal_is_one_line(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["quantised by gptq", "an unknown activation"])
-def test_a_broken_checkpoint_is_told_by_the_harness_too(
+def test_the_harness_reports_a_broken_checkpoint_in_one_line(
     name: str, science: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     checkpoint = Path(shutil.copytree(tiny_model_dir, tmp_path / "checkpoint"))

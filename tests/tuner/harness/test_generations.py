@@ -27,7 +27,7 @@ def test_full_generation_is_that_of_transformers(plain: Any) -> None:
         ("mathqa", CachePolicy(table="mathqa", prefill_chunk=3)),
     ],
 )
-def test_generation_under_eviction_is_the_engines_own(
+def test_generation_with_eviction_equals_the_engine(
     policy: str, requested_policy: CachePolicy
 ) -> None:
     model = harness_model(policy=policy, ratio=0.4, prefill_chunk=3, batch_size=2)
@@ -81,12 +81,12 @@ def test_a_special_token_among_the_stop_strings_stops(tiny_model_dir: Path) -> N
         ({"until": [str(number) for number in range(20)]}, "stop"),
     ],
 )
-def test_what_the_engine_cannot_do_is_refused_by_name(
+def test_unsupported_generation_arguments_are_refused_by_name(
     gen_kwargs: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(InvalidArgument, match=named):
         generate(harness_model(), **gen_kwargs)
 
 
-def test_other_engines_arguments_are_accepted_where_they_ask_for_nothing() -> None:
+def test_arguments_of_other_engines_are_accepted_at_neutral_values() -> None:
     assert generate(harness_model(), ["a"], max_gen_toks=2, num_beams=1, repetition_penalty=1.0)

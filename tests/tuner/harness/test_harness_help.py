@@ -24,7 +24,7 @@ from tuner.harness.arguments import Arguments
         ("--model a2sf --tasks help", False),
     ],
 )
-def test_help_is_ours_too_where_it_says_how_to_run(arguments: str, asks: bool) -> None:
+def test_general_help_begins_with_the_arguments_of_the_model(arguments: str, asks: bool) -> None:
     assert asks_for_help(arguments.split()) == asks
 
 

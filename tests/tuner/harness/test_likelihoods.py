@@ -52,7 +52,7 @@ def test_full_log_likelihoods_are_those_of_transformers(plain: Any) -> None:
         ("mathqa", Size(ratio=0.9), None),
     ],
 )
-def test_log_likelihoods_under_eviction_are_the_teachers_own(
+def test_log_likelihoods_with_eviction_equal_teacher_forcing(
     policy: str, size: Size, prefill_chunk: int | None
 ) -> None:
     given = {k: v for k, v in size.model_dump().items() if v is not None}
@@ -100,7 +100,7 @@ def test_choices_that_differ_in_the_last_token_share_a_prediction(
     assert found[0] != found[1]
 
 
-def test_a_whole_text_is_what_follows_the_first_token() -> None:
+def test_a_rolling_likelihood_predicts_every_token_of_the_text() -> None:
     model = harness_model(policy="a2sf:.9:.5:1", ratio=0.4)
     texts = [continuation for _, continuation in PAIRS[2:]]
     expected = [value for value, _ in likelihoods(model, [("", text) for text in texts])]
@@ -124,7 +124,7 @@ def test_a_text_longer_than_max_length_is_rolled_over(plain: Any) -> None:
     assert rolling(model, text, text) == pytest.approx([expected] * 2, abs=1e-3)
 
 
-def test_what_is_too_long_loses_its_beginning_with_one_warning(
+def test_long_sequences_lose_their_beginning_with_one_warning(
     plain: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -54,7 +54,7 @@ def alone(policy: EffectivePolicy, layer: int, head: int, length: int) -> Effect
     )
 
 
-def test_it_foretells_what_each_head_costs_alone(
+def test_the_estimate_predicts_the_cost_of_each_head_alone(
     unpacked: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So many draws that the estimate's own error is a few hundredths.
@@ -78,7 +78,7 @@ def test_it_foretells_what_each_head_costs_alone(
     assert spearmanr(found.flatten(), true.flatten()).statistic > 0.8
 
 
-def test_a_budget_that_holds_everything_moves_nothing(
+def test_a_budget_of_the_whole_length_changes_no_output(
     unpacked: LoadedModel, examples: list[Example]
 ) -> None:
     at = FitSpec(3, 2, budget=200, budget_ratio=None, prefill_chunk=0)
@@ -106,9 +106,7 @@ def test_rows_and_policies_stand_for_themselves(
             torch.testing.assert_close(single[0, ..., 0], together[number, ..., place])
 
 
-def test_what_is_told_of_the_work_is_what_is_done(
-    unpacked: LoadedModel, examples: list[Example]
-) -> None:
+def test_the_reported_work_is_the_work_done(unpacked: LoadedModel, examples: list[Example]) -> None:
     at = spec(0.3)
     ticks: list[int] = []
     curvature.effects(

@@ -51,14 +51,14 @@ def test_each_heads_alpha_is_found_and_several_are_taken_together() -> None:
     assert together
 
 
-def test_slots_go_where_they_are_worth_more() -> None:
+def test_heads_with_higher_costs_get_more_slots() -> None:
     target = table(*START.alpha, share=(0.5, 2.0, 0.5))
     found = climb(Planted(target), "slots").best.setting
     assert layers_of(found) == pytest.approx((0.5, 2.0, 0.5), rel=0.2)
     assert found.alpha == START.alpha
 
 
-def test_protection_is_chosen_anew() -> None:
+def test_protection_is_chosen_again() -> None:
     target = Setting(START.alpha, START.head_share, 0.5, 0)
     assert climb(Planted(target), "protection").best.setting == target
 
@@ -71,7 +71,7 @@ def test_polishing_goes_between_the_values_of_the_first_rounds() -> None:
     assert found.head_share == START.head_share
 
 
-def test_polishing_deals_slots_only_where_they_are_unequal() -> None:
+def test_polishing_changes_slots_only_if_they_are_unequal() -> None:
     target = table(*START.alpha, share=(0.6, 1.8, 0.6))
     assert climb(Planted(target), "polish").best.setting.head_share == START.head_share
     planted = Planted(target)
@@ -79,7 +79,7 @@ def test_polishing_deals_slots_only_where_they_are_unequal() -> None:
     assert layers_of(polished) == pytest.approx(layers_of(target), rel=0.15)
 
 
-def test_where_nothing_costs_less_the_start_is_kept() -> None:
+def test_the_start_is_kept_if_no_setting_costs_less() -> None:
     found = climb(Planted(START), "slots", "layers", "heads", "protection", "polish")
     assert found.best.setting == START
 
@@ -115,7 +115,7 @@ def test_a_search_run_again_measures_nothing_and_ends_the_same() -> None:
 
 
 @pytest.mark.parametrize("fewer", [1, 9, 60])
-def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
+def test_a_search_continues_with_more_trials(fewer: int) -> None:
     """What it comes to is what it would have come to with that many from the start."""
     storage = InMemoryStorage()
     stages = ("slots", "layers", "heads", "polish")
@@ -151,7 +151,7 @@ def test_the_time_ends_every_stage_and_a_third_is_left_for_the_proof(
     assert trials.stage_totals["slots"].trials > 0
 
 
-def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clock) -> None:
+def test_a_search_ended_by_the_time_continues_with_more_time(clock: Clock) -> None:
     storage = InMemoryStorage()
     first, measured, found = timed_fit(clock, storage, 0.5)
     again, nothing, same = timed_fit(clock, storage, 0.5)

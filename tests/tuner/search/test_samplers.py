@@ -27,7 +27,7 @@ LAYERS = table((0.0, 0.0), (0.95, 0.95), (1.0, 1.0), share=(0.5, 2.0, 0.5))
         (by_depth(START), START),
     ],
 )
-def test_the_start_of_a_space_stands_for_the_best_setting(space: Space, best: object) -> None:
+def test_the_start_of_a_space_represents_the_best_setting(space: Space, best: object) -> None:
     assert space.start.keys() == space.ranges.keys()
     assert all(
         space.ranges[n][0] <= value <= space.ranges[n][1] for n, value in space.start.items()
@@ -44,7 +44,7 @@ FAR = replace(LAYERS, head_share=((0.05,) * 2, (2.9,) * 2, (0.05,) * 2), sinks=1
 
 
 @pytest.mark.parametrize("name", ["structured", "cma"])
-def test_a_best_setting_outside_the_ranges_is_started_from_next_to_it_and_told(name: str) -> None:
+def test_a_best_setting_outside_the_ranges_is_replaced_by_the_nearest_and_noted(name: str) -> None:
     planted = Planted(FAR)
     climb = run(name, planted, most=6, start=FAR)
     (note,) = climb.trials.notes

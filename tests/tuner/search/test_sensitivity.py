@@ -65,7 +65,7 @@ def started(planted: Planted, storage: Any = None) -> tuple[Trials, TrialResult]
     return trials, best
 
 
-def test_slots_and_then_alphas_are_what_the_profile_says() -> None:
+def test_slots_and_then_alphas_follow_the_profile() -> None:
     planted = ByHead(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
@@ -82,7 +82,7 @@ def test_slots_and_then_alphas_are_what_the_profile_says() -> None:
     assert chosen.mean < dealt.mean < best.mean
 
 
-def test_the_rival_by_layers_treats_all_heads_of_a_layer_alike() -> None:
+def test_the_baseline_by_layers_treats_all_heads_of_a_layer_equally() -> None:
     trials, best = started(ByHead(START))
     with trials.stage("per layer", profile_stages.MAX_PROPOSALS):
         slot_rule = profile_stages.search_per_layer(trials, best, PROFILE)
@@ -95,7 +95,7 @@ def test_the_rival_by_layers_treats_all_heads_of_a_layer_alike() -> None:
         assert profile_stages.alphas(trials, dealt, PROFILE).mean < slot_rule.mean
 
 
-def test_what_only_the_profile_promises_is_not_taken() -> None:
+def test_a_proposal_without_a_measured_gain_is_not_taken() -> None:
     planted = Planted(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
@@ -105,13 +105,13 @@ def test_what_only_the_profile_promises_is_not_taken() -> None:
     assert len(planted.calls) > 3
 
 
-def test_a_profile_of_noise_deals_equal_slots() -> None:
+def test_a_profile_of_noise_gives_equal_slots() -> None:
     noise = np.full_like(PROFILE.costs, 10.0)
     profile = replace(PROFILE, noise=noise)
     assert (profile.split(40, 8, 0) == 40).all()
 
 
-def test_at_measured_budgets_the_profile_says_what_was_measured() -> None:
+def test_at_measured_budgets_the_curves_equal_the_measured_costs() -> None:
     slots = np.array([[6, 12], [24, 40], [70, 12]], dtype=float)
     found = PROFILE.at(slots)
     expected = np.stack([planted_costs(slots, np.full((3, 2), alpha)) for alpha in ALPHAS], axis=-1)
@@ -142,7 +142,7 @@ def looked(trials: Trials, load: Any) -> Profile | None:
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=2)
 
 
-def test_a_look_is_kept_and_never_taken_twice(
+def test_a_profile_is_stored_and_never_measured_twice(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
@@ -163,7 +163,7 @@ def test_a_look_is_kept_and_never_taken_twice(
     assert trials.stage_totals["sensitivity"].evaluations == pytest.approx(curvature.work(policies))
 
 
-def test_the_rows_that_are_looked_at_together_change_nothing(
+def test_the_number_of_rows_profiled_together_changes_nothing(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = looked(real(unpacked, small_data), lambda: unpacked)
@@ -177,7 +177,7 @@ def test_the_rows_that_are_looked_at_together_change_nothing(
     assert (by_budget[-1] < 0.01 * by_budget[0]).all()
 
 
-def test_the_time_leaves_some_examples_out_and_says_so(
+def test_a_profile_of_fewer_examples_is_noted(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
@@ -215,7 +215,7 @@ def test_without_time_for_one_example_that_is_said_once(
     ]
 
 
-def test_loading_the_model_for_the_look_is_not_counted(
+def test_the_time_to_load_the_model_for_the_profile_is_not_counted(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr("tuner.search.trials.time.perf_counter", lambda: clock.now)
@@ -230,7 +230,7 @@ def test_loading_the_model_for_the_look_is_not_counted(
     assert trials.seconds_spent == 0
 
 
-def test_without_trials_nothing_is_looked_at(unpacked: LoadedModel, small_data: Path) -> None:
+def test_without_trials_no_profile_is_measured(unpacked: LoadedModel, small_data: Path) -> None:
     trials = real(unpacked, small_data)
     with trials.stage("sensitivity", 0):
         found = sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), lambda: unpacked)

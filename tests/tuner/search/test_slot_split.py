@@ -43,7 +43,7 @@ def test_the_total_is_exact_and_no_head_gets_less_than_the_floor_or_more_than_th
 
 
 @given(measured(), st.integers(8, MAX_SLOTS - 20), st.integers(0, 20))
-def test_a_larger_total_takes_no_slot_from_any_head(
+def test_a_larger_total_gives_every_head_at_least_as_many_slots(
     costs: NDArray[np.float64], mean: int, more: int
 ) -> None:
     less = split_slots(costs, BUDGETS, mean=mean, floor=8, max_slots=MAX_SLOTS)
@@ -53,7 +53,7 @@ def test_a_larger_total_takes_no_slot_from_any_head(
 
 
 @given(measured(), st.floats(1.0, 100.0), st.integers(10, 100))
-def test_a_head_that_costs_more_by_a_factor_gets_no_less(
+def test_a_head_with_proportionally_higher_costs_gets_at_least_as_many_slots(
     costs: NDArray[np.float64], factor: float, mean: int
 ) -> None:
     scaled = np.concatenate([costs[:, :1], costs[:, :1] * factor], axis=1)
@@ -128,7 +128,7 @@ def test_a_head_below_the_noise_gets_the_floor_and_does_not_gain_by_its_noise() 
     np.testing.assert_array_equal(slots, other)
 
 
-def test_where_every_head_is_below_the_noise_all_get_the_same() -> None:
+def test_heads_with_costs_below_the_noise_get_equal_slots() -> None:
     costs = np.random.default_rng(0).normal(scale=1e-4, size=(4, 2, 3))
     assert (
         split_slots(costs, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS, noise=0.001) == 40
@@ -169,6 +169,6 @@ def test_shares_have_mean_one_and_lead_back_to_the_slots(
 
 
 @pytest.mark.parametrize(("floor", "mean", "max_slots"), [(0, 5, 9), (6, 5, 9), (1, 10, 9)])
-def test_what_cannot_be_dealt_is_refused(floor: int, mean: int, max_slots: int) -> None:
+def test_an_impossible_total_is_refused(floor: int, mean: int, max_slots: int) -> None:
     with pytest.raises(ValueError, match="accepted: 1 <= floor <= mean <= max_slots"):
         split_slots([[[1.0]]], (5,), mean=mean, floor=floor, max_slots=max_slots)

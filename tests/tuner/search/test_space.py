@@ -44,7 +44,9 @@ def test_a_layer_and_a_head_are_changed_alone() -> None:
 
 
 @given(st.integers(0, 2), st.floats(0.2, 5), st.integers(0, 2), st.floats(0.2, 5))
-def test_slots_are_dealt_never_made(first: int, much: float, second: int, more: float) -> None:
+def test_the_total_of_slots_stays_the_same(
+    first: int, much: float, second: int, more: float
+) -> None:
     dealt = BASE.with_layer_slots((first,), much).with_head_slots(second, 1, more).head_share
     assert sum(map(sum, dealt)) == pytest.approx(6, abs=4e-4)
     assert all(share > 0 for row in dealt for share in row)

@@ -14,7 +14,7 @@ BEST = table((0.9, 0.9), (0.5, 0.0), (1.0, 0.99))
 WORSE = table((0.0, 0.9), (0.5, 0.0), (1.0, 0.99))
 
 
-def test_a_setting_that_is_clearly_worse_is_given_up_after_the_first_look() -> None:
+def test_a_setting_that_is_clearly_worse_is_pruned_at_the_first_check() -> None:
     planted = Planted(BEST, examples=32)
     trials = trials_of(planted)
     with trials.stage("s", 9):
@@ -43,7 +43,7 @@ def test_a_stage_takes_no_more_trials_than_it_has() -> None:
         assert trials.trials_left == 1
 
 
-def test_a_longer_search_goes_on_where_a_shorter_one_was_cut() -> None:
+def test_a_search_with_more_trials_continues_a_shorter_one() -> None:
     storage = InMemoryStorage()
     for most, measured in ((1, 1), (2, 1), (2, 0)):
         planted = Planted(BEST)
@@ -54,7 +54,7 @@ def test_a_longer_search_goes_on_where_a_shorter_one_was_cut() -> None:
         assert len(planted.calls) == measured
 
 
-def test_the_time_ends_what_is_compared_with_a_best() -> None:
+def test_the_time_ends_measurements_that_are_compared_with_a_best() -> None:
     trials = trials_of(Planted(BEST), minutes=1e-9)
     with trials.stage("s", 9):
         (best,) = trials.measure("a", [BEST])
@@ -62,7 +62,7 @@ def test_the_time_ends_what_is_compared_with_a_best() -> None:
         assert trials.measure("b", [WORSE], best=best) == []
 
 
-def test_what_is_kept_below_a_layer_belongs_to_the_best() -> None:
+def test_the_stored_layer_input_is_that_of_the_best_setting() -> None:
     planted = Planted(BEST)
     trials = trials_of(planted)
     with trials.stage("s", 9):
@@ -71,7 +71,7 @@ def test_what_is_kept_below_a_layer_belongs_to_the_best() -> None:
     assert planted.anchors == [(SPEC.policy(BEST), 2)]
 
 
-def test_a_gain_within_its_own_noise_is_none() -> None:
+def test_a_gain_below_its_standard_error_counts_as_zero() -> None:
     rng = np.random.default_rng(0)
     before = TrialResult(BEST, rng.exponential(size=64), complete=True)
     noise = rng.normal(size=64)

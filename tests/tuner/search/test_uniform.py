@@ -101,7 +101,7 @@ def test_the_time_makes_the_grid_coarser_and_a_half_of_it_is_left_to_the_tables(
     assert trials.notes
 
 
-def test_where_even_one_trial_takes_too_long_there_is_still_a_bar(clock: Clock) -> None:
+def test_one_uniform_setting_is_measured_however_short_the_time(clock: Clock) -> None:
     trials = trials_of(Timed(clock, 100.0), minutes=1)
     _, best = best_uniform(trials, 500)
     assert len(best.kl) == 32
@@ -115,7 +115,7 @@ def test_few_examples_are_not_measured_twice(examples: int, sizes: list[int]) ->
     assert [len(part) for _, part in target.calls] == sizes
 
 
-def test_the_refinement_goes_on_with_more_trials() -> None:
+def test_the_refinement_continues_with_more_trials() -> None:
     storage = InMemoryStorage()
     best_uniform(trials_of(planted(0.93, 0.31, 3), storage), WHOLE + 3)
     more = planted(0.93, 0.31, 3)
@@ -124,7 +124,7 @@ def test_the_refinement_goes_on_with_more_trials() -> None:
     assert len(more.calls) < 300 - WHOLE
 
 
-def test_where_nothing_is_better_the_steps_shrink_and_it_ends() -> None:
+def test_the_steps_shrink_until_the_refinement_ends() -> None:
     trials = trials_of(planted(0.9, 0.25, 4))
     found, _ = best_uniform(trials, 1000)
     assert found == UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)

@@ -57,7 +57,7 @@ def timeless(found: Sequence[PointCost]) -> list[tuple[list[float], list[float],
 EXPECTED = timeless([cost(index) for index in range(4)])
 
 
-def test_a_finished_batch_is_replayed_by_whoever_asks_again(storage: BaseStorage) -> None:
+def test_a_finished_batch_is_read_from_the_study_by_later_calls(storage: BaseStorage) -> None:
     seen: list[tuple[int, dict[str, Any]]] = []
 
     def measure(index: int, point: dict[str, Any]) -> PointCost:
@@ -75,7 +75,7 @@ def test_a_finished_batch_is_replayed_by_whoever_asks_again(storage: BaseStorage
     assert timeless(again.measure("next", POINTS, cost)) == EXPECTED
 
 
-def test_a_batch_that_was_begun_is_gone_on_with(storage: BaseStorage) -> None:
+def test_unfinished_batches_are_continued(storage: BaseStorage) -> None:
     def two(index: int, point: dict[str, Any]) -> PointCost:
         if index == 2:
             raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_an_error_while_measuring_frees_the_point_at_once(storage: BaseStorage) 
     assert ledger_of(storage).trials == 0
 
 
-def test_a_mean_that_is_no_number_is_refused(storage: BaseStorage) -> None:
+def test_a_mean_that_is_not_finite_is_refused(storage: BaseStorage) -> None:
     def broken(index: int, point: dict[str, Any]) -> PointCost:
         return PointCost(kl=[float("nan")], nll=[0.0], evaluations=1.0)
 
@@ -119,7 +119,7 @@ def test_a_mean_that_is_no_number_is_refused(storage: BaseStorage) -> None:
     assert ledger_of(storage).trials == 0
 
 
-def test_sums_are_over_what_was_finished(storage: BaseStorage) -> None:
+def test_sums_cover_finished_measurements_only(storage: BaseStorage) -> None:
     ledger = ledger_of(storage)
     assert (ledger.trials, ledger.evaluations, ledger.seconds) == (0, 0, 0)
     found = ledger.measure("start", POINTS, cost)
@@ -131,7 +131,7 @@ def test_sums_are_over_what_was_finished(storage: BaseStorage) -> None:
     assert ledger_of(storage, "y").trials == 0
 
 
-def test_optuna_reads_the_study_as_its_own(storage: BaseStorage) -> None:
+def test_optuna_can_read_the_study(storage: BaseStorage) -> None:
     ledger_of(storage).measure("start", POINTS, cost)
     study = optuna.load_study(study_name="x", storage=storage)
     trials = [trial for trial in study.trials if "index" in trial.user_attrs]
@@ -152,7 +152,7 @@ def test_a_batch_with_other_points_is_refused(storage: BaseStorage) -> None:
             ledger.measure("start", others, never)
 
 
-def test_a_study_of_another_fit_is_refused_with_what_differs(storage: BaseStorage) -> None:
+def test_a_study_of_another_fit_is_refused_with_the_difference(storage: BaseStorage) -> None:
     ledger_of(storage)
     ledger_of(storage)
     with pytest.raises(InvalidArgument, match=r"'x'.*budget_ratio is 0\.2 there and 0\.3 here"):
@@ -194,7 +194,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     assert not errors
 
 
-def test_workers_that_run_into_each_other_measure_every_point_once(journal: Path) -> None:
+def test_colliding_workers_measure_every_point_once(journal: Path) -> None:
     points = [{"x": x} for x in range(30)]
     measured: list[int] = []
     found: list[Any] = []
@@ -216,7 +216,7 @@ def test_workers_that_run_into_each_other_measure_every_point_once(journal: Path
     assert found == [found[0]] * 4
 
 
-def test_of_many_who_settle_at_once_one_decides(journal: Path) -> None:
+def test_of_many_simultaneous_decisions_one_counts(journal: Path) -> None:
     decided: list[list[int]] = []
     ready = threading.Barrier(4)
 
@@ -242,7 +242,7 @@ class Overtaken(JournalStorage):
         return super().create_new_trial(study_id, template_trial)
 
 
-def test_who_finds_a_point_taken_after_all_withdraws(journal: Path) -> None:
+def test_a_worker_that_finds_its_point_taken_withdraws(journal: Path) -> None:
     with opened(journal) as storage:
         other = ledger_of(storage)
         late = Overtaken(JournalFileBackend(str(journal), KernelLock(str(journal))))
@@ -294,7 +294,7 @@ class Broken(JournalStorage):
 
 
 @pytest.mark.parametrize("lost_answers", [False, True])
-def test_a_call_that_fails_or_whose_answer_is_lost_doubles_nothing(
+def test_failed_calls_and_lost_answers_measure_nothing_twice(
     journal: Path,
     lost_answers: bool,
     monkeypatch: pytest.MonkeyPatch,

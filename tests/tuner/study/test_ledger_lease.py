@@ -57,7 +57,7 @@ def test_a_lease_that_is_still_for_the_grace_is_lost(clock: Clock) -> None:
     assert watch.abandoned([other]) == [other]
 
 
-def test_silence_does_not_count_while_nobody_listened(clock: Clock) -> None:
+def test_silence_does_not_count_while_no_worker_watched(clock: Clock) -> None:
     watch = LeaseWatch(HERE, GRACE)
     still = running(ELSEWHERE)
     assert watch.abandoned([still]) == []
@@ -71,7 +71,7 @@ def test_silence_does_not_count_while_nobody_listened(clock: Clock) -> None:
     assert watch.abandoned([still]) == [still]
 
 
-def test_a_process_that_is_gone_is_seen_at_once() -> None:
+def test_a_process_that_ended_is_noticed_at_once() -> None:
     watch = LeaseWatch(HERE, GRACE)
     alive = replace(HERE, key="b")
     reused = replace(HERE, key="b", started=HERE.started - 1)
@@ -82,7 +82,7 @@ def test_a_process_that_is_gone_is_seen_at_once() -> None:
     assert watch.abandoned([running(replace(reused, host="other"))]) == []
 
 
-def test_a_process_that_is_dead_and_not_reaped_is_gone() -> None:
+def test_a_dead_process_that_is_not_reaped_counts_as_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         # Ticks since boot, as the kernel counts them.
@@ -101,7 +101,7 @@ def test_a_process_that_is_dead_and_not_reaped_is_gone() -> None:
         child.communicate()
 
 
-def test_a_trial_of_ones_own_that_one_was_never_told_of_is_abandoned() -> None:
+def test_an_own_trial_whose_creation_got_no_answer_is_abandoned() -> None:
     own = running(HERE)
     assert LeaseWatch(HERE, GRACE).abandoned([own]) == [own]
 

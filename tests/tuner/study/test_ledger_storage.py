@@ -46,7 +46,7 @@ def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
         ("postgresql://me:secret@127.0.0.1:1/db", Unavailable, "storage cannot be reached"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_told_without_its_address(
+def test_an_error_about_a_storage_does_not_contain_its_address(
     tmp_path: Path,
     url: str,
     kind: type[A2SFError],
@@ -59,7 +59,7 @@ def test_a_storage_that_cannot_be_opened_is_told_without_its_address(
     assert caught.value.__suppress_context__
 
 
-def test_a_missing_driver_is_told_with_what_to_install(
+def test_a_missing_driver_is_reported_with_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
@@ -68,7 +68,7 @@ def test_a_missing_driver_is_told_with_what_to_install(
 
 
 @pytest.mark.parametrize("content", ["not a journal\n\n", '{"op_code": 99}\n', "[1]\n", "notes"])
-def test_a_file_that_is_no_journal_is_told_by_name_and_left_alone(
+def test_a_file_that_is_not_a_journal_is_named_and_not_changed(
     tmp_path: Path, content: str
 ) -> None:
     journal = tmp_path / "x.journal"
@@ -78,7 +78,7 @@ def test_a_file_that_is_no_journal_is_told_by_name_and_left_alone(
     assert journal.read_text(encoding="utf-8") == content
 
 
-def test_a_line_torn_anywhere_is_as_if_it_had_never_been_begun(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_a_journal_is_ignored(tmp_path: Path) -> None:
     journal = tmp_path / "x.journal"
     with opened(journal) as storage:
         assert asked(storage) == 1
@@ -94,7 +94,7 @@ def test_a_line_torn_anywhere_is_as_if_it_had_never_been_begun(tmp_path: Path) -
             assert asked(reader) == 3
 
 
-def test_a_line_torn_while_others_work_is_mended_by_the_next(tmp_path: Path) -> None:
+def test_the_next_writer_removes_an_incomplete_line(tmp_path: Path) -> None:
     journal = tmp_path / "x.journal"
     with opened(journal) as storage, opened(journal) as other:
         asked(storage)
@@ -172,7 +172,7 @@ BROKEN = DBAPIError("select", {}, ValueError("closed"), connection_invalidated=T
 
 
 @pytest.mark.parametrize("error", [WRONG, failed(WRONG), KeyError("no such trial")])
-def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
+def test_errors_that_are_not_outages_are_raised_at_once(error: Exception) -> None:
     calls: list[int] = []
 
     def fails() -> None:
@@ -195,7 +195,7 @@ def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
         ConnectionResetError(),
     ],
 )
-def test_an_outage_is_waited_for_and_told_once(
+def test_an_outage_is_waited_for_and_reported_once(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     errors = [error, error]
