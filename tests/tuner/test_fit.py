@@ -179,7 +179,7 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
         return honest(self, rows)
 
     monkeypatch.setattr(tuner.evaluation.objective.Objective, "_pass", second)
-    outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
+    outcome = fit(settings(trials=5000, minutes=0.5, holdout=60))
     assert 8 <= outcome.table.evidence.examples < 60
     assert clock.now < 30 + 1
     assert outcome.limits == ("--minutes",)
