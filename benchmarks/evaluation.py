@@ -67,24 +67,24 @@ def main(
         list[str] | None, typer.Option(help="reference, a directory or a hub id; several.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="The folder of another build's checkout; takes turns.")
+        Path | None, typer.Option(help="Checkout of another build, to alternate with.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Beside plain teacher forcing only these; several.")
+        list[str] | None, typer.Option(help="Variants to time beside plain teacher forcing.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "float32",
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 512,
     prompt: Annotated[
-        int | None, typer.Option(help="Of these the prompt; 256 for reference, else 128.")
+        int | None, typer.Option(help="Prompt tokens of every text; 256 for reference, else 128.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Texts at once; 32 for reference, else 8.")
+        int | None, typer.Option(help="Texts per pass; 32 for reference, else 8.")
     ] = None,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="The folder of the JSON files.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Directory of the JSON files.")] = RESULTS,
 ) -> None:
     """Time policies on given texts, in turns, and write the figures."""
     torch.set_num_threads(threads)

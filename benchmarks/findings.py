@@ -129,7 +129,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Compare; write nothing.")] = False,
     redraw: Annotated[
         bool,
-        typer.Option("--redraw", help="Draw the pictures of what is written; measure nothing."),
+        typer.Option("--redraw", help="Draw the stored figures; measure nothing."),
     ] = False,
 ) -> None:
     """Measure the findings again."""

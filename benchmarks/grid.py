@@ -56,8 +56,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a turn.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = os.cpu_count() or 1,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the random model.")] = 12,
-    timeout_s: Annotated[float, typer.Option(help="The most a worker may take to answer.")] = 1800,
-    resume: Annotated[bool, typer.Option(help="Keep cells that are measured already.")] = False,
+    timeout_s: Annotated[
+        float, typer.Option(help="Longest wait for a worker's answer, in seconds.")
+    ] = 1800,
+    resume: Annotated[bool, typer.Option(help="Keep cells that are already measured.")] = False,
     out: Annotated[Path, typer.Option(help="The JSON; .md and .svg beside it.")] = RESULTS
     / "grid-cpu.json",
 ) -> None:

@@ -75,11 +75,11 @@ def transformers_prefill(module: Any, ids: list[int]) -> Timing:
 def main(
     context: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
     budget: Annotated[int, typer.Option(help="Slots that the row keeps.")] = 512,
-    chunk: Annotated[int, typer.Option(help="Tokens of a chunk, where there are chunks.")] = 256,
+    chunk: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 256,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "prefill-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "prefill-cpu.json",
 ) -> None:
     """Time prompts, in turns, and write the figures with machine and versions."""
     torch.set_num_threads(threads)

@@ -66,15 +66,17 @@ def _trials(seen: Objective, spec: FitSpec) -> Trials:
 
 def main(
     dataset: Annotated[str, typer.Option(help="As for a fit.")] = "recall",
-    plans: Annotated[str, typer.Option(help="Of PLANS, with commas.")] = ",".join(PLANS),
-    trials: Annotated[int, typer.Option(help="For each plan, beside the uniform stage.")] = 100,
+    plans: Annotated[str, typer.Option(help="Plans, with commas between them.")] = ",".join(PLANS),
+    trials: Annotated[
+        int, typer.Option(help="Trials of each plan, without the uniform stage.")
+    ] = 100,
     examples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
     holdout: Annotated[int, typer.Option(help="Held-out sequences.")] = 64,
-    length: Annotated[int, typer.Option(help="Most tokens of one.")] = 512,
+    length: Annotated[int, typer.Option(help="Largest number of tokens of a sequence.")] = 512,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
-    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the JSON.")] = None,
 ) -> None:
     """Compare ways of searching, and write the figures."""
     torch.set_num_threads(threads)

@@ -43,8 +43,8 @@ def chosen(console: Console, *, reference: bool) -> Subject:
         with _waiting(console, "looking for SmolLM2-135M-Instruct; fetching it takes 93 MB"):
             real_model()
     except (CannotFetch, A2SFError, OSError) as error:
-        console.print(f"SmolLM2 cannot be had: {error}", markup=False)
-        console.print("The packaged model takes its place.")
+        console.print(f"SmolLM2 is not available: {error}", markup=False)
+        console.print("The packaged model is used instead.")
         return reference_subject()
     return real_subject()
 
@@ -75,7 +75,7 @@ def serving(console: Console, subject: Subject) -> Iterator[str]:
                 until = time.monotonic() + START_TIMEOUT_S
                 while not port_file.exists():
                     if server.poll() is not None or time.monotonic() > until:
-                        sys.exit(f"the server does not serve:\n{log.read_text()}")
+                        sys.exit(f"the server did not start:\n{log.read_text()}")
                     time.sleep(0.1)
             yield f"127.0.0.1:{port_file.read_text().strip()}"
             server.send_signal(signal.SIGTERM)

@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(f"image-test: {failure}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"image-test: {error.cmd[0]} failed with exit code {error.returncode}")
-    say(f"all well after {time.monotonic() - began:.0f} s")
+    say(f"all checks passed after {time.monotonic() - began:.0f} s")
 
 
 def try_out(workshop: "Workshop") -> None:

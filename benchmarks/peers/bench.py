@@ -83,7 +83,7 @@ class Bench:
                 self._ask(row, do="drop", seat=_seat(row))
             except Exception as error:
                 # The row was measured. The worker is ended, and the next cell starts a new one.
-                typer.echo(f"  {row[0]} could not let its rows go: {error}", err=True)
+                typer.echo(f"  {row[0]} could not drop its rows: {error}", err=True)
                 self._end(row[0])
         return [
             {"variant": row[0], "budget": row[1]}
@@ -166,7 +166,7 @@ class Bench:
         if row[0] not in self._clients:
             for other in [r for r in filled if r[0] == row[0]]:
                 filled.pop(other)
-                failed[other] = {"status": "failed", "reason": f"went with its worker: {error}"}
+                failed[other] = {"status": "failed", "reason": f"its worker ended: {error}"}
 
     def _end(self, name: str) -> None:
         client = self._clients.pop(name, None)

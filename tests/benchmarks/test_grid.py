@@ -165,7 +165,7 @@ def test_a_variant_that_fails_ends_its_own_part_of_the_cell_alone(bench: Bench) 
         "measured",
     ]
     assert "KeyError" in entries[1]["reason"]
-    assert entries[2]["reason"].startswith("went with its worker")
+    assert entries[2]["reason"].startswith("its worker ended")
     assert "exit 7" in entries[3]["reason"]
     assert entries[0]["ms_per_step"] == 2.0
     assert entries[0]["tokens_per_s"] == 2000.0
