@@ -39,7 +39,7 @@ def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "kind", "told"),
+    ("url", "kind", "reported"),
     [
         ("nosuch://me:secret@host/db", InvalidArgument, "storage cannot be opened"),
         ("me:secret@host", InvalidArgument, "storage cannot be opened"),
