@@ -100,7 +100,7 @@ def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
     assert at == Pyramid(
         equal=found.requested_policy.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
     )
-    assert "as PyramidKV deals them, uniform alpha 0.9" in found.description
+    assert "as PyramidKV splits them, uniform alpha 0.9" in found.description
 
 
 def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
@@ -111,7 +111,7 @@ def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
     assert at == AdaKV(
         equal=found.requested_policy.model_copy(update={"budget": 30, "prefill_chunk": 7})
     )
-    assert "as AdaKV deals them at the end of each prompt" in found.description
+    assert "as AdaKV splits them at the end of each prompt" in found.description
 
 
 def test_a_table_of_another_model_and_a_missing_file_are_refused(

@@ -194,7 +194,7 @@ def test_a_profile_of_fewer_examples_is_noted(
     assert found is not None
     # Of 60 s a third is for the proof, and of the rest six tenths for the look.
     assert found.examples == 2
-    assert any("is of 2 of 4 examples" in note for note in trials.notes)
+    assert any("uses 2 of 4 examples" in note for note in trials.notes)
 
 
 def test_without_time_for_one_example_that_is_said_once(
