@@ -11,7 +11,8 @@ from benchmarks import RESULTS
 from benchmarks.findings import FIGURES
 from benchmarks.pictures import standalone, study_picture
 from tests.tuner.pages import RATIOS, evaluation, table
-from tuner.report.pictures import MORE_TABLES, curves, metrics_of
+from tuner.report.pictures import curves, metrics_of
+from tuner.report.styles import MORE_TABLES
 
 PICTURES = sorted(RESULTS.glob("*.svg"))
 STUDIES = {study["name"]: study for study in json.loads(FIGURES.read_text())["studies"]}

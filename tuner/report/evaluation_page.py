@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from tuner.evaluation.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Size
 from tuner.report import heatmaps, pictures, skeleton
-from tuner.report.pictures import kind_of
 from tuner.report.skeleton import Panels, Picture
+from tuner.report.styles import kind_of
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
 """Decimals in tables: shares and cosines need fewer than nats."""

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from tuner.evaluation.results import Cell, Evaluation, Size
-from tuner.report.pictures import kind_of, value_of
+from tuner.report.pictures import value_of
 from tuner.report.sentences import half_life
+from tuner.report.styles import kind_of
 from tuner.report.svg import PANEL_WIDTH, PAPER, WIDTH, figure_style, log_range, plain, to_svg
 from tuner.search.space import LOG_TAU_MAX, log_tau_of
 

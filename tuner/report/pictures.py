@@ -1,16 +1,11 @@
 """Draws the pictures of an evaluation as SVG for a page: curves and intervals of each metric.
 
-Owns the look that every picture shares (colours, markers, paper) and the clean-up of matplotlib's
-SVG: no ids that could collide, and no external resources. Knows nothing of heat maps, of the page
-around a picture, or of how figures are measured. Figures are drawn through matplotlib's objects,
-without pyplot, in colours for white paper; the page's style sheet maps them to a dark form.
+Owns the panels, their axes, and the names at the ends of curves. Knows nothing of heat maps, of the
+page around a picture, or of how figures are measured. `tuner.report.svg` has the common look.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,9 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from a2sf.schema import Estimate
-from tuner.evaluation.results import Evaluation, Metric, Policy, Size
+from tuner.evaluation.results import Evaluation, Metric, Size
+from tuner.report.styles import Style, kind_of, styles_of
 from tuner.report.svg import (
-    COLOURS,
     GRID,
     INK,
     PANEL_WIDTH,
@@ -42,71 +37,8 @@ TITLES: dict[Metric, str] = {
 LOWER_IS_BETTER: tuple[Metric, ...] = ("kl", "nll")
 
 
-MORE_TABLES = ("#c2185b", "#5c6bc0", "#8d6e63")
-"""Colours of the tables after the first."""
-_OTHER = "#a5803a"
-_BACKGROUND = "#9aa5b1"
-"""Colour of uniform settings that are not the best at any size."""
 LABEL_GAP = 11.0
 """Smallest distance between names at the ends of lines, in points."""
-_MARKERS = "os^DvPX<>phd8H"
-_LINES = ("-", "--", "-.", ":")
-
-
-def kind_of(policy: Policy) -> str:
-    """The kind of a policy: `table`, or the name before the first colon."""
-    return "table" if policy.alpha is not None else policy.name.split(":")[0]
-
-
-@dataclass(frozen=True)
-class _Style:
-    colour: str
-    marker: str
-    line: str
-    width: float
-    order: int
-    named: bool = True
-
-
-def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[str, _Style]:
-    """Choose a style per policy.
-
-    Tables have thick lines, the best uniform settings colours, and other uniform settings are grey.
-    """
-    shown = [policy for policy in evaluation.policies if kind_of(policy) != "full"]
-    kinds: dict[str, list[str]] = defaultdict(list)
-    best = {cell.policy for s in sizes if (cell := evaluation.best_a2sf(task, s))}
-    for policy in sorted(shown, key=_alpha):
-        if kind_of(policy) != "a2sf" or policy.name in best:
-            kinds[kind_of(policy)].append(policy.name)
-    found = {}
-    for place, policy in enumerate(shown):
-        kind = kind_of(policy)
-        if policy.name not in kinds[kind]:
-            found[policy.name] = _Style(_BACKGROUND, "", "-", 0.8, 2, named=False)
-            continue
-        rank = kinds[kind].index(policy.name)
-        found[policy.name] = _Style(
-            _colour(kind, rank),
-            "*" if kind == "table" and rank == 0 else _MARKERS[place % len(_MARKERS)],
-            _LINES[rank % len(_LINES)],
-            2.6 if kind == "table" else 1.6,
-            4 if kind == "table" else 3,
-        )
-    return found
-
-
-def _colour(kind: str, rank: int) -> str:
-    # Each table has a colour; policies of another kind share one and differ by their lines.
-    if kind == "table" and rank:
-        return MORE_TABLES[(rank - 1) % len(MORE_TABLES)]
-    return COLOURS.get(kind, _OTHER)
-
-
-def _alpha(policy: Policy) -> float:
-    with suppress(ValueError, IndexError):
-        return float(policy.name.split(":")[1])
-    return 0.0
 
 
 def metrics_of(evaluation: Evaluation, task: str) -> list[Metric]:
@@ -144,7 +76,7 @@ def intervals(
 
 
 _Series = dict[str, list[tuple[Size, Estimate]]]
-_Panel = Callable[[Axes, Metric, _Series, dict[str, _Style]], None]
+_Panel = Callable[[Axes, Metric, _Series, dict[str, Style]], None]
 
 
 def _panels(
@@ -157,7 +89,7 @@ def _panels(
     draw: _Panel,
     heading: bool = False,
 ) -> str:
-    styles = _styles(evaluation, task, sizes)
+    styles = styles_of(evaluation, task, sizes)
     columns = min(2, len(metrics))
     rows = -(-len(metrics) // columns)
     names = [name for name in styles if any(evaluation.cell(task, name, s) for s in sizes)]
@@ -209,7 +141,7 @@ def _full_cache_line(axes: Axes, value: float, sizes: Sequence[Size] | None) -> 
         axes.plot([min(numbers), max(numbers)], [value, value], **style)
 
 
-def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
+def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, Style]) -> None:
     shade = min(0.15, 1 / max(len(series), 1))  # lines stay visible under many overlapping bands
     sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     for name, points in series.items():
@@ -236,7 +168,7 @@ def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style
     _name_lines(axes, series, styles)
 
 
-def _name_lines(axes: Axes, series: _Series, styles: dict[str, _Style]) -> None:
+def _name_lines(axes: Axes, series: _Series, styles: dict[str, Style]) -> None:
     """Write each policy's name at the right end of its line; move overlapping names apart."""
     low, high = axes.get_ylim()
     scale: Callable[[float], float] = math.log if axes.get_yscale() == "log" else float
@@ -283,7 +215,7 @@ def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
     axes.set_xlabel(unit)
 
 
-def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
+def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, Style]) -> None:
     for place, (name, points) in enumerate(series.items()):
         for _, value in points:
             style = styles[name]

@@ -130,10 +130,8 @@ class Trials:
             self._stage_deadline = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
         self.progress.begin(name, *self._estimated())
         yield
-        if self._trials_left <= 0:
-            self.limits.add("--trials")
-        elif self.trials_left == 0:
-            self.limits.add("--minutes")
+        if self.trials_left == 0:
+            self.limits.add("--minutes" if self._trials_left > 0 else "--trials")
 
     def show(self, detail: str, seconds: float = 0.0, trials: int = 0) -> None:
         """Show the progress, with seconds and trials that no account contains yet."""
