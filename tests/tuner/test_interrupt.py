@@ -101,8 +101,8 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(flags: list[st
 def test_a_second_interruption_ends_at_once() -> None:
     program = (
         "import signal, sys, time\n"
-        "from tuner.interrupt import telling\n"
-        "with telling('told'):\n"
+        "from tuner.interrupt import message_on_interrupt\n"
+        "with message_on_interrupt('told'):\n"
         "    try:\n"
         "        print('ready', file=sys.stderr, flush=True)\n"
         "        signal.pause()\n"
