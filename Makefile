@@ -48,7 +48,7 @@ test-slow: $(BIN)/.installed ## Run the slow tests on all cores
 	$(PYTEST) -m slow
 
 image-test: $(BIN)/.installed ## Build both images and run them; as root, with buildah, mmdebstrap and runc
-	$(BIN)/python scripts/image_test.py
+	$(BIN)/python -m scripts.image_test
 
 check: $(BIN)/.installed ## Lint, check formats, types, the contract, the container files and the manifests
 	$(BIN)/ruff check .

@@ -248,7 +248,9 @@ class Stage(Frozen):
         description="The same in passes over all calibration examples through all layers."
     )
     seconds: NotNegative = Field(description="Time spent on measuring, summed over workers.")
-    calibration: Finite = Field(description="Lowest cost on the calibration examples so far.")
+    calibration: Finite = Field(
+        description="Lowest cost on the calibration examples so far; of `per layer`, its own."
+    )
     held_out: Estimate = Field(description="What that candidate costs on the held-out examples.")
     paired: Estimate = Field(description="The same minus the best uniform setting's, paired.")
 
@@ -257,12 +259,16 @@ class Search(Frozen):
     """How the alphas were found."""
 
     sampler: str
-    trials: Count
+    trials: Count = Field(
+        description="Candidates measured in all stages: the uniform stage, and the search for the "
+        "baseline `per layer`, are included."
+    )
     study: str
     storage: str = Field(description="Kind of storage, such as journal; never its address.")
     wall_seconds: NotNegative
     stages: tuple[Stage, ...] = Field(
-        description="In order; empty in tables from before they were kept."
+        description="In order, with the search for the baseline `per layer`; empty in tables from "
+        "before they were kept."
     )
 
 

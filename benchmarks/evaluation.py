@@ -67,24 +67,24 @@ def main(
         list[str] | None, typer.Option(help="reference, a directory or a hub id; several.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="The folder of another build's checkout; takes turns.")
+        Path | None, typer.Option(help="Checkout of another build, to alternate with.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Beside plain teacher forcing only these; several.")
+        list[str] | None, typer.Option(help="Variants to time beside plain teacher forcing.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "float32",
     length: Annotated[int, typer.Option(help="Tokens of every text.")] = 512,
     prompt: Annotated[
-        int | None, typer.Option(help="Of these the prompt; 256 for reference, else 128.")
+        int | None, typer.Option(help="Prompt tokens of every text; 256 for reference, else 128.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Texts at once; 32 for reference, else 8.")
+        int | None, typer.Option(help="Texts per pass; 32 for reference, else 8.")
     ] = None,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="The folder of the JSON files.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Directory of the JSON files.")] = RESULTS,
 ) -> None:
     """Time policies on given texts, in turns, and write the figures."""
     torch.set_num_threads(threads)
@@ -115,12 +115,12 @@ def main(
             loaded = running[HERE].loaded
             wanted = {passes.PLAIN, *(variant or loaded["kinds"])}
             rows = compare(running, [k for k in loaded["kinds"] if k in wanted], rounds)
-        told = machine.describe(torch.device(loaded["device"]), getattr(torch, loaded["dtype"]))
+        times = machine.describe(torch.device(loaded["device"]), getattr(torch, loaded["dtype"]))
         name = "" if one == "reference" else f"{loaded['model']}-"
         kind = "cpu" if loaded["device"] == "cpu" else "gpu"
         write(
             out / f"evaluation-{name}{kind}.json",
-            told,
+            times,
             model=loaded["model"],
             **settings,
             rounds=rounds,
@@ -136,17 +136,19 @@ def compare(running: dict[str, Any], kinds: list[str], rounds: int) -> list[dict
     Processor seconds are those used by the build's process. So they depend little on other work on
     the machine, but they do not show how well threads share the work.
     """
-    told: dict[tuple[str, str], list[dict[str, Any]]] = {(k, b): [] for k in kinds for b in running}
+    times: dict[tuple[str, str], list[dict[str, Any]]] = {
+        (k, b): [] for k in kinds for b in running
+    }
     for turn in range(rounds + 1):
         for kind in kinds:
             # Alternate the order, so that no build always comes first.
             for build in list(running)[:: -1 if turn % 2 else 1]:
                 found = running[build].run(kind)
                 if turn:  # the first round is a warm-up
-                    told[kind, build].append(found)
+                    times[kind, build].append(found)
                 typer.echo(f"{turn} {build}: {kind} {found['seconds']:.2f} s", err=True)
     rows = []
-    for (kind, build), mine in told.items():
+    for (kind, build), mine in times.items():
         row: dict[str, Any] = {"variant": kind, "build": build}
         for clock in ("seconds", "processor_seconds"):
             taken = [one[clock] for one in mine]
@@ -154,8 +156,8 @@ def compare(running: dict[str, Any], kinds: list[str], rounds: int) -> list[dict
             row[f"{clock}_median"] = round(median, 3)
             row[f"{clock}_quartiles"] = [round(low, 3), round(high, 3)]
             for name, other in (
-                ("times_plain", told[passes.PLAIN, HERE]),
-                ("times_this_build", told[kind, HERE]),
+                ("times_plain", times[passes.PLAIN, HERE]),
+                ("times_this_build", times[kind, HERE]),
             ):
                 base = float(numpy.median([one[clock] for one in other]))
                 row[f"{clock}_{name}"] = round(median / base, 2)

@@ -62,12 +62,14 @@ def shown(table: Path) -> str:
 def compare(
     table: Annotated[Path, typer.Option(help="An alpha table of the model.")],
     model: Annotated[str, typer.Option(help="As for the server.")] = "build/real/smollm2",
-    dataset: Annotated[str, typer.Option(help="Whose validation text lies between.")] = "wikitext2",
-    tokens: Annotated[int, typer.Option(help="Tokens of a prompt, about.")] = 3000,
-    prompts: Annotated[int, typer.Option(help="Prompts asked.")] = 20,
+    dataset: Annotated[
+        str, typer.Option(help="Its validation text fills the prompt.")
+    ] = "wikitext2",
+    tokens: Annotated[int, typer.Option(help="Approximate tokens of a prompt.")] = 3000,
+    prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 20,
     ratio: Annotated[float, typer.Option(help="Budget as a share of prompt and answer.")] = 0.2,
     threads: Annotated[int, typer.Option(help="Threads of the server.")] = os.cpu_count() or 1,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "needle-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "needle-cpu.json",
 ) -> None:
     """Ask every question under every policy; write the counts with machine and versions."""
     loaded = load_model(model, device="cpu", dtype="float32")

@@ -45,9 +45,13 @@ class Passes:
         ids = torch.randint(2, self.model.shape.vocab_size, (batch, length)).tolist()
         counted = tuple(range(prompt, length - 1))
         examples = [Example(tuple(row), prompt, counted) for row in ids]
-        wish = CachePolicy(alpha=0.9, budget_ratio=ratio, recent_share=0.5)
+        requested_policy = CachePolicy(alpha=0.9, budget_ratio=ratio, recent_share=0.5)
         whole, steps = (
-            [effective(wish.model_copy(update={"prefill_chunk": chunk}), self.model, length)]
+            [
+                effective(
+                    requested_policy.model_copy(update={"prefill_chunk": chunk}), self.model, length
+                )
+            ]
             * batch
             for chunk in (0, 1)
         )
@@ -59,7 +63,7 @@ class Passes:
             )
 
         def search() -> float:
-            return objective.cost(wish).mean
+            return objective.cost(requested_policy).mean
 
         self.kinds: dict[str, Callable[[], float | None]] = {
             PLAIN: lambda: predict(None),

@@ -10,7 +10,8 @@ from xml.sax.saxutils import escape, unescape
 from a2sf.policy import PRESETS
 from a2sf.schema import Estimate
 from tuner.evaluation.results import METRICS, Cell, Evaluation, Policy, Size
-from tuner.report.pictures import GRID, INK, PAPER, curves, metrics_of
+from tuner.report.pictures import curves, metrics_of
+from tuner.report.svg import GRID, INK, PAPER
 
 DARK = {INK: "#e6e9ed", GRID: "#3a4149", PAPER: "#15181c"}
 """The dark forms of the three colours of light paper, as in the pages."""

@@ -36,10 +36,13 @@ Timing = tuple[float, float]
 """Seconds of the prefill, and of its longest step."""
 
 
-def engine_prefill(model: LoadedModel, wish: CachePolicy, ids: list[int]) -> Timing:
+def engine_prefill(model: LoadedModel, requested_policy: CachePolicy, ids: list[int]) -> Timing:
     """Prefill one prompt in a new engine."""
     config = EngineConfig(
-        slots=wish.budget or 1, max_batch=1, max_prefill_tokens=len(ids), default_policy=wish
+        slots=requested_policy.budget or 1,
+        max_batch=1,
+        max_prefill_tokens=len(ids),
+        default_policy=requested_policy,
     )
     engine = Engine(model, config)
     engine.submit(
@@ -72,11 +75,11 @@ def transformers_prefill(module: Any, ids: list[int]) -> Timing:
 def main(
     context: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
     budget: Annotated[int, typer.Option(help="Slots that the row keeps.")] = 512,
-    chunk: Annotated[int, typer.Option(help="Tokens of a chunk, where there are chunks.")] = 256,
+    chunk: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 256,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "prefill-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "prefill-cpu.json",
 ) -> None:
     """Time prompts, in turns, and write the figures with machine and versions."""
     torch.set_num_threads(threads)
@@ -98,9 +101,9 @@ def main(
         ids = prompt(model.shape.vocab_size, length)
         if length <= EXACT_AT_MOST:
             cells[length, "transformers"] = partial(transformers_prefill, plain, ids)
-        wishes = {**exact, **chunked} if length <= EXACT_AT_MOST else chunked
-        for name, wish in wishes.items():
-            cells[length, name] = partial(engine_prefill, model, wish, ids)
+        policies_by_name = {**exact, **chunked} if length <= EXACT_AT_MOST else chunked
+        for name, requested_policy in policies_by_name.items():
+            cells[length, name] = partial(engine_prefill, model, requested_policy, ids)
     taken: dict[tuple[int, str], list[Timing]] = {cell: [] for cell in cells}
     for _ in range(rounds):
         for cell, measure in cells.items():

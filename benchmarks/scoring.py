@@ -32,7 +32,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Turns of each policy.")] = 40,
     steps: Annotated[int, typer.Option(help="Steps of a turn.")] = 4,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "scoring-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "scoring-cpu.json",
 ) -> None:
     """Time both policies and write the figures with machine and versions."""
     torch.set_num_threads(threads)

@@ -145,7 +145,7 @@ def compare(
     tokens: Annotated[int, typer.Option(help="Tokens of each completion.")] = 96,
     rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 7,
     firsts: Annotated[int, typer.Option(help="First tokens timed on each side.")] = 20,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "serving-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "serving-cpu.json",
 ) -> None:
     """Time both sides in turns and write the figures with machine and versions."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

@@ -23,8 +23,8 @@ from a2sf.model.loader import load_model
 from benchmarks import RESULTS, save
 from tuner.data import datasets, packing
 from tuner.evaluation.objective import Objective
-from tuner.fit import climb
-from tuner.search.space import Frame
+from tuner.search.space import FitSpec
+from tuner.search.stages import run_stages
 from tuner.search.trials import Trials
 from tuner.search.uniform import best_uniform
 from tuner.settings import DEFAULT_STAGES
@@ -60,21 +60,23 @@ class Row:
     seconds: float
 
 
-def _trials(seen: Objective, frame: Frame) -> Trials:
-    return Trials(Ledger(InMemoryStorage(), "tuning", {}), seen, frame)
+def _trials(seen: Objective, spec: FitSpec) -> Trials:
+    return Trials(Ledger(InMemoryStorage(), "tuning", {}), seen, spec)
 
 
 def main(
     dataset: Annotated[str, typer.Option(help="As for a fit.")] = "recall",
-    plans: Annotated[str, typer.Option(help="Of PLANS, with commas.")] = ",".join(PLANS),
-    trials: Annotated[int, typer.Option(help="For each plan, beside the uniform stage.")] = 100,
+    plans: Annotated[str, typer.Option(help="Plans, with commas between them.")] = ",".join(PLANS),
+    trials: Annotated[
+        int, typer.Option(help="Trials of each plan, without the uniform stage.")
+    ] = 100,
     examples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
     holdout: Annotated[int, typer.Option(help="Held-out sequences.")] = 64,
-    length: Annotated[int, typer.Option(help="Most tokens of one.")] = 512,
+    length: Annotated[int, typer.Option(help="Largest number of tokens of a sequence.")] = 512,
     ratio: Annotated[float, typer.Option(help="Budget as a share of the length.")] = 0.2,
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = os.cpu_count() or 1,
-    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the JSON.")] = None,
 ) -> None:
     """Compare ways of searching, and write the figures."""
     torch.set_num_threads(threads)
@@ -84,7 +86,7 @@ def main(
     reload = partial(load_model, "reference", device="cpu", pack=False)
     data = datasets.load(dataset, datasets.data_directory(None))
     shape = model.shape
-    frame = Frame(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
+    spec = FitSpec(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
     make = partial(packing.examples, model, length=length)
     unseen = Objective(model, make(data.validation, count=holdout, seed=0), label="held out")
     rows: list[Row] = []
@@ -92,23 +94,23 @@ def main(
         seen = Objective(
             model, make(data.calibration, count=examples, seed=seed), label="calibration"
         )
-        _, uniform = best_uniform(_trials(seen, frame), trials)
-        bar = unseen.cost(frame.policy(uniform.setting)).mean
+        _, uniform = best_uniform(_trials(seen, spec), trials)
+        bar = unseen.cost(spec.policy(uniform.setting)).mean
         for name, stages in chosen.items():
-            plan = _trials(seen, frame)
-            bests, _ = climb(plan, uniform, stages, trials, seed, reload)
+            plan = _trials(seen, spec)
+            bests, _ = run_stages(plan, uniform, stages, trials, seed, reload)
             best = list(bests.values())[-1]
-            accounts = [plan.accounts[stage] for stage in stages]
+            stage_totals = [plan.stage_totals[stage] for stage in stages]
             rows.append(
                 Row(
                     seed=seed,
                     plan=name,
                     calibration=round(best.mean, 4),
-                    held_out=round(unseen.cost(frame.policy(best.setting)).mean, 4),
+                    held_out=round(unseen.cost(spec.policy(best.setting)).mean, 4),
                     held_out_uniform=round(bar, 4),
-                    trials=sum(account.trials for account in accounts),
-                    evaluations=round(sum(account.evaluations for account in accounts), 1),
-                    seconds=round(sum(account.seconds for account in accounts), 1),
+                    trials=sum(totals.trials for totals in stage_totals),
+                    evaluations=round(sum(totals.evaluations for totals in stage_totals), 1),
+                    seconds=round(sum(totals.seconds for totals in stage_totals), 1),
                 )
             )
             typer.echo(rows[-1])

@@ -49,11 +49,13 @@ def busy(count: int) -> Iterator[None]:
 def compare(
     model: Annotated[list[str] | None, typer.Option(help="random (100M) or reference.")] = None,
     streams: Annotated[list[int] | None, typer.Option(help="Completions at once.")] = None,
-    loops: Annotated[list[int] | None, typer.Option(help="Busy loops beside.")] = None,
+    loops: Annotated[
+        list[int] | None, typer.Option(help="Busy loops that run at the same time.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the engine.")] = CORES,
     tokens: Annotated[int, typer.Option(help="Tokens of each completion.")] = 16,
     rounds: Annotated[int, typer.Option(help="Turns of each way.")] = 11,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "waiting-cpu.json",
+    out: Annotated[Path, typer.Option(help="File of the JSON.")] = RESULTS / "waiting-cpu.json",
 ) -> None:
     """Time all ways in turns and write the figures with machine and versions."""
     bare = {name: value for name, value in os.environ.items() if name not in VARIABLES}

@@ -158,7 +158,9 @@ def test_where_the_real_model_cannot_be_stored_the_demo_takes_the_packaged_one(
     monkeypatch.setattr("scripts.demo.real_model", refuse)
     console = Console(file=StringIO(), record=True)
     assert chosen(console, reference=False).model == "reference"
-    assert "SmolLM2 cannot be had: [Errno 13] Permission denied: 'build'" in console.export_text()
+    assert (
+        "SmolLM2 is not available: [Errno 13] Permission denied: 'build'" in console.export_text()
+    )
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from a2sf.model.loader import LoadedModel
-from benchmarks import findings
-from benchmarks.findings import FIGURES, PAGES, STUDIES, differences, summary
+from benchmarks.findings import FIGURES, PAGES, differences, summary
 from benchmarks.findings_page import fill, render
+from benchmarks.studies import STUDIES
 
 KNOWN = json.loads(FIGURES.read_text(encoding="utf-8"))
 
@@ -54,7 +54,7 @@ def test_recall_at_a_fifth_is_measured_again(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A2SF_DATA_DIR", str(data_dir))
-    whole = next(study for study in findings.STUDIES if study.name == "recall")
+    whole = next(study for study in STUDIES if study.name == "recall")
     known = next(study for study in KNOWN["studies"] if study["name"] == "recall")
     chosen = ("full", "h2o", "random", "a2sf:.99:0", "mathqa")
     found = dataclasses.replace(whole, policies=",".join(chosen))

@@ -7,10 +7,10 @@ package. Knows nothing of the commands, except that options without a command me
 import sys
 
 from a2sf.threads import wait_passively
-from tuner.interrupt import telling
+from tuner.interrupt import message_on_interrupt
 
-GO_ON = "interrupted; what is measured is kept: run the same command to go on"
-AGAIN = "interrupted: run the same command to begin again"
+RESUME_MESSAGE = "interrupted; all measurements are kept: run the same command to continue"
+RESTART_MESSAGE = "interrupted: run the same command to start again"
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     # arguments at all show the help.
     if arguments and arguments[0].startswith("-") and arguments[0] != "--help":
         arguments = ["fit", *arguments]
-    with telling(GO_ON if arguments[:1] == ["fit"] else AGAIN):
+    with message_on_interrupt(RESUME_MESSAGE if arguments[:1] == ["fit"] else RESTART_MESSAGE):
         try:
             from tuner.cli import run
 

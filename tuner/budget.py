@@ -26,14 +26,14 @@ from a2sf.schema import Estimate
 from tuner.data import datasets, packing
 from tuner.evaluation import machine, objective, policy_specs, statistics
 from tuner.evaluation.objective import Objective
-from tuner.evaluation.policy_specs import Named
+from tuner.evaluation.policy_specs import PolicySpec
 from tuner.evaluation.results import Policy, Size
 from tuner.progress import Progress
 from tuner.report.budget_answer import STEPS, BudgetSearch, Measurement, percent
 
 
 @dataclass(frozen=True)
-class Settings:
+class BudgetSettings:
     """The request of the user."""
 
     dataset: str
@@ -56,7 +56,7 @@ class Settings:
     command: str
 
 
-def search(settings: Settings) -> BudgetSearch:
+def search(settings: BudgetSettings) -> BudgetSearch:
     """Find the smallest budget. Raises A2SFError for errors that the user can correct."""
     began = time.monotonic()
     source = datasets.load(settings.dataset, datasets.data_directory(settings.data_dir))
@@ -65,14 +65,14 @@ def search(settings: Settings) -> BudgetSearch:
         progress.say(
             f"Looking for the smallest budget of {settings.policy} within "
             f"{percent(settings.within)} of the full cache on {part.split} of {source.name}: at "
-            f"most {_most(STEPS - 1)} measurements of {settings.examples} examples."
+            f"most {max_measurements(STEPS - 1)} measurements of {settings.examples} examples."
         )
-        progress.say(f"Data: {source.told}.")
+        progress.say(f"Data: {source.description}. Measured on {settings.split}.")
         model = load_model(
             settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
         )
         teacher_forcing.prepare(model)
-        policy = _one(settings.policy, model)
+        policy = _single_policy(settings.policy, model)
         examples = packing.examples(
             model, part, count=settings.examples, length=settings.length, seed=settings.seed
         )
@@ -84,23 +84,23 @@ def search(settings: Settings) -> BudgetSearch:
             )
         feasible = _feasible(policy, model, examples, settings)
         begun = time.monotonic()
-        seen = Objective(model, examples, label="these", watch=progress.show)
+        target = Objective(model, examples, label="these", on_progress=progress.show)
         measured: dict[int, Measurement] = {}
 
         def within(step: int) -> bool:
-            most = _most(len(feasible))
+            max_count = max_measurements(len(feasible))
             spent = time.monotonic() - begun
-            left = spent / len(measured) * (most - len(measured)) if measured else None
+            left = spent / len(measured) * (max_count - len(measured)) if measured else None
             progress.begin(
-                f"measurement {len(measured) + 1} of at most {most}: ratio {step / STEPS:g}",
+                f"measurement {len(measured) + 1} of at most {max_count}: ratio {step / STEPS:g}",
                 spent,
                 left,
             )
-            measured[step] = _measure(seen, policy, step / STEPS, settings)
+            measured[step] = _measure(target, policy, step / STEPS, settings)
             return measured[step].within
 
         found = smallest(feasible, within)
-        full_nll = statistics.estimate(seen.full_nll, seed=settings.seed)
+        full_nll = statistics.estimate(target.full_nll, seed=settings.seed)
     return BudgetSearch(
         created_at=datetime.now(UTC).replace(microsecond=0),
         tool_version=__version__,
@@ -149,12 +149,12 @@ def smallest(steps: range, within: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _most(steps: int) -> int:
+def max_measurements(steps: int) -> int:
     """The largest number of steps that `smallest` tests, of so many."""
     return math.ceil(math.log2(steps)) + 1
 
 
-def _one(written: str, model: LoadedModel) -> Named:
+def _single_policy(written: str, model: LoadedModel) -> PolicySpec:
     try:
         found = policy_specs.parse(written, model)
     except InvalidArgument as error:
@@ -168,7 +168,7 @@ def _one(written: str, model: LoadedModel) -> Named:
 
 
 def _feasible(
-    policy: Named, model: LoadedModel, examples: list[Example], settings: Settings
+    policy: PolicySpec, model: LoadedModel, examples: list[Example], settings: BudgetSettings
 ) -> range:
     """The budgets, in steps, that exceed what the policy protects, in every example."""
     lengths = {len(example.token_ids) for example in examples}
@@ -196,18 +196,20 @@ def _feasible(
     return range(last, last + 1)
 
 
-def _measure(seen: Objective, policy: Named, ratio: float, settings: Settings) -> Measurement:
+def _measure(
+    target: Objective, policy: PolicySpec, ratio: float, settings: BudgetSettings
+) -> Measurement:
     candidate = policy.at(
         Size(ratio=ratio), prefill_chunk=settings.prefill_chunk, seed=settings.seed
     )
-    cost = seen.cost(candidate)
-    nll = statistics.difference(cost.nll, seen.full_nll, seed=settings.seed)
+    cost = target.cost(candidate)
+    nll = statistics.difference(cost.nll, target.full_nll, seed=settings.seed)
     perplexity = Estimate(
         **{name: math.expm1(min(value, 700.0)) for name, value in nll.model_dump().items()}
     )
     slots = [
-        objective.effective(candidate, seen.model, len(example.token_ids)).budget
-        for example in seen.examples
+        objective.effective(candidate, target.model, len(example.token_ids)).budget
+        for example in target.examples
     ]
     return Measurement(
         ratio=ratio,

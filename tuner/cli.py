@@ -33,7 +33,7 @@ from tuner.options import (
     table_file,
     table_name,
 )
-from tuner.settings import DEFAULT_STAGES, STAGES, Settings, bare_name
+from tuner.settings import DEFAULT_STAGES, STAGES, FitSettings, bare_name
 
 DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 """Enough on two cores for a model of 135 million parameters, and for the packaged model."""
@@ -62,53 +62,59 @@ def fit(
     ],
     model: ModelOption = "reference",
     revision: RevisionOption = None,
-    budget: Annotated[int | None, typer.Option(help="Slots a head keeps, in tokens.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Mean slots of a head, in tokens.")] = None,
     budget_ratio: Annotated[
         float | None,
-        typer.Option(help=f"Slots as a share of the length; {DEFAULT_RATIO} without --budget."),
+        typer.Option(help=f"Mean slots as a share of the length; default {DEFAULT_RATIO}."),
     ] = None,
     data_dir: DataDirOption = None,
     stages: Annotated[
         str | None,
-        typer.Option(help="How to search, in order, with commas between; see above."),
+        typer.Option(help="Stages of the search, in order, with commas between them; see above."),
     ] = None,
     trials: Annotated[
         int,
         typer.Option(
-            help="Settings to try at most, in all stages, runs and workers together; the best "
-            "uniform setting, which tables start from, is searched for with up to half of them."
+            help="Largest number of settings to measure, over all stages, runs and workers. Up to "
+            "half of them go to the best uniform setting, from which the other stages start."
         ),
     ] = 1000,
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="Of measuring, the proof included and summed over workers; loading comes on top. "
-            "Up to a third is kept for the proof, which takes fewer held-out examples if need be. "
-            f"0: no limit; without it {DEFAULT_MINUTES}, and {REFERENCE_MINUTES} for the small "
-            "packaged model."
+            help="Largest time of all measurements, with the proof, summed over workers; the time "
+            "to load the model is not counted. Up to a third is kept for the proof, which uses "
+            "fewer held-out examples if the time is short. 0 means no limit. Default: "
+            f"{DEFAULT_MINUTES}, and {REFERENCE_MINUTES} for the packaged model."
         ),
     ] = None,
-    examples: Annotated[int, typer.Option(help="Calibration sequences to search on.")] = 16,
+    examples: Annotated[int, typer.Option(help="Calibration sequences for the search.")] = 16,
     holdout: Annotated[
         int | None,
-        typer.Option(help="Validation sequences to prove on; twice --examples by default."),
+        typer.Option(help="Validation sequences for the proof. Default: twice --examples."),
     ] = None,
     length: LengthOption = 512,
-    seed: Annotated[int, typer.Option(help="Decides examples and moves.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the choice of examples and of random draws.")
+    ] = 0,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL; without it a journal file beside --out.")
+        str | None, typer.Option(help="Database URL. Default: a journal file beside --out.")
     ] = None,
-    study: Annotated[str | None, typer.Option(help="Name of the study; else --name.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study. Default: --name.")] = None,
     prefill_chunk: Annotated[
-        int, typer.Option(help="Tokens of one prompt block; 0 is the whole prompt.")
+        int, typer.Option(help="Tokens of one prompt block; 0 means the whole prompt.")
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the table goes; without it tables/ and a name after the data."),
+        typer.Option(
+            help="File of the table. Default: in tables/, with a name from the data and budget."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The table's name; else that of --out.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the table. Default: from --out.")
+    ] = None,
     keep_table: Annotated[
-        bool, typer.Option("--keep-table", help="Write the table even where uniform is as good.")
+        bool, typer.Option("--keep-table", help="Write the fitted table even if it is not better.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -164,9 +170,9 @@ def fit(
 
     # The imports below take seconds; the flags above are checked without them.
     from tuner.fit import fit as run_fit
-    from tuner.report.terminal import summarise
+    from tuner.report.terminal import print_outcome
 
-    settings = Settings(
+    settings = FitSettings(
         dataset=dataset,
         out=out,
         name=name,
@@ -193,7 +199,7 @@ def fit(
     save_table(outcome.table, out)
     where = "in the given storage" if storage else f"in {settings.journal}"
     kept = f"{study or name!r} {where}"
-    summarise(Console(), outcome, model=model, out=out, study_kept=kept)
+    print_outcome(Console(), outcome, model=model, out=out, study_kept=kept)
 
 
 app.command()(evaluate)
@@ -207,7 +213,7 @@ def report(
     evaluation: Annotated[
         Path | None,
         typer.Option(
-            help="What evaluate --json wrote, with this table among its policies: adds curves of "
+            help="File of evaluate --json, with this table among its policies: adds curves of "
             "quality over budgets."
         ),
     ] = None,

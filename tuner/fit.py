@@ -17,32 +17,27 @@ from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.offline import teacher_forcing
 from a2sf.offline.teacher_forcing import Example
-from a2sf.schema import AlphaTable, Calibration, Estimate, Search, UniformSetting
+from a2sf.schema import AlphaTable, Calibration, Estimate, Evidence, Search, UniformSetting
 from a2sf.tablefile import seal
 from tuner import proof
-from tuner.data import datasets, packing
+from tuner.data import datasets, mixture, packing
+from tuner.data.parts import Dataset
 from tuner.evaluation import objective, statistics
 from tuner.evaluation.objective import Objective
 from tuner.progress import Progress
-from tuner.search import samplers, sensitivity
-from tuner.search.moves import Climb
-from tuner.search.space import Frame
-from tuner.search.trials import Account, Trials, Tried
-from tuner.search.uniform import best_uniform
-from tuner.settings import OPEN, PER_LAYER, Settings
+from tuner.proof import Proof
+from tuner.search.space import FitSpec
+from tuner.search.stages import SearchResult, search
+from tuner.search.trials import Trials
+from tuner.settings import FitSettings
 from tuner.study.ledger import Ledger
 from tuner.study.storage import open_storage
 
-LEAST_BUDGET = 8
+MIN_BUDGET = 8
 """Slots: room for the four sinks that the grid and the presets protect, and a few unprotected."""
 
-EDITION = 5
+SEARCH_VERSION = 5
 """Version of the search. Increase it after a change that makes earlier trials incomparable."""
-
-
-RIVAL_SHARE = 0.2
-"""Share of the search time that is left which the baseline `per layer` may use. It runs before the
-later stages of the table, and must not take their time."""
 
 
 @dataclass(frozen=True)
@@ -56,48 +51,93 @@ class Outcome:
     """The same under the fitted `table` and under each baseline."""
     notes: tuple[str, ...]
     """Steps that `trials` or `minutes` cut short, one sentence each."""
+    limits: tuple[str, ...]
+    """The options that ended the fit, sorted: --minutes, --trials, both or none."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The result of a search."""
+class FitData:
+    """The data of a fit: its data sets, and the examples made from them."""
 
-    uniform: UniformSetting
-    bests: dict[str, Tried]
-    """The best setting after each stage, in order; `uniform` is the first."""
-    per_layer: Tried | None
-    """The best setting with one share of the slots and one alpha per layer; None if none was
-    measured."""
-    accounts: dict[str, Account]
+    datasets: Sequence[Dataset]
+    calibration: Sequence[Example]
+    held_out: Sequence[Example]
+
+    @property
+    def names(self) -> str:
+        """The names of the data sets, with commas between them."""
+        return ",".join(dataset.name for dataset in self.datasets)
+
+    @property
+    def validation_split(self) -> str:
+        """The held-out parts, by name."""
+        return "+".join(dict.fromkeys(dataset.validation.split for dataset in self.datasets))
+
+    def provenance(self, seed: int) -> Calibration:
+        """The calibration data, as the table's file records it."""
+        return Calibration(
+            dataset=self.names,
+            split="+".join(dict.fromkeys(dataset.calibration.split for dataset in self.datasets)),
+            examples=len(self.calibration),
+            tokens=sum(len(example.token_ids) for example in self.calibration),
+            data_sha256=packing.digest(self.calibration),
+            seed=seed,
+        )
 
 
-def fit(settings: Settings) -> Outcome:
+def fit(settings: FitSettings) -> Outcome:
     """Search, prove and seal. Raises A2SFError for errors that the user can correct."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     chosen = datasets.load_all(settings.dataset, datasets.data_directory(settings.data_dir))
     with Progress("stage", settings.parts, about="at most about") as progress:
-        progress.say(settings.told)
+        progress.say(settings.plan)
         for dataset in chosen:
-            progress.say(f"Data: {dataset.told}.")
-        return _fit(settings, chosen, progress)
+            progress.say(
+                f"Data: {dataset.description}. The search uses calibration, the proof validation."
+            )
+        model = load_model(
+            settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
+        )
+        teacher_forcing.prepare(model)
+        data = FitData(chosen, *mixture.examples_of(model, chosen, settings))
+        spec = FitSpec(
+            num_layers=model.shape.num_layers,
+            num_kv_heads=model.shape.num_kv_heads,
+            budget=settings.budget,
+            budget_ratio=settings.budget_ratio,
+            prefill_chunk=settings.prefill_chunk,
+        )
+        _check_budgets(model, spec, [*data.calibration, *data.held_out])
+        ledger, storage_kind = _open_study(settings, model, data)
+        trials = Trials(
+            ledger,
+            Objective(model, data.calibration, label="calibration", on_progress=progress.show),
+            spec,
+            settings.minutes,
+            proof_rows=proof.max_rows(len(data.held_out), len(settings.stages)),
+            progress=progress,
+            max_trials=settings.trials,
+        )
+        load = _differentiable(settings, model)
+        found = search(trials, settings.stages, settings.trials, settings.seed, load)
+        candidates = proof.candidates(spec, found, settings.seed)
+        stages = {name: spec.policy(best.setting) for name, best in found.bests.items()}
+        proved = proof.prove(ledger, trials, model, data.held_out, candidates, stages)
+    costs = {name: proved.costs[name] for name in candidates}
+    evidence = proof.judge(
+        costs, proved.full_nll, found.uniform, data.names, data.validation_split, settings.seed
+    )
+    return Outcome(
+        table=_sealed(settings, model, data, spec, found, proved, evidence, storage_kind),
+        full_nll=statistics.estimate(proved.full_nll, seed=settings.seed),
+        nll={name: statistics.estimate(c.nll, seed=settings.seed) for name, c in costs.items()},
+        notes=tuple(trials.notes),
+        limits=tuple(sorted(trials.limits)),
+    )
 
 
-def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progress) -> Outcome:
-    model = load_model(
-        settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
-    )
-    teacher_forcing.prepare(model)
-    calibration, held_out = _examples(model, chosen, settings)
-    frame = Frame(
-        num_layers=model.shape.num_layers,
-        num_kv_heads=model.shape.num_kv_heads,
-        budget=settings.budget,
-        budget_ratio=settings.budget_ratio,
-        prefill_chunk=settings.prefill_chunk,
-    )
-    _check_budgets(model, frame, [*calibration, *held_out])
-    names = ",".join(dataset.name for dataset in chosen)
-    data_sha256 = packing.digest(calibration)
+def _open_study(settings: FitSettings, model: LoadedModel, data: FitData) -> tuple[Ledger, str]:
+    """Open the study and check that it is of this fit; return also the kind of its storage."""
     definition = {
         "model": model.identity.fingerprint,
         "dtype": model.dtype_name,
@@ -105,218 +145,73 @@ def _fit(settings: Settings, chosen: Sequence[datasets.Dataset], progress: Progr
         "budget_ratio": settings.budget_ratio,
         "prefill_chunk": settings.prefill_chunk,
         "seed": settings.seed,
-        "dataset": names,
-        "examples": len(calibration),
+        "dataset": data.names,
+        "examples": len(data.calibration),
         "length": settings.length,
-        "data_sha256": data_sha256,
+        "data_sha256": packing.digest(data.calibration),
         "stages": list(settings.stages),
-        "edition": EDITION,
+        "edition": SEARCH_VERSION,
     }
-    storage, storage_kind = open_storage(settings.storage, settings.journal)
+    storage, kind = open_storage(settings.storage, settings.journal)
     # One dtype for all workers and runs: figures in different dtypes are not comparable.
     chosen_here = {"dtype": model.dtype_reason} if settings.dtype == "auto" else {}
-    ledger = Ledger(storage, settings.study, definition, chosen=chosen_here)
-    trials = Trials(
-        ledger,
-        Objective(model, calibration, label="calibration", watch=progress.show),
-        frame,
-        settings.minutes,
-        proof_rows=proof.rows(len(held_out), len(settings.stages)),
-        progress=progress,
-        most=settings.trials,
-    )
-    reload = partial(
+    return Ledger(storage, settings.study, definition, chosen=chosen_here), kind
+
+
+def _differentiable(settings: FitSettings, model: LoadedModel) -> Callable[[], LoadedModel]:
+    """Return a function that loads the model once more, with gradients enabled."""
+    return partial(
         load_model,
         settings.model,
         revision=settings.revision,
         device=settings.device,
-        # The dtype chosen above; a second choice may differ, because it depends on a measurement.
+        # The dtype chosen before; a second choice may differ, because it depends on a measurement.
         dtype=model.dtype_name,
         pack=False,
     )
-    found = search(trials, settings.stages, settings.trials, settings.seed, reload)
-    fitted = frame.policy(list(found.bests.values())[-1].setting)
-    uniform = frame.policy(frame.uniform(found.uniform))
 
-    stages = {name: frame.policy(best.setting) for name, best in found.bests.items()}
-    presets = proof.baselines(frame, found.uniform, settings.seed)
-    if found.per_layer is not None:
-        presets[PER_LAYER] = frame.policy(found.per_layer.setting)
-    candidates = {"table": fitted, "uniform": uniform, **presets}
-    proved = proof.prove(ledger, trials, model, held_out, candidates, stages)
-    costs = proved.costs
-    compared = {name: costs[name] for name in ("table", "uniform", *presets)}
-    split = "+".join(dict.fromkeys(dataset.validation.split for dataset in chosen))
-    evidence = proof.judge(compared, proved.full_nll, found.uniform, names, split, settings.seed)
+
+def _sealed(
+    settings: FitSettings,
+    model: LoadedModel,
+    data: FitData,
+    spec: FitSpec,
+    found: SearchResult,
+    proved: Proof,
+    evidence: Evidence,
+    storage_kind: str,
+) -> AlphaTable:
+    """Seal the fitted policy, or the uniform one if the fitted one is not better."""
     wins = evidence.verdict == "better" or settings.keep_table
-    table = seal(
+    return seal(
         name=settings.name,
         model=model.identity,
-        policy=fitted if wins else uniform,
-        calibration=Calibration(
-            dataset=names,
-            split="+".join(dict.fromkeys(dataset.calibration.split for dataset in chosen)),
-            examples=len(calibration),
-            tokens=sum(len(example.token_ids) for example in calibration),
-            data_sha256=data_sha256,
-            seed=settings.seed,
-        ),
+        policy=spec.policy(found.best.setting if wins else spec.uniform(found.uniform)),
+        calibration=data.provenance(settings.seed),
         evidence=evidence,
         search=Search(
             sampler=",".join(found.bests),
-            trials=sum(found.accounts[name].trials for name in settings.stages),
+            trials=sum(one.trials for one in found.stage_totals.values()),
             study=settings.study,
             storage=storage_kind,
-            wall_seconds=round(sum(a.seconds for a in found.accounts.values()), 3),
-            stages=tuple(
-                proof.stage(
-                    name,
-                    found.accounts[name],
-                    best,
-                    costs[f"stage {name}"].kl,
-                    costs["uniform"].kl,
-                    settings.seed,
-                )
-                for name, best in found.bests.items()
-            ),
+            wall_seconds=round(sum(one.seconds for one in found.stage_totals.values()), 3),
+            stages=proof.stages(found, proved, settings.seed),
         ),
         created_at=datetime.now(UTC).replace(microsecond=0),
         tool_version=__version__,
     )
-    return Outcome(
-        table=table,
-        full_nll=statistics.estimate(proved.full_nll, seed=settings.seed),
-        nll={
-            name: statistics.estimate(cost.nll, seed=settings.seed)
-            for name, cost in compared.items()
-        },
-        notes=tuple(trials.notes),
-    )
 
 
-def search(
-    trials: Trials, stages: Sequence[str], most: int, seed: int, load: Callable[[], LoadedModel]
-) -> Found:
-    """Find the best uniform setting with at most half of the `most` trials; climb with the rest."""
-    uniform, best = best_uniform(trials, most // 2)
-    rest = max(most - trials.accounts["uniform"].trials, 0)
-    found, per_layer = climb(trials, best, stages, rest, seed, load)
-    return Found(uniform, {"uniform": best, **found}, per_layer, trials.accounts)
-
-
-def climb(
-    trials: Trials,
-    best: Tried,
-    stages: Sequence[str],
-    most: int,
-    seed: int,
-    load: Callable[[], LoadedModel],
-) -> tuple[dict[str, Tried], Tried | None]:
-    """Run the stages; return the best setting after each, and the best setting by layers.
-
-    The best by layers is a baseline for the proof. It is searched once the heads are profiled.
-
-    Args:
-        trials: measures settings.
-        best: the start.
-        stages: names of STAGES, in order.
-        most: trials of all stages together. Stages that end only with the trials share equally the
-            trials and the time that are left.
-        seed: for random draws, which only `tpe`, `structured` and `cma` make.
-        load: loads the model once more, with gradients enabled; for `sensitivity` and `alphas`,
-            which share one profile.
-    """
-    bests = {}
-    start, per_layer = best, None
-    way = Climb(trials, best)
-    profile: sensitivity.Profile | None = None
-    for number, name in enumerate(stages):
-        sharing = sum(stage in OPEN for stage in stages[number:]) if name in OPEN else 1
-        with trials.stage(name, most // sharing, 1 / sharing):
-            match name:
-                case "sensitivity" | "alphas":
-                    profile = profile or sensitivity.look(trials, way.best.setting, load)
-                    if profile is not None:
-                        stage = sensitivity.deal if name == "sensitivity" else sensitivity.alphas
-                        way.best = stage(trials, way.best, profile)
-                case "tpe":
-                    samplers.tpe(way, seed)
-                case "structured":
-                    samplers.structured(way, seed)
-                case "cma":
-                    samplers.cma(way, seed)
-                case _:
-                    getattr(way, name)()
-        most -= trials.accounts[name].trials
-        bests[name] = way.best
-        if profile is not None and PER_LAYER not in trials.accounts:
-            per_layer = _by_layer(trials, start, profile, most)
-            most -= trials.accounts[PER_LAYER].trials
-    return bests, per_layer
-
-
-def _by_layer(
-    trials: Trials, start: Tried, profile: sensitivity.Profile, most: int
-) -> Tried | None:
-    """Search the best setting by layers; None if neither trials nor time suffice for any."""
-    with trials.stage(PER_LAYER, min(most, sensitivity.MOST_PROPOSALS + 1), RIVAL_SHARE):
-        found = sensitivity.per_layer(trials, start, profile)
-        whole = trials.left > 0
-    count = trials.accounts[PER_LAYER].trials
-    if whole:
-        return found
-    trials.notes.append(
-        f"The best setting by layers is of {count} trial{'s' * (count > 1)}, cut short: more "
-        "--trials or --minutes may make this baseline stronger."
-        if count
-        else "No setting by layers was measured: with more --trials or --minutes the table is "
-        "compared with the best one."
-    )
-    return found if count else None
-
-
-def _examples(
-    model: LoadedModel, chosen: Sequence[datasets.Dataset], settings: Settings
-) -> tuple[list[Example], list[Example]]:
-    """Make sequences for the search and for the proof, equally many from each dataset, in turn."""
-    wanted = {
-        "examples": settings.examples,
-        "holdout": settings.holdout or max(2 * settings.examples, 16),
-    }
-    made = {}
-    for field, count in wanted.items():
-        each = -(-count // len(chosen))
-        enough = 2 if field == "holdout" and settings.holdout is None else each
-        parts = []
-        for dataset in chosen:
-            part = dataset.calibration if field == "examples" else dataset.validation
-            parts.append(
-                packing.examples(
-                    model, part, count=each, length=settings.length, seed=settings.seed
-                )
-            )
-            if len(parts[-1]) < enough:
-                raise InvalidArgument(
-                    field,
-                    f"{enough} sequences of about {settings.length} tokens, and {part.split} of "
-                    f"{dataset.name} gives {len(parts[-1])}; lower --{field}, or change --length: "
-                    "rows that are longer are left out",
-                )
-        turns = zip(*(part[: min(map(len, parts))] for part in parts), strict=True)
-        made[field] = [example for turn in turns for example in turn][:count]
-    return made["examples"], made["holdout"]
-
-
-def _check_budgets(model: LoadedModel, frame: Frame, examples: Sequence[Example]) -> None:
-    probe = frame.policy(frame.uniform(UniformSetting(alpha=1.0, recent_share=0.0, sinks=0)))
+def _check_budgets(model: LoadedModel, spec: FitSpec, examples: Sequence[Example]) -> None:
+    probe = spec.policy(spec.uniform(UniformSetting(alpha=1.0, recent_share=0.0, sinks=0)))
     lengths = {len(example.token_ids) for example in examples}
     budgets = {length: objective.effective(probe, model, length).budget for length in lengths}
     shortest, longest = min(lengths), max(lengths)
-    if budgets[shortest] < LEAST_BUDGET:
+    if budgets[shortest] < MIN_BUDGET:
         raise InvalidArgument(
             "budget",
             f"{budgets[shortest]} tokens for the shortest example of {shortest} tokens; accepted: "
-            f"at least {LEAST_BUDGET}",
+            f"at least {MIN_BUDGET}",
         )
     if budgets[longest] >= longest:
         raise InvalidArgument(

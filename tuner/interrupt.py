@@ -26,21 +26,21 @@ class _Handler:
     """Raises Interrupted at the first signal, and ends the process immediately at the second."""
 
     def __init__(self) -> None:
-        self.came = False
-        self.over = False
+        self.interrupted = False
+        self.finished = False
 
     def __call__(self, _: int, __: FrameType | None) -> None:
-        if self.over:
+        if self.finished:
             # The work is complete, or the line was already printed.
             return
-        if self.came:
+        if self.interrupted:
             os._exit(INTERRUPTED)
-        self.came = True
+        self.interrupted = True
         raise Interrupted
 
 
 @contextmanager
-def telling(line: str) -> Iterator[None]:
+def message_on_interrupt(line: str) -> Iterator[None]:
     """Within the block, SIGINT prints `line` to standard error and exits with INTERRUPTED.
 
     After the block SIGINT has no effect, because the process is about to end. If the process was
@@ -53,10 +53,10 @@ def telling(line: str) -> Iterator[None]:
         yield
     except BaseException:
         # A library that was interrupted during its import may have raised another error instead.
-        if not handler.came:
+        if not handler.interrupted:
             raise
-        handler.over = True
+        handler.finished = True
         print(line, file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     finally:
-        handler.over = True
+        handler.finished = True

@@ -30,9 +30,11 @@ from tuner.options import (
 
 SPLITS = ("validation", "calibration")
 
-ExamplesOption = Annotated[int, typer.Option(help="Sequences of each dataset.")]
-SplitOption = Annotated[str, typer.Option(help="validation, or calibration.")]
-SeedOption = Annotated[int, typer.Option(help="Decides examples and resampling.")]
+ExamplesOption = Annotated[int, typer.Option(help="Sequences from each dataset.")]
+SplitOption = Annotated[str, typer.Option(help="validation or calibration.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of the choice of examples and of the resampling.")
+]
 JsonOption = Annotated[Path | None, typer.Option(help="Write all figures to this file.")]
 
 
@@ -50,7 +52,7 @@ def evaluate(
     ratios: Annotated[
         str | None,
         typer.Option(
-            help=f"Budgets as shares of each length, as in .1,.2,.4; else {DEFAULT_RATIO}."
+            help=f"Budgets as shares of each length, as in .1,.2,.4. Default: {DEFAULT_RATIO}."
         ),
     ] = None,
     slots: Annotated[
@@ -60,8 +62,8 @@ def evaluate(
     shots: Annotated[
         str | None,
         typer.Option(
-            help="Ask one question at a time after so many solved ones, as in 0 or 0,1; without "
-            "it, questions are packed into sequences of --length and answered one after another."
+            help="Ask one question at a time, after this many solved ones, as in 0 or 0,1. "
+            "Default: questions are packed into sequences of --length."
         ),
     ] = None,
     model: ModelOption = "reference",
@@ -73,8 +75,8 @@ def evaluate(
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of one prompt block for policies that are no table; 0 is the whole "
-            "prompt. Without it 0, and 1 (step by step, as in the A2SF paper) with --shots."
+            help="Tokens of one prompt block, except for tables; 0 means the whole prompt. "
+            "Default: 0; with --shots 1 (step by step, as in the A2SF paper)."
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -97,12 +99,12 @@ def evaluate(
     # The imports below take seconds; the flags above are checked without them.
     from tuner import evaluate as evaluation
     from tuner.evaluation.results import Size
-    from tuner.report.terminal import tabulate
+    from tuner.report.terminal import print_evaluation
 
     sizes = [Size(ratio=x) for x in shares] + [Size(slots=int(x)) for x in tokens]
     found = evaluation.evaluate(
-        evaluation.Settings(
-            datasets=tuple(name.strip() for name in dataset.split(",") if name.strip()),
+        evaluation.EvaluationSettings(
+            dataset=dataset,
             policies=policies,
             sizes=tuple(sizes),
             shots=tuple(int(x) for x in before) or (None,),
@@ -119,7 +121,7 @@ def evaluate(
             command=without_paths(sys.argv[1:]),
         )
     )
-    tabulate(Console(), found)
+    print_evaluation(Console(), found)
     if json is not None:
         write_whole(json, found.model_dump_json(indent=1) + "\n")
         print(f"Wrote {json}.")
@@ -135,20 +137,20 @@ def budget(
         str,
         typer.Argument(
             metavar="POLICY",
-            help="The file or shipped name of an alpha table, or a policy as evaluate spells it: "
+            help="The file or shipped name of an alpha table, or a policy in the form of evaluate: "
             "h2o, a2sf:.99:.25.",
         ),
     ],
-    dataset: Annotated[str, typer.Option(help="As for fit, one.")],
+    dataset: Annotated[str, typer.Option(help="As for fit, but only one.")],
     within: Annotated[
         str,
         typer.Option(
-            help="Most increase of perplexity over the full cache, as in 1% or .01: the upper "
-            "limit of its 95 % interval."
+            help="Largest accepted increase of perplexity over the full cache, as in 1% or .01. "
+            "The upper limit of its 95 % interval decides."
         ),
     ] = "1%",
     up_to: Annotated[
-        float, typer.Option(help="Largest budget of use, as a share of the length.")
+        float, typer.Option(help="Largest budget to consider, as a share of the length.")
     ] = 1.0,
     model: ModelOption = "reference",
     revision: RevisionOption = None,
@@ -159,7 +161,7 @@ def budget(
     prefill_chunk: Annotated[
         int,
         typer.Option(
-            help="Tokens of one prompt block for a policy that is no table; 0 is the whole prompt."
+            help="Tokens of one prompt block, except for a table; 0 means the whole prompt."
         ),
     ] = 0,
     seed: SeedOption = 0,
@@ -173,7 +175,7 @@ def budget(
     interval of paired differences on the same examples; KL is printed beside it.
     """
     _check(examples, length, seed, prefill_chunk, split)
-    most = share("--within", within)
+    max_increase = share("--within", within)
     if not 0.01 <= up_to <= 1:
         raise InvalidArgument("--up-to", f"{up_to:g}; accepted: .01 to 1")
     if json is not None:
@@ -184,10 +186,10 @@ def budget(
     from tuner.report.budget_answer import lines
 
     found = budgets.search(
-        budgets.Settings(
+        budgets.BudgetSettings(
             dataset=dataset,
             policy=policy,
-            within=most,
+            within=max_increase,
             up_to=up_to,
             examples=examples,
             length=length,

@@ -26,15 +26,16 @@ ModelOption = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Where datasets are; else $A2SF_DATA_DIR.")
+    Path | None, typer.Option(help="Directory of the datasets. Default: $A2SF_DATA_DIR.")
 ]
-LengthOption = Annotated[int, typer.Option(help="Most tokens of one sequence.")]
+LengthOption = Annotated[int, typer.Option(help="Largest number of tokens of one sequence.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto (as of the server), float32, bfloat16 or float16.")
+    str, typer.Option(help="auto (as for the server), float32, bfloat16 or float16.")
 ]
 TableArgument = Annotated[
-    str, typer.Argument(metavar="TABLE", help="A table's file, or the name of a shipped one.")
+    str,
+    typer.Argument(metavar="TABLE", help="The file of a table, or the name of a shipped table."),
 ]
 
 

@@ -28,8 +28,8 @@ def duration(seconds: float) -> str:
     """Format a duration for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    whole = round(seconds / 60)
-    return f"{whole} min" if whole < 120 else f"{whole // 60} h {whole % 60} min"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Progress:
@@ -81,7 +81,7 @@ class Progress:
         if part in self._parts:
             number = f"{self._kind} {self._parts.index(part) + 1} of {len(self._parts)}: "
         self._part = f"{number}{part}"
-        self._know(done, left)
+        self._update_estimate(done, left)
         self._write("", at_once=True)
 
     def show(self, detail: str, done: float = 0.0, left: float | None = None) -> None:
@@ -92,10 +92,10 @@ class Progress:
             done: seconds that the run has taken so far.
             left: remaining seconds of the run; None: as last reported.
         """
-        self._know(done, left)
+        self._update_estimate(done, left)
         self._write(detail)
 
-    def _know(self, done: float, left: float | None) -> None:
+    def _update_estimate(self, done: float, left: float | None) -> None:
         if left is not None:
             self._left = max(left, 0.0)
             self._share = done / max(done + self._left, 1e-9)

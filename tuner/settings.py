@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tuner.progress import duration
 
-OPEN = ("polish", "tpe", "structured", "cma")
+OPEN_ENDED_STAGES = ("polish", "tpe", "structured", "cma")
 """Stages that continue as long as there are trials; the others end by themselves."""
 
-STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN)
+STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN_ENDED_STAGES)
 """The stages that may follow the uniform one, by the names that users give."""
 
-LOOKING = ("sensitivity", "alphas")
+PROFILE_STAGES = ("sensitivity", "alphas")
 """Stages based on the sensitivity profile. After the first, layers are measured as a baseline."""
 
 PROOF = "proof"
@@ -33,7 +33,7 @@ def bare_name(out: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FitSettings:
     """The request of the user. Exactly one of `budget` (tokens) and `budget_ratio` is set."""
 
     dataset: str
@@ -71,20 +71,22 @@ class Settings:
     @property
     def parts(self) -> tuple[str, ...]:
         """All parts of the fit, in order."""
-        looks = [place for place, name in enumerate(self.stages, start=1) if name in LOOKING]
-        after = looks[0] if looks else 0
-        per_layer = (PER_LAYER,) if looks else ()
+        profile_places = [
+            place for place, name in enumerate(self.stages, start=1) if name in PROFILE_STAGES
+        ]
+        after = profile_places[0] if profile_places else 0
+        per_layer = (PER_LAYER,) if profile_places else ()
         return ("uniform", *self.stages[:after], *per_layer, *self.stages[after:], PROOF)
 
     @property
-    def told(self) -> str:
+    def plan(self) -> str:
         """The plan, the place of the table, and the time limit, in one line."""
         limit = f"{self.trials} trials"
         if self.minutes is not None:
             limit = f"{duration(60 * self.minutes)} of measuring and {limit}"
-        study = "in the given storage" if self.storage else f"in {self.journal}"
+        study = "in the given storage" if self.storage else f"{self.journal}"
         return (
             f"Fitting a table for {self.model} to {self.dataset}: {len(self.parts)} stages "
-            f"({', '.join(self.parts)}), at most {limit}, after the model is loaded; the table "
-            f"goes to {self.out}, the study is kept {study}."
+            f"({', '.join(self.parts)}), at most {limit}, after the model is loaded. Table: "
+            f"{self.out}; study: {study}."
         )

@@ -144,7 +144,7 @@ large one in memory."""
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=0.1, help="The most that all of it takes.")] = 10,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Longest time of the whole run.")] = 10,
     only: Annotated[
         list[str] | None,
         typer.Option(help=f"After machine and checks: {', '.join(p.name for p in PARTS)}."),

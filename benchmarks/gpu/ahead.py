@@ -1,4 +1,4 @@
-"""Compiles the decode programs beforehand, in separate processes, while the checks run.
+"""Compiles the decode programs early, in separate processes, while the checks run.
 
 A graph of another batch size or budget may split its rows among another number of programs. Each
 number of splits is compiled separately, for seconds. The compiled programs are in Triton's cache on

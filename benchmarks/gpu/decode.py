@@ -15,7 +15,7 @@ from a2sf.policy import EffectivePolicy
 from benchmarks.gpu.filling import Rows, kv_step_bytes, policies
 from benchmarks.gpu.models import plain, token_bytes, weight_bytes
 from benchmarks.gpu.peers import Batching, Dynamic
-from benchmarks.gpu.report import OutOfTime, told
+from benchmarks.gpu.report import OutOfTime, failure_entry
 from benchmarks.gpu.run import Cell, Run
 from benchmarks.gpu.timing import Turn, figures, spread, turn
 
@@ -200,7 +200,7 @@ def _report(
         ms = told_figures["ms_per_step"]
         more: dict[str, Any] = {"turns": len(mine.turns)}
         if mine.failure is not None:
-            more["ended_early"] = told(mine.failure)["reason"]
+            more["ended_early"] = failure_entry(mine.failure)["reason"]
         if base_ms is not None:
             more["times_faster_than_transformers"] = round(base_ms / ms, 3)
         if run.bytes_per_s is not None:

@@ -80,15 +80,15 @@ def long_prompt(run: Run) -> None:
         )
 
 
-def _add(run: Run, who: str, found: Arrivals) -> None:
-    name = f"{run.sizes.prompt} tokens in, {len(found.times)} out, {ROWS} rows, measured: {who}"
-    run.report.add(name, variant=who, **found.figures(ROWS))
+def _add(run: Run, variant: str, found: Arrivals) -> None:
+    name = f"{run.sizes.prompt} tokens in, {len(found.times)} out, {ROWS} rows, measured: {variant}"
+    run.report.add(name, variant=variant, **found.figures(ROWS))
 
 
 def _ours(run: Run, ids: list[int], deadline: Deadline) -> Arrivals:
     sizes = run.sizes
-    wish = CachePolicy(alpha=0.9, budget=sizes.budget, recent=sizes.budget // 8)
-    engine = engine_for_prompt(run.model("8b"), wish, len(ids), LONG_STEP, ROWS)
+    requested_policy = CachePolicy(alpha=0.9, budget=sizes.budget, recent=sizes.budget // 8)
+    engine = engine_for_prompt(run.model("8b"), requested_policy, len(ids), LONG_STEP, ROWS)
     for row in range(ROWS):
         engine.submit(greedy(str(row), ids, sizes.new_tokens))
     seen: dict[str, list[float]] = {str(row): [] for row in range(ROWS)}
@@ -149,7 +149,7 @@ def long_answer(run: Run) -> None:
     first, last = sizes.short_prompt, sizes.short_prompt + sizes.long_answer
     lengths = [round(at) for at in numpy.linspace(first, last, POINTS)]
     ids = prompt_ids(model, first)
-    wish = CachePolicy(alpha=0.9, budget=sizes.budget, recent=sizes.budget // 8)
+    requested_policy = CachePolicy(alpha=0.9, budget=sizes.budget, recent=sizes.budget // 8)
     rows = Rows(model, 1, sizes.budget, graphs=True)
     chosen = policies(model, sizes.budget, last + 1)["a2sf"]
     steps: dict[str, list[float]] = {"ours, a2sf .9": [], "transformers": []}
@@ -163,7 +163,9 @@ def long_answer(run: Run) -> None:
         run.free()
     # The first of each is a warm-up and is not counted.
     prefills = {
-        "ours, a2sf .9": [engine_prefill(model, wish, ids, LONG_STEP) for _ in range(3)][1:],
+        "ours, a2sf .9": [
+            engine_prefill(model, requested_policy, ids, LONG_STEP) for _ in range(3)
+        ][1:],
         "transformers": [transformers_prefill(module, ids, run.device) for _ in range(3)][1:],
     }
     totals = {}

@@ -41,9 +41,9 @@ def policies(model: LoadedModel, budget: int, longest: int) -> dict[str, Effecti
         prefill_chunk=0,
     )
 
-    def made(wish: CachePolicy, fitted: TablePolicy | None = None) -> EffectivePolicy:
+    def made(requested_policy: CachePolicy, fitted: TablePolicy | None = None) -> EffectivePolicy:
         return resolve(
-            wish,
+            requested_policy,
             table=fitted,
             server=CachePolicy(),
             length=longest,

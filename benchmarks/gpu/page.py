@@ -127,8 +127,10 @@ def _figures(entries: list[Entry]) -> Iterator[str]:
     for entry in entries:
         shown = {k: v for k, v in entry.items() if k not in ("part", "name", "status", "reason")}
         ratios = {k: v for k, v in shown.items() if k.startswith("times")}
-        told = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in (ratios | shown).items())
-        lines.append(f"- {entry['name']}: {told or entry['status']}")
+        listed = ", ".join(
+            f"{k.replace('_', ' ')} {_value(v)}" for k, v in (ratios | shown).items()
+        )
+        lines.append(f"- {entry['name']}: {listed or entry['status']}")
     yield "\n".join(lines)
 
 
@@ -159,9 +161,9 @@ def plot(document: dict[str, Any], out: Path) -> bool:
     if not contexts:
         return False
     # Imported here, because a measuring machine may lack the packages for drawing.
-    from tuner.report.pictures import paper
+    from tuner.report.svg import figure_style
 
-    with paper("gpu"):
+    with figure_style("gpu"):
         drawn = _drawn(cells, contexts, document["machine"].get("device", ""))
     out.write_text(drawn, encoding="utf-8")
     return True
@@ -172,7 +174,7 @@ def _drawn(cells: list[Entry], contexts: list[int], device: str) -> str:
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     from benchmarks.pictures import standalone
-    from tuner.report.pictures import GRID, inline
+    from tuner.report.svg import GRID, to_svg
 
     figure = Figure(figsize=(4.6 * len(contexts), 4.2), layout="constrained")
     axes = figure.subplots(1, len(contexts), sharey=True, squeeze=False)
@@ -210,4 +212,4 @@ def _drawn(cells: list[Entry], contexts: list[int], device: str) -> str:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
     heading = f"{device}: decoding at budget {budget}; dashed: all tokens kept"
     figure.suptitle(heading)
-    return standalone(inline(figure, heading))
+    return standalone(to_svg(figure, heading))

@@ -98,7 +98,7 @@ def whole(run: Run) -> None:
     sizes = run.sizes
     ids = prompt_ids(model, sizes.prompt)
     budget = sizes.budget
-    wishes = {
+    policies_by_name = {
         "window, exact": CachePolicy(preset="window", budget=budget),
         "a2sf .9, exact": CachePolicy(alpha=0.9, budget=budget),
         "a2sf .99, exact": CachePolicy(alpha=0.99, budget=budget),
@@ -110,9 +110,9 @@ def whole(run: Run) -> None:
     variants: dict[str, Callable[[], float]] = {
         "transformers": partial(transformers_prefill, module, ids, run.device)
     }
-    for name, wish in wishes.items():
-        step = LONG_STEP if not wish.prefill_chunk else sizes.chunk
-        variants[name] = partial(engine_prefill, model, wish, ids, step)
+    for name, requested_policy in policies_by_name.items():
+        step = LONG_STEP if not requested_policy.prefill_chunk else sizes.chunk
+        variants[name] = partial(engine_prefill, model, requested_policy, ids, step)
     taken: dict[str, list[float]] = {name: [] for name in variants}
     failed: dict[str, Exception] = {}
     for number in range(sizes.rounds):
@@ -153,11 +153,15 @@ def prompt_ids(model: LoadedModel, length: int) -> list[int]:
 
 
 def engine_for_prompt(
-    model: LoadedModel, wish: CachePolicy, length: int, step_tokens: int, rows: int = 1
+    model: LoadedModel, requested_policy: CachePolicy, length: int, step_tokens: int, rows: int = 1
 ) -> Engine:
     """Make an engine whose staging row has exactly the size that the prompt needs."""
-    slots = wish.budget or length + 2
-    needed = length if not wish.prefill_chunk else min(length, slots - 1 + wish.prefill_chunk)
+    slots = requested_policy.budget or length + 2
+    needed = (
+        length
+        if not requested_policy.prefill_chunk
+        else min(length, slots - 1 + requested_policy.prefill_chunk)
+    )
     return Engine(
         model,
         EngineConfig(
@@ -165,16 +169,16 @@ def engine_for_prompt(
             max_batch=rows,
             max_prefill_tokens=needed,
             step_tokens=step_tokens,
-            default_policy=wish,
+            default_policy=requested_policy,
         ),
     )
 
 
 def engine_prefill(
-    model: LoadedModel, wish: CachePolicy, ids: list[int], step_tokens: int
+    model: LoadedModel, requested_policy: CachePolicy, ids: list[int], step_tokens: int
 ) -> float:
     """Seconds from a prompt to its first token, without the construction of the engine."""
-    engine = engine_for_prompt(model, wish, len(ids), step_tokens)
+    engine = engine_for_prompt(model, requested_policy, len(ids), step_tokens)
     engine.submit(greedy("r", ids, 2))
     began = time.perf_counter()
     while not any(isinstance(event, Delta) for event in engine.step()):

@@ -87,7 +87,7 @@ class Report:
         try:
             yield about
         except Exception as error:
-            about |= told(error)
+            about |= failure_entry(error)
         except BaseException:
             about |= {"status": "failed", "reason": "ended from outside"}
             raise
@@ -105,7 +105,9 @@ class Report:
 
     def missed(self, name: str, error: Exception, **about: Any) -> None:
         """Record that an entry has no figure, and why."""
-        self.document["entries"].append({"part": self._part, "name": name, **about, **told(error)})
+        self.document["entries"].append(
+            {"part": self._part, "name": name, **about, **failure_entry(error)}
+        )
         self.write()
 
     @contextmanager
@@ -126,7 +128,7 @@ class Report:
         draft.replace(self._path)
 
 
-def told(error: Exception) -> Entry:
+def failure_entry(error: Exception) -> Entry:
     """Return a status and its reason, in one line."""
     status = "failed"
     if isinstance(error, NotSupported):

@@ -119,15 +119,15 @@ class Worker:
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """Execute a command; a failure becomes an answer."""
         try:
-            return self._carry_out(command)
+            return self._execute(command)
         except NotSupported as reason:
             return {"error": str(reason), "supported": False}
         except Exception as error:
             traceback.print_exc()
-            told = " ".join(str(error).split())[:400]
-            return {"error": f"{type(error).__name__}: {told}", "supported": True}
+            message = " ".join(str(error).split())[:400]
+            return {"error": f"{type(error).__name__}: {message}", "supported": True}
 
-    def _carry_out(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _execute(self, command: dict[str, Any]) -> dict[str, Any]:
         match command.pop("do"):
             case "load":
                 self._peer.load(**command)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.pictures import standalone
-from tuner.report.pictures import GRID, inline, paper
+from tuner.report.svg import GRID, figure_style, to_svg
 
 from .variants import BASE, VARIANTS
 
@@ -61,8 +61,8 @@ def _sections(document: dict[str, Any], source: str) -> Iterator[str]:
     machine = ", ".join(f"{name} {value}" for name, value in document["machine"].items())
     yield f"{document['date']}; {machine}; {settings['threads']} threads."
     for environment, versions in document["versions"].items():
-        told = ", ".join(f"{name} {value}" for name, value in versions.items())
-        yield f"- {environment}: {told}"
+        listed = ", ".join(f"{name} {value}" for name, value in versions.items())
+        yield f"- {environment}: {listed}"
     yield NOTES
     for left_out in document.get("left_out", []):
         yield f"Left out: {left_out}."
@@ -155,7 +155,7 @@ def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int
     }
     if not rows:
         return
-    with paper("grid"):
+    with figure_style("grid"):
         out.write_text(_drawn(rows, budget, batches), encoding="utf-8")
 
 
@@ -200,4 +200,4 @@ def _drawn(rows: dict[tuple[str, str], list[Cell]], budget: int, batches: tuple[
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
     heading = f"Decoding at budget {budget}, tokens a second; dashed: all tokens kept"
     figure.suptitle(heading)
-    return standalone(inline(figure, heading))
+    return standalone(to_svg(figure, heading))

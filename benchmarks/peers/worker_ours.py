@@ -95,7 +95,7 @@ class Rows:
     """Rows of an engine that decode together."""
 
     def __init__(self, model: LoadedModel, method: Method, filling: Filling) -> None:
-        wish = policy(method, filling.budget)
+        requested_policy = policy(method, filling.budget)
         room = len(filling.prompt) + decoded_at_most(filling)
         slots = room if filling.budget is None else filling.budget
         self._engine = CopyingEngine(
@@ -104,7 +104,7 @@ class Rows:
                 slots=slots,
                 max_batch=filling.batch,
                 max_prefill_tokens=min(len(filling.prompt), slots - 1 + PREFILL_CHUNK),
-                default_policy=wish,
+                default_policy=requested_policy,
             ),
         )
         self._budget = filling.budget

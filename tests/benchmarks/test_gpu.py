@@ -200,7 +200,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("checks")
-def test_a_run_that_is_ended_keeps_what_it_had(tmp_path: Path) -> None:
+def test_a_run_that_is_ended_keeps_its_results(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
 
     def ended(run: Run) -> None:
@@ -231,7 +231,7 @@ def test_nothing_is_timed_where_a_check_fails(
 
 
 @pytest.mark.usefixtures("checks")
-def test_parts_share_what_time_is_left() -> None:
+def test_parts_share_the_remaining_time() -> None:
     given = []
     run = dry_run()
     parts = [part(name, lambda run: given.append(run.deadline.left)) for name in "abc"]

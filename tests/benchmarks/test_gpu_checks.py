@@ -89,14 +89,14 @@ def test_texts_get_the_same_from_the_walk_as_from_the_decode_kernel() -> None:
 
 
 @pytest.mark.skipif(CUDA, reason="what a machine without a GPU is told")
-def test_what_needs_a_gpu_is_not_supported_here() -> None:
+def test_parts_that_need_a_gpu_are_not_supported_without_one() -> None:
     for check in (checks.flash_attention, checks.engine_graphs, checks.decode_steps):
         with pytest.raises(NotSupported):
             check(dry_run())
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_what_the_graphs_will_run_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_programs_of_the_graphs_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     # By an H100 of 132 multiprocessors and tiles of 64 slots (128 with heads of 64).
     cells = (Cell("8b", 4096, 8, 1024), Cell("8b", 4096, 1, 512, ("full",)), Cell("1b", 9, 1, 512))
     assert ahead.needed(cells, 132, room=64) == [(64, 4), (128, 4), (128, 8), (128, 16), (128, 22)]

@@ -78,7 +78,7 @@ def test_ratios_come_before_times_and_machine_before_both(fake: Report) -> None:
     assert "2026-01-01; from `gpu-fake.json`" in text
 
 
-def test_what_was_not_measured_is_told_with_its_reason(fake: Report) -> None:
+def test_missing_measurements_are_listed_with_their_reason(fake: Report) -> None:
     text = page.markdown(fake.document, "gpu-fake.json")
     assert "- kvpress: not supported: not installed here" in text
     assert "- 8b, 32768 x 64, budget 1024: dynamic: failed: MemoryError: no room" in text
@@ -112,7 +112,7 @@ def test_every_part_has_a_title() -> None:
     assert {part.name for part in PARTS} | {"machine", "checks"} == set(page.TITLES)
 
 
-def test_what_cannot_be_asked_of_a_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_a_machine_cannot_run_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     found = machine.describe(torch.device("cpu"))
     assert found["nvidia_smi"] == "no answer: FileNotFoundError"

@@ -42,7 +42,7 @@ def test_filled_rows_decode_on_under_the_law(name: str, seen: int) -> None:
     assert all(0 <= token < MODEL.shape.vocab_size for token in rows.tokens)
 
 
-def test_heads_keep_tokens_of_their_own_and_rows_memory_of_their_own() -> None:
+def test_heads_keep_different_tokens_and_rows_share_no_memory() -> None:
     rows = Rows(MODEL, 2, BUDGET, graphs=True)
     rows.fill(POLICIES["a2sf"], 90)
     assert held(rows, 0, 0, 0) != held(rows, 0, 0, 1)
@@ -74,7 +74,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", ["a2sf", "window"])
-def test_filled_rows_decode_alike_by_kernels_and_by_torch(name: str) -> None:
+def test_filled_rows_decode_equally_by_kernels_and_by_torch(name: str) -> None:
     both = [Rows(MODEL, 2, BUDGET, graphs=True, kernels=kernels) for kernels in ("auto", "torch")]
     assert [rows.kernels for rows in both] == ["triton", "torch"]
     for rows in both:

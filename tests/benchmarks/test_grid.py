@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors import safe_open
 
-from benchmarks import grid
-from benchmarks.grid import Bench, parts, rows_of
+from benchmarks.grid import parts, rows_of
 from benchmarks.peers import environments, models, page
+from benchmarks.peers.bench import Bench
 from benchmarks.peers.models import Shape
 from benchmarks.peers.results import Results, compare, quartiles, summarise
 from benchmarks.peers.variants import VARIANTS, predicted_ms
@@ -78,7 +79,7 @@ def test_the_weights_read_are_those_of_the_real_model() -> None:
     assert Shape.read(directory).weights_read == every
 
 
-def test_a_turns_mean_counts_what_comes_once_in_a_turn() -> None:
+def test_the_mean_of_a_turn_includes_work_that_is_done_once_per_turn() -> None:
     figures = summarise([[1.0, 1.0, 4.0], [1.0, 1.0, 10.0], [1.0, 1.0, 4.0]], 4)
     assert figures["ms_per_step"] == 2.0
     assert figures["ms_single_step_median"] == 1.0
@@ -105,7 +106,7 @@ def test_variants_that_keep_all_are_measured_once_a_cell() -> None:
     ]
 
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_results(tmp_path: Path) -> None:
     out = tmp_path / "grid.json"
     key = ("random-12", "float32", 512, 4)
     first = Results(out, HEAD, resume=True)
@@ -164,7 +165,7 @@ def test_a_variant_that_fails_ends_its_own_part_of_the_cell_alone(bench: Bench) 
         "measured",
     ]
     assert "KeyError" in entries[1]["reason"]
-    assert entries[2]["reason"].startswith("went with its worker")
+    assert entries[2]["reason"].startswith("its worker ended")
     assert "exit 7" in entries[3]["reason"]
     assert entries[0]["ms_per_step"] == 2.0
     assert entries[0]["tokens_per_s"] == 2000.0
@@ -173,13 +174,13 @@ def test_a_variant_that_fails_ends_its_own_part_of_the_cell_alone(bench: Bench) 
     assert bench.versions["project"]["no-such-package"] == "not installed"
 
 
-def test_what_does_not_fit_the_memory_is_told(
+def test_a_cell_that_does_not_fit_the_memory_fails_with_the_free_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Little:
         available = 10**8
 
-    monkeypatch.setattr(grid.psutil, "virtual_memory", Little)
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
     (entry,) = bench.measure(100, 4, [("dynamic", None)])
     assert entry["status"] == "failed"
     assert "0.1 are free" in entry["reason"]

@@ -11,7 +11,8 @@ from benchmarks import RESULTS
 from benchmarks.findings import FIGURES
 from benchmarks.pictures import standalone, study_picture
 from tests.tuner.pages import RATIOS, evaluation, table
-from tuner.report.pictures import MORE_TABLES, curves, metrics_of
+from tuner.report.pictures import curves, metrics_of
+from tuner.report.styles import MORE_TABLES
 
 PICTURES = sorted(RESULTS.glob("*.svg"))
 STUDIES = {study["name"]: study for study in json.loads(FIGURES.read_text())["studies"]}
@@ -23,7 +24,7 @@ def texts(picture: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
-def test_a_picture_that_is_kept_has_a_title_that_stands_above_it_and_a_dark_form(
+def test_a_picture_file_has_a_title_a_heading_and_a_dark_form(
     path: Path,
 ) -> None:
     picture = path.read_text()
@@ -35,22 +36,22 @@ def test_a_picture_that_is_kept_has_a_title_that_stands_above_it_and_a_dark_form
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
-def test_a_picture_that_is_kept_stands_on_a_page(path: Path) -> None:
+def test_a_picture_file_is_linked_from_a_page(path: Path) -> None:
     pages = [RESULTS.parent / "FINDINGS.md", RESULTS.parents[1] / "docs" / "performance.md"]
     assert any(f"results/{path.name})" in page.read_text() for page in pages)
 
 
 @pytest.mark.parametrize("name", ["ratios", "transfer-budget"])
-def test_a_picture_that_is_kept_shows_the_figures_that_are_kept(name: str) -> None:
+def test_a_picture_file_shows_the_stored_figures(name: str) -> None:
     assert texts((RESULTS / f"{name}.svg").read_text()) == texts(study_picture(STUDIES[name]))
 
 
-def test_a_title_is_the_label_whatever_it_holds() -> None:
+def test_any_label_becomes_the_title() -> None:
     picture = standalone('<svg role="img" aria-label="a &lt; b &amp; &quot;c&quot;"><g/></svg>')
     assert ElementTree.fromstring(picture)[0].text == 'a < b & "c"'
 
 
-def test_no_panel_stays_empty_and_tables_have_colours_of_their_own() -> None:
+def test_no_panel_is_empty_and_tables_have_different_colours() -> None:
     document = evaluation(tables=[table(), table("other"), table("third")])
     task = document.tasks[0].name
     metrics = metrics_of(document, task)

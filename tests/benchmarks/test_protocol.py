@@ -38,12 +38,12 @@ def test_a_seat_is_filled_and_steps_in_turns(client: Client) -> None:
     assert answer["kv_tokens"] == 5.5
 
 
-def test_what_a_library_prints_stays_out_of_the_answers(client: Client) -> None:
+def test_output_of_libraries_is_not_part_of_the_answers(client: Client) -> None:
     fill(client)
     assert client.ask(30, do="drop", seat="a") == {}
 
 
-def test_an_error_is_told_and_the_worker_goes_on(client: Client) -> None:
+def test_an_error_is_reported_and_the_worker_continues(client: Client) -> None:
     with pytest.raises(Refused, match="KeyError: 'layers'") as told:
         fill(client, fake_worker.BROKEN)
     assert told.value.supported
@@ -54,7 +54,7 @@ def test_an_error_is_told_and_the_worker_goes_on(client: Client) -> None:
         client.ask(30, do="steps", seat="a", untimed=0, count=6)
 
 
-def test_what_a_peer_cannot_do_is_told_apart(client: Client) -> None:
+def test_unsupported_requests_are_distinguished_from_failures(client: Client) -> None:
     with pytest.raises(Refused, match="beyond it") as told:
         fill(client, fake_worker.UNSUPPORTED)
     assert not told.value.supported
@@ -65,7 +65,7 @@ def test_an_unknown_command_is_an_error(client: Client) -> None:
         client.ask(30, do="dance")
 
 
-def test_a_worker_that_dies_is_told_with_its_code(client: Client) -> None:
+def test_a_worker_that_ends_is_reported_with_its_exit_code(client: Client) -> None:
     with pytest.raises(Gone, match="exit 7"):
         fill(client, fake_worker.DYING)
     with pytest.raises(Gone, match="exit 7"):

@@ -88,7 +88,7 @@ def test_tuners_share_one_study_in_the_database_that_is_there(
     class Taken(Exception):
         pass
 
-    def take(settings: tuner.fit.Settings) -> None:
+    def take(settings: tuner.fit.FitSettings) -> None:
         raise Taken(settings)
 
     services = interpolated(given | {"A2SF_STUDY_PASSWORD": "secret"})["services"]

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from scripts.image_test import PROGRAMS, pip_settings
+from scripts.image_test import PROGRAMS
+from scripts.image_workshop import pip_settings
 from service import health
 from service.config.settings import load, variable
 
@@ -236,7 +237,8 @@ def test_all_that_is_copied_is_let_through_to_the_build() -> None:
 
 def test_the_image_test_names_the_packages_that_it_misses(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "image_test.py"],
+        [sys.executable, "-m", "scripts.image_test"],
+        cwd=ROOT,
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,

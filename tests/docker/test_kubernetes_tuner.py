@@ -20,8 +20,8 @@ from tests.docker.test_docker import last
 from tests.tuner.conftest import sums, write_rows
 from tests.tuner.postgres import postgresql
 from tuner.__main__ import main
-from tuner.data.datasets import REGISTRY, Made
-from tuner.fit import Settings
+from tuner.data.datasets import REGISTRY, GeneratedDataset
+from tuner.fit import FitSettings
 
 PASSWORD = "p@ss/w:rd 100%"
 """Nothing that an address could hold as it is."""
@@ -60,10 +60,10 @@ class Read(Exception):
 
 
 @pytest.fixture
-def settings(overlay: Rendered, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+def settings(overlay: Rendered, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FitSettings:
     """What the tuner makes of the flags; the volume of tables is a directory here."""
 
-    def stop(settings: Settings) -> NoReturn:
+    def stop(settings: FitSettings) -> NoReturn:
         raise Read(settings)
 
     monkeypatch.setattr(tuner.fit, "fit", stop)
@@ -79,13 +79,13 @@ def placed(words: list[str], directory: Path) -> list[str]:
     return [word.replace("/tables", str(directory)) for word in words]
 
 
-def test_every_flag_is_one_that_the_tuner_takes(settings: Settings) -> None:
+def test_every_flag_is_one_that_the_tuner_takes(settings: FitSettings) -> None:
     assert settings.storage == "postgresql://", "who connects, and how, is in the Secret alone"
     assert settings.study
 
 
 def test_the_table_that_is_printed_is_the_one_that_is_written(
-    overlay: Rendered, settings: Settings, tmp_path: Path
+    overlay: Rendered, settings: FitSettings, tmp_path: Path
 ) -> None:
     fit, table = fit_and_table(overlay)
     assert placed(table["command"], tmp_path) == ["cat", str(settings.out)]
@@ -95,17 +95,17 @@ def test_the_table_that_is_printed_is_the_one_that_is_written(
 
 
 def test_the_dataset_is_made_or_where_the_tuner_looks_for_it(
-    overlay: Rendered, settings: Settings
+    overlay: Rendered, settings: FitSettings
 ) -> None:
     fit, _ = fit_and_table(overlay)
     (variable,) = [w for w in last("tuner", "ENV").split() if w.startswith("A2SF_DATA_DIR=")]
     place = f"{variable.partition('=')[2]}/{settings.dataset}"
     in_place = place in {mount["mountPath"] for mount in fit["volumeMounts"]}
-    assert in_place or isinstance(REGISTRY[settings.dataset], Made)
+    assert in_place or isinstance(REGISTRY[settings.dataset], GeneratedDataset)
 
 
 def test_a_gpu_is_asked_for_where_the_tuner_insists_on_one(
-    overlay: Rendered, settings: Settings
+    overlay: Rendered, settings: FitSettings
 ) -> None:
     limits = fit_and_table(overlay)[0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu", 0) == {"cuda": 1, "cpu": 0}[settings.device]

@@ -10,8 +10,8 @@ import pytest
 
 import tuner.search.uniform
 from tests.tuner.planted import Clock
-from tuner.settings import Settings
-from tuner.study.ledger import BATCH, FINISHED, INDEX
+from tuner.settings import FitSettings
+from tuner.study.records import BATCH, FINISHED, INDEX
 from tuner.study.storage import open_storage
 
 
@@ -83,7 +83,7 @@ def small_evaluation(tiny_model_dir: Path, small_data: Path) -> list[object]:
 
 
 class MakeSettings(Protocol):
-    def __call__(self, **overrides: Any) -> Settings: ...
+    def __call__(self, **overrides: Any) -> FitSettings: ...
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def settings(
 ) -> MakeSettings:
     """Settings of a fit of the tiny model to `sums`, writing under `tmp_path`."""
 
-    def make(**overrides: Any) -> Settings:
+    def make(**overrides: Any) -> FitSettings:
         values: dict[str, Any] = {
             "dataset": "sums",
             "out": tmp_path / "sums.json",
@@ -116,7 +116,7 @@ def settings(
             "dtype": "float32",
             "keep_table": False,
         }
-        return Settings(**{**values, **overrides})
+        return FitSettings(**{**values, **overrides})
 
     return make
 

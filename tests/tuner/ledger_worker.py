@@ -14,20 +14,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuner.study.ledger import Ledger, Measured, Pace
+from tuner.study.ledger import Ledger, Timing
+from tuner.study.records import PointCost
 from tuner.study.storage import open_storage
 
 BATCHES = 3
 POINTS = 6
 
-PACE = Pace(poll=0.05, lease_period=0.1, lease_grace=2.0, patience=60.0)
+PACE = Timing(poll=0.05, lease_period=0.1, lease_grace=2.0, max_outage=60.0)
 
 
-def cost(point: dict[str, Any]) -> Measured:
+def cost(point: dict[str, Any]) -> PointCost:
     """What a point costs, in every process alike; every third is given up early."""
     x = point["x"]
     kl = [abs(x - 0.3) + 0.01 * example for example in range(2 if x * 100 % 3 < 1 else 4)]
-    return Measured(kl=kl, nll=[1 + k for k in kl], evaluations=len(kl), given_up=len(kl) == 2)
+    return PointCost(kl=kl, nll=[1 + k for k in kl], evaluations=len(kl), pruned=len(kl) == 2)
 
 
 def note(directory: Path, kind: str, batch: int, index: int) -> None:
@@ -36,13 +37,13 @@ def note(directory: Path, kind: str, batch: int, index: int) -> None:
         file.write(f"{kind} {batch} {index} {os.getpid()}\n".encode())
 
 
-def search(ledger: Ledger, directory: Path, seconds: float) -> list[list[Measured]]:
+def search(ledger: Ledger, directory: Path, seconds: float) -> list[list[PointCost]]:
     """Measure all batches; `seconds` for each point."""
     start, found = 0.5, []
     for number in range(BATCHES):
         points = [{"x": start + index / 100} for index in range(POINTS)]
 
-        def measure(index: int, point: dict[str, Any], batch: int = number) -> Measured:
+        def measure(index: int, point: dict[str, Any], batch: int = number) -> PointCost:
             note(directory, "begun", batch, index)
             time.sleep(seconds)
             note(directory, "ended", batch, index)
@@ -58,10 +59,10 @@ def main(address: str, study: str, directory: Path, seconds: float) -> None:
     url = address if "://" in address else None
     storage, _ = open_storage(url, Path(address))
     ledger = Ledger(storage, study, {"seed": 0}, PACE)
-    decided = ledger.settle("who", os.getpid())
+    decided = ledger.decide_once("who", os.getpid())
     found = search(ledger, directory, seconds)
-    told = [[vars(one) for one in batch] for batch in found]
-    text = json.dumps({"decided": decided, "found": told})
+    reported = [[vars(one) for one in batch] for batch in found]
+    text = json.dumps({"decided": decided, "found": reported})
     (directory / f"{os.getpid()}.json").write_text(text, encoding="utf-8")
 
 

@@ -11,11 +11,11 @@ from optuna.storages import InMemoryStorage
 
 from a2sf.schema import TablePolicy
 from tuner.evaluation.objective import Cost, Objective
-from tuner.search.space import Frame, Setting, log_tau_of
+from tuner.search.space import FitSpec, Setting, log_tau_of
 from tuner.search.trials import Trials
 from tuner.study.ledger import Ledger
 
-FRAME = Frame(num_layers=3, num_kv_heads=2, budget=40, budget_ratio=None, prefill_chunk=0)
+SPEC = FitSpec(num_layers=3, num_kv_heads=2, budget=40, budget_ratio=None, prefill_chunk=0)
 
 
 class Planted:
@@ -85,7 +85,7 @@ def trials_of(
     """The trials of a fit whose objective is planted."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ledger = Ledger(storage or InMemoryStorage(), "x", {})
-    return Trials(ledger, cast(Objective, planted), FRAME, minutes, proof_rows)
+    return Trials(ledger, cast(Objective, planted), SPEC, minutes, proof_rows)
 
 
 def table(*rows: Sequence[float], share: Sequence[float | Sequence[float]] = (1.0,) * 3) -> Setting:

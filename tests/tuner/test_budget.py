@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from tests.tuner.commands import run
-from tuner.budget import Settings, _most, search, smallest
+from tuner.budget import BudgetSettings, max_measurements, search, smallest
 from tuner.data import packing
 from tuner.data.datasets import load
 from tuner.evaluation import statistics
@@ -23,7 +23,7 @@ from tuner.report.budget_answer import BudgetSearch, answer
 
 
 @given(st.integers(1, 60), st.integers(1, 99), st.integers(0, 120))
-def test_bisection_finds_what_looking_at_every_budget_would(
+def test_bisection_finds_the_same_budget_as_a_full_search(
     first: int, width: int, threshold: int
 ) -> None:
     steps = range(first, first + width)
@@ -35,7 +35,7 @@ def test_bisection_finds_what_looking_at_every_budget_would(
 
     found = smallest(steps, within)
     assert found == next((step for step in steps if step >= threshold), None)
-    assert len(asked) == len(set(asked)) <= _most(width)
+    assert len(asked) == len(set(asked)) <= max_measurements(width)
     if found is None:
         assert asked == [steps[-1]]
 
@@ -64,7 +64,7 @@ def settings(small_data: Path, tiny_model_dir: Path) -> dict[str, Any]:
 def test_the_budget_found_is_within_and_the_next_smaller_is_not(
     settings: dict[str, Any], tiny_model: LoadedModel, small_data: Path
 ) -> None:
-    found = search(Settings(**settings))
+    found = search(BudgetSettings(**settings))
     assert found.ratio is not None
     assert 0.01 < found.ratio < 0.99
     by_ratio = {one.ratio: one for one in found.measured}
@@ -96,13 +96,13 @@ def test_the_budget_found_is_within_and_the_next_smaller_is_not(
     assert sentence.count(". ") == 0
 
 
-def test_where_the_smallest_budget_there_is_is_within_no_smaller_one_is_judged(
+def test_the_smallest_possible_budget_is_named_as_such(
     settings: dict[str, Any],
 ) -> None:
-    found = search(Settings(**{**settings, "within": 0.99}))
+    found = search(BudgetSettings(**{**settings, "within": 0.99}))
     lowest = found.measured[-1].model_copy(update={"ratio": 0.01, "within": True})
     told = answer(found.model_copy(update={"ratio": 0.01, "measured": (lowest,)}))
-    assert told.endswith(" there, and no smaller one is looked at.")
+    assert told.endswith(" there, and no smaller budget was considered.")
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60))
@@ -118,8 +118,10 @@ def test_bisection_ends_at_a_step_that_is_within_above_one_that_is_not(
         assert found == first or found - 1 not in within
 
 
-def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, Any]) -> None:
-    found = search(Settings(**{**settings, "within": 1e-7, "up_to": 0.3}))
+def test_if_no_budget_is_within_the_limit_the_answer_is_one_sentence(
+    settings: dict[str, Any],
+) -> None:
+    found = search(BudgetSettings(**{**settings, "within": 1e-7, "up_to": 0.3}))
     assert found.ratio is None
     (top,) = found.measured
     assert top.ratio == 0.3
@@ -130,24 +132,34 @@ def test_where_no_budget_is_within_that_is_one_sentence_too(settings: dict[str, 
     assert answer(found).endswith("try a larger --up-to.")
 
 
-def test_where_the_mean_is_within_and_its_limit_is_not_more_examples_are_asked_for(
+@pytest.mark.parametrize("up_to", [0.99, 0.995, 1.0])
+def test_no_larger_up_to_is_suggested_if_the_largest_budget_was_measured(
+    settings: dict[str, Any], up_to: float
+) -> None:
+    found = search(BudgetSettings(**{**settings, "within": 0.1, "up_to": up_to}))
+    (top,) = [one for one in found.measured if one.ratio == 0.99]
+    failed = found.model_copy(update={"within": -1.0, "measured": (top,), "ratio": None})
+    assert answer(failed).endswith("; only a cache without eviction is within it.")
+
+
+def test_more_examples_are_suggested_if_only_the_mean_is_within_the_limit(
     settings: dict[str, Any],
 ) -> None:
-    found = search(Settings(**{**settings, "up_to": 0.3, "within": 1e-7}))
+    found = search(BudgetSettings(**{**settings, "up_to": 0.3, "within": 1e-7}))
     (top,) = found.measured
     between = (top.perplexity.mean + top.perplexity.high) / 2
     told = answer(found.model_copy(update={"within": between}))
     assert told.endswith(
-        "its mean is, so that more --examples may show it, or else try a larger --up-to."
+        "its mean is within it, so more --examples may show it; otherwise try a larger --up-to."
     )
 
 
-def test_budgets_too_small_for_what_is_protected_are_passed_over(settings: dict[str, Any]) -> None:
-    found = search(Settings(**{**settings, "policy": "a2sf:.9:40:4", "within": 0.99}))
+def test_budgets_too_small_for_the_protected_tokens_are_skipped(settings: dict[str, Any]) -> None:
+    found = search(BudgetSettings(**{**settings, "policy": "a2sf:.9:40:4", "within": 0.99}))
     assert found.ratio is not None
     assert min(one.ratio for one in found.measured) * 128 >= 44
     with pytest.raises(InvalidArgument, match=r"^--up-to: 0.2 leaves a2sf:.9:40:4 no room"):
-        search(Settings(**{**settings, "policy": "a2sf:.9:40:4", "up_to": 0.2}))
+        search(BudgetSettings(**{**settings, "policy": "a2sf:.9:40:4", "up_to": 0.2}))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,7 @@ def test_budgets_too_small_for_what_is_protected_are_passed_over(settings: dict[
         (("h2o", "--examples", 999), "lower --examples"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_one_line(
+def test_mistakes_of_the_user_are_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_data: Path,

@@ -17,7 +17,7 @@ from tests.tables import make_table
 from tests.tuner.conftest import sums, write_rows
 from tuner.data import packing
 from tuner.data.datasets import load
-from tuner.evaluate import Settings, evaluate
+from tuner.evaluate import EvaluationSettings, evaluate
 from tuner.evaluation import statistics
 from tuner.evaluation.objective import effective
 from tuner.evaluation.policy_specs import parse
@@ -36,7 +36,7 @@ def run(small_data: Path, tiny_model_dir: Path) -> Run:
 
     def make(**overrides: Any) -> Evaluation:
         values: dict[str, Any] = {
-            "datasets": ("sums",),
+            "dataset": "sums",
             "policies": METHODS,
             "sizes": (Size(ratio=0.3),),
             "shots": (None,),
@@ -52,7 +52,7 @@ def run(small_data: Path, tiny_model_dir: Path) -> Run:
             "dtype": "float32",
             "command": "",
         }
-        return evaluate(Settings(**{**values, **overrides}))
+        return evaluate(EvaluationSettings(**{**values, **overrides}))
 
     return make
 
@@ -61,7 +61,7 @@ def cells(found: Evaluation) -> dict[str, Cell]:
     return {cell.policy: cell for cell in found.cells}
 
 
-def test_rivals_are_compared_with_tables_at_the_same_budget(
+def test_other_slot_rules_are_compared_with_tables_at_the_same_budget(
     run: Run, tiny_model: LoadedModel, tmp_path: Path
 ) -> None:
     save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
@@ -75,13 +75,13 @@ def test_rivals_are_compared_with_tables_at_the_same_budget(
     assert len({round(kl[name], 9) for name in ("h2o", "pyramid", "adakv")}) == 3
 
 
-def test_a_prompt_that_is_read_step_by_step_leaves_adakv_nowhere_to_deal(run: Run) -> None:
-    with pytest.raises(InvalidArgument, match="adakv deals slots once at its end"):
+def test_adakv_is_refused_for_prompts_read_step_by_step(run: Run) -> None:
+    with pytest.raises(InvalidArgument, match="adakv splits the slots once, at its end"):
         run(policies="full,adakv", shots=(0,))
 
 
 @pytest.mark.parametrize("shots", [None, 0, 1])
-def test_with_room_for_everything_every_policy_is_the_full_cache(
+def test_without_eviction_every_policy_equals_the_full_cache(
     run: Run, tiny_model: LoadedModel, tmp_path: Path, shots: int | None
 ) -> None:
     save_table(make_table(tiny_model.identity), tmp_path / "made-up.json")
@@ -110,8 +110,8 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     (policy,) = parse("a2sf:.9:0:0", tiny_model)
     for index, item in enumerate(items):
         example = item.example
-        wish = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
-        settled = effective(wish, tiny_model, len(example.token_ids))
+        requested_policy = policy.at(Size(ratio=0.3), prefill_chunk=0, seed=0)
+        settled = effective(requested_policy, tiny_model, len(example.token_ids))
         (kept,) = teacher_forcing.predict(tiny_model, [example], [settled], similarity=True)
         (full,) = teacher_forcing.predict(tiny_model, [example], None)
         p, q = (torch.softmax(x.logits.double(), dim=-1) for x in (full, kept))
@@ -132,7 +132,7 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     assert cell.kl == statistics.estimate(cell.by_example["kl"])
 
 
-def test_the_likeliest_choice_is_transformers_own(
+def test_the_likeliest_choice_is_that_of_transformers(
     run: Run, tiny_model: LoadedModel, tiny_model_dir: Path, small_data: Path
 ) -> None:
     found = run(policies="full,window", shots=(1,), sizes=(Size(ratio=0.4),), examples=12)
@@ -167,7 +167,7 @@ def test_the_likeliest_choice_is_transformers_own(
     assert 0 < sum(right) < 12
 
 
-def test_many_examples_and_policies_share_passes_without_a_trace(run: Run) -> None:
+def test_sharing_passes_changes_no_figure(run: Run) -> None:
     together = cells(run(examples=3))
     for name in ("h2o", "random", "a2sf:.5"):
         alone = cells(run(examples=3, policies=name))
@@ -200,9 +200,9 @@ def test_comparisons_are_paired_and_corrected_over_their_family(run: Run) -> Non
     for c in family:
         ours, theirs = (by_policy[name].by_example["kl"] for name in (c.policy, c.baseline))
         assert c.difference.mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
-    decisive = found.decisive("sums, packed", Size(ratio=0.3))
+    main_comparisons = found.main_comparisons("sums, packed", Size(ratio=0.3))
     best = min(("a2sf:.5", "a2sf:.9"), key=lambda name: by_policy[name].kl.mean)
-    assert {c.policy for c in decisive} == {best}
+    assert {c.policy for c in main_comparisons} == {best}
 
 
 def test_generated_tasks_and_text_are_evaluated_too(
@@ -211,7 +211,7 @@ def test_generated_tasks_and_text_are_evaluated_too(
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {number} of some text\n" for number in range(4000)))
     found = run(
-        datasets=("recall", "state", "arith", str(text)),
+        dataset=f"recall,state,arith,{text}",
         model="reference",
         policies="full,window",
         examples=2,
@@ -238,12 +238,12 @@ def test_the_document_survives_json(run: Run) -> None:
             {"sizes": (Size(slots=5),), "policies": "a2sf:.5:4:4"},
             "--slots: a2sf:.5:4:4 at 5 slots, on sums",
         ),
-        ({"datasets": ("recall",), "length": 24}, "gives 0"),
+        ({"dataset": "recall", "length": 24}, "gives 0"),
         ({"shots": (1,), "length": 40}, "validation of sums gives 0"),
         ({"policies": "snapkv"}, "'snapkv'"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_any_pass(
+def test_impossible_evaluations_are_refused_before_any_pass(
     run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -254,18 +254,37 @@ def test_what_cannot_be_measured_is_told_before_any_pass(
     assert told in str(caught.value)
 
 
-def test_rows_that_are_judged_in_two_ways_have_no_accuracy(run: Run, tmp_path: Path) -> None:
+def test_the_name_of_a_data_file_may_contain_a_comma(run: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "one,two.jsonl", sums(0, 120))
+    assert [task.dataset for task in run(dataset=str(path), policies="full").tasks] == [path.name]
+
+
+def test_a_data_set_that_is_given_twice_is_refused(run: Run) -> None:
+    with pytest.raises(InvalidArgument, match="dataset: 'sums' is given twice"):
+        run(dataset="sums, sums")
+
+
+def test_the_line_on_the_data_names_the_measured_part(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(policies="full", split="calibration")
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("Data: "))
+    assert line.endswith("(120 rows). Measured on calibration.")
+    assert "searched" not in line
+
+
+def test_rows_with_different_kinds_of_answers_have_no_accuracy(run: Run, tmp_path: Path) -> None:
     free = [{"question": f"and {n} ?", "answer": f"so {n}"} for n in range(40)]
     path = write_rows(
         tmp_path / "mixed.jsonl",
         [row for two in zip(sums(0, 40), free, strict=True) for row in two],
     )
-    found = run(datasets=(str(path),), shots=(0,), policies="full,window")
+    found = run(dataset=str(path), shots=(0,), policies="full,window")
     assert (found.tasks[0].accuracy, found.tasks[0].questions) == (None, 0)
     assert {cell.accuracy for cell in found.cells} == {None}
 
 
-def test_no_question_stands_beside_its_own_answer(
+def test_solved_examples_come_from_the_other_part(
     run: Run, tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -285,9 +304,9 @@ def test_shots_before_running_text_are_refused(run: Run, tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text("words and words\n" * 2000)
     with pytest.raises(InvalidArgument, match="running text has no questions"):
-        run(datasets=(str(text),), shots=(1,))
+        run(dataset=str(text), shots=(1,))
     with pytest.raises(NotFound, match="'nothing' not found"):
-        run(datasets=("nothing",))
+        run(dataset="nothing")
 
 
 def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_does_not(
@@ -305,7 +324,7 @@ def test_policies_that_read_prompts_exactly_share_them_and_a_table_of_blocks_doe
     monkeypatch.setattr(teacher_forcing, "predict", noting)
     methods = f"h2o,window,a2sf:.5,{tmp_path / 'blocks.json'}"
     # Rows for one policy at a time.
-    monkeypatch.setattr("tuner.evaluate.ROWS_PER_PASS", 5)
+    monkeypatch.setattr("tuner.evaluation.passes.ROWS_PER_PASS", 5)
     shared = run(policies=methods, sizes=(Size(slots=20),))
     assert given == [True, True, True, False]
     monkeypatch.setattr("tuner.evaluation.objective.PROMPT_BYTES", 0)

@@ -12,7 +12,7 @@ from a2sf import reference
 from a2sf.tablefile import load_table
 from tests.tuner.commands import ROOT, command, run
 from tests.tuner.conftest import sums, write_rows
-from tuner.settings import Settings
+from tuner.settings import FitSettings
 
 
 class Taken(Exception):
@@ -21,13 +21,13 @@ class Taken(Exception):
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(settings: Settings) -> None:
+    def take(settings: FitSettings) -> None:
         raise Taken(settings)
 
     monkeypatch.setattr(tuner.fit, "fit", take)
 
 
-def test_without_a_word_the_commands_are_shown(
+def test_without_arguments_the_commands_are_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["a2sf-tune"])
@@ -43,7 +43,7 @@ def test_without_a_word_the_commands_are_shown(
         assert f"  {name} " in told
 
 
-def test_a_word_that_is_no_command_is_told_with_the_nearest(
+def test_an_unknown_command_is_reported_with_the_nearest_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, line = run(monkeypatch, capsys, "evalute", "--dataset", "recall")
@@ -82,7 +82,7 @@ def test_trials_bound_the_whole_search_the_best_uniform_setting_included(
         (("--dataset", "recall, state"), "tables/recall-state-0.2.json"),
     ],
 )
-def test_without_out_table_and_study_go_to_a_directory_that_says_what_they_are(
+def test_without_out_the_table_and_the_study_are_in_tables(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     flags: tuple[object, ...],
@@ -97,8 +97,8 @@ def test_without_out_table_and_study_go_to_a_directory_that_says_what_they_are(
     assert str(settings.out) == out
     assert (settings.journal.parent, settings.journal.suffix) == (Path("tables"), ".journal")
     assert settings.out.parent.is_dir()
-    assert out in settings.told
-    assert str(settings.journal) in settings.told
+    assert out in settings.plan
+    assert str(settings.journal) in settings.plan
 
 
 @pytest.mark.usefixtures("taken")
@@ -131,7 +131,7 @@ def test_tables_of_several_names_have_a_study_each(
         ("zzz", "dataset 'zzz' not found. Known names are mathqa"),
     ],
 )
-def test_a_dataset_that_is_not_known_is_told_with_the_nearest_and_all_that_are(
+def test_an_unknown_dataset_is_reported_with_the_nearest_and_all_known_names(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     small_data: Path,
@@ -156,7 +156,7 @@ def test_a_dataset_that_is_not_known_is_told_with_the_nearest_and_all_that_are(
         (("--policies", "mathq"), "alpha table; did you mean mathqa?"),
     ],
 )
-def test_other_names_are_told_with_the_nearest_too(
+def test_other_unknown_names_are_reported_with_the_nearest_too(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -183,7 +183,7 @@ def test_a_shipped_table_is_shown_and_reported_by_its_name(
     assert page.is_file()
 
 
-def test_a_table_that_is_nowhere_is_told_with_what_is_shipped(
+def test_a_missing_table_is_reported_with_the_shipped_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for words in (("tables", "show", "mathqq"), ("report", "mathqq", "--html", tmp_path / "x")):
@@ -195,7 +195,7 @@ def test_a_table_that_is_nowhere_is_told_with_what_is_shipped(
         )
 
 
-def test_the_split_of_a_single_file_is_told_before_the_fit_and_the_table_names_the_file(
+def test_the_split_of_a_single_file_is_printed_before_the_fit(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     data = write_rows(tmp_path / "mine.jsonl", sums(0, 250))
@@ -214,8 +214,9 @@ def test_the_split_of_a_single_file_is_told_before_the_fit_and_the_table_names_t
     assert done.returncode == 0, done.stderr
     told = done.stderr.splitlines()
     split = (
-        "Data: mine.jsonl holds questions or prompts with answers; searched on all but the last "
-        "20% (200 rows), proved on the last 20% (50 rows)."
+        "Data: mine.jsonl holds questions or prompts with answers; calibration: all but the last "
+        "20% (200 rows), validation: the last 20% (50 rows). The search uses calibration, the "
+        "proof validation."
     )
     assert told.index(split) < next(i for i, line in enumerate(told) if line.startswith("stage 1"))
     table = load_table(out)

@@ -4,10 +4,12 @@ import json
 import os
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import tuner.fit
 from a2sf.errors import InvalidArgument
@@ -19,9 +21,11 @@ from a2sf.tablefile import load_table, save_table
 from tests.tuner.conftest import MakeSettings, finished, sums, write_rows
 from tests.tuner.planted import Clock
 from tuner.evaluation import objective
-from tuner.fit import RIVAL_SHARE, Found, fit, search
+from tuner.fit import fit
 from tuner.proof import judge
-from tuner.report.terminal import is_uniform
+from tuner.report.sentences import is_uniform
+from tuner.report.terminal import print_outcome
+from tuner.search.stages import PER_LAYER_TIME_SHARE, SearchResult, search
 from tuner.search.trials import Trials
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
@@ -50,11 +54,11 @@ def test_a_fit_writes_a_table_that_its_model_accepts(
         == table.evidence.paired.keys()
         == outcome.nll.keys() - {"table"}
     )
-    assert (table.search.trials, table.search.storage) == (3, "journal")
+    assert (table.search.trials, table.search.storage) == (6, "journal")
     assert all(value.mean > 0 for value in table.evidence.baselines.values())
     stages = {stage.name: stage for stage in table.search.stages}
     assert list(stages) == ["uniform", "layers", "heads"]
-    assert stages["layers"].trials + stages["heads"].trials == 3
+    assert stages["layers"].trials + stages["heads"].trials == 3 == stages["uniform"].trials
     assert stages["uniform"].paired.mean == 0
     assert stages["uniform"].held_out == table.evidence.baselines["uniform"]
     assert stages["heads"].held_out == table.evidence.table
@@ -68,12 +72,16 @@ def test_a_fit_by_head_is_compared_with_the_best_by_layer(settings: MakeSettings
     assert [stage.name for stage in outcome.table.search.stages] == [
         "uniform",
         "sensitivity",
+        "per layer",
         "alphas",
     ]
-    assert outcome.table.search.trials <= 20
+    by_name = {stage.name: stage for stage in outcome.table.search.stages}
+    assert by_name["per layer"].trials > 0
+    assert by_name["per layer"].held_out == outcome.table.evidence.baselines["per layer"]
+    assert outcome.table.search.trials == sum(stage.trials for stage in by_name.values()) <= 20
 
 
-def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
+def test_the_baseline_by_layers_leaves_most_of_the_time_to_the_table(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: dict[str, float] = {}
@@ -85,18 +93,18 @@ def test_the_rival_by_layers_leaves_most_of_the_time_to_the_table(
 
     monkeypatch.setattr(Trials, "stage", noted)
     fit(settings(stages=("sensitivity", "alphas"), trials=20))
-    assert shares["per layer"] == RIVAL_SHARE < 0.5
+    assert shares["per layer"] == PER_LAYER_TIME_SHARE < 0.5
     assert shares["alphas"] == 1
 
 
 @pytest.mark.parametrize(
     ("trials", "compared", "told"),
     [
-        (4, False, "No setting by layers was measured: with more --trials or --minutes"),
-        (5, True, "The best setting by layers is of 1 trial, cut short: more --trials"),
+        (4, False, "No setting by layers was measured: more --trials or --minutes would"),
+        (5, True, "The search for the best setting by layers ended after 1 trial: more --trials"),
     ],
 )
-def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
+def test_a_shortened_search_by_layers_is_noted(
     settings: MakeSettings, trials: int, compared: bool, told: str
 ) -> None:
     outcome = fit(settings(stages=("sensitivity", "alphas"), trials=trials))
@@ -104,7 +112,7 @@ def test_a_search_by_layers_that_is_cut_short_is_no_silent_baseline(
     assert sum(note.startswith(told) for note in outcome.notes) == 1
 
 
-def test_a_fit_run_again_finds_its_trials_and_says_the_same(
+def test_a_repeated_fit_reuses_its_trials_and_gives_the_same_table(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = fit(settings()).table
@@ -171,14 +179,23 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
         return honest(self, rows)
 
     monkeypatch.setattr(tuner.evaluation.objective.Objective, "_pass", second)
-    outcome = fit(settings(trials=50, minutes=0.5, holdout=60))
+    outcome = fit(settings(trials=5000, minutes=0.5, holdout=60))
     assert 8 <= outcome.table.evidence.examples < 60
     assert clock.now < 30 + 1
-    assert any("The proof is on" in note for note in outcome.notes)
-    assert any("The bar is the best of" in note or "proof" in note for note in outcome.notes)
+    assert outcome.limits == ("--minutes",)
+    text = StringIO()
+    print_outcome(
+        Console(file=text), outcome, model="m", out=Path("t.json"), study_kept="'sums' in t.journal"
+    )
+    assert "run the same command again with more --minutes to continue." in text.getvalue()
+    assert any("The proof uses" in note for note in outcome.notes)
+    assert any(
+        "The best uniform setting is the best of" in note or "proof" in note
+        for note in outcome.notes
+    )
 
 
-def test_time_that_does_not_suffice_for_the_proof_is_told_with_how_to_go_on(
+def test_too_little_time_for_the_proof_is_reported_with_the_minutes_needed(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     honest = tuner.evaluation.objective.Objective._pass
@@ -210,7 +227,7 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
 
     moved = ((0.25,) * 2,) * 2 + ((0.5, 0.75),)
 
-    def found(*arguments: Any) -> Found:
+    def found(*arguments: Any) -> SearchResult:
         honest = search(*arguments)
         last = list(honest.bests)[-1]
         best = honest.bests[last]
@@ -224,14 +241,15 @@ def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_
     assert is_uniform(table.policy) == (not better and not keep)
 
 
-def test_without_trials_the_best_uniform_alpha_is_written_and_called_no_better(
+def test_without_trials_the_uniform_setting_is_written_as_no_better(
     settings: MakeSettings,
 ) -> None:
     outcome = fit(settings(trials=0))
     assert is_uniform(outcome.table.policy)
     assert outcome.table.policy.alpha[0][0] == outcome.table.evidence.uniform.alpha
     assert outcome.table.evidence.verdict == "no_better_than_uniform"
-    assert outcome.table.search.trials == 0
+    # The uniform stage measures at least one setting.
+    assert outcome.table.search.trials == 1
 
 
 def test_a_budget_that_evicts_nothing_is_refused(settings: MakeSettings) -> None:
@@ -239,7 +257,7 @@ def test_a_budget_that_evicts_nothing_is_refused(settings: MakeSettings) -> None
         fit(settings(budget=128, budget_ratio=None))
 
 
-def test_a_budget_too_small_for_what_is_protected_is_refused(settings: MakeSettings) -> None:
+def test_a_budget_too_small_for_the_protected_tokens_is_refused(settings: MakeSettings) -> None:
     with pytest.raises(InvalidArgument, match="accepted: at least 8"):
         fit(settings(budget_ratio=0.02))
 

@@ -14,7 +14,7 @@ from tests.tuner.crew import wait_for
 from tests.tuner.paused_fit import POINTS
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = "interrupted; what is measured is kept: run the same command to go on"
+LINE = "interrupted; all measurements are kept: run the same command to continue"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def told(process: subprocess.Popen[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("point", POINTS)
-def test_an_interrupted_fit_says_in_one_line_how_to_go_on_and_loses_nothing(
+def test_an_interrupted_fit_prints_how_to_continue_and_loses_nothing(
     point: str, flags: list[str], tmp_path: Path
 ) -> None:
     note, journal = tmp_path / "note", tmp_path / "sums.journal"
@@ -101,8 +101,8 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(flags: list[st
 def test_a_second_interruption_ends_at_once() -> None:
     program = (
         "import signal, sys, time\n"
-        "from tuner.interrupt import telling\n"
-        "with telling('told'):\n"
+        "from tuner.interrupt import message_on_interrupt\n"
+        "with message_on_interrupt('told'):\n"
         "    try:\n"
         "        print('ready', file=sys.stderr, flush=True)\n"
         "        signal.pause()\n"

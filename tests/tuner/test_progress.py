@@ -92,12 +92,13 @@ def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
     out = tmp_path / "made" / "sums.json"
     assert first.endswith(
         f"to sums: 7 stages ({', '.join(FIT_STAGES)}), at most 2 min of measuring and 30 trials, "
-        f"after the model is loaded; the table goes to {out}, the study is kept in "
+        f"after the model is loaded. Table: {out}; study: "
         f"{out.with_suffix('.journal')}."
     )
     assert data == (
-        "Data: sums holds questions or prompts with answers; searched on calibration.jsonl "
-        "(80 rows), proved on validation.jsonl (120 rows)."
+        "Data: sums holds questions or prompts with answers; calibration: calibration.jsonl "
+        "(80 rows), validation: validation.jsonl (120 rows). The search uses calibration, the "
+        "proof validation."
     )
     begun = [line for line in lines if line.startswith("stage ")]
     named = [re.match(r"stage (\d) of 7: ([\w ]+);", line) for line in begun]
@@ -110,7 +111,7 @@ def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
     assert not re.search(r"\d+/\d+|it/s|%\|", told)
 
 
-def test_a_fit_on_a_terminal_writes_one_line_anew_and_wipes_it(flags: list[object]) -> None:
+def test_a_fit_on_a_terminal_updates_one_line_and_erases_it(flags: list[object]) -> None:
     told = on_a_terminal(*flags, columns=160)
     shown = [line for line in told.split("\r") if line.strip()]
     assert shown[0].startswith("Fitting a table for ")
@@ -126,7 +127,7 @@ def test_a_fit_on_a_terminal_writes_one_line_anew_and_wipes_it(flags: list[objec
     assert re.search(r"\r {40,}\r$", told)
 
 
-def test_an_evaluation_says_which_task_it_is_at_and_what_is_left(
+def test_an_evaluation_shows_its_task_and_the_remaining_time(
     small_evaluation: list[object],
 ) -> None:
     told = in_a_file(*small_evaluation, "--shots", "0,1")
@@ -159,7 +160,7 @@ def test_a_terminal_of_unknown_width_shows_the_pass_and_the_time_left(
     assert "task 1 of 1: sums, packed; pass 2 of 3; about 5 s left" in told
 
 
-def test_plain_lines_come_at_a_slow_pace_and_at_once_where_a_part_begins(
+def test_plain_lines_appear_slowly_but_at_once_when_a_part_begins(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]

@@ -10,9 +10,9 @@ from a2sf.model.loader import LoadedModel
 from a2sf.schema import UniformSetting
 from tuner.evaluation import statistics
 from tuner.evaluation.objective import Cost, effective
-from tuner.evaluation.rivals import FLOOR
+from tuner.evaluation.slot_rules import FLOOR
 from tuner.proof import baselines, judge
-from tuner.search.space import Frame
+from tuner.search.space import FitSpec
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
 
@@ -79,7 +79,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda rng: np.zeros(32),
     ],
 )
-def test_chance_is_called_better_no_more_often_than_the_interval_says(
+def test_chance_is_called_better_no_more_often_than_its_confidence_allows(
     chance: Callable[[np.random.Generator], NDArray[np.float64]],
 ) -> None:
     # One side of a 95 % interval is 2.5 %, and with 32 examples of a skewed kind somewhat more.
@@ -91,8 +91,8 @@ def test_a_gain_of_a_standard_deviation_is_nearly_always_found() -> None:
     assert verdicts(lambda rng: rng.normal(loc=-0.1, scale=0.1, size=32), runs=100) >= 0.99
 
 
-def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
-    names = baselines(Frame(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
+def test_adakv_is_not_a_baseline_if_prompts_are_read_token_by_token() -> None:
+    names = baselines(FitSpec(3, 2, budget=20, budget_ratio=None, prefill_chunk=1), SETTING, seed=0)
     assert "pyramid" in names
     assert "adakv" not in names
 
@@ -102,9 +102,9 @@ def test_where_prompts_are_read_token_by_token_adakv_is_no_baseline() -> None:
 def test_all_baselines_have_the_tables_budget_and_prefill_law(
     tiny_model: LoadedModel, budget: int | None, ratio: float | None, chunk: int
 ) -> None:
-    frame = Frame(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
-    compared = baselines(frame, SETTING, seed=7)
-    compared["uniform"] = frame.policy(frame.uniform(SETTING))
+    spec = FitSpec(3, 2, budget=budget, budget_ratio=ratio, prefill_chunk=chunk)
+    compared = baselines(spec, SETTING, seed=7)
+    compared["uniform"] = spec.policy(spec.uniform(SETTING))
     policies = {name: effective(policy, tiny_model, 100) for name, policy in compared.items()}
     assert {policy.budget for policy in policies.values()} == {budget or 30}
     assert {policy.prefill_chunk for policy in policies.values()} == {chunk}

@@ -13,7 +13,7 @@ from a2sf.errors import InvalidArgument, Unsupported
 from a2sf.model.loader import LoadedModel
 from a2sf.requests import ChatMessage
 from a2sf.text import chat_template
-from tuner.data.rows import ANSWERS, Conversation, Turn
+from tuner.data.rows import ANSWER_ROLE, Conversation, Turn
 
 
 def turns_of(model: LoadedModel, conversation: Conversation, room: int) -> tuple[Turn, ...]:
@@ -37,22 +37,22 @@ def turns_of(model: LoadedModel, conversation: Conversation, room: int) -> tuple
     turns: tuple[Turn, ...] = ()
     text = ""
     for place, message in enumerate(conversation.messages):
-        said = message.content.strip()
-        if message.role != ANSWERS or not said:
+        answer = message.content.strip()
+        if message.role != ANSWER_ROLE or not answer:
             continue
         prompt = _prompt(model, conversation, place)
         if not prompt.startswith(text):
             turns, text = (), ""
-        lead, after = _around(model, conversation.messages[: place + 1], prompt, said)
-        whole = prompt + lead + said
-        if len(model.encode(whole + after, special=False)) > room:
+        lead, after = _around(model, conversation.messages[: place + 1], prompt, answer)
+        text_so_far = prompt + lead + answer
+        if len(model.encode(text_so_far + after, special=False)) > room:
             break
         # `_prompt` has checked the messages before.
         special = set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id}
-        if not special.isdisjoint(model.encode(said, special=False)):
-            raise _spelled(conversation)
-        turns = (*turns, Turn(prompt[len(text) :] + lead, said, after=after))
-        text = whole
+        if not special.isdisjoint(model.encode(answer, special=False)):
+            raise _control_token_error(conversation)
+        turns = (*turns, Turn(prompt[len(text) :] + lead, answer, after=after))
+        text = text_so_far
     return turns
 
 
@@ -68,11 +68,11 @@ def _prompt(model: LoadedModel, conversation: Conversation, place: int) -> str:
     except InvalidArgument as error:
         raise InvalidArgument("dataset", f"{conversation.where}: {error.problem}") from None
     if model.encode(read.text, special=False) != read.token_ids:
-        raise _spelled(conversation)
+        raise _control_token_error(conversation)
     return read.text
 
 
-def _spelled(conversation: Conversation) -> InvalidArgument:
+def _control_token_error(conversation: Conversation) -> InvalidArgument:
     return InvalidArgument(
         "dataset",
         f"{conversation.where}: a message spells a control token of the model; leave the row out",
@@ -80,7 +80,7 @@ def _spelled(conversation: Conversation) -> InvalidArgument:
 
 
 def _around(
-    model: LoadedModel, messages: Sequence[ChatMessage], prompt: str, said: str
+    model: LoadedModel, messages: Sequence[ChatMessage], prompt: str, answer: str
 ) -> tuple[str, str]:
     """Return the template's text between the prompt and the last message, and after it."""
     try:
@@ -91,5 +91,5 @@ def _around(
         )
     except TemplateError:
         return "", "\n"
-    lead, found, after = whole.removeprefix(prompt).partition(said)
+    lead, found, after = whole.removeprefix(prompt).partition(answer)
     return (lead, after) if whole.startswith(prompt) and found else ("", "\n")

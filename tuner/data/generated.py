@@ -136,14 +136,14 @@ def state_episode(
         key: _course(rng, chosen, key, history.count(key), split if key in asked else None)
         for key in keys
     }
-    told = {key: iter(sentences) for key, (sentences, _) in course.items()}
+    statements = {key: iter(sentences) for key, (sentences, _) in course.items()}
     question = {
         "value": "What is the last value of the {}?",
         "held": "What did {} take last?",
         "counter": "How many coins are in the {}?",
     }[chosen]
     return Episode(
-        " ".join(next(told[key]) for key in history),
+        " ".join(next(statements[key]) for key in history),
         tuple(("\n" + question.format(key), f" {course[key][1]}") for key in asked),
     )
 
@@ -200,21 +200,23 @@ def _course(
     for attempt in count():
         if form == "value":
             states = [str(rng.randint(1, 999)) for _ in range(times)]
-            said = [f"The {key} starts at {states[0]}."]
-            said += [f"The {key} is now {state}." for state in states[1:]]
+            sentences = [f"The {key} starts at {states[0]}."]
+            sentences += [f"The {key} is now {state}." for state in states[1:]]
         elif form == "held":
             states = rng.sample(NOUNS, times)
-            said = [f"{key} took the {state}." for state in states]
+            sentences = [f"{key} took the {state}." for state in states]
         else:
             moves = [rng.choice((-1, 1)) for _ in range(times - 1)]
             # Small numbers if possible; larger ones if this key has no small number in the split.
             start = rng.randint(times, 20 + times + attempt)
             states = [str(start + sum(moves))]
-            said = [f"The {key} holds {start} coins."]
-            said += [f"The {key} {'gains' if move > 0 else 'loses'} one coin." for move in moves]
+            sentences = [f"The {key} holds {start} coins."]
+            sentences += [
+                f"The {key} {'gains' if move > 0 else 'loses'} one coin." for move in moves
+            ]
         if split is None or split_of("state", key, states[-1]) == split:
             break
-    return said, states[-1]
+    return sentences, states[-1]
 
 
 def _recall_keys(rng: Random, facts: int, form: RecallForm) -> list[str]:

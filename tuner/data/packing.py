@@ -26,11 +26,11 @@ from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from a2sf.offline.teacher_forcing import Example
 from tuner.data.chats import turns_of
-from tuner.data.datasets import Group, Part
+from tuner.data.parts import Group, Part
 
 PROMPT_SHARE_OF_TEXT = 0.25
 
-LEAST_FACTS = 2
+MIN_FACTS = 2
 
 _CHARACTERS_PER_TOKEN = 8
 """Characters taken per token wanted; only rare texts then hold too few tokens."""
@@ -78,20 +78,20 @@ def items(
             f"{length} tokens, and {model.identity.id} has a context of {model.shape.max_context}",
         )
     rng = Random(f"{seed}/{part.split}")
-    if part.made is not None:
-        source = _made(model, part, length, rng, shots or 0, solved)
+    if part.generate is not None:
+        source = _generated(model, part, length, rng, shots or 0, solved)
     elif part.conversations is not None:
         if shots:
             raise InvalidArgument(
                 "shots", f"{shots}; accepted for conversations: 0, or leave it out"
             )
-        told = (turns_of(model, one, length) for one in part.conversations(rng))
-        groups = (group for group in told if group)
+        conversations = (turns_of(model, one, length) for one in part.conversations(rng))
+        groups = (group for group in conversations if group)
         # The template already contains the special tokens.
         if shots is None:
             source = _packed(model, groups, length, special=False)
         else:
-            source = (_item(model, [group], lead=0, special=False) for group in groups)
+            source = (_item(model, [group], num_solved=0, special=False) for group in groups)
     elif part.groups is None:
         if shots is not None:
             raise InvalidArgument("shots", "running text has no questions; leave it out for text")
@@ -99,7 +99,7 @@ def items(
     elif shots is None:
         source = _packed(model, part.groups(rng), length)
     else:
-        source = _asked(model, part, length, rng, shots, solved)
+        source = _with_shots(model, part, length, rng, shots, solved)
     return [item for _, item in zip(range(count), source, strict=False)]
 
 
@@ -122,35 +122,35 @@ def _packed(
 ) -> Iterator[Item]:
     """Fill sequences with groups in order; omit groups that are too long, and an unfinished end."""
     room = length - len(model.encode("", special=special))
-    held: list[Group] = []
-    used = 0
+    pending: list[Group] = []
+    tokens_used = 0
     for group in groups:
-        tokens = _most_tokens(model, group)
+        tokens = _max_tokens(model, group)
         if tokens > room:
             continue
-        if used + tokens > room:
-            yield _item(model, held, lead=0, special=special)
-            held, used = [], 0
-        held.append(group)
-        used += tokens
+        if tokens_used + tokens > room:
+            yield _item(model, pending, num_solved=0, special=special)
+            pending, tokens_used = [], 0
+        pending.append(group)
+        tokens_used += tokens
 
 
-def _asked(
+def _with_shots(
     model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
 ) -> Iterator[Item]:
     """Make one sequence per group, after `shots` solved ones; omit what is too long."""
     assert part.groups is not None
-    shown = _shown(model, solved, length, rng, shots)
+    solved_examples = _solved_examples(model, solved, length, rng, shots)
     room = length - len(model.encode(""))
     for group in part.groups(rng):
-        lead = list(islice(shown, shots))
+        lead = list(islice(solved_examples, shots))
         if len(lead) < shots:
             return
-        if sum(_most_tokens(model, one) for one in (*lead, group)) <= room:
-            yield _item(model, [*lead, group], lead=shots, choose=True)
+        if sum(_max_tokens(model, one) for one in (*lead, group)) <= room:
+            yield _item(model, [*lead, group], num_solved=shots, with_choices=True)
 
 
-def _shown(
+def _solved_examples(
     model: LoadedModel, solved: Part | None, length: int, rng: Random, shots: int
 ) -> Iterator[Group]:
     """Yield solved examples endlessly, none so long that a question would not fit beside them."""
@@ -159,35 +159,37 @@ def _shown(
     assert solved is not None
     assert solved.groups is not None
     room = length // (shots + 1)
-    short = [group for group in solved.groups(rng) if _most_tokens(model, group) <= room]
+    short = [group for group in solved.groups(rng) if _max_tokens(model, group) <= room]
     while short:
         yield from short
         rng.shuffle(short)
 
 
-def _made(
+def _generated(
     model: LoadedModel, part: Part, length: int, rng: Random, shots: int, solved: Part | None
 ) -> Iterator[Item]:
     """Make contexts of as many facts as fit, each from a separate random seed."""
-    assert part.made is not None
+    assert part.generate is not None
     parts = [*[solved] * shots, part]
     while True:
         seed = rng.getrandbits(64)
 
         def groups(facts: int, seed: int = seed) -> list[Group]:
-            own = Random(seed)
-            return [one.made(own, facts) for one in parts if one is not None and one.made]
+            item_rng = Random(seed)
+            return [
+                one.generate(item_rng, facts) for one in parts if one is not None and one.generate
+            ]
 
-        low, high = LEAST_FACTS - 1, part.most_facts
+        low, high = MIN_FACTS - 1, part.max_facts
         while low < high:
             facts = (low + high + 1) // 2
             if len(model.encode(_text(groups(facts)))) <= length:
                 low = facts
             else:
                 high = facts - 1
-        if low < LEAST_FACTS:
+        if low < MIN_FACTS:
             return
-        yield _item(model, groups(low), lead=shots)
+        yield _item(model, groups(low), num_solved=shots)
 
 
 def _text(groups: Sequence[Group]) -> str:
@@ -197,7 +199,7 @@ def _text(groups: Sequence[Group]) -> str:
     )
 
 
-def _most_tokens(model: LoadedModel, group: Group) -> int:
+def _max_tokens(model: LoadedModel, group: Group) -> int:
     """Tokens of a group with the longest choice for its last answer, without added ones."""
     last = group[-1]
     text = _text([group]).removesuffix(last.answer + last.after)
@@ -211,34 +213,35 @@ def _item(
     model: LoadedModel,
     groups: Sequence[Group],
     *,
-    lead: int,
-    choose: bool = False,
+    num_solved: int,
+    with_choices: bool = False,
     special: bool = True,
 ) -> Item:
-    """Make one sequence; every answer after the first `lead` groups counts.
+    """Make one sequence; every answer after the first `num_solved` groups counts.
 
-    With `choose`, the choices for the last answer, if any, become alternatives. Without `special`,
-    the text already contains the special tokens: these are conversations, whose answers are free.
+    With `with_choices`, the choices for the last answer, if any, become alternatives. Without
+    `special`, the text already contains the special tokens: these are conversations, whose answers
+    are free.
     """
-    text, spans = _text(groups[:lead]), []
-    for group in groups[lead:]:
+    text, spans = _text(groups[:num_solved]), []
+    for group in groups[num_solved:]:
         for turn in group:
             text += turn.question + turn.answer
             spans.append((len(text) - len(turn.answer.lstrip()), len(text)))
         text += group[-1].after
     example, answers = _example(model, text, spans, first=spans[0][0], special=special)
     # A solution in many lines is one of many right ones, so its exact words are no measure.
-    free = not special or any("\n" in turn.answer for group in groups for turn in group)
+    free_form = not special or any("\n" in turn.answer for group in groups for turn in group)
     last = groups[-1][-1]
     before = text[: spans[-1][1] - len(last.answer)]
     alternatives = []
-    for choice in last.choices if choose else ():
-        whole = before + choice
-        span = (len(whole) - len(choice.lstrip()), len(whole))
-        alternatives.append(_example(model, whole, [span], first=spans[0][0])[0])
+    for choice in last.choices if with_choices else ():
+        choice_text = before + choice
+        span = (len(choice_text) - len(choice.lstrip()), len(choice_text))
+        alternatives.append(_example(model, choice_text, [span], first=spans[0][0])[0])
     return Item(
         example=example,
-        answers=() if free else answers,
+        answers=() if free_form else answers,
         alternatives=tuple(alternatives),
         right=last.choices.index(last.answer) if alternatives else 0,
     )
@@ -256,10 +259,10 @@ def _example(
     encoding = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     ids = model.encode(text, special=special)
     # `encode` leaves out the tokenizer's own BOS token before a text that begins with one.
-    own = len(encoding.input_ids) - len(ids)
-    assert tuple(encoding.input_ids[own:]) == ids
+    added = len(encoding.input_ids) - len(ids)
+    assert tuple(encoding.input_ids[added:]) == ids
     # Tokens without characters, such as an added BOS token, have empty spans.
-    places = [(start, end) for start, end in encoding.offset_mapping[own:]]
+    places = [(start, end) for start, end in encoding.offset_mapping[added:]]
     counted: list[int] = []
     answers = []
     for low, high in spans:

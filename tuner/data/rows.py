@@ -19,7 +19,7 @@ from a2sf.requests import ChatMessage
 ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Files of rows, one JSON object per line; every other file is running text."""
 
-ANSWERS = "assistant"
+ANSWER_ROLE = "assistant"
 """The role whose messages count."""
 
 
@@ -69,7 +69,7 @@ Row = Text | Turn | Conversation
 class Form:
     """One form of rows."""
 
-    shown: str
+    pattern: str
     """The form as shown in errors and in the guide."""
     keys: tuple[str, ...]
     """A row with all of these keys is of this form, unless it is of an earlier one."""
@@ -79,68 +79,70 @@ class Form:
 def _choice(row: Mapping[str, Any]) -> Turn:
     index, choices = row["answer"], row["choices"]
     if not isinstance(choices, list) or not choices:
-        raise BadRow(f"choices is {_kind(choices)}, not a list of texts")
-    choices = [_words(f"choice {n}", choice) for n, choice in enumerate(choices)]
+        raise BadRow(f"choices is {_describe(choices)}, not a list of texts")
+    choices = [_as_text(f"choice {n}", choice) for n, choice in enumerate(choices)]
     whole = isinstance(index, int) and not isinstance(index, bool)
     if not whole or not 0 <= index < len(choices):
-        shown = index if whole else _kind(index)
-        raise BadRow(f"answer is {shown}, which is no index into {len(choices)} choices")
+        found = index if whole else _describe(index)
+        raise BadRow(f"answer is {found}, which is no index into {len(choices)} choices")
     lettered = (f"{chr(ord('A') + n)}) {choice}" for n, choice in enumerate(choices))
     answers = tuple(f" {choice}" for choice in choices)
-    asked = f"{_question(row)}Choices: {' '.join(lettered)}\nAnswer:"
-    return Turn(asked, answers[index], answers)
+    prompt = f"{_question(row)}Choices: {' '.join(lettered)}\nAnswer:"
+    return Turn(prompt, answers[index], answers)
 
 
 def _solved(row: Mapping[str, Any]) -> Turn:
-    return Turn(f"{_question(row)}Answer:", " " + _said(row, "answer_text"))
+    return Turn(f"{_question(row)}Answer:", " " + _text_field(row, "answer_text"))
 
 
 def _answered(row: Mapping[str, Any]) -> Turn:
-    return Turn(f"{_question(row)}Answer:", " " + _said(row, "answer"))
+    return Turn(f"{_question(row)}Answer:", " " + _text_field(row, "answer"))
 
 
 def _prompted(row: Mapping[str, Any]) -> Turn:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
-        raise BadRow(f"answers is {_kind(answers)}, not a list of texts")
-    _words("prompt", row["prompt"])
-    return Turn(str(row["prompt"]), " " + _words("the first answer", answers[0]))
+        raise BadRow(f"answers is {_describe(answers)}, not a list of texts")
+    _as_text("prompt", row["prompt"])
+    return Turn(str(row["prompt"]), " " + _as_text("the first answer", answers[0]))
 
 
 def _completed(row: Mapping[str, Any]) -> Turn:
-    _said(row, "prompt")
-    _said(row, "completion")
+    _text_field(row, "prompt")
+    _text_field(row, "completion")
     return Turn(row["prompt"], row["completion"])
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation:
-    given = row["messages"]
-    if not isinstance(given, list) or not given:
-        raise BadRow(f"messages is {_kind(given)}, not a list of objects with role and content")
+    value = row["messages"]
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"messages is {_describe(value)}, not a list of objects with role and content")
     messages = []
-    for number, one in enumerate(given, start=1):
+    for number, one in enumerate(value, start=1):
         if not isinstance(one, dict):
-            raise BadRow(f"message {number} is {_kind(one)}, not an object with role and content")
+            raise BadRow(
+                f"message {number} is {_describe(one)}, not an object with role and content"
+            )
         more = [key for key, value in one.items() if value is not None]
         if odd := sorted(set(more) - {"role", "content"}):
             raise BadRow(f"message {number} has {odd[0]!r}; accepted: role and content")
         for key in ("role", "content"):
             if not isinstance(one.get(key), str):
-                raise BadRow(f"{key} of message {number} is {_kind(one.get(key))}, not a text")
+                raise BadRow(f"{key} of message {number} is {_describe(one.get(key))}, not a text")
         try:
             messages.append(ChatMessage(role=one["role"], content=one["content"]))
         except ValidationError:
             raise BadRow(f"role of message {number} is no name such as user") from None
-    if not any(message.role == ANSWERS and message.content.strip() for message in messages):
-        raise BadRow(f"no message of the role {ANSWERS}, whose messages count")
-    if messages[0].role == ANSWERS:
-        raise BadRow(f"the first message is of the role {ANSWERS}: nothing is asked")
+    if not any(message.role == ANSWER_ROLE and message.content.strip() for message in messages):
+        raise BadRow(f"no message of the role {ANSWER_ROLE}, whose messages count")
+    if messages[0].role == ANSWER_ROLE:
+        raise BadRow(f"the first message is of the role {ANSWER_ROLE}: nothing is asked")
     return Conversation(tuple(messages))
 
 
 def _text(row: Mapping[str, Any]) -> Text:
     if not isinstance(row["text"], str):
-        raise BadRow(f"text is {_kind(row['text'])}, not a text")
+        raise BadRow(f"text is {_describe(row['text'])}, not a text")
     return Text(row["text"])
 
 
@@ -154,23 +156,23 @@ FORMS = (
     Form("{text}", ("text",), _text),
 )
 
-ROW_FORMS = ", ".join(form.shown for form in FORMS)
+ROW_FORMS = ", ".join(form.pattern for form in FORMS)
 
 
-def row_of(given: object) -> Row:
+def row_of(value: object) -> Row:
     """Convert one JSON value to a row. Raises BadRow if it is of no accepted form."""
-    if not isinstance(given, dict):
-        raise BadRow(_kind(given))
+    if not isinstance(value, dict):
+        raise BadRow(_describe(value))
     for form in FORMS:
-        if all(key in given for key in form.keys):
+        if all(key in value for key in form.keys):
             try:
-                _check_characters(given, form.keys)
-                return form.read(given)
+                _check_characters(value, form.keys)
+                return form.read(value)
             except BadRow as error:
-                raise BadRow(f"{form.shown} where {error}") from None
-    keys = ", ".join(repr(str(key)[:40]) for key in list(given)[:6])
-    more = ", ..." if len(given) > 6 else ""
-    raise BadRow(f"an object with keys {keys}{more}" if given else "an object without keys")
+                raise BadRow(f"{form.pattern} where {error}") from None
+    keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6])
+    more = ", ..." if len(value) > 6 else ""
+    raise BadRow(f"an object with keys {keys}{more}" if value else "an object without keys")
 
 
 def _check_characters(row: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -203,22 +205,22 @@ def read_file(path: Path) -> str | list[Row]:
         try:
             row = row_of(json.loads(line))
         except json.JSONDecodeError as error:
-            raise _refused(where, f"no JSON ({error.msg}, column {error.colno})") from None
+            raise _refuse(where, f"no JSON ({error.msg}, column {error.colno})") from None
         except BadRow as error:
-            raise _refused(where, f"{error}") from None
+            raise _refuse(where, f"{error}") from None
         if isinstance(row, Conversation):
             row = Conversation(row.messages, where)
         if rows and type(row) is not type(rows[0]):
             raise InvalidArgument(
                 "dataset",
-                f"{where}: found {NAMES[type(row)]} among {NAMES[type(rows[0])]}; accepted: rows "
-                "of one kind in a file",
+                f"{where}: found {KIND_NAMES[type(row)]} among {KIND_NAMES[type(rows[0])]}; "
+                "accepted: rows of one kind in a file",
             )
         rows.append(row)
     return rows
 
 
-NAMES: dict[type[Row], str] = {
+KIND_NAMES: dict[type[Row], str] = {
     Text: "documents",
     Turn: "questions or prompts with answers",
     Conversation: "conversations",
@@ -226,33 +228,33 @@ NAMES: dict[type[Row], str] = {
 """The name for rows of each kind."""
 
 
-def _refused(where: str, found: str) -> InvalidArgument:
+def _refuse(where: str, found: str) -> InvalidArgument:
     return InvalidArgument(
         "dataset", f"{where}: found {found}; accepted: one JSON object a line, as {ROW_FORMS}"
     )
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    return f"Question: {_words('question', row['question'])}\n"
+    return f"Question: {_as_text('question', row['question'])}\n"
 
 
-def _words(name: str, value: object) -> str:
+def _as_text(name: str, value: object) -> str:
     """Read a text or a number as text, without surrounding white space."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number and not (isinstance(value, str) and value.strip()):
-        raise BadRow(f"{name} is {_kind(value)}, not a text that says something")
+        raise BadRow(f"{name} is {_describe(value)}, not a text with words")
     return str(value).strip()
 
 
-def _said(row: Mapping[str, Any], key: str) -> str:
+def _text_field(row: Mapping[str, Any], key: str) -> str:
     """Read a text field, without surrounding white space."""
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{key} is {_kind(value)}, not a text that says something")
+        raise BadRow(f"{key} is {_describe(value)}, not a text with words")
     return value.strip()
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     """Describe the type of a JSON value without quoting it."""
     match value:
         case None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tuner.data.packing import Item
 from tuner.evaluation import statistics
-from tuner.evaluation.policy_specs import Named
+from tuner.evaluation.policy_specs import PolicySpec
 from tuner.evaluation.results import Cell, Comparison, Metric, Size, Task
 
 
 @dataclass
-class Gathered:
+class CellFigures:
     """The figures of one cell, one entry per example."""
 
     budget: list[int] = field(default_factory=list)
@@ -30,36 +30,38 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """One task with all policies and sizes to run on it."""
 
     task: Task
     items: list[Item]
-    cells: dict[tuple[Named, Size | None], Gathered]
+    cells: dict[tuple[PolicySpec, Size | None], CellFigures]
 
 
-def cell_of(task: Task, policy: Named, size: Size | None, gathered: Gathered, seed: int) -> Cell:
+def make_cell(
+    task: Task, policy: PolicySpec, size: Size | None, collected: CellFigures, seed: int
+) -> Cell:
     """Make a cell from the collected figures."""
     estimates = {
-        name: statistics.estimate(values, seed=seed) for name, values in gathered.figures.items()
+        name: statistics.estimate(values, seed=seed) for name, values in collected.figures.items()
     }
-    by_head = torch.stack(gathered.similarity).mean(dim=0)
+    by_head = torch.stack(collected.similarity).mean(dim=0)
     return Cell(
         task=task.name,
         policy=policy.name,
         size=size,
-        budget=sum(gathered.budget) / len(gathered.budget),
+        budget=sum(collected.budget) / len(collected.budget),
         kl=estimates["kl"],
         nll=estimates["nll"],
         top1=estimates["top1"],
         accuracy=estimates.get("accuracy"),
         similarity=estimates["similarity"],
         similarity_by_head=tuple(tuple(row) for row in by_head.tolist()),
-        by_example={name: tuple(values) for name, values in gathered.figures.items()},
+        by_example={name: tuple(values) for name, values in collected.figures.items()},
     )
 
 
-def compare(plan: Plan, size: Size, seed: int) -> Iterator[Comparison]:
+def compare(plan: TaskPlan, size: Size, seed: int) -> Iterator[Comparison]:
     """Compare each forgetting policy with the other methods, and each table with all policies."""
     sized = {policy: cell for (policy, at), cell in plan.cells.items() if at == size}
     pairs = [
@@ -67,7 +69,11 @@ def compare(plan: Plan, size: Size, seed: int) -> Iterator[Comparison]:
         for ours in sized
         for theirs in sized
         if (ours.table and not theirs.table)
-        or (ours.wish.alpha is not None and ours.rival is None and theirs.wish.preset is not None)
+        or (
+            ours.requested_policy.alpha is not None
+            and ours.slot_rule is None
+            and theirs.requested_policy.preset is not None
+        )
     ]
     for metric in ("kl", "accuracy") if plan.task.accuracy else ("kl",):
         figures = [

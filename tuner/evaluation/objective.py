@@ -6,33 +6,32 @@ token. Values are kept by example, because paired statistics need them. Knows no
 the block law itself is in `a2sf.offline.teacher_forcing`.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, log_softmax
-from torch.nn.functional import kl_div
+from torch import Tensor
 
-from a2sf.errors import NonFinite
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.prompts import Prompt, nbytes
-from a2sf.offline.teacher_forcing import Example, LayerInput, Prediction
+from a2sf.offline.teacher_forcing import Example, LayerInput
 from a2sf.policy import CachePolicy, EffectivePolicy, resolve
 from a2sf.schema import TablePolicy
-from tuner.evaluation.rivals import AdaKV, Pyramid
+from tuner.evaluation.divergence import (
+    check_finite,
+    divergence,
+    full_cache,
+    negative_log_likelihood,
+)
+from tuner.evaluation.slot_rules import AdaKV, Pyramid
 
 DESCRIPTION = (
     "mean KL(full cache || evicted cache) of the next-token distribution, nats, temperature 1"
 )
 
-_NUMBERS_AT_ONCE = 1 << 18
-"""Log-probabilities per comparison: 1 MB in float32 of each operand. On two cores with 49,152
-words, comparing all positions at once took 8 times as long, mostly for fresh memory."""
 
 PROMPT_BYTES = 1 << 30
 """Largest memory for stored prompts; above it, prompts are run with every candidate."""
@@ -42,7 +41,7 @@ ROWS_PER_PASS = 32
 with the packaged model), so candidates with few rows share a pass."""
 
 Candidate = TablePolicy | CachePolicy | Pyramid | AdaKV
-"""What can be compared: a table with its budget and protection, a preset, or a rival's rule."""
+"""What can be compared: a table with its budget and protection, a preset, or another rule."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,13 @@ class Objective:
         examples: Sequence[Example],
         *,
         label: str,
-        watch: Callable[[str], object] = lambda _: None,
+        on_progress: Callable[[str], object] = lambda _: None,
     ) -> None:
         """Run nothing yet. Long work is announced to `watch`, in words with the label."""
         self.model = model
         self.examples = examples
         self._label = label
-        self._watch = watch
+        self._on_progress = on_progress
         self._anchor: tuple[TablePolicy, LayerInput] | None = None
 
     @cached_property
@@ -89,16 +88,24 @@ class Objective:
         starts = range(0, len(self.examples), ROWS_PER_PASS)
         found: list[Tensor] = []
         for number, first in enumerate(starts, start=1):
-            self._watch(f"full cache on {self._label} examples, pass {number} of {len(starts)}")
+            self._on_progress(
+                f"full cache on {self._label} examples, pass {number} of {len(starts)}"
+            )
             found += full_cache(self.model, self.examples[first : first + ROWS_PER_PASS])
         for example, log_p in zip(self.examples, found, strict=True):
-            check_finite(example, "full cache's negative log-likelihood", _nll(example, log_p))
+            check_finite(
+                example,
+                "full cache's negative log-likelihood",
+                negative_log_likelihood(example, log_p),
+            )
         return found
 
     @property
     def full_nll(self) -> NDArray[np.float64]:
         """[examples] nats per token with the full cache."""
-        return np.array([_nll(*pair) for pair in zip(self.examples, self._full, strict=True)])
+        return np.array(
+            [negative_log_likelihood(*pair) for pair in zip(self.examples, self._full, strict=True)]
+        )
 
     def anchor(self, policy: TablePolicy, layer: int) -> float:
         """Store the input of `layer` under a policy, until the next anchor.
@@ -106,30 +113,30 @@ class Objective:
         Candidates that agree with the policy below that layer then start there, because their input
         to the layer is the same. Returns the share of the model's layers that had to be run.
         """
-        below = _below(policy, layer)
+        below = _policy_below(policy, layer)
         if self._anchor is not None and self._anchor[0] == below:
             return 0.0
         policies = [effective(policy, self.model, len(e.token_ids)) for e in self.examples]
-        known = self._layer_input([policy])
-        if known is not None and known.layer > layer:
-            known = None
+        stored = self._layer_input([policy])
+        if stored is not None and stored.layer > layer:
+            stored = None
         found = teacher_forcing.compute_layer_input(
             self.model,
             self.examples,
             policies,
             layer,
             batch=ROWS_PER_PASS,
-            layer_input=known,
-            prompts=self._known_prompts(policies),
+            layer_input=stored,
+            prompts=self._stored_prompts(policies),
         )
         self._anchor = (below, found)
-        return (layer - (known.layer if known else 0)) / self.model.shape.num_layers
+        return (layer - (stored.layer if stored else 0)) / self.model.shape.num_layers
 
     def share_of_layers(self, candidate: Candidate) -> float:
         """The share of the model's layers that measuring a candidate would run."""
-        known = self._layer_input([candidate])
+        stored = self._layer_input([candidate])
         layers = self.model.shape.num_layers
-        return 1.0 if known is None else (layers - known.layer) / layers
+        return 1.0 if stored is None else (layers - stored.layer) / layers
 
     def _layer_input(self, candidates: Sequence[Candidate]) -> LayerInput | None:
         """The stored input of a layer, if it is valid for all of these candidates."""
@@ -137,7 +144,7 @@ class Objective:
             return None
         policy, layer_input = self._anchor
         agree = all(
-            isinstance(c, TablePolicy) and _below(c, layer_input.layer) == policy
+            isinstance(c, TablePolicy) and _policy_below(c, layer_input.layer) == policy
             for c in candidates
         )
         return layer_input if agree else None
@@ -174,17 +181,17 @@ class Objective:
             effective(candidate, self.model, len(example.token_ids))
             for (candidate, _), example in zip(rows, examples, strict=True)
         ]
-        known = self._layer_input([candidate for candidate, _ in rows])
-        if known is not None:
-            hidden = tuple(known.hidden[index] for _, index in rows)
-            known = LayerInput(known.layer, hidden)
-        prompts = self._known_prompts(policies)
+        stored = self._layer_input([candidate for candidate, _ in rows])
+        if stored is not None:
+            hidden = tuple(stored.hidden[index] for _, index in rows)
+            stored = LayerInput(stored.layer, hidden)
+        prompts = self._stored_prompts(policies)
         predicted = teacher_forcing.predictions(
             self.model,
             examples,
             policies,
             batch=ROWS_PER_PASS,
-            layer_input=known,
+            layer_input=stored,
             prompts=[prompts[index] for _, index in rows] if prompts else None,
         )
         found = {
@@ -193,7 +200,7 @@ class Objective:
         }
         return [found[row] for row in range(len(rows))]
 
-    def _known_prompts(self, policies: Sequence[EffectivePolicy]) -> list[Prompt] | None:
+    def _stored_prompts(self, policies: Sequence[EffectivePolicy]) -> list[Prompt] | None:
         """The stored prompts, if all policies read prompts exactly."""
         if any(policy.prefill_chunk != 0 for policy in policies):
             return None
@@ -204,18 +211,9 @@ class Objective:
         return read_prompts(self.model, self.examples)
 
 
-def _below(policy: TablePolicy, layer: int) -> TablePolicy:
+def _policy_below(policy: TablePolicy, layer: int) -> TablePolicy:
     """The part of a policy that determines the input of a layer."""
     return policy.model_copy(update={"alpha": policy.alpha[:layer]})
-
-
-def full_cache(model: LoadedModel, examples: Sequence[Example]) -> list[Tensor]:
-    """Log-probabilities with the full cache, one tensor [counted, vocab] per example."""
-    found = {
-        index: log_softmax(one.logits, dim=-1)
-        for index, one in teacher_forcing.predictions(model, examples, None)
-    }
-    return [found[index] for index in range(len(examples))]
 
 
 def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt] | None:
@@ -224,60 +222,6 @@ def read_prompts(model: LoadedModel, examples: Sequence[Example]) -> list[Prompt
     if nbytes(model.shape, model.dtype, tokens) > PROMPT_BYTES:
         return None
     return teacher_forcing.read_prompts(model, examples, batch=ROWS_PER_PASS)
-
-
-def divergence(example: Example, found: Prediction, full: Tensor) -> tuple[float, float]:
-    """Mean KL to the `full` cache's log-probabilities, and NLL, in nats per counted position.
-
-    Raises NonFinite if either is not a finite number.
-    """
-    targets = torch.tensor([example.token_ids[t + 1] for t in example.counted])
-    kl_parts, nll_parts = [], []
-    parts = (found.logits, full, targets.to(full.device))
-    at_once = _rows_at_once(full)
-    for logits, log_p, target in zip(*(torch.split(t, at_once) for t in parts), strict=True):
-        log_q = log_softmax(logits, dim=-1)
-        terms = kl_div(log_q, log_p, reduction="none", log_target=True)
-        total = terms.sum(dim=-1, dtype=torch.float64)
-        if total.isnan().any():
-            # A token with probability 0 in both costs nothing, but -inf minus -inf gives NaN.
-            terms = terms.masked_fill((log_p == -math.inf) & (log_q == -math.inf), 0.0)
-            total = terms.sum(dim=-1, dtype=torch.float64)
-        kl_parts.append(total)
-        nll_parts.append(-log_q.gather(1, target[:, None])[:, 0].double())
-    kl, nll = (float(torch.cat(parts).mean()) for parts in (kl_parts, nll_parts))
-    check_finite(example, "KL to the full cache", kl)
-    check_finite(example, "negative log-likelihood", nll)
-    return kl, nll
-
-
-def _rows_at_once(log_probabilities: Tensor) -> int:
-    """Positions per comparison, so that the operands fit a processor's caches."""
-    counted, vocabulary = log_probabilities.shape
-    if log_probabilities.device.type != "cpu":
-        return max(counted, 1)
-    return max(_NUMBERS_AT_ONCE // vocabulary, 1)
-
-
-def check_finite(example: Example, name: str, value: float) -> None:
-    """Raise NonFinite, naming the figure, unless the value is a finite number."""
-    if not math.isfinite(value):
-        raise NonFinite(
-            f"the {name} of an example of {len(example.token_ids)} tokens is {value}: the model "
-            "gave NaN or infinity; where activations overflow in float16, give dtype bfloat16 or "
-            "float32"
-        )
-
-
-def log_likelihoods(example: Example, log_probabilities: Tensor) -> Tensor:
-    """Log-probability of each true next token, [counted] float64."""
-    targets = [example.token_ids[position + 1] for position in example.counted]
-    return log_probabilities[range(len(targets)), targets].double()
-
-
-def _nll(example: Example, log_probabilities: Tensor) -> float:
-    """Negative log-likelihood of the example's counted tokens, in nats per token."""
-    return float(log_likelihoods(example, log_probabilities).neg().mean())
 
 
 def effective(candidate: Candidate, model: LoadedModel, length: int) -> EffectivePolicy:

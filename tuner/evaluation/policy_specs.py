@@ -15,14 +15,16 @@ from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from tuner.evaluation.objective import Candidate
 from tuner.evaluation.results import Size
-from tuner.evaluation.rivals import AdaKV, Pyramid
+from tuner.evaluation.slot_rules import AdaKV, Pyramid
 from tuner.options import shipped_tables, table_file
 
 DEFAULT_RECENT = ".5"
 """Default protection of `a2sf`, `pyramid`, `adakv` and `random`: the same as of `h2o`, so that only
 the scores differ."""
 
-SEVERAL = tuple(f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", ".99", "1") for r in ("0", ".5"))
+DEFAULT_A2SF = tuple(
+    f"a2sf:{a}:{r}" for a in ("0", ".5", ".9", ".98", ".99", "1") for r in ("0", ".5")
+)
 """Meaning of a bare `a2sf`: memory of 1, 2, 10, 50 and 100 tokens and infinite, with and without a
 protected window, because each is informative only together with the other."""
 
@@ -44,27 +46,27 @@ _PARTS = {  # the parts that may follow a name
     "adakv": ("alpha", "recent", "sinks"),
 }
 
-_RIVALS: dict[str, tuple[type[Pyramid] | type[AdaKV], str]] = {
-    "pyramid": (Pyramid, "slots by layer as PyramidKV deals them"),
-    "adakv": (AdaKV, "slots by head as AdaKV deals them at the end of each prompt"),
+_SLOT_RULES: dict[str, tuple[type[Pyramid] | type[AdaKV], str]] = {
+    "pyramid": (Pyramid, "slots by layer as PyramidKV splits them"),
+    "adakv": (AdaKV, "slots by head as AdaKV splits them at the end of each prompt"),
 }
 """Rules that split the slots in other ways: the class, and a description."""
 
 
 @dataclass(frozen=True)
-class Named:
+class PolicySpec:
     """A policy without its size."""
 
     name: str
-    wish: CachePolicy
+    requested_policy: CachePolicy
     table: AlphaTable | None = field(default=None, compare=False)
-    rival: str | None = None
-    """The rule of `rivals` that splits the slots; None: equal slots, or those of the table."""
+    slot_rule: str | None = None
+    """The rule of `slot_rules` that splits the slots; None: equal slots, or those of the table."""
 
     @property
     def has_size(self) -> bool:
         """Whether the policy needs a size; `full` keeps everything."""
-        return self.wish.preset != "full"
+        return self.requested_policy.preset != "full"
 
     @property
     def description(self) -> str:
@@ -72,22 +74,24 @@ class Named:
         if self.table is not None:
             fitted = self.table.calibration
             return f"alpha table fitted on {fitted.examples} examples of {fitted.dataset}"
-        wish = self.wish
+        requested_policy = self.requested_policy
         what = (
-            f"uniform alpha {wish.alpha:g}" if wish.alpha is not None else f"preset {wish.preset}"
+            f"uniform alpha {requested_policy.alpha:g}"
+            if requested_policy.alpha is not None
+            else f"preset {requested_policy.preset}"
         )
-        if self.rival is not None:
-            what = f"{_RIVALS[self.rival][1]}, {what}"
+        if self.slot_rule is not None:
+            what = f"{_SLOT_RULES[self.slot_rule][1]}, {what}"
         recent = (
-            f"recent {wish.recent_share:g} of the rest"
-            if wish.recent_share is not None
-            else f"recent {wish.recent}"
+            f"recent {requested_policy.recent_share:g} of the rest"
+            if requested_policy.recent_share is not None
+            else f"recent {requested_policy.recent}"
         )
-        own = wish.preset in ("full", "window", "h2o")
+        fixed_recent = requested_policy.preset in ("full", "window", "h2o")
         parts = [
             what,
-            *([] if own else [recent]),
-            *([f"sinks {wish.sinks}"] if self.has_size else []),
+            *([] if fixed_recent else [recent]),
+            *([f"sinks {requested_policy.sinks}"] if self.has_size else []),
         ]
         return ", ".join(parts)
 
@@ -103,13 +107,17 @@ class Named:
         if self.table is not None:
             return self.table.policy.model_copy(update=budget)
         update = {**budget, "prefill_chunk": prefill_chunk}
-        if self.wish.preset == "random":
+        if self.requested_policy.preset == "random":
             update["random_seed"] = seed
-        wish = self.wish.model_copy(update=update)
-        return wish if self.rival is None else _RIVALS[self.rival][0](equal=wish)
+        requested_policy = self.requested_policy.model_copy(update=update)
+        return (
+            requested_policy
+            if self.slot_rule is None
+            else _SLOT_RULES[self.slot_rule][0](equal=requested_policy)
+        )
 
 
-def parse(written: str, model: LoadedModel) -> list[Named]:
+def parse(written: str, model: LoadedModel) -> list[PolicySpec]:
     """Read a list of policies, with commas between them.
 
     Raises InvalidArgument for a policy that cannot be read or is given twice, NotFound for a
@@ -127,24 +135,26 @@ def parse(written: str, model: LoadedModel) -> list[Named]:
     return found
 
 
-def _read(written: str, model: LoadedModel) -> list[Named]:
+def _read(written: str, model: LoadedModel) -> list[PolicySpec]:
     name, *values = written.split(":")
     if name in _PARTS and not Path(written).is_file():
         if written == "a2sf":
-            return [policy for one in SEVERAL for policy in _read(one, model)]
+            return [policy for one in DEFAULT_A2SF for policy in _read(one, model)]
         if len(values) > len(_PARTS[name]):
             raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}")
-        wish = _wish(name, dict(zip(_PARTS[name], values, strict=False)))
-        return [Named(written, wish, rival=name if name in _RIVALS else None)]
+        requested_policy = _requested_policy(name, dict(zip(_PARTS[name], values, strict=False)))
+        return [
+            PolicySpec(written, requested_policy, slot_rule=name if name in _SLOT_RULES else None)
+        ]
     known = [*_PARTS, *shipped_tables()]
     if written not in known and not written.endswith(".json") and not Path(written).is_file():
         near = did_you_mean(name, known)
         raise InvalidArgument("--policies", f"{written!r}; accepted: {SPELLING}{near}")
     table = load_table(table_file(written, "--policies"), model.identity)
-    return [Named(table.name, CachePolicy(table=table.name), table)]
+    return [PolicySpec(table.name, CachePolicy(table=table.name), table)]
 
 
-def _wish(name: str, parts: dict[str, str]) -> CachePolicy:
+def _requested_policy(name: str, parts: dict[str, str]) -> CachePolicy:
     fields: dict[str, Any] = {}
     if name in PRESETS:
         fields["preset"] = name
@@ -166,7 +176,7 @@ def _number(written: str, kind: type[int] | type[float]) -> float:
     try:
         value = kind(written)
     except ValueError:
-        raise InvalidArgument("--policies", f"{written!r} is no number") from None
+        raise InvalidArgument("--policies", f"{written!r} is not a number") from None
     if not 0 <= value <= (1 if kind is float else 2**31):
         raise InvalidArgument("--policies", f"{written}; accepted: 0 to 1, or whole tokens")
     return value

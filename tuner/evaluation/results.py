@@ -46,19 +46,21 @@ class Task(Frozen):
     shots: Count | None = Field(
         description="Solved examples before each question; None where sequences are packed full."
     )
-    prefill_chunk: Count = Field(description="For policies that say nothing; 0 is exact.")
+    prefill_chunk: Count = Field(description="For policies that set none; 0 is exact.")
     examples: Positive
     tokens: Positive = Field(description="Of all examples together.")
     counted: Positive = Field(description="Positions whose predictions were compared.")
-    questions: Count = Field(description="That `accuracy` is a share of.")
-    accuracy: Accuracy | None = Field(description="What counts as right; None where nothing does.")
+    questions: Count = Field(description="The number of questions that `accuracy` is a share of.")
+    accuracy: Accuracy | None = Field(description="How answers are judged; None if they are not.")
     data_sha256: Digest = Field(description="Over the token ids, prompts and counted positions.")
 
 
 class Policy(Frozen):
     """One policy as the user named it."""
 
-    name: str = Field(description="As written on the command line, save that a path is a name.")
+    name: str = Field(
+        description="As written on the command line; for the file of a table, the table's name."
+    )
     description: str
     alpha: tuple[tuple[Finite, ...], ...] | None = Field(
         default=None, description="[num_layers][num_kv_heads], for tables."
@@ -82,7 +84,7 @@ class Cell(Frozen):
         description="[num_layers][num_kv_heads], mean over examples."
     )
     by_example: dict[Metric, tuple[Finite, ...]] = Field(
-        description="What the estimates are made of, one figure an example."
+        description="The figures behind the estimates, one per example."
     )
 
 
@@ -137,7 +139,7 @@ class Evaluation(Frozen):
         ]
         return min(found, key=lambda cell: cell.kl.mean, default=None)
 
-    def decisive(self, task: str, size: Size) -> list[Comparison]:
+    def main_comparisons(self, task: str, size: Size) -> list[Comparison]:
         """Return the main comparisons of KL: those of the best a2sf, and of tables.
 
         The choice of the best of several is accounted for: Holm's correction counts all of them.

@@ -66,16 +66,16 @@ def help_text() -> str:
         "",
     ]
     for name, field in Arguments.model_fields.items():
-        told = field.description or ""
+        description = field.description or ""
         if field.is_required():
-            told += " Required."
+            description += " Required."
         elif field.default is not None:
-            told += f" {field.default} unless given."
+            description += f" Default: {field.default}."
         indent = " " * 18
         lines.append(
-            textwrap.fill(told, 88, initial_indent=f"  {name:<16}", subsequent_indent=indent)
+            textwrap.fill(description, 88, initial_indent=f"  {name:<16}", subsequent_indent=indent)
         )
-    return "\n".join([*lines, "", "What follows is lm-eval's own help.", ""])
+    return "\n".join([*lines, "", "The help of lm-eval follows.", ""])
 
 
 def _fail(message: str) -> NoReturn:

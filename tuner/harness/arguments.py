@@ -37,7 +37,7 @@ class Arguments(Frozen):
     revision: str | None = Field(default=None, description="Branch, tag or commit, for a hub id.")
     policy: str = Field(
         default="full",
-        description="One policy as `a2sf-tune evaluate --policies` spells it, or the file or "
+        description="One policy in the form of `a2sf-tune evaluate --policies`, or the file or "
         "shipped name of an alpha table.",
     )
     ratio: Ratio | None = Field(
@@ -47,13 +47,13 @@ class Arguments(Frozen):
     )
     slots: Positive | None = Field(
         default=None,
-        description="Tokens that each head keeps. Every policy but full needs one of ratio and "
-        "slots; an alpha table given neither keeps its own budget.",
+        description="Tokens that each head keeps. Every policy except full needs ratio or slots; "
+        "an alpha table without either uses its own budget.",
     )
     prefill_chunk: Count | None = Field(
         default=None,
         description="Tokens of a prompt block, after each of which the cache is trimmed; 0 is "
-        "exact, 1 the step-by-step pruning of the A2SF paper. Not given, it is the table's, or 0.",
+        "exact, 1 the step-by-step pruning of the A2SF paper. Default: the table's value, or 0.",
     )
     device: str = Field(default="auto", description="As for a2sf-serve.")
     dtype: str = Field(default="auto", description="As for a2sf-serve.")
@@ -62,15 +62,17 @@ class Arguments(Frozen):
         description=f"Rows of one pass; auto is {AUTOMATIC_ROWS}. It changes no result.",
     )
     max_batch_size: Positive | None = Field(
-        default=None, description="The most that batch_size=auto may be."
+        default=None, description="Upper limit for batch_size=auto."
     )
     max_length: int | None = Field(
         default=None,
         ge=2,
-        description="Tokens of the longest sequence, at most and unless given the model's "
-        "context. What is longer loses its beginning.",
+        description="Largest number of tokens of a sequence; by default, and at most, the model's "
+        "context. A longer sequence loses its beginning.",
     )
-    seed: Count = Field(default=0, lt=2**31, description="Of the policy random and of sampling.")
+    seed: Count = Field(
+        default=0, lt=2**31, description="Seed of the policy random and of sampling."
+    )
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -118,18 +120,20 @@ class SequencePolicies:
             )
         size = Size(ratio=given.ratio, slots=given.slots) if sizes else None
         self.table: AlphaTable | None = named.table
-        """The table that `wish` names."""
-        if named.rival is not None:
+        """The table that `requested_policy` names."""
+        if named.slot_rule is not None:
             raise InvalidArgument(
                 "policy",
-                f"{given.policy!r} deals slots as no server does; compare with it by "
+                f"{given.policy!r} splits slots by a rule that no server has; compare it with "
                 "python -m tuner evaluate",
             )
         if named.table is None:
-            wish = named.at(size, prefill_chunk=given.prefill_chunk or 0, seed=given.seed)
-            assert isinstance(wish, CachePolicy)
+            requested_policy = named.at(
+                size, prefill_chunk=given.prefill_chunk or 0, seed=given.seed
+            )
+            assert isinstance(requested_policy, CachePolicy)
         else:
-            wish = CachePolicy(
+            requested_policy = CachePolicy(
                 table=named.table.name,
                 budget=given.slots,
                 budget_ratio=given.ratio,
@@ -137,7 +141,7 @@ class SequencePolicies:
                 min_budget=0,
                 prefill_chunk=given.prefill_chunk,
             )
-        self.wish: CachePolicy = wish
+        self.requested_policy: CachePolicy = requested_policy
         """The cache policy for requests to the engine."""
         self._shape = model.shape
         self._resolved: dict[int, EffectivePolicy] = {}
@@ -145,7 +149,7 @@ class SequencePolicies:
     @property
     def full(self) -> bool:
         """Whether nothing is ever evicted."""
-        return self.wish.preset == "full"
+        return self.requested_policy.preset == "full"
 
     def at(self, length: int) -> EffectivePolicy:
         """Return the policy for a sequence of `length` tokens, by the rules of serving.
@@ -155,7 +159,7 @@ class SequencePolicies:
         if length not in self._resolved:
             try:
                 self._resolved[length] = resolve(
-                    self.wish,
+                    self.requested_policy,
                     table=self.table,
                     server=CachePolicy(),
                     length=length,

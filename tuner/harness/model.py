@@ -6,11 +6,10 @@ and `a2sf.engine.engine` (generation). Knows nothing of tasks or metrics; the ha
 
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import (
@@ -19,26 +18,23 @@ from lm_eval.utils import (
     simple_parse_args_string,
 )
 from pydantic import ValidationError
-from torch import Tensor
 from tqdm import tqdm
 
-from a2sf.engine.admission import EngineConfig
-from a2sf.engine.engine import Engine
-from a2sf.errors import InvalidArgument, NonFinite, Unsupported, first_line
+from a2sf.errors import InvalidArgument, NonFinite, Unsupported
 from a2sf.model.loader import load_model
 from a2sf.offline import teacher_forcing
 from a2sf.offline.teacher_forcing import Example
-from a2sf.policy import CachePolicy
-from a2sf.requests import Delta, Failed, Finished, GenerationRequest
+from a2sf.requests import GenerationRequest
 from a2sf.schema import first_problem
 from a2sf.text import chat_template
 from tuner.harness.arguments import Arguments, SequencePolicies, sampling
+from tuner.harness.failures import raise_first
+from tuner.harness.generations import complete
+from tuner.harness.likelihoods import answer, example_of, passes
 
 MAX_NEW_TOKENS = 256
 """Default for tasks that do not set a number."""
 
-_MAX_LOGITS = 2**28
-"""Largest number of logits of one pass, so that long texts share a pass with fewer others."""
 
 _logger = logging.getLogger(__name__)
 
@@ -138,7 +134,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return {
             "a2sf": {
                 "model": self.model.identity.model_dump(),
-                "policy": self.policies.wish.model_dump(exclude_none=True),
+                "policy": self.policies.requested_policy.model_dump(exclude_none=True),
                 "table_sha256": table.sha256 if table else None,
                 "device": str(self.model.device),
                 "dtype": self.model.dtype_name,
@@ -204,37 +200,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if not made:
             return []
         resolved = [self.policies.at(len(one.prompt_ids) + one.max_new_tokens) for one in made]
-        rows = min(self.batch_size, len(made))
-        engine = Engine(
-            self.model,
-            EngineConfig(
-                slots=max(max(map(max, policy.head_budgets)) for policy in resolved),
-                max_batch=rows,
-                max_prefill_tokens=max(
-                    policy.staging_slots(len(one.prompt_ids))
-                    for policy, one in zip(resolved, made, strict=True)
-                ),
-                default_policy=CachePolicy(preset="full"),
-            ),
-        )
-        texts = [""] * len(made)
-        failures: dict[int, BaseException] = {}
-        pending = deque(made)
         with tqdm(total=len(made), desc="generations", disable=disable_tqdm) as bar:
-            while pending or engine.has_work:
-                while pending and engine.running + engine.waiting < rows:
-                    engine.submit(pending.popleft())
-                for event in engine.step():
-                    if isinstance(event, Delta):
-                        texts[int(event.request_id)] += event.text
-                    elif isinstance(event, Finished | Failed):
-                        bar.update()
-                        if isinstance(event, Failed):
-                            failures[int(event.request_id)] = event.error
+            texts, failures = complete(
+                self.model, made, resolved, rows=self.batch_size, on_end=bar.update
+            )
         for index, (request, text) in enumerate(zip(requests, texts, strict=True)):
             if index not in failures:
                 self.cache_hook.add_partial("generate_until", request.args, text)
-        _raise_first(failures, len(made))
+        raise_first(failures, len(made))
         return texts
 
     def _loglikelihood_tokens(
@@ -252,14 +225,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         answers: dict[int, tuple[float, bool]] = {}
         failures: dict[int, BaseException] = {}
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for part in self._passes(asked):
+            for part in passes(asked, self.batch_size, self.model.shape.vocab_size):
                 rules = None if self.policies.full else [resolved[example] for example in part]
                 found = teacher_forcing.predict(self.model, part, rules, batch=len(part))
                 for example, prediction in zip(part, found, strict=True):
                     log_p = prediction.logits.log_softmax(dim=-1)
                     for index in asked[example]:
                         pair, _, continuation = requests[index]
-                        answers[index] = _answer(log_p, continuation)
+                        answers[index] = answer(log_p, continuation)
                         if not math.isfinite(answers[index][0]):
                             failures[index] = NonFinite(
                                 "the model gave NaN or infinity; where activations overflow in "
@@ -268,7 +241,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                         elif pair is not None:
                             self.cache_hook.add_partial("loglikelihood", pair, answers[index])
                     bar.update(len(asked[example]))
-        _raise_first(failures, len(requests))
+        raise_first(failures, len(requests))
         return [answers[index] for index in range(len(requests))]
 
     def _example(self, context: Sequence[int], continuation: Sequence[int]) -> Example:
@@ -284,26 +257,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         # The last token is only predicted, so there is room for one more.
         before = context or [self.prefix_token_id]
         whole = self._fit((*before, *continuation), self.max_length + 1)
-        prompt = len(whole) - len(continuation)
-        return Example(
-            token_ids=whole[:-1],
-            prompt_tokens=prompt,
-            counted=tuple(range(prompt - 1, len(whole) - 1)),
-        )
-
-    def _passes(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
-        """Group examples into passes, longest first, so that lack of memory shows at the start."""
-        part: list[Example] = []
-        logits = 0
-        for example in sorted(examples, key=lambda e: len(e.token_ids), reverse=True):
-            own = len(example.counted) * self.model.shape.vocab_size
-            if part and (len(part) == self.batch_size or logits + own > _MAX_LOGITS):
-                yield part
-                part, logits = [], 0
-            part.append(example)
-            logits += own
-        if part:
-            yield part
+        return example_of(whole, len(continuation))
 
     def _generation(
         self, name: str, context: str, gen_kwargs: Mapping[str, Any]
@@ -324,7 +278,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 max_new_tokens=new,
                 sampling=sampling(wanted, self.seed + int(name)),
                 stop=tuple(stop for stop in until if stop),
-                cache_policy=self.policies.wish,
+                cache_policy=self.policies.requested_policy,
                 table=self.policies.table,
             )
         except ValidationError as error:
@@ -335,26 +289,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if len(ids) > room and not self._warned:
             self._warned = True
             _logger.warning(
-                "a sequence of %d tokens loses its beginning, as will every one that does not fit "
+                "a sequence of %d tokens loses its beginning, as do all sequences longer than "
                 "max_length %d",
                 len(ids),
                 self.max_length,
             )
         return tuple(ids[-room:])
-
-
-def _answer(log_p: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    targets = torch.tensor(continuation, device=log_p.device)
-    own = log_p.gather(1, targets[:, None]).double()
-    return float(own.sum()), bool((log_p.argmax(dim=-1) == targets).all())
-
-
-def _raise_first(failures: Mapping[int, BaseException], asked: int) -> None:
-    """Raise the failure of the request with the lowest number, if any failed."""
-    if not failures:
-        return
-    first = min(failures)
-    error = failures[first]
-    message = f"{len(failures)} of {asked} requests failed, the first as number {first + 1}: "
-    message += first_line(error)
-    raise (NonFinite if isinstance(error, NonFinite) else RuntimeError)(message) from error

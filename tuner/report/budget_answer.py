@@ -10,10 +10,13 @@ from pydantic import AwareDatetime, Field
 
 from a2sf.schema import Count, Digest, Estimate, Frozen, Positive, Ratio, StoredIdentity
 from tuner.evaluation.results import Policy
-from tuner.report.terminal import FEW
+from tuner.report.sentences import FEW_EXAMPLES
 
 STEPS = 100
 """Budgets are multiples of 1 / STEPS of the length."""
+
+LARGEST = (STEPS - 1) / STEPS
+"""The largest budget that is measured: at the whole length nothing is evicted."""
 
 
 class Measurement(Frozen):
@@ -26,7 +29,9 @@ class Measurement(Frozen):
     )
     nll: Estimate = Field(description="The NLL's increase, nats a token, paired by example.")
     kl: Estimate = Field(description="KL to the full cache, nats.")
-    within: bool = Field(description="Whether the upper limit of `perplexity` is.")
+    within: bool = Field(
+        description="Whether the upper limit of `perplexity` is within the accepted increase."
+    )
 
 
 class BudgetSearch(Frozen):
@@ -47,13 +52,15 @@ class BudgetSearch(Frozen):
     tokens: Positive = Field(description="Of all examples together.")
     counted: Positive = Field(description="Positions whose predictions were compared.")
     data_sha256: Digest = Field(description="Over the token ids, prompts and counted positions.")
-    prefill_chunk: Count = Field(description="For a policy that says nothing; 0 is exact.")
+    prefill_chunk: Count = Field(description="For a policy that sets none; 0 is exact.")
     policy: Policy
-    within: float = Field(description="Most increase of perplexity, as a share.")
-    up_to: Ratio = Field(description="Largest budget that was of use, as a share of the length.")
+    within: float = Field(description="Largest accepted increase of perplexity, as a share.")
+    up_to: Ratio = Field(description="Largest budget considered, as a share of the length.")
     full_nll: Estimate = Field(description="With the full cache, nats a token.")
     measured: tuple[Measurement, ...] = Field(description="By falling budget.")
-    ratio: Ratio | None = Field(description="The smallest budget that is within; None: none is.")
+    ratio: Ratio | None = Field(
+        description="The smallest budget within the accepted increase; None if none is."
+    )
 
 
 def answer(found: BudgetSearch) -> str:
@@ -62,9 +69,13 @@ def answer(found: BudgetSearch) -> str:
     by_ratio = {one.ratio: one for one in found.measured}
     if found.ratio is None:
         (top,) = found.measured
-        end = "only a cache that evicts nothing is" if found.up_to == 1 else "try a larger --up-to"
+        end = (
+            "only a cache without eviction is within it"
+            if top.ratio >= LARGEST
+            else "try a larger --up-to"
+        )
         if top.perplexity.mean <= found.within:
-            end = f"its mean is, so that more --examples may show it, or else {end}"
+            end = f"its mean is within it, so more --examples may show it; otherwise {end}"
         return (
             f"No budget up to {found.up_to:g} of the length keeps {found.policy.name} {what}: at "
             f"{top.ratio:g} perplexity is {_interval(top.perplexity)}; {end}."
@@ -74,9 +85,9 @@ def answer(found: BudgetSearch) -> str:
     if below is not None:
         end = f"at {below.ratio:g} it is {_interval(below.perplexity)}"
     elif found.ratio > 1 / STEPS:
-        end = "a smaller one leaves no room for what the policy protects"
+        end = "a smaller budget leaves no room beside the protected tokens"
     else:
-        end = "no smaller one is looked at"
+        end = "no smaller budget was considered"
     return (
         f"The smallest budget that keeps {found.policy.name} {what} is {chosen.ratio:g} of the "
         f"length ({chosen.slots:.0f} slots a head): perplexity is {_interval(chosen.perplexity)} "
@@ -87,10 +98,10 @@ def answer(found: BudgetSearch) -> str:
 def lines(found: BudgetSearch) -> Iterator[str]:
     """Yield the answer, what it is based on, and all measurements."""
     yield answer(found)
-    if found.examples < FEW:
+    if found.examples < FEW_EXAMPLES:
         yield (
-            f"Few examples: {found.examples} give rough limits; measure --examples {FEW} or more "
-            "before relying on it."
+            f"Few examples: {found.examples} give rough limits; measure --examples "
+            f"{FEW_EXAMPLES} or more before relying on it."
         )
     yield ""
     yield (

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from tuner.evaluation.results import METRICS, SIGNIFICANT, Cell, Evaluation, Metric, Size
 from tuner.report import heatmaps, pictures, skeleton
-from tuner.report.pictures import kind_of
 from tuner.report.skeleton import Panels, Picture
+from tuner.report.styles import kind_of
 
 DECIMALS: dict[Metric, int] = {"kl": 4, "nll": 4, "top1": 3, "accuracy": 3, "similarity": 3}
 """Decimals in tables: shares and cosines need fewer than nats."""
@@ -37,9 +37,11 @@ def render(evaluation: Evaluation) -> str:
             if policy.alpha is not None
         ],
         lowest={task: _lowest(evaluation, task) for task in tasks},
-        decisive={
+        main_comparisons={
             task: [
-                row for size in _sizes(evaluation, task) for row in evaluation.decisive(task, size)
+                row
+                for size in _sizes(evaluation, task)
+                for row in evaluation.main_comparisons(task, size)
             ]
             for task in tasks
         },
@@ -79,7 +81,7 @@ def _conclusion(evaluation: Evaluation, task: str) -> str:
     size = sizes[0]
     best = _lowest(evaluation, task)[size]
     full = next((cell for cell in evaluation.cells if cell.task == task and not cell.size), None)
-    others = [cell for cell in _telling(evaluation, task, size) if cell.policy != best.policy]
+    others = [cell for cell in _shown_cells(evaluation, task, size) if cell.policy != best.policy]
     beside = ", ".join(f"{cell.policy} {skeleton.number(cell.kl.mean, 3)}" for cell in others)
     words = (
         f"{task}, {size}: {best.policy} stays closest to the full cache, with a KL of "
@@ -135,10 +137,10 @@ def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
         svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
         drawn.append(Panels((Picture(Markup(svg)),), f"{words}."))
-    if sizes and (cells := _telling(evaluation, task, sizes[0])):
+    if sizes and (cells := _shown_cells(evaluation, task, sizes[0])):
         words = (
             f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
-            "what they would have attended to"
+            "the attention that they had with the full cache"
         )
         labels = [f"{task}, {cell.policy}: {words}" for cell in cells]
         maps = heatmaps.head_maps(cells, labels=labels, salt=f"{salt}-heads")
@@ -146,7 +148,7 @@ def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
     return drawn
 
 
-def _telling(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
+def _shown_cells(evaluation: Evaluation, task: str, size: Size) -> list[Cell]:
     """At most four cells whose heads are shown: a table, the best a2sf, h2o, window."""
     kinds: dict[str, Cell] = {}
     if best := evaluation.best_a2sf(task, size):
@@ -163,8 +165,8 @@ def alpha_picture(name: str, alpha: Sequence[Sequence[float]], salt: str) -> Pic
     """Draw a table's alphas and half-lives."""
     words = (
         "Alpha by layer and KV head, coloured by log tau, tau = 1 / (1 - alpha); where there is "
-        "room, the half-life of a score in tokens stands below alpha. 0: only the last query "
-        "counts; 1: nothing fades"
+        "room, the half-life of a score in tokens is below alpha. 0: only the last query "
+        "counts; 1: no score fades"
     )
     svg = heatmaps.alpha_map(alpha, label=f"{name}: {words}", salt=salt)
     return Picture(Markup(svg), f"{words}.")

@@ -15,24 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from tuner.evaluation.results import Cell, Evaluation, Size
-from tuner.report.pictures import (
-    PANEL_WIDTH,
-    PAPER,
-    WIDTH,
-    inline,
-    kind_of,
-    log_range,
-    paper,
-    plain,
-    value_of,
-)
-from tuner.report.terminal import half_life
+from tuner.report.pictures import value_of
+from tuner.report.sentences import half_life
+from tuner.report.styles import kind_of
+from tuner.report.svg import PANEL_WIDTH, PAPER, WIDTH, figure_style, log_range, plain, to_svg
 from tuner.search.space import LOG_TAU_MAX, log_tau_of
 
 DARK_TEXT, LIGHT_TEXT = "#111111", "#fafafa"
 """For cells, whose colours are the same in the light and the dark form."""
 
-MOST_PRINTED = 64
+MAX_PRINTED = 64
 """Largest number of cells with printed values; more would not be legible."""
 
 
@@ -48,7 +40,7 @@ def kl_map(
     cells = [[evaluation.cell(task, name, size) for size in sizes] for name in names]
     values = np.array([[cell.kl.mean if cell else np.nan for cell in row] for row in cells])
     norm = LogNorm(*log_range(values.flat), clip=True)
-    with paper(salt):
+    with figure_style(salt):
         longest = max(map(len, map(plain, names)))
         width = min(WIDTH, 1.6 + 0.085 * longest + 0.62 * len(sizes))
         figure = Figure(figsize=(width, 0.9 + 0.27 * len(names)), layout="constrained")
@@ -60,7 +52,7 @@ def kl_map(
         axes.set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])
         axes.set_xlabel("slots" if sizes[0].ratio is None else "ratio")
         _colour_bar(figure, list(figure.axes), norm, _map("cividis_r"), "KL, nats")
-        return inline(figure, label)
+        return to_svg(figure, label)
 
 
 def head_maps(cells: Sequence[Cell], *, labels: Sequence[str], salt: str) -> list[str]:
@@ -69,20 +61,20 @@ def head_maps(cells: Sequence[Cell], *, labels: Sequence[str], salt: str) -> lis
     layers, heads = grids[0].shape
     low, high = min(g.min() for g in grids), max(g.max() for g in grids)
     norm = Normalize(low, max(high, low + 1e-6))
-    printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MOST_PRINTED else None
+    printed = (lambda v: f"{v:.3f}".lstrip("0")) if layers * heads <= MAX_PRINTED else None
     # No map is wider than a narrow window, because maps may stand below each other.
     width = min(PANEL_WIDTH, 1.4 + max(2.1, 0.42 * heads)) if printed else 3.6
     height = 0.8 + min(max(0.24 * layers, 1.2), 6)
     drawn = []
     for place, (cell, values) in enumerate(zip(cells, grids, strict=True)):
-        with paper(f"{salt}-{place}"):
+        with figure_style(f"{salt}-{place}"):
             figure = Figure(figsize=(width, height), layout="constrained")
             axes = figure.subplots()
             _heat(axes, values, norm, _map("viridis"), printed)
             axes.set_title(plain(cell.policy))
             _head_axes(axes, layers, heads)
             _colour_bar(figure, [axes], norm, _map("viridis"), "similarity")
-            drawn.append(inline(figure, labels[place]))
+            drawn.append(to_svg(figure, labels[place]))
     return drawn
 
 
@@ -90,8 +82,8 @@ def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str
     """Draw alphas by layer and KV head on the scale of log tau, with half-lives in tokens below."""
     values = np.array(alpha)
     layers, heads = values.shape
-    printed = layers * heads <= MOST_PRINTED
-    with paper(salt):
+    printed = layers * heads <= MAX_PRINTED
+    with figure_style(salt):
         figure, axes = _map_of_heads(layers, heads, 0.62 if printed else 0.4, printed)
         norm = Normalize(0, LOG_TAU_MAX)
         scaled = np.array([[log_tau_of(value) for value in row] for row in alpha])
@@ -105,23 +97,23 @@ def alpha_map(alpha: Sequence[Sequence[float]], *, label: str, salt: str) -> str
         bar = _colour_bar(figure, [axes], norm, _map("cividis"), "half-life, tokens")
         marks = (0, 0.5, 0.9, 0.99, 1)
         bar.set_ticks([log_tau_of(mark) for mark in marks], labels=[half_life(m) for m in marks])
-        return inline(figure, label)
+        return to_svg(figure, label)
 
 
 def slot_map(slots: Sequence[Sequence[float]], *, label: str, salt: str) -> str:
     """Draw slots by layer and KV head in multiples of the budget, on a log scale around 1."""
     values = np.array(slots)
     layers, heads = values.shape
-    printed = layers * heads <= MOST_PRINTED
+    printed = layers * heads <= MAX_PRINTED
     furthest = max(2.0, float(np.exp(np.abs(np.log(values)).max())))
     norm = LogNorm(1 / furthest, furthest)
-    with paper(salt):
+    with figure_style(salt):
         figure, axes = _map_of_heads(layers, heads, 0.62 if printed else 0.4, printed)
         _heat(axes, values, norm, _map("BrBG"), (lambda v: f"{v:.2f}x") if printed else None)
         _head_axes(axes, layers, heads)
         axes.set_title("slots")
         _colour_bar(figure, [axes], norm, _map("BrBG"), "multiples of the budget")
-        return inline(figure, label)
+        return to_svg(figure, label)
 
 
 def _map_of_heads(layers: int, heads: int, cell: float, printed: bool) -> tuple[Figure, Axes]:

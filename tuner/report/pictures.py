@@ -1,29 +1,31 @@
 """Draws the pictures of an evaluation as SVG for a page: curves and intervals of each metric.
 
-Owns the look that every picture shares (colours, markers, paper) and the clean-up of matplotlib's
-SVG: no ids that could collide, and no external resources. Knows nothing of heat maps, of the page
-around a picture, or of how figures are measured. Figures are drawn through matplotlib's objects,
-without pyplot, in colours for white paper; the page's style sheet maps them to a dark form.
+Owns the panels, their axes, and the names at the ends of curves. Knows nothing of heat maps, of the
+page around a picture, or of how figures are measured. `tuner.report.svg` has the common look.
 """
 
 import math
-import re
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from io import StringIO
-from xml.etree import ElementTree
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from a2sf.schema import Estimate
-from tuner.evaluation.results import Evaluation, Metric, Policy, Size
+from tuner.evaluation.results import Evaluation, Metric, Size
+from tuner.report.styles import Style, kind_of, styles_of
+from tuner.report.svg import (
+    GRID,
+    INK,
+    PANEL_WIDTH,
+    PAPER,
+    figure_style,
+    log_axis,
+    plain,
+    to_svg,
+)
 
 TITLES: dict[Metric, str] = {
     "kl": "KL to the full cache, nats",
@@ -34,102 +36,9 @@ TITLES: dict[Metric, str] = {
 }
 LOWER_IS_BETTER: tuple[Metric, ...] = ("kl", "nll")
 
-KL_FLOOR = 1e-6
-"""Smaller values are rounding errors, and would take most of a log axis."""
 
-PX_PER_INCH = 100
-LEAST_SCALE = 0.6
-"""Smallest scale of a picture in a narrow window; below it, the figure scrolls."""
-
-WIDTH = 11.0
-"""Width of a page, in inches."""
-PANEL_WIDTH = WIDTH / 2
-"""Width of one metric's panel, in inches; two fit side by side."""
-
-INK, GRID, PAPER = "#222222", "#dddddd", "#ffffff"
-"""The page's style sheet replaces these three colours by their dark forms, so draw nothing else in
-them."""
-
-# The palette of Okabe and Ito, distinguishable with any common colour blindness, in shades that are
-# visible on white and on black.
-COLOURS = {
-    "table": "#009e73",
-    "uniform": "#2b8cc4",
-    "a2sf": "#2b8cc4",
-    "h2o": "#d55e00",
-    "window": "#e69f00",
-    "tova_per_head": "#cc79a7",
-    "random": "#808080",
-    "pyramid": "#8a63c9",
-    "pyramid a2sf": "#8a63c9",
-    "adakv": "#7a8b2e",
-    "adakv a2sf": "#7a8b2e",
-}
-MORE_TABLES = ("#c2185b", "#5c6bc0", "#8d6e63")
-"""Colours of the tables after the first."""
-_OTHER = "#a5803a"
-_BACKGROUND = "#9aa5b1"
-"""Colour of uniform settings that are not the best at any size."""
 LABEL_GAP = 11.0
 """Smallest distance between names at the ends of lines, in points."""
-_MARKERS = "os^DvPX<>phd8H"
-_LINES = ("-", "--", "-.", ":")
-
-
-def kind_of(policy: Policy) -> str:
-    """The kind of a policy: `table`, or the name before the first colon."""
-    return "table" if policy.alpha is not None else policy.name.split(":")[0]
-
-
-@dataclass(frozen=True)
-class _Style:
-    colour: str
-    marker: str
-    line: str
-    width: float
-    order: int
-    named: bool = True
-
-
-def _styles(evaluation: Evaluation, task: str, sizes: Sequence[Size]) -> dict[str, _Style]:
-    """Choose a style per policy.
-
-    Tables have thick lines, the best uniform settings colours, and other uniform settings are grey.
-    """
-    shown = [policy for policy in evaluation.policies if kind_of(policy) != "full"]
-    kinds: dict[str, list[str]] = defaultdict(list)
-    best = {cell.policy for s in sizes if (cell := evaluation.best_a2sf(task, s))}
-    for policy in sorted(shown, key=_alpha):
-        if kind_of(policy) != "a2sf" or policy.name in best:
-            kinds[kind_of(policy)].append(policy.name)
-    found = {}
-    for place, policy in enumerate(shown):
-        kind = kind_of(policy)
-        if policy.name not in kinds[kind]:
-            found[policy.name] = _Style(_BACKGROUND, "", "-", 0.8, 2, named=False)
-            continue
-        rank = kinds[kind].index(policy.name)
-        found[policy.name] = _Style(
-            _colour(kind, rank),
-            "*" if kind == "table" and rank == 0 else _MARKERS[place % len(_MARKERS)],
-            _LINES[rank % len(_LINES)],
-            2.6 if kind == "table" else 1.6,
-            4 if kind == "table" else 3,
-        )
-    return found
-
-
-def _colour(kind: str, rank: int) -> str:
-    # Each table has a colour; policies of another kind share one and differ by their lines.
-    if kind == "table" and rank:
-        return MORE_TABLES[(rank - 1) % len(MORE_TABLES)]
-    return COLOURS.get(kind, _OTHER)
-
-
-def _alpha(policy: Policy) -> float:
-    with suppress(ValueError, IndexError):
-        return float(policy.name.split(":")[1])
-    return 0.0
 
 
 def metrics_of(evaluation: Evaluation, task: str) -> list[Metric]:
@@ -153,7 +62,7 @@ def curves(
     Needs two or more sizes. With `heading` the label is drawn above the panels, for a picture
     without a page around it.
     """
-    with paper(salt):
+    with figure_style(salt):
         return _panels(evaluation, task, sizes, metrics, label, 3.0, _curve, heading)
 
 
@@ -161,13 +70,13 @@ def intervals(
     evaluation: Evaluation, task: str, size: Size, metric: Metric, *, label: str, salt: str
 ) -> str:
     """Draw one metric at one size: a dot with its interval per policy."""
-    with paper(salt):
+    with figure_style(salt):
         height = 0.9 + 0.22 * len(evaluation.policies)
         return _panels(evaluation, task, [size], [metric], label, height, _dots)
 
 
 _Series = dict[str, list[tuple[Size, Estimate]]]
-_Panel = Callable[[Axes, Metric, _Series, dict[str, _Style]], None]
+_Panel = Callable[[Axes, Metric, _Series, dict[str, Style]], None]
 
 
 def _panels(
@@ -180,7 +89,7 @@ def _panels(
     draw: _Panel,
     heading: bool = False,
 ) -> str:
-    styles = _styles(evaluation, task, sizes)
+    styles = styles_of(evaluation, task, sizes)
     columns = min(2, len(metrics))
     rows = -(-len(metrics) // columns)
     names = [name for name in styles if any(evaluation.cell(task, name, s) for s in sizes)]
@@ -214,13 +123,25 @@ def _panels(
         axes.grid(color=GRID, linewidth=0.6)
         value = getattr(reference, metric) if reference and metric in ("nll", "accuracy") else None
         if value is not None:
-            line = axes.axhline if draw is _curve else axes.axvline
-            line(value.mean, color=INK, linestyle="--", linewidth=1.2)
+            _full_cache_line(axes, value.mean, sizes if draw is _curve else None)
         draw(axes, metric, series, styles)
-    return inline(figure, label)
+    return to_svg(figure, label)
 
 
-def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
+def _full_cache_line(axes: Axes, value: float, sizes: Sequence[Size] | None) -> None:
+    """Draw the full cache's value: over the sizes of curves, or (None) across a picture of dots.
+
+    Over curves the line ends at the largest size, so that it does not cross the names beside it.
+    """
+    style: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+    if sizes is None:
+        axes.axvline(value, **style)
+    else:
+        numbers = [value_of(size) for size in sizes]
+        axes.plot([min(numbers), max(numbers)], [value, value], **style)
+
+
+def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, Style]) -> None:
     shade = min(0.15, 1 / max(len(series), 1))  # lines stay visible under many overlapping bands
     sizes = sorted({size for points in series.values() for size, _ in points}, key=value_of)
     for name, points in series.items():
@@ -247,7 +168,7 @@ def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style
     _name_lines(axes, series, styles)
 
 
-def _name_lines(axes: Axes, series: _Series, styles: dict[str, _Style]) -> None:
+def _name_lines(axes: Axes, series: _Series, styles: dict[str, Style]) -> None:
     """Write each policy's name at the right end of its line; move overlapping names apart."""
     low, high = axes.get_ylim()
     scale: Callable[[float], float] = math.log if axes.get_yscale() == "log" else float
@@ -294,7 +215,7 @@ def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:
     axes.set_xlabel(unit)
 
 
-def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, _Style]) -> None:
+def _dots(axes: Axes, metric: Metric, series: _Series, styles: dict[str, Style]) -> None:
     for place, (name, points) in enumerate(series.items()):
         for _, value in points:
             style = styles[name]
@@ -312,90 +233,8 @@ def _extent(series: _Series) -> list[float]:
     return [x for points in series.values() for _, e in points for x in (e.mean, e.high)]
 
 
-def log_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """Set a log axis over values above the floor; a mean of zero is outside the picture."""
-    low, high = log_range(values)
-    low, high = low / 1.5, high * 1.2
-    # Set limits first: a log axis finds none if every figure is zero.
-    axes.set(**{f"{which}lim": (low, high)})
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def log_range(values: Iterable[float]) -> tuple[float, float]:
-    """Return the range of a log scale: the values above the floor, never empty."""
-    above = [value for value in values if value > KL_FLOOR] or [KL_FLOOR]
-    return min(above), max(*above, min(above) * 1.01)
-
-
 def value_of(size: Size) -> float:
     """The number of a size, whatever its unit."""
     value = size.ratio if size.ratio is not None else size.slots
     assert value is not None
     return value
-
-
-@contextmanager
-def paper(salt: str) -> Iterator[None]:
-    """Apply the same look under any user's settings, with text not parsed as markup."""
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        # The page's reader has fonts that are missing here for the measurement of texts.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": salt,
-                "text.parse_math": False,
-                "font.size": 9,
-                "axes.titlesize": 9.5,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                **dict.fromkeys(
-                    (
-                        "text.color",
-                        "axes.labelcolor",
-                        "axes.edgecolor",
-                        "xtick.color",
-                        "ytick.color",
-                    ),
-                    INK,
-                ),
-            }
-        )
-        yield
-
-
-def plain(name: str) -> str:
-    """Make a name printable as a label: without control characters, cut if too long."""
-    name = "".join(letter for letter in name if letter.isprintable())
-    return name if len(name) <= 32 else f"{name[:31]}…"
-
-
-def inline(figure: Figure, label: str) -> str:
-    """Save as an SVG element for HTML: without namespaces and without unused ids."""
-    file = StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(file.getvalue())
-    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', file.getvalue()))
-    for parent in list(root.iter()):
-        parent.tag = parent.tag.rpartition("}")[2]
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-        for key in list(parent.attrib):
-            value = parent.attrib.pop(key)
-            if key != "id" or value in used:
-                parent.set(key.rpartition("}")[2], value)
-    width = figure.get_figwidth() * PX_PER_INCH
-    style = f"width: {width:.0f}px"
-    if figure.get_figwidth() > PANEL_WIDTH:
-        style += f"; min-width: {LEAST_SCALE * width:.0f}px"
-    box = root.get("viewBox", "")
-    root.attrib.clear()
-    root.attrib.update({"role": "img", "aria-label": label, "viewBox": box, "style": style})
-    return ElementTree.tostring(root, encoding="unicode")

@@ -16,8 +16,7 @@ from tuner.evaluation.results import Comparison, Evaluation
 from tuner.progress import duration
 from tuner.report import heatmaps, skeleton, table_pictures
 from tuner.report.evaluation_page import alpha_picture, curves
-from tuner.report.skeleton import Panels, Picture
-from tuner.report.terminal import (
+from tuner.report.sentences import (
     advice_line,
     calibration_line,
     caution_line,
@@ -28,6 +27,7 @@ from tuner.report.terminal import (
     slots,
     verdict_line,
 )
+from tuner.report.skeleton import Panels, Picture
 
 
 def load_evaluation(path: Path, table: AlphaTable) -> Evaluation:
@@ -101,8 +101,10 @@ def _heads(table: AlphaTable) -> Panels:
     if not multiples:
         return Panels((Picture(alphas.svg),), alphas.caption)
     words = "Slots by layer and KV head, in multiples of the budget"
-    dealt = heatmaps.slot_map(multiples, label=f"{table.name}: {words}", salt="slots")
-    return Panels((Picture(Markup(dealt)), Picture(alphas.svg)), f"{words}. {alphas.caption}")
+    slot_picture = heatmaps.slot_map(multiples, label=f"{table.name}: {words}", salt="slots")
+    return Panels(
+        (Picture(Markup(slot_picture)), Picture(alphas.svg)), f"{words}. {alphas.caption}"
+    )
 
 
 def _costs(table: AlphaTable) -> Picture:
@@ -119,8 +121,8 @@ def _stages(table: AlphaTable) -> Picture:
     names = ", ".join(f"{n} {stage.name}" for n, stage in enumerate(table.search.stages, 1))
     words = (
         "Cost over the evaluations spent. Steps: lowest cost on the calibration examples so far; "
-        "points: what that candidate costs on the held-out examples, with "
-        f"{table.evidence.confidence:.0%} intervals. Stages end where their numbers stand: {names}"
+        "points: the cost of that candidate on the held-out examples, with "
+        f"{table.evidence.confidence:.0%} intervals. Numbers mark the ends of the stages: {names}"
     )
     svg = table_pictures.stages(
         table.search.stages, table.evidence, label=f"{table.name}: {words}", salt="stages"

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from a2sf.schema import Estimate, Evidence, Stage
-from tuner.report.pictures import COLOURS, GRID, INK, inline, log_axis, paper, plain
+from tuner.report.svg import COLOURS, GRID, INK, figure_style, log_axis, plain, to_svg
+from tuner.settings import PER_LAYER
 
 WIDTH = 5.6
 DECADE = 10.0
@@ -24,7 +25,7 @@ def costs(evidence: Evidence, *, label: str, salt: str) -> str:
     """Draw the held-out cost of the table and each baseline: a dot with its interval each."""
     rows = [("fitted table", "table", evidence.table)]
     rows += [(name, name, value) for name, value in evidence.baselines.items()]
-    with paper(salt):
+    with figure_style(salt):
         figure = Figure(figsize=(WIDTH, 0.8 + 0.28 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, (_, kind, value) in enumerate(rows):
@@ -32,27 +33,30 @@ def costs(evidence: Evidence, *, label: str, salt: str) -> str:
             axes.plot([value.low, value.high], [place, place], color=colour, linewidth=2.4)
             marker = "D" if kind == "table" else "o"
             axes.plot([value.mean], [place], color=colour, marker=marker, zorder=4)
-        _bar_to_beat(axes.axvline, evidence)
+        _best_uniform_line(axes.axvline, evidence)
         axes.set_yticks(range(len(rows)), [plain(name) for name, _, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         _cost_axis(axes, "x", [value for _, _, value in rows])
-        return inline(figure, label)
+        return to_svg(figure, label)
 
 
 def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str) -> str:
     """Draw cost over evaluations: calibration as steps, held-out costs as points at stages' ends.
 
-    The number of each stage, from 1, is drawn above its end.
+    The number of each stage, from 1, is drawn above its end. The search for the baseline
+    `per layer` has only its number, because its result is not a setting of the table.
     """
-    ends = list(accumulate(stage.evaluations for stage in found))
-    held_out = [stage.held_out for stage in found]
-    with paper(salt):
+    all_ends = list(accumulate(stage.evaluations for stage in found))
+    own = [(end, one) for end, one in zip(all_ends, found, strict=True) if one.name != PER_LAYER]
+    ends = [end for end, _ in own]
+    held_out = [stage.held_out for _, stage in own]
+    with figure_style(salt):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         axes = figure.subplots()
         axes.step(
             ends,
-            [stage.calibration for stage in found],
+            [stage.calibration for _, stage in own],
             where="post",
             color=INK,
             marker=".",
@@ -70,18 +74,18 @@ def stages(found: Sequence[Stage], evidence: Evidence, *, label: str, salt: str)
             zorder=4,
             label="held out",
         )
-        _bar_to_beat(axes.axhline, evidence)
+        _best_uniform_line(axes.axhline, evidence)
         calibration = [
-            Estimate(mean=s.calibration, low=s.calibration, high=s.calibration) for s in found
+            Estimate(mean=s.calibration, low=s.calibration, high=s.calibration) for _, s in own
         ]
         _cost_axis(axes, "y", [*held_out, *calibration, evidence.baselines["uniform"]])
-        right = 1.04 * ends[-1] or 1.0
+        right = 1.04 * all_ends[-1] or 1.0
         axes.set_xlim(0, right)
         axes.xaxis.set_major_locator(MaxNLocator(8))
         axes.set_xlabel("evaluations: passes over all calibration examples")
-        _number_stages(axes, ends, right)
+        _number_stages(axes, all_ends, right)
         figure.legend(loc="outside upper center", ncols=3, frameon=False, columnspacing=1)
-        return inline(figure, label)
+        return to_svg(figure, label)
 
 
 def _number_stages(axes: Axes, ends: Sequence[float], right: float) -> None:
@@ -101,7 +105,7 @@ def _number_stages(axes: Axes, ends: Sequence[float], right: float) -> None:
         )
 
 
-def _bar_to_beat(line: Callable[..., object], evidence: Evidence) -> None:
+def _best_uniform_line(line: Callable[..., object], evidence: Evidence) -> None:
     line(
         evidence.baselines["uniform"].mean,
         color=COLOURS["uniform"],

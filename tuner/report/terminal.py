@@ -4,8 +4,8 @@ Owns the wording and the colours. All figures come from the table, so a file sho
 same figures as the fit, except the likelihoods, which only the fit knows.
 """
 
-import math
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,20 +14,24 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
-from tuner.evaluation import statistics
+from a2sf.schema import AlphaTable, TablePolicy
 from tuner.evaluation.results import SIGNIFICANT, Comparison, Evaluation, Metric
 from tuner.progress import duration
-from tuner.search.space import LOG_TAU_MAX, Shares, log_tau_of
+from tuner.report.sentences import (
+    advice_line,
+    calibration_line,
+    caution_line,
+    figure,
+    half_life,
+    policy_line,
+    slots,
+    verdict_line,
+)
+from tuner.search.space import LOG_TAU_MAX, log_tau_of
 
 if TYPE_CHECKING:
     from tuner.fit import Outcome
 
-MUCH = 0.5
-"""KL in nats per token above which a cache changes a model's output, whatever the table."""
-
-FEW = 16
-"""Number of held-out examples below which bootstrap intervals are rough."""
 
 HEADINGS: dict[Metric, str] = {
     "kl": "KL to full, nats",
@@ -38,7 +42,7 @@ HEADINGS: dict[Metric, str] = {
 }
 
 
-def summarise(
+def print_outcome(
     console: Console, outcome: "Outcome", *, model: str, out: Path, study_kept: str
 ) -> None:
     """Print the outcome of a fit.
@@ -52,15 +56,33 @@ def summarise(
     nll = [("full cache", outcome.full_nll), *((k, outcome.nll[k]) for k in ("table", "uniform"))]
     _line(
         console,
-        "NLL, nats a token: " + ", ".join(f"{name} {_figure(value)}" for name, value in nll),
+        "NLL, nats a token: " + ", ".join(f"{name} {figure(value)}" for name, value in nll),
     )
     _line(console, "")
     _verdict(console, table)
     for note in outcome.notes:
         _line(console, note)
-    _line(console, f"Study {study_kept}: run the same command again with more --trials to go on.")
-    serve = ["--model", model, "--tables", str(out.parent), "--default-table", table.name]
-    _line(console, f"Wrote {out}. Serve it: python -m service {shlex.join(serve)}")
+    _line(console, f"Study {study_kept}: {_continuation(outcome.limits)}.")
+    for line in _serve_lines(out, table.name, model):
+        _line(console, line)
+
+
+def _continuation(limits: Sequence[str]) -> str:
+    if not limits:
+        return "no limit ended the search; the same command gives the same table"
+    return f"run the same command again with more {' and '.join(limits)} to continue"
+
+
+def _serve_lines(out: Path, name: str, model: str) -> Iterator[str]:
+    """Say how to serve the table. A server reads the files of a directory that end in .json."""
+    serve = ["--model", model, "--tables", str(out.parent), "--default-table", name]
+    command = f"python -m service {shlex.join(serve)}"
+    if out.suffix == ".json":
+        yield f"Wrote {out}. Serve it: {command}"
+        return
+    renamed = out.with_name(f"{out.name}.json")
+    yield f"Wrote {out}. A server reads only files that end in .json. Rename and serve it:"
+    yield f"{shlex.join(['mv', str(out), str(renamed)])} && {command}"
 
 
 def show(console: Console, table: AlphaTable) -> None:
@@ -82,8 +104,8 @@ def show(console: Console, table: AlphaTable) -> None:
     search = table.search
     _line(
         console,
-        f"search       {search.trials} tables by {search.sampler}, study {search.study!r} "
-        f"({search.storage}), {search.wall_seconds:.0f} s of measuring",
+        f"search       {search.trials} trials by {search.sampler}, study "
+        f"{search.study!r} ({search.storage}), {search.wall_seconds:.0f} s of measuring",
     )
     _line(console, f"made         {table.created_at.isoformat()} by version {table.tool_version}")
     _line(console, "")
@@ -94,7 +116,7 @@ def show(console: Console, table: AlphaTable) -> None:
     heat_map(console, table.policy)
 
 
-def tabulate(console: Console, evaluation: Evaluation) -> None:
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print an evaluation: for each task and size one line per policy, and the comparisons."""
     for task in evaluation.tasks:
         _line(
@@ -112,128 +134,21 @@ def tabulate(console: Console, evaluation: Evaluation) -> None:
                 cell = evaluation.cell(task.name, policy.name, size)
                 if cell is not None:
                     figures = (getattr(cell, name) for name in HEADINGS)
-                    shown = (f"{_figure(value) if value else '-':<26}" for value in figures)
+                    shown = (f"{figure(value) if value else '-':<26}" for value in figures)
                     _line(console, f"  {policy.name:<18}" + "".join(shown))
-            for comparison in evaluation.decisive(task.name, size):
+            for comparison in evaluation.main_comparisons(task.name, size):
                 _line(console, comparison_line(comparison))
         _line(console, "")
 
 
 def comparison_line(comparison: Comparison) -> str:
     """Return one comparison in one line."""
-    gap = _figure(comparison.difference, sign=True)
+    gap = figure(comparison.difference, sign=True)
     word = "differs" if comparison.p_holm < SIGNIFICANT else "not shown to differ"
     return (
         f"    {comparison.policy} minus {comparison.baseline}: KL {gap}, "
         f"p after Holm {comparison.p_holm:.2g}: {word}"
     )
-
-
-def policy_line(policy: TablePolicy) -> str:
-    """Return everything in a policy except its alphas, in one line."""
-    budget = (
-        f"budget {policy.budget} tokens"
-        if policy.budget is not None
-        else f"budget {policy.budget_ratio:g} of the length"
-    )
-    if policy.min_budget is not None:
-        budget += f", at least {policy.min_budget} tokens" if policy.min_budget else ", no floor"
-    recent = (
-        f"recent {policy.recent} tokens"
-        if policy.recent is not None
-        else f"recent {policy.recent_share:g} of the rest"
-    )
-    chunk = policy.prefill_chunk
-    prefill = f"prefill in blocks of {chunk}" if chunk else "exact prefill"
-    return f"{budget}, sinks {policy.sinks}, {recent}, {prefill}"
-
-
-def calibration_line(table: AlphaTable) -> str:
-    """Return the data that the alphas were fitted on, in one line."""
-    data = table.calibration
-    return (
-        f"{data.examples} examples of {data.dataset} ({data.split}), {data.tokens} tokens, "
-        f"seed {data.seed}"
-    )
-
-
-def verdict_line(table: AlphaTable) -> str:
-    """Return the verdict in one sentence, with the interval that decides it."""
-    evidence = table.evidence
-    gap = evidence.paired["uniform"]
-    uniform = evidence.baselines["uniform"].mean
-    share = 100 * gap.mean / uniform if uniform else 0.0
-    interval = f"table minus uniform {_figure(gap, sign=True)} nats, {share:+.0f} %"
-    named = "the best uniform alpha"
-    if evidence.uniform is not None:
-        named += f" ({setting_words(evidence.uniform)})"
-    if evidence.verdict == "better":
-        return f"Better: on held-out examples the table costs less than {named}: {interval}."
-    carried = (
-        "that uniform alpha" if is_uniform(table.policy) else "the table all the same, as asked"
-    )
-    return (
-        f"No better than uniform: held-out examples do not show the table below {named}: "
-        f"{interval}. The file carries {carried}."
-    )
-
-
-def setting_words(setting: UniformSetting) -> str:
-    """Return a uniform setting in few words."""
-    recent = "half" if setting.recent_share == 0.5 else _short(setting.recent_share)
-    return f"{_short(setting.alpha)}, recent {recent}, sinks {setting.sinks}"
-
-
-def advice_line(table: AlphaTable) -> str:
-    """Return the advice on a table in one sentence: its gain, and what the cache still loses."""
-    evidence = table.evidence
-    lost = f"it loses {evidence.table.mean:.3g} nats of KL a token against the full cache"
-    nll = evidence.lost_nll
-    if nll is not None:
-        # Rounded before formatting, and + 0.0, to avoid "-0".
-        more = round(100 * math.expm1(min(nll.mean, 100.0)), 1) + 0.0
-        lost += (
-            f", and the true next token costs {_figure(nll, sign=True)} nats more "
-            f"(perplexity {more:+.3g} %)"
-        )
-    if evidence.table.mean > MUCH:
-        return f"The budget is too small to serve well: {lost}; fit one with a larger budget."
-    if evidence.verdict == "better":
-        return f"Use this table: {lost}."
-    return f"One uniform setting does as well: {lost}, and tuning each head gains nothing sure."
-
-
-def caution_line(table: AlphaTable) -> str | None:
-    """Return a warning if the held-out examples are too few for the verdict."""
-    evidence = table.evidence
-    compared = max(len(evidence.p_holm), 1)
-    enough = statistics.enough_examples(compared)
-    if evidence.examples < enough:
-        return (
-            f"Too few examples: {evidence.examples} held-out examples cannot show a difference "
-            f"once {compared} comparisons are paid for; prove it with --holdout {FEW} or more, "
-            f"and {enough} at the least."
-        )
-    if evidence.examples < FEW:
-        return (
-            f"Few examples: {evidence.examples} held-out examples give rough intervals; prove it "
-            f"with --holdout {FEW} or more before relying on it."
-        )
-    return None
-
-
-def is_uniform(policy: TablePolicy) -> bool:
-    """Whether all heads share one alpha and have the same slots."""
-    return len({alpha for row in policy.alpha for alpha in row}) == 1 and not slots(policy)
-
-
-def slots(policy: TablePolicy) -> Shares:
-    """Each head's slots in multiples of the budget, 1 on average; empty if all are equal."""
-    weights = [weight for row in policy.head_share for weight in row]
-    if len(set(weights)) == 1:
-        return ()
-    mean = math.fsum(weights) / len(weights)
-    return tuple(tuple(weight / mean for weight in row) for row in policy.head_share)
 
 
 def heat_map(console: Console, policy: TablePolicy) -> None:
@@ -256,13 +171,6 @@ def heat_map(console: Console, policy: TablePolicy) -> None:
             console.print(text, soft_wrap=True)
 
 
-def half_life(alpha: float) -> str:
-    """Tokens until a score has halved: 0 if only the last query counts, inf if nothing fades."""
-    if alpha in (0.0, 1.0):
-        return "0" if alpha == 0.0 else "inf"
-    return f"{-math.log(2) / math.log(alpha):.3g}"
-
-
 def _verdict(console: Console, table: AlphaTable) -> None:
     for line in (verdict_line(table), advice_line(table), caution_line(table)):
         if line is not None:
@@ -279,10 +187,10 @@ def _figures(console: Console, table: AlphaTable) -> None:
     p = {name: f"{value:.2g}" for name, value in evidence.p_holm.items()}
     head = f"  {'':<14}{'cost':<28}{'fitted table minus this, paired':<33}"
     _line(console, f"{head}{'p after Holm' if p else ''}".rstrip())
-    _line(console, f"  {'fitted table':<14}{_figure(evidence.table)}")
+    _line(console, f"  {'fitted table':<14}{figure(evidence.table)}")
     for name, value in evidence.baselines.items():
-        gap = _figure(evidence.paired[name], sign=True)
-        _line(console, f"  {name:<14}{_figure(value):<28}{gap:<33}{p.get(name, '')}".rstrip())
+        gap = figure(evidence.paired[name], sign=True)
+        _line(console, f"  {name:<14}{figure(value):<28}{gap:<33}{p.get(name, '')}".rstrip())
 
 
 def _stages(console: Console, table: AlphaTable) -> None:
@@ -301,20 +209,8 @@ def _stages(console: Console, table: AlphaTable) -> None:
             console,
             f"  {stage.name:<{width}}{stage.trials:>6}{stage.evaluations:>13.1f}"
             f"{duration(stage.seconds):>12}{stage.calibration:>13.4f}  "
-            f"{_figure(stage.held_out):<26}{_figure(stage.paired, sign=True)}",
+            f"{figure(stage.held_out):<26}{figure(stage.paired, sign=True)}",
         )
-
-
-def _figure(value: Estimate, *, sign: bool = False) -> str:
-    form = "+.4f" if sign else ".4f"
-    # Rounded before formatting, and + 0.0, to avoid "-0.0000".
-    mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def _short(value: float) -> str:
-    """Format a number without a leading zero."""
-    return f"{value:.4g}".removeprefix("0") or "0"
 
 
 def _style(alpha: float) -> Style:

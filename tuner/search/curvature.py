@@ -59,14 +59,14 @@ def effects(
         [rows, SAMPLES, num_layers, H_kv, policies] float64: the derivative along the change that
         the policy makes to that head. Half of the mean of its square is the head's cost in nats.
     """
-    seen = _Seen()
-    attention = teacher_forcing.without_padding(examples, seen)
+    recorded = _RecordingAttention()
+    attention = teacher_forcing.without_padding(examples, recorded)
     hidden = model.hidden_states(
         *teacher_forcing.inputs(model, examples), attention, differentiable=True
     )
     precision = torch.promote_types(model.dtype, torch.float32)
     draws = [
-        _drawn(
+        _sampled_log_likelihoods(
             example,
             log_softmax(
                 model.logits(hidden[row, list(example.counted)], differentiable=True).to(precision),
@@ -75,7 +75,7 @@ def effects(
         )
         for row, example in enumerate(examples)
     ]
-    outputs = [layer.output for layer in seen.layers]
+    outputs = [layer.output for layer in recorded.layers]
     tick()
     scores = []
     for number, draw in enumerate(zip(*draws, strict=True)):
@@ -85,9 +85,9 @@ def effects(
         scores.append(torch.autograd.grad(total, outputs, retain_graph=number < SAMPLES - 1))
         tick()
     found = []
-    for layer, one in enumerate(seen.layers):
+    for layer, one in enumerate(recorded.layers):
         gradient = torch.stack([score[layer] for score in scores], dim=1)
-        found.append(_of_layer(model, examples, policies, layer, one, gradient))
+        found.append(_layer_effects(model, examples, policies, layer, one, gradient))
         tick()
     return torch.stack(found, dim=2).cpu()
 
@@ -97,7 +97,7 @@ def ticks(model: LoadedModel) -> int:
     return 1 + SAMPLES + model.shape.num_layers
 
 
-def _drawn(example: Example, said: Tensor) -> list[Tensor]:
+def _sampled_log_likelihoods(example: Example, log_probabilities: Tensor) -> list[Tensor]:
     """Log-likelihoods of SAMPLES continuations drawn from `said`, divided by sqrt(counted).
 
     `said` is [counted, vocab] log-probabilities. The expected square of a gradient is then the mean
@@ -106,18 +106,20 @@ def _drawn(example: Example, said: Tensor) -> list[Tensor]:
     # A generator per example, so that the draws do not depend on the other examples of the batch.
     generator = torch.Generator().manual_seed(zlib.crc32(repr(example.token_ids).encode()))
     tokens = torch.multinomial(
-        said.detach().exp().cpu(), SAMPLES, replacement=True, generator=generator
+        log_probabilities.detach().exp().cpu(), SAMPLES, replacement=True, generator=generator
     )
-    found = said.gather(1, tokens.to(said.device)).sum(dim=0) / math.sqrt(len(said))
+    found = log_probabilities.gather(1, tokens.to(log_probabilities.device)).sum(dim=0) / math.sqrt(
+        len(log_probabilities)
+    )
     return list(found)
 
 
-def _of_layer(
+def _layer_effects(
     model: LoadedModel,
     examples: Sequence[Example],
     policies: Sequence[TablePolicy],
     layer: int,
-    seen: "_Layer",
+    recorded: "_LayerRecord",
     gradient: Tensor,
 ) -> Tensor:
     """The effects in one layer, [rows, SAMPLES, H_kv, policies].
@@ -127,33 +129,33 @@ def _of_layer(
     # At least float32, because the change by eviction is small compared with the output that it
     # changes.
     precision = torch.promote_types(model.dtype, torch.float32)
-    query, keys, values = (part.to(precision) for part in seen.projected)
-    full = attend_causally(query, keys, values, seen.scale)
+    query, keys, values = (part.to(precision) for part in recorded.projected)
+    full = attend_causally(query, keys, values, recorded.scale)
     rows, kv_heads = keys.shape[:2]
     found = []
     for policy in policies:
         chosen = [effective(policy, model, len(example.token_ids)) for example in examples]
         projected = (query, keys, values)
-        output = teacher_forcing.walk(model, examples, chosen, layer, projected, seen.scale)
+        output = teacher_forcing.walk(model, examples, chosen, layer, projected, recorded.scale)
         # The gradient of padding is zero.
-        moved = torch.einsum("rshtd,rhtd->rsh", gradient.to(precision), output - full).double()
-        found.append(moved.view(rows, SAMPLES, kv_heads, -1).sum(dim=-1))
+        effect = torch.einsum("rshtd,rhtd->rsh", gradient.to(precision), output - full).double()
+        found.append(effect.view(rows, SAMPLES, kv_heads, -1).sum(dim=-1))
     return torch.stack(found, dim=-1)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerRecord:
     projected: tuple[Tensor, Tensor, Tensor]
     scale: float
     output: Tensor
     """[rows, H_q, width, D]; gradients are taken with respect to it."""
 
 
-class _Seen:
+class _RecordingAttention:
     """Plain causal attention that records the inputs and the output of each layer."""
 
     def __init__(self) -> None:
-        self.layers: list[_Layer] = []
+        self.layers: list[_LayerRecord] = []
 
     def __call__(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
@@ -164,5 +166,5 @@ class _Seen:
             # begins here.
             output.requires_grad_()
         projected = (query.detach(), keys.detach(), values.detach())
-        self.layers.append(_Layer(projected, scale, output))
+        self.layers.append(_LayerRecord(projected, scale, output))
         return output

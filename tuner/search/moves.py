@@ -9,15 +9,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from tuner.search.halving import successive_halving
+from tuner.search.results import TrialResult
 from tuner.search.space import LOG_TAU_MAX, Setting, alpha_of, log_tau_of
-from tuner.search.trials import Trials, Tried
+from tuner.search.trials import Trials
 
 LAYER_ALPHAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 HEAD_ALPHAS = (0.0, 0.8, 0.95, 0.99, 1.0)
 RECENT_SHARES = (0.0, 0.125, 0.25, 0.5)
 SINKS = (0, 4)
 
-MOST_BLOCKS = 8
+MAX_BLOCKS = 8
 """Largest number of blocks of layers that are favoured one at a time; with few layers, a block is
 one layer."""
 
@@ -43,14 +45,14 @@ _PROTECTION = [
 ]
 
 
-class Climb:
+class CoordinateSearch:
     """The best setting so far, and the stages that improve it. A stage ends when trials run out."""
 
-    def __init__(self, trials: Trials, best: Tried) -> None:
+    def __init__(self, trials: Trials, best: TrialResult) -> None:
         self.best = best
         self.trials = trials
-        self._layers = range(trials.frame.num_layers)
-        self._heads = range(trials.frame.num_kv_heads)
+        self._layers = range(trials.spec.num_layers)
+        self._heads = range(trials.spec.num_kv_heads)
         self._effect = dict.fromkeys(self._layers, 0.0)
         """The largest observed effect of a layer's alpha, in nats."""
 
@@ -64,14 +66,14 @@ class Climb:
         """
         if len(self._layers) == 1:
             return
-        self._favour()
+        self._favour_blocks()
         number = 0
         before = None
         while self.best is not before:
             before = self.best
-            self._try(f"{number}/layers", self._more_slots(1.0))
+            self._try_moves(f"{number}/layers", self._layer_slot_steps(1.0))
             if len({alpha for row in self.best.setting.alpha for alpha in row}) == 1:
-                self._try(
+                self._try_moves(
                     f"{number}/uniform",
                     [
                         *(Move("alpha", partial(Setting.with_all, alpha=a)) for a in LAYER_ALPHAS),
@@ -80,9 +82,9 @@ class Climb:
                 )
             number += 1
 
-    def _favour(self) -> None:
+    def _favour_blocks(self) -> None:
         """Start from the best of settings in which some layers have several times the slots."""
-        size = -(-len(self._layers) // MOST_BLOCKS)
+        size = -(-len(self._layers) // MAX_BLOCKS)
         blocks = [self._layers[first : first + size] for first in self._layers[::size]]
         starts = [
             replace(self.best.setting.with_all(alpha), recent_share=share)
@@ -97,7 +99,9 @@ class Climb:
         ]
         feasible = [setting for setting in settings if self.trials.feasible(setting)]
         # Half of the trials and of the time are kept for the steps that follow.
-        found = self.trials.halve("favour", feasible, self.trials.left // 2, share=0.5)
+        found = successive_halving(
+            self.trials, "favour", feasible, self.trials.trials_left // 2, share=0.5
+        )
         if found and found[0].gain(self.best) > 0:
             self.best = found[0]
 
@@ -109,7 +113,7 @@ class Climb:
                 for alpha in LAYER_ALPHAS
             ]
             before = self.best
-            for one in self._try(f"layer {layer}", moves, layer):
+            for one in self._try_moves(f"layer {layer}", moves, layer):
                 change = abs(float((one.kl - before.kl[: len(one.kl)]).mean()))
                 self._effect[layer] = max(self._effect[layer], change)
 
@@ -121,11 +125,11 @@ class Climb:
                 for head in self._heads
                 for alpha in HEAD_ALPHAS
             ]
-            self._try(f"heads of {layer}", moves, layer)
+            self._try_moves(f"heads of {layer}", moves, layer)
 
     def protection(self) -> None:
         """Choose the recent window and the sinks again, the same for all heads."""
-        self._try("protection", _PROTECTION)
+        self._try_moves("protection", _PROTECTION)
 
     def polish(self) -> None:
         """Take smaller and smaller steps, until a round of the smallest steps gains nothing.
@@ -138,28 +142,30 @@ class Climb:
         while number < len(STEPS) or self.best is not before:
             before = self.best
             step = STEPS[min(number, len(STEPS) - 1)]
-            self._try(f"{number}/all", [*self._all_by(step), *self._protection_by(step)])
+            self._try_moves(
+                f"{number}/all", [*self._global_steps(step), *self._protection_steps(step)]
+            )
             rows = self.best.setting.head_share
             if len({share for row in rows for share in row}) > 1:
-                self._try(f"{number}/slots", self._more_slots(step))
+                self._try_moves(f"{number}/slots", self._layer_slot_steps(step))
             for layer in self._layers:
-                self._try(f"{number}/layer {layer}", self._heads_by(layer, step), layer)
+                self._try_moves(f"{number}/layer {layer}", self._head_steps(layer, step), layer)
             number += 1
-            if self.trials.left == 0:
+            if self.trials.trials_left == 0:
                 return
 
-    def _all_by(self, step: float) -> list[Move]:
+    def _global_steps(self, step: float) -> list[Move]:
         """Steps for all heads: longer or shorter memory, and more or less difference in slots."""
         return [
             Move(part, change)
             for sign in (-step, step)
             for part, change in (
-                ("log tau", partial(_all_stepped, step=sign)),
+                ("log tau", partial(_step_all, step=sign)),
                 ("power", partial(Setting.with_shares_to, power=2.0 ** (sign / 2))),
             )
         ]
 
-    def _more_slots(self, step: float) -> list[Move]:
+    def _layer_slot_steps(self, step: float) -> list[Move]:
         """Moves that multiply or divide one layer's slots by `2^step`."""
         return [
             Move(layer, partial(Setting.with_layer_slots, layers=(layer,), factor=2.0**power))
@@ -168,7 +174,7 @@ class Climb:
             if len(self._layers) > 1
         ]
 
-    def _heads_by(self, layer: int, step: float) -> list[Move]:
+    def _head_steps(self, layer: int, step: float) -> list[Move]:
         row = self.best.setting.alpha[layer]
         return [
             Move(head, partial(Setting.with_head, layer=layer, head=head, alpha=alpha))
@@ -176,7 +182,7 @@ class Climb:
             for alpha in (stepped(row[head], -step), stepped(row[head], step))
         ]
 
-    def _protection_by(self, step: float) -> list[Move]:
+    def _protection_steps(self, step: float) -> list[Move]:
         share, sinks = self.best.setting.recent_share, self.best.setting.sinks
         shares = (max(share - step / 8, 0.0), min(share + step / 8, 1.0))
         counts = (max(sinks - round(4 * step), 0), sinks + round(4 * step))
@@ -185,7 +191,9 @@ class Climb:
             *(Move("sinks", partial(replace, sinks=count)) for count in counts),
         ]
 
-    def _try(self, batch: str, moves: Sequence[Move], from_layer: int = 0) -> list[Tried]:
+    def _try_moves(
+        self, batch: str, moves: Sequence[Move], from_layer: int = 0
+    ) -> list[TrialResult]:
         """Apply the best move or combination, if it gains; return the results of single moves."""
         before = self.best
         changed = {move.change(before.setting): move for move in moves}
@@ -200,13 +208,13 @@ class Climb:
                 gains[move.part] = gain, move
         ranked = [move for _, move in sorted(gains.values(), key=lambda pair: -pair[0])]
         several = self.trials.measure(
-            f"{batch}/together", self._together(ranked), best=before, from_layer=from_layer
+            f"{batch}/together", self._combinations(ranked), best=before, from_layer=from_layer
         )
         better = [one for one in (*singles, *several) if one.gain(before) > 0]
         self.best = min(better, key=lambda one: one.mean, default=before)
         return singles
 
-    def _together(self, ranked: Sequence[Move]) -> list[Setting]:
+    def _combinations(self, ranked: Sequence[Move]) -> list[Setting]:
         """Combinations of the best two moves, the best four, eight, and so on, and all of them."""
         settings = []
         count = 2
@@ -222,7 +230,7 @@ class Climb:
         return settings
 
 
-def _all_stepped(setting: Setting, step: float) -> Setting:
+def _step_all(setting: Setting, step: float) -> Setting:
     return replace(
         setting, alpha=tuple(tuple(stepped(a, step) for a in row) for row in setting.alpha)
     )

@@ -17,14 +17,14 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
-from tuner.search.moves import Climb
+from tuner.search.moves import CoordinateSearch
+from tuner.search.results import TrialResult
 from tuner.search.space import LOG_TAU_MAX, Setting, alpha_of, log_tau_of, shares
-from tuner.search.trials import Tried
 
-AT_ONCE = 4
+BATCH_SIZE = 4
 """Settings that TPE proposes together, before it knows the cost of any of them."""
 
-MOST_MISSES = 25
+MAX_INFEASIBLE_ROUNDS = 25
 """Rounds in a row without a feasible setting, after which the search ends. In an infeasible setting
 some layer has only protected slots."""
 
@@ -58,7 +58,7 @@ class Space:
 class Optimiser(Protocol):
     """Proposes points of a space, in rounds."""
 
-    at_once: int
+    batch_size: int
 
     def ask(self) -> Mapping[str, float]:
         """Propose a point."""
@@ -72,7 +72,7 @@ class Optimiser(Protocol):
 class Tpe:
     """Optuna's tree-structured Parzen estimator, all dimensions together."""
 
-    at_once = AT_ONCE
+    batch_size = BATCH_SIZE
 
     def __init__(self, space: Space, cost: float | None, seed: int) -> None:
         """Begin with the space's start: with its `cost` if known, else as the first proposal."""
@@ -88,18 +88,18 @@ class Tpe:
                     params=dict(space.start), distributions=dict(self._distributions), value=cost
                 )
             )
-        self._asked: list[optuna.Trial] = []
+        self._proposals: list[optuna.Trial] = []
 
     def ask(self) -> Mapping[str, float]:
         """Propose a point."""
-        self._asked.append(self._study.ask(dict(self._distributions)))
-        return self._asked[-1].params
+        self._proposals.append(self._study.ask(dict(self._distributions)))
+        return self._proposals[-1].params
 
     def tell(self, costs: Sequence[float | None]) -> None:
         """Take the costs."""
-        for trial, cost in zip(self._asked, costs, strict=True):
+        for trial, cost in zip(self._proposals, costs, strict=True):
             self._study.tell(trial, cost, state=TrialState.FAIL if cost is None else None)
-        self._asked.clear()
+        self._proposals.clear()
 
 
 class Cma:
@@ -117,41 +117,41 @@ class Cma:
             bounds=np.array([[0.0, 1.0]] * len(self._names)),
             seed=seed,
         )
-        self.at_once = self._cma.population_size
-        self._asked: list[NDArray[np.float64]] = []
+        self.batch_size = self._cma.population_size
+        self._proposals: list[NDArray[np.float64]] = []
 
     def ask(self) -> Mapping[str, float]:
         """Propose a point."""
-        self._asked.append(self._cma.ask())
-        values = self._low + self._size * self._asked[-1]
+        self._proposals.append(self._cma.ask())
+        values = self._low + self._size * self._proposals[-1]
         return dict(zip(self._names, values.tolist(), strict=True))
 
     def tell(self, costs: Sequence[float | None]) -> None:
         """Take the costs. Only their order matters; a point without a cost counts as the worst."""
-        told = [np.inf if cost is None else cost for cost in costs]
-        self._cma.tell(list(zip(self._asked, told, strict=True)))
-        self._asked.clear()
+        finite_costs = [np.inf if cost is None else cost for cost in costs]
+        self._cma.tell(list(zip(self._proposals, finite_costs, strict=True)))
+        self._proposals.clear()
 
 
-def tpe(climb: Climb, seed: int) -> None:
+def tpe(state: CoordinateSearch, seed: int) -> None:
     """Search the alpha of every head by TPE; everything else stays as in the best setting."""
-    space = every_head(climb.best.setting)
-    _drive(climb, "tpe", space, Tpe(space, _known(space, climb.best), seed))
+    space = every_head(state.best.setting)
+    _run_optimiser(state, "tpe", space, Tpe(space, _start_cost(space, state.best), seed))
 
 
-def structured(climb: Climb, seed: int) -> None:
+def structured(state: CoordinateSearch, seed: int) -> None:
     """Search few numbers by TPE: log tau and slots by depth, and the protection."""
-    space = by_depth(climb.best.setting)
-    _drive(climb, "structured", space, Tpe(space, _known(space, climb.best), seed))
+    space = by_depth(state.best.setting)
+    _run_optimiser(state, "structured", space, Tpe(space, _start_cost(space, state.best), seed))
 
 
-def cma(climb: Climb, seed: int) -> None:
+def cma(state: CoordinateSearch, seed: int) -> None:
     """Search the alpha and the slots of every layer, and the protection, by CMA-ES."""
-    space = by_layer(climb.best.setting)
-    _drive(climb, "cma", space, Cma(space, seed))
+    space = by_layer(state.best.setting)
+    _run_optimiser(state, "cma", space, Cma(space, seed))
 
 
-def _known(space: Space, best: Tried) -> float | None:
+def _start_cost(space: Space, best: TrialResult) -> float | None:
     """The cost of the space's start; None if it represents another setting than the best."""
     return best.mean if space.setting(space.start) == best.setting else None
 
@@ -171,7 +171,7 @@ def every_head(best: Setting) -> Space:
         )
         return replace(best, alpha=alpha)
 
-    return _space(dict.fromkeys(heads, (0.0, LOG_TAU_MAX)), heads, setting)
+    return _space_from(dict.fromkeys(heads, (0.0, LOG_TAU_MAX)), heads, setting)
 
 
 def by_layer(best: Setting) -> Space:
@@ -185,12 +185,12 @@ def by_layer(best: Setting) -> Space:
     start |= {f"log2_share.{layer}": logs[layer] for layer in layers}
 
     def setting(numbers: Mapping[str, float]) -> Setting:
-        chosen = _dealt(best, [2 ** numbers[f"log2_share.{layer}"] for layer in layers])
+        chosen = _with_layer_shares(best, [2 ** numbers[f"log2_share.{layer}"] for layer in layers])
         for layer in layers:
             chosen = chosen.with_layer(layer, alpha_of(numbers[f"log_tau.{layer}"]))
-        return _protected(chosen, numbers)
+        return _with_protection(chosen, numbers)
 
-    return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+    return _space_from({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
 
 def by_depth(best: Setting) -> Space:
@@ -211,12 +211,12 @@ def by_depth(best: Setting) -> Space:
         return [float(value) for value in np.interp(range(layers), knots, values)]
 
     def setting(numbers: Mapping[str, float]) -> Setting:
-        chosen = _dealt(best, [2**power for power in along(numbers, "log2_share")])
+        chosen = _with_layer_shares(best, [2**power for power in along(numbers, "log2_share")])
         for layer, log_tau in enumerate(along(numbers, "log_tau")):
             chosen = chosen.with_layer(layer, alpha_of(log_tau))
-        return _protected(chosen, numbers)
+        return _with_protection(chosen, numbers)
 
-    return _space({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
+    return _space_from({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
 
 
 _PROTECTION = {"recent_share": (0.0, 1.0), "sinks": (0.0, 8.0)}
@@ -226,7 +226,7 @@ def _protection_of(best: Setting) -> dict[str, float]:
     return {"recent_share": best.recent_share, "sinks": float(best.sinks)}
 
 
-def _space(
+def _space_from(
     ranges: Mapping[str, tuple[float, float]],
     start: Mapping[str, float],
     setting: Callable[[Mapping[str, float]], Setting],
@@ -239,40 +239,40 @@ def _space(
     return Space(ranges, within, setting, tuple(clipped))
 
 
-def _protected(setting: Setting, numbers: Mapping[str, float]) -> Setting:
+def _with_protection(setting: Setting, numbers: Mapping[str, float]) -> Setting:
     share, sinks = round(numbers["recent_share"], 4), round(numbers["sinks"])
     return replace(setting, recent_share=share, sinks=sinks)
 
 
-def _dealt(best: Setting, weights: Sequence[float]) -> Setting:
+def _with_layer_shares(best: Setting, weights: Sequence[float]) -> Setting:
     """Split slots by layer; within a layer the heads keep their proportions."""
     means = np.mean(best.head_share, axis=1, keepdims=True)
-    dealt = np.asarray(best.head_share) / means * np.asarray(weights)[:, None]
-    return replace(best, head_share=shares(dealt.tolist()))
+    weighted = np.asarray(best.head_share) / means * np.asarray(weights)[:, None]
+    return replace(best, head_share=shares(weighted.tolist()))
 
 
-def _drive(climb: Climb, name: str, space: Space, optimiser: Optimiser) -> None:
+def _run_optimiser(state: CoordinateSearch, name: str, space: Space, optimiser: Optimiser) -> None:
     """Measure the optimiser's proposals until the trials end, and report their costs to it."""
     if space.clipped:
-        climb.trials.notes.append(
+        state.trials.notes.append(
             f"The stage {name} starts at the nearest setting within its ranges: "
             f"{', '.join(space.clipped)}."
         )
     number = 0
-    misses = 0
-    while climb.trials.left > 0 and misses < MOST_MISSES:
-        settings = [space.setting(optimiser.ask()) for _ in range(optimiser.at_once)]
-        feasible = list(dict.fromkeys(filter(climb.trials.feasible, settings)))
-        misses = 0 if feasible else misses + 1
-        before = climb.best
-        tried = climb.trials.measure(f"{name}/{number}", feasible, best=before)
-        costs = {one.setting: _expected(one, before) for one in tried}
+    infeasible_rounds = 0
+    while state.trials.trials_left > 0 and infeasible_rounds < MAX_INFEASIBLE_ROUNDS:
+        settings = [space.setting(optimiser.ask()) for _ in range(optimiser.batch_size)]
+        feasible = list(dict.fromkeys(filter(state.trials.feasible, settings)))
+        infeasible_rounds = 0 if feasible else infeasible_rounds + 1
+        before = state.best
+        results = state.trials.measure(f"{name}/{number}", feasible, best=before)
+        costs = {one.setting: _expected_cost(one, before) for one in results}
         optimiser.tell([costs.get(setting) for setting in settings])
         # The cheapest setting is the best, as for Optuna; no significance is required.
-        climb.best = min([before, *tried], key=lambda one: one.mean)
+        state.best = min([before, *results], key=lambda one: one.mean)
         number += 1
 
 
-def _expected(one: Tried, best: Tried) -> float:
+def _expected_cost(one: TrialResult, best: TrialResult) -> float:
     """The cost on all examples; if given up early, estimated by its difference from the best."""
     return best.mean + float((one.kl - best.kl[: len(one.kl)]).mean())

@@ -1,7 +1,7 @@
 """The search space: settings of the cache, and their scales.
 
 Owns the scale of forgetting (log tau, including exact 0 and exact 1), a setting and its form in a
-study, and the frame that all settings of one fit share. Knows nothing of how a setting is chosen,
+study, and the part that all settings of one fit share. Knows nothing of how a setting is chosen,
 measured or stored.
 """
 
@@ -115,7 +115,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Frame:
+class FitSpec:
     """The common part of all settings of one fit."""
 
     num_layers: int

@@ -1,7 +1,7 @@
 """Measures settings for a search: in batches, within limits, compared with the best so far.
 
-Owns when a setting is given up before all examples are measured, when one counts as better than
-another, and the account of each stage. Knows nothing of how settings are proposed, or of how
+Owns when a setting is given up before all examples are measured, and the limits and the account of
+each stage. Knows nothing of how settings are proposed, or of how
 batches are shared among workers: the ledger does that.
 """
 
@@ -11,68 +11,23 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
 from a2sf.errors import InvalidArgument
 from tuner.evaluation.objective import Objective, effective
 from tuner.progress import Progress
-from tuner.search.space import Frame, Setting
-from tuner.study.ledger import Ledger, Measured
+from tuner.search.results import StageTotals, TrialResult, significantly_worse
+from tuner.search.space import FitSpec, Setting
+from tuner.study.ledger import Ledger
+from tuner.study.records import PointCost
 
 PROOF_SHARE = 1 / 3
 """Largest share of the time that is kept for the proof; less if it is known to need less."""
 
-FEW = 5
-"""Up to this number, settings are measured on all examples; halving them would need more trials."""
-
-LOOK = 8
+FIRST_CHECK = 8
 """Examples before the first check whether a setting is worth the rest."""
-
-GIVE_UP_P = 0.05
-"""A setting is given up if a signed-rank test finds it worse than the best with this p."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A setting and its measured cost."""
-
-    setting: Setting
-    kl: NDArray[np.float64]
-    """[measured examples] nats."""
-    whole: bool
-    """Whether it was measured to the end, not given up."""
-
-    @property
-    def mean(self) -> float:
-        """Mean KL in nats; infinite if the setting was given up."""
-        return float(self.kl.mean()) if self.whole else float("inf")
-
-    def gain(self, over: "Tried") -> float:
-        """The mean difference by which it costs less than `over`, in nats; 0 if that is noise.
-
-        Noise is less than one standard error of the paired difference. Without this threshold, the
-        luckiest of many equally good settings would be chosen every time.
-        """
-        if not self.whole:
-            return 0.0
-        less = over.kl[: len(self.kl)] - self.kl
-        error = less.std(ddof=1) / np.sqrt(len(less))
-        return float(less.mean()) if less.mean() > error else 0.0
-
-
-@dataclass
-class Account:
-    """The work of one stage."""
-
-    trials: int = 0
-    evaluations: float = 0.0
-    """Passes over all examples through all layers."""
-    seconds: float = 0.0
 
 
 class Trials:
@@ -82,36 +37,38 @@ class Trials:
         self,
         ledger: Ledger,
         objective: Objective,
-        frame: Frame,
+        spec: FitSpec,
         minutes: float | None = None,
         proof_rows: int = 0,
         progress: Progress | None = None,
-        most: int | None = None,
+        max_trials: int | None = None,
     ) -> None:
         """Begin with nothing measured.
 
         Args:
             ledger: shares measurements and stores them.
             objective: measures.
-            frame: completes settings to policies.
+            spec: completes settings to policies.
             minutes: of measuring, including the proof, summed over workers; None: no limit.
             proof_rows: examples that the proof runs, one for each policy and held-out example.
             progress: shows the progress of the search; None: a display without stage numbers.
-            most: trials of the whole search, for the estimate of the remaining time; None: unknown.
+            max_trials: of the whole search, for the estimate of the remaining time; None: unknown.
         """
         self.objective = objective
-        self.frame = frame
-        self.accounts: dict[str, Account] = {}
+        self.spec = spec
+        self.stage_totals: dict[str, StageTotals] = {}
         self.notes: list[str] = []
         """What was cut short and why, one sentence each."""
+        self.limits: set[str] = set()
+        """The options that ended a stage or a part of it: --trials, --minutes, or both."""
         self.progress = progress or Progress("stage")
         self._ledger = ledger
         self._proof_rows = proof_rows
         self._stage = ""
-        self._left = 0
+        self._trials_left = 0
         self._seconds = math.inf if minutes is None else 60 * minutes
-        self._until = math.inf
-        self._most = most
+        self._stage_deadline = math.inf
+        self._max_trials = max_trials
 
     # All times come from the ledger, so they are the same for every worker and every run, and all
     # stop at the same point.
@@ -119,7 +76,7 @@ class Trials:
     @property
     def seconds_spent(self) -> float:
         """Seconds of measuring so far."""
-        return math.fsum(account.seconds for account in self.accounts.values())
+        return math.fsum(totals.seconds for totals in self.stage_totals.values())
 
     @property
     def seconds_left(self) -> float:
@@ -127,30 +84,30 @@ class Trials:
         return self._seconds - self.seconds_spent
 
     @property
-    def seconds_a_row(self) -> float:
+    def seconds_per_row(self) -> float:
         """Mean seconds of one example through all layers; 0 while unknown."""
-        passes = math.fsum(account.evaluations for account in self.accounts.values())
+        passes = math.fsum(totals.evaluations for totals in self.stage_totals.values())
         return self.seconds_spent / (passes * len(self.objective.examples)) if passes else 0.0
 
     @property
-    def seconds_a_trial(self) -> float:
+    def seconds_per_trial(self) -> float:
         """Mean seconds of a trial; 0 while unknown."""
-        count = sum(account.trials for account in self.accounts.values())
+        count = sum(totals.trials for totals in self.stage_totals.values())
         return self.seconds_spent / count if count else 0.0
 
     @property
-    def left(self) -> int:
+    def trials_left(self) -> int:
         """Remaining trials of the stage; none after its time is over."""
-        return self._left if self.seconds_spent < self._until else 0
+        return self._trials_left if self.seconds_spent < self._stage_deadline else 0
 
     @property
-    def seconds_of_stage(self) -> float:
+    def stage_seconds_left(self) -> float:
         """Remaining seconds of the stage's measuring; infinite without a limit."""
-        return max(self._until - self.seconds_spent, 0.0)
+        return max(self._stage_deadline - self.seconds_spent, 0.0)
 
-    def feasible(self, setting: Setting, frame: Frame | None = None) -> bool:
-        """Whether the setting leaves unprotected slots in every example, in `frame` if given."""
-        policy = (frame or self.frame).policy(setting)
+    def feasible(self, setting: Setting, spec: FitSpec | None = None) -> bool:
+        """Whether the setting leaves unprotected slots in every example, in `spec` if given."""
+        policy = (spec or self.spec).policy(setting)
         try:
             for length in {len(example.token_ids) for example in self.objective.examples}:
                 effective(policy, self.objective.model, length)
@@ -164,15 +121,17 @@ class Trials:
 
         The stage may take this `share` of the time that is left for the search.
         """
-        self._stage, self._left = name, trials
-        self.accounts[name] = Account()
+        self._stage, self._trials_left = name, trials
+        self.stage_totals[name] = StageTotals()
         if math.isfinite(self._seconds):
             kept = PROOF_SHARE * self._seconds
-            if self.seconds_a_row:
-                kept = min(kept, self.seconds_a_row * self._proof_rows)
-            self._until = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
+            if self.seconds_per_row:
+                kept = min(kept, self.seconds_per_row * self._proof_rows)
+            self._stage_deadline = self.seconds_spent + share * max(self.seconds_left - kept, 0.0)
         self.progress.begin(name, *self._estimated())
         yield
+        if self.trials_left == 0:
+            self.limits.add("--minutes" if self._trials_left > 0 else "--trials")
 
     def show(self, detail: str, seconds: float = 0.0, trials: int = 0) -> None:
         """Show the progress, with seconds and trials that no account contains yet."""
@@ -181,14 +140,14 @@ class Trials:
     def _estimated(self, seconds: float = 0.0, trials: int = 0) -> tuple[float, float | None]:
         """The run's seconds so far, and an approximate upper limit of the remaining seconds."""
         done = self.seconds_spent + seconds
-        count = trials + sum(account.trials for account in self.accounts.values())
-        left = [self._seconds - done] if math.isfinite(self._seconds) else []
-        if self._most is not None and count:
-            proof = self._proof_rows * self.seconds_a_row
-            left.append(max(self._most - count, 0) * done / count + proof)
-        return done, min(left, default=None)
+        count = trials + sum(totals.trials for totals in self.stage_totals.values())
+        bounds = [self._seconds - done] if math.isfinite(self._seconds) else []
+        if self._max_trials is not None and count:
+            proof = self._proof_rows * self.seconds_per_row
+            bounds.append(max(self._max_trials - count, 0) * done / count + proof)
+        return done, min(bounds, default=None)
 
-    def settled(
+    def compute_once(
         self,
         key: str,
         make: Callable[[], tuple[Any, float]],
@@ -202,16 +161,16 @@ class Trials:
             prepare: called before `make`; its time is not counted.
         """
         key = f"{self._stage}/{key}"
-        known = self._ledger.settled(key)
+        known = self._ledger.decided(key)
         if known is None:
             prepare()
             began = time.perf_counter()
             value, evaluations = make()
             seconds = time.perf_counter() - began
-            made = {"value": value, "evaluations": evaluations, "seconds": seconds}
-            known = self._ledger.settle(key, made)
-        self.accounts[self._stage].evaluations += known["evaluations"]
-        self.accounts[self._stage].seconds += known["seconds"]
+            computed = {"value": value, "evaluations": evaluations, "seconds": seconds}
+            known = self._ledger.decide_once(key, computed)
+        self.stage_totals[self._stage].evaluations += known["evaluations"]
+        self.stage_totals[self._stage].seconds += known["seconds"]
         return known["value"]
 
     def measure(
@@ -219,13 +178,13 @@ class Trials:
         batch: str,
         settings: Sequence[Setting],
         *,
-        best: Tried | None = None,
+        best: TrialResult | None = None,
         from_layer: int = 0,
         examples: int | None = None,
-        most: int | None = None,
-        least: int = 0,
-        until: float | None = None,
-    ) -> list[Tried]:
+        max_settings: int | None = None,
+        min_settings: int = 0,
+        deadline: float | None = None,
+    ) -> list[TrialResult]:
         """Measure settings in order, as many as trials and time allow.
 
         Args:
@@ -234,15 +193,19 @@ class Trials:
             best: a setting that is worse than this is given up; None: all are measured to the end.
             from_layer: below this layer, the settings agree with the best.
             examples: number of examples, from the first; None: all.
-            most: largest number of settings, from the first; None: all.
-            least: number of settings that are measured even after the time is over.
-            until: seconds of measuring after which no new measurement begins; None: the stage's
+            max_settings: largest number of settings, from the first; None: all.
+            min_settings: number of settings that are measured even after the time is over.
+            deadline: seconds of measuring after which no new measurement begins; None: the stage's
                 limit.
         """
         count = len(self.objective.examples) if examples is None else examples
-        limit = min(len(settings), self._left, len(settings) if most is None else most)
-        until = self._until if until is None else until
-        if limit <= 0 or (self.seconds_spent >= until and not least):
+        limit = min(
+            len(settings),
+            self._trials_left,
+            len(settings) if max_settings is None else max_settings,
+        )
+        deadline = self._stage_deadline if deadline is None else deadline
+        if limit <= 0 or (self.seconds_spent >= deadline and not min_settings):
             return []
         # All settings are in the batch, even those not measured now: a run with more trials or time
         # continues it.
@@ -252,150 +215,85 @@ class Trials:
         content = json.dumps([points, best and best.setting.point()], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
 
-        def measure(_: int, point: dict[str, Any]) -> Measured:
-            return self._measured(Setting.of(point), count, best, from_layer)
+        def measure(_: int, point: dict[str, Any]) -> PointCost:
+            return self._measure_one(Setting.of(point), count, best, from_layer)
 
-        found: list[Measured] = []
-        while (chunk := self._next(found, limit, least, until)) > 0:
+        found: list[PointCost] = []
+        while (chunk := self._next_count(found, limit, min_settings, deadline)) > 0:
             known = len(found)
-            told: list[Measured] = []
+            reported: list[PointCost] = []
 
-            def progress(one: Measured, told: list[Measured] = told) -> None:
-                told.append(one)
-                self._tell(told, best, count)
+            def progress(one: PointCost, reported: list[PointCost] = reported) -> None:
+                reported.append(one)
+                self._report(reported, best, count)
 
             found = self._ledger.measure(
-                f"{self._stage}/{batch} {digest}", points, measure, progress, most=known + chunk
+                f"{self._stage}/{batch} {digest}",
+                points,
+                measure,
+                progress,
+                max_points=known + chunk,
             )
-        account = self.accounts[self._stage]
-        account.trials += len(found)
-        account.evaluations += sum(one.evaluations for one in found)
-        account.seconds += sum(one.seconds for one in found)
-        self._left -= len(found)
+        totals = self.stage_totals[self._stage]
+        totals.trials += len(found)
+        totals.evaluations += sum(one.evaluations for one in found)
+        totals.seconds += sum(one.seconds for one in found)
+        self._trials_left -= len(found)
         return [
-            Tried(setting, np.array(one.kl), whole=not one.given_up)
+            TrialResult(setting, np.array(one.kl), complete=not one.pruned)
             for setting, one in zip(settings, found, strict=False)
         ]
 
-    def _tell(self, told: Sequence[Measured], best: Tried | None, examples: int) -> None:
+    def _report(
+        self, reported: Sequence[PointCost], best: TrialResult | None, examples: int
+    ) -> None:
         """Show a running batch: what it has measured, and the lowest cost so far."""
-        costs = [one.mean for one in told if not one.given_up]
+        costs = [one.mean for one in reported if not one.pruned]
         shown = min([*costs, *([best.mean] if best else [])], default=math.inf)
-        trials = self.accounts[self._stage].trials + len(told)
+        trials = self.stage_totals[self._stage].trials + len(reported)
         self.show(
             f"{trials} trials"
             + (f", best {shown:.4f} nats on {examples} examples" if math.isfinite(shown) else ""),
-            math.fsum(one.seconds for one in told),
-            len(told),
+            math.fsum(one.seconds for one in reported),
+            len(reported),
         )
 
-    def _next(self, found: Sequence[Measured], limit: int, least: int, until: float) -> int:
+    def _next_count(
+        self, found: Sequence[PointCost], limit: int, min_settings: int, deadline: float
+    ) -> int:
         """The number of settings to measure before the time is checked again."""
         known, rest = len(found), limit - len(found)
-        if math.isinf(until):
+        if math.isinf(deadline):
             return rest
         taken = math.fsum(one.seconds for one in found)
-        left = until - self.seconds_spent - taken
+        left = deadline - self.seconds_spent - taken
         if left <= 0:
-            return min(rest, max(least - known, 0))
+            return min(rest, max(min_settings - known, 0))
         # Half of the estimated number, to limit the effect of an error and the number of checks.
         return min(rest, max(1, int(left * known / taken / 2))) if known and taken else min(rest, 1)
 
-    def halve(
-        self,
-        batch: str,
-        settings: Sequence[Setting],
-        most: int,
-        share: float = 1.0,
-        *,
-        least: int = 0,
-    ) -> list[Tried]:
-        """Measure many settings on few examples, and fewer and fewer settings on more examples.
-
-        If trials or time are short, only the first settings are measured, so order them by
-        priority.
-
-        Args:
-            batch: the batch's name.
-            settings: what to measure.
-            most: trials of all rounds together.
-            share: of the stage's remaining time.
-            least: number of settings of each round that are measured even after the time is over.
-
-        Returns:
-            The settings measured on all examples, cheapest first.
-        """
-        most = min(most, self._left)
-        fitting = (n for n in range(len(settings), 0, -1) if _trials(self.rungs(n)) <= most)
-        rungs = self.rungs(next(fitting, 0))
-        work = np.cumsum([kept * examples for kept, examples in rungs])
-        began, time = self.seconds_spent, share * (self._until - self.seconds_spent)
-        tried: list[Tried] = []
-        reached = 1.0
-        for number, (kept, examples) in enumerate(rungs):
-            tried = self.measure(
-                f"{batch}/{examples}",
-                [one.setting for one in tried] if number else settings,
-                examples=examples,
-                most=max(1, round(reached * kept)),
-                least=least,
-                until=began + time * float(work[number] / work[-1]),
-            )
-            tried.sort(key=lambda one: one.mean)
-            if number == 0:
-                reached = len(tried) / kept
-        return [one for one in tried if len(one.kl) == len(self.objective.examples)]
-
-    def rungs(self, settings: int) -> list[tuple[int, int]]:
-        """Rounds of halving: all settings, a fifth of them, then a third of those on all examples.
-
-        Each round is a pair: the number of settings, and the number of examples, counted from the
-        first. With few examples there are fewer rounds, because each must use more examples than
-        the one before. Few settings have one round.
-        """
-        count = len(self.objective.examples)
-        if settings <= FEW:
-            return [(settings, count)] if settings else []
-        planned = [
-            (settings, max(2, count // 4)),
-            (max(settings // 5, 2), max(2, count // 2)),
-            (max(settings // 15, 1), count),
-        ]
-        return [
-            rung
-            for number, rung in enumerate(planned)
-            if all(rung[1] > examples for _, examples in planned[:number])
-        ]
-
-    def _measured(
-        self, setting: Setting, examples: int, best: Tried | None, from_layer: int
-    ) -> Measured:
-        policy = self.frame.policy(setting)
+    def _measure_one(
+        self, setting: Setting, examples: int, best: TrialResult | None, from_layer: int
+    ) -> PointCost:
+        policy = self.spec.policy(setting)
         work = 0.0
         if best is not None and from_layer > 0:
-            work += self.objective.anchor(self.frame.policy(best.setting), from_layer)
+            work += self.objective.anchor(self.spec.policy(best.setting), from_layer)
         kl: list[float] = []
         nll: list[float] = []
         end = 0
         while end < examples:
             # Twice as many examples at each check, because a larger pass costs less per example.
-            first, end = end, min(max(LOOK, 2 * end), examples) if best else examples
+            first, end = end, min(max(FIRST_CHECK, 2 * end), examples) if best else examples
             cost = self.objective.cost(policy, range(first, end))
             kl += cost.kl.tolist()
             nll += cost.nll.tolist()
-            if best is not None and end < examples and _worse(np.array(kl), best.kl[:end]):
+            if (
+                best is not None
+                and end < examples
+                and significantly_worse(np.array(kl), best.kl[:end])
+            ):
                 break
-        seen = len(kl) / len(self.objective.examples)
-        work += seen * self.objective.share_of_layers(policy)
-        return Measured(kl=kl, nll=nll, evaluations=work, given_up=end < examples)
-
-
-def _trials(rungs: Sequence[tuple[int, int]]) -> int:
-    return sum(kept for kept, _ in rungs)
-
-
-def _worse(kl: NDArray[np.float64], best: NDArray[np.float64]) -> bool:
-    more = kl - best
-    if not more.any():
-        return False
-    return bool(stats.wilcoxon(more, alternative="greater").pvalue < GIVE_UP_P)
+        share = len(kl) / len(self.objective.examples)
+        work += share * self.objective.share_of_layers(policy)
+        return PointCost(kl=kl, nll=nll, evaluations=work, pruned=end < examples)

@@ -11,8 +11,10 @@ from itertools import product
 import numpy as np
 
 from a2sf.schema import UniformSetting
+from tuner.search.halving import rungs, successive_halving
+from tuner.search.results import TrialResult
 from tuner.search.space import LOG_TAU_MAX, alpha_of, log_tau_of
-from tuner.search.trials import Trials, Tried
+from tuner.search.trials import Trials
 
 GRID = tuple(
     UniformSetting(alpha=float(alpha), recent_share=share, sinks=sinks)
@@ -26,15 +28,15 @@ FIRST_STEPS = (0.35, 0.125, 4)
 """First steps of log tau (about half of the distance between two grid points), recent share and
 sinks."""
 
-LEAST_STEP = 0.02
+MIN_STEP = 0.02
 """Smallest step of log tau: a factor of 1.02 in the length of memory."""
 
 
-SHARE = 0.4
+TIME_SHARE = 0.4
 """Largest share of the search time."""
 
 
-def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:
+def best_uniform(trials: Trials, max_trials: int) -> tuple[UniformSetting, TrialResult]:
     """Find the best uniform setting on all examples, with at most `most` trials, at least one.
 
     The grid is halved on growing shares of the examples. Then a pattern search (Hooke and Jeeves,
@@ -43,18 +45,18 @@ def best_uniform(trials: Trials, most: int) -> tuple[UniformSetting, Tried]:
     grid is coarser.
     """
     grid = coarse_to_fine(GRID)
-    most = max(most, 1)
-    with trials.stage("uniform", most, SHARE):
-        settings = [trials.frame.uniform(one) for one in grid]
-        best = trials.halve("grid", settings, most, least=1)[0]
-        taken = trials.accounts["uniform"].trials
-        whole = sum(kept for kept, _ in trials.rungs(len(grid)))
-        if taken < whole:
+    max_trials = max(max_trials, 1)
+    with trials.stage("uniform", max_trials, TIME_SHARE):
+        settings = [trials.spec.uniform(one) for one in grid]
+        best = successive_halving(trials, "grid", settings, max_trials, min_settings=1)[0]
+        taken = trials.stage_totals["uniform"].trials
+        whole_grid = sum(count for count, _ in rungs(len(grid), len(trials.objective.examples)))
+        if taken < whole_grid:
             trials.notes.append(
-                f"The bar is the best of {taken} uniform trials, and the whole grid takes {whole}: "
-                "more --trials or --minutes may raise it."
+                f"The best uniform setting is the best of {taken} trials; the whole grid takes "
+                f"{whole_grid}, so more --trials or --minutes may improve this baseline."
             )
-        return _refined(trials, best)
+        return _refine(trials, best)
 
 
 def coarse_to_fine(grid: Sequence[UniformSetting]) -> list[UniformSetting]:
@@ -77,34 +79,34 @@ def coarse_to_fine(grid: Sequence[UniformSetting]) -> list[UniformSetting]:
     return [grid[index] for index in order]
 
 
-def _refined(trials: Trials, best: Tried) -> tuple[UniformSetting, Tried]:
-    known = {best.setting}
+def _refine(trials: Trials, best: TrialResult) -> tuple[UniformSetting, TrialResult]:
+    measured = {best.setting}
     scale = 1.0
     number = 0
-    while trials.left > 0 and FIRST_STEPS[0] * scale >= LEAST_STEP:
-        around = (trials.frame.uniform(one) for one in _around(_uniform(best), scale))
+    while trials.trials_left > 0 and FIRST_STEPS[0] * scale >= MIN_STEP:
+        around = (trials.spec.uniform(one) for one in _neighbours(_uniform_of(best), scale))
         settings = [
-            one for one in dict.fromkeys(around) if one not in known and trials.feasible(one)
+            one for one in dict.fromkeys(around) if one not in measured and trials.feasible(one)
         ]
-        tried = trials.measure(f"step/{number}", settings)
-        known.update(settings)
+        results = trials.measure(f"step/{number}", settings)
+        measured.update(settings)
         number += 1
-        cheapest = min(tried, key=lambda one: one.mean, default=best)
+        cheapest = min(results, key=lambda one: one.mean, default=best)
         if cheapest.mean < best.mean:
             best = cheapest
         else:
             scale /= 2
-    return _uniform(best), best
+    return _uniform_of(best), best
 
 
-def _uniform(tried: Tried) -> UniformSetting:
-    setting = tried.setting
+def _uniform_of(results: TrialResult) -> UniformSetting:
+    setting = results.setting
     return UniformSetting(
         alpha=setting.alpha[0][0], recent_share=setting.recent_share, sinks=setting.sinks
     )
 
 
-def _around(setting: UniformSetting, scale: float) -> Iterator[UniformSetting]:
+def _neighbours(setting: UniformSetting, scale: float) -> Iterator[UniformSetting]:
     """One step in each direction; `scale` is the share of the first steps, 1/2^n."""
     log_tau, share, sinks = (step * scale for step in FIRST_STEPS)
     for sign in (-1, 1):

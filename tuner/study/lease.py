@@ -85,7 +85,7 @@ def _started(pid: int) -> int | None:
 
 
 @contextmanager
-def beating(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None]:
+def renewing(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None]:
     """Renew a trial's lease every `period` seconds, in a thread, during the block."""
     done = threading.Event()
 
@@ -112,13 +112,13 @@ def beating(storage: BaseStorage, trial_id: int, period: float) -> Iterator[None
         thread.join()
 
 
-class Watch:
+class LeaseWatch:
     """Finds running trials whose worker is gone."""
 
     def __init__(self, worker: Worker, grace: float) -> None:
         self._worker = worker
         self._grace = grace
-        self._looked = time.monotonic()
+        self._last_look = time.monotonic()
         self._beats: dict[int, tuple[int, float]] = {}
 
     def abandoned(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -131,9 +131,9 @@ class Watch:
         # Silence counts only while this worker was watching. While it was stopped, measuring or cut
         # off from the storage, other workers may have renewed their leases, or been cut off as
         # well.
-        if now - self._looked > self._grace / 2:
+        if now - self._last_look > self._grace / 2:
             self._beats.clear()
-        self._looked = now
+        self._last_look = now
         found = []
         for trial in running:
             other, beats = trial.user_attrs[WORKER], trial.user_attrs[LEASE]

@@ -7,11 +7,7 @@ replays what is stored and continues with the same result.
 
 Owns the assignment of points to workers, and which measurements count. Knows nothing of models or
 tables: a point is a JSON object and its costs come from a callable. One Optuna study holds all
-data. A measured point is a trial with the user attributes batch, index, point, digest (of the whole
-batch), worker, lease, kl, nll, evaluations and seconds. Its state is complete, with the mean KL as
-its value; pruned if it was given up early; failed if its worker was lost. A decision is a trial
-created as failed, so that it does not count as a measurement, with the user attributes `settled`
-and `value`.
+data; `records` describes its trials.
 
 No point is measured twice, without locks. A trial is created together with its point, in one
 transaction, and trials are numbered in the order in which they become visible. So of two trials
@@ -20,7 +16,6 @@ creation, and withdraws before it measures, unless the lower one has failed. A f
 never be finished, so every point has at most one finished trial.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -36,62 +31,45 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from a2sf.errors import InvalidArgument
-from tuner.study.lease import LEASE_GRACE, LEASE_PERIOD, WORKER, Watch, Worker, beating
-from tuner.study.storage import PATIENCE, Patience
-
-BATCH = "batch"
-INDEX = "index"
-SETTLED = "settled"
-VALUE = "value"
+from tuner.study.lease import LEASE_GRACE, LEASE_PERIOD, WORKER, LeaseWatch, Worker, renewing
+from tuner.study.records import (
+    BATCH,
+    FINISHED,
+    INDEX,
+    SETTLED,
+    VALUE,
+    PointCost,
+    cost_of,
+    digest_of,
+    live_trials,
+)
+from tuner.study.storage import MAX_OUTAGE, OutageRetry
 
 DEFINITION = "definition"
 """Key of the stored fit definition."""
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
-
-@dataclass(frozen=True)
-class Measured:
-    """The cost of one point.
-
-    `kl` and `nll` are in nats by example. `given_up` means that measuring stopped early, so that
-    they cover only the first examples. `evaluations` is the work done, in passes over all examples
-    and layers. `seconds` is the wall time, filled in by the ledger.
-    """
-
-    kl: list[float]
-    nll: list[float]
-    evaluations: float
-    given_up: bool = False
-    seconds: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        """Mean KL in nats over the examples covered."""
-        return math.fsum(self.kl) / len(self.kl)
-
-
-Measure = Callable[[int, dict[str, Any]], Measured]
+Measure = Callable[[int, dict[str, Any]], PointCost]
 """Measures the point at an index of its batch."""
 
-Progress = Callable[[Measured], None]
+OnMeasured = Callable[[PointCost], None]
 """Called for every finished point of a batch, from any worker and any earlier run."""
 
 
 @dataclass(frozen=True)
-class Pace:
+class Timing:
     """How often workers poll and renew leases, and how long they wait; all in seconds."""
 
     poll: float = 0.5
     lease_period: float = LEASE_PERIOD
     lease_grace: float = LEASE_GRACE
-    patience: float = PATIENCE
+    max_outage: float = MAX_OUTAGE
 
 
 class Ledger:
     """One fit's measurements and decisions, shared by all its workers.
 
-    Every method may raise Unavailable if the storage is unavailable for longer than `patience`.
+    Every method may raise Unavailable if the storage is unavailable for longer than `max_outage`.
     Create it in the process that uses it, and use it from one thread at a time.
     """
 
@@ -100,7 +78,7 @@ class Ledger:
         storage: BaseStorage,
         name: str,
         definition: Mapping[str, Any],
-        pace: Pace | None = None,
+        timing: Timing | None = None,
         *,
         chosen: Mapping[str, str] | None = None,
     ) -> None:
@@ -110,19 +88,19 @@ class Ledger:
         be set by an option of its name.
         """
         self.name = name
-        self._pace = pace or Pace()
+        self._timing = timing or Timing()
         self._storage = storage
-        self._patiently = Patience(name, self._pace.patience)
+        self._retry = OutageRetry(name, self._timing.max_outage)
         self._worker = Worker.current()
-        self._watch = Watch(self._worker, self._pace.lease_grace)
-        self._study = self._patiently(
+        self._watch = LeaseWatch(self._worker, self._timing.lease_grace)
+        self._study = self._retry(
             optuna.create_study, storage=storage, study_name=name, load_if_exists=True
         )
-        self._study_id = self._patiently(storage.get_study_id_from_name, name)
-        self._claim(json.loads(json.dumps(definition)), chosen or {})
+        self._study_id = self._retry(storage.get_study_id_from_name, name)
+        self._check_definition(json.loads(json.dumps(definition)), chosen or {})
 
-    def _claim(self, here: dict[str, Any], chosen: Mapping[str, str]) -> None:
-        there = self.settle(DEFINITION, here)
+    def _check_definition(self, here: dict[str, Any], chosen: Mapping[str, str]) -> None:
+        there = self.decide_once(DEFINITION, here)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 why = f", because {chosen[key]}" if key in chosen else ""
@@ -151,33 +129,33 @@ class Ledger:
         """Wall time of measuring so far, summed over runs and workers."""
         return math.fsum(trial.user_attrs["seconds"] for trial in self._finished())
 
-    def of(self, batch: str) -> dict[int, Measured]:
+    def of(self, batch: str) -> dict[int, PointCost]:
         """Measurements of a batch so far, by index."""
         found = [t for t in self._finished() if t.user_attrs[BATCH] == batch]
-        return {t.user_attrs[INDEX]: _restored(t) for t in found}
+        return {t.user_attrs[INDEX]: cost_of(t) for t in found}
 
     def _finished(self) -> list[FrozenTrial]:
         return [t for t in self._trials() if t.state in FINISHED and BATCH in t.user_attrs]
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._patiently(self._study.get_trials, deepcopy=False)
+        return self._retry(self._study.get_trials, deepcopy=False)
 
     # Decisions -------------------------------------------------------------------------------
 
-    def settle(self, key: str, value: Any) -> Any:
+    def decide_once(self, key: str, value: Any) -> Any:
         """Decide a JSON value once for all workers and runs: the first call decides."""
-        if not self._settled(key):
+        if not self._decisions(key):
             # If the answer is lost, the value is written twice; the first one counts.
             decision = create_trial(state=TrialState.FAIL, user_attrs={SETTLED: key, VALUE: value})
-            self._patiently(self._storage.create_new_trial, self._study_id, decision)
-        return self.settled(key)
+            self._retry(self._storage.create_new_trial, self._study_id, decision)
+        return self.decided(key)
 
-    def settled(self, key: str) -> Any:
+    def decided(self, key: str) -> Any:
         """The value decided under a key; None if there is none yet."""
-        first = min(self._settled(key), key=lambda trial: trial.number, default=None)
+        first = min(self._decisions(key), key=lambda trial: trial.number, default=None)
         return None if first is None else first.user_attrs[VALUE]
 
-    def _settled(self, key: str) -> list[FrozenTrial]:
+    def _decisions(self, key: str) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.user_attrs.get(SETTLED) == key]
 
     # Measurements ----------------------------------------------------------------------------
@@ -187,21 +165,21 @@ class Ledger:
         batch: str,
         points: Sequence[dict[str, Any]],
         measure: Measure,
-        progress: Progress | None = None,
+        progress: OnMeasured | None = None,
         *,
-        most: int | None = None,
-    ) -> list[Measured]:
+        max_points: int | None = None,
+    ) -> list[PointCost]:
         """Return the costs of the points of a batch, in their order, once all are measured.
 
         Measures points without a worker, waits for points of other workers, and takes over points
-        of lost workers. `batch` is unique in the fit. Only the first `most` points are measured
-        (None: all); a later call may ask for more of the same batch, and stored measurements are
-        kept. Raises InvalidArgument if the batch was begun with other points, and everything that
-        `measure` raises.
+        of lost workers. `batch` is unique in the fit. Only the first `max_points` points are
+        measured (None: all); a later call may ask for more of the same batch, and stored
+        measurements are kept. Raises InvalidArgument if the batch was begun with other points, and
+        everything that `measure` raises.
         """
-        digest = _digest(points)
-        count = len(points) if most is None else min(most, len(points))
-        told: set[int] = set()
+        digest = digest_of(points)
+        count = len(points) if max_points is None else min(max_points, len(points))
+        reported: set[int] = set()
         while True:
             live = self._live(batch, digest)
             finished = {
@@ -210,19 +188,19 @@ class Ledger:
                 if t.state in FINISHED and t.user_attrs[INDEX] < count
             }
             if progress is not None:
-                for index in sorted(finished.keys() - told):
-                    progress(_restored(finished[index]))
-                told |= finished.keys()
+                for index in sorted(finished.keys() - reported):
+                    progress(cost_of(finished[index]))
+                reported |= finished.keys()
             if len(finished) == count:
-                return [_restored(finished[index]) for index in range(count)]
+                return [cost_of(finished[index]) for index in range(count)]
             taken = {trial.user_attrs[INDEX] for trial in live}
             free = next((i for i in range(count) if i not in taken), None)
             if free is None:
                 # Random pauses, so that waiting workers rarely find the next free point at the same
                 # time.
-                time.sleep(self._pace.poll * random.uniform(0.5, 1.5))
+                time.sleep(self._timing.poll * random.uniform(0.5, 1.5))
                 continue
-            self._attempt(
+            self._claim_and_measure(
                 {BATCH: batch, INDEX: free, "point": points[free], "digest": digest}, measure
             )
 
@@ -232,8 +210,8 @@ class Ledger:
         running = [t for t in trials if t.state == TrialState.RUNNING and BATCH in t.user_attrs]
         abandoned = self._watch.abandoned(running)
         for trial in abandoned:
-            self._fail(
-                self._patiently(
+            self._set_failed(
+                self._retry(
                     self._storage.get_trial_id_from_study_id_trial_number,
                     self._study_id,
                     trial.number,
@@ -241,7 +219,7 @@ class Ledger:
             )
         if abandoned:
             trials = self._trials()
-        live = _live(trials, batch)
+        live = live_trials(trials, batch)
         if any(trial.user_attrs["digest"] != digest for trial in live):
             raise InvalidArgument(
                 "study",
@@ -250,28 +228,28 @@ class Ledger:
             )
         return live
 
-    def _attempt(self, claim: dict[str, Any], measure: Measure) -> None:
+    def _claim_and_measure(self, claim: dict[str, Any], measure: Measure) -> None:
         """Take the free point of a claim and measure it, unless another worker was faster."""
         born = create_trial(
             state=TrialState.RUNNING, user_attrs={**claim, **self._worker.attributes()}
         )
         # If the answer is lost, a second trial is created. The first also belongs to this worker,
         # so it does not count as a rival, and the next look finds it abandoned.
-        trial_id = self._patiently(self._storage.create_new_trial, self._study_id, born)
+        trial_id = self._retry(self._storage.create_new_trial, self._study_id, born)
         try:
-            number = self._patiently(self._storage.get_trial, trial_id).number
+            number = self._retry(self._storage.get_trial, trial_id).number
             if any(
                 trial.number < number
                 and trial.user_attrs[INDEX] == claim[INDEX]
                 and trial.user_attrs[WORKER]["key"] != self._worker.key
-                for trial in _live(self._trials(), claim[BATCH])
+                for trial in live_trials(self._trials(), claim[BATCH])
             ):
-                self._fail(trial_id)
+                self._set_failed(trial_id)
                 return
-            with beating(self._storage, trial_id, self._pace.lease_period):
+            with renewing(self._storage, trial_id, self._timing.lease_period):
                 began = time.perf_counter()
                 measured = measure(claim[INDEX], claim["point"])
-                self._keep(trial_id, replace(measured, seconds=time.perf_counter() - began))
+                self._store(trial_id, replace(measured, seconds=time.perf_counter() - began))
         except BaseException:
             # One attempt only: the original error matters more, and other workers will find this
             # trial abandoned.
@@ -279,43 +257,19 @@ class Ledger:
                 self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
             raise
 
-    def _keep(self, trial_id: int, measured: Measured) -> None:
+    def _store(self, trial_id: int, measured: PointCost) -> None:
         if not math.isfinite(measured.mean):
             raise ValueError(f"a mean KL of {measured.mean} nats cannot be compared with others")
-        state = TrialState.PRUNED if measured.given_up else TrialState.COMPLETE
+        state = TrialState.PRUNED if measured.pruned else TrialState.COMPLETE
         # The trial may be finished already: the answer to an earlier attempt was lost, or other
         # workers considered this one lost. The next look reads the final state, the same for all
         # workers.
         with suppress(UpdateFinishedTrialError):
             for key, value in asdict(measured).items():
-                if key != "given_up":
-                    self._patiently(self._storage.set_trial_user_attr, trial_id, key, value)
-            self._patiently(self._storage.set_trial_state_values, trial_id, state, [measured.mean])
+                if key != "pruned":
+                    self._retry(self._storage.set_trial_user_attr, trial_id, key, value)
+            self._retry(self._storage.set_trial_state_values, trial_id, state, [measured.mean])
 
-    def _fail(self, trial_id: int) -> None:
+    def _set_failed(self, trial_id: int) -> None:
         with suppress(UpdateFinishedTrialError):
-            self._patiently(self._storage.set_trial_state_values, trial_id, TrialState.FAIL)
-
-
-def _live(trials: Sequence[FrozenTrial], batch: str) -> list[FrozenTrial]:
-    return [
-        trial
-        for trial in trials
-        if trial.user_attrs.get(BATCH) == batch and trial.state != TrialState.FAIL
-    ]
-
-
-def _digest(points: Sequence[dict[str, Any]]) -> str:
-    text = json.dumps(points, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _restored(trial: FrozenTrial) -> Measured:
-    kept = trial.user_attrs
-    return Measured(
-        kl=kept["kl"],
-        nll=kept["nll"],
-        evaluations=kept["evaluations"],
-        given_up=trial.state == TrialState.PRUNED,
-        seconds=kept["seconds"],
-    )
+            self._retry(self._storage.set_trial_state_values, trial_id, TrialState.FAIL)

@@ -38,7 +38,7 @@ from a2sf.errors import InvalidArgument, Unavailable
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PATIENCE = 300.0
+MAX_OUTAGE = 300.0
 """Seconds that a database may be unavailable before a worker gives up."""
 
 _LONGEST_PAUSE = 5.0
@@ -70,7 +70,7 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
         except Exception as error:
             raise InvalidArgument(
                 "storage",
-                f"{journal} is not a whole journal ({type(error).__name__}: {error}); move it "
+                f"{journal} is not a complete journal ({type(error).__name__}: {error}); move it "
                 "away, or use another --out",
             ) from error
     kind = url.split(":", 1)[0]
@@ -85,8 +85,8 @@ def open_storage(url: str | None, journal: Path) -> tuple[BaseStorage, str]:
     except Exception as error:
         if is_outage(error):
             raise Unavailable(
-                f"storage: the {kind!r} storage cannot be reached ({type(error).__name__}); see "
-                "that it runs and lets this user in, then run the same command again"
+                f"storage: the {kind!r} storage cannot be reached ({type(error).__name__}); check "
+                "that it runs and accepts this user, then run the same command again"
             ) from None
         raise InvalidArgument(
             "storage",
@@ -116,7 +116,7 @@ class KernelLock(BaseJournalFileLock):
         file = Path(self._path).open("r+b")  # noqa: SIM115 - open for as long as it is locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            _mend(file)
+            _remove_torn_line(file)
         except BaseException:
             file.close()
             raise
@@ -130,7 +130,7 @@ class KernelLock(BaseJournalFileLock):
         self._file = None
 
 
-def _mend(file: BinaryIO) -> None:
+def _remove_torn_line(file: BinaryIO) -> None:
     size = file.seek(0, 2)
     if size == 0:
         return
@@ -138,10 +138,10 @@ def _mend(file: BinaryIO) -> None:
     if file.read(1) == b"\n":
         return
     file.seek(0)
-    whole, newline, torn = file.read().rpartition(b"\n")
+    complete_lines, newline, torn = file.read().rpartition(b"\n")
     if not torn.startswith(_RECORD[: len(torn)]):
-        raise ValueError("it ends in something that is no record")
-    file.truncate(len(whole) + len(newline))
+        raise ValueError("its last line is not a record")
+    file.truncate(len(complete_lines) + len(newline))
 
 
 def _open_journal(path: str) -> BaseStorage:
@@ -216,7 +216,7 @@ def is_outage(error: BaseException) -> bool:
     ) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
 
 
-class Patience:
+class OutageRetry:
     """Retries calls to a storage, with growing pauses, while it is unavailable.
 
     A call whose answer was lost is made twice; the caller must ensure that this is harmless.
@@ -232,7 +232,7 @@ class Patience:
             retry=retry_if_exception(is_outage),
             wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
             stop=stop_after_delay(self._seconds),
-            before_sleep=self._tell_start,
+            before_sleep=self._report_start,
         )
         try:
             answer = retrying(call, *args, **kwargs)
@@ -243,16 +243,16 @@ class Patience:
             ) from None
         except Exception:
             # The storage answered, even if with an error.
-            self._tell_end(retrying)
+            self._report_end(retrying)
             raise
-        self._tell_end(retrying)
+        self._report_end(retrying)
         return answer
 
-    def _tell_start(self, state: RetryCallState) -> None:
+    def _report_start(self, state: RetryCallState) -> None:
         if state.attempt_number == 1:
             self._say(f"does not answer; waiting up to {self._seconds:g} s")
 
-    def _tell_end(self, retrying: Retrying) -> None:
+    def _report_end(self, retrying: Retrying) -> None:
         if retrying.statistics["attempt_number"] > 1:
             self._say("is back")
 

@@ -17,7 +17,8 @@ from a2sf.requests import Delta, Failed, Finished, GenerationRequest, Sampling, 
 from tests.driving import engine_for, finished, prompts, request, run, tokens
 from tests.tables import make_table
 from tests.tiny import save_poisoned_llama
-from tuner.evaluation.objective import divergence, effective, full_cache
+from tuner.evaluation.divergence import divergence, full_cache
+from tuner.evaluation.objective import effective
 
 POISON = 250
 SIZES = {"slots": 64, "max_batch": 3, "step_tokens": 8, "cuda_graphs": False}

@@ -53,7 +53,7 @@ def conversation(*contents: str, **options: str) -> Conversation:
     return Conversation(row.messages, "mine.jsonl, line 3")
 
 
-def test_each_answer_counts_and_its_prompt_is_what_the_service_would_read(
+def test_each_answer_counts_and_its_prompt_is_the_service_s(
     model: LoadedModel,
 ) -> None:
     turns = turns_of(model, conversation("Hi", " Hello. ", "And?", "Bye."), 500)
@@ -70,7 +70,7 @@ def test_a_conversation_is_cut_after_the_last_answer_that_fits(model: LoadedMode
     assert turns_of(model, whole, 10) == ()
 
 
-def test_where_the_template_forgets_an_answer_only_those_after_it_count(
+def test_if_the_template_drops_an_answer_only_later_answers_count(
     model: LoadedModel,
 ) -> None:
     model.tokenizer.chat_template = FORGETFUL
@@ -89,7 +89,7 @@ def test_where_the_template_forgets_an_answer_only_those_after_it_count(
         (TURNS, ("Hi", "Hello<eos>Bye"), "a message spells a control token"),
     ],
 )
-def test_what_the_template_refuses_is_told_by_file_and_line(
+def test_messages_that_the_template_refuses_are_reported_with_file_and_line(
     model: LoadedModel, template: str, contents: tuple[str, ...], told: str
 ) -> None:
     model.tokenizer.chat_template = template
@@ -100,7 +100,7 @@ def test_what_the_template_refuses_is_told_by_file_and_line(
     assert told in str(caught.value)
 
 
-def test_a_model_without_a_template_is_told_what_to_give_instead(model: LoadedModel) -> None:
+def test_a_model_without_a_template_is_refused_with_an_alternative(model: LoadedModel) -> None:
     model.tokenizer.chat_template = None
     with pytest.raises(Unsupported, match=r"line 3: found messages, and this model has no chat"):
         turns_of(model, conversation("Hi", "Hello"), 500)

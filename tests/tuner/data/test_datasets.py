@@ -9,7 +9,8 @@ import pytest
 from a2sf.errors import NotFound
 from tests.tuner.conftest import sums, write_rows
 from tuner.data import datasets
-from tuner.data.datasets import REGISTRY, Part, load
+from tuner.data.datasets import REGISTRY, load
+from tuner.data.parts import Part
 from tuner.data.rows import Turn, row_of
 
 
@@ -71,14 +72,16 @@ def test_generated_datasets_ask_different_things_in_the_two_splits(name: str) ->
     dataset = load(name, None)
     asked = []
     for part in (dataset.calibration, dataset.validation):
-        assert part.made is not None
-        groups = [part.made(Random(seed), 20) for seed in range(20)]
+        assert part.generate is not None
+        groups = [part.generate(Random(seed), 20) for seed in range(20)]
         assert all(len(group) > 1 for group in groups) or name == "copy"
         asked.append({(t.question.rsplit("\n", 1)[-1], t.answer) for g in groups for t in g})
     assert not asked[0] & asked[1]
 
 
-def test_an_unknown_name_says_where_was_looked_and_which_names_are_known(tmp_path: Path) -> None:
+def test_an_unknown_name_is_reported_with_the_searched_places_and_known_names(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(NotFound) as caught:
         load("mathq", tmp_path)
     message = str(caught.value)
@@ -121,7 +124,7 @@ def test_a_repository_on_the_hub_is_read_like_a_folder(
     assert "calibration.jsonl" in options["allow_patterns"]  # type: ignore[operator]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_its_reason(
+def test_an_unreachable_hub_is_reported_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def download(repository: str, **options: object) -> str:

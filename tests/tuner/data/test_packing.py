@@ -9,7 +9,9 @@ import pytest
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from tuner.data import packing
-from tuner.data.datasets import Group, Part, Turn, load
+from tuner.data.datasets import load
+from tuner.data.parts import Group, Part
+from tuner.data.rows import Turn
 
 
 def part_of(*turns: Turn) -> Part:
@@ -93,7 +95,7 @@ def test_a_row_that_is_too_long_is_left_out(tiny_model: LoadedModel) -> None:
     assert made == packing.examples(tiny_model, part_of(*QUESTIONS), count=9, length=100, seed=0)
 
 
-def test_of_text_the_first_quarter_is_prompt_and_every_decode_step_counts(
+def test_the_first_quarter_of_text_is_prompt_and_every_decode_step_counts(
     tiny_model: LoadedModel,
 ) -> None:
     text = "".join(f"line {number} of the text\n" for number in range(400))
@@ -178,7 +180,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("shots", [0, 1, 2])
-def test_a_question_stands_after_its_solved_ones_with_every_choice(
+def test_a_question_follows_its_solved_examples_with_every_choice(
     tiny_model: LoadedModel, shots: int
 ) -> None:
     solved = part_of(*QUESTIONS)

@@ -68,7 +68,7 @@ def test_a_document_is_its_text_and_a_conversation_its_messages() -> None:
         ),
         (
             '{"question": "q", "choices": ["secret words", null], "answer": 0}',
-            "where choice 1 is null, not a text that says something",
+            "where choice 1 is null, not a text with words",
         ),
         ('{"question": null, "answer": "secret words"}', "where question is null"),
         ('{"prompt": null, "answers": ["secret words"]}', "where prompt is null"),
@@ -90,7 +90,7 @@ def test_a_document_is_its_text_and_a_conversation_its_messages() -> None:
         ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "nothing is asked"),
     ],
 )
-def test_a_row_of_no_known_form_is_named_by_file_line_and_what_was_found(
+def test_a_row_of_an_unknown_form_is_reported_with_file_line_and_contents(
     tmp_path: Path, row: str, found: str
 ) -> None:
     path = write_rows(tmp_path / "bad.jsonl", sums(0, 2))
@@ -100,7 +100,7 @@ def test_a_row_of_no_known_form_is_named_by_file_line_and_what_was_found(
     told = str(caught.value)
     assert told.startswith(f"dataset: {path}, line 3: found ")
     assert found in told
-    assert all(form.shown in told for form in FORMS)
+    assert all(form.pattern in told for form in FORMS)
     assert "secret words" not in told
 
 
@@ -121,7 +121,7 @@ def test_rows_are_read_after_a_byte_order_mark_and_between_blank_lines(
 
 def test_every_example_of_the_guide_is_a_row_of_the_form_beside_it() -> None:
     rows = re.findall(r"^\| `(\{.*?\})` \| `(\{.*?\})` \|", GUIDE.read_text("utf-8"), re.MULTILINE)
-    assert [shown for shown, _ in rows] == [form.shown for form in FORMS]
+    assert [shown for shown, _ in rows] == [form.pattern for form in FORMS]
     for form, (_, example) in zip(FORMS, rows, strict=True):
         read: Row = row_of(json.loads(example))
         assert read == form.read(json.loads(example))

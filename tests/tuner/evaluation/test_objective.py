@@ -17,7 +17,8 @@ from a2sf.policy import CachePolicy
 from a2sf.schema import TablePolicy
 from tuner.data import packing
 from tuner.data.datasets import load
-from tuner.evaluation.objective import Candidate, Objective, divergence, effective
+from tuner.evaluation.divergence import divergence, full_cache
+from tuner.evaluation.objective import Candidate, Objective, effective
 
 ALPHAS = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.95))
 
@@ -48,9 +49,7 @@ def objective(tiny_model: LoadedModel, examples: list[Example]) -> Objective:
 @pytest.mark.parametrize(
     "policy", [table(budget=128, budget_ratio=None), CachePolicy(preset="full")]
 )
-def test_a_cache_that_holds_everything_costs_nothing(
-    objective: Objective, policy: Candidate
-) -> None:
+def test_a_cache_without_eviction_costs_nothing(objective: Objective, policy: Candidate) -> None:
     cost = objective.cost(policy)
     assert np.abs(cost.kl).max() < 1e-6
     np.testing.assert_allclose(cost.nll, objective.full_nll, atol=1e-5)
@@ -94,20 +93,20 @@ def test_a_candidate_is_resolved_by_the_rules_that_serving_uses(tiny_model: Load
 
 
 @pytest.mark.parametrize("floor", [None, 64, 1000])
-def test_a_ratio_is_that_very_ratio_while_candidates_are_compared(
+def test_a_minimum_budget_does_not_raise_the_ratio_of_a_candidate(
     tiny_model: LoadedModel, floor: int | None
 ) -> None:
     # A server would raise 20 slots to the table's floor.
     assert effective(table(min_budget=floor), tiny_model, 100).budget == 20
-    wish = CachePolicy(preset="h2o", budget_ratio=0.05)
-    assert effective(wish, tiny_model, 100).budget == 5
+    requested_policy = CachePolicy(preset="h2o", budget_ratio=0.05)
+    assert effective(requested_policy, tiny_model, 100).budget == 5
 
 
 def test_a_fixed_budget_may_be_larger_than_an_example(tiny_model: LoadedModel) -> None:
     assert effective(table(budget=300, budget_ratio=None), tiny_model, 100).budget == 300
 
 
-def test_starting_from_what_is_kept_below_a_layer_changes_no_cost(
+def test_starting_from_a_stored_layer_input_changes_no_cost(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     kept = Objective(tiny_model, examples, label="kept")
@@ -200,12 +199,12 @@ def test_positions_cost_the_same_however_many_are_compared_at_once(
     numbers: int,
 ) -> None:
     policy = effective(table(), tiny_model, len(examples[0].token_ids))
-    full = tuner.evaluation.objective.full_cache(tiny_model, examples[:1])[0].clone()
+    full = full_cache(tiny_model, examples[:1])[0].clone()
     (found,) = teacher_forcing.predict(tiny_model, examples[:1], [policy])
     found = replace(found, logits=found.logits.clone())
     # What the model rules out in both costs nothing.
     full[:, 7] = found.logits[:, 7] = -torch.inf
-    monkeypatch.setattr(tuner.evaluation.objective, "_NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr("tuner.evaluation.divergence._NUMBERS_PER_COMPARISON", numbers)
     kl, nll = divergence(examples[0], found, full)
     log_q = found.logits.double().log_softmax(dim=-1)
     terms = full.double().exp() * (full.double() - log_q)

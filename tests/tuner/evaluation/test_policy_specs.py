@@ -13,11 +13,11 @@ from tests.tables import make_table
 from tuner.evaluation import policy_specs
 from tuner.evaluation.objective import effective
 from tuner.evaluation.results import Size
-from tuner.evaluation.rivals import AdaKV, Pyramid
+from tuner.evaluation.slot_rules import AdaKV, Pyramid
 
 
 @pytest.mark.parametrize(
-    ("written", "wish"),
+    ("written", "requested_policy"),
     [
         ("full", CachePolicy(preset="full")),
         ("window", CachePolicy(preset="window", sinks=4)),
@@ -32,18 +32,28 @@ from tuner.evaluation.rivals import AdaKV, Pyramid
         ("pyramid:.98:.25", CachePolicy(alpha=0.98, recent_share=0.25, sinks=4)),
     ],
 )
-def test_a_policy_is_read_as_it_is_written(
-    tiny_model: LoadedModel, written: str, wish: CachePolicy
+def test_a_policy_string_is_parsed_to_its_fields(
+    tiny_model: LoadedModel, written: str, requested_policy: CachePolicy
 ) -> None:
     (found,) = policy_specs.parse(written, tiny_model)
-    assert (found.name, found.wish) == (written, wish)
+    assert (found.name, found.requested_policy) == (written, requested_policy)
     assert found.has_size == (written != "full")
 
 
 def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
     found = policy_specs.parse("window, a2sf", tiny_model)
-    assert {policy.wish.alpha for policy in found[1:]} == {0.0, 0.5, 0.9, 0.98, 0.99, 1.0}
-    assert {policy.wish.recent_share or policy.wish.recent for policy in found[1:]} == {0, 0.5}
+    assert {policy.requested_policy.alpha for policy in found[1:]} == {
+        0.0,
+        0.5,
+        0.9,
+        0.98,
+        0.99,
+        1.0,
+    }
+    assert {
+        policy.requested_policy.recent_share or policy.requested_policy.recent
+        for policy in found[1:]
+    } == {0, 0.5}
     assert len(found) == 13
 
 
@@ -53,7 +63,7 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
         ("", "none given; accepted: full; window"),
         ("snapkv", "'snapkv'; accepted: full; window"),
         ("full:3", "'full:3'; accepted"),
-        ("h2o:x", "'x' is no number"),
+        ("h2o:x", "'x' is not a number"),
         ("a2sf:1.5", "1.5; accepted: 0 to 1"),
         ("a2sf:nan", "nan; accepted: 0 to 1"),
         ("random:-1", "-1; accepted"),
@@ -62,7 +72,9 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
         ("../mathqa", "accepted: full"),
     ],
 )
-def test_what_cannot_be_read_is_told(tiny_model: LoadedModel, written: str, told: str) -> None:
+def test_unreadable_policies_are_refused_with_the_accepted_forms(
+    tiny_model: LoadedModel, written: str, told: str
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
         policy_specs.parse(written, tiny_model)
     assert told in str(caught.value)
@@ -86,9 +98,9 @@ def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
     (found,) = policy_specs.parse("pyramid:.9", tiny_model)
     at = found.at(Size(ratio=0.4), prefill_chunk=7, seed=0)
     assert at == Pyramid(
-        equal=found.wish.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
+        equal=found.requested_policy.model_copy(update={"budget_ratio": 0.4, "prefill_chunk": 7})
     )
-    assert "as PyramidKV deals them, uniform alpha 0.9" in found.description
+    assert "as PyramidKV splits them, uniform alpha 0.9" in found.description
 
 
 def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
@@ -96,8 +108,10 @@ def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
 ) -> None:
     (found,) = policy_specs.parse("adakv:.9", tiny_model)
     at = found.at(Size(slots=30), prefill_chunk=7, seed=0)
-    assert at == AdaKV(equal=found.wish.model_copy(update={"budget": 30, "prefill_chunk": 7}))
-    assert "as AdaKV deals them at the end of each prompt" in found.description
+    assert at == AdaKV(
+        equal=found.requested_policy.model_copy(update={"budget": 30, "prefill_chunk": 7})
+    )
+    assert "as AdaKV splits them at the end of each prompt" in found.description
 
 
 def test_a_table_of_another_model_and_a_missing_file_are_refused(
@@ -118,7 +132,9 @@ def test_the_shipped_table_is_known_by_its_name(reference_model: LoadedModel) ->
 @pytest.mark.parametrize(
     "written", ["full", "window", "h2o", "tova_per_head", "random", "a2sf:.9", "pyramid", "adakv"]
 )
-def test_every_description_says_what_is_protected(tiny_model: LoadedModel, written: str) -> None:
+def test_every_description_names_the_protected_tokens(
+    tiny_model: LoadedModel, written: str
+) -> None:
     (found,) = policy_specs.parse(written, tiny_model)
     assert ("sinks 4" in found.description) == (written != "full")
 

@@ -14,7 +14,7 @@ from tuner.evaluation.statistics import (
 )
 
 
-def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+def test_an_interval_covers_the_true_mean_at_about_its_confidence() -> None:
     rng = np.random.default_rng(0)
     runs, covered = 300, 0
     for run in range(runs):

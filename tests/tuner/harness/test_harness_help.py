@@ -24,7 +24,7 @@ from tuner.harness.arguments import Arguments
         ("--model a2sf --tasks help", False),
     ],
 )
-def test_help_is_ours_too_where_it_says_how_to_run(arguments: str, asks: bool) -> None:
+def test_general_help_begins_with_the_arguments_of_the_model(arguments: str, asks: bool) -> None:
     assert asks_for_help(arguments.split()) == asks
 
 
@@ -42,7 +42,7 @@ def test_the_harness_shows_the_arguments_of_our_model_before_its_own_help(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    ours, own, theirs = done.stdout.partition("What follows is lm-eval's own help.")
+    ours, own, theirs = done.stdout.partition("The help of lm-eval follows.")
     assert own
     assert "usage: lm-eval" in theirs
     for name, field in Arguments.model_fields.items():

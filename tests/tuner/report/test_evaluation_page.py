@@ -159,7 +159,16 @@ def test_the_full_cache_is_a_reference_and_no_curve() -> None:
     assert not any("accuracy" in label for label in labels)
 
 
-def test_every_line_has_its_name_but_the_settings_that_are_best_nowhere() -> None:
+@pytest.mark.parametrize("metric", ["accuracy", "NLL, nats"])
+def test_the_line_of_the_full_cache_ends_before_the_names_of_curves(metric: str) -> None:
+    drawn = svg_of(render(evaluation()), f"{metric} over")
+    (line,) = re.findall(r'<path d="M [\d.]+ [\d.]+ +L ([\d.]+) [^>]*stroke-dasharray', drawn)
+    names = re.findall(r'x="([\d.]+)"[^>]*>(?:h2o|window|a2sf:0.5)</text>', drawn)
+    assert len(names) == 3
+    assert all(float(line) < float(x) for x in names)
+
+
+def test_every_line_has_a_name_except_settings_that_are_best_at_no_size() -> None:
     document = evaluation(names=NAMES, sizes=RATIOS, tables=[table()])
     best = {document.best_a2sf("mathqa, 1-shot", size).policy for size in RATIOS}  # type: ignore[union-attr]
     drawn = svg_of(render(document), "KL to the full cache, nats over")
@@ -178,7 +187,7 @@ def test_a_dark_page_recolours_all_ink_lines_and_paper_of_its_pictures() -> None
         assert f"stroke: {colour}" in text.split("</style>")[0]
 
 
-def test_no_picture_is_wider_than_a_phone_at_its_least() -> None:
+def test_pictures_shrink_to_the_width_of_a_phone() -> None:
     text = render(evaluation(names=NAMES, sizes=RATIOS, tables=[table()]))
     drawn = re.findall(r"<svg[^>]*style=\"width: (\d+)px(?:; min-width: (\d+)px)?\"", text)
     assert len(drawn) > 8
@@ -244,7 +253,7 @@ def test_a_map_of_many_heads_is_coloured_and_not_printed() -> None:
         ("kl", -0.3, 0.02, "not significant"),  # .06 after the correction
     ],
 )
-def test_a_comparison_says_in_words_what_it_shows(
+def test_a_comparison_has_a_verdict_in_words(
     metric: Metric, mean: float, p: float, words: str
 ) -> None:
     document = evaluation()
@@ -263,7 +272,7 @@ def test_small_figures_keep_their_digits() -> None:
     assert "4.2e-04 [3.8e-04, 4.8e-04]" in page
 
 
-def test_what_is_only_rounding_shows_as_zero() -> None:
+def test_rounding_errors_are_shown_as_zero() -> None:
     document = evaluation()
     full = document.cells[0].model_copy(
         update={"kl": Estimate(mean=-9.5e-9, low=-1.6e-8, high=-1.4e-9)}

@@ -14,8 +14,8 @@ from tests.tables import BASELINES, IDENTITY, STAGES, brought_up, fitted_table, 
 from tests.tuner.pages import RATIOS, Page, evaluation
 from tuner.__main__ import main
 from tuner.evaluation.results import Evaluation, Policy
+from tuner.report.sentences import advice_line, caution_line, half_life, slots, verdict_line
 from tuner.report.table_page import load_evaluation, render
-from tuner.report.terminal import advice_line, caution_line, half_life, slots, verdict_line
 
 LARGE = IDENTITY.model_copy(update={"num_layers": 32, "num_kv_heads": 8})
 
@@ -80,7 +80,7 @@ def test_a_table_from_before_p_values_and_stages_has_no_place_for_them() -> None
     assert len(page.pictures()) == 2
 
 
-def test_stages_are_told_and_drawn_in_order() -> None:
+def test_stages_are_listed_and_drawn_in_order() -> None:
     text = render(fitted_table(IDENTITY))
     page = Page(text)
     assert page.under("Stages of the search")[1:] == [
@@ -105,15 +105,15 @@ def test_stages_are_told_and_drawn_in_order() -> None:
     assert "took 26 min. Measuring took 50 min" in text
 
 
-def test_the_verdict_comes_first_and_then_what_it_rests_on() -> None:
+def test_the_verdict_comes_before_its_reasons() -> None:
     table = fitted_table(IDENTITY)
     text = render(table, together(table))
     parts = [
         "the table costs less than the best uniform alpha (.93, recent half, sinks 4): "
         "table minus uniform -0.0130 [-0.0156, -0.0097] nats, -21\u00a0%.",
-        ">What was compared<",
-        ">What is remembered, and where<",
-        ">How it was found<",
+        ">Comparison at equal budget<",
+        ">Alphas and slots by head<",
+        ">Search<",
         ">Provenance<",
         ">Quality over budgets<",
     ]
@@ -143,13 +143,13 @@ def test_the_page_says_whether_to_use_the_table_and_is_not_green_from_few_exampl
     assert '<p class="verdict better">' not in text
 
 
-def test_a_table_that_is_uniform_says_so() -> None:
+def test_the_page_of_a_uniform_table_calls_it_uniform() -> None:
     said = "The file carries the best uniform setting"
     assert said in render(make_table(IDENTITY, alpha=((0.9, 0.9),) * 2))
     assert said not in render(fitted_table(IDENTITY))
 
 
-def test_unequal_slots_stand_beside_the_map_and_equal_ones_nowhere() -> None:
+def test_unequal_slots_are_drawn_beside_the_alphas() -> None:
     text = render(make_table(IDENTITY, head_share=((6.0, 2.0), (3.0, 1.0))))
     assert text.count("2.00x") == 2  # in the picture and in the figures
     assert text.count("0.33x") == 2
@@ -176,7 +176,7 @@ def test_costs_further_apart_than_a_decade_have_a_log_axis() -> None:
     assert ticks(uniform=0.06, random=0.1) == ["0.05", "0.06", "0.07", "0.08", "0.09", "0.10"]
 
 
-def test_the_file_is_known_by_what_the_page_says(rendered: tuple[AlphaTable, str]) -> None:
+def test_the_data_file_has_the_name_that_the_page_says(rendered: tuple[AlphaTable, str]) -> None:
     table, text = rendered
     for said in (
         table.name,
@@ -184,7 +184,7 @@ def test_the_file_is_known_by_what_the_page_says(rendered: tuple[AlphaTable, str
         table.model.fingerprint,
         table.calibration.data_sha256,
         f"{table.calibration.tokens} tokens, seed {table.calibration.seed}",
-        f"{table.search.trials} tables by {table.search.sampler}, study",
+        f"{table.search.trials} trials by {table.search.sampler}, study",
         f"by version {table.tool_version}",
         table.created_at.strftime("%Y-%m-%d %H:%M"),
         f"sinks {table.policy.sinks}, recent",
@@ -258,7 +258,7 @@ def together(table: AlphaTable, **options: Any) -> Evaluation:
     return evaluation(**{"tables": [policy], "model": table.model, **options})
 
 
-def test_an_evaluation_of_the_table_adds_its_curves_and_what_they_show(tmp_path: Path) -> None:
+def test_an_evaluation_of_the_table_adds_curves_and_comparisons(tmp_path: Path) -> None:
     table = fitted_table(IDENTITY)
     document = together(table)
     path = tmp_path / "e.json"
@@ -313,7 +313,7 @@ def test_a_foreign_evaluation_is_refused(tmp_path: Path, written: str, told: str
     assert len(str(caught.value)) < 400
 
 
-def test_an_evaluation_that_is_not_there_is_told() -> None:
+def test_a_missing_evaluation_is_reported() -> None:
     with pytest.raises(NotFound, match=r"^--evaluation /nowhere: No such file or directory$"):
         load_evaluation(Path("/nowhere"), fitted_table(IDENTITY))
 

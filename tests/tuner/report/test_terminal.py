@@ -9,17 +9,16 @@ from rich.console import Console
 from a2sf.model.loader import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
 from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
-from tuner.report.terminal import (
-    FEW,
+from tuner.report.sentences import (
+    FEW_EXAMPLES,
     advice_line,
     caution_line,
     half_life,
-    heat_map,
     is_uniform,
     policy_line,
-    show,
     verdict_line,
 )
+from tuner.report.terminal import heat_map, show
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
@@ -38,7 +37,7 @@ def judged(model: LoadedModel, verdict: str, alpha: Any, gap: tuple[float, ...])
     return table.model_copy(update={"evidence": evidence})
 
 
-def test_a_win_is_told_with_its_interval_and_share(tiny_model: LoadedModel) -> None:
+def test_a_better_table_is_reported_with_interval_and_share(tiny_model: LoadedModel) -> None:
     line = verdict_line(judged(tiny_model, "better", TABLE, (-0.05, -0.07, -0.03)))
     assert line == (
         "Better: on held-out examples the table costs less than the best uniform alpha "
@@ -48,9 +47,12 @@ def test_a_win_is_told_with_its_interval_and_share(tiny_model: LoadedModel) -> N
 
 @pytest.mark.parametrize(
     ("alpha", "carried"),
-    [(UNIFORM, "carries that uniform alpha"), (TABLE, "carries the table all the same, as asked")],
+    [
+        (UNIFORM, "carries that uniform alpha"),
+        (TABLE, "carries the fitted table, as --keep-table asked"),
+    ],
 )
-def test_without_a_win_the_line_says_what_the_file_carries(
+def test_the_verdict_of_a_table_that_is_not_better_names_the_contents_of_the_file(
     tiny_model: LoadedModel, alpha: Any, carried: str
 ) -> None:
     line = verdict_line(judged(tiny_model, "no_better_than_uniform", alpha, (0.01, -0.01, 0.03)))
@@ -64,7 +66,7 @@ def told(**evidence: Any) -> AlphaTable:
     return table.model_copy(update={"evidence": table.evidence.model_copy(update=evidence)})
 
 
-def test_the_advice_says_what_is_lost_against_the_full_cache_and_whether_to_use_the_table() -> None:
+def test_the_advice_has_the_loss_and_a_recommendation() -> None:
     lost = Estimate(mean=0.011, low=0.005, high=0.017)
     assert advice_line(told(lost_nll=lost)) == (
         "Use this table: it loses 0.048 nats of KL a token against the full cache, and the true "
@@ -80,7 +82,7 @@ def test_the_advice_says_what_is_lost_against_the_full_cache_and_whether_to_use_
 
 
 @pytest.mark.parametrize("verdict", ["better", "no_better_than_uniform"])
-def test_a_cache_that_changes_what_the_model_says_is_never_recommended(verdict: str) -> None:
+def test_a_cache_with_a_high_kl_is_never_recommended(verdict: str) -> None:
     poor = Estimate(mean=4.63, low=4.2, high=5.1)
     line = advice_line(told(verdict=verdict, table=poor, lost_nll=poor))
     assert line.startswith("The budget is too small to serve well: it loses 4.63 nats")
@@ -89,13 +91,18 @@ def test_a_cache_that_changes_what_the_model_says_is_never_recommended(verdict: 
 
 def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
     assert caution_line(told()) is None
-    few = caution_line(told(examples=FEW - 1))
+    few = caution_line(told(examples=FEW_EXAMPLES - 1))
     assert few is not None
-    assert few.startswith(f"Few examples: {FEW - 1} held-out examples give rough intervals")
+    assert few.startswith(
+        f"Few examples: {FEW_EXAMPLES - 1} held-out examples give rough intervals"
+    )
     none = caution_line(told(examples=4))
     assert none is not None
-    assert "4 held-out examples cannot show a difference once 5 comparisons are paid for" in none
-    assert "8 at the least" in none
+    assert (
+        "4 held-out examples cannot show a difference after the correction for 5 comparisons"
+        in none
+    )
+    assert "at least 8" in none
 
 
 def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:
@@ -114,7 +121,7 @@ def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:
         ((0.0, 0.0, 4), "(0, recent 0, sinks 4)"),
     ],
 )
-def test_the_bar_is_named_with_all_that_it_sets(
+def test_the_best_uniform_setting_is_printed_with_all_its_values(
     setting: tuple[float, float, int], words: str
 ) -> None:
     alpha, recent_share, sinks = setting
@@ -123,7 +130,7 @@ def test_the_bar_is_named_with_all_that_it_sets(
     assert f"alpha {words}: table minus" in verdict_line(fitted_table(IDENTITY, evidence=evidence))
 
 
-def test_where_the_best_uniform_setting_was_not_kept_it_is_not_invented() -> None:
+def test_old_tables_without_a_best_uniform_setting_show_none() -> None:
     evidence = fitted_table(IDENTITY).evidence.model_copy(update={"uniform": None})
     line = verdict_line(fitted_table(IDENTITY, evidence=evidence))
     assert "less than the best uniform alpha: table minus" in line
@@ -154,7 +161,7 @@ def test_stages_are_a_line_each_in_order() -> None:
     )
 
 
-def test_p_after_holm_stands_beside_each_paired_difference() -> None:
+def test_each_paired_difference_has_its_corrected_p() -> None:
     lines = shown(fitted_table(IDENTITY))
     (head,) = (i for i, line in enumerate(lines) if line.endswith("p after Holm"))
     for line, (name, (_, p)) in zip(lines[head + 2 :], BASELINES.items(), strict=False):
@@ -166,7 +173,7 @@ def test_a_table_from_before_stages_were_kept_prints_none() -> None:
     assert not [line for line in lines if "stage" in line or "Holm" in line or "slots" in line]
 
 
-def test_unequal_slots_are_told_in_multiples_of_the_budget() -> None:
+def test_unequal_slots_are_printed_in_multiples_of_the_budget() -> None:
     table = make_table(IDENTITY, head_share=((6.0, 2.0), (3.0, 1.0)))
     lines = drawn(table).splitlines()
     assert "slots in multiples of the budget" in lines[0]
@@ -209,7 +216,7 @@ def test_the_heat_map_of_many_heads_is_not_wrapped(tiny_model: LoadedModel) -> N
     assert max(map(len, lines)) > 280
 
 
-def test_a_policy_is_told_in_the_units_of_its_table(tiny_model: LoadedModel) -> None:
+def test_a_policy_line_uses_the_units_of_its_table(tiny_model: LoadedModel) -> None:
     fixed = make_table(tiny_model.identity, prefill_chunk=16).policy
     assert policy_line(fixed) == (
         "budget 24 tokens, sinks 2, recent 4 tokens, prefill in blocks of 16"
@@ -223,7 +230,7 @@ def test_a_policy_is_told_in_the_units_of_its_table(tiny_model: LoadedModel) -> 
         assert line.startswith(f"budget 0.2 of the length{words}, sinks 2, ")
 
 
-def test_a_name_with_brackets_is_printed_as_it_stands(tiny_model: LoadedModel) -> None:
+def test_a_name_with_brackets_is_printed_unchanged(tiny_model: LoadedModel) -> None:
     # Console markup reads [bold] as a colour; provenance is data.
     identity = tiny_model.identity.model_copy(update={"id": "[bold]m[/bold]"})
     file = StringIO()

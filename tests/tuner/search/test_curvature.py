@@ -14,15 +14,16 @@ from a2sf.policy import EffectivePolicy
 from a2sf.schema import UniformSetting
 from tuner.data import packing
 from tuner.data.datasets import load
-from tuner.evaluation.objective import divergence, effective, full_cache
+from tuner.evaluation.divergence import divergence, full_cache
+from tuner.evaluation.objective import effective
 from tuner.search import curvature
-from tuner.search.space import Frame
+from tuner.search.space import FitSpec
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=2)
 
 
-def frame(ratio: float, chunk: int = 0) -> Frame:
-    return Frame(3, 2, budget=None, budget_ratio=ratio, prefill_chunk=chunk)
+def spec(ratio: float, chunk: int = 0) -> FitSpec:
+    return FitSpec(3, 2, budget=None, budget_ratio=ratio, prefill_chunk=chunk)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,12 @@ def alone(policy: EffectivePolicy, layer: int, head: int, length: int) -> Effect
     )
 
 
-def test_it_foretells_what_each_head_costs_alone(
+def test_the_estimate_predicts_the_cost_of_each_head_alone(
     unpacked: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So many draws that the estimate's own error is a few hundredths.
     monkeypatch.setattr(curvature, "SAMPLES", 400)
-    at = frame(0.5)
+    at = spec(0.5)
     policy = at.policy(at.uniform(SETTING))
     found = curvature.effects(unpacked, examples, [policy]).square().mean(dim=(0, 1))[..., 0] / 2
     true = torch.zeros(3, 2, dtype=torch.float64)
@@ -77,10 +78,10 @@ def test_it_foretells_what_each_head_costs_alone(
     assert spearmanr(found.flatten(), true.flatten()).statistic > 0.8
 
 
-def test_a_budget_that_holds_everything_moves_nothing(
+def test_a_budget_of_the_whole_length_changes_no_output(
     unpacked: LoadedModel, examples: list[Example]
 ) -> None:
-    at = Frame(3, 2, budget=200, budget_ratio=None, prefill_chunk=0)
+    at = FitSpec(3, 2, budget=200, budget_ratio=None, prefill_chunk=0)
     found = curvature.effects(unpacked, examples[:1], [at.policy(at.uniform(SETTING))])
     assert found.abs().max() < 1e-9
 
@@ -89,7 +90,7 @@ def test_a_budget_that_holds_everything_moves_nothing(
 def test_rows_and_policies_stand_for_themselves(
     unpacked: LoadedModel, examples: list[Example], chunk: int
 ) -> None:
-    frames = [frame(ratio, chunk) for ratio in (0.2, 0.5)]
+    frames = [spec(ratio, chunk) for ratio in (0.2, 0.5)]
     policies = [at.policy(at.uniform(SETTING)) for at in frames]
     short = Example(
         token_ids=examples[0].token_ids[:40],
@@ -105,10 +106,8 @@ def test_rows_and_policies_stand_for_themselves(
             torch.testing.assert_close(single[0, ..., 0], together[number, ..., place])
 
 
-def test_what_is_told_of_the_work_is_what_is_done(
-    unpacked: LoadedModel, examples: list[Example]
-) -> None:
-    at = frame(0.3)
+def test_the_reported_work_is_the_work_done(unpacked: LoadedModel, examples: list[Example]) -> None:
+    at = spec(0.3)
     ticks: list[int] = []
     curvature.effects(
         unpacked, examples[:1], [at.policy(at.uniform(SETTING))], lambda: ticks.append(1)
@@ -119,7 +118,7 @@ def test_what_is_told_of_the_work_is_what_is_done(
 def test_heads_of_one_layer_do_not_influence_each_other(
     unpacked: LoadedModel, examples: list[Example]
 ) -> None:
-    at = frame(0.3)
+    at = spec(0.3)
     setting = at.uniform(SETTING)
     both = at.policy(setting)
     one = at.policy(setting.with_head(1, 0, 0.0))
@@ -132,7 +131,7 @@ def test_a_model_in_half_precision_foretells_the_same(
     unpacked: LoadedModel, tiny_model_dir: Path, examples: list[Example]
 ) -> None:
     half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
-    policies = [frame(0.3).policy(frame(0.3).uniform(SETTING))]
+    policies = [spec(0.3).policy(spec(0.3).uniform(SETTING))]
     one, other = (
         curvature.effects(model, examples, policies).square().mean(dim=(0, 1))
         for model in (half, unpacked)

@@ -7,13 +7,13 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
-from tests.tuner.planted import FRAME, Clock, Planted, Timed, table, trials_of
-from tuner.search.moves import Climb, stepped
+from tests.tuner.planted import SPEC, Clock, Planted, Timed, table, trials_of
+from tuner.search.moves import CoordinateSearch, stepped
 from tuner.search.space import LOG_TAU_MAX, Setting, alpha_of
 from tuner.search.trials import Trials
 from tuner.search.uniform import best_uniform
 
-START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+START = SPEC.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 BY_LAYER = table((0.0, 0.0), (0.9, 0.9), (0.995, 0.995))
 BY_HEAD = table((0.0, 0.9), (0.99, 0.9), (0.9, 1.0))
 
@@ -23,15 +23,17 @@ def layers_of(setting: Setting) -> list[float]:
     return [sum(row) / len(row) for row in setting.head_share]
 
 
-def climb(planted: Planted, *stages: str, most: int = 1000, storage: Any = None) -> Climb:
+def climb(
+    planted: Planted, *stages: str, most: int = 1000, storage: Any = None
+) -> CoordinateSearch:
     trials = trials_of(planted, storage)
     with trials.stage("start", 1):
         (start,) = trials.measure("start", [START])
-    found = Climb(trials, start)
+    found = CoordinateSearch(trials, start)
     for stage in stages:
         with trials.stage(stage, most):
             getattr(found, stage)()
-            most = trials.left
+            most = trials.trials_left
     return found
 
 
@@ -49,14 +51,14 @@ def test_each_heads_alpha_is_found_and_several_are_taken_together() -> None:
     assert together
 
 
-def test_slots_go_where_they_are_worth_more() -> None:
+def test_heads_with_higher_costs_get_more_slots() -> None:
     target = table(*START.alpha, share=(0.5, 2.0, 0.5))
     found = climb(Planted(target), "slots").best.setting
     assert layers_of(found) == pytest.approx((0.5, 2.0, 0.5), rel=0.2)
     assert found.alpha == START.alpha
 
 
-def test_protection_is_chosen_anew() -> None:
+def test_protection_is_chosen_again() -> None:
     target = Setting(START.alpha, START.head_share, 0.5, 0)
     assert climb(Planted(target), "protection").best.setting == target
 
@@ -69,7 +71,7 @@ def test_polishing_goes_between_the_values_of_the_first_rounds() -> None:
     assert found.head_share == START.head_share
 
 
-def test_polishing_deals_slots_only_where_they_are_unequal() -> None:
+def test_polishing_changes_slots_only_if_they_are_unequal() -> None:
     target = table(*START.alpha, share=(0.6, 1.8, 0.6))
     assert climb(Planted(target), "polish").best.setting.head_share == START.head_share
     planted = Planted(target)
@@ -77,7 +79,7 @@ def test_polishing_deals_slots_only_where_they_are_unequal() -> None:
     assert layers_of(polished) == pytest.approx(layers_of(target), rel=0.15)
 
 
-def test_where_nothing_costs_less_the_start_is_kept() -> None:
+def test_the_start_is_kept_if_no_setting_costs_less() -> None:
     found = climb(Planted(START), "slots", "layers", "heads", "protection", "polish")
     assert found.best.setting == START
 
@@ -91,7 +93,7 @@ def test_the_heads_of_the_layer_that_matters_most_come_first() -> None:
     trials = trials_of(planted)
     with trials.stage("start", 1):
         (start,) = trials.measure("start", [START])
-    found = Climb(trials, start)
+    found = CoordinateSearch(trials, start)
     with trials.stage("layers", 100):
         found.layers()
     with trials.stage("heads", 1):
@@ -113,7 +115,7 @@ def test_a_search_run_again_measures_nothing_and_ends_the_same() -> None:
 
 
 @pytest.mark.parametrize("fewer", [1, 9, 60])
-def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
+def test_a_search_continues_with_more_trials(fewer: int) -> None:
     """What it comes to is what it would have come to with that many from the start."""
     storage = InMemoryStorage()
     stages = ("slots", "layers", "heads", "polish")
@@ -124,17 +126,17 @@ def test_a_search_goes_on_with_more_trials(fewer: int) -> None:
     assert len(planted.calls) < len(whole.calls) or fewer == 1
 
 
-def timed_fit(clock: Clock, storage: Any, minutes: float) -> tuple[Trials, Timed, Climb]:
+def timed_fit(clock: Clock, storage: Any, minutes: float) -> tuple[Trials, Timed, CoordinateSearch]:
     """The bar and all coordinate stages, where an example takes a tenth of a second."""
     planted = Timed(clock, 0.1, BY_HEAD)
     trials = trials_of(planted, storage, minutes)
     _, best = best_uniform(trials, 500)
-    found = Climb(trials, best)
+    found = CoordinateSearch(trials, best)
     most = 500
     for stage in ("slots", "layers", "heads", "protection", "polish"):
         with trials.stage(stage, most):
             getattr(found, stage)()
-            most = trials.left
+            most = trials.trials_left
     return trials, planted, found
 
 
@@ -146,10 +148,10 @@ def test_the_time_ends_every_stage_and_a_third_is_left_for_the_proof(
     # No more than the trial that was under way, and what a rung of the grid takes at the least.
     assert trials.seconds_spent < 40 * minutes + 2 * 3.2
     assert trials.seconds_left > 20 * minutes - 2 * 3.2
-    assert trials.accounts["slots"].trials > 0
+    assert trials.stage_totals["slots"].trials > 0
 
 
-def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clock) -> None:
+def test_a_search_ended_by_the_time_continues_with_more_time(clock: Clock) -> None:
     storage = InMemoryStorage()
     first, measured, found = timed_fit(clock, storage, 0.5)
     again, nothing, same = timed_fit(clock, storage, 0.5)
@@ -168,7 +170,7 @@ def test_a_search_ended_by_the_time_is_replayed_and_goes_on_with_more(clock: Clo
 def test_trials_end_a_stage_in_the_middle() -> None:
     planted = Planted(BY_HEAD)
     found = climb(planted, "layers", "heads", most=13)
-    tables = {policy for policy, _ in planted.calls} - {FRAME.policy(START)}
+    tables = {policy for policy, _ in planted.calls} - {SPEC.policy(START)}
     assert len(tables) <= 13
     assert planted.exact(found.best.setting) <= planted.exact(START)
 

@@ -7,13 +7,13 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
-from tests.tuner.planted import FRAME, Planted, table, trials_of
+from tests.tuner.planted import SPEC, Planted, table, trials_of
 from tuner.search import samplers
-from tuner.search.moves import Climb
+from tuner.search.moves import CoordinateSearch
 from tuner.search.samplers import Space, by_depth, by_layer, every_head
 from tuner.search.space import Setting
 
-START = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+START = SPEC.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 UNLIKE = table((0.0, 0.5), (0.95, 0.99), (1.0, 0.3), share=(0.5, 2.0, 0.5))
 LAYERS = table((0.0, 0.0), (0.95, 0.95), (1.0, 1.0), share=(0.5, 2.0, 0.5))
 
@@ -27,7 +27,7 @@ LAYERS = table((0.0, 0.0), (0.95, 0.95), (1.0, 1.0), share=(0.5, 2.0, 0.5))
         (by_depth(START), START),
     ],
 )
-def test_the_start_of_a_space_stands_for_the_best_setting(space: Space, best: object) -> None:
+def test_the_start_of_a_space_represents_the_best_setting(space: Space, best: object) -> None:
     assert space.start.keys() == space.ranges.keys()
     assert all(
         space.ranges[n][0] <= value <= space.ranges[n][1] for n, value in space.start.items()
@@ -44,7 +44,7 @@ FAR = replace(LAYERS, head_share=((0.05,) * 2, (2.9,) * 2, (0.05,) * 2), sinks=1
 
 
 @pytest.mark.parametrize("name", ["structured", "cma"])
-def test_a_best_setting_outside_the_ranges_is_started_from_next_to_it_and_told(name: str) -> None:
+def test_a_best_setting_outside_the_ranges_is_replaced_by_the_nearest_and_noted(name: str) -> None:
     planted = Planted(FAR)
     climb = run(name, planted, most=6, start=FAR)
     (note,) = climb.trials.notes
@@ -67,14 +67,14 @@ def test_layers_lie_between_the_knots() -> None:
 
 def run(
     name: str, planted: Planted, most: int = 60, storage: Any = None, start: Setting = START
-) -> Climb:
+) -> CoordinateSearch:
     trials = trials_of(planted, storage)
     with trials.stage("start", 1):
         (known,) = trials.measure("start", [start])
-    climb = Climb(trials, known)
+    climb = CoordinateSearch(trials, known)
     with trials.stage(name, most):
         getattr(samplers, name)(climb, 0)
-        assert trials.left == 0
+        assert trials.trials_left == 0
     return climb
 
 
@@ -99,5 +99,5 @@ def test_proposals_that_leave_a_layer_nothing_are_never_measured(
         (start,) = trials.measure("start", [START])
     monkeypatch.setattr(type(trials), "feasible", lambda *_: False)
     with trials.stage("cma", 9):
-        samplers.cma(Climb(trials, start), 0)
-        assert trials.left == 9
+        samplers.cma(CoordinateSearch(trials, start), 0)
+        assert trials.trials_left == 9

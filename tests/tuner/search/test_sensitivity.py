@@ -11,17 +11,18 @@ from optuna.storages import InMemoryStorage
 
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.schema import TablePolicy, UniformSetting
-from tests.tuner.planted import FRAME, Clock, Planted, table, trials_of
+from tests.tuner.planted import SPEC, Clock, Planted, table, trials_of
 from tuner.data import packing
 from tuner.data.datasets import load
 from tuner.evaluation.objective import Objective
-from tuner.search import curvature, sensitivity
+from tuner.search import curvature, profile_stages, sensitivity
+from tuner.search.results import StageTotals, TrialResult
 from tuner.search.sensitivity import ALPHAS, Profile
-from tuner.search.space import Frame, Setting, alpha_of, log_tau_of
-from tuner.search.trials import Account, Trials, Tried
+from tuner.search.space import FitSpec, Setting, alpha_of, log_tau_of
+from tuner.search.trials import Trials
 from tuner.study.ledger import Ledger
 
-START = FRAME.uniform(UniformSetting(alpha=0.93, recent_share=0.25, sinks=4))
+START = SPEC.uniform(UniformSetting(alpha=0.93, recent_share=0.25, sinks=4))
 SIZES = np.array([[4.0, 1.0], [1.0, 0.25], [1.0, 1.0]])
 WANTED = np.array([[0.8, 0.93], [0.93, 0.993], [1.0, 0.93]])
 BUDGETS = (6, 12, 24, 40, 70)
@@ -57,18 +58,18 @@ PROFILE = Profile(
 )
 
 
-def started(planted: Planted, storage: Any = None) -> tuple[Trials, Tried]:
+def started(planted: Planted, storage: Any = None) -> tuple[Trials, TrialResult]:
     trials = trials_of(planted, storage)
     with trials.stage("start", 1):
         (best,) = trials.measure("start", [START])
     return trials, best
 
 
-def test_slots_and_then_alphas_are_what_the_profile_says() -> None:
+def test_slots_and_then_alphas_follow_the_profile() -> None:
     planted = ByHead(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
-        dealt = sensitivity.deal(trials, best, PROFILE)
+        dealt = profile_stages.split_slots(trials, best, PROFILE)
     shares = np.array(dealt.setting.head_share)
     # Where all fall with the first power, slots go with the roots of the sizes.
     off = 1 + 0.1 * (log_tau_of(0.93) - np.vectorize(log_tau_of)(WANTED)) ** 2
@@ -76,41 +77,41 @@ def test_slots_and_then_alphas_are_what_the_profile_says() -> None:
     np.testing.assert_allclose(shares, roots / roots.mean(), rtol=0.06)
     assert dealt.setting.alpha == START.alpha
     with trials.stage("alphas", 20):
-        chosen = sensitivity.alphas(trials, dealt, PROFILE)
+        chosen = profile_stages.alphas(trials, dealt, PROFILE)
     np.testing.assert_array_equal(chosen.setting.alpha, WANTED)
     assert chosen.mean < dealt.mean < best.mean
 
 
-def test_the_rival_by_layers_treats_all_heads_of_a_layer_alike() -> None:
+def test_the_baseline_by_layers_treats_all_heads_of_a_layer_equally() -> None:
     trials, best = started(ByHead(START))
-    with trials.stage("per layer", sensitivity.MOST_PROPOSALS):
-        rival = sensitivity.per_layer(trials, best, PROFILE)
-    assert rival.mean < best.mean
-    assert all(len(set(row)) == 1 for row in rival.setting.head_share)
-    assert all(len(set(row)) == 1 for row in rival.setting.alpha)
-    assert len(set(rival.setting.head_share)) > 1
+    with trials.stage("per layer", profile_stages.MAX_PROPOSALS):
+        slot_rule = profile_stages.search_per_layer(trials, best, PROFILE)
+    assert slot_rule.mean < best.mean
+    assert all(len(set(row)) == 1 for row in slot_rule.setting.head_share)
+    assert all(len(set(row)) == 1 for row in slot_rule.setting.alpha)
+    assert len(set(slot_rule.setting.head_share)) > 1
     with trials.stage("heads", 20):
-        dealt = sensitivity.deal(trials, best, PROFILE)
-        assert sensitivity.alphas(trials, dealt, PROFILE).mean < rival.mean
+        dealt = profile_stages.split_slots(trials, best, PROFILE)
+        assert profile_stages.alphas(trials, dealt, PROFILE).mean < slot_rule.mean
 
 
-def test_what_only_the_profile_promises_is_not_taken() -> None:
+def test_a_proposal_without_a_measured_gain_is_not_taken() -> None:
     planted = Planted(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
-        assert sensitivity.deal(trials, best, PROFILE) is best
+        assert profile_stages.split_slots(trials, best, PROFILE) is best
     with trials.stage("alphas", 20):
-        assert sensitivity.alphas(trials, best, PROFILE) is best
+        assert profile_stages.alphas(trials, best, PROFILE) is best
     assert len(planted.calls) > 3
 
 
-def test_a_profile_of_noise_deals_equal_slots() -> None:
+def test_a_profile_of_noise_gives_equal_slots() -> None:
     noise = np.full_like(PROFILE.costs, 10.0)
     profile = replace(PROFILE, noise=noise)
-    assert (profile.dealt(40, 8, 0) == 40).all()
+    assert (profile.split(40, 8, 0) == 40).all()
 
 
-def test_at_measured_budgets_the_profile_says_what_was_measured() -> None:
+def test_at_measured_budgets_the_curves_equal_the_measured_costs() -> None:
     slots = np.array([[6, 12], [24, 40], [70, 12]], dtype=float)
     found = PROFILE.at(slots)
     expected = np.stack([planted_costs(slots, np.full((3, 2), alpha)) for alpha in ALPHAS], axis=-1)
@@ -128,23 +129,23 @@ def real(
     """The trials of a fit of the tiny model."""
     part = load("sums", small_data).calibration
     examples = packing.examples(model, part, count=4, length=96, seed=0)
-    frame = Frame(3, 2, budget=None, budget_ratio=0.3, prefill_chunk=0)
+    spec = FitSpec(3, 2, budget=None, budget_ratio=0.3, prefill_chunk=0)
     ledger = Ledger(storage or InMemoryStorage(), "x", {})
-    return Trials(ledger, Objective(model, examples, label="test"), frame, minutes)
+    return Trials(ledger, Objective(model, examples, label="test"), spec, minutes)
 
 
 def looked(trials: Trials, load: Any) -> Profile | None:
     with trials.stage("sensitivity", 20):
-        return sensitivity.look(trials, trials.frame.uniform(SETTING), load)
+        return sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), load)
 
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=2)
 
 
-def test_a_look_is_kept_and_never_taken_twice(
+def test_a_profile_is_stored_and_never_measured_twice(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "MOST_ROWS", 1)
+    monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
     storage = InMemoryStorage()
     first = looked(real(unpacked, small_data, storage), lambda: unpacked)
 
@@ -159,14 +160,14 @@ def test_a_look_is_kept_and_never_taken_twice(
     np.testing.assert_array_equal(first.noise, again.noise)
     assert first.examples == 4
     policies = len(first.budgets) * len(first.alphas)
-    assert trials.accounts["sensitivity"].evaluations == pytest.approx(curvature.work(policies))
+    assert trials.stage_totals["sensitivity"].evaluations == pytest.approx(curvature.work(policies))
 
 
-def test_the_rows_that_are_looked_at_together_change_nothing(
+def test_the_number_of_rows_profiled_together_changes_nothing(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = looked(real(unpacked, small_data), lambda: unpacked)
-    monkeypatch.setattr(sensitivity, "MOST_ROWS", 1)
+    monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
     alone = looked(real(unpacked, small_data), lambda: unpacked)
     assert together is not None
     assert alone is not None
@@ -176,10 +177,10 @@ def test_the_rows_that_are_looked_at_together_change_nothing(
     assert (by_budget[-1] < 0.01 * by_budget[0]).all()
 
 
-def test_the_time_leaves_some_examples_out_and_says_so(
+def test_a_profile_of_fewer_examples_is_noted(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    monkeypatch.setattr(sensitivity, "MOST_ROWS", 1)
+    monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
     monkeypatch.setattr("tuner.search.trials.time.perf_counter", lambda: clock.now)
     honest = curvature.effects
 
@@ -193,7 +194,7 @@ def test_the_time_leaves_some_examples_out_and_says_so(
     assert found is not None
     # Of 60 s a third is for the proof, and of the rest six tenths for the look.
     assert found.examples == 2
-    assert any("is of 2 of 4 examples" in note for note in trials.notes)
+    assert any("uses 2 of 4 examples" in note for note in trials.notes)
 
 
 def test_without_time_for_one_example_that_is_said_once(
@@ -201,17 +202,20 @@ def test_without_time_for_one_example_that_is_said_once(
 ) -> None:
     trials = real(unpacked, small_data, minutes=2.5 / 60)
     with trials.stage("uniform", 1):
-        trials.accounts["uniform"] = Account(trials=1, evaluations=1.0, seconds=1.0)
+        trials.stage_totals["uniform"] = StageTotals(trials=1, evaluations=1.0, seconds=1.0)
     for stage in ("sensitivity", "alphas"):
         with trials.stage(stage, 20):
-            assert trials.left > 0
-            assert sensitivity.look(trials, trials.frame.uniform(SETTING), lambda: unpacked) is None
+            assert trials.trials_left > 0
+            assert (
+                sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), lambda: unpacked)
+                is None
+            )
     assert trials.notes == [
-        "There was no time for the sensitivity profile: it takes more --minutes."
+        "There was no time for the sensitivity profile: it needs more --minutes."
     ]
 
 
-def test_loading_the_model_for_the_look_is_not_counted(
+def test_the_time_to_load_the_model_for_the_profile_is_not_counted(
     unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr("tuner.search.trials.time.perf_counter", lambda: clock.now)
@@ -226,10 +230,10 @@ def test_loading_the_model_for_the_look_is_not_counted(
     assert trials.seconds_spent == 0
 
 
-def test_without_trials_nothing_is_looked_at(unpacked: LoadedModel, small_data: Path) -> None:
+def test_without_trials_no_profile_is_measured(unpacked: LoadedModel, small_data: Path) -> None:
     trials = real(unpacked, small_data)
     with trials.stage("sensitivity", 0):
-        found = sensitivity.look(trials, trials.frame.uniform(SETTING), lambda: unpacked)
+        found = sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), lambda: unpacked)
     assert found is None
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2sf.schema import UniformSetting
-from tuner.search.space import LOG_TAU_MAX, Frame, Setting, alpha_of, log_tau_of
+from tuner.search.space import LOG_TAU_MAX, FitSpec, Setting, alpha_of, log_tau_of
 
-FRAME = Frame(num_layers=3, num_kv_heads=2, budget=None, budget_ratio=0.2, prefill_chunk=7)
-BASE = FRAME.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
+SPEC = FitSpec(num_layers=3, num_kv_heads=2, budget=None, budget_ratio=0.2, prefill_chunk=7)
+BASE = SPEC.uniform(UniformSetting(alpha=0.9, recent_share=0.25, sinks=4))
 
 
 @given(st.floats(0, LOG_TAU_MAX - 0.01))
@@ -31,7 +31,7 @@ def test_exactly_0_and_exactly_1_are_on_the_scale() -> None:
 
 def test_a_uniform_setting_is_one_alpha_and_equal_slots() -> None:
     assert Setting(((0.9, 0.9),) * 3, ((1.0, 1.0),) * 3, 0.25, 4) == BASE
-    policy = FRAME.policy(BASE)
+    policy = SPEC.policy(BASE)
     assert (policy.budget_ratio, policy.budget, policy.prefill_chunk) == (0.2, None, 7)
     assert (policy.recent_share, policy.recent, policy.sinks) == (0.25, None, 4)
     assert (policy.alpha, policy.head_share) == (BASE.alpha, BASE.head_share)
@@ -44,7 +44,9 @@ def test_a_layer_and_a_head_are_changed_alone() -> None:
 
 
 @given(st.integers(0, 2), st.floats(0.2, 5), st.integers(0, 2), st.floats(0.2, 5))
-def test_slots_are_dealt_never_made(first: int, much: float, second: int, more: float) -> None:
+def test_the_total_of_slots_stays_the_same(
+    first: int, much: float, second: int, more: float
+) -> None:
     dealt = BASE.with_layer_slots((first,), much).with_head_slots(second, 1, more).head_share
     assert sum(map(sum, dealt)) == pytest.approx(6, abs=4e-4)
     assert all(share > 0 for row in dealt for share in row)

@@ -6,9 +6,9 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from a2sf.schema import UniformSetting
-from tests.tuner.planted import FRAME, Clock, Planted, Timed, trials_of
+from tests.tuner.planted import SPEC, Clock, Planted, Timed, trials_of
 from tuner.search.space import alpha_of, log_tau_of
-from tuner.search.uniform import FIRST_STEPS, GRID, LEAST_STEP, best_uniform, coarse_to_fine
+from tuner.search.uniform import FIRST_STEPS, GRID, MIN_STEP, best_uniform, coarse_to_fine
 
 WHOLE = 88 + 17 + 5
 """Trials that the whole grid takes with 32 examples."""
@@ -16,7 +16,7 @@ WHOLE = 88 + 17 + 5
 
 def planted(alpha: float, share: float, sinks: int, **options: float) -> Planted:
     setting = UniformSetting(alpha=alpha, recent_share=share, sinks=sinks)
-    return Planted(FRAME.uniform(setting), examples=32, **options)
+    return Planted(SPEC.uniform(setting), examples=32, **options)
 
 
 def test_the_grid_is_the_pinned_one() -> None:
@@ -28,7 +28,7 @@ def test_halving_finds_the_planted_setting_and_measures_fewer_on_more() -> None:
     target = planted(0.9, 0.25, 4)
     found, best = best_uniform(trials_of(target), WHOLE)
     assert found == UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
-    assert best.setting == FRAME.uniform(found)
+    assert best.setting == SPEC.uniform(found)
     assert len(best.kl) == 32
     sizes = [len(part) for _, part in target.calls]
     assert sizes == [8] * 88 + [16] * 17 + [32] * 5
@@ -39,17 +39,17 @@ def test_the_refinement_leaves_the_grid_for_the_best_point(
     alpha: float, share: float, sinks: int
 ) -> None:
     found, best = best_uniform(trials_of(planted(alpha, share, sinks)), 300)
-    assert abs(log_tau_of(found.alpha) - log_tau_of(alpha)) < 2 * LEAST_STEP
+    assert abs(log_tau_of(found.alpha) - log_tau_of(alpha)) < 2 * MIN_STEP
     assert found.recent_share == pytest.approx(share, abs=0.05)
     assert abs(found.sinks - sinks) <= 1
-    assert best.setting == FRAME.uniform(found)
+    assert best.setting == SPEC.uniform(found)
 
 
 def test_the_refinement_takes_no_more_trials_than_tables_may() -> None:
     between = alpha_of((log_tau_of(0.9) + log_tau_of(0.95)) / 2)
     trials = trials_of(planted(between, 0.3, 2))
     best_uniform(trials, WHOLE + 7)
-    assert trials.accounts["uniform"].trials == WHOLE + 7
+    assert trials.stage_totals["uniform"].trials == WHOLE + 7
     assert trials.notes == []
 
 
@@ -58,14 +58,14 @@ def test_few_trials_go_to_the_first_settings_of_the_grid(most: int) -> None:
     target = planted(0.9, 0.25, 4)
     trials = trials_of(target)
     _, best = best_uniform(trials, most)
-    assert trials.accounts["uniform"].trials <= max(most, 1)
+    assert trials.stage_totals["uniform"].trials <= max(most, 1)
     assert len(best.kl) == 32
-    order = [FRAME.policy(FRAME.uniform(one)) for one in coarse_to_fine(GRID)]
+    order = [SPEC.policy(SPEC.uniform(one)) for one in coarse_to_fine(GRID)]
     tried = list(dict.fromkeys(policy for policy, _ in target.calls if policy in order))
     assert tried == order[: len(tried)]
     assert len(tried) >= 0.7 * most
     (note,) = trials.notes
-    assert note.startswith("The bar is the best of ")
+    assert note.startswith("The best uniform setting is the best of ")
     assert "the whole grid takes 110" in note
 
 
@@ -101,21 +101,21 @@ def test_the_time_makes_the_grid_coarser_and_a_half_of_it_is_left_to_the_tables(
     assert trials.notes
 
 
-def test_where_even_one_trial_takes_too_long_there_is_still_a_bar(clock: Clock) -> None:
+def test_one_uniform_setting_is_measured_however_short_the_time(clock: Clock) -> None:
     trials = trials_of(Timed(clock, 100.0), minutes=1)
     _, best = best_uniform(trials, 500)
     assert len(best.kl) == 32
-    assert trials.accounts["uniform"].trials == 3
+    assert trials.stage_totals["uniform"].trials == 3
 
 
 @pytest.mark.parametrize(("examples", "sizes"), [(2, [2] * 88), (3, [2] * 88 + [3] * 5)])
 def test_few_examples_are_not_measured_twice(examples: int, sizes: list[int]) -> None:
-    target = Planted(FRAME.uniform(GRID[40]), examples=examples)
+    target = Planted(SPEC.uniform(GRID[40]), examples=examples)
     assert best_uniform(trials_of(target), len(sizes))[0] == GRID[40]
     assert [len(part) for _, part in target.calls] == sizes
 
 
-def test_the_refinement_goes_on_with_more_trials() -> None:
+def test_the_refinement_continues_with_more_trials() -> None:
     storage = InMemoryStorage()
     best_uniform(trials_of(planted(0.93, 0.31, 3), storage), WHOLE + 3)
     more = planted(0.93, 0.31, 3)
@@ -124,8 +124,8 @@ def test_the_refinement_goes_on_with_more_trials() -> None:
     assert len(more.calls) < 300 - WHOLE
 
 
-def test_where_nothing_is_better_the_steps_shrink_and_it_ends() -> None:
+def test_the_steps_shrink_until_the_refinement_ends() -> None:
     trials = trials_of(planted(0.9, 0.25, 4))
     found, _ = best_uniform(trials, 1000)
     assert found == UniformSetting(alpha=0.9, recent_share=0.25, sinks=4)
-    assert trials.accounts["uniform"].trials < 88 + 17 + 5 + 50
+    assert trials.stage_totals["uniform"].trials < 88 + 17 + 5 + 50

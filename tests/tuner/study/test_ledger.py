@@ -15,12 +15,13 @@ from tenacity import wait_none
 
 from a2sf.errors import InvalidArgument, Unavailable
 from tests.tuner.crew import opened
-from tuner.study.ledger import Ledger, Measured, Pace
+from tuner.study.ledger import Ledger, Timing
+from tuner.study.records import PointCost
 from tuner.study.storage import KernelLock
 
 DEFINITION: dict[str, Any] = {"seed": 0, "heads": (2, 2), "budget_ratio": 0.2}
 POINTS = [{"alpha": [0.5, 0.25 * index], "examples": 3} for index in range(4)]
-PACE = Pace(poll=0.01, lease_period=0.05, lease_grace=5.0, patience=0.5)
+PACE = Timing(poll=0.01, lease_period=0.05, lease_grace=5.0, max_outage=0.5)
 
 
 @pytest.fixture
@@ -39,27 +40,27 @@ def ledger_of(storage: BaseStorage, name: str = "x", **definition: Any) -> Ledge
     return Ledger(storage, name, {**DEFINITION, **definition}, PACE)
 
 
-def cost(index: int, _: dict[str, Any] | None = None) -> Measured:
+def cost(index: int, _: dict[str, Any] | None = None) -> PointCost:
     """The second point is given up early."""
     kl = [0.1 * index, 0.1 * index + 0.2] + ([] if index == 1 else [0.1 * index + 0.1])
-    return Measured(kl=kl, nll=[k + 1 for k in kl], evaluations=0.5, given_up=index == 1)
+    return PointCost(kl=kl, nll=[k + 1 for k in kl], evaluations=0.5, pruned=index == 1)
 
 
-def never(index: int, _: dict[str, Any]) -> Measured:
+def never(index: int, _: dict[str, Any]) -> PointCost:
     raise AssertionError(f"point {index} is measured again")
 
 
-def timeless(found: Sequence[Measured]) -> list[tuple[list[float], list[float], float, bool]]:
-    return [(one.kl, one.nll, one.evaluations, one.given_up) for one in found]
+def timeless(found: Sequence[PointCost]) -> list[tuple[list[float], list[float], float, bool]]:
+    return [(one.kl, one.nll, one.evaluations, one.pruned) for one in found]
 
 
 EXPECTED = timeless([cost(index) for index in range(4)])
 
 
-def test_a_finished_batch_is_replayed_by_whoever_asks_again(storage: BaseStorage) -> None:
+def test_a_finished_batch_is_read_from_the_study_by_later_calls(storage: BaseStorage) -> None:
     seen: list[tuple[int, dict[str, Any]]] = []
 
-    def measure(index: int, point: dict[str, Any]) -> Measured:
+    def measure(index: int, point: dict[str, Any]) -> PointCost:
         seen.append((index, point))
         return cost(index)
 
@@ -74,8 +75,8 @@ def test_a_finished_batch_is_replayed_by_whoever_asks_again(storage: BaseStorage
     assert timeless(again.measure("next", POINTS, cost)) == EXPECTED
 
 
-def test_a_batch_that_was_begun_is_gone_on_with(storage: BaseStorage) -> None:
-    def two(index: int, point: dict[str, Any]) -> Measured:
+def test_unfinished_batches_are_continued(storage: BaseStorage) -> None:
+    def two(index: int, point: dict[str, Any]) -> PointCost:
         if index == 2:
             raise KeyboardInterrupt
         return cost(index)
@@ -86,20 +87,20 @@ def test_a_batch_that_was_begun_is_gone_on_with(storage: BaseStorage) -> None:
     assert timeless(list(ledger.of("start").values())) == EXPECTED[:2]
     measured: list[int] = []
 
-    def rest(index: int, point: dict[str, Any]) -> Measured:
+    def rest(index: int, point: dict[str, Any]) -> PointCost:
         measured.append(index)
         return cost(index)
 
-    told: list[Measured] = []
-    found = ledger_of(storage).measure("start", POINTS, rest, told.append)
+    reported: list[PointCost] = []
+    found = ledger_of(storage).measure("start", POINTS, rest, reported.append)
     assert measured == [2, 3]
     assert timeless(found) == EXPECTED
     # Each is told once, those of before too.
-    assert told == found
+    assert reported == found
 
 
 def test_an_error_while_measuring_frees_the_point_at_once(storage: BaseStorage) -> None:
-    def broken(index: int, point: dict[str, Any]) -> Measured:
+    def broken(index: int, point: dict[str, Any]) -> PointCost:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -109,20 +110,20 @@ def test_an_error_while_measuring_frees_the_point_at_once(storage: BaseStorage) 
     assert ledger_of(storage).trials == 0
 
 
-def test_a_mean_that_is_no_number_is_refused(storage: BaseStorage) -> None:
-    def broken(index: int, point: dict[str, Any]) -> Measured:
-        return Measured(kl=[float("nan")], nll=[0.0], evaluations=1.0)
+def test_a_mean_that_is_not_finite_is_refused(storage: BaseStorage) -> None:
+    def broken(index: int, point: dict[str, Any]) -> PointCost:
+        return PointCost(kl=[float("nan")], nll=[0.0], evaluations=1.0)
 
     with pytest.raises(ValueError, match="mean KL of nan nats"):
         ledger_of(storage).measure("start", POINTS, broken)
     assert ledger_of(storage).trials == 0
 
 
-def test_sums_are_over_what_was_finished(storage: BaseStorage) -> None:
+def test_sums_cover_finished_measurements_only(storage: BaseStorage) -> None:
     ledger = ledger_of(storage)
     assert (ledger.trials, ledger.evaluations, ledger.seconds) == (0, 0, 0)
     found = ledger.measure("start", POINTS, cost)
-    ledger.settle("stop", True)
+    ledger.decide_once("stop", True)
     assert (ledger.trials, ledger.evaluations) == (4, 2.0)
     assert ledger.seconds == pytest.approx(sum(one.seconds for one in found))
     assert ledger.of("start") == dict(enumerate(found))
@@ -130,7 +131,7 @@ def test_sums_are_over_what_was_finished(storage: BaseStorage) -> None:
     assert ledger_of(storage, "y").trials == 0
 
 
-def test_optuna_reads_the_study_as_its_own(storage: BaseStorage) -> None:
+def test_optuna_can_read_the_study(storage: BaseStorage) -> None:
     ledger_of(storage).measure("start", POINTS, cost)
     study = optuna.load_study(study_name="x", storage=storage)
     trials = [trial for trial in study.trials if "index" in trial.user_attrs]
@@ -151,7 +152,7 @@ def test_a_batch_with_other_points_is_refused(storage: BaseStorage) -> None:
             ledger.measure("start", others, never)
 
 
-def test_a_study_of_another_fit_is_refused_with_what_differs(storage: BaseStorage) -> None:
+def test_a_study_of_another_fit_is_refused_with_the_difference(storage: BaseStorage) -> None:
     ledger_of(storage)
     ledger_of(storage)
     with pytest.raises(InvalidArgument, match=r"'x'.*budget_ratio is 0\.2 there and 0\.3 here"):
@@ -164,13 +165,13 @@ def test_a_study_of_another_fit_is_refused_with_what_differs(storage: BaseStorag
 
 def test_the_first_to_settle_decides(storage: BaseStorage) -> None:
     ledger, other = ledger_of(storage), ledger_of(storage)
-    assert other.settled("stop") is None
-    assert ledger.settle("stop", {"after": 3}) == {"after": 3}
-    assert other.settled("stop") == {"after": 3}
-    assert other.settle("stop", {"after": 4}) == {"after": 3}
-    assert other.settle("nothing", None) is None
-    assert ledger.settle("nothing", 1) is None
-    assert ledger_of(storage, "y").settle("stop", 5) == 5
+    assert other.decided("stop") is None
+    assert ledger.decide_once("stop", {"after": 3}) == {"after": 3}
+    assert other.decided("stop") == {"after": 3}
+    assert other.decide_once("stop", {"after": 4}) == {"after": 3}
+    assert other.decide_once("nothing", None) is None
+    assert ledger.decide_once("nothing", 1) is None
+    assert ledger_of(storage, "y").decide_once("stop", 5) == 5
 
 
 # Many workers --------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     assert not errors
 
 
-def test_workers_that_run_into_each_other_measure_every_point_once(journal: Path) -> None:
+def test_colliding_workers_measure_every_point_once(journal: Path) -> None:
     points = [{"x": x} for x in range(30)]
     measured: list[int] = []
     found: list[Any] = []
@@ -204,7 +205,7 @@ def test_workers_that_run_into_each_other_measure_every_point_once(journal: Path
             ledger = ledger_of(storage)
             ready.wait()
 
-            def measure(index: int, point: dict[str, Any]) -> Measured:
+            def measure(index: int, point: dict[str, Any]) -> PointCost:
                 measured.append(index)
                 return cost(index)
 
@@ -215,18 +216,18 @@ def test_workers_that_run_into_each_other_measure_every_point_once(journal: Path
     assert found == [found[0]] * 4
 
 
-def test_of_many_who_settle_at_once_one_decides(journal: Path) -> None:
-    settled: list[list[int]] = []
+def test_of_many_simultaneous_decisions_one_counts(journal: Path) -> None:
+    decided: list[list[int]] = []
     ready = threading.Barrier(4)
 
     def work(number: int) -> None:
         with opened(journal) as storage:
             ledger = ledger_of(storage)
             ready.wait()
-            settled.append([ledger.settle(f"{key}", number) for key in range(10)])
+            decided.append([ledger.decide_once(f"{key}", number) for key in range(10)])
 
     in_threads(4, work)
-    assert settled == [settled[0]] * 4
+    assert decided == [decided[0]] * 4
 
 
 class Overtaken(JournalStorage):
@@ -241,7 +242,7 @@ class Overtaken(JournalStorage):
         return super().create_new_trial(study_id, template_trial)
 
 
-def test_who_finds_a_point_taken_after_all_withdraws(journal: Path) -> None:
+def test_a_worker_that_finds_its_point_taken_withdraws(journal: Path) -> None:
     with opened(journal) as storage:
         other = ledger_of(storage)
         late = Overtaken(JournalFileBackend(str(journal), KernelLock(str(journal))))
@@ -256,14 +257,14 @@ def test_a_worker_given_up_by_mistake_counts_nothing_twice(journal: Path) -> Non
     with opened(journal) as storage, opened(journal) as elsewhere:
         ledger, other = ledger_of(storage), ledger_of(elsewhere)
 
-        def measure(index: int, point: dict[str, Any]) -> Measured:
+        def measure(index: int, point: dict[str, Any]) -> PointCost:
             if index > 0:
                 return never(index, point)
             (mine,) = elsewhere.get_all_trials(0, states=[TrialState.RUNNING])
             number = elsewhere.get_trial_id_from_study_id_trial_number(0, mine.number)
             elsewhere.set_trial_state_values(number, TrialState.FAIL)
             other.measure("start", POINTS, cost)
-            return Measured(kl=[9.0], nll=[9.0], evaluations=9.0)
+            return PointCost(kl=[9.0], nll=[9.0], evaluations=9.0)
 
         assert timeless(ledger.measure("start", POINTS, measure)) == EXPECTED
         assert (ledger.trials, ledger.evaluations) == (4, 2.0)
@@ -293,7 +294,7 @@ class Broken(JournalStorage):
 
 
 @pytest.mark.parametrize("lost_answers", [False, True])
-def test_a_call_that_fails_or_whose_answer_is_lost_doubles_nothing(
+def test_failed_calls_and_lost_answers_measure_nothing_twice(
     journal: Path,
     lost_answers: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -304,15 +305,15 @@ def test_a_call_that_fails_or_whose_answer_is_lost_doubles_nothing(
     ledger = ledger_of(storage)
     measured: list[int] = []
 
-    def measure(index: int, point: dict[str, Any]) -> Measured:
+    def measure(index: int, point: dict[str, Any]) -> PointCost:
         measured.append(index)
         return cost(index)
 
     for batch in range(4):
         assert timeless(ledger.measure(f"batch {batch}", POINTS, measure)) == EXPECTED
     assert Counter(measured) == dict.fromkeys(range(4), 4)
-    assert ledger.settle("stop", 1) == 1
-    assert ledger.settle("stop", 2) == 1
+    assert ledger.decide_once("stop", 1) == 1
+    assert ledger.decide_once("stop", 2) == 1
     assert (ledger.trials, ledger.evaluations) == (16, 8.0)
     assert not storage.get_all_trials(0, states=[TrialState.RUNNING])
     said = capsys.readouterr().err.splitlines()
@@ -328,7 +329,7 @@ def test_a_storage_that_stays_away_ends_in_one_sentence(
         def away(*_: Any, **__: Any) -> int:
             raise ConnectionRefusedError("postgresql://me:secret@host/db")
 
-        def measure(index: int, point: dict[str, Any]) -> Measured:
+        def measure(index: int, point: dict[str, Any]) -> PointCost:
             for name in ("set_trial_user_attr", "set_trial_state_values", "create_new_trial"):
                 monkeypatch.setattr(storage, name, away)
             return cost(index)

@@ -13,7 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tests.tuner.crew import wait_for
-from tuner.study.lease import LEASE, Watch, Worker, beating
+from tuner.study.lease import LEASE, LeaseWatch, Worker, renewing
 
 HERE = Worker.current()
 ELSEWHERE = replace(HERE, host="elsewhere", key="b")
@@ -41,7 +41,7 @@ def running(worker: Worker, number: int = 0, beats: int = 0) -> FrozenTrial:
 
 
 def test_a_lease_that_is_still_for_the_grace_is_lost(clock: Clock) -> None:
-    watch = Watch(HERE, GRACE)
+    watch = LeaseWatch(HERE, GRACE)
     still = running(ELSEWHERE, number=1)
     for second in range(11):
         clock.now = second
@@ -57,8 +57,8 @@ def test_a_lease_that_is_still_for_the_grace_is_lost(clock: Clock) -> None:
     assert watch.abandoned([other]) == [other]
 
 
-def test_silence_does_not_count_while_nobody_listened(clock: Clock) -> None:
-    watch = Watch(HERE, GRACE)
+def test_silence_does_not_count_while_no_worker_watched(clock: Clock) -> None:
+    watch = LeaseWatch(HERE, GRACE)
     still = running(ELSEWHERE)
     assert watch.abandoned([still]) == []
     # The storage was away, or this worker was: so may have been the other.
@@ -71,8 +71,8 @@ def test_silence_does_not_count_while_nobody_listened(clock: Clock) -> None:
     assert watch.abandoned([still]) == [still]
 
 
-def test_a_process_that_is_gone_is_seen_at_once() -> None:
-    watch = Watch(HERE, GRACE)
+def test_a_process_that_ended_is_noticed_at_once() -> None:
+    watch = LeaseWatch(HERE, GRACE)
     alive = replace(HERE, key="b")
     reused = replace(HERE, key="b", started=HERE.started - 1)
     assert watch.abandoned([running(alive)]) == []
@@ -82,14 +82,14 @@ def test_a_process_that_is_gone_is_seen_at_once() -> None:
     assert watch.abandoned([running(replace(reused, host="other"))]) == []
 
 
-def test_a_process_that_is_dead_and_not_reaped_is_gone() -> None:
+def test_a_dead_process_that_is_not_reaped_counts_as_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         # Ticks since boot, as the kernel counts them.
         stat = Path(f"/proc/{child.pid}/stat").read_text(encoding="ascii")
         started = int(stat.rpartition(")")[2].split()[19])
         other = running(replace(HERE, pid=child.pid, started=started, key="b"))
-        watch = Watch(HERE, GRACE)
+        watch = LeaseWatch(HERE, GRACE)
         assert watch.abandoned([other]) == []
         child.kill()
         wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
@@ -101,9 +101,9 @@ def test_a_process_that_is_dead_and_not_reaped_is_gone() -> None:
         child.communicate()
 
 
-def test_a_trial_of_ones_own_that_one_was_never_told_of_is_abandoned() -> None:
+def test_an_own_trial_whose_creation_got_no_answer_is_abandoned() -> None:
     own = running(HERE)
-    assert Watch(HERE, GRACE).abandoned([own]) == [own]
+    assert LeaseWatch(HERE, GRACE).abandoned([own]) == [own]
 
 
 def test_an_identity_is_of_one_process_and_one_ledger() -> None:
@@ -121,13 +121,13 @@ def test_a_lease_beats_for_as_long_as_the_work_lasts() -> None:
     def beats() -> int:
         return int(storage.get_trial(trial).user_attrs[LEASE])
 
-    with beating(storage, trial, 0.01):
+    with renewing(storage, trial, 0.01):
         wait_for(lambda: beats() >= 3)
     at_the_end = beats()
-    with beating(storage, trial, 60.0):
+    with renewing(storage, trial, 60.0):
         # Leaving does not wait for the next beat.
         pass
     assert beats() == at_the_end
-    with beating(storage, trial, 0.01):
+    with renewing(storage, trial, 0.01):
         # One whom others gave up falls silent.
         storage.set_trial_state_values(trial, TrialState.FAIL)

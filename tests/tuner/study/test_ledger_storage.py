@@ -21,7 +21,7 @@ from sqlalchemy.exc import (
 
 from a2sf.errors import A2SFError, InvalidArgument, Unavailable
 from tests.tuner.crew import opened
-from tuner.study.storage import KernelLock, Patience, open_storage
+from tuner.study.storage import KernelLock, OutageRetry, open_storage
 
 
 def asked(storage: BaseStorage) -> int:
@@ -39,23 +39,27 @@ def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "kind", "told"),
+    ("url", "kind", "reported"),
     [
         ("nosuch://me:secret@host/db", InvalidArgument, "storage cannot be opened"),
         ("me:secret@host", InvalidArgument, "storage cannot be opened"),
         ("postgresql://me:secret@127.0.0.1:1/db", Unavailable, "storage cannot be reached"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_told_without_its_address(
-    tmp_path: Path, url: str, kind: type[A2SFError], told: str, capfd: pytest.CaptureFixture[str]
+def test_an_error_about_a_storage_does_not_contain_its_address(
+    tmp_path: Path,
+    url: str,
+    kind: type[A2SFError],
+    reported: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=reported) as caught:
         open_storage(url, tmp_path / "x.journal")
     assert "secret" not in str(caught.value) + "".join(capfd.readouterr())
     assert caught.value.__suppress_context__
 
 
-def test_a_missing_driver_is_told_with_what_to_install(
+def test_a_missing_driver_is_reported_with_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
@@ -64,24 +68,24 @@ def test_a_missing_driver_is_told_with_what_to_install(
 
 
 @pytest.mark.parametrize("content", ["not a journal\n\n", '{"op_code": 99}\n', "[1]\n", "notes"])
-def test_a_file_that_is_no_journal_is_told_by_name_and_left_alone(
+def test_a_file_that_is_not_a_journal_is_named_and_not_changed(
     tmp_path: Path, content: str
 ) -> None:
     journal = tmp_path / "x.journal"
     journal.write_text(content, encoding="utf-8")
-    with pytest.raises(InvalidArgument, match=r"x\.journal is not a whole journal"):
+    with pytest.raises(InvalidArgument, match=r"x\.journal is not a complete journal"):
         open_storage(None, journal)
     assert journal.read_text(encoding="utf-8") == content
 
 
-def test_a_line_torn_anywhere_is_as_if_it_had_never_been_begun(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_a_journal_is_ignored(tmp_path: Path) -> None:
     journal = tmp_path / "x.journal"
     with opened(journal) as storage:
         assert asked(storage) == 1
-    whole = journal.read_bytes()
-    last = len(whole) - whole[:-1].rfind(b"\n") - 1
+    complete_lines = journal.read_bytes()
+    last = len(complete_lines) - complete_lines[:-1].rfind(b"\n") - 1
     for torn in range(1, last + 1):
-        journal.write_bytes(whole[:-torn])
+        journal.write_bytes(complete_lines[:-torn])
         with opened(journal) as reader, opened(journal) as writer:
             assert reader.get_all_trials(0)[0].user_attrs == {}
             assert asked(writer) == 2
@@ -90,7 +94,7 @@ def test_a_line_torn_anywhere_is_as_if_it_had_never_been_begun(tmp_path: Path) -
             assert asked(reader) == 3
 
 
-def test_a_line_torn_while_others_work_is_mended_by_the_next(tmp_path: Path) -> None:
+def test_the_next_writer_removes_an_incomplete_line(tmp_path: Path) -> None:
     journal = tmp_path / "x.journal"
     with opened(journal) as storage, opened(journal) as other:
         asked(storage)
@@ -168,7 +172,7 @@ BROKEN = DBAPIError("select", {}, ValueError("closed"), connection_invalidated=T
 
 
 @pytest.mark.parametrize("error", [WRONG, failed(WRONG), KeyError("no such trial")])
-def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
+def test_errors_that_are_not_outages_are_raised_at_once(error: Exception) -> None:
     calls: list[int] = []
 
     def fails() -> None:
@@ -176,7 +180,7 @@ def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        Patience("x", 30.0)(fails)
+        OutageRetry("x", 30.0)(fails)
     assert len(calls) == 1
 
 
@@ -191,7 +195,7 @@ def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
         ConnectionResetError(),
     ],
 )
-def test_an_outage_is_waited_for_and_told_once(
+def test_an_outage_is_waited_for_and_reported_once(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     errors = [error, error]
@@ -201,7 +205,7 @@ def test_an_outage_is_waited_for_and_told_once(
             raise errors.pop()
         return 3
 
-    assert Patience("x", 30.0)(answers) == 3
+    assert OutageRetry("x", 30.0)(answers) == 3
     assert capsys.readouterr().err == (
         "the storage of study 'x' does not answer; waiting up to 30 s\n"
         "the storage of study 'x' is back\n"

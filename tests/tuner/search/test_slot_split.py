@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from a2sf.policy import deal as deal_shares
-from tuner.search.dealing import deal, predicted
+from tuner.search.slot_split import predict_costs, split_slots
 from tuner.search.space import shares
 
 BUDGETS = (20, 60, 160)
-MOST = 200
+MAX_SLOTS = 200
 
 
 def power_laws(
@@ -31,39 +31,41 @@ def measured(draw: st.DrawFn) -> NDArray[np.float64]:
     return np.array(values).reshape(layers, heads, len(BUDGETS))
 
 
-@given(measured(), st.integers(8, MOST), st.floats(0, 0.01))
+@given(measured(), st.integers(8, MAX_SLOTS), st.floats(0, 0.01))
 def test_the_total_is_exact_and_no_head_gets_less_than_the_floor_or_more_than_the_sequence(
     costs: NDArray[np.float64], mean: int, noise: float
 ) -> None:
-    dealt = deal(costs, BUDGETS, mean=mean, floor=8, most=MOST, noise=noise)
-    assert dealt.shape == costs.shape[:2]
-    assert dealt.sum() == mean * dealt.size
-    assert dealt.min() >= 8
-    assert dealt.max() <= MOST
+    slots = split_slots(costs, BUDGETS, mean=mean, floor=8, max_slots=MAX_SLOTS, noise=noise)
+    assert slots.shape == costs.shape[:2]
+    assert slots.sum() == mean * slots.size
+    assert slots.min() >= 8
+    assert slots.max() <= MAX_SLOTS
 
 
-@given(measured(), st.integers(8, MOST - 20), st.integers(0, 20))
-def test_a_larger_total_takes_no_slot_from_any_head(
+@given(measured(), st.integers(8, MAX_SLOTS - 20), st.integers(0, 20))
+def test_a_larger_total_gives_every_head_at_least_as_many_slots(
     costs: NDArray[np.float64], mean: int, more: int
 ) -> None:
-    less = deal(costs, BUDGETS, mean=mean, floor=8, most=MOST)
-    assert (deal(costs, BUDGETS, mean=mean + more, floor=8, most=MOST) >= less).all()
+    less = split_slots(costs, BUDGETS, mean=mean, floor=8, max_slots=MAX_SLOTS)
+    assert (
+        split_slots(costs, BUDGETS, mean=mean + more, floor=8, max_slots=MAX_SLOTS) >= less
+    ).all()
 
 
 @given(measured(), st.floats(1.0, 100.0), st.integers(10, 100))
-def test_a_head_that_costs_more_by_a_factor_gets_no_less(
+def test_a_head_with_proportionally_higher_costs_gets_at_least_as_many_slots(
     costs: NDArray[np.float64], factor: float, mean: int
 ) -> None:
     scaled = np.concatenate([costs[:, :1], costs[:, :1] * factor], axis=1)
-    dealt = deal(scaled, BUDGETS, mean=mean, floor=5, most=MOST)
+    slots = split_slots(scaled, BUDGETS, mean=mean, floor=5, max_slots=MAX_SLOTS)
     # A tie is broken for the first.
-    assert (dealt[:, 1] >= dealt[:, 0] - 1).all()
+    assert (slots[:, 1] >= slots[:, 0] - 1).all()
 
 
-@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.integers(8, MOST))
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.integers(8, MAX_SLOTS))
 def test_equal_curves_get_equal_slots(curve: list[float], mean: int) -> None:
     costs = np.broadcast_to(np.array(curve), (3, 2, 3))
-    assert (deal(costs, BUDGETS, mean=mean, floor=8, most=MOST) == mean).all()
+    assert (split_slots(costs, BUDGETS, mean=mean, floor=8, max_slots=MAX_SLOTS) == mean).all()
 
 
 @given(measured(), st.permutations(range(3)))
@@ -72,10 +74,10 @@ def test_layers_in_another_order_get_the_same_slots_in_that_order(
 ) -> None:
     three = np.concatenate([costs, 2 * costs, 3 * costs])[:3]
     order = [place for place in order if place < len(three)]
-    dealt = deal(three, BUDGETS, mean=40, floor=8, most=MOST)
+    slots = split_slots(three, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS)
     # Save for the last slot, where several heads gain as much by it.
-    other = deal(three[order], BUDGETS, mean=40, floor=8, most=MOST)
-    assert np.abs(other - dealt[order]).max() <= 1
+    other = split_slots(three[order], BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS)
+    assert np.abs(other - slots[order]).max() <= 1
 
 
 @given(
@@ -90,61 +92,65 @@ def test_planted_power_laws_are_found_and_cost_no_more_than_with_equal_slots_or_
     size, power = np.array(sizes).reshape(3, 2), np.array(powers).reshape(3, 2)
     costs = power_laws(size.tolist(), power.tolist())
     at = (5, 33, 199)
-    found = predicted(costs, BUDGETS, at)
+    found = predict_costs(costs, BUDGETS, at)
     np.testing.assert_allclose(found, power_laws(size.tolist(), power.tolist(), at), rtol=1e-6)
-    dealt = deal(costs, BUDGETS, mean=mean, floor=5, most=MOST).astype(float)
+    slots = split_slots(costs, BUDGETS, mean=mean, floor=5, max_slots=MAX_SLOTS).astype(float)
 
     def cost(slots: NDArray[np.float64]) -> float:
         return float((size * slots**-power).sum())
 
-    assert cost(dealt) <= cost(np.full((3, 2), float(mean))) * (1 + 1e-9)
+    assert cost(slots) <= cost(np.full((3, 2), float(mean))) * (1 + 1e-9)
     for giver in range(6):
         for taker in range(6):
-            changed = dealt.copy().ravel()
+            changed = slots.copy().ravel()
             changed[giver] -= 1
             changed[taker] += 1
-            if changed.min() >= 5 and changed.max() <= MOST:
-                assert cost(changed.reshape(3, 2)) >= cost(dealt) * (1 - 1e-9)
+            if changed.min() >= 5 and changed.max() <= MAX_SLOTS:
+                assert cost(changed.reshape(3, 2)) >= cost(slots) * (1 - 1e-9)
 
 
 def test_slots_go_from_heads_that_hardly_care_to_those_that_do() -> None:
     costs = power_laws([[1.0, 0.01], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
-    dealt = deal(costs, BUDGETS, mean=40, floor=8, most=MOST)
+    slots = split_slots(costs, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS)
     # Where all fall with the first power, the best slots go with the root of the sizes.
-    assert dealt[0, 0] == pytest.approx(10 * dealt[0, 1], rel=0.1) or dealt[0, 1] == 8
-    assert dealt[0, 0] == pytest.approx(dealt[1, 1], abs=1)
+    assert slots[0, 0] == pytest.approx(10 * slots[0, 1], rel=0.1) or slots[0, 1] == 8
+    assert slots[0, 0] == pytest.approx(slots[1, 1], abs=1)
 
 
 def test_a_head_below_the_noise_gets_the_floor_and_does_not_gain_by_its_noise() -> None:
     costs = power_laws([[1.0], [1.0]], [[1.0], [1.0]])
     costs[1] = (0.0009, -0.0008, 0.0007)
-    dealt = deal(costs, BUDGETS, mean=40, floor=8, most=MOST, noise=0.001)
-    other = deal(np.stack([costs[0], -costs[1]]), BUDGETS, mean=40, floor=8, most=MOST, noise=0.001)
-    assert dealt[0, 0] > 60
-    np.testing.assert_array_equal(dealt, other)
+    slots = split_slots(costs, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS, noise=0.001)
+    other = split_slots(
+        np.stack([costs[0], -costs[1]]), BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS, noise=0.001
+    )
+    assert slots[0, 0] > 60
+    np.testing.assert_array_equal(slots, other)
 
 
-def test_where_every_head_is_below_the_noise_all_get_the_same() -> None:
+def test_heads_with_costs_below_the_noise_get_equal_slots() -> None:
     costs = np.random.default_rng(0).normal(scale=1e-4, size=(4, 2, 3))
-    assert (deal(costs, BUDGETS, mean=40, floor=8, most=MOST, noise=0.001) == 40).all()
-    assert (deal(0 * costs, BUDGETS, mean=40, floor=8, most=MOST) == 40).all()
+    assert (
+        split_slots(costs, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS, noise=0.001) == 40
+    ).all()
+    assert (split_slots(0 * costs, BUDGETS, mean=40, floor=8, max_slots=MAX_SLOTS) == 40).all()
 
 
 def test_one_budget_is_enough_to_tell_heads_apart() -> None:
-    dealt = deal([[[4.0], [1.0]]], (30,), mean=30, floor=2, most=MOST)
-    assert dealt.tolist() == [[40, 20]]
+    slots = split_slots([[[4.0], [1.0]]], (30,), mean=30, floor=2, max_slots=MAX_SLOTS)
+    assert slots.tolist() == [[40, 20]]
 
 
 def test_a_curve_that_falls_faster_at_its_end_is_divided_as_a_convex_one() -> None:
     """A step down far out must not stay out of reach because the slots before it gain nothing."""
     step, slope = (1.0, 0.999, 0.01), (1.0, 0.9, 0.8)
-    dealt = deal([[step, slope]], BUDGETS, mean=100, floor=8, most=MOST)
-    assert dealt[0, 0] > 110
+    slots = split_slots([[step, slope]], BUDGETS, mean=100, floor=8, max_slots=MAX_SLOTS)
+    assert slots[0, 0] > 110
 
 
 @given(measured())
 def test_predictions_are_positive_and_never_rise(costs: NDArray[np.float64]) -> None:
-    found = predicted(costs, BUDGETS, range(1, MOST))
+    found = predict_costs(costs, BUDGETS, range(1, MAX_SLOTS))
     assert (found > 0).all()
     assert (np.diff(found, axis=-1) <= 1e-12 * found[..., :-1]).all()
 
@@ -153,16 +159,16 @@ def test_predictions_are_positive_and_never_rise(costs: NDArray[np.float64]) -> 
 def test_shares_have_mean_one_and_lead_back_to_the_slots(
     costs: NDArray[np.float64], mean: int
 ) -> None:
-    dealt = deal(costs, BUDGETS, mean=mean, floor=8, most=MOST)
-    weights = np.array(shares(dealt.tolist()))
+    slots = split_slots(costs, BUDGETS, mean=mean, floor=8, max_slots=MAX_SLOTS)
+    weights = np.array(shares(slots.tolist()))
     assert weights.mean() == pytest.approx(1, abs=1e-4)
-    again = np.array(deal_shares(mean, weights.tolist(), MOST))
-    assert again.sum() == mean * dealt.size
+    again = np.array(deal_shares(mean, weights.tolist(), MAX_SLOTS))
+    assert again.sum() == mean * slots.size
     # The running total is rounded: half a slot at each end, and what four digits leave.
-    assert np.abs(again - dealt).max() <= 1
+    assert np.abs(again - slots).max() <= 1
 
 
-@pytest.mark.parametrize(("floor", "mean", "most"), [(0, 5, 9), (6, 5, 9), (1, 10, 9)])
-def test_what_cannot_be_dealt_is_refused(floor: int, mean: int, most: int) -> None:
-    with pytest.raises(ValueError, match="accepted: 1 <= floor <= mean <= most"):
-        deal([[[1.0]]], (5,), mean=mean, floor=floor, most=most)
+@pytest.mark.parametrize(("floor", "mean", "max_slots"), [(0, 5, 9), (6, 5, 9), (1, 10, 9)])
+def test_an_impossible_total_is_refused(floor: int, mean: int, max_slots: int) -> None:
+    with pytest.raises(ValueError, match="accepted: 1 <= floor <= mean <= max_slots"):
+        split_slots([[[1.0]]], (5,), mean=mean, floor=floor, max_slots=max_slots)

@@ -74,7 +74,7 @@ class AdaKV(Frozen):
         if equal.prefill_chunk == 1:
             raise InvalidArgument(
                 "prefill_chunk",
-                "1 reads a prompt step by step, and adakv deals slots once at its end; accepted: "
-                "0 for the whole prompt, or blocks of 2 tokens or more",
+                "1 reads a prompt step by step, but adakv splits the slots once, at its end; "
+                "accepted: 0 for the whole prompt, or blocks of 2 tokens or more",
             )
         return equal.model_copy(update={"pooled_floor": FLOOR})

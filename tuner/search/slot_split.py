@@ -10,20 +10,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
-FLOOR = 0.04
-"""Fewest slots of a head as a share of the length; every curve is an extrapolation there."""
-
 EXPONENTS = (0.25, 4.0)
 """Outside the measured budgets, cost falls with a power of the slots: the limits of this power."""
 
 
-def deal(
+def split_slots(
     costs: ArrayLike,
     budgets: Sequence[int],
     *,
     mean: int,
     floor: int,
-    most: int,
+    max_slots: int,
     noise: ArrayLike = 0.0,
 ) -> NDArray[np.int64]:
     """Split `mean` slots per head among all heads, to minimise the sum of predicted costs.
@@ -38,7 +35,7 @@ def deal(
         budgets: slots at which costs were measured, rising, at least one.
         mean: mean slots of a head.
         floor: fewest slots of a head; at most `mean`.
-        most: largest useful number of slots of a head, such as the sequence's length.
+        max_slots: largest useful number of slots of a head, such as the sequence's length.
         noise: nats below which a cost is not significant; a number, or of the shape of `costs`.
 
     Returns:
@@ -47,11 +44,12 @@ def deal(
     measured = np.asarray(costs, dtype=np.float64)
     shape = measured.shape[:2]
     heads = shape[0] * shape[1]
-    if not 1 <= floor <= mean <= most:
+    if not 1 <= floor <= mean <= max_slots:
         raise ValueError(
-            f"floor {floor}, mean {mean} and most {most}; accepted: 1 <= floor <= mean <= most"
+            f"floor {floor}, mean {mean} and max_slots {max_slots}; accepted: "
+            "1 <= floor <= mean <= max_slots"
         )
-    curves = predicted(measured, budgets, range(floor, most + 1), noise=noise)
+    curves = predict_costs(measured, budgets, range(floor, max_slots + 1), noise=noise)
     gains = -np.diff(curves.reshape(heads, -1), axis=-1)
     # The slopes of the curve's lower convex hull, because greedy division is optimal only for
     # convex curves.
@@ -64,7 +62,7 @@ def deal(
     return (floor + np.bincount(head.ravel()[taken], minlength=heads)).reshape(shape)
 
 
-def predicted(
+def predict_costs(
     costs: ArrayLike, budgets: Sequence[int], at: Sequence[int], *, noise: ArrayLike = 0.0
 ) -> NDArray[np.float64]:
     """Predict the cost of each head alone at other numbers of slots, by monotone curves.
@@ -75,35 +73,35 @@ def predicted(
     of the heads whose costs are all above it.
 
     Args:
-        costs, budgets, noise: as for `deal`.
+        costs, budgets, noise: as for `split_slots`.
         at: slots to predict for, from 1.
 
     Returns:
         [num_layers, num_kv_heads, at] nats, above 0 and never rising.
     """
     measured = np.asarray(costs, dtype=np.float64)
-    least = np.maximum(np.broadcast_to(noise, measured.shape) / 2, 1e-9 * np.abs(measured).max())
-    least = np.maximum(least, np.finfo(np.float64).tiny)
+    lowest = np.maximum(np.broadcast_to(noise, measured.shape) / 2, 1e-9 * np.abs(measured).max())
+    lowest = np.maximum(lowest, np.finfo(np.float64).tiny)
     falling = np.apply_along_axis(
         lambda row: isotonic_regression(row, increasing=False).x, -1, measured
     )
-    known = falling > least
+    significant = falling > lowest
     # One value for all unknown points of a head; otherwise their noise would shape the curve.
-    logs = np.log(np.where(known, falling, least.min(axis=-1, keepdims=True)))
-    x, wanted = np.log(budgets), np.log(at)
+    logs = np.log(np.where(significant, falling, lowest.min(axis=-1, keepdims=True)))
+    x, log_slots = np.log(budgets), np.log(at)
     # One power per segment, and one at either end: its neighbour within EXPONENTS.
     powers = np.ones((*measured.shape[:2], len(x) + 1))
     if len(x) > 1:
         slopes = -np.diff(logs, axis=-1) / np.diff(x)
-        told = slopes[known.all(axis=-1)]
-        usual = float(np.median(told)) if told.size else 1.0
+        measured_powers = slopes[significant.all(axis=-1)]
+        median_power = float(np.median(measured_powers)) if measured_powers.size else 1.0
         powers[..., 1:-1] = slopes
         powers[..., [0, -1]] = slopes[..., [0, -1]].clip(*EXPONENTS)
-        powers[~known.any(axis=-1)] = min(max(usual, EXPONENTS[0]), EXPONENTS[1])
+        powers[~significant.any(axis=-1)] = min(max(median_power, EXPONENTS[0]), EXPONENTS[1])
         logs = logs[..., :1] - np.cumsum(powers[..., :-1] * np.diff(x, prepend=x[0]), axis=-1)
-    segments = np.searchsorted(x, wanted, side="right")
+    segments = np.searchsorted(x, log_slots, side="right")
     starts = np.maximum(segments - 1, 0)
     found: NDArray[np.float64] = np.exp(
-        logs[..., starts] - powers[..., segments] * (wanted - x[starts])
+        logs[..., starts] - powers[..., segments] * (log_slots - x[starts])
     )
     return found

@@ -10,7 +10,7 @@ from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy, resolve
 from tuner.evaluation.objective import effective
-from tuner.evaluation.rivals import FLOOR, AdaKV, Pyramid
+from tuner.evaluation.slot_rules import FLOOR, AdaKV, Pyramid
 
 
 def slots(pyramid: Pyramid, length: int, layers: int = 5, heads: int = 2) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_slots_fall_by_the_same_number_from_nearly_twice_the_mean_to_a_twentieth
     )
 
 
-def test_where_the_sequence_is_shorter_the_lowest_layer_has_all_of_it() -> None:
+def test_the_lowest_layer_keeps_all_of_a_short_sequence() -> None:
     equal = CachePolicy(alpha=1.0, budget=124, recent=20, sinks=4)
     assert slots(Pyramid(equal=equal), 200).tolist() == pytest.approx(
         [200, 162, 124, 86, 48], abs=0.5
@@ -81,7 +81,7 @@ def test_a_pyramid_is_made_of_a_policy_only() -> None:
         Pyramid.model_validate({"equal": {"alpha": 3.0}})
 
 
-def test_adakv_deals_at_the_end_of_a_prompt_and_is_refused_where_there_is_none(
+def test_adakv_splits_slots_at_the_end_of_a_prompt_and_is_refused_without_one(
     tiny_model: LoadedModel,
 ) -> None:
     equal = CachePolicy(alpha=0.9, budget_ratio=0.3, recent_share=0.25, sinks=4, prefill_chunk=7)
