@@ -138,31 +138,31 @@ class EffectivePolicy(Frozen):
         description="Set where the slots of a layer are dealt anew at the end of the prompt, by "
         "its own scores: each head is sure of this share of its budget. Teacher forcing only.",
     )
-    held: tuple[Count, Positive] | None = Field(
+    local_heads: tuple[Count, Positive] | None = Field(
         default=None,
-        description="The KV heads of each layer that this process holds, from the first up to the "
-        "second; None: all.",
+        description="(first, end): this process has the KV heads first to end - 1 of each layer; "
+        "None: all heads.",
     )
 
     @property
     def first_head(self) -> int:
-        """The first KV head that this process holds."""
-        return 0 if self.held is None else self.held[0]
+        """The first KV head of this process."""
+        return 0 if self.local_heads is None else self.local_heads[0]
 
     @property
-    def held_alpha(self) -> tuple[tuple[float, ...], ...]:
-        """`alpha` of the heads that this process holds: [num_layers][heads]."""
-        return held_of(self.alpha, self.held)
+    def local_alpha(self) -> tuple[tuple[float, ...], ...]:
+        """`alpha` of the heads of this process: [num_layers][heads]."""
+        return select_heads(self.alpha, self.local_heads)
 
     @property
-    def held_budgets(self) -> tuple[tuple[int, ...], ...]:
-        """`head_budgets` of the heads that this process holds: [num_layers][heads] slots."""
-        return held_of(self.head_budgets, self.held)
+    def local_budgets(self) -> tuple[tuple[int, ...], ...]:
+        """`head_budgets` of the heads of this process: [num_layers][heads] slots."""
+        return select_heads(self.head_budgets, self.local_heads)
 
     @property
-    def held_recents(self) -> tuple[tuple[int, ...], ...]:
-        """`head_recents` of the heads that this process holds: [num_layers][heads] tokens."""
-        return held_of(self.head_recents, self.held)
+    def local_recents(self) -> tuple[tuple[int, ...], ...]:
+        """`head_recents` of the heads of this process: [num_layers][heads] tokens."""
+        return select_heads(self.head_recents, self.local_heads)
 
     @property
     def scored(self) -> bool:
@@ -173,14 +173,14 @@ class EffectivePolicy(Frozen):
         """Slots per head that a prompt of this length needs during prefill."""
         if self.prefill_chunk == 0:
             return prompt_tokens
-        return min(prompt_tokens, max(map(max, self.held_budgets)) - 1 + self.prefill_chunk)
+        return min(prompt_tokens, max(map(max, self.local_budgets)) - 1 + self.prefill_chunk)
 
 
-def held_of(
-    rows: Sequence[tuple[T, ...]], held: tuple[int, int] | None
+def select_heads(
+    rows: Sequence[tuple[T, ...]], heads: tuple[int, int] | None
 ) -> tuple[tuple[T, ...], ...]:
-    """Return the heads held[0] to held[1] - 1 of each layer's row [num_kv_heads]; None: all."""
-    return tuple(rows) if held is None else tuple(row[slice(*held)] for row in rows)
+    """Return the heads heads[0] to heads[1] - 1 of each layer's row [num_kv_heads]; None: all."""
+    return tuple(rows) if heads is None else tuple(row[slice(*heads)] for row in rows)
 
 
 def deal(

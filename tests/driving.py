@@ -169,7 +169,7 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
         held.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
     for sequence, slots, row in held:
-        budgets = sequence.policy.held_budgets
+        budgets = sequence.policy.local_budgets
         heads = [
             [head_of(slots, layer, row, head) for head in range(len(budgets[layer]))]
             for layer in range(len(budgets))

@@ -63,7 +63,7 @@ class PolicyTensors:
         def of_heads(values: Sequence[Heads]) -> Tensor:
             return torch.tensor(values, device=device).transpose(0, 1).contiguous()
 
-        alphas = [p.held_alpha for p in policies]
+        alphas = [p.local_alpha for p in policies]
         alpha = torch.tensor(alphas, dtype=torch.float64, device=device)
         layers = torch.arange(alpha.shape[1], device=device)
         scored = [
@@ -73,8 +73,8 @@ class PolicyTensors:
         return cls(
             first_heads=scoring.first_heads(layers, policies[0].first_head),
             alpha=alpha.transpose(0, 1).contiguous(),
-            budget=of_heads([p.held_budgets for p in policies]),
-            recent=of_heads([p.held_recents for p in policies]),
+            budget=of_heads([p.local_budgets for p in policies]),
+            recent=of_heads([p.local_recents for p in policies]),
             sinks=integers([p.sinks for p in policies]),
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]

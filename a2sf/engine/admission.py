@@ -118,7 +118,7 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         num_kv_heads=model.identity.num_kv_heads,
     )
     if model.local_heads is not None:
-        policy = policy.model_copy(update={"held": model.local_heads})
+        policy = policy.model_copy(update={"local_heads": model.local_heads})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:

@@ -120,7 +120,7 @@ class SteppedDecoder:
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
     """Return the largest budget of any policy, for each layer and head of this process."""
-    layers = zip(*(policy.held_budgets for policy in policies), strict=True)
+    layers = zip(*(policy.local_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 

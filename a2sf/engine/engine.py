@@ -25,7 +25,7 @@ from a2sf.engine.sequence import Sequence
 from a2sf.engine.staging import NOT_FINITE, BatchWide, Staging
 from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import Heads, held_of
+from a2sf.policy import Heads, select_heads
 from a2sf.requests import (
     CacheStatistics,
     Event,
@@ -58,7 +58,7 @@ class Engine:
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """The chosen implementation of the law: torch, triton or numba."""
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-        self._slab = self._allocate(config.max_batch, held_of(slots, model.local_heads))
+        self._slab = self._allocate(config.max_batch, select_heads(slots, model.local_heads))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make_decoder(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)

@@ -9,7 +9,7 @@ from typing import Self
 
 from a2sf.engine import sampling
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import EffectivePolicy, Heads, held_of
+from a2sf.policy import EffectivePolicy, Heads, select_heads
 from a2sf.requests import (
     CacheStatistics,
     Delta,
@@ -104,7 +104,7 @@ class Sequence:
     @property
     def local_stored(self) -> Heads:
         """As `stored`, for the heads of this process."""
-        return held_of(self.stored, self.policy.held)
+        return select_heads(self.stored, self.policy.local_heads)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -115,7 +115,7 @@ class Sequence:
     @property
     def in_order(self) -> bool:
         """Whether nothing is evicted from the prompt before the end of the current block."""
-        return self.block[0] < min(map(min, self.policy.held_budgets))
+        return self.block[0] < min(map(min, self.policy.local_budgets))
 
     @property
     def max_len(self) -> int:

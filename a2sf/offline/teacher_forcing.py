@@ -343,7 +343,7 @@ class _Scan:
         lengths = [len(e.token_ids) for e in examples]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
+        layers = [*zip(*(p.local_budgets for p in policies), strict=True)]
         budgets = [max(map(max, mine)) for mine in layers]
         evicts = [
             any(min(row) < length for row, length in zip(mine, lengths, strict=True))

@@ -123,7 +123,7 @@ def ours(sizing: Sizing, means: Means, load: Load) -> Pace | None:
         means,
         load,
         rows=sizing.rows,
-        row_nbytes=capacity.held_nbytes(sizing.spec, tokens),
+        row_nbytes=capacity.row_step_nbytes(sizing.spec, tokens),
         row_scores_nbytes=tokens * capacity.SCORED_SLOT_BYTES,
         row_operations=operations,
     )

@@ -365,11 +365,14 @@ def test_a_table_s_shares_deal_the_slots_and_each_head_protects_its_share() -> N
 def test_a_process_holds_the_slots_of_its_own_heads() -> None:
     table = shaped((4.0, 3.0, 2.0, 1.0), (1.0, 1.0, 1.0, 3.0), budget=40, recent=3, sinks=0)
     policy = settle(CachePolicy(table="made-up"), slots=200, **table)
-    first, second = (policy.model_copy(update={"held": held}) for held in ((0, 2), (2, 4)))
-    assert policy.held_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
-    assert (first.held_budgets, second.held_budgets) == (((80, 60), (20, 20)), ((40, 20), (20, 60)))
-    assert second.held_recents == ((3, 3), (3, 3))
-    assert second.held_alpha == tuple(row[2:] for row in policy.alpha)
+    first, second = (policy.model_copy(update={"local_heads": heads}) for heads in ((0, 2), (2, 4)))
+    assert policy.local_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
+    assert (first.local_budgets, second.local_budgets) == (
+        ((80, 60), (20, 20)),
+        ((40, 20), (20, 60)),
+    )
+    assert second.local_recents == ((3, 3), (3, 3))
+    assert second.local_alpha == tuple(row[2:] for row in policy.alpha)
 
 
 def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() -> None:
