@@ -135,8 +135,8 @@ class EffectivePolicy(Frozen):
     )
     pooled_floor: Share | None = Field(
         default=None,
-        description="Set where the slots of a layer are dealt anew at the end of the prompt, by "
-        "its own scores: each head is sure of this share of its budget. Teacher forcing only.",
+        description="Teacher forcing only. If set, the scores at the end of the prompt split the "
+        "slots of a layer again, and each head keeps at least this share of its budget.",
     )
     local_heads: tuple[Count, Positive] | None = Field(
         default=None,
@@ -183,7 +183,7 @@ def select_heads(
     return tuple(rows) if heads is None else tuple(row[slice(*heads)] for row in rows)
 
 
-def deal(
+def split_slots(
     budget: int, shares: Sequence[Sequence[float]], most: int, least: int = 0
 ) -> tuple[tuple[int, ...], ...]:
     """Split layers x heads x `budget` slots among all heads in proportion to their shares.
@@ -230,8 +230,8 @@ def deal(
             fixed += settled[head]
         else:
             open_weight += share
-        dealt = (2 * slots * open_weight + weight) // (2 * weight) if weight else 0
-        total.append(fixed + dealt)
+        by_share = (2 * slots * open_weight + weight) // (2 * weight) if weight else 0
+        total.append(fixed + by_share)
     heads = (end - begin for begin, end in pairwise(total))
     return tuple(tuple(islice(heads, len(layer))) for layer in shares)
 
@@ -289,7 +289,7 @@ def resolve(
     # In a short sequence a head with a small share still needs room for the newest token, the sinks
     # and the recent window.
     least = sinks + 1 + _recent(protecting, 0)
-    budgets = deal(budget, fitted.head_share if fitted else equal, length, least)
+    budgets = split_slots(budget, fitted.head_share if fitted else equal, length, least)
 
     def recent(slots: int) -> int:
         if preset == "window":

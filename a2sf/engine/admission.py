@@ -18,8 +18,8 @@ from a2sf.policy import (
     CachePolicy,
     EffectivePolicy,
     Heads,
-    deal,
     resolve,
+    split_slots,
 )
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
@@ -79,7 +79,7 @@ class EngineConfig(Frozen):
                     "head_share",
                     f"{len(row)} weights in layer {layer}; the model has {num_kv_heads} KV heads",
                 )
-        return deal(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
+        return split_slots(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
 
     def staging_slots(self, max_context: int) -> int:
         """Slots of the staging row for a model with this context, in tokens."""

@@ -64,6 +64,6 @@ def pooled_budgets(
         wanted = (1 - floor) * won.double() + floor * free.double()
         totals = torch.floor(wanted.cumsum(0) + 0.5).long()
         totals[-1] = pool
-        dealt = totals.diff(prepend=totals.new_zeros(1))
-        budgets[0, row] = reserved + dealt
+        pooled = totals.diff(prepend=totals.new_zeros(1))
+        budgets[0, row] = reserved + pooled
     return budgets

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from a2sf.errors import InvalidArgument
 from a2sf.model.locate import REFERENCE
-from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads, deal, slots_for
+from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads, slots_for, split_slots
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ class ServerOptions(
 
 def heads_of(slots: int, shares: Shares) -> Heads:
     """Return the slots of each layer and head of a row with `slots`, split by `shares`."""
-    return deal(slots, shares, slots * sum(map(len, shares)))
+    return split_slots(slots, shares, slots * sum(map(len, shares)))
 
 
 def is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.model import dtypes
 from a2sf.model.locate import REFERENCE
 from a2sf.model.spec import ModelSpec, read_model_spec
-from a2sf.policy import DEFAULT_SINKS, Heads, deal
+from a2sf.policy import DEFAULT_SINKS, Heads, split_slots
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.backend.loading import check_default, row_shape
@@ -161,7 +161,7 @@ def size(wish: Wish) -> Sizing:
         rows = _rows(wish, room - staging, row)
         most = max(room // full_sequence, 0)
         full_rows = most if wish.max_batch is None else min(most, wish.max_batch)
-    budgets = deal(wish.budget, shares or equal, context)
+    budgets = split_slots(wish.budget, shares or equal, context)
     return Sizing(
         spec=spec,
         weights=weights,

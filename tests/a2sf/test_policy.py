@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from a2sf.errors import InvalidArgument, InvalidRequest
-from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve, slots_for
+from a2sf.policy import CachePolicy, EffectivePolicy, resolve, slots_for, split_slots
 from tests.tables import IDENTITY, make_table
 
 
@@ -241,24 +241,24 @@ def flat(rows: Sequence[Sequence[float]]) -> list[float]:
 def test_all_slots_are_dealt_and_no_head_gets_more_than_it_can_use(
     budget: int, shares: list[list[float]], length: int
 ) -> None:
-    by_layer = deal(budget, shares, length)
+    by_layer = split_slots(budget, shares, length)
     assert [len(row) for row in by_layer] == [len(row) for row in shares]
-    assert deal(budget, [[8 * share for share in row] for row in shares], length) == by_layer
-    shares, dealt = flat(shares), flat(by_layer)
-    assert sum(dealt) == budget * len(shares)
+    assert split_slots(budget, [[8 * share for share in row] for row in shares], length) == by_layer
+    shares, slots = flat(shares), flat(by_layer)
+    assert sum(slots) == budget * len(shares)
     if budget >= length:
-        assert set(dealt) == {budget}
+        assert set(slots) == {budget}
     else:
-        assert all(0 <= slots <= length for slots in dealt)
+        assert all(0 <= count <= length for count in slots)
     # Rounding may take or give one.
-    for one, mine in zip(shares, dealt, strict=True):
-        for other, theirs in zip(shares, dealt, strict=True):
+    for one, mine in zip(shares, slots, strict=True):
+        for other, theirs in zip(shares, slots, strict=True):
             assert one < other or mine >= theirs - 1
 
 
 @given(st.integers(1, 5000), st.floats(1e-300, 1e300), st.integers(1, 100), st.integers(1, 5000))
 def test_equal_shares_get_equal_slots(budget: int, share: float, layers: int, length: int) -> None:
-    assert deal(budget, [[share] * 3] * layers, length) == ((budget,) * 3,) * layers
+    assert split_slots(budget, [[share] * 3] * layers, length) == ((budget,) * 3,) * layers
 
 
 @given(st.integers(1, 500), SHARES, st.integers(1, 5000))
@@ -266,31 +266,31 @@ def test_slots_are_proportional_to_shares_below_the_cap(
     budget: int, shares: list[list[float]], length: int
 ) -> None:
     assume(budget < length)
-    dealt = flat(deal(budget, shares, length))
+    slots = flat(split_slots(budget, shares, length))
     shares = flat(shares)
     # Written out: hand the excess on until nobody has any.
     target = [0.0] * len(shares)
     while True:
         left = budget * len(shares) - sum(target)
-        open_to = [i for i, slots in enumerate(target) if slots < length]
+        open_to = [i for i, count in enumerate(target) if count < length]
         if left < 1e-6 or not open_to:
             break
         weight = sum(shares[i] for i in open_to)
         for i in open_to:
             target[i] = min(target[i] + left * shares[i] / weight, length)
-    for slots, want in zip(dealt, target, strict=True):
-        assert abs(slots - want) < 1 + 1e-3
+    for count, want in zip(slots, target, strict=True):
+        assert abs(count - want) < 1 + 1e-3
 
 
 @given(st.integers(1, 500), SHARES, st.integers(1, 5000), st.integers(1, 100))
 def test_no_head_gets_less_than_it_needs_to_take_part_where_the_budget_suffices(
     budget: int, shares: list[list[float]], length: int, least: int
 ) -> None:
-    dealt = flat(deal(budget, shares, length, least))
-    assert sum(dealt) == budget * len(dealt)
-    assert min(dealt) >= min(budget, least)
-    assert max(dealt) <= max(budget, length)
-    free = [(s, n) for s, n in zip(flat(shares), dealt, strict=True) if least < n < length]
+    slots = flat(split_slots(budget, shares, length, least))
+    assert sum(slots) == budget * len(slots)
+    assert min(slots) >= min(budget, least)
+    assert max(slots) <= max(budget, length)
+    free = [(s, n) for s, n in zip(flat(shares), slots, strict=True) if least < n < length]
     # The others divide the rest in proportion; rounding may take or give one.
     for one, mine in free:
         for other, theirs in free:
@@ -301,28 +301,28 @@ def test_a_short_sequence_leaves_every_head_of_a_table_room_for_what_it_protects
     """A fifth of 40 tokens is 8 slots, of which the smallest share alone would leave one."""
     table = shaped((0.2, 1.4), (0.4, 2.0), budget=None, budget_ratio=0.2, recent=1, sinks=4)
     policy = settle(CachePolicy(table="made-up"), length=40, slots=200, **table)
-    dealt = flat(policy.head_budgets)
-    assert sum(dealt) == 4 * 8
-    assert min(dealt) == 6
+    slots = flat(policy.head_budgets)
+    assert sum(slots) == 4 * 8
+    assert min(slots) == 6
     # A request that protects less leaves the shares as they are fitted.
     less = settle(CachePolicy(table="made-up", recent=0, sinks=0), length=40, slots=200, **table)
     assert flat(less.head_budgets) == [2, 11, 3, 16]
 
 
 def test_what_the_least_shares_are_lifted_by_the_others_give() -> None:
-    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 100, 5) == ((5, 7), (5, 23))
-    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 20, 5) == ((5, 10), (5, 20))
+    assert split_slots(10, ((1.0, 4.0), (1.0, 14.0)), 100, 5) == ((5, 7), (5, 23))
+    assert split_slots(10, ((1.0, 4.0), (1.0, 14.0)), 20, 5) == ((5, 10), (5, 20))
     # Where the budget itself does not suffice, nobody is lifted beyond it.
-    assert deal(3, ((1.0, 2.0),), 100, 5) == ((3, 3),)
+    assert split_slots(3, ((1.0, 2.0),), 100, 5) == ((3, 3),)
 
 
 def test_what_a_head_cannot_use_goes_to_the_others_by_their_shares() -> None:
-    assert deal(100, ((2.0, 1.0, 1.0),), 1000) == ((150, 75, 75),)
-    assert deal(100, ((7.0,), (1.0,), (2.0,)), 150) == ((150,), (50,), (100,))
-    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 120) == ((120, 56), (112, 112))
-    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 100) == ((100, 100), (100, 100))
+    assert split_slots(100, ((2.0, 1.0, 1.0),), 1000) == ((150, 75, 75),)
+    assert split_slots(100, ((7.0,), (1.0,), (2.0,)), 150) == ((150,), (50,), (100,))
+    assert split_slots(100, ((7.0, 1.0), (2.0, 2.0)), 120) == ((120, 56), (112, 112))
+    assert split_slots(100, ((7.0, 1.0), (2.0, 2.0)), 100) == ((100, 100), (100, 100))
     # Of 20 slots the running totals are 2.2, 4.4, 6.7 and 20.
-    assert deal(5, ((1.0, 1.0), (1.0, 6.0)), 15) == ((2, 2), (3, 13))
+    assert split_slots(5, ((1.0, 1.0), (1.0, 6.0)), 15) == ((2, 2), (3, 13))
 
 
 @given(st.integers(1, 500), SHARES)
@@ -330,8 +330,8 @@ def test_slots_for_a_budget_give_every_head_that_much_and_hardly_more(
     budget: int, shares: list[list[float]]
 ) -> None:
     slots, most = slots_for(budget, shares), 10**9
-    assert min(flat(deal(slots, shares, most))) >= budget
-    assert min(flat(deal(slots - 1, shares, most))) <= budget
+    assert min(flat(split_slots(slots, shares, most))) >= budget
+    assert min(flat(split_slots(slots - 1, shares, most))) <= budget
 
 
 def shaped(*shares: tuple[float, ...], **policy: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from a2sf.policy import deal as deal_shares
+from a2sf.policy import split_slots
 from tuner.search.dealing import deal, predicted
 from tuner.search.space import shares
 
@@ -156,7 +156,7 @@ def test_shares_have_mean_one_and_lead_back_to_the_slots(
     dealt = deal(costs, BUDGETS, mean=mean, floor=8, most=MOST)
     weights = np.array(shares(dealt.tolist()))
     assert weights.mean() == pytest.approx(1, abs=1e-4)
-    again = np.array(deal_shares(mean, weights.tolist(), MOST))
+    again = np.array(split_slots(mean, weights.tolist(), MOST))
     assert again.sum() == mean * dealt.size
     # The running total is rounded: half a slot at each end, and what four digits leave.
     assert np.abs(again - dealt).max() <= 1
