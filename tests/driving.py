@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from a2sf.cache.budgets import resolve
 from a2sf.cache.scoring import EMPTY
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Delta, Finished, GenerationRequest, Sampling, Started, StepEvent
 from tests.head_slots import head_of
 from tests.tables import make_table

@@ -9,18 +9,12 @@ from typing import Self
 
 from pydantic import model_validator
 
+from a2sf.cache.budgets import resolve, split_slots
 from a2sf.engine.decoding import Kernels
 from a2sf.engine.sequence import find_stop_reasons
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import (
-    DEFAULT_METHOD,
-    CachePolicy,
-    EffectivePolicy,
-    Heads,
-    resolve,
-    split_slots,
-)
+from a2sf.policy import DEFAULT_METHOD, CachePolicy, EffectivePolicy, Heads
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
 

@@ -13,6 +13,7 @@ from itertools import chain
 import structlog
 
 from a2sf import reference
+from a2sf.cache.budgets import resolve, slots_for
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.engine.parallel import Follower, LeadingEngine
@@ -20,7 +21,7 @@ from a2sf.errors import InvalidArgument, NotFound, TableInvalid
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.locate import REFERENCE
 from a2sf.model.tensor_parallel import Ranks, leave, num_processes
-from a2sf.policy import CachePolicy, Heads, policy_if_omitted, resolve, slots_for
+from a2sf.policy import CachePolicy, Heads, policy_if_omitted
 from a2sf.schema import AlphaTable
 from a2sf.text import chat_template
 from a2sf.threads import set_threads

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from a2sf.cache.budgets import slots_for, split_slots
 from a2sf.errors import InvalidArgument
 from a2sf.model.locate import REFERENCE
-from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads, slots_for, split_slots
+from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
 from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
+from a2sf.cache.budgets import resolve
 from a2sf.errors import InvalidArgument, InvalidRequest, TableError
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads, resolve
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, Heads
 from a2sf.requests import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,

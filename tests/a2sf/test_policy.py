@@ -7,8 +7,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from a2sf.cache.budgets import resolve, slots_for, split_slots
 from a2sf.errors import InvalidArgument, InvalidRequest
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve, slots_for, split_slots
+from a2sf.policy import CachePolicy, EffectivePolicy
 from tests.tables import IDENTITY, make_table
 
 

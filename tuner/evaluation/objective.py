@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, log_softmax
 from torch.nn.functional import kl_div
 
+from a2sf.cache.budgets import resolve
 from a2sf.errors import NonFinite
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.prompts import Prompt, nbytes
 from a2sf.offline.teacher_forcing import Example, LayerInput, Prediction
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.schema import TablePolicy
 from tuner.evaluation.rivals import AdaKV, Pyramid
 

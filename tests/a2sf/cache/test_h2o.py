@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2sf.cache.attention import BlockPass, DecodePass, end_prompt
+from a2sf.cache.budgets import resolve
 from a2sf.cache.slots import PolicyTensors, Slots
-from a2sf.policy import CachePolicy, resolve
+from a2sf.policy import CachePolicy
 
 
 def heavy_hitters(

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a2sf.cache.budgets import resolve
 from a2sf.cache.slots import PolicyTensors, Slots
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.pooled import pooled_budgets
 from a2sf.offline.teacher_forcing import Example
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 
 
 def resolved(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from a2sf.policy import split_slots
+from a2sf.cache.budgets import split_slots
 from tuner.search.dealing import deal, predicted
 from tuner.search.space import shares
 
