@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.policy import EffectivePolicy
 from tests.head_slots import HeadSlots, head_of
 from tests.interpreting import ALIGNMENT, DEVICE

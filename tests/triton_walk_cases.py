@@ -15,8 +15,9 @@ from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import triton_walk
 from a2sf.cache.kernels.triton_walk import HeadSlots
 from a2sf.cache.layout import Layout
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from tests import row_cases
 from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE

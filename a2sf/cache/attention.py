@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from a2sf.cache import scoring
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Rectangle, Slots
+from a2sf.cache.slots import Rectangle, Slots
 
 QUERY_TILE = 256
 """Queries per call of attention, so that the mask takes tile x slots and not block x slots."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from a2sf.cache import kernels
 from a2sf.cache.attention import BlockAttention, DecodePass, attend_and_score
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LayerAttention, LoadedModel
 from a2sf.policy import EffectivePolicy, Heads

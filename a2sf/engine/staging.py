@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from a2sf.cache.attention import BlockPass, end_prompt
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.engine.sequence import Sequence
 from a2sf.errors import NonFinite

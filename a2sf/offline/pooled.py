@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 
 
 def pooled_budgets(

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from a2sf.cache.attention import BlockPass, attend_causally, end_prompt
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder, Similarity
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.model.loader import LayerAttention, LoadedModel
 from a2sf.offline.pooled import pooled_budgets

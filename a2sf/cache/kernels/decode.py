@@ -19,7 +19,8 @@ from torch import Tensor
 
 from a2sf.cache import kernels
 from a2sf.cache.kernels import decode_programs
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 
 TILE_BYTES = 32 * 1024
 """Size of a tile of keys and values. With the two tiles that the compiler prefetches, two programs

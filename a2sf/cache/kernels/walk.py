@@ -17,7 +17,8 @@ from torch import Tensor
 
 from a2sf.cache.kernels import compiling, walk_programs
 from a2sf.cache.kernels.walk_programs import BROUGHT, CALL, HEAD
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 
 _PROGRAMS = {
     torch.float32: walk_programs.walk_float32,

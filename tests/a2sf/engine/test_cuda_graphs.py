@@ -24,7 +24,8 @@ from a2sf.cache.kernels import (
     triton_walk,
     triton_walk_programs,
 )
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.engine import cuda_graphs, decoding
 from a2sf.engine.engine import Engine
 from a2sf.errors import InvalidArgument

@@ -8,7 +8,8 @@ import torch
 
 import a2sf.engine.staging
 from a2sf.cache.attention import BlockPass, DecodePass
-from a2sf.cache.slots import PolicyTensors, Rectangle, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Rectangle, Slots
 from a2sf.engine import sampling
 from a2sf.engine.decoding import SteppedDecoder
 from a2sf.engine.engine import Engine

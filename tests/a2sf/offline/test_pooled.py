@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2sf.cache.budgets import resolve
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.pooled import pooled_budgets
