@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from a2sf.cache import scoring
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import triton_walk
 from a2sf.cache.kernels.triton_walk import HeadSlots
 from a2sf.cache.layout import Layout
+from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
 from a2sf.cache.slots import Slots

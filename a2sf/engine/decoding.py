@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from a2sf.cache import kernels
-from a2sf.cache.attention import BlockAttention, DecodePass, attend_and_score
+from a2sf.cache.attention import BlockAttention, attend_and_score
+from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a2sf.cache.attention import BlockPass, end_prompt
+from a2sf.cache.passes import BlockPass, end_prompt
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.slots import Slots
 from a2sf.engine import decoding

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from a2sf.cache.attention import BlockPass, attend_causally, end_prompt
+from a2sf.cache.attention import attend_causally
+from a2sf.cache.passes import BlockPass, end_prompt
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder, Similarity
 from a2sf.cache.slots import Slots

@@ -1,6 +1,6 @@
 """A decode step's attention in one pass over the slots of a layer.
 
-Owns `decode_attention` (an `attention.DecodePass` in one layer, which also chooses the slots of the
+Owns `decode_attention` (an `passes.DecodePass` in one layer, which also chooses the slots of the
 next step's tokens), `Workspace` (its scratch memory) and `plan_slots` (the first choice for a row).
 Needs Triton (extra `gpu`). Knows nothing of models or requests.
 

@@ -1,6 +1,6 @@
 """Runs the tokens of texts through one layer, one after the other, in one kernel launch.
 
-Owns `walk` (an `attention.DecodePass` per token, in one layer) and `HeadSlots` (the location of
+Owns `walk` (an `passes.DecodePass` per token, in one layer) and `HeadSlots` (the location of
 each head's slots). Needs Triton (extra `gpu`). Knows nothing of models.
 
 A program processes all tokens of one row and KV head, so no two programs use the same slots. The

@@ -1,7 +1,7 @@
 """The law on processors: runs one or many tokens of each row through a layer in one call.
 
 Owns `Walker`, which calls the compiled kernels with the slots of some rows, their policies and the
-projections of their tokens. The kernels compute an `attention.DecodePass` per token. Knows nothing
+projections of their tokens. The kernels compute an `passes.DecodePass` per token. Knows nothing
 of models or requests.
 
 One thread processes a row and KV head; the heads with the most work start first. Each head has its

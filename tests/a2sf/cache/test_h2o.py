@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.cache.attention import BlockPass, DecodePass, end_prompt
 from a2sf.cache.budgets import resolve
+from a2sf.cache.passes import BlockPass, DecodePass, end_prompt
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.slots import Slots
 from a2sf.policy import CachePolicy

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf.cache import attention, scoring
-from a2sf.cache.attention import BlockPass, end_prompt
+from a2sf.cache.passes import BlockPass, end_prompt
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
 from a2sf.cache.slots import Slots

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import a2sf.engine.staging
-from a2sf.cache.attention import BlockPass, DecodePass
+from a2sf.cache.passes import BlockPass, DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.slots import Rectangle, Slots
 from a2sf.engine import sampling

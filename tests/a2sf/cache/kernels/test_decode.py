@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import decode, decode_programs, score_update
+from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
 from a2sf.cache.slots import Slots

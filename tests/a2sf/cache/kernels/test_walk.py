@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from a2sf.cache import scoring
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import walk, walk_programs
 from a2sf.cache.kernels.walk import Walker
+from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots
