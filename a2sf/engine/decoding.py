@@ -20,7 +20,8 @@ from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots
 from a2sf.errors import InvalidArgument
-from a2sf.model.loader import LayerAttention, LoadedModel
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
 
 Kernels = Literal["auto", "torch", "triton", "numba"]

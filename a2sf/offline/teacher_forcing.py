@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from a2sf.cache.retention import Similarity
 from a2sf.engine import decoding
-from a2sf.model.loader import LayerAttention, LoadedModel
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 from a2sf.offline.prompts import AfterPrompts, Prompt, read
 from a2sf.offline.scan import FullCache, Scan
 from a2sf.policy import EffectivePolicy

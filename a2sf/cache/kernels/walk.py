@@ -41,7 +41,7 @@ def program(dtype: torch.dtype) -> int:
 
 
 class Walker:
-    """Runs tokens of rows through layers. A `models.LayerAttention` after `begin`.
+    """Runs tokens of rows through layers. A `LayerAttention` after `begin`.
 
     Not thread-safe.
     """
