@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Given, Positive, Ratio, Share
+from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Positive, Ratio, Share
+from a2sf.validation import Given
 
 T = TypeVar("T")
 

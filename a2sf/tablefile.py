@@ -22,7 +22,8 @@ from a2sf.errors import (
     TableTooNew,
     first_line,
 )
-from a2sf.schema import SCHEMA_VERSION, AlphaTable, ModelIdentity, first_problem
+from a2sf.schema import SCHEMA_VERSION, AlphaTable, ModelIdentity
+from a2sf.validation import first_problem
 
 MAX_FILE_BYTES = 16 * 2**20
 """Larger files are refused unread: the largest model in sight needs under 1 MiB."""

@@ -16,7 +16,8 @@ from a2sf.cache.budgets import slots_for, split_slots
 from a2sf.errors import InvalidArgument
 from a2sf.model.locate import REFERENCE
 from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
-from a2sf.schema import Count, Frozen, NotNegative, Positive, first_problem
+from a2sf.schema import Count, Frozen, NotNegative, Positive
+from a2sf.validation import first_problem
 
 if TYPE_CHECKING:
     from a2sf.engine.admission import EngineConfig

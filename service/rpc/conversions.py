@@ -30,10 +30,11 @@ from a2sf.requests import (
     Sampling,
     Started,
 )
-from a2sf.schema import AlphaTable, ModelIdentity, problems
+from a2sf.schema import AlphaTable, ModelIdentity
 from a2sf.tablefile import canonical_json
 from a2sf.text import chat_template
 from a2sf.text.detokenizer import vocabulary
+from a2sf.validation import problems
 from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
 from service.policy_messages import preset_value, set_fields

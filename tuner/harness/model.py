@@ -30,8 +30,8 @@ from a2sf.offline import teacher_forcing
 from a2sf.offline.teacher_forcing import Example
 from a2sf.policy import CachePolicy
 from a2sf.requests import Delta, Failed, Finished, GenerationRequest
-from a2sf.schema import first_problem
 from a2sf.text import chat_template
+from a2sf.validation import first_problem
 from tuner.harness.arguments import Arguments, SequencePolicies, sampling
 
 MAX_NEW_TOKENS = 256
