@@ -253,10 +253,11 @@ def trial(tiny_model_64: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Trial:
     made = Trial(tiny_model_64, monkeypatch)
     decode = Engine._decode
 
-    def noted(engine: Engine, events: Any) -> None:
+    def noted(engine: Engine) -> Any:
         made.patched_decoding = True
-        decode(engine, events)
+        logits = decode(engine)
         made.patched_decoding = False
+        return logits
 
     monkeypatch.setattr(Engine, "_decode", noted)
     return made
