@@ -202,7 +202,7 @@ class Engine:
         )
 
     def _prefill(self) -> Tensor | None:
-        """Run a prompt's next piece; after the last one, give it a row and return [1, vocab] logits."""
+        """Run a piece of a prompt; after the last, give it a row and return logits [1, vocab]."""
         sequence = self._prefilling
         if sequence is None:
             return None
