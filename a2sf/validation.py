@@ -14,9 +14,9 @@ from a2sf.schema import Frozen
 
 
 class Given(Frozen):
-    """Base of the values that callers build by hand: what does not fit is refused as all else is.
+    """Base of the values that callers build by hand.
 
-    Raises InvalidRequest with every field that does not fit, not pydantic's own error.
+    Raises InvalidRequest, not pydantic's error, with a problem for each invalid field.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -27,10 +27,11 @@ class Given(Frozen):
 
 
 def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[tuple[str, str]]:
-    """Turn pydantic's report into (field, problem) pairs, fields dotted; "" is the whole value.
+    """Turn pydantic's report into (field, problem) pairs.
 
-    Strings that were given are shown only where a name was expected: any other may be a prompt or
-    a secret. `model` is whose fields a field that there is not may have been meant for.
+    Nested fields are dotted; the field "" is the whole value. A given string is shown only if a
+    fixed name was expected: any other string may be a prompt or a secret. For an unknown field, the
+    fields of `model` are suggested.
     """
     found = []
     for problem in error.errors(include_url=False):
@@ -40,21 +41,21 @@ def problems(error: ValidationError, model: type[BaseModel] | None = None) -> li
         match problem["type"]:
             case "literal_error":
                 accepted = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-                told = f"{value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
+                text = f"{value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
             case "extra_forbidden" if model is not None:
                 fields = list(model.model_fields)
-                told = f"no such field; accepted: {', '.join(fields)}{did_you_mean(where, fields)}"
+                text = f"no such field; accepted: {', '.join(fields)}{did_you_mean(where, fields)}"
             case _:
-                told = problem["msg"].removeprefix("Value error, ")
-                # A whole part as the value is no help.
+                text = problem["msg"].removeprefix("Value error, ")
+                # The value of a whole object would be too long.
                 if isinstance(value, (int, float)) and where:
-                    told += f" (got {value!r})"
-        found.append((where, told))
+                    text += f" (got {value!r})"
+        found.append((where, text))
     return found
 
 
 def first_problem(error: ValidationError) -> str:
-    """Put pydantic's report into one line: where, what, and the value it was given."""
+    """Return the first problem of pydantic's report on one line: field, problem, given value."""
     problems = error.errors(include_url=False)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
