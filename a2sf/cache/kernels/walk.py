@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.cache.kernels import compiling, walk_programs
-from a2sf.cache.kernels.walk_programs import BROUGHT, CALL, HEAD
+from a2sf.cache.kernels import compiling, walk_memory, walk_programs
+from a2sf.cache.kernels.walk_memory import BROUGHT, CALL, HEAD, SIGNATURE
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.slots import Slots
 
@@ -37,7 +37,7 @@ _LINE = _LINE_BYTES // 4
 @cache
 def program(dtype: torch.dtype) -> int:
     """Compile the kernel for slots of a dtype, or load it; return its address."""
-    return compiling.compiled(_PROGRAMS[dtype], walk_programs.SIGNATURE)
+    return compiling.compiled(_PROGRAMS[dtype], SIGNATURE, uses=[walk_memory])
 
 
 class Walker:
