@@ -7,6 +7,7 @@ share. Knows nothing of tensors or of transport.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 
@@ -17,7 +18,6 @@ from a2sf.policy import (
     CachePolicy,
     EffectivePolicy,
     Heads,
-    Preset,
 )
 from a2sf.schema import AlphaTable, TablePolicy
 
@@ -121,8 +121,8 @@ def resolve(
     # Nothing is evicted from a full cache, so there is nothing to protect.
     sinks = _first((s.sinks for s in sources), 0 if preset == "full" else DEFAULT_SINKS)
     prefill_chunk = _first((s.prefill_chunk for s in sources), DEFAULT_PREFILL_CHUNK)
-    whole = (length, None, True)
-    budget, floor, stated = whole if preset == "full" else _budget(sources, length)
+    chosen = _whole(length) if preset == "full" else _choose_budget(sources, length)
+    budget = chosen.slots
     protecting = (request,) if request.preset is not None else sources
     equal = ((1.0,) * num_kv_heads,) * num_layers
     # In a short sequence a head with a small share still needs room for the newest token, the sinks
@@ -138,10 +138,10 @@ def resolve(
         return 0 if preset == "full" else _recent(protecting, slots - sinks - 1)
 
     recents = tuple(tuple(recent(mine) for mine in layer) for layer in budgets)
-    _check_slab(budgets, slots, budget, floor, length, preset)
+    _check_slab(request, chosen, budgets, slots)
     # A ratio may give the whole sequence. Then nothing is evicted, and there is nothing to check.
-    if budget < length or stated:
-        _check_room(budget, recent(budget), sinks)
+    if budget < length or chosen.field in ("budget", "preset"):
+        _check_room(request, chosen, recent(budget), sinks)
     if fitted is not None:
         alpha = fitted.alpha
     else:
@@ -155,7 +155,7 @@ def resolve(
         alpha=alpha,
         budget=budget,
         head_budgets=budgets,
-        min_budget=floor,
+        min_budget=chosen.floor,
         recent=recent(budget),
         head_recents=recents,
         sinks=sinks,
@@ -166,13 +166,74 @@ def resolve(
     )
 
 
-def _check_slab(
-    budgets: Heads,
-    slots: Sequence[Sequence[int]] | int,
-    budget: int,
-    floor: int | None,
+@dataclass(frozen=True)
+class _Budget:
+    """The slots per head, and where the number comes from."""
+
+    slots: int
+    field: str
+    """The field that gave the number: budget, budget_ratio, min_budget or preset."""
+    reason: str
+    """For messages, such as "budget is 20 tokens"."""
+    floor: int | None = None
+    """`min_budget`, if it raised the number that `budget_ratio` gives."""
+
+
+def _whole(length: int) -> _Budget:
+    reason = f"prompt + max_new is {length} tokens and preset full keeps them all"
+    return _Budget(length, "preset", reason)
+
+
+def _choose_budget(sources: Sequence[CachePolicy | TablePolicy], length: int) -> _Budget:
+    """Return the budget of the first source that has one; `sources` start with the request."""
+    for source in sources:
+        if source.budget is not None:
+            reason = f"{_whose(source, sources)}budget is {source.budget} tokens"
+            return _Budget(source.budget, "budget", reason)
+        if source.budget_ratio is not None:
+            return _budget_by_ratio(source, source.budget_ratio, sources, length)
+    raise InvalidArgument("cache_policy.budget", "no budget given; accepted: 1 or more tokens")
+
+
+def _budget_by_ratio(
+    source: CachePolicy | TablePolicy,
+    ratio: float,
+    sources: Sequence[CachePolicy | TablePolicy],
     length: int,
-    preset: Preset | None,
+) -> _Budget:
+    limiting = next((one for one in sources if one.min_budget is not None), None)
+    floor = limiting.min_budget if limiting else None
+    budget, least = math.floor(ratio * length + 0.5), min(floor or 0, length)
+    if limiting and budget < least:
+        reason = (
+            f"{_whose(limiting, sources)}min_budget {floor} raises the budget to {least} tokens"
+        )
+        return _Budget(least, "min_budget", reason, floor)
+    reason = f"{_whose(source, sources)}budget_ratio {ratio:g} of {length} tokens"
+    if budget < 1:
+        raise InvalidArgument(
+            _written_field(sources[0], "budget_ratio"), f"{reason} is less than one slot"
+        )
+    return _Budget(budget, "budget_ratio", f"{reason} is {budget} tokens")
+
+
+def _whose(source: CachePolicy | TablePolicy, sources: Sequence[CachePolicy | TablePolicy]) -> str:
+    """Return "" for the request, so that a message names a field as the user wrote it."""
+    if source is sources[0]:
+        return ""
+    return "the table's " if isinstance(source, TablePolicy) else "the server's "
+
+
+def _written_field(request: CachePolicy | TablePolicy, *names: str) -> str:
+    """Return the first of these fields that the request sets, else the policy as a whole."""
+    for name in (*names, "preset", "table", "alpha"):
+        if getattr(request, name, None) is not None:
+            return f"cache_policy.{name}"
+    return "cache_policy"
+
+
+def _check_slab(
+    request: CachePolicy, budget: _Budget, budgets: Heads, slots: Sequence[Sequence[int]] | int
 ) -> None:
     """Refuse a policy if any head needs more slots than a row has for that head."""
     there = tuple((slots,) * len(layer) for layer in budgets) if isinstance(slots, int) else slots
@@ -182,63 +243,47 @@ def _check_slab(
     needs, has = budgets[layer][head], there[layer][head]
     if needs <= has:
         return
-    if preset == "full":
-        asked = f"prompt + max_new is {length} tokens and preset full keeps them all"
-    elif equal:
-        asked = f"budget is {budget} tokens" + ("" if flat else " in every head")
-    else:
-        asked = (
-            f"budget is {budget} tokens a head on average, of which head_share gives layer {layer} "
-            f"head {head} {needs} slots"
+    asked = budget.reason
+    if not equal:
+        asked += (
+            f" per head on average, and head_share gives layer {layer} head {head} {needs} slots"
         )
-    if floor is not None:
-        asked = f"min_budget {floor} raises what budget_ratio comes to: {asked}"
+    elif not flat and budget.field != "preset":
+        asked += " in every head"
     if flat:
         room = f"accepted: at most {has} slots" + ("" if equal else " in every head")
     else:
         room = f"layer {layer} head {head} has {has} slots (rows follow head_share)"
-    field = "budget" if floor is None else "min_budget"
+    remedy = "shorten the request" if budget.field == "preset" else f"lower {budget.field}"
     raise InvalidArgument(
-        f"cache_policy.{field}", f"{asked}; {room}; lower {field} or raise --slots"
+        _written_field(request, budget.field, "budget_ratio"),
+        f"{asked}; {room}; {remedy} or raise --slots",
     )
 
 
-def _check_room(budget: int, recent: int, sinks: int) -> None:
-    """Refuse a policy that protects so much that nothing can be evicted where something must be.
+def _check_room(request: CachePolicy, budget: _Budget, recent: int, sinks: int) -> None:
+    """Refuse a policy that must evict and has no token that may be evicted.
 
-    Asked of a head of `budget` slots: no head gets fewer than it needs where that one has them.
+    It is enough to check a head of the mean budget: if that one has room, `split_slots` gives every
+    head room.
     """
-    if budget < sinks + recent + 1:
-        raise InvalidArgument(
-            "cache_policy.budget",
-            f"budget is {budget} tokens, and sinks {sinks} + recent {recent} + 1 for the newest "
-            f"need {sinks + recent + 1}; raise budget, or lower sinks or recent",
-        )
+    needed = sinks + recent + 1
+    if budget.slots >= needed:
+        return
+    fields, remedy = ["recent", "recent_share", "sinks"], "lower sinks or recent"
+    # The preset full has no budget that could be raised.
+    if budget.field != "preset":
+        fields = [budget.field, "budget_ratio", *fields]
+        remedy = f"raise {budget.field}, or {remedy}"
+    raise InvalidArgument(
+        _written_field(request, *fields),
+        f"{budget.reason}, and sinks {sinks} + recent {recent} + 1 for the newest need {needed}; "
+        f"{remedy}",
+    )
 
 
 def _first(values: Iterable[int | None], default: int) -> int:
     return next((value for value in values if value is not None), default)
-
-
-def _budget(
-    sources: Sequence[CachePolicy | TablePolicy], length: int
-) -> tuple[int, int | None, bool]:
-    """Return the slots, the floor where one raised them, and whether they were stated as slots."""
-    floor = _first((source.min_budget for source in sources), 0)
-    for source in sources:
-        if source.budget is not None:
-            return source.budget, None, True
-        if source.budget_ratio is not None:
-            budget, least = math.floor(source.budget_ratio * length + 0.5), min(floor, length)
-            if budget < least:
-                return least, floor, False
-            if budget < 1:
-                raise InvalidArgument(
-                    "cache_policy.budget_ratio",
-                    f"{source.budget_ratio} of {length} tokens is less than one slot",
-                )
-            return budget, None, False
-    raise InvalidArgument("cache_policy.budget", "no budget given; accepted: 1 or more tokens")
 
 
 def _recent(sources: Iterable[CachePolicy | TablePolicy], room: int) -> int:
