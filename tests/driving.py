@@ -160,16 +160,16 @@ def any_requests(
 
 
 def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the requests in the engine keep: positions and scores, [layers, H_kv, tokens] each.
+    """What the requests in the engine store: positions and scores, [layers, H_kv, tokens] each.
 
     Copies in order of position, of the rows that decode and the one being prefilled; heads that
     keep fewer tokens end in empty ones. The one place in the tests that looks inside the engine.
     """
-    held = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
+    rows = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
     if engine._prefilling is not None:
-        held.append((engine._prefilling, engine._staging.row, 0))
+        rows.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
-    for sequence, slots, row in held:
+    for sequence, slots, row in rows:
         budgets = sequence.policy.local_budgets
         heads = [
             [head_of(slots, layer, row, head) for head in range(len(budgets[layer]))]

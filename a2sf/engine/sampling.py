@@ -21,7 +21,7 @@ _GREEDY_BELOW = 1e-30
 """Temperatures below this are greedy: a division by them would overflow float32."""
 
 _MOST = 2**31 - 1
-"""Cap for top_k; no vocabulary has so many tokens."""
+"""Upper limit of top_k, larger than any vocabulary."""
 
 _Rows: TypeAlias = slice | Tensor
 """An index of rows: a full slice for all (a view), or int64 indices [n]."""
