@@ -39,12 +39,12 @@ _OWN_RECENT = ("full", "window", "h2o")
 
 
 class CachePolicy(Given):
-    """The cache policy of a request. Fields left out come from the table, then the server.
+    """The cache policy of a request. Omitted fields come from the table, then from the server.
 
-    At most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent` and
-    `recent_share`. A ratio is of prompt + max_new tokens, a share of budget - sinks - 1. A budget
-    that comes from a ratio is never below `min_budget` slots, nor above what the request needs; 0
-    is no floor. A `budget` is exact as given.
+    Set at most one of `preset`, `table` and `alpha`; of `budget` and `budget_ratio`; of `recent`
+    and `recent_share`. A ratio is a share of prompt + max_new tokens; `recent_share` is a share of
+    budget - sinks - 1. `min_budget` is the lower limit of a budget from a ratio, but never more
+    than prompt + max_new tokens; 0: no limit. It does not apply to `budget`.
     """
 
     preset: Preset | None = None
@@ -69,30 +69,34 @@ class CachePolicy(Given):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"give at most one of {', '.join(names)}; got {', '.join(given)}")
-        if self.preset in _OWN_RECENT and (
-            self.recent is not None or self.recent_share is not None
-        ):
-            raise ValueError(f"preset {self.preset} sets its own recent window; leave recent out")
-        if self.preset == "full" and (self.budget is not None or self.budget_ratio is not None):
-            raise ValueError("preset full keeps every token; leave budget and budget_ratio out")
+        if self.preset in _OWN_RECENT:
+            for name in ("recent", "recent_share"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"preset {self.preset} sets its own recent window; omit {name}"
+                    )
+        if self.preset == "full":
+            for name in ("budget", "budget_ratio"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"preset full keeps every token; omit {name}")
         if self.random_seed is not None and self.preset != "random":
-            raise ValueError("random_seed is for preset random only")
+            raise ValueError("random_seed is only for preset random; omit it, or set that preset")
         return self
 
     @property
     def names_method(self) -> bool:
-        """Whether this policy says how to score: by preset, table or uniform alpha."""
+        """Whether this policy names a method: a preset, a table or a uniform alpha."""
         return self.preset is not None or self.table is not None or self.alpha is not None
 
 
 DEFAULT_METHOD = CachePolicy(alpha=0.98, recent_share=0.5)
-"""The server's method when neither request nor table names one. This uniform setting cost no more
-than h2o on any of four datasets, and less on two; see benchmarks/FINDINGS.md, "What a server does
-by default"."""
+"""The server's method if neither the request nor a table names one. This uniform setting cost no
+more than h2o on any of four datasets, and less on two; see benchmarks/FINDINGS.md, "What a server
+does by default"."""
 
 
 def policy_if_omitted(server: CachePolicy, table: AlphaTable | None) -> CachePolicy:
-    """Return the policy of a request that gives none, where `table` (None: none) is the default."""
+    """Return the policy of a request without one; `table` is the default table, or None."""
     if table is None:
         return server
     own = table.policy.model_dump(exclude={"alpha", "head_share"})
@@ -107,27 +111,27 @@ class EffectivePolicy(Frozen):
     method: Annotated[str, Field(description="A preset's name, a2sf, or table.")]
     alpha: tuple[tuple[Alpha, ...], ...] = Field(description="[num_layers][num_kv_heads]")
     budget: Positive = Field(
-        description="The mean of head_budgets, slots: what was asked for, where `min_budget` did "
-        "not raise it."
+        description="Slots per head, the mean of head_budgets: the requested budget, or more if "
+        "`min_budget` raised it."
     )
     head_budgets: tuple[tuple[Positive, ...], ...] = Field(
-        description="[num_layers][num_kv_heads] slots."
+        description="Slots of each head, [num_layers][num_kv_heads]."
     )
     min_budget: Positive | None = Field(
         default=None,
-        description="Set where a ratio came to fewer slots than this floor: `budget` is the floor, "
-        "or the sequence's length where that is less.",
+        description="Set if a ratio gave fewer slots than this limit. Then `budget` is the limit, "
+        "or the length of the sequence if that is less.",
     )
-    recent: Count = Field(description="What a head of `budget` slots would protect, tokens.")
+    recent: Count = Field(description="Recent window of a head of `budget` slots, in tokens.")
     head_recents: tuple[tuple[Count, ...], ...] = Field(
-        description="[num_layers][num_kv_heads] tokens."
+        description="Recent window of each head, [num_layers][num_kv_heads] tokens."
     )
     sinks: Count
     prefill_chunk: Count
     table_name: str | None = None
     table_sha256: str | None = None
     random_seed: Count | None = Field(
-        default=None, description="Set for method random only: scores are a hash of it."
+        default=None, description="Only for method random: the seed of the scores."
     )
     pooled_floor: Share | None = Field(
         default=None,

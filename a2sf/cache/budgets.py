@@ -95,21 +95,20 @@ def resolve(
 
     Args:
         request: the fields that the request sets.
-        table: the table that the request (or else the server) names, already looked up; or the
-            policy alone of a table that is still being fitted and has no name.
-        server: the server's own policy.
+        table: the table that the request names, or else the server; or the policy of a table that
+            is still being fitted and has no name.
+        server: the server's policy.
         length: prompt + max_new, in tokens.
         slots: [num_layers][num_kv_heads] slots of a row of the slab; one number if all are equal.
         num_layers: layers of the model.
         num_kv_heads: KV heads of a layer.
 
-    Raises InvalidArgument with the field, its value and the accepted values. Nothing is clamped,
-    with one exception: a ratio never gives fewer slots than `min_budget`, and the result then says
-    so.
+    Raises InvalidArgument with a field of the request, the value and the accepted values. Nothing
+    is clamped, with one exception: `min_budget` raises a ratio, and the result says so.
 
-    The recent window of a preset is its own, or that of the policy that names the preset, or the
-    request's. The server's window belongs to the server's method, so a preset that the request
-    names does not take it.
+    A preset without its own recent window takes it from the policy that names the preset, or from
+    the request. The server's window belongs to the server's method, so a preset of the request does
+    not take it.
     """
     method = request if request.names_method else server
     preset = method.preset
