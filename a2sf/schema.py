@@ -8,14 +8,7 @@ under `proto/` is exported from here (`json_schema`); a test keeps the two equal
 from datetime import UTC
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from a2sf.errors import TableMismatch
 
@@ -196,7 +189,7 @@ class Evidence(Frozen):
     split: str
     examples: Positive
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        description="Coverage of the intervals."
+        description="Coverage of an interval."
     )
     table: Estimate = Field(description="The cost of the fitted per-head table.")
     baselines: dict[str, Estimate] = Field(description="The cost of each baseline, by name.")
@@ -235,7 +228,9 @@ class Stage(Frozen):
         description="The trials in passes over all calibration examples through all layers."
     )
     seconds: NotNegative = Field(description="Time of the measurements, summed over workers.")
-    calibration: Finite = Field(description="Lowest cost on the calibration examples up to here.")
+    calibration: Finite = Field(
+        description="Lowest cost on the calibration examples so far; for `per layer`, of the stage."
+    )
     held_out: Estimate = Field(description="Cost of that candidate on the held-out examples.")
     paired: Estimate = Field(description="That cost minus the best uniform setting's, paired.")
 
@@ -244,11 +239,16 @@ class Search(Frozen):
     """How the table was found."""
 
     sampler: str
-    trials: Count
+    trials: Count = Field(
+        description="Candidates of all stages, including `uniform` and the baseline `per layer`."
+    )
     study: str
     storage: str = Field(description="Kind of storage, such as journal; never its address.")
     wall_seconds: NotNegative
-    stages: tuple[Stage, ...] = Field(description="In order; empty in tables of older versions.")
+    stages: tuple[Stage, ...] = Field(
+        description="In order, with the search for the baseline `per layer`; empty in tables of "
+        "older versions."
+    )
 
 
 class AlphaTable(Frozen):
