@@ -10,7 +10,8 @@ from typing import Annotated
 from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 
 from a2sf.policy import CachePolicy, EffectivePolicy
-from a2sf.schema import AlphaTable, Count, Frozen, Given, Positive
+from a2sf.schema import AlphaTable, Count, Frozen, Positive
+from a2sf.validation import Given
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256

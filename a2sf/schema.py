@@ -1,34 +1,21 @@
-"""The alpha table: what the versioned file says that the tuner writes and the service loads.
+"""The alpha table: the content of the versioned file that the tuner writes and the service loads.
 
-Owns the fields and their ranges. Knows nothing of how the file is written (`a2sf.tablefile`), of
-tensors, of how a table is found, or of who asks for it. The JSON Schema under `proto/` is exported
-from here (`json_schema`) and a test holds the two equal.
+Owns the fields and their ranges, and the types of numbers that other models share. Knows nothing of
+how the file is written (`a2sf.tablefile`), of tensors, or of how a table is found. The JSON Schema
+under `proto/` is exported from here (`json_schema`); a test keeps the two equal.
 """
 
-import re
 from datetime import UTC
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from a2sf.errors import (
-    InvalidRequest,
-    TableMismatch,
-    did_you_mean,
-)
+from a2sf.errors import TableMismatch
 
 SCHEMA_VERSION: Final = 3
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""A table's name: safe as a file's name, so it can never leave the tables' directory."""
+"""A table's name: safe as a file name, so it cannot point outside the tables' directory."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Alpha = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -37,7 +24,7 @@ Ratio = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=0, lt=2**32)]
-"""So many tokens as a message can carry."""
+"""A number of tokens that fits into a message."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -45,36 +32,25 @@ NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Frozen(BaseModel):
-    """Base of every value that crosses a module: immutable, typed strictly, no unknown fields."""
+    """Base of the values that modules exchange: immutable, strictly typed, no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Given(Frozen):
-    """Base of the values that callers build by hand: what does not fit is refused as all else is.
-
-    Raises InvalidRequest with every field that does not fit, not pydantic's own error.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise InvalidRequest(problems(error, type(self))) from None
-
-
 class ModelIdentity(Frozen):
-    """Which model a table belongs to. Two models with one identity may share tables."""
+    """The model that a table belongs to. Two models with the same identity may share tables."""
 
     id: str = Field(description="The model's name or hub id, for people; not compared on load.")
-    revision: str | None = Field(description="The hub revision, where the model came from a hub.")
+    revision: str | None = Field(
+        description="The hub revision; null for a model that is not from a hub."
+    )
     architecture: str = Field(description="The transformers class, such as LlamaForCausalLM.")
     num_layers: Positive
     num_attention_heads: Positive = Field(description="Query heads of one layer.")
     num_kv_heads: Positive = Field(description="Key-value heads of one layer.")
     fingerprint: Digest = Field(
-        description="SHA-256 over the canonical shape and rope settings and the first 4 KiB of "
-        "every k_proj weight (of qkv_proj where those are fused) as stored."
+        description="SHA-256 over the canonical sizes and rope settings and the first 4 KiB of "
+        "every stored k_proj weight (or qkv_proj weight, in models that fuse them)."
     )
 
     @property
@@ -84,11 +60,11 @@ class ModelIdentity(Frozen):
 
     @property
     def hashed(self) -> str:
-        """What is hashed beside the weights, as the end of a sentence; empty if nobody knows."""
+        """The settings that are hashed with the weights, to end a sentence; empty if unknown."""
         return ""
 
     def difference(self, other: "ModelIdentity") -> str | None:
-        """Say how `other` differs in what a table depends on, or None where it does not."""
+        """Say how `other` differs in what a table depends on; None if it does not differ."""
         for field in ("architecture", "num_layers", "num_attention_heads", "num_kv_heads"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
@@ -107,12 +83,12 @@ class ModelIdentity(Frozen):
 
 
 class LoadedIdentity(ModelIdentity):
-    """The identity of a model that is at hand, which says more than a table keeps of it."""
+    """The identity of a loaded model. It has more than a table stores."""
 
     earlier: tuple[Digest, ...] = Field(default=(), exclude=True)
-    """Fingerprints that older tables have of the same model."""
+    """Fingerprints of the same model in older tables."""
     settings: str = Field(default="", exclude=True)
-    """What is hashed beside the weights, for people."""
+    """The settings that are hashed with the weights, for people."""
 
     @property
     def fingerprints(self) -> frozenset[str]:
@@ -121,7 +97,7 @@ class LoadedIdentity(ModelIdentity):
 
     @property
     def hashed(self) -> str:
-        """What is hashed beside the weights, as the end of a sentence."""
+        """The settings that are hashed with the weights, to end a sentence."""
         return f" (whose settings are {self.settings})"
 
 
@@ -130,42 +106,43 @@ def _stored(model: ModelIdentity) -> ModelIdentity:
 
 
 StoredIdentity = Annotated[ModelIdentity, AfterValidator(_stored)]
-"""What a file keeps of an identity."""
+"""The part of an identity that a file stores."""
 
 
 class TablePolicy(Frozen):
-    """What serving must do so that the table means what it meant when it was fitted."""
+    """The policy that the table was fitted with; serving must use the same one."""
 
     alpha: tuple[tuple[Alpha, ...], ...] = Field(
         min_length=1, description="num_layers lists of num_kv_heads forgetting factors."
     )
     head_share: tuple[tuple[Weight, ...], ...] = Field(
         min_length=1,
-        description="num_layers lists of num_kv_heads weights by which the slots of all heads are "
-        "dealt among them: equal weights give every head the budget, others give more to some at "
-        "the cost of the rest. Only their proportions matter; fitted weights have mean 1.",
+        description="num_layers lists of num_kv_heads weights. The slots of all heads are split in "
+        "proportion to them: with equal weights every head gets the budget, otherwise some heads "
+        "get more and others less. Fitted weights have mean 1.",
     )
     budget: Annotated[Tokens, Field(ge=1)] | None = Field(
-        default=None, description="Slots of a head in tokens, the mean over all heads."
+        default=None, description="Slots per head, the mean over all heads."
     )
     budget_ratio: Ratio | None = Field(
-        default=None, description="The same as a share of prompt + max_new tokens."
+        default=None, description="The budget as a share of prompt + max_new tokens."
     )
     min_budget: Tokens | None = Field(
         default=None,
-        description="The fewest slots that a budget_ratio comes to when it is served, in tokens; a "
-        "shorter sequence keeps all of its tokens. 0: no floor; null: the server's own. A budget "
-        "in tokens is exact as given.",
+        description="Lower limit of the budget that budget_ratio gives, in slots; a shorter "
+        "sequence keeps all its tokens. 0: no limit; null: the limit of the server. It does not "
+        "apply to `budget`.",
     )
     recent: Tokens | None = Field(
-        default=None, description="Tokens before the newest that are never evicted."
+        default=None, description="Number of tokens before the newest that are never evicted."
     )
     recent_share: Share | None = Field(
-        default=None, description="The same as a share of a head's slots - sinks - 1, floored."
+        default=None,
+        description="The recent window as a share of the head's slots - sinks - 1, rounded down.",
     )
-    sinks: Tokens = Field(description="First tokens of the sequence that are never evicted.")
+    sinks: Tokens = Field(description="Number of first tokens that are never evicted.")
     prefill_chunk: Tokens = Field(
-        description="Tokens of one prompt block; 0 means the whole prompt as one block."
+        description="Tokens of a block of the prompt; 0: the whole prompt is one block."
     )
 
     @model_validator(mode="after")
@@ -178,13 +155,13 @@ class TablePolicy(Frozen):
 
 
 class Calibration(Frozen):
-    """The data that the alphas were fitted on."""
+    """The data that the table was fitted on."""
 
     dataset: str
     split: str
     examples: Positive
     tokens: Positive
-    data_sha256: Digest = Field(description="SHA-256 over the token ids of the examples used.")
+    data_sha256: Digest = Field(description="SHA-256 over the token ids of the examples.")
     seed: int
 
 
@@ -197,7 +174,7 @@ class Estimate(Frozen):
 
 
 class UniformSetting(Frozen):
-    """One alpha for all layers and heads, equal slots, and what is protected from eviction."""
+    """One alpha for all layers and heads, equal slots, a recent window, and sinks."""
 
     alpha: Alpha
     recent_share: Share
@@ -205,78 +182,79 @@ class UniformSetting(Frozen):
 
 
 class Evidence(Frozen):
-    """What the table and its baselines cost on examples that the search never saw."""
+    """The costs of the table and its baselines on examples that the search did not use."""
 
-    objective: str = Field(description="What the figures measure, with its unit.")
+    objective: str = Field(description="The quantity that the costs measure, with its unit.")
     dataset: str
     split: str
     examples: Positive
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        description="Coverage of every interval here."
+        description="Coverage of an interval."
     )
     table: Estimate = Field(description="The cost of the fitted per-head table.")
     baselines: dict[str, Estimate] = Field(description="The cost of each baseline, by name.")
     paired: dict[str, Estimate] = Field(
-        description="Fitted table minus baseline on the same examples; below 0 the table wins."
+        description="Cost of the fitted table minus that of the baseline, on the same examples; "
+        "below 0 the table is better."
     )
     p_holm: dict[str, Share] = Field(
-        description="p-value of each paired difference (sign flips, two-sided), corrected by Holm "
-        "over all of them; empty in tables from before they were kept."
+        description="p-value of each paired difference (sign flips, two-sided), with Holm's "
+        "correction over all of them; empty in tables of older versions."
     )
     lost_nll: Estimate | None = Field(
-        description="By how many nats a token the true next token costs more under the fitted "
-        "table than with the full cache, on the same examples; null in tables from before it was "
-        "kept.",
+        description="Increase of the next token's negative log-likelihood under the fitted table "
+        "over the full cache, on the same examples, in nats per token; null in tables of older "
+        "versions.",
     )
     uniform: UniformSetting | None = Field(
-        description="The best uniform setting, which is the baseline `uniform`; null in tables "
-        "from before it was kept."
+        description="The best uniform setting, which is the baseline `uniform`; null in tables of "
+        "older versions."
     )
     verdict: Literal["better", "no_better_than_uniform"] = Field(
         description="better: the paired interval against the best uniform setting lies below 0, "
-        "and its corrected p-value is below 1 - confidence. "
-        "Otherwise the uniform setting is what the file carries, unless asked otherwise."
+        "and its corrected p-value is below 1 - confidence. Otherwise the file contains the "
+        "uniform setting, unless the user asked for the table with --keep-table."
     )
 
 
 class Stage(Frozen):
-    """One stage of a search: what it took, and what its best candidate is worth."""
+    """One stage of a search: its work, and the cost of its best candidate."""
 
     name: str
-    trials: Count = Field(description="Candidates measured, those given up early included.")
+    trials: Count = Field(
+        description="Number of measured candidates, including those that were stopped early."
+    )
     evaluations: NotNegative = Field(
-        description="The same in passes over all calibration examples through all layers."
+        description="The trials in passes over all calibration examples through all layers."
     )
-    seconds: NotNegative = Field(description="Time spent on measuring, summed over workers.")
+    seconds: NotNegative = Field(description="Time of the measurements, summed over workers.")
     calibration: Finite = Field(
-        description="Lowest cost on the calibration examples so far; of `per layer`, its own."
+        description="Lowest cost on the calibration examples so far; for `per layer`, of the stage."
     )
-    held_out: Estimate = Field(description="What that candidate costs on the held-out examples.")
-    paired: Estimate = Field(description="The same minus the best uniform setting's, paired.")
+    held_out: Estimate = Field(description="Cost of that candidate on the held-out examples.")
+    paired: Estimate = Field(description="That cost minus the best uniform setting's, paired.")
 
 
 class Search(Frozen):
-    """How the alphas were found."""
+    """How the table was found."""
 
     sampler: str
     trials: Count = Field(
-        description="Candidates measured in all stages: the uniform stage, and the search for the "
-        "baseline `per layer`, are included."
+        description="Candidates of all stages, including `uniform` and the baseline `per layer`."
     )
     study: str
     storage: str = Field(description="Kind of storage, such as journal; never its address.")
     wall_seconds: NotNegative
     stages: tuple[Stage, ...] = Field(
-        description="In order, with the search for the baseline `per layer`; empty in tables from "
-        "before they were kept."
+        description="In order, with the search for the baseline `per layer`; empty in tables of "
+        "older versions."
     )
 
 
 class AlphaTable(Frozen):
     """A forgetting factor and a share of the slots for each layer and KV head, with their proof.
 
-    Instances are whole and valid: build them with `seal`, which fills in the digest, or with
-    `load_table`, which checks it.
+    Build instances with `seal`, which computes the digest, or with `load_table`, which checks it.
     """
 
     schema_version: Literal[3]
@@ -320,41 +298,3 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of the newest version of the file."""
     schema = AlphaTable.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[tuple[str, str]]:
-    """Turn pydantic's report into (field, problem) pairs, fields dotted; "" is the whole value.
-
-    Strings that were given are shown only where a name was expected: any other may be a prompt or
-    a secret. `model` is whose fields a field that there is not may have been meant for.
-    """
-    found = []
-    for problem in error.errors(include_url=False):
-        where, value = "", problem["input"]
-        for part in problem["loc"]:
-            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-        match problem["type"]:
-            case "literal_error":
-                accepted = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-                told = f"{value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
-            case "extra_forbidden" if model is not None:
-                fields = list(model.model_fields)
-                told = f"no such field; accepted: {', '.join(fields)}{did_you_mean(where, fields)}"
-            case _:
-                told = problem["msg"].removeprefix("Value error, ")
-                # A whole part as the value is no help.
-                if isinstance(value, (int, float)) and where:
-                    told += f" (got {value!r})"
-        found.append((where, told))
-    return found
-
-
-def first_problem(error: ValidationError) -> str:
-    """Put pydantic's report into one line: where, what, and the value it was given."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
-    value = "" if isinstance(first["input"], (dict, list)) else f" (got {first['input']!r})"
-    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where + ': ' if where else ''}{message}{value}{more}"

@@ -1,7 +1,7 @@
-"""The alpha table's file: written whole or not at all, and read with every doubt.
+"""The alpha table's file: written atomically, and checked when it is read.
 
-Owns the canonical form and its digest, the upgrade chain from older versions, and reading and
-writing the file safely. Knows nothing of what the fields mean.
+Owns the canonical form and its digest, the upgrades from older versions, and reading and writing
+the file. Knows nothing of the meaning of the fields.
 """
 
 import hashlib
@@ -22,14 +22,15 @@ from a2sf.errors import (
     TableTooNew,
     first_line,
 )
-from a2sf.schema import SCHEMA_VERSION, AlphaTable, ModelIdentity, first_problem
+from a2sf.schema import SCHEMA_VERSION, AlphaTable, ModelIdentity
+from a2sf.validation import first_problem
 
 MAX_FILE_BYTES = 16 * 2**20
-"""Larger files are refused unread: the largest model in sight needs under 1 MiB."""
+"""Larger files are refused without reading them. Tables of known models are below 1 MiB."""
 
 
 def canonical_json(document: Mapping[str, Any]) -> str:
-    """Write `document` in the form that digests are taken of: sorted keys, no spaces, no NaN."""
+    """Return `document` in the form that is hashed: sorted keys, no spaces, no NaN."""
     return json.dumps(
         document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -42,9 +43,9 @@ def canonical_digest(document: Mapping[str, Any]) -> str:
 
 
 def seal(**fields: Any) -> AlphaTable:
-    """Build a table of the newest version from its fields, filling in version and digest.
+    """Build a table of the newest version from its fields; adds the version and the digest.
 
-    Raises TableInvalid where a field is missing, unknown or out of range.
+    Raises TableInvalid if a field is missing, unknown or out of range.
     """
     try:
         draft = AlphaTable(schema_version=SCHEMA_VERSION, sha256="0" * 64, **fields)
@@ -54,21 +55,21 @@ def seal(**fields: Any) -> AlphaTable:
 
 
 def save_table(table: AlphaTable, path: Path) -> None:
-    """Write `table` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `table` to `path`. A reader sees the old file or the new one, never a part."""
     document = table.model_dump(mode="json")
     assert canonical_digest(document) == table.sha256, "tables are built with seal()"
     write_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file atomically: a reader sees the old one or the new one, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; others read them, such as servers.
+        # mkstemp gives only the owner access, but other users, such as servers, read the file.
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -82,7 +83,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _from_1(document: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had equal slots in every layer, and kept neither stages nor p-values."""
+    """Version 1 had equal slots in every layer, and neither stages nor p-values."""
     policy = document.get("policy")
     alpha = policy.get("alpha") if isinstance(policy, dict) else None
     layers = len(alpha) if isinstance(alpha, list) else 0
@@ -91,7 +92,7 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
         "evidence": {"p_holm": {}, "uniform": None},
         "search": {"stages": []},
     }
-    # What is no object is left for the fields' own checks to name.
+    # Parts that are not objects stay; the checks of the fields name them.
     parts = {name: document.get(name) for name in brought}
     return document | {
         name: {**part, **brought[name]} for name, part in parts.items() if isinstance(part, dict)
@@ -99,11 +100,8 @@ def _from_1(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_2(document: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 had equal slots in the heads of a layer, and kept no loss to the full cache.
-
-    It had no floor for its ratio either.
-    """
-    # What is missing or no object is left for the fields' own checks to name.
+    """Version 2 had equal slots in the heads of a layer, no `lost_nll`, and no `min_budget`."""
+    # Parts that are missing or not objects stay; the checks of the fields name them.
     evidence, policy = document.get("evidence"), document.get("policy")
     if isinstance(evidence, dict):
         document = document | {"evidence": evidence | {"lost_nll": None}}
@@ -117,7 +115,7 @@ def _from_2(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shares_by_head(shares: Any, alpha: Any) -> Any:
-    """Each layer's share for each of its heads, of which `alpha` has one number each."""
+    """Return each layer's share once per head; `alpha` has one number per head."""
     if not isinstance(shares, list) or not isinstance(alpha, list) or len(shares) != len(alpha):
         return shares
     return [
@@ -127,9 +125,9 @@ def _shares_by_head(shares: Any, alpha: Any) -> Any:
 
 
 UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
-"""From version n to n + 1: the step takes a document of version n and returns one of n + 1.
+"""Version n: the step that turns a document of version n into one of version n + 1.
 
-`schema_version` and `sha256` are not a step's concern; `upgrade` sets them.
+A step does not set `schema_version` and `sha256`; `upgrade` does.
 """
 
 
@@ -138,10 +136,10 @@ def upgrade(
     steps: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = UPGRADES,
     current: int = SCHEMA_VERSION,
 ) -> dict[str, Any]:
-    """Bring `document` to version `current` one step at a time, and give it its new digest.
+    """Upgrade `document` to version `current`, one step at a time, and set its new digest.
 
-    Raises TableTooNew for a version above `current`, TableInvalid for one that is no positive
-    integer or that no step leads on from.
+    Raises TableTooNew for a version above `current`, and TableInvalid for a version that is not a
+    positive integer or has no step.
     """
     version = document.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -153,7 +151,9 @@ def upgrade(
         )
     while version < current:
         if version not in steps:
-            raise TableInvalid(f"schema_version {version} can no longer be read; fit it again")
+            raise TableInvalid(
+                f"schema_version {version} is no longer supported; fit the table again"
+            )
         document = {**steps[version](document), "schema_version": version + 1}
         version += 1
         document["sha256"] = canonical_digest(document)
@@ -161,12 +161,12 @@ def upgrade(
 
 
 def parse_table(data: bytes) -> AlphaTable:
-    """Read a table from the bytes of its file: digest, then version, then every field.
+    """Read a table from the bytes of its file; check the digest, the version and every field.
 
-    The table's digest is that of its canonical form, which is the file's own where the file has
+    The table's digest is that of its canonical form. It equals the file's digest if the file has
     every field of the newest version.
 
-    Raises TableCorrupt, TableTooNew or TableInvalid, with what is wrong.
+    Raises TableCorrupt, TableTooNew or TableInvalid.
     """
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
@@ -174,32 +174,34 @@ def parse_table(data: bytes) -> AlphaTable:
         raise TableCorrupt(f"not whole JSON, perhaps cut short: {first_line(error)}") from error
     if not isinstance(document, dict):
         raise TableCorrupt("not a JSON object")
-    # A newer version may define its digest anew, so the version is looked at first.
+    # A newer version may define its digest in another way, so check the version first.
     version = document.get("schema_version")
     if not (isinstance(version, int) and version > SCHEMA_VERSION):
         try:
             digest = canonical_digest(document)
         except (ValueError, RecursionError) as error:
-            # What Python reads goes further than JSON: 1e999, half of a surrogate pair.
-            raise TableCorrupt(f"holds what canonical JSON cannot: {first_line(error)}") from error
+            # Python reads more than JSON allows: 1e999, half of a surrogate pair.
+            raise TableCorrupt(
+                f"has a value that JSON cannot represent: {first_line(error)}"
+            ) from error
         if document.get("sha256") != digest:
             raise TableCorrupt(
-                f"sha256 is {document.get('sha256')!r} in the file and {digest!r} of its content; "
+                f"the file says sha256 {document.get('sha256')!r}, and its content has {digest!r}; "
                 "the file was changed or damaged after it was written"
             )
     try:
-        # Strict validation takes JSON's arrays for tuples and its strings for times only when it
-        # reads JSON itself.
+        # Strict validation accepts JSON arrays as tuples, and strings as times, only if it reads
+        # the JSON itself.
         table = AlphaTable.model_validate_json(json.dumps(upgrade(document)))
     except ValidationError as error:
         raise TableInvalid(first_problem(error)) from error
-    # A file may leave out a field that may be null, or write 1 for 1.0: what is handed on is
-    # written in full, and so is what its digest is of.
+    # A file may omit a field that may be null, or write 1 for 1.0. The digest is that of the
+    # canonical form.
     return table.model_copy(update={"sha256": canonical_digest(table.model_dump(mode="json"))})
 
 
 def load_table(path: Path, identity: ModelIdentity | None = None) -> AlphaTable:
-    """Read and check the table at `path`, against the model of `identity` where one is given.
+    """Read and check the table at `path`, also against the model of `identity` if one is given.
 
     Raises NotFound, TableCorrupt, TableTooNew, TableInvalid or TableMismatch; each message names
     the file.
@@ -220,5 +222,5 @@ def load_table(path: Path, identity: ModelIdentity | None = None) -> AlphaTable:
 
 
 def refuse_constant(name: str) -> float:
-    """Refuse NaN and the infinities, which Python's JSON reader takes; its `parse_constant`."""
+    """Refuse NaN and infinities, which Python's JSON reader accepts; a `parse_constant`."""
     raise ValueError(f"{name} is not JSON")

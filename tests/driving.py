@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from a2sf.cache.budgets import resolve
 from a2sf.cache.scoring import EMPTY
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
 from a2sf.requests import Delta, Finished, GenerationRequest, Sampling, Started, StepEvent
 from tests.head_slots import head_of
 from tests.tables import make_table
@@ -159,17 +160,17 @@ def any_requests(
 
 
 def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the requests in the engine keep: positions and scores, [layers, H_kv, tokens] each.
+    """What the requests in the engine store: positions and scores, [layers, H_kv, tokens] each.
 
     Copies in order of position, of the rows that decode and the one being prefilled; heads that
     keep fewer tokens end in empty ones. The one place in the tests that looks inside the engine.
     """
-    held = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
+    rows = [(sequence, engine._slab, row) for row, sequence in enumerate(engine._active)]
     if engine._prefilling is not None:
-        held.append((engine._prefilling, engine._staging.row, 0))
+        rows.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
-    for sequence, slots, row in held:
-        budgets = sequence.policy.held_budgets
+    for sequence, slots, row in rows:
+        budgets = sequence.policy.local_budgets
         heads = [
             [head_of(slots, layer, row, head) for head in range(len(budgets[layer]))]
             for layer in range(len(budgets))

@@ -19,8 +19,10 @@ class HeadSlots:
 
     def stored(self) -> dict[int, float]:
         """The score of each stored token, by position."""
-        held = self.position != EMPTY
-        return dict(zip(self.position[held].tolist(), self.score[held].tolist(), strict=True))
+        occupied = self.position != EMPTY
+        return dict(
+            zip(self.position[occupied].tolist(), self.score[occupied].tolist(), strict=True)
+        )
 
 
 def head_of(slots: Slots, layer: int, row: int, head: int) -> HeadSlots:

@@ -8,8 +8,8 @@ import random
 
 import torch
 
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import decode
+from a2sf.cache.passes import DecodePass
 from a2sf.cache.slots import Slots
 from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.policy import EffectivePolicy
 from tests.head_slots import HeadSlots, head_of
 from tests.interpreting import ALIGNMENT, DEVICE
@@ -124,17 +125,17 @@ def make(
     for layer in range(layers):
         for row, length in enumerate(lengths):
             for head, budget in enumerate(policies[row].head_budgets[layer]):
-                held = min(length, budget)
+                count = min(length, budget)
                 mine = head_of(slab, layer, row, head)
-                kept = torch.randperm(max(length, 1), generator=rng)[:held]
-                mine.position[:held] = kept.int()
+                kept = torch.randperm(max(length, 1), generator=rng)[:count]
+                mine.position[:count] = kept.int()
                 # Few distinct scores, so that there are many ties.
-                mine.score[:held] = torch.randint(0, 4, (held,), generator=rng) / 4
-                vectors = torch.randn(2, held, dim, generator=rng)
+                mine.score[:count] = torch.randint(0, 4, (count,), generator=rng) / 4
+                vectors = torch.randn(2, count, dim, generator=rng)
                 if same_keys:
                     vectors[0] = 1.0
-                mine.keys[:held] = vectors[0].to(dtype)
-                mine.values[:held] = vectors[1].to(dtype)
+                mine.keys[:count] = vectors[0].to(dtype)
+                mine.values[:count] = vectors[1].to(dtype)
     return Case(
         slab=slab,
         slots=slab.view(slice(0, rows), widths),
@@ -196,14 +197,14 @@ def check_state(
     slots, budget = case.slots, case.policy.budget
     for (layer, row, head), theirs in heads_of(witness):
         mine = head_of(slots, layer, row, head)
-        held = min(int(seen[row]), int(budget[layer, row, head]))
+        count = min(int(seen[row]), int(budget[layer, row, head]))
         assert torch.equal(mine.position, theirs.position)
         if judged[row]:
             torch.testing.assert_close(
-                mine.score[:held], theirs.score[:held], rtol=tolerance, atol=1e-7
+                mine.score[:count], theirs.score[:count], rtol=tolerance, atol=1e-7
             )
         # Unused slots, other rows and memory outside the view must not change.
-        assert mine.score[held:].isnan().all()
+        assert mine.score[count:].isnan().all()
         assert torch.equal(mine.keys.nan_to_num(0.0).double(), theirs.keys)
         assert torch.equal(mine.values.nan_to_num(0.0).double(), theirs.values)
     vectors, marks = owned(case)

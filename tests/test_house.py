@@ -22,6 +22,7 @@ ORDER = {
     "a2sf": [
         "errors",
         "schema",
+        "validation",
         "tablefile",
         "policy",
         "requests",

@@ -118,7 +118,7 @@ def test_the_table_fitted_on_it_is_for_it_and_keeps_what_its_heads_are_dealt(
 ) -> None:
     table = load_table(ROOT / f"benchmarks/tables/smollm2/{name}.json", real_loaded.identity)
     shares = [share for row in table.policy.head_share for share in row]
-    assert max(shares) > 3 * min(shares), "the table deals nearly equal slots"
+    assert max(shares) > 3 * min(shares), "the table gives all heads nearly equal slots"
     prompt = real_loaded.encode(
         "The river rises in the northern hills and flows for forty miles through three counties "
         "before it meets the sea. In 1912 a bridge was built across it; the bridge"

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from a2sf.cache import scoring
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import triton_walk
 from a2sf.cache.kernels.triton_walk import HeadSlots
 from a2sf.cache.layout import Layout
+from a2sf.cache.passes import DecodePass
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from tests import row_cases
 from tests.head_slots import head_of
 from tests.interpreting import DEVICE, SCORE_TOLERANCE
@@ -61,10 +62,10 @@ class Case:
         return output, visible
 
 
-def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> Case:
+def make(seed: int, *, most: int = 12, unequal: bool = False, **kind: object) -> Case:
     """Make random rows as `row_cases.make`, with up to `most` tokens each; rows may have none.
 
-    `dealt` gives every head its own number of slots and window, packed into one slab with gaps
+    `unequal` gives every head its own number of slots and window, packed into one slab with gaps
     between the heads. Memory without a token is NaN.
     """
     drawn = row_cases.make(seed, layers=1, **kind)  # type: ignore[arg-type]
@@ -84,8 +85,8 @@ def make(seed: int, *, most: int = 12, dealt: bool = False, **kind: object) -> C
         return normal.masked_fill(~spoken[..., None, None], torch.nan).transpose(1, 2)
 
     slots, policy = HeadSlots.of(drawn.slots, 0), drawn.policy
-    if dealt:
-        slots, policy = _dealt(drawn, choose)
+    if unequal:
+        slots, policy = _unequal(drawn, choose)
     return Case(
         slots=slots,
         policy=policy,
@@ -104,7 +105,7 @@ def random_case(seed: int) -> Case:
     return make(
         seed,
         most=choose.choice([4, 12, 24]),
-        dealt=choose.random() < 0.5,
+        unequal=choose.random() < 0.5,
         group=choose.choice([1, 2, 4, 7, 8]),
         dim=choose.choice([32, 32, 64, 80, 96, 128, 256]),
         dtype=choose.choice([torch.float32, torch.float16, torch.bfloat16]),
@@ -123,7 +124,7 @@ def served_case(seed: int, most: int = 300) -> Case:
     return make(
         seed,
         most=max(most // 5, 4),
-        dealt=choose.random() < 0.5,
+        unequal=choose.random() < 0.5,
         group=group,
         dim=dim,
         dtype=dtype,
@@ -134,7 +135,7 @@ def served_case(seed: int, most: int = 300) -> Case:
     )
 
 
-def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, PolicyTensors]:
+def _unequal(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, PolicyTensors]:
     _, rows, kv_heads = drawn.policy.alpha.shape
     dim = drawn.slots.keys[0].shape[2]
     table: dict[str, list[list[int]]] = {
@@ -171,12 +172,12 @@ def _dealt(drawn: row_cases.Case, choose: random.Random) -> tuple[HeadSlots, Pol
         width=tables["budget"],
         widest=int(tables["budget"].max()),
     )
-    for row, head, at, mark, held in places:
+    for row, head, at, mark, count in places:
         theirs = head_of(drawn.slots, 0, row, head)
-        slots.keys[at : at + held] = theirs.keys[:held]
-        slots.values[at : at + held] = theirs.values[:held]
-        slots.position[mark : mark + held] = theirs.position[:held]
-        slots.score[mark : mark + held] = theirs.score[:held]
+        slots.keys[at : at + count] = theirs.keys[:count]
+        slots.values[at : at + count] = theirs.values[:count]
+        slots.position[mark : mark + count] = theirs.position[:count]
+        slots.score[mark : mark + count] = theirs.score[:count]
     policy = replace(
         drawn.policy,
         budget=tables["budget"][None],
@@ -225,16 +226,18 @@ class Of:
         )
 
     def scores(self) -> dict[int, float]:
-        """Of the tokens held, by position."""
-        held = self.position != EMPTY
-        return dict(zip(self.position[held].tolist(), self.score[held].tolist(), strict=True))
+        """Of the stored tokens, by position."""
+        occupied = self.position != EMPTY
+        return dict(
+            zip(self.position[occupied].tolist(), self.score[occupied].tolist(), strict=True)
+        )
 
 
 class Witness(Protocol):
     """The law for one head."""
 
     def scores(self) -> dict[int, float]:
-        """Of the tokens held, by position."""
+        """Of the stored tokens, by position."""
         ...
 
     def step(self, at: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -304,8 +307,8 @@ class InTorch:
     def scores(self) -> dict[int, float]:
         """As `Witness.scores`."""
         position, score = self.slots.position.flatten(), self.slots.score.flatten()
-        held = position != EMPTY
-        return dict(zip(position[held].tolist(), score[held].tolist(), strict=True))
+        occupied = position != EMPTY
+        return dict(zip(position[occupied].tolist(), score[occupied].tolist(), strict=True))
 
     def step(self, at: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As `Witness.step`."""

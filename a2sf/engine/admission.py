@@ -9,18 +9,12 @@ from typing import Self
 
 from pydantic import model_validator
 
+from a2sf.cache.budgets import resolve, split_slots
 from a2sf.engine.decoding import Kernels
 from a2sf.engine.sequence import find_stop_reasons
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import (
-    DEFAULT_METHOD,
-    CachePolicy,
-    EffectivePolicy,
-    Heads,
-    deal,
-    resolve,
-)
+from a2sf.policy import DEFAULT_METHOD, CachePolicy, EffectivePolicy, Heads
 from a2sf.requests import GenerationRequest
 from a2sf.schema import Count, Frozen, Positive, Weight
 
@@ -79,7 +73,7 @@ class EngineConfig(Frozen):
                     "head_share",
                     f"{len(row)} weights in layer {layer}; the model has {num_kv_heads} KV heads",
                 )
-        return deal(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
+        return split_slots(self.slots, self.head_share, self.slots * num_layers * num_kv_heads)
 
     def staging_slots(self, max_context: int) -> int:
         """Slots of the staging row for a model with this context, in tokens."""
@@ -118,7 +112,7 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         num_kv_heads=model.identity.num_kv_heads,
     )
     if model.local_heads is not None:
-        policy = policy.model_copy(update={"held": model.local_heads})
+        policy = policy.model_copy(update={"local_heads": model.local_heads})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:

@@ -70,7 +70,7 @@ def vectors_nbytes(spec: ModelSpec, tokens: int) -> int:
     return tokens * 2 * spec.shape.head_dim * spec.dtype.itemsize
 
 
-def held_nbytes(spec: ModelSpec, tokens: int) -> int:
+def row_step_nbytes(spec: ModelSpec, tokens: int) -> int:
     """Bytes that a decode step moves for a row with `tokens` scored tokens, summed over heads."""
     return vectors_nbytes(spec, tokens) + tokens * SCORED_SLOT_BYTES
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from a2sf.cache.kernels.decode import Workspace, decode_attention, plan_slots
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from a2sf.cache import kernels
-from a2sf.cache.attention import BlockAttention, DecodePass, attend_and_score
+from a2sf.cache.attention import BlockAttention, attend_and_score
+from a2sf.cache.passes import DecodePass
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from a2sf.errors import InvalidArgument
-from a2sf.model.loader import LayerAttention, LoadedModel
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
 
 Kernels = Literal["auto", "torch", "triton", "numba"]
@@ -120,7 +123,7 @@ class SteppedDecoder:
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
     """Return the largest budget of any policy, for each layer and head of this process."""
-    layers = zip(*(policy.held_budgets for policy in policies), strict=True)
+    layers = zip(*(policy.local_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 

@@ -11,31 +11,21 @@ reaches another one. When a request fails, its row is scrubbed. A row whose logi
 no scrub: every value in it was weighed into the logits, so all are finite.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable
 
 from torch import Tensor
 
 from a2sf.cache.slots import SLOT_OVERHEAD_BYTES, Slots
-from a2sf.engine import admission, decoding, sampling
+from a2sf.engine import admission, decoding
 from a2sf.engine.admission import EngineConfig
+from a2sf.engine.row_sampler import Drawn, RowSampler
 from a2sf.engine.sequence import Sequence
-from a2sf.engine.staging import NOT_FINITE, BatchWide, Staging
-from a2sf.errors import InvalidArgument, NonFinite, ResourceExhausted, raise_if_fatal
+from a2sf.engine.staging import BatchWide, Staging
+from a2sf.errors import InvalidArgument, ResourceExhausted, raise_if_fatal
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import Heads, held_of
-from a2sf.requests import (
-    CacheStatistics,
-    Event,
-    Failed,
-    GenerationRequest,
-    StepEvent,
-    TokenLogprobs,
-)
-
-Result = TypeVar("Result")
+from a2sf.policy import Heads, select_heads
+from a2sf.requests import CacheStatistics, Event, Failed, GenerationRequest, StepEvent
 
 
 class Engine:
@@ -55,10 +45,14 @@ class Engine:
         self.model = model
         self.config = config
         self._clock = clock
+        self._token_bytes = 2 * model.shape.head_dim * model.dtype.itemsize
+        """Bytes of one token's key and value in one head."""
+        self._slot_bytes = self._token_bytes + SLOT_OVERHEAD_BYTES
+        """Bytes of one slot in one head."""
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """The chosen implementation of the law: torch, triton or numba."""
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-        self._slab = self._allocate(config.max_batch, held_of(slots, model.local_heads))
+        self._slab = self._allocate(config.max_batch, select_heads(slots, model.local_heads))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make_decoder(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
@@ -69,8 +63,7 @@ class Engine:
         self._prefilling: Sequence | None = None
         self._active: list[Sequence] = []
         """The sequence of each slab row in use, in row order."""
-        self._draws: sampling.Batch | None = None
-        """The sampling batch of the active rows; None after rows have changed."""
+        self._sampler = RowSampler(model.device, self._fail)
         self._failures: list[Failed] = []
         """Failures that the current or next step will report."""
 
@@ -107,7 +100,8 @@ class Engine:
         """
         # Copy the list first: another thread may call this while the engine's thread changes it.
         running = [*tuple(self._active), self._prefilling]
-        return sum(self._bytes_of(sequence) for sequence in running if sequence is not None)
+        stored = sum(sequence.num_stored for sequence in running if sequence is not None)
+        return stored * self._slot_bytes
 
     def submit(self, request: GenerationRequest) -> None:
         """Check a request and queue it.
@@ -144,11 +138,11 @@ class Engine:
         events: list[Event] = []
         self._end_overdue(events)
         self._admit(events)
-        # Before the prefill: a row that joins in this step decodes from the next step on.
-        if self._active:
-            self._decode(events)
-        if self._prefilling is not None:
-            self._prefill(self._prefilling, events)
+        # Decode before the prefill: a row that joins in this step decodes from the next step on.
+        for compute in (self._decode, self._prefill):
+            logits = compute()
+            if logits is not None:
+                self._emit(self._sample(logits), events)
         failures, self._failures = self._failures, []
         return [*events, *failures]
 
@@ -192,17 +186,26 @@ class Engine:
                     continue
                 if sequence in self._waiting:
                     last.append(sequence.started())
-                withheld = sequence.time_out()
-                if withheld is not None:
-                    last.append(withheld)
+                last += sequence.time_out()
                 last.append(sequence.finished(self._statistics(sequence), now))
                 events += last
             except BaseException as error:
                 self._fail(sequence, error)
             self._forget(sequence)
 
-    def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
-        """Run the next piece of a prompt; after the last piece, assign a row and draw a token."""
+    def _decode(self) -> Tensor | None:
+        """Decode one token of every active row; return their logits [rows, vocab]."""
+        if not self._active:
+            return None
+        return self._decoder.step(
+            [s.generated[-1] for s in self._active], [s.num_cached_tokens for s in self._active]
+        )
+
+    def _prefill(self) -> Tensor | None:
+        """Run a piece of a prompt; after the last, give it a row and return logits [1, vocab]."""
+        sequence = self._prefilling
+        if sequence is None:
+            return None
         try:
             logits = self._staging.read(sequence)
         except BatchWide as error:
@@ -210,9 +213,11 @@ class Engine:
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)
-            return
-        if logits is None:
-            return
+            return None
+        return logits if logits is not None and self._join(sequence) else None
+
+    def _join(self, sequence: Sequence) -> bool:
+        """Move a complete prompt to the first free row; return False if this fails."""
         row = len(self._active)
         try:
             slots = self._staging.finish(sequence)
@@ -225,121 +230,38 @@ class Engine:
             self._forget(sequence)
             # The row may be partly written.
             self._slab.scrub(row)
-            return
+            return False
         self._prefilling = None
         self._active.append(sequence)
-        self._draws = None
-        self._emit(row, logits, events)
+        self._sampler.forget_batch()
+        return True
 
-    def _decode(self, events: list[Event]) -> None:
-        logits = self._decoder.step(
-            [s.generated[-1] for s in self._active], [s.num_cached_tokens for s in self._active]
-        )
-        self._emit(0, logits, events)
+    def _sample(self, logits: Tensor) -> list[Drawn | None]:
+        """Draw from the logits of the last rows, [rows, vocab]; None for a row that failed."""
+        sequences = self._active[-len(logits) :]
+        all_rows = len(sequences) == len(self._active)
+        return self._sampler.sample(sequences, logits, all_rows=all_rows)
 
-    def _emit(self, first: int, logits: Tensor, events: list[Event]) -> None:
-        """Draw a token for the rows from `first` on; `logits` are theirs, [rows, vocab].
-
-        Emits the tokens, and frees the rows of sequences that end or fail.
-        """
-        rows = range(first, first + len(logits))
-        sequences = self._active[first:]
-        tokens = self._rowwise(sequences, lambda part: self._draw(sequences[part], logits[part]))
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if token is None and sequence.failure is None:
-                self._fail(sequence, NonFinite(NOT_FINITE))
-        logprobs = self._logprobs(sequences, logits, tokens)
+    def _emit(self, drawn: list[Drawn | None], events: list[Event]) -> None:
+        """Emit the tokens of the last rows; free the rows that end or fail."""
+        first = len(self._active) - len(drawn)
         now = self._clock()
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if token is None or sequence.failure is not None:
+        for sequence, one in zip(self._active[first:], drawn, strict=True):
+            if one is None:
                 continue
             try:
-                events.append(sequence.accept(token, logprobs.get(sequence), now))
+                events.append(sequence.accept(one.token, one.logprobs, now))
                 if sequence.reason is not None:
                     events.append(sequence.finished(self._statistics(sequence), now))
             except BaseException as error:
                 self._fail(sequence, error)
         # In reverse, so that the row that moves into a freed one never has to be freed itself.
-        for row in reversed(rows):
+        for row in reversed(range(first, first + len(drawn))):
             if self._active[row].reason is not None or self._active[row].failure is not None:
                 self._free(row)
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[int | None]:
-        if len(sequences) < len(self._active):
-            return sampling.Batch([s.sampling_state for s in sequences], self.model.device).draw(
-                logits
-            )
-        if self._draws is None:
-            self._draws = sampling.Batch([s.sampling_state for s in sequences], self.model.device)
-        return self._draws.draw(logits)
-
-    def _logprobs(
-        self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]
-    ) -> dict[Sequence, TokenLogprobs]:
-        asking = [
-            (sequence, index, token)
-            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
-            if token is not None and sequence.request.logprobs
-        ]
-        if not asking:
-            return {}
-
-        def find(part: slice) -> list[TokenLogprobs]:
-            some, at, drawn = zip(*asking[part], strict=True)
-            return sampling.logprobs(
-                logits[list(at)], drawn, [one.request.top_logprobs for one in some]
-            )
-
-        asked = [sequence for sequence, _, _ in asking]
-        found = zip(asked, self._rowwise(asked, find), strict=True)
-        return {sequence: one for sequence, one in found if one is not None}
-
-    def _rowwise(
-        self, sequences: list[Sequence], work: Callable[[slice], Iterable[Result]]
-    ) -> list[Result | None]:
-        """Call `work` for all sequences together; if it raises, for each one alone.
-
-        So only the sequences at fault fail; they get None. `work` returns one result per sequence
-        of a slice; a result must not depend on the slice.
-        """
-        try:
-            return [*work(slice(0, len(sequences)))]
-        except BaseException as error:
-            raise_if_fatal(error)
-        results: list[Result | None] = []
-        for index, sequence in enumerate(sequences):
-            try:
-                results += work(slice(index, index + 1))
-            except BaseException as error:
-                self._fail(sequence, error)
-                results.append(None)
-        return results
-
     def _statistics(self, sequence: Sequence) -> CacheStatistics:
-        identity = self.model.identity
-        heads = identity.num_layers * identity.num_kv_heads
-        kept_tokens = math.floor(sum(map(sum, sequence.stored)) / heads + 0.5)
-        return CacheStatistics(
-            budget=sequence.policy.budget,
-            kept_tokens=kept_tokens,
-            evicted_tokens=sequence.num_cached_tokens - kept_tokens,
-            kv_bytes=self._bytes_of(sequence),
-            kv_bytes_full=sequence.num_cached_tokens * heads * self._token_bytes,
-        )
-
-    def _bytes_of(self, sequence: Sequence) -> int:
-        """Bytes of the slots that hold its tokens, summed over all processes."""
-        return sum(map(sum, sequence.stored)) * self._slot_bytes
-
-    @property
-    def _slot_bytes(self) -> int:
-        """Bytes of one slot in one head."""
-        return self._token_bytes + SLOT_OVERHEAD_BYTES
-
-    @property
-    def _token_bytes(self) -> int:
-        """Bytes of one token's key and value in one head."""
-        return 2 * self.model.shape.head_dim * self.model.dtype.itemsize
+        return sequence.statistics(token_bytes=self._token_bytes, slot_bytes=self._slot_bytes)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Record that an error ended a sequence; the caller must still free its row."""
@@ -358,7 +280,7 @@ class Engine:
 
     def _free(self, row: int) -> None:
         """Free `row` by moving the last row into it."""
-        self._draws = None
+        self._sampler.forget_batch()
         if self._active[row].failure is not None:
             self._slab.scrub(row)
         while (last := len(self._active) - 1) != row:

@@ -1,8 +1,8 @@
 """Draws tokens from logits for many rows: penalty, bans, temperature, filters and the draw.
 
-Owns the arithmetic, and the state of each request's draws. A row's token depends only on its own
-logits, settings and random numbers, never on other rows: every operation here works along the
-vocabulary. Knows nothing of caches or schedules.
+Owns the order of these steps, the draw, and the state of each request's draws. A row's token
+depends only on its own logits, settings and random numbers, never on other rows: every operation
+works along the vocabulary. Knows nothing of caches or schedules.
 """
 
 import math
@@ -14,14 +14,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from a2sf.engine import rng
+from a2sf.engine import filters, rng
 from a2sf.requests import Sampling, TokenLogprob, TokenLogprobs
 
 _GREEDY_BELOW = 1e-30
 """Temperatures below this are greedy: a division by them would overflow float32."""
 
 _MOST = 2**31 - 1
-"""Cap for top_k; no vocabulary has so many tokens."""
+"""Upper limit of top_k, larger than any vocabulary."""
 
 _Rows: TypeAlias = slice | Tensor
 """An index of rows: a full slice for all (a view), or int64 indices [n]."""
@@ -103,9 +103,9 @@ class Batch:
         self._filters = [
             (keep, setting)
             for keep, setting in (
-                (keep_top_k, _Setting.of([min(s.top_k, _MOST) for s in drawn], 0, device)),
-                (keep_top_p, _Setting.of([s.top_p for s in drawn], 1.0, device)),
-                (keep_min_p, _Setting.of([s.min_p for s in drawn], 0.0, device)),
+                (filters.keep_top_k, _Setting.of([min(s.top_k, _MOST) for s in drawn], 0, device)),
+                (filters.keep_top_p, _Setting.of([s.top_p for s in drawn], 1.0, device)),
+                (filters.keep_min_p, _Setting.of([s.min_p for s in drawn], 0.0, device)),
             )
             if setting is not None
         ]
@@ -161,7 +161,7 @@ class Batch:
         if self._penalty is not None:
             rows, penalty = self._penalty.rows, self._penalty.value
             seen = torch.stack([state.seen for state in self._states if state.seen is not None])
-            scores[rows] = penalize_repetition(scores[rows], penalty, seen)
+            scores[rows] = filters.penalize_repetition(scores[rows], penalty, seen)
         if not banning:
             return scores, None
         banned = scores.new_zeros(len(scores))
@@ -220,68 +220,6 @@ def _select(rows: Sequence[int], count: int, device: torch.device) -> _Rows:
     if len(rows) == count:
         return slice(None)
     return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def penalize_repetition(scores: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
-    """Divide the positive and multiply the negative `scores` [rows, vocab] of `seen` tokens.
-
-    `penalty` is [rows, 1], `seen` [rows, vocab] bool; each token counts once, as in transformers.
-    """
-    penalty = penalty.to(scores.dtype)
-    penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return torch.where(seen, penalized, scores)
-
-
-def keep_top_k(scaled: Tensor, top_k: Tensor) -> Tensor:
-    """Set all but the `top_k` [rows, 1] largest of `scaled` [rows, vocab] to minus infinity.
-
-    All tokens tied with the k-th largest stay, as in transformers.
-    """
-    top_k = top_k.clamp(max=scaled.shape[-1])
-    largest = scaled.topk(int(top_k.max()), dim=-1).values
-    return _keep(scaled, scaled >= largest.gather(-1, top_k - 1))
-
-
-def keep_top_p(scaled: Tensor, top_p: Tensor) -> Tensor:
-    """Keep of `scaled` [rows, vocab] the fewest tokens whose probabilities reach `top_p` [rows, 1].
-
-    In order of falling probability and rising id, a token stays if the sum of the tokens before it
-    is below top_p. So on a tie at the border the lowest ids stay. transformers sums from below, and
-    keeps the ids that its sort puts last.
-    """
-    probabilities = scaled.softmax(dim=-1)
-    # Tokens below an equal share of the dropped mass never stay. Half of it, for rounding.
-    least = ((1.0 - top_p - 1e-5) / (2 * scaled.shape[-1])).clamp(min=0.0)
-    descending, order = _descending(probabilities, least.float())
-    before = descending.cumsum(dim=-1) - descending
-    kept = torch.zeros_like(scaled, dtype=torch.bool)
-    # The most likely token must stay even if top_p is 0 in float32.
-    top_p = top_p.float().clamp(min=torch.finfo(torch.float32).tiny)
-    return _keep(scaled, kept.scatter_(-1, order, before < top_p))
-
-
-def keep_min_p(scaled: Tensor, min_p: Tensor) -> Tensor:
-    """Drop tokens of `scaled` [rows, vocab] below `min_p` [rows, 1] x the highest probability."""
-    probabilities = scaled.softmax(dim=-1)
-    least = min_p.float() * probabilities.amax(dim=-1, keepdim=True)
-    return _keep(scaled, probabilities >= least)
-
-
-def _keep(scaled: Tensor, kept: Tensor) -> Tensor:
-    # Ten times as fast as `masked_fill` on the processor.
-    return torch.where(kept, scaled, -torch.inf)
-
-
-def _descending(probabilities: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort [rows, vocab] stably; values not above `least` [rows, 1] may be left out."""
-    # At least one: a row of NaN has no value above `least`.
-    width = max(int((probabilities > least).sum(dim=-1).max()), 1)
-    if 4 * width > probabilities.shape[-1]:
-        return probabilities.sort(dim=-1, descending=True, stable=True)
-    # `topk` of a few is much cheaper than a full sort. The second sort is stable, so ids rise.
-    ids = probabilities.topk(width, dim=-1).indices.sort(dim=-1).values
-    descending, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    return descending, ids.gather(-1, order)
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprobs]:

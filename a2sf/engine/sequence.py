@@ -1,15 +1,16 @@
 """The state of one request in the engine: its tokens so far, and when and why it ends.
 
 Owns a sequence's progress and its events. Knows nothing of rows or caches: the engine passes in the
-drawn tokens and the cache statistics.
+drawn tokens and the sizes of slots.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Self
 
 from a2sf.engine import sampling
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import EffectivePolicy, Heads, held_of
+from a2sf.policy import EffectivePolicy, Heads, select_heads
 from a2sf.requests import (
     CacheStatistics,
     Delta,
@@ -102,9 +103,14 @@ class Sequence:
         )
 
     @property
+    def num_stored(self) -> int:
+        """Number of tokens stored, summed over layers and heads, also those of other processes."""
+        return sum(map(sum, self.stored))
+
+    @property
     def local_stored(self) -> Heads:
         """As `stored`, for the heads of this process."""
-        return held_of(self.stored, self.policy.held)
+        return select_heads(self.stored, self.policy.local_heads)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -115,7 +121,7 @@ class Sequence:
     @property
     def in_order(self) -> bool:
         """Whether nothing is evicted from the prompt before the end of the current block."""
-        return self.block[0] < min(map(min, self.policy.held_budgets))
+        return self.block[0] < min(map(min, self.policy.local_budgets))
 
     @property
     def max_len(self) -> int:
@@ -163,13 +169,27 @@ class Sequence:
             logprobs=() if logprobs is None else (logprobs,),
         )
 
-    def time_out(self) -> Delta | None:
-        """End the sequence at its time limit; return a delta with the withheld text, if any."""
+    def time_out(self) -> list[Delta]:
+        """End the sequence at its time limit; return the withheld text as a delta, if any."""
         self.reason = FinishReason.TIME_LIMIT
         text = self._withheld()
-        if not text:
-            return None
-        return Delta(request_id=self.request.request_id, text=text, token_ids=())
+        return [Delta(request_id=self.request.request_id, text=text, token_ids=())] if text else []
+
+    def statistics(self, *, token_bytes: int, slot_bytes: int) -> CacheStatistics:
+        """Return the content of the row now, and its size in the cache, over all processes.
+
+        `token_bytes` is the size of a token's key and value in one head, `slot_bytes` that of a
+        slot.
+        """
+        heads = sum(map(len, self.policy.head_budgets))
+        kept_tokens = math.floor(self.num_stored / heads + 0.5)
+        return CacheStatistics(
+            budget=self.policy.budget,
+            kept_tokens=kept_tokens,
+            evicted_tokens=self.num_cached_tokens - kept_tokens,
+            kv_bytes=self.num_stored * slot_bytes,
+            kv_bytes_full=self.num_cached_tokens * heads * token_bytes,
+        )
 
     def finished(self, cache: CacheStatistics, now: float) -> Finished:
         """Return the stream's last event; `reason` must be set."""

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a2sf.cache.attention import BlockPass, end_prompt
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.passes import BlockPass, end_prompt
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.engine.sequence import Sequence
 from a2sf.errors import NonFinite
-from a2sf.model.loader import LayerAttention, LoadedModel
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 
 NOT_FINITE = (
     "non-finite logits: the model gave NaN or infinity; where activations overflow in float16, "

@@ -1,10 +1,12 @@
 """The supported model families, and the settings that are refused by name.
 
 Owns the list of families, the settings that the block law cannot honour (windows, chunks, rotations
-that depend on the batch), and the arguments that a layer may pass to its attention. Reads settings
-as plain values; knows nothing of loading or of transformers.
+that depend on the batch), the plans by which several processes may share a model, and the arguments
+that a layer may pass to its attention. Reads settings as plain values; knows nothing of loading or
+of transformers.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -188,6 +190,20 @@ def _refuse_partial_views(name: str, config: Any) -> None:
                 f"model {name!r} uses a sliding window of {size} in layers {layers}; a cache that "
                 "evicts by score does not honour it; supported: the same model without one"
             )
+
+
+def refuse_undivided(name: str, config: Any) -> None:
+    """Raise Unsupported if several processes cannot share the model.
+
+    In the plan of transformers for the family, each process must project its own heads' output.
+    """
+    plan = config.base_model_tp_plan or {}
+    outputs = [how for part, how in plan.items() if re.search(r"self_attn\.(o_proj|dense)$", part)]
+    if not outputs or not set(outputs) <= {"rowwise", "rowwise_split_input"}:
+        raise Unsupported(
+            f"model {name!r} is a {config.architectures[0]}, for which transformers has no "
+            "tensor-parallel plan that divides the heads; serve it with one process"
+        )
 
 
 def refuse_effects(layer: int, config: Any, arguments: Mapping[str, Any]) -> None:

@@ -1,89 +1,37 @@
-"""The interface to transformers: loads models and replaces their attention.
+"""Loads a model with transformers, and runs its layers.
 
-Owns loading, a model's identity, and the registered attention function; `model_spec` reads the
-settings. The caller passes a `LayerAttention` to every forward pass; transformers hands it to each
-layer as a keyword argument. So nothing is patched and modules hold no state. Knows nothing of
-requests or schedules, and nothing of a particular family.
+Owns `load_model`, and `LoadedModel` with its forward passes; `spec` reads the settings. Knows
+nothing of requests or schedules, and nothing of a particular family.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
 from a2sf.model import dtypes, families, gguf_file, locate, packed_linear, partial_decoder
-from a2sf.model.fingerprint import BYTES_A_WEIGHT, canonical_rotation, fingerprints, key_starts
-from a2sf.model.locate import REFERENCE
+from a2sf.model.fingerprint import BYTES_A_WEIGHT, key_starts
+from a2sf.model.identity import identity_of
+from a2sf.model.layer_attention import ATTENTION_NAME, LayerAttention, for_local_heads
 from a2sf.model.spec import (
     ModelShape,
     check_generation_settings,
     empty_module,
+    read_eos_token_ids,
     read_headers,
     read_settings,
     read_tokenizer,
     reading,
     shape_of,
 )
-from a2sf.model.tensor_parallel import Ranks, num_processes, restrict_to_local_heads
-from a2sf.schema import LoadedIdentity, ModelIdentity
-
-ATTENTION_NAME = "a2sf"
-"""The name under which transformers knows our attention function."""
-
-
-class LayerAttention(Protocol):
-    """Replaces the attention of every layer in a forward pass."""
-
-    def __call__(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
-    ) -> Tensor:
-        """Attend in one layer.
-
-        Args:
-            layer: the layer's index.
-            query: [rows, H_q, width, D], rotated.
-            keys, values: [rows, H_kv, width, D], the keys rotated.
-            scale: factor on the logits.
-
-        Returns:
-            The attention output, [rows, H_q, width, D].
-        """
-        ...
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    layer_attention: LayerAttention,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    assert attention_mask is None, "masks come from positions; transformers makes none for us"
-    layer_index = module.layer_idx
-    assert isinstance(layer_index, int)
-    families.refuse_effects(layer_index, module.config, arguments)
-    output = layer_attention(layer_index, query, key, value, scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention)
+from a2sf.model.tensor_parallel import Ranks, num_processes
+from a2sf.schema import ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -160,7 +108,7 @@ class LoadedModel:
         assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
             if self.local_heads is not None:
-                attention = restrict_to_local_heads(attention, self.local_heads)
+                attention = for_local_heads(attention, self.local_heads)
             hidden: Tensor = _decode(
                 self._decoder(layer_input), token_ids, positions, attention
             ).last_hidden_state
@@ -251,25 +199,19 @@ def load_model(
         tokenizer, ends = vocabulary.tokenizer(), vocabulary.end_ids()
         # Mixed quantisations may differ only outside the key projections, so hash all types.
         starts, stored = gguf.key_starts(BYTES_A_WEIGHT), {"stored": gguf.header.type_counts()}
-        identity = _identity(gguf.id, revision, config, starts, stored)
+        identity = identity_of(gguf.id, revision, config, starts, stored)
     else:
         empty = empty_module(id_or_path, config, chosen)
         starts = key_starts(read_headers(id_or_path, directory, config, empty))
         tokenizer = read_tokenizer(id_or_path, directory, config)
         check_generation_settings(id_or_path, directory)
-        ends = _eos_token_ids(directory, config, tokenizer)
-        # The id of a local model is its folder's name; its path must not leak.
-        local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
-        name = directory.resolve().name if local else id_or_path
-        identity = _identity(name, revision, config, starts)
+        ends = read_eos_token_ids(directory, config, tokenizer)
+        name = locate.public_name(id_or_path, directory)
+        identity = identity_of(name, revision, config, starts)
     local_heads = None
     if ranks:
         local_heads = ranks.share(shape.num_kv_heads)
-        shape = replace(
-            shape,
-            num_attention_heads=shape.num_attention_heads // ranks.size,
-            num_kv_heads=shape.num_kv_heads // ranks.size,
-        )
+        shape = shape.divided(ranks.size)
     with reading(id_or_path, "weights"):
         if gguf:
             module, loaded = gguf.load(chosen, attn_implementation=ATTENTION_NAME)
@@ -317,59 +259,12 @@ def load_model(
     return model
 
 
-def _identity(
-    name: str,
-    revision: str | None,
-    config: Any,
-    starts: Mapping[int, bytes],
-    stored: Mapping[str, Any] = MappingProxyType({}),
-) -> LoadedIdentity:
-    """Return a model's identity; `stored` is hashed in addition to the settings."""
-    shape, architecture = shape_of(config), config.architectures[0]
-    partial = architecture in families.ROTATE_IN_PART
-    sizes = {"head_dim": shape.head_dim, "hidden_size": config.hidden_size}
-    sizes["vocab_size"] = shape.vocab_size
-    rope = canonical_rotation(config.rope_parameters, shape.max_context, partial=partial)
-    fingerprint, *earlier = fingerprints(
-        {
-            "architecture": architecture,
-            "num_layers": shape.num_layers,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            **sizes,
-            **stored,
-        },
-        config.rope_parameters,
-        starts,
-        num_layers=shape.num_layers,
-        max_context=shape.max_context,
-        partial=partial,
-    )
-    return LoadedIdentity(
-        id=name,
-        revision=revision,
-        architecture=architecture,
-        num_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_kv_heads=shape.num_kv_heads,
-        fingerprint=fingerprint,
-        earlier=tuple(earlier),
-        settings=", ".join(f"{name} {value}" for name, value in {**sizes, **rope}.items()),
-    )
-
-
 def _divided(name: str, config: Any) -> dict[str, DistributedConfig]:
     """Return the arguments with which transformers divides the model among the ranks.
 
-    Raises Unsupported unless, in the model's plan, each process projects its own heads' output.
+    Raises Unsupported for a family without a suitable plan, and without accelerate.
     """
-    plan = config.base_model_tp_plan or {}
-    outputs = [how for part, how in plan.items() if re.search(r"self_attn\.(o_proj|dense)$", part)]
-    if not outputs or not set(outputs) <= {"rowwise", "rowwise_split_input"}:
-        raise Unsupported(
-            f"model {name!r} is a {config.architectures[0]}, for which transformers has no "
-            "tensor-parallel plan that divides the heads; serve it with one process"
-        )
+    families.refuse_undivided(name, config)
     if find_spec("accelerate") is None:
         raise Unsupported(
             "several processes need accelerate to share a model; install a2sf-serve[parallel]"
@@ -401,16 +296,3 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidArgument("device", f"{name!r}, but this machine has no CUDA device; use cpu")
     return torch.device(name)
-
-
-def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the end-of-sequence tokens of settings, generation settings and tokenizer."""
-    named = [config.eos_token_id, tokenizer.eos_token_id]
-    if (directory / "generation_config.json").is_file():
-        named.append(GenerationConfig.from_pretrained(directory).eos_token_id)
-    found: set[int] = set()
-    for ids in named:
-        if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    # In some settings, a negative number means that there is none.
-    return frozenset(index for index in found if index >= 0)

@@ -58,6 +58,15 @@ def directory(id_or_path: str, revision: str | None, *, weights: bool = True) ->
         ) from error
 
 
+def public_name(id_or_path: str, directory: Path) -> str:
+    """Return the model's name for people: a hub id, or a local folder's name.
+
+    A local path must not leak.
+    """
+    local = id_or_path != REFERENCE and Path(id_or_path).is_dir()
+    return directory.resolve().name if local else id_or_path
+
+
 def settings(name: str, directory: Path) -> dict[str, Any]:
     """Read config.json.
 

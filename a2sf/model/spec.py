@@ -1,14 +1,15 @@
 """A model's settings: its sizes, its dtype, and whether it can be served.
 
-Owns reading the settings, and a model without weights. Together with `models` this is the only
-interface to transformers. Knows nothing of weights, devices or attention.
+Owns reading the settings, and a model without weights. Together with
+`loader` and `layer_attention` this is the only interface to transformers. Knows nothing of weights,
+devices or attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class ModelShape:
     vocab_size: int
     max_context: int
     """The model's context, in tokens."""
+
+    def divided(self, processes: int) -> Self:
+        """The sizes in one of several processes that share the heads evenly."""
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // processes,
+            num_kv_heads=self.num_kv_heads // processes,
+        )
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,19 @@ def check_generation_settings(id_or_path: str, directory: Path) -> None:
     if (directory / "generation_config.json").is_file():
         with reading(id_or_path, "generation_config.json"):
             GenerationConfig.from_pretrained(directory)
+
+
+def read_eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Read the end-of-sequence tokens of settings, generation settings and tokenizer."""
+    named = [config.eos_token_id, tokenizer.eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        named.append(GenerationConfig.from_pretrained(directory).eos_token_id)
+    found: set[int] = set()
+    for ids in named:
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    # In some settings, a negative number means that there is none.
+    return frozenset(index for index in found if index >= 0)
 
 
 @contextmanager

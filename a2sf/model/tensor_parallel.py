@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -125,37 +125,6 @@ class Ranks:
     def _broadcast(self, tensor: Tensor) -> None:
         with self.together():
             dist.broadcast(tensor, src=0, group=self.channel)
-
-
-class Attention(Protocol):
-    """The same protocol as `a2sf.model.loader.LayerAttention`."""
-
-    def __call__(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /
-    ) -> Tensor:
-        """Return the output, [rows, H_q, width, D]."""
-
-
-def restrict_to_local_heads(attention: Attention, local_heads: tuple[int, int]) -> Attention:
-    """Restrict `attention` to the KV heads `local_heads` (first, end), and to their query heads.
-
-    In some transformers plans every process computes all heads but projects only its own heads'
-    output. The output of the other heads is 0 and is never read.
-    """
-
-    def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, /) -> Tensor:
-        first, end = local_heads
-        if keys.shape[1] == end - first:
-            return attention(layer, query, keys, values, scale)
-        group = query.shape[1] // keys.shape[1]
-        own = slice(first * group, end * group)
-        output = torch.zeros_like(query)
-        output[:, own] = attention(
-            layer, query[:, own], keys[:, first:end], values[:, first:end], scale
-        )
-        return output
-
-    return attend
 
 
 def num_processes() -> int:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 
 
 def pooled_budgets(
@@ -64,6 +65,6 @@ def pooled_budgets(
         wanted = (1 - floor) * won.double() + floor * free.double()
         totals = torch.floor(wanted.cumsum(0) + 0.5).long()
         totals[-1] = pool
-        dealt = totals.diff(prepend=totals.new_zeros(1))
-        budgets[0, row] = reserved + dealt
+        pooled = totals.diff(prepend=totals.new_zeros(1))
+        budgets[0, row] = reserved + pooled
     return budgets

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from a2sf.cache.attention import attend_causally
-from a2sf.model.loader import LayerAttention, LoadedModel
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 from a2sf.model.spec import ModelShape
 
 

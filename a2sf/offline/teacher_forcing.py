@@ -1,30 +1,27 @@
 """Teacher forcing with eviction: a model's predictions along a given text under a policy.
 
-Owns the layer-by-layer scan. All positions of a layer are projected at once; only the attention
-rows run in order, with the same functions as in the engine. This is exact, because a layer's
-evictions do not depend on the layers above. It can also compare attention rows with and without
-eviction, and scan a single layer. Knows nothing of how the predictions are evaluated.
+Owns the passes: which examples run together, from which layer, and with which prompts known. All
+positions of a layer are projected at once; only the attention runs token by token (`scan`). This is
+exact, because a layer's evictions do not depend on the layers above. It can also compare attention
+rows with and without eviction, and scan a single layer. Knows nothing of how the predictions are
+evaluated.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from a2sf.cache.attention import BlockPass, attend_causally, end_prompt
-from a2sf.cache.retention import RetentionRecorder, Similarity
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.retention import Similarity
 from a2sf.engine import decoding
-from a2sf.model.loader import LayerAttention, LoadedModel
-from a2sf.offline.pooled import pooled_budgets
+from a2sf.model.layer_attention import LayerAttention
+from a2sf.model.loader import LoadedModel
 from a2sf.offline.prompts import AfterPrompts, Prompt, read
+from a2sf.offline.scan import FullCache, Scan
 from a2sf.policy import EffectivePolicy
-
-_Projected = tuple[Tensor, Tensor, Tensor]
-"""A layer's queries [rows, H_q, width, D] and keys and values [rows, H_kv, width, D]."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def walk(
     Returns:
         The attention output [rows, H_q, width, D]; undefined for padding.
     """
-    scan = _Scan.over(model, examples, policies, policies[0].prefill_chunk, None)
+    scan = Scan.over(model, policies, _sizes(examples), None)
     return scan(layer, *projected, scale)
 
 
@@ -198,7 +195,7 @@ class _Pass:
     rows: list[int]
     """The indices of the examples among all."""
     examples: list[Example]
-    scan: "_Scan | _Full"
+    scan: Scan | FullCache
     prompts: list[Prompt] | None
     """The computed prompts; then only the tokens after them are run."""
 
@@ -232,7 +229,7 @@ class _Pass:
         if self.prompts:
             mine = torch.cat([self.prompts[row].hidden, mine])
         precision = torch.promote_types(self.model.dtype, torch.float32)
-        recorder = self.scan.recorder if isinstance(self.scan, _Scan) else None
+        recorder = self.scan.recorder if isinstance(self.scan, Scan) else None
         return Prediction(
             logits=self.model.logits(mine[list(self.examples[row].counted)]).to(precision),
             similarity=recorder.of(row) if isinstance(recorder, Similarity) else None,
@@ -259,12 +256,16 @@ def _passes(
         for first in range(0, len(members), batch):
             rows = members[first : first + batch]
             part = [examples[i] for i in rows]
-            scan: _Scan | _Full = _Full()
+            scan: Scan | FullCache = FullCache()
             if policies:
                 recorder = Similarity([example.counted for example in part]) if similarity else None
                 mine = [policies[i] for i in rows]
-                scan = _Scan.over(model, part, mine, prefill_chunk, recorder)
+                scan = Scan.over(model, mine, _sizes(part), recorder)
             yield _Pass(model, rows, part, scan, [prompts[i] for i in rows] if prompts else None)
+
+
+def _sizes(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    return [(example.prompt_tokens, len(example.token_ids)) for example in examples]
 
 
 def inputs(model: LoadedModel, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -296,158 +297,3 @@ def without_padding(examples: Sequence[Example], attention: LayerAttention) -> L
         return attention(layer, q, k, v, scale)
 
     return attend
-
-
-class _Full:
-    """Causal attention without eviction. Padding is at the right: no real token attends to it."""
-
-    def __call__(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> Tensor:
-        return attend_causally(query, keys, values, scale)
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """The block law along a batch of texts: prompt blocks, then one token at a time."""
-
-    policy: PolicyTensors
-    prompt: Tensor
-    """[rows] int64: tokens that run in blocks; 0 if prefill_chunk is 1, because such blocks are
-    decode steps."""
-    lengths: Tensor
-    """[rows] int64: tokens of the whole texts."""
-    chunk: int
-    """Tokens of a prompt block, never 0: for an exact prefill, the length of the longest prompt."""
-    block_slots: tuple[int, ...]
-    """[layers] number of slots that the prompt's blocks need."""
-    max_len: int
-    """Tokens of the longest text, or a few more."""
-    evicts: tuple[bool, ...]
-    """[layers] whether any head of any row has fewer slots than its text has tokens."""
-    recorder: RetentionRecorder | None
-    kernels: decoding.Backend
-    pooled: tuple[float | None, ...]
-    """[rows] the floor for `pooled_budgets` at the end of the prompt, or None."""
-
-    @classmethod
-    def over(
-        cls,
-        model: LoadedModel,
-        examples: Sequence[Example],
-        policies: Sequence[EffectivePolicy],
-        prefill_chunk: int,
-        recorder: RetentionRecorder | None,
-    ) -> "_Scan":
-        prompts = [0 if prefill_chunk == 1 else e.prompt_tokens for e in examples]
-        lengths = [len(e.token_ids) for e in examples]
-        longest_prompt = max(prompts)
-        steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = [*zip(*(p.held_budgets for p in policies), strict=True)]
-        budgets = [max(map(max, mine)) for mine in layers]
-        evicts = [
-            any(min(row) < length for row, length in zip(mine, lengths, strict=True))
-            for mine in layers
-        ]
-        chunk = max(min(prefill_chunk or longest_prompt, longest_prompt), 1)
-        # A row with a shorter prompt waits for its last trim while longer prompts append blocks.
-        # These blocks are padding in that row, but they still need slots.
-        one_block = chunk == longest_prompt
-        waiting = [min(longest_prompt, budget - 1 + chunk) for budget in budgets]
-        return cls(
-            policy=PolicyTensors.stack(policies, lengths, model.device),
-            prompt=torch.tensor(prompts, device=model.device),
-            lengths=torch.tensor(lengths, device=model.device),
-            chunk=chunk,
-            block_slots=tuple(
-                longest_prompt if one_block else stored + chunk for stored in waiting
-            ),
-            max_len=longest_prompt + steps,
-            evicts=tuple(evicts),
-            recorder=recorder,
-            kernels=decoding.choose_kernels("auto", model),
-            pooled=tuple(policy.pooled_floor for policy in policies),
-        )
-
-    def __call__(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> Tensor:
-        if not self.evicts[layer] and not self.recorder:
-            # Without evictions the law is plain attention.
-            return _Full()(layer, query, keys, values, scale)
-        policy = self.policy.layer(layer)
-        rows, heads, width, dim = query.shape
-        # In the memory layout that the model reads: the heads of a token are adjacent.
-        output = query.new_zeros(rows, width, heads, dim).transpose(1, 2)
-        if self.recorder:
-            self.recorder.begin(keys)
-        projected = (query, keys, values)
-        slots, policy = self._prompts(layer, policy, projected, scale, output)
-        decoding.walk_texts(
-            self.kernels,
-            slots,
-            policy,
-            projected,
-            scale,
-            start=self.prompt,
-            end=self.lengths,
-            output=output,
-            recorder=self.recorder,
-        )
-        if self.recorder:
-            self.recorder.end(query, keys, scale)
-        return output
-
-    def _prompts(
-        self,
-        layer: int,
-        policy: PolicyTensors,
-        projected: _Projected,
-        scale: float,
-        output: Tensor,
-    ) -> tuple[Slots, PolicyTensors]:
-        """Run the prompts' blocks; writes to `output` [rows, H_q, width, D].
-
-        Returns each row's slots afterwards, and the policies for decoding.
-        """
-        keys = projected[1]
-        staging = self._empty(keys, (self.block_slots[layer],) * keys.shape[1])
-        used = torch.zeros_like(policy.budget)
-        for first in range(0, int(self.prompt.max()), self.chunk):
-            tile = slice(first, first + self.chunk)
-            block = BlockPass(
-                staging,
-                policy,
-                start=torch.full_like(self.prompt, first),
-                lengths=(self.prompt - first).clamp(0, self.chunk),
-                used=used,
-                width=keys[:, :, tile].shape[2],
-                in_order=self.chunk == self.block_slots[layer],
-                attention=decoding.block_attention(self.kernels),
-            )
-            q, k, v = (t[:, :, tile] for t in projected)
-            output[:, :, first : first + q.shape[2]] = block(0, q, k, v, scale)
-            used = block.used_after
-            if self.recorder:
-                self.recorder.block(first, self.chunk, staging)
-        if any(floor is not None for floor in self.pooled):
-            budgets = pooled_budgets(staging, self.prompt, policy, self.pooled)
-            policy = replace(policy, budget=budgets)
-        used = end_prompt(staging, used, self.prompt, policy)
-        # The largest budget of each head, but no more than the longest text.
-        most = policy.budget[0].amax(dim=0).clamp(max=self.max_len)
-        slots = self._empty(keys, tuple(most.tolist()))
-        for row, counts in enumerate(used[0].tolist()):
-            slots.copy_row(row, staging, row, [counts])
-        return slots, policy
-
-    @staticmethod
-    def _empty(like: Tensor, slots: tuple[int, ...]) -> Slots:
-        rows, _, _, dim = like.shape
-        return Slots.empty(
-            rows=rows,
-            slots=(slots,),
-            head_dim=dim,
-            dtype=like.dtype,
-            device=like.device,
-        )

@@ -16,7 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from benchmarks.gpu.models import SHAPES, LlamaShape
 from benchmarks.gpu.run import Cell, Run
 

@@ -11,10 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from a2sf.cache.budgets import resolve
 from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, Heads, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy, Heads
 from a2sf.schema import TablePolicy
 
 SINKS = 4

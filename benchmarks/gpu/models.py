@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from a2sf.model.loader import ATTENTION_NAME, LoadedModel
+from a2sf.model.layer_attention import ATTENTION_NAME
+from a2sf.model.loader import LoadedModel
 from a2sf.model.spec import ModelShape
 from a2sf.schema import ModelIdentity
 from tests.tiny import byte_tokenizer

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.engine.decoding import Backend
 from a2sf.model.loader import LoadedModel

@@ -8,13 +8,13 @@ import time
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
-from a2sf.engine.sequence import Sequence
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
-from a2sf.requests import Event, GenerationRequest, Sampling
+from a2sf.requests import GenerationRequest, Sampling
 
 from .loop import Filling, serve, timed
 
@@ -41,10 +41,10 @@ class CopyingEngine(Engine):
     would take longer than all measurements that follow.
     """
 
-    def _prefill(self, sequence: Sequence, events: list[Event]) -> None:
-        if not self._active:
-            super()._prefill(sequence, events)
-            return
+    def _prefill(self) -> Tensor | None:
+        sequence = self._prefilling
+        if sequence is None or not self._active:
+            return super()._prefill()
         first = self._active[0]
         sequence.prefilled = first.prefilled
         sequence.generated = list(first.generated)
@@ -54,7 +54,8 @@ class CopyingEngine(Engine):
         )
         self._active.append(sequence)
         self._prefilling = None
-        self._draws = None
+        self._sampler.forget_batch()
+        return None
 
 
 def fill_rows(engine: Engine, filling: Filling) -> tuple[float, float]:

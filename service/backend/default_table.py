@@ -9,9 +9,10 @@ from itertools import chain
 
 import structlog
 
+from a2sf.cache.budgets import resolve, slots_for
 from a2sf.engine.admission import EngineConfig
 from a2sf.errors import InvalidArgument, TableInvalid
-from a2sf.policy import CachePolicy, Heads, policy_if_omitted, resolve, slots_for
+from a2sf.policy import CachePolicy, Heads, policy_if_omitted
 from a2sf.schema import AlphaTable
 from service.backend.tables import TableStore
 from service.config.options import ServerOptions, Shares, slots_per_head

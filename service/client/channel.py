@@ -13,7 +13,7 @@ import grpc
 from pydantic import ConfigDict, Field
 
 from a2sf.errors import InvalidArgument, first_line
-from a2sf.schema import Given
+from a2sf.validation import Given
 from service.client.targets import is_list, is_local, may_be_several, uri
 from service.pb import inference_pb2 as pb
 from service.status import METADATA_OPTIONS

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError, model_validator
 
+from a2sf.cache.budgets import slots_for, split_slots
 from a2sf.errors import InvalidArgument
-from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads, deal, slots_for
-from a2sf.schema import first_problem
+from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
+from a2sf.validation import first_problem
 from service.config.groups import (
     AdminOptions,
     CapacityOptions,
@@ -157,7 +158,7 @@ class ServerOptions(
 
 def slots_per_head(slots: int, shares: Shares) -> Heads:
     """Return the slots of each layer and head of a row with `slots`, split by `shares`."""
-    return deal(slots, shares, slots * sum(map(len, shares)))
+    return split_slots(slots, shares, slots * sum(map(len, shares)))
 
 
 def is_loopback(host: str) -> bool:

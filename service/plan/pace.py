@@ -124,7 +124,7 @@ def this_cache(sizing: Sizing, sources: TimeSources, load: Workload) -> Pace | N
         sources,
         load,
         rows=sizing.rows,
-        row_nbytes=capacity.held_nbytes(sizing.spec, tokens),
+        row_nbytes=capacity.row_step_nbytes(sizing.spec, tokens),
         row_scores_nbytes=tokens * capacity.SCORED_SLOT_BYTES,
         row_operations=operations,
     )

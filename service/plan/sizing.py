@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from a2sf import reference
+from a2sf.cache.budgets import split_slots
 from a2sf.engine import capacity
 from a2sf.engine.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.model import dtypes
 from a2sf.model.locate import REFERENCE
 from a2sf.model.spec import ModelSpec, read_model_spec
-from a2sf.policy import DEFAULT_SINKS, Heads, deal
+from a2sf.policy import DEFAULT_SINKS, Heads
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.backend.default_table import check_default, row_shape
@@ -161,7 +162,7 @@ def size(inputs: PlanInputs) -> Sizing:
         rows = _rows(inputs, room - staging, row)
         most = max(room // full_sequence, 0)
         full_rows = most if inputs.max_batch is None else min(most, inputs.max_batch)
-    budgets = deal(inputs.budget, shares or equal, context)
+    budgets = split_slots(inputs.budget, shares or equal, context)
     return Sizing(
         spec=spec,
         weights=weights,

@@ -15,7 +15,7 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.schema import first_problem
+from a2sf.validation import first_problem
 from service.config import settings
 from service.ray_serve.options import RayOptions
 from service.rpc.listener import check_free

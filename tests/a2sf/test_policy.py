@@ -1,89 +1,12 @@
-"""A wish for a cache policy becomes plain numbers, or is refused by name."""
+"""Cache policies: valid combinations of fields, and the heads of one process."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
-from a2sf.errors import InvalidArgument, InvalidRequest
-from a2sf.policy import CachePolicy, EffectivePolicy, deal, resolve, slots_for
-from tests.tables import IDENTITY, make_table
-
-
-def settle(wish: CachePolicy, **arguments: Any) -> EffectivePolicy:
-    settings: dict[str, Any] = {
-        "table": None,
-        "server": CachePolicy(preset="h2o", budget=64),
-        "length": 100,
-        "slots": 128,
-        "num_layers": 2,
-        "num_kv_heads": 2,
-        **arguments,
-    }
-    return resolve(wish, **settings)
-
-
-@pytest.mark.parametrize(
-    ("wish", "alpha", "budget", "recent", "sinks"),
-    [
-        (CachePolicy(preset="full"), 1.0, 100, 0, 0),
-        (CachePolicy(preset="window", budget=20), 1.0, 20, 15, 4),
-        (CachePolicy(preset="h2o", budget=21), 1.0, 21, 8, 4),
-        (CachePolicy(preset="h2o", budget=20, sinks=0), 1.0, 20, 10, 0),
-        (CachePolicy(preset="tova_per_head", budget=20), 0.0, 20, 0, 4),
-        (CachePolicy(preset="random", budget=20, recent=6), 1.0, 20, 6, 4),
-        (CachePolicy(alpha=0.25, budget=20, sinks=0), 0.25, 20, 0, 0),
-        (CachePolicy(alpha=0.25, budget_ratio=0.205), 0.25, 21, 0, 4),
-        (CachePolicy(alpha=0.25, budget=25, recent_share=0.33), 0.25, 25, 6, 4),
-        (CachePolicy(), 1.0, 64, 30, 4),
-    ],
-)
-def test_presets_ratios_and_shares_become_tokens(
-    wish: CachePolicy, alpha: float, budget: int, recent: int, sinks: int
-) -> None:
-    policy = settle(wish)
-    assert policy.alpha == ((alpha, alpha), (alpha, alpha))
-    assert (policy.budget, policy.recent, policy.sinks) == (budget, recent, sinks)
-    assert policy.prefill_chunk == 0
-
-
-def test_a_ratio_is_rounded_to_the_nearest_with_halves_up() -> None:
-    for length in range(1, 400):
-        policy = settle(CachePolicy(alpha=1.0, budget_ratio=0.5, sinks=0), length=length, slots=400)
-        assert policy.budget == (length + 1) // 2
-
-
-def test_a_request_goes_over_its_table_and_the_table_over_the_server() -> None:
-    table = make_table(IDENTITY, budget=24, recent=4, sinks=2, prefill_chunk=8)
-    server = CachePolicy(preset="h2o", budget=64, sinks=1, prefill_chunk=16)
-    wish = CachePolicy(table=table.name)
-    policy = settle(wish, table=table, server=server)
-    assert (policy.budget, policy.recent, policy.sinks, policy.prefill_chunk) == (24, 4, 2, 8)
-    assert policy.alpha == table.policy.alpha
-    assert (policy.table_name, policy.table_sha256) == (table.name, table.sha256)
-
-    wish = CachePolicy(table=table.name, budget_ratio=0.3, recent_share=0.5, sinks=0)
-    policy = settle(wish, table=table, server=server)
-    assert (policy.budget, policy.recent, policy.sinks, policy.prefill_chunk) == (30, 14, 0, 8)
-
-    policy = settle(CachePolicy(preset="h2o"), server=server)
-    assert (policy.budget, policy.recent, policy.sinks, policy.prefill_chunk) == (64, 31, 1, 16)
-
-
-def test_a_server_may_default_to_a_table() -> None:
-    table = make_table(IDENTITY, budget=24)
-    policy = settle(
-        CachePolicy(budget=30), table=table, server=CachePolicy(table=table.name, budget=99)
-    )
-    assert (policy.method, policy.budget) == ("table", 30)
-
-
-def test_only_random_carries_a_seed() -> None:
-    assert settle(CachePolicy(preset="random")).random_seed == 0
-    assert settle(CachePolicy(preset="random", random_seed=9)).random_seed == 9
-    assert settle(CachePolicy(preset="h2o")).random_seed is None
+from a2sf.errors import InvalidRequest
+from a2sf.policy import CachePolicy
+from tests.policies import resolve_for_test, table_with_shares
 
 
 @pytest.mark.parametrize(
@@ -98,9 +21,11 @@ def test_only_random_carries_a_seed() -> None:
         ({"budget": 5, "budget_ratio": 0.5}, "at most one of budget, budget_ratio"),
         ({"recent": 5, "recent_share": 0.5}, "at most one of recent, recent_share"),
         ({"alpha": 0.5, "preset": "h2o"}, "at most one of preset, table, alpha"),
-        ({"preset": "h2o", "recent": 5}, "sets its own recent window"),
-        ({"preset": "full", "budget": 5}, "keeps every token"),
-        ({"preset": "h2o", "random_seed": 5}, "random only"),
+        ({"preset": "h2o", "recent": 5}, "sets its own recent window; omit recent$"),
+        ({"preset": "h2o", "recent_share": 0.5}, "sets its own recent window; omit recent_share$"),
+        ({"preset": "full", "budget": 5}, "keeps every token; omit budget$"),
+        ({"preset": "full", "budget_ratio": 0.5}, "keeps every token; omit budget_ratio$"),
+        ({"preset": "h2o", "random_seed": 5}, "only for preset random"),
         ({"preset": "h20"}, r"^preset: 'h20'; accepted: full, .*; did you mean h2o\?$"),
         ({"preset": "nonsense"}, "'nonsense'; accepted: full, window, h2o, tova_per_head, random$"),
         ({"budgit": 3}, r"^budgit: no such field; accepted: preset, .*; did you mean budget\?$"),
@@ -109,321 +34,21 @@ def test_only_random_carries_a_seed() -> None:
         ({"min_budgt": 3}, r"^min_budgt: no such field; .*; did you mean min_budget\?$"),
     ],
 )
-def test_a_wish_that_contradicts_itself_is_refused(fields: dict[str, Any], says: str) -> None:
+def test_invalid_and_contradictory_fields_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         CachePolicy(**fields)
 
 
-@pytest.mark.parametrize(
-    ("wish", "says"),
-    [
-        (CachePolicy(alpha=0.5, budget=4), "sinks 4"),
-        (CachePolicy(alpha=0.5, budget=10, recent=6), "need 11"),
-        (CachePolicy(alpha=0.5, budget=129), "at most 128 slots"),
-        (CachePolicy(preset="window", budget=3), "sinks 4"),
-    ],
-)
-def test_a_budget_that_cannot_hold_what_it_protects_is_refused(
-    wish: CachePolicy, says: str
-) -> None:
-    with pytest.raises(InvalidArgument, match=says):
-        settle(wish)
-
-
-def test_a_ratio_of_too_little_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="less than one slot"):
-        settle(CachePolicy(alpha=0.5, budget_ratio=0.001))
-
-
-@pytest.mark.parametrize(
-    ("wish", "length", "budget", "told"),
-    [
-        # A fifth of 7 tokens would be 1.
-        ({"budget_ratio": 0.2, "min_budget": 64}, 7, 7, 64),
-        ({"budget_ratio": 0.2, "min_budget": 64}, 64, 64, 64),
-        ({"budget_ratio": 0.2, "min_budget": 64}, 100, 64, 64),
-        ({"budget_ratio": 0.64, "min_budget": 64}, 100, 64, None),
-        ({"budget_ratio": 0.8, "min_budget": 64}, 100, 80, None),
-        ({"budget_ratio": 1.0, "min_budget": 64}, 3, 3, None),
-        ({"budget_ratio": 0.001, "min_budget": 5}, 100, 5, 5),
-        ({"budget_ratio": 0.2, "min_budget": 0}, 100, 20, None),
-        ({"budget": 20, "min_budget": 64}, 100, 20, None),
-    ],
-)
-def test_a_ratio_comes_to_no_fewer_slots_than_the_floor_nor_to_more_than_the_request_needs(
-    wish: dict[str, Any], length: int, budget: int, told: int | None
-) -> None:
-    policy = settle(CachePolicy(alpha=0.5, **wish), length=length)
-    assert (policy.budget, policy.min_budget) == (budget, told)
-    assert policy.head_budgets == ((budget, budget), (budget, budget))
-
-
-def test_the_floor_is_the_request_s_else_the_table_s_else_the_server_s() -> None:
-    server = CachePolicy(alpha=0.5, budget=64, min_budget=30)
-    plain = make_table(IDENTITY, budget=None, budget_ratio=0.2)
-    own = make_table(IDENTITY, budget=None, budget_ratio=0.2, min_budget=40)
-    none = make_table(IDENTITY, budget=None, budget_ratio=0.2, min_budget=0)
-    named = CachePolicy(table="made-up")
-    asked = CachePolicy(table="made-up", min_budget=50)
-    for wish, table, budget in [
-        (named, plain, 30),
-        (named, own, 40),
-        (named, none, 20),
-        (asked, plain, 50),
-        (asked, own, 50),
-        (CachePolicy(table="made-up", min_budget=0), own, 20),
-        # Whosever ratio it is.
-        (CachePolicy(table="made-up", budget_ratio=0.1), own, 40),
-        (CachePolicy(table="made-up", budget=21), own, 21),
-        (CachePolicy(budget_ratio=0.1), None, 30),
-        (CachePolicy(), None, 64),
-        (CachePolicy(preset="full"), None, 100),
-    ]:
-        assert settle(wish, table=table, server=server).budget == budget
-
-
-def test_a_table_s_shares_deal_the_floor() -> None:
-    arguments = shaped((1.5, 0.5), (1.5, 0.5), budget=None, budget_ratio=0.2, sinks=1, recent=1)
-    wish = CachePolicy(table="made-up", min_budget=40)
-    assert settle(wish, **arguments).head_budgets == ((60, 20), (60, 20))
-    assert settle(wish, length=50, **arguments).head_budgets == ((50, 30), (50, 30))
-    assert settle(wish, length=30, **arguments).head_budgets == ((30, 30), (30, 30))
-
-
-def test_a_sequence_that_is_kept_whole_needs_no_room_for_what_it_protects() -> None:
-    table = make_table(IDENTITY, budget=None, budget_ratio=0.2, recent=50, sinks=4)
-    wish = CachePolicy(table="made-up", min_budget=64)
-    assert settle(wish, table=table, length=20).budget == 20
-    assert settle(CachePolicy(preset="window", budget_ratio=1.0), length=3).budget == 3
-    with pytest.raises(InvalidArgument, match="need 55"):
-        settle(CachePolicy(table="made-up", min_budget=30), table=table)
-
-
-def test_a_floor_that_no_row_has_room_for_is_refused_by_name() -> None:
-    wish = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=150)
-    with pytest.raises(
-        InvalidArgument,
-        match=r"^cache_policy\.min_budget: min_budget 150 raises what budget_ratio comes to: "
-        r"budget is 150 tokens; accepted: at most 128 slots; lower min_budget or raise --slots$",
-    ):
-        settle(wish, length=400)
-    assert settle(wish, length=100).budget == 100
-
-
-def test_a_server_s_window_is_of_its_own_method_and_of_no_preset() -> None:
-    server = CachePolicy(alpha=0.9, recent_share=0.5, budget=64)
-    assert settle(CachePolicy(), server=server).recent == 29
-    assert settle(CachePolicy(alpha=0.3), server=server).recent == 29
-    for preset in ("tova_per_head", "random"):
-        assert settle(CachePolicy(preset=preset), server=server).recent == 0
-        assert settle(CachePolicy(preset=preset, recent=7), server=server).recent == 7
-
-
-def test_a_server_s_preset_keeps_the_server_s_window() -> None:
-    server = CachePolicy(preset="tova_per_head", recent=10, budget=32)
-    assert settle(CachePolicy(), server=server).recent == 10
-    assert settle(CachePolicy(recent=3), server=server).recent == 3
-    assert settle(CachePolicy(preset="random"), server=server).recent == 0
-
-
-SHARES = st.integers(1, 4).flatmap(
-    lambda heads: st.lists(
-        st.lists(st.floats(1e-3, 1e3), min_size=heads, max_size=heads), min_size=1, max_size=10
+def test_local_budgets_are_those_of_the_heads_of_the_process() -> None:
+    table = table_with_shares(
+        (4.0, 3.0, 2.0, 1.0), (1.0, 1.0, 1.0, 3.0), budget=40, recent=3, sinks=0
     )
-)
-
-
-def flat(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [number for row in rows for number in row]
-
-
-@given(st.integers(1, 5000), SHARES, st.integers(1, 5000))
-def test_all_slots_are_dealt_and_no_head_gets_more_than_it_can_use(
-    budget: int, shares: list[list[float]], length: int
-) -> None:
-    by_layer = deal(budget, shares, length)
-    assert [len(row) for row in by_layer] == [len(row) for row in shares]
-    assert deal(budget, [[8 * share for share in row] for row in shares], length) == by_layer
-    shares, dealt = flat(shares), flat(by_layer)
-    assert sum(dealt) == budget * len(shares)
-    if budget >= length:
-        assert set(dealt) == {budget}
-    else:
-        assert all(0 <= slots <= length for slots in dealt)
-    # Rounding may take or give one.
-    for one, mine in zip(shares, dealt, strict=True):
-        for other, theirs in zip(shares, dealt, strict=True):
-            assert one < other or mine >= theirs - 1
-
-
-@given(st.integers(1, 5000), st.floats(1e-300, 1e300), st.integers(1, 100), st.integers(1, 5000))
-def test_equal_shares_get_equal_slots(budget: int, share: float, layers: int, length: int) -> None:
-    assert deal(budget, [[share] * 3] * layers, length) == ((budget,) * 3,) * layers
-
-
-@given(st.integers(1, 500), SHARES, st.integers(1, 5000))
-def test_slots_are_proportional_to_shares_below_the_cap(
-    budget: int, shares: list[list[float]], length: int
-) -> None:
-    assume(budget < length)
-    dealt = flat(deal(budget, shares, length))
-    shares = flat(shares)
-    # Written out: hand the excess on until nobody has any.
-    target = [0.0] * len(shares)
-    while True:
-        left = budget * len(shares) - sum(target)
-        open_to = [i for i, slots in enumerate(target) if slots < length]
-        if left < 1e-6 or not open_to:
-            break
-        weight = sum(shares[i] for i in open_to)
-        for i in open_to:
-            target[i] = min(target[i] + left * shares[i] / weight, length)
-    for slots, want in zip(dealt, target, strict=True):
-        assert abs(slots - want) < 1 + 1e-3
-
-
-@given(st.integers(1, 500), SHARES, st.integers(1, 5000), st.integers(1, 100))
-def test_no_head_gets_less_than_it_needs_to_take_part_where_the_budget_suffices(
-    budget: int, shares: list[list[float]], length: int, least: int
-) -> None:
-    dealt = flat(deal(budget, shares, length, least))
-    assert sum(dealt) == budget * len(dealt)
-    assert min(dealt) >= min(budget, least)
-    assert max(dealt) <= max(budget, length)
-    free = [(s, n) for s, n in zip(flat(shares), dealt, strict=True) if least < n < length]
-    # The others divide the rest in proportion; rounding may take or give one.
-    for one, mine in free:
-        for other, theirs in free:
-            assert abs(mine * other - theirs * one) <= 1.001 * (one + other)
-
-
-def test_a_short_sequence_leaves_every_head_of_a_table_room_for_what_it_protects() -> None:
-    """A fifth of 40 tokens is 8 slots, of which the smallest share alone would leave one."""
-    table = shaped((0.2, 1.4), (0.4, 2.0), budget=None, budget_ratio=0.2, recent=1, sinks=4)
-    policy = settle(CachePolicy(table="made-up"), length=40, slots=200, **table)
-    dealt = flat(policy.head_budgets)
-    assert sum(dealt) == 4 * 8
-    assert min(dealt) == 6
-    # A request that protects less leaves the shares as they are fitted.
-    less = settle(CachePolicy(table="made-up", recent=0, sinks=0), length=40, slots=200, **table)
-    assert flat(less.head_budgets) == [2, 11, 3, 16]
-
-
-def test_what_the_least_shares_are_lifted_by_the_others_give() -> None:
-    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 100, 5) == ((5, 7), (5, 23))
-    assert deal(10, ((1.0, 4.0), (1.0, 14.0)), 20, 5) == ((5, 10), (5, 20))
-    # Where the budget itself does not suffice, nobody is lifted beyond it.
-    assert deal(3, ((1.0, 2.0),), 100, 5) == ((3, 3),)
-
-
-def test_what_a_head_cannot_use_goes_to_the_others_by_their_shares() -> None:
-    assert deal(100, ((2.0, 1.0, 1.0),), 1000) == ((150, 75, 75),)
-    assert deal(100, ((7.0,), (1.0,), (2.0,)), 150) == ((150,), (50,), (100,))
-    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 120) == ((120, 56), (112, 112))
-    assert deal(100, ((7.0, 1.0), (2.0, 2.0)), 100) == ((100, 100), (100, 100))
-    # Of 20 slots the running totals are 2.2, 4.4, 6.7 and 20.
-    assert deal(5, ((1.0, 1.0), (1.0, 6.0)), 15) == ((2, 2), (3, 13))
-
-
-@given(st.integers(1, 500), SHARES)
-def test_slots_for_a_budget_give_every_head_that_much_and_hardly_more(
-    budget: int, shares: list[list[float]]
-) -> None:
-    slots, most = slots_for(budget, shares), 10**9
-    assert min(flat(deal(slots, shares, most))) >= budget
-    assert min(flat(deal(slots - 1, shares, most))) <= budget
-
-
-def shaped(*shares: tuple[float, ...], **policy: Any) -> dict[str, Any]:
-    """Arguments for a model of as many layers and heads as shares, and its table."""
-    sizes = {"num_layers": len(shares), "num_kv_heads": len(shares[0])}
-    identity = IDENTITY.model_copy(update=sizes)
-    return {"table": make_table(identity, head_share=shares, **policy), **sizes}
-
-
-def test_a_table_s_shares_deal_the_slots_and_each_head_protects_its_share() -> None:
-    table = shaped((2.0, 1.0), (0.8, 0.2), budget=30, recent=None, recent_share=0.5, sinks=1)
-    policy = settle(CachePolicy(table="made-up"), **table)
-    assert policy.head_budgets == ((60, 30), (24, 6))
-    assert policy.head_recents == ((29, 14), (11, 2))
-    assert (policy.budget, policy.recent) == (30, 14)
-
-    policy = settle(CachePolicy(table="made-up", budget=60, recent=7), **table)
-    # What the widest cannot use of a sequence of 100 goes to the others.
-    assert policy.head_budgets == ((100, 70), (56, 14))
-    assert policy.head_recents == ((7, 7), (7, 7))
-
-    policy = settle(CachePolicy(table="made-up", budget=100), **table)
-    assert policy.head_budgets == ((100, 100), (100, 100))
-
-    for wish in (CachePolicy(preset="h2o"), CachePolicy(alpha=0.5, recent_share=0.3)):
-        policy = settle(wish, num_layers=3)
-        assert policy.head_budgets == ((64, 64),) * 3
-        assert policy.head_recents == ((policy.recent,) * 2,) * 3
-
-
-def test_a_process_holds_the_slots_of_its_own_heads() -> None:
-    table = shaped((4.0, 3.0, 2.0, 1.0), (1.0, 1.0, 1.0, 3.0), budget=40, recent=3, sinks=0)
-    policy = settle(CachePolicy(table="made-up"), slots=200, **table)
-    first, second = (policy.model_copy(update={"held": held}) for held in ((0, 2), (2, 4)))
-    assert policy.held_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
-    assert (first.held_budgets, second.held_budgets) == (((80, 60), (20, 20)), ((40, 20), (20, 60)))
-    assert second.held_recents == ((3, 3), (3, 3))
-    assert second.held_alpha == tuple(row[2:] for row in policy.alpha)
-
-
-def test_a_table_that_is_being_fitted_resolves_as_it_will_when_it_is_sealed() -> None:
-    table = shaped((3.0, 1.0), (1.0, 2.0), budget_ratio=0.3, budget=None)["table"]
-    sealed = settle(CachePolicy(table=table.name), table=table)
-    bare = settle(CachePolicy(), table=table.policy, server=CachePolicy())
-    assert bare.table_name is None
-    assert bare == sealed.model_copy(update={"table_name": None, "table_sha256": None})
-
-
-@pytest.mark.parametrize(
-    ("wish", "slots", "says"),
-    [
-        (
-            {"table": "made-up", "budget": 5, "recent": 3, "sinks": 2},
-            128,
-            "budget is 5 tokens, and sinks 2 + recent 3 + 1 for the newest need 6; raise budget, "
-            "or lower sinks or recent",
-        ),
-        (
-            {"table": "made-up", "budget": 70},
-            128,
-            "budget is 70 tokens a head on average, of which head_share gives layer 0 head 1 158 "
-            "slots; accepted: at most 128 slots in every head; lower budget or raise --slots",
-        ),
-        (
-            {"table": "made-up", "budget": 42},
-            ((24, 96), (20, 42)),
-            "budget is 42 tokens a head on average, of which head_share gives layer 1 head 1 43 "
-            "slots; layer 1 head 1 has 42 slots (rows follow head_share); lower budget or raise "
-            "--slots",
-        ),
-        (
-            {"preset": "h2o", "budget": 51},
-            ((200, 200), (50, 60)),
-            "budget is 51 tokens in every head; layer 1 head 0 has 50 slots (rows follow "
-            "head_share); lower budget or raise --slots",
-        ),
-        (
-            {"preset": "full"},
-            ((200, 199), (50, 60)),
-            "prompt + max_new is 200 tokens and preset full keeps them all; layer 1 head 0 has "
-            "50 slots (rows follow head_share); lower budget or raise --slots",
-        ),
-    ],
-)
-def test_a_head_that_gets_too_few_slots_or_too_many_is_named(
-    wish: dict[str, Any], slots: Any, says: str
-) -> None:
-    arguments = shaped((2.0, 9.6), (1.0, 4.4), sinks=0, recent=0)
-    if "table" not in wish:
-        del arguments["table"]
-    else:
-        wish = {"sinks": 0, "recent": 0, **wish}
-    with pytest.raises(InvalidArgument) as caught:
-        settle(CachePolicy(**wish), **arguments, length=200, slots=slots)
-    assert caught.value.problem == says
+    policy = resolve_for_test(CachePolicy(table="made-up"), slots=200, **table)
+    first, second = (policy.model_copy(update={"local_heads": heads}) for heads in ((0, 2), (2, 4)))
+    assert policy.local_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
+    assert (first.local_budgets, second.local_budgets) == (
+        ((80, 60), (20, 20)),
+        ((40, 20), (20, 60)),
+    )
+    assert second.local_recents == ((3, 3), (3, 3))
+    assert second.local_alpha == tuple(row[2:] for row in policy.alpha)

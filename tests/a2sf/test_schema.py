@@ -169,8 +169,8 @@ def test_a_file_that_says_the_same_in_other_words_has_the_digest_of_its_full_for
     read = parse_table(as_file(shorter))
     assert read == table
     # A client reads it from its canonical JSON, and a program may write it again.
-    told = tablefile.canonical_json(read.model_dump(mode="json"))
-    assert parse_table(told.encode()) == read
+    text = tablefile.canonical_json(read.model_dump(mode="json"))
+    assert parse_table(text.encode()) == read
     save_table(read, tmp_path / "again.json")
     assert load_table(tmp_path / "again.json") == read
 
@@ -232,7 +232,7 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
     assert "colour" not in after
     assert after["sha256"] == canonical_digest(after) != before["sha256"]
     assert before["schema_version"] == 1, "the document that was given is left as it was"
-    with pytest.raises(TableInvalid, match="can no longer be read"):
+    with pytest.raises(TableInvalid, match="is no longer supported; fit the table again"):
         tablefile.upgrade(before, steps={2: three}, current=3)
 
 
@@ -276,7 +276,7 @@ def test_each_head_of_a_file_of_version_2_gets_its_layer_s_share() -> None:
         ({"alpha": 3}, "alpha"),
     ],
 )
-def test_a_broken_policy_of_version_2_is_told_by_field(change: dict[str, Any], says: str) -> None:
+def test_a_broken_policy_of_version_2_names_the_field(change: dict[str, Any], says: str) -> None:
     changed = version_2(IDENTITY)
     changed["policy"] |= change
     with pytest.raises(TableInvalid, match=says):
@@ -291,7 +291,7 @@ def test_a_file_of_version_2_without_shares_is_refused() -> None:
 
 
 @pytest.mark.parametrize("part", ["policy", "evidence", "search"])
-def test_a_broken_file_of_version_1_is_told_by_field(part: str) -> None:
+def test_a_broken_file_of_version_1_names_the_field(part: str) -> None:
     with pytest.raises(TableInvalid, match=part):
         parse_table(as_file({**version_1(IDENTITY), part: 3}))
 

@@ -58,11 +58,11 @@ def test_threads_sleep_while_waiting_unless_the_environment_says_otherwise(
     given: dict[str, str], spins: str
 ) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", "from a2sf.threads import *; wait_passively(); import torch"],
         env={**kept, "OMP_DISPLAY_ENV": "verbose", **given},
         stderr=subprocess.PIPE,
         text=True,
         check=True,
     ).stderr
-    assert f"GOMP_SPINCOUNT = {spins}" in told
+    assert f"GOMP_SPINCOUNT = {spins}" in output

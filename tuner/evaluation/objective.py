@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from a2sf.cache.budgets import resolve
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.prompts import Prompt, nbytes
 from a2sf.offline.teacher_forcing import Example, LayerInput
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.schema import TablePolicy
 from tuner.evaluation.divergence import (
     check_finite,

@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from a2sf.cache.budgets import resolve
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 from a2sf.requests import Sampling
 from a2sf.schema import AlphaTable, Count, Frozen, Positive, Ratio
 from tuner.evaluation import policy_specs

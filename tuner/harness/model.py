@@ -25,8 +25,8 @@ from a2sf.model.loader import load_model
 from a2sf.offline import teacher_forcing
 from a2sf.offline.teacher_forcing import Example
 from a2sf.requests import GenerationRequest
-from a2sf.schema import first_problem
 from a2sf.text import chat_template
+from a2sf.validation import first_problem
 from tuner.harness.arguments import Arguments, SequencePolicies, sampling
 from tuner.harness.failures import raise_first
 from tuner.harness.generations import complete

@@ -10,12 +10,15 @@ process compiles again.
 """
 
 import ctypes
+import hashlib
+import inspect
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numba
@@ -54,12 +57,20 @@ def run(program: int, data: int, threads: int) -> None:
     _parallel()(program, data, threads, 0)
 
 
-def compiled(function: Callable[[Any], None], signature: Any) -> int:
+def compiled(
+    function: Callable[[Any], None], signature: Any, *, uses: Sequence[ModuleType] = ()
+) -> int:
     """Compile a kernel, or load it from the cache; return its address.
 
     Takes seconds the first time on a machine, and a fraction of a second later. The kernel stays
     loaded until the process ends.
+
+    Args:
+        function: the kernel.
+        signature: its numba signature.
+        uses: the other modules whose compiled code or constants the kernel uses.
     """
+    function = _keyed(function, uses)
     try:
         return _kept(numba.cfunc(signature, cache=True)(function))
     except RuntimeError as error:
@@ -73,6 +84,17 @@ def compiled(function: Callable[[Any], None], signature: Any) -> int:
         return _kept(numba.cfunc(signature, cache=True)(function))
     finally:
         numba.config.CACHE_DIR = usual
+
+
+def _keyed(function: Callable[[Any], None], uses: Sequence[ModuleType]) -> Callable[[Any], None]:
+    """Return a copy of `function` whose name, and so its cache file, changes with these modules.
+
+    numba's cache notices changes only in the file of the cached function itself.
+    """
+    digest = hashlib.sha256("".join(map(inspect.getsource, uses)).encode()).hexdigest()
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"{function.__qualname__}_{digest[:16]}"
+    return copy
 
 
 _programs: list[Any] = []

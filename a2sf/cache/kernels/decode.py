@@ -1,6 +1,6 @@
 """A decode step's attention in one pass over the slots of a layer.
 
-Owns `decode_attention` (an `attention.DecodePass` in one layer, which also chooses the slots of the
+Owns `decode_attention` (an `passes.DecodePass` in one layer, which also chooses the slots of the
 next step's tokens), `Workspace` (its scratch memory) and `plan_slots` (the first choice for a row).
 Needs Triton (extra `gpu`). Knows nothing of models or requests.
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from a2sf.cache import kernels
 from a2sf.cache.kernels import decode_programs
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 
 TILE_BYTES = 32 * 1024
 """Size of a tile of keys and values. With the two tiles that the compiler prefetches, two programs

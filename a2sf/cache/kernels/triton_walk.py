@@ -1,6 +1,6 @@
 """Runs the tokens of texts through one layer, one after the other, in one kernel launch.
 
-Owns `walk` (an `attention.DecodePass` per token, in one layer) and `HeadSlots` (the location of
+Owns `walk` (an `passes.DecodePass` per token, in one layer) and `HeadSlots` (the location of
 each head's slots). Needs Triton (extra `gpu`). Knows nothing of models.
 
 A program processes all tokens of one row and KV head, so no two programs use the same slots. The
@@ -19,7 +19,8 @@ from torch import Tensor
 from a2sf.cache import kernels
 from a2sf.cache.kernels import triton_walk_programs
 from a2sf.cache.kernels.decode import LEAST_DOT, NUM_STAGES, SCORE_BLOCK, tile_slots
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 
 NUM_WARPS = 8
 """Warps per program: twice as many as in a decode step, because there is only one program per row

@@ -1,7 +1,7 @@
 """The Triton program that runs many tokens through one layer, one after the other.
 
 Owns the loop over the tokens of a row and KV head. Each token uses the functions of a decode step:
-`decode_programs.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables
+`slot_attention.attend_slots`, then `score_update.update_scores`. Knows only the strides and tables
 of the tensors; `triton_walk` launches it.
 
 A program reads keys, values, scores and positions that its own threads wrote for the previous
@@ -15,8 +15,8 @@ token. Two barriers per token order these accesses. No other program uses the sa
 import triton
 import triton.language as tl
 
-from a2sf.cache.kernels.decode_programs import attend_slots
 from a2sf.cache.kernels.score_update import fresh_score, lowest, next_slot, update_scores
+from a2sf.cache.kernels.slot_attention import attend_slots
 
 # Tables have any alignment, and texts any length: one program must work for all.
 _ANYWHERE = (

@@ -1,7 +1,7 @@
 """The law on processors: runs one or many tokens of each row through a layer in one call.
 
 Owns `Walker`, which calls the compiled kernels with the slots of some rows, their policies and the
-projections of their tokens. The kernels compute an `attention.DecodePass` per token. Knows nothing
+projections of their tokens. The kernels compute an `passes.DecodePass` per token. Knows nothing
 of models or requests.
 
 One thread processes a row and KV head; the heads with the most work start first. Each head has its
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.cache.kernels import compiling, walk_programs
-from a2sf.cache.kernels.walk_programs import BROUGHT, CALL, HEAD
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.kernels import compiling, walk_memory, walk_programs
+from a2sf.cache.kernels.walk_memory import BROUGHT, CALL, HEAD, SIGNATURE
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 
 _PROGRAMS = {
     torch.float32: walk_programs.walk_float32,
@@ -36,11 +37,11 @@ _LINE = _LINE_BYTES // 4
 @cache
 def program(dtype: torch.dtype) -> int:
     """Compile the kernel for slots of a dtype, or load it; return its address."""
-    return compiling.compiled(_PROGRAMS[dtype], walk_programs.SIGNATURE)
+    return compiling.compiled(_PROGRAMS[dtype], SIGNATURE, uses=[walk_memory])
 
 
 class Walker:
-    """Runs tokens of rows through layers. A `models.LayerAttention` after `begin`.
+    """Runs tokens of rows through layers. A `LayerAttention` after `begin`.
 
     Not thread-safe.
     """

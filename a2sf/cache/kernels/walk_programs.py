@@ -1,184 +1,38 @@
 """numba kernels of the law for processors: one row and KV head at a time, token after token.
 
 Owns the update of one head's slots by new tokens: the victim, the new key and value, attention over
-the slots in use, and the scores. `walk` calls it. Knows only addresses and strides of tensors.
+the slots in use, and the scores. `walk` calls it. Knows only the records and addresses of
+`walk_memory`.
 
-All compiled code must be in this file. numba's cache notices changes in the file of the cached
-function, but not in the files of the functions that it calls.
+All compiled code must be in this file or in `walk_memory`. numba's cache notices changes only in
+the file of the cached function; `compiling` adds the content of `walk_memory` to the key.
 """
 
 # numba infers types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import carray, float32, from_dtype, int32, njit, types, uint16, uint32
-from numba.extending import intrinsic, overload
+from numba import carray, float32, int32, njit, uint32
 
-HEAD = np.dtype(
-    [
-        ("vectors", np.int64),  # offset of the head's first slot in keys and values, in numbers
-        ("marks", np.int64),  # index of the head's first slot in positions and scores
-        ("budget", np.int64),  # slots
-        ("recent", np.int64),  # tokens
-        ("sinks", np.int64),  # tokens
-        ("random_seed", np.int64),  # -1 if scores accumulate attention
-        ("number", np.int64),  # the model-wide head number
-        ("start", np.int64),  # the position of the first token
-        ("first", np.int64),  # the index of the first token in queries, keys and values
-        ("tokens", np.int64),  # number of tokens
-        ("alpha", np.float32),
-        ("scored", np.int32),  # whether the scores depend on attention
-    ]
+from a2sf.cache.kernels.walk_memory import (
+    CALL,
+    HEAD,
+    bits_to_float,
+    bytes_at,
+    floats_at,
+    halves_at,
+    increment,
+    integers_at,
+    longs_at,
+    memory_at,
+    store,
+    widen,
 )
-"""One row and KV head of a layer."""
-
-CALL = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            # Addresses of the tokens' projections and output.
-            "query",
-            "keys",
-            "values",
-            "output",
-            # Their strides, in elements.
-            "query_row",
-            "query_head",
-            "query_token",
-            "keys_row",
-            "keys_head",
-            "keys_token",
-            "values_row",
-            "values_head",
-            "values_token",
-            "output_row",
-            "output_head",
-            "output_token",
-            # Addresses of the layer's slots.
-            "stored_keys",
-            "stored_values",
-            "score",
-            "position",
-            # Addresses: [pairs] HEAD; [pairs] int64, the heads in the order of work; one int64
-            # each, the counters of started heads and of started workers.
-            "heads",
-            "order",
-            "begun",
-            "working",
-            # Address of bytes [pairs, retained_side, retained_side], 1 for tokens that a query
-            # could attend to; address 0 for no record.
-            "retained",
-            "retained_side",
-            # Address of float32 scratch memory, and its size per worker in numbers.
-            "scratch",
-            "scratch_size",
-            "room",  # slots that fit into a worker's scratch
-            "pairs",
-            "kv_heads",
-            "group",
-            "dim",
-        )
-    ]
-    + [("scale", np.float64)]
-)
-"""The arguments of a launch."""
-
-BROUGHT = 16
-"""Number of first fields of a CALL that change with every call."""
-
-SIGNATURE = types.void(types.voidptr)
-
-_CALL = from_dtype(CALL)
 
 # Fast-math flags that stay correct for NaN and infinity.
 _SUMS = {"reassoc", "contract"}
 
 _NEVER = np.int32(2**31 - 1)
-
-
-def _bits(source: Any, target: Any, llvm: Any) -> Any:
-    @intrinsic
-    def cast(context, value):
-        def generate(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], llvm)
-
-        return target(source), generate
-
-    return cast
-
-
-_to_float = _bits(types.uint32, types.float32, ir.FloatType())
-_to_bits = _bits(types.float32, types.int32, ir.IntType(32))
-
-
-def _pointer(element: Any) -> Any:
-    # Not arrays: numba checks every array index for negative values, and this prevents LLVM from
-    # vectorising loops.
-    @intrinsic
-    def at(context, address):
-        pointer = element if element == types.voidptr else types.CPointer(element)
-
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-        return pointer(types.int64), generate
-
-    return at
-
-
-_floats = _pointer(types.float32)
-_halves = _pointer(types.uint16)
-_integers = _pointer(types.int32)
-_longs = _pointer(types.int64)
-_bytes = _pointer(types.uint8)
-_anything = _pointer(types.voidptr)
-
-
-@intrinsic
-def _next(context, counter):
-    """Increment a counter atomically; return its previous value."""
-
-    def generate(context, builder, signature, arguments):
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
-
-    return types.int64(types.CPointer(types.int64)), generate
-
-
-def _wide(number):
-    """A stored number as float32; bfloat16 is stored as its bits."""
-
-
-@overload(_wide, inline="always")
-def _wide_of(number):
-    if number == types.float32:
-        return lambda number: number
-    return lambda number: _to_float(uint32(number) << uint32(16))
-
-
-def _put(numbers, index, value):
-    """Store a float32; bfloat16 is rounded to nearest, ties to even."""
-
-
-@overload(_put, inline="always")
-def _put_of(numbers, index, value):
-    if numbers.dtype == types.float32:
-
-        def put(numbers, index, value):
-            numbers[index] = value
-
-    else:
-
-        def put(numbers, index, value):
-            bits = uint32(_to_bits(value))
-            rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
-            # Rounding could turn a NaN into infinity.
-            numbers[index] = uint16(rounded) if value == value else uint16(0x7FC0)
-
-    return put
 
 
 @njit
@@ -215,7 +69,7 @@ def exponential(x):
     p = p * r + float32(4.1665795894e-2)
     p = p * r + float32(1.6666665459e-1)
     p = p * r + float32(5.0000001201e-1)
-    e = (p * (r * r) + r + float32(1.0)) * _to_float(uint32(n + int32(127)) << uint32(23))
+    e = (p * (r * r) + r + float32(1.0)) * bits_to_float(uint32(n + int32(127)) << uint32(23))
     return float32(0.0) if x < lowest else e
 
 
@@ -266,10 +120,10 @@ def _logits(query, group, dim, keys, in_use, logits, room):
             t0 = t1 = t2 = t3 = float32(0.0)
             for d in range(dim):
                 x = query[q + d]
-                t0 += x * _wide(keys[k0 + d])
-                t1 += x * _wide(keys[k1 + d])
-                t2 += x * _wide(keys[k2 + d])
-                t3 += x * _wide(keys[k3 + d])
+                t0 += x * widen(keys[k0 + d])
+                t1 += x * widen(keys[k1 + d])
+                t2 += x * widen(keys[k2 + d])
+                t3 += x * widen(keys[k3 + d])
             at = g * room + s
             logits[at] = t0
             logits[at + 1] = t1
@@ -279,7 +133,7 @@ def _logits(query, group, dim, keys, in_use, logits, room):
         for g in range(group):
             total = float32(0.0)
             for d in range(dim):
-                total += query[g * dim + d] * _wide(keys[s * dim + d])
+                total += query[g * dim + d] * widen(keys[s * dim + d])
             logits[g * room + s] = total
 
 
@@ -290,7 +144,7 @@ def _exponentials(logits, bits, first, in_use):
     for s in range(first, first + in_use):
         mine = _ordered(bits[s])
         top = mine if mine > top else top
-    highest = _to_float(uint32(_ordered(top)))
+    highest = bits_to_float(uint32(_ordered(top)))
     total = float32(0.0)
     for s in range(first, first + in_use):
         e = exponential(logits[s] - highest)
@@ -314,20 +168,20 @@ def _weighted(weights, group, room, dim, values, in_use, total):
             for d in range(dim):
                 v = s * dim + d
                 total[to + d] += (
-                    p0 * _wide(values[v])
-                    + p1 * _wide(values[v + dim])
-                    + p2 * _wide(values[v + 2 * dim])
-                    + p3 * _wide(values[v + 3 * dim])
-                    + p4 * _wide(values[v + 4 * dim])
-                    + p5 * _wide(values[v + 5 * dim])
-                    + p6 * _wide(values[v + 6 * dim])
-                    + p7 * _wide(values[v + 7 * dim])
+                    p0 * widen(values[v])
+                    + p1 * widen(values[v + dim])
+                    + p2 * widen(values[v + 2 * dim])
+                    + p3 * widen(values[v + 3 * dim])
+                    + p4 * widen(values[v + 4 * dim])
+                    + p5 * widen(values[v + 5 * dim])
+                    + p6 * widen(values[v + 6 * dim])
+                    + p7 * widen(values[v + 7 * dim])
                 )
     for s in range(whole, in_use):
         for g in range(group):
             p = weights[g * room + s]
             for d in range(dim):
-                total[g * dim + d] += p * _wide(values[s * dim + d])
+                total[g * dim + d] += p * widen(values[s * dim + d])
 
 
 @njit
@@ -354,13 +208,13 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
     Vectors are float32, or bfloat16 as bits; `scratch` is an address.
     """
     dim, group, room = call.dim, call.group, call.room
-    score = _floats(call.score + 4 * head.marks)
-    score_bits = _integers(call.score + 4 * head.marks)
-    position = _integers(call.position + 4 * head.marks)
-    weights, weight_bits = _floats(scratch), _integers(scratch)
-    scaled = _floats(scratch + 4 * group * room)
-    total = _floats(scratch + 4 * group * (room + dim))
-    shares = _floats(scratch + 4 * group * (room + 2 * dim))
+    score = floats_at(call.score + 4 * head.marks)
+    score_bits = integers_at(call.score + 4 * head.marks)
+    position = integers_at(call.position + 4 * head.marks)
+    weights, weight_bits = floats_at(scratch), integers_at(scratch)
+    scaled = floats_at(scratch + 4 * group * room)
+    total = floats_at(scratch + 4 * group * (room + dim))
+    shares = floats_at(scratch + 4 * group * (room + 2 * dim))
     for t in range(head.tokens):
         at, place = head.start + t, head.first + t
         in_use = min(at + 1, head.budget)
@@ -375,7 +229,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         for g in range(group):
             q = g * call.query_head + place * call.query_token
             for d in range(dim):
-                scaled[g * dim + d] = _wide(query[q + d]) * float32(call.scale)
+                scaled[g * dim + d] = widen(query[q + d]) * float32(call.scale)
         _logits(scaled, group, dim, stored_keys, in_use, weights, room)
         for g in range(group):
             shares[g] = float32(1.0) / _exponentials(weights, weight_bits, g * room, in_use)
@@ -383,7 +237,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         for g in range(group):
             o = g * call.output_head + place * call.output_token
             for d in range(dim):
-                _put(output, o + d, total[g * dim + d] * shares[g])
+                store(output, o + d, total[g * dim + d] * shares[g])
         position[slot] = int32(at)
         score[slot] = float32(0.0)
         if head.random_seed >= 0:
@@ -391,7 +245,9 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
         if head.scored:
             _accumulate(score, in_use, weights, group, room, shares, head.alpha)
         if call.retained:
-            visible = _bytes(call.retained + (pair * call.retained_side + at) * call.retained_side)
+            visible = bytes_at(
+                call.retained + (pair * call.retained_side + at) * call.retained_side
+            )
             for s in range(call.retained_side):
                 visible[s] = 0
             for s in range(in_use):
@@ -405,10 +261,10 @@ def _work(data, numbers, size):
     `numbers` turns addresses into pointers; `size` is the size of a number in bytes.
     """
     call = carray(data, 1, CALL)[0]
-    heads = carray(_anything(call.heads), call.pairs, HEAD)
-    order, begun = _longs(call.order), _longs(call.begun)
-    scratch = call.scratch + 4 * call.scratch_size * _next(_longs(call.working))
-    turn = _next(begun)
+    heads = carray(memory_at(call.heads), call.pairs, HEAD)
+    order, begun = longs_at(call.order), longs_at(call.begun)
+    scratch = call.scratch + 4 * call.scratch_size * increment(longs_at(call.working))
+    turn = increment(begun)
     while turn < call.pairs:
         pair = order[turn]
         row, kv_head = pair // call.kv_heads, pair % call.kv_heads
@@ -426,14 +282,14 @@ def _work(data, numbers, size):
             numbers(call.stored_values + size * head.vectors),
             scratch,
         )
-        turn = _next(begun)
+        turn = increment(begun)
 
 
 def walk_float32(data):
     """Run tokens through a layer in float32; `data` is the address of a CALL."""
-    _work(data, _floats, 4)
+    _work(data, floats_at, 4)
 
 
 def walk_bfloat16(data):
     """Run tokens through a layer in bfloat16; `data` is the address of a CALL."""
-    _work(data, _halves, 2)
+    _work(data, halves_at, 2)

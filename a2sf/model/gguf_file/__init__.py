@@ -121,7 +121,7 @@ class GgufModel:
         made = getattr(transformers, self.config.architectures[0])
         with torch.device("meta"):
             where = self.places(made(self.config))
-        module, told = made.from_pretrained(
+        module, loading_info = made.from_pretrained(
             None,
             config=self.config,
             state_dict=state_dict(self.header, self.config, where, dtype),
@@ -129,7 +129,7 @@ class GgufModel:
             output_loading_info=True,
             **options,
         )
-        return module, told
+        return module, loading_info
 
     def places(self, module: Any) -> dict[str, str]:
         """Return the name in `module` (on any device) of each of the file's tensors.

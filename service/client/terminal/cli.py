@@ -16,7 +16,7 @@ import typer
 from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
-from a2sf.schema import Given
+from a2sf.validation import Given
 from service.client.calls import DEFAULT_TIMEOUT_S
 from service.client.channel import ChannelOptions, Tls
 from service.client.options import GenerationOptions

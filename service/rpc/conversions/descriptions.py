@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from a2sf import __version__
+from a2sf.cache.budgets import resolve
 from a2sf.errors import InvalidArgument, TableError
-from a2sf.policy import CachePolicy, Heads, resolve
+from a2sf.policy import CachePolicy, Heads
 from a2sf.schema import AlphaTable, ModelIdentity
 from a2sf.tablefile import canonical_json
 from a2sf.text import chat_template

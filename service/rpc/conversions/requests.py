@@ -24,9 +24,9 @@ from a2sf.requests import (
     GenerationRequest,
     Sampling,
 )
-from a2sf.schema import problems
 from a2sf.text import chat_template
 from a2sf.text.detokenizer import vocabulary
+from a2sf.validation import problems
 from service.backend.tables import TableStore
 from service.pb import inference_pb2 as pb
 from service.policy_messages import policy_from_message, set_fields

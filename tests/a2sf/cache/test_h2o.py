@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.cache.attention import BlockPass, DecodePass, end_prompt
-from a2sf.cache.slots import PolicyTensors, Slots
-from a2sf.policy import CachePolicy, resolve
+from a2sf.cache.budgets import resolve
+from a2sf.cache.passes import BlockPass, DecodePass, end_prompt
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
+from a2sf.policy import CachePolicy
 
 
 def heavy_hitters(
@@ -108,8 +110,8 @@ def test_the_preset_is_h2o(
         )
         np.testing.assert_allclose(mine[members], want, rtol=1e-9, atol=1e-9)
         for positions, expected in zip(stored, kept[prompt - 1 :], strict=True):
-            held = {p for p in positions[0, head].tolist() if p < length}
-            assert held == expected
+            found = {p for p in positions[0, head].tolist() if p < length}
+            assert found == expected
 
 
 def test_the_written_h2o_evicts_something() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2sf.cache import attention, scoring
-from a2sf.cache.attention import BlockPass, end_prompt
+from a2sf.cache.passes import BlockPass, end_prompt
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.engine.decoding import Backend
 from a2sf.policy import EffectivePolicy, Heads

@@ -59,7 +59,7 @@ def test_contradictory_values_are_refused(fields: dict[str, Any], says: str) -> 
         ),
         (
             {"cache_policy": CachePolicy(preset="full"), "max_new_tokens": 200},
-            "cache_policy.budget",
+            "cache_policy.preset",
             "preset full keeps them all",
         ),
         (

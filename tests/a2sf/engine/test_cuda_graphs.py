@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.cache.attention import BlockPass
 from a2sf.cache.kernels import (
     decode,
     decode_programs,
@@ -24,7 +23,9 @@ from a2sf.cache.kernels import (
     triton_walk,
     triton_walk_programs,
 )
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.passes import BlockPass
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.engine import cuda_graphs, decoding
 from a2sf.engine.engine import Engine
 from a2sf.errors import InvalidArgument

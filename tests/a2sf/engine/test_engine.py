@@ -92,7 +92,7 @@ def test_a_cancelled_request_frees_its_row_without_effect_on_others(
             assert engine.running == 3
             engine.cancel("0")
             engine.cancel("4")  # still waiting
-            engine.cancel("nobody")
+            engine.cancel("unknown")
             assert engine.running == 2
         for event in engine.step():
             streams.setdefault(event.request_id, []).append(event)
@@ -108,7 +108,7 @@ def test_a_cancelled_request_frees_its_row_without_effect_on_others(
 def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
     tiny_model: LoadedModel,
 ) -> None:
-    held = []
+    kv_bytes = []
     for length in (40, 100, 200):
         engine = engine_for(tiny_model)
         engine.submit(
@@ -124,8 +124,8 @@ def test_used_bytes_do_not_grow_with_length_and_evictions_are_counted(
         assert cache.kept_tokens + cache.evicted_tokens == 30 + length - 1
         assert cache.evicted_tokens == 30 + length - 1 - 24
         assert cache.kv_bytes_full == (30 + length - 1) * 3 * 2 * 2 * 8 * 4
-        held.append(cache.kv_bytes)
-    assert held == [24 * 3 * 2 * (2 * 8 * 4 + 8)] * 3
+        kv_bytes.append(cache.kv_bytes)
+    assert kv_bytes == [24 * 3 * 2 * (2 * 8 * 4 + 8)] * 3
 
 
 def test_a_stream_ends_at_eos_stop_token_stop_string_and_length(

@@ -19,9 +19,9 @@ from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.tensor_parallel import RankLost, Ranks
 from a2sf.policy import CachePolicy
 from a2sf.requests import FinishReason, GenerationRequest, Sampling
-from tests.a2sf.model.test_families import save
 from tests.a2sf.parallel_worker import config_for, serve
 from tests.driving import any_requests, finished, prompts, request, run, tokens
+from tests.families import save
 from tests.tables import make_table
 from tests.tiny import save_tiny
 from tests.torchrun import command, environment

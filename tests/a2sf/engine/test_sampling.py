@@ -1,7 +1,5 @@
 """A draw follows the filtered distribution, and depends only on its own row and seed."""
 
-import hashlib
-import math
 from typing import Any
 
 import pytest
@@ -10,55 +8,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from a2sf.engine import rng, sampling
 from a2sf.requests import Sampling
-
-CPU = torch.device("cpu")
-VOCAB = 32
-
-# Each is off in about half of the rows, so that every filter is also tested alone.
-requested_settings = st.builds(
-    Sampling,
-    repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
-    temperature=st.just(1.0) | st.floats(0.2, 3.0),
-    top_k=st.just(0) | st.integers(1, 40),
-    top_p=st.just(1.0) | st.floats(0.05, 0.99),
-    min_p=st.just(0.0) | st.floats(0.01, 0.9),
+from tests.sampling_cases import (
+    CPU,
+    VOCAB,
+    greedy_settings,
+    ids,
+    probabilities,
+    random_logits,
+    requested_settings,
+    row,
 )
-greedy_settings = st.builds(
-    Sampling,
-    repetition_penalty=st.just(1.0) | st.floats(0.3, 3.0),
-    temperature=st.just(0.0),
-    top_k=st.integers(0, 5),
-)
-ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
-
-
-def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def row(
-    requested: Sampling, prompt_ids: list[int] | None = None, **fields: Any
-) -> sampling.SamplingState:
-    settings = {"seed": 0, "vocab_size": VOCAB, "device": CPU, **fields}
-    return sampling.SamplingState.start(requested, prompt_ids=prompt_ids or [0], **settings)
-
-
-def probabilities(logits: Tensor, requested: Sampling) -> Tensor:
-    return sampling.Batch([row(requested, vocab_size=len(logits))], CPU).probabilities(
-        logits[None]
-    )[0]
 
 
 def draw_and_note(
@@ -73,145 +35,6 @@ def draw_and_note(
 
 def draw(logits: Tensor, one: sampling.SamplingState) -> int | None:
     return draw_and_note(sampling.Batch([one], CPU), [one], logits[None])[0]
-
-
-def transformers_scores(
-    logits: Tensor, requested: Sampling, prompt_ids: list[int], banned_tokens: list[int]
-) -> Tensor:
-    """The result of transformers' filters for one row, in the order of its `generate`."""
-    chain = LogitsProcessorList()
-    if requested.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(requested.repetition_penalty))
-    if banned_tokens:
-        chain.append(MinNewTokensLengthLogitsProcessor(len(prompt_ids), 1, banned_tokens))
-    if requested.temperature > 0:
-        chain.append(TemperatureLogitsWarper(requested.temperature))
-        if requested.top_k:
-            chain.append(TopKLogitsWarper(requested.top_k))
-        if requested.top_p < 1:
-            chain.append(TopPLogitsWarper(requested.top_p))
-        if requested.min_p > 0:
-            chain.append(MinPLogitsWarper(requested.min_p))
-    scores: Tensor = chain(torch.tensor([prompt_ids]), logits[None].clone())
-    return scores[0]
-
-
-@settings(max_examples=300)
-@given(
-    st.integers(0, 10**6),
-    st.lists(st.tuples(requested_settings, ids, st.just([]) | ids), min_size=1, max_size=4),
-)
-def test_the_distribution_equals_transformers_row_by_row(
-    seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
-) -> None:
-    logits = random_logits(len(cases), seed=seed)
-    rows = [
-        row(requested, prompt, banned_tokens=banned_tokens, banned_draws=1)
-        for requested, prompt, banned_tokens in cases
-    ]
-    found = sampling.Batch(rows, CPU).probabilities(logits)
-    want = torch.stack(
-        [transformers_scores(x, *case) for x, case in zip(logits, cases, strict=True)]
-    )
-    torch.testing.assert_close(found, want.softmax(dim=-1))
-
-
-@given(
-    st.integers(0, 10**6),
-    st.lists(st.tuples(greedy_settings, ids, st.just([]) | ids), min_size=1, max_size=4),
-)
-def test_greedy_rows_draw_the_most_likely_token_after_transformers_filters(
-    seed: int, cases: list[tuple[Sampling, list[int], list[int]]]
-) -> None:
-    logits = random_logits(len(cases), seed=seed)
-    rows = [
-        row(requested, prompt, banned_tokens=banned_tokens, banned_draws=1)
-        for requested, prompt, banned_tokens in cases
-    ]
-    want = [
-        int(transformers_scores(x, *case).argmax()) for x, case in zip(logits, cases, strict=True)
-    ]
-    assert sampling.Batch(rows, CPU).draw(logits) == want
-
-
-def test_tokens_tied_with_the_kth_largest_stay_as_in_transformers() -> None:
-    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
-    requested = Sampling(top_k=2)
-    found = probabilities(logits, requested)
-    assert (found > 0).tolist() == [False, True, True, True, True, False]
-    torch.testing.assert_close(found, transformers_scores(logits, requested, [0], []).softmax(-1))
-
-
-def test_on_a_tie_at_top_p_the_lowest_ids_stay() -> None:
-    requested = Sampling(top_p=0.6)
-    found = probabilities(torch.zeros(4), requested)
-    # 1/2 is not enough and 3/4 is; transformers keeps the same number of tokens.
-    assert (found > 0).tolist() == [True, True, True, False]
-    theirs = transformers_scores(torch.zeros(4), requested, [0], [])
-    assert int(theirs.isfinite().sum()) == 3
-
-
-def test_the_token_that_reaches_top_p_is_the_last_to_stay() -> None:
-    # Exact in binary: 1/2, 1/4, 1/8, 1/8.
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log2() * math.log(2)
-    for top_p, kept in ((0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.8751, 4)):
-        assert int((probabilities(logits, Sampling(top_p=top_p)) > 0).sum()) == kept
-
-
-@pytest.mark.parametrize(
-    "requested",
-    [
-        Sampling(top_k=10**12),
-        Sampling(top_p=1e-9),
-        Sampling(top_p=5e-324),
-        Sampling(min_p=1.0),
-        Sampling(top_k=1),
-    ],
-)
-def test_extreme_filters_keep_everything_or_only_the_top_token(requested: Sampling) -> None:
-    logits = random_logits(1)[0]
-    kept = int((probabilities(logits, requested) > 0).sum())
-    assert kept == (VOCAB if requested.top_k > 1 else 1)
-
-
-def noise_written_out(seed: int, draws: int, token: int) -> float:
-    """The generator's formula in Python integers."""
-
-    def mix(value: int) -> int:
-        value = (value ^ value >> 16) * 0x7FEB352D % 2**32
-        value = (value ^ value >> 15) * 0x846CA68B % 2**32
-        return value ^ value >> 16
-
-    digest = hashlib.blake2b(
-        seed.to_bytes(8, "little") + draws.to_bytes(8, "little"), digest_size=8
-    ).digest()
-    first, second = (int.from_bytes(part, "little") for part in (digest[:4], digest[4:]))
-    low = mix(token ^ first)
-    high = mix(low ^ second)
-    # The lower 32 bits have an offset of 1/2.
-    uniform = (high * 2**32 + (low + 2**31) % 2**32) / 2**64
-    return -math.log1p(-min(max(uniform, 2**-64), 1 - 2**-53))
-
-
-@pytest.mark.parametrize(("seed", "draws"), [(0, 0), (7, 1), (2**63 - 1, 12345)])
-def test_random_numbers_equal_the_integer_formula(seed: int, draws: int) -> None:
-    got = rng.exponential([(1, 1), (seed, draws)], 3000, CPU)[1].double()
-    want = torch.tensor([noise_written_out(seed, draws, token) for token in range(3000)])
-    # The largest numbers never win a race, and a float is coarse there.
-    torch.testing.assert_close(got[want < 10], want.double()[want < 10], rtol=1e-3, atol=0)
-
-
-def test_random_numbers_are_exponential_and_differ_by_draw() -> None:
-    many = rng.exponential([(5, draws) for draws in range(40)], 50_000, CPU).double()
-    quantiles = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    expected = -torch.log1p(-quantiles)
-    for row in many[:4]:
-        share = (row[:, None] < expected).double().mean(dim=0)
-        assert (share - quantiles).abs().max() < 0.01
-    assert many.min() > 0
-    assert many.min() < 1e-5
-    correlation = torch.corrcoef(torch.cat([many[:, :-1], many[:1, 1:]]))
-    assert (correlation - torch.eye(41)).abs().max() < 0.03
 
 
 def one_row_written_out(logits: Tensor, requested: Sampling, seed: int, draws: int) -> int:
@@ -387,6 +210,7 @@ FILTERS: list[dict[str, Any]] = [
     {"min_p": 0.3},
     {"top_k": 4, "top_p": 0.5, "min_p": 0.3},
 ]
+
 
 NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf])
 

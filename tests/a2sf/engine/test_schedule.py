@@ -40,17 +40,17 @@ def alone(model: LoadedModel, one: GenerationRequest) -> list[Event]:
     return run(engine)[one.request_id]
 
 
-def told(stream: list[Event]) -> list[object]:
+def content(stream: list[Event]) -> list[object]:
     """The content of a stream without times, logprobs and the seed, which may be new."""
-    said: list[object] = []
+    parts: list[object] = []
     for event in stream:
         if isinstance(event, Finished):
-            said.append(event.model_dump(exclude={"timings"}))
+            parts.append(event.model_dump(exclude={"timings"}))
         elif isinstance(event, Delta):
-            said.append((event.text, event.token_ids, len(event.logprobs)))
+            parts.append((event.text, event.token_ids, len(event.logprobs)))
         else:
-            said.append(event.model_dump(exclude={"seed"}))
-    return said
+            parts.append(event.model_dump(exclude={"seed"}))
+    return parts
 
 
 def logprobs(stream: list[Event]) -> list[float]:
@@ -95,8 +95,8 @@ def hold_to_the_promise(
                 partings.append(parted)
                 continue
         # A cancelled request emits nothing more, but its earlier events are correct.
-        said, whole = told(stream), told(own)
-        assert said == (whole[: len(said)] if cancelled else whole), f"request {name}"
+        parts, whole = content(stream), content(own)
+        assert parts == (whole[: len(parts)] if cancelled else whole), f"request {name}"
         if exact:
             numbers = logprobs(stream)
             assert numbers == pytest.approx(logprobs(own)[: len(numbers)], abs=1e-10)
@@ -157,9 +157,9 @@ def test_every_step_advances_every_running_request(tiny_model: LoadedModel) -> N
         begun = [event.request_id for event in events if isinstance(event, Started)]
         assert begun == ([order.pop(0)] if admits else []), "the first in line is next"
         prefilling = (ongoing - running) | set(begun)
-        told = [e.request_id for e in events if isinstance(e, Delta) and e.token_ids]
-        assert len(told) == len(set(told))
-        assert running <= set(told) <= running | prefilling
+        with_token = [e.request_id for e in events if isinstance(e, Delta) and e.token_ids]
+        assert len(with_token) == len(set(with_token))
+        assert running <= set(with_token) <= running | prefilling
         for name in prefilling:
             blocks[name] += 1
         for event in events:
@@ -240,12 +240,12 @@ def test_a_request_can_be_cancelled_in_every_state_and_its_id_reused(
     engine.submit(one)
     for name, stream in run(engine).items():
         streams[name] += stream
-    assert told(streams["r"]) == told(alone(tiny_model_64, one))
-    assert told(streams["other"]) == told(alone(tiny_model_64, other))
+    assert content(streams["r"]) == content(alone(tiny_model_64, one))
+    assert content(streams["other"]) == content(alone(tiny_model_64, other))
     engine.cancel("r")
     assert not engine.has_work
     engine.submit(one)
-    assert told(run(engine)["r"]) == told(streams["r"])
+    assert content(run(engine)["r"]) == content(streams["r"])
 
 
 def test_requests_may_be_submitted_while_the_events_of_a_step_are_read(
@@ -267,7 +267,7 @@ def test_requests_may_be_submitted_while_the_events_of_a_step_are_read(
                 if (one := next(order, None)) is not None:
                     engine.submit(one)
     for name, one in made.items():
-        assert told(streams[name]) == told(alone(tiny_model_64, one))
+        assert content(streams[name]) == content(alone(tiny_model_64, one))
 
 
 def test_equal_seeds_draw_equal_tokens_and_greedy_rows_use_no_random_numbers(
@@ -296,7 +296,7 @@ def test_the_largest_budget_is_the_slab_s_slots(
     streams = run(engine)
     assert finished(streams["tight"]).cache.kept_tokens == 40
     for one in (whole, tight):
-        assert told(streams[one.request_id]) == told(alone(tiny_model_64, one))
+        assert content(streams[one.request_id]) == content(alone(tiny_model_64, one))
 
 
 def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: LoadedModel) -> None:
@@ -307,7 +307,7 @@ def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: Load
     for requested_policy, prompt in ((chunked, range(200)), (exact, range(40))):
         one = request("r", prompt, cache_policy=requested_policy)
         engine.submit(one)
-        assert told(run(engine)["r"]) == told(alone(tiny_model_64, one))
+        assert content(run(engine)["r"]) == content(alone(tiny_model_64, one))
     for requested_policy, prompt in ((wider, range(200)), (exact, range(41))):
         with pytest.raises(InvalidArgument, match=r"need 41 staging slots.*prefill_chunk"):
             engine.submit(request("r", prompt, cache_policy=requested_policy))

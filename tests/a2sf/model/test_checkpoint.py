@@ -39,11 +39,11 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence_before_its_weights_are_r
     BROKEN[name].change(checkpoint)
     with pytest.raises((NotFound, Unsupported)) as caught:
         load_model(str(checkpoint), device="cpu")
-    told = str(caught.value)
-    assert BROKEN[name].told in told
-    assert "checkpoint" in told
-    assert "\n" not in told
-    assert len(told) < 800
+    message = str(caught.value)
+    assert BROKEN[name].told in message
+    assert "checkpoint" in message
+    assert "\n" not in message
+    assert len(message) < 800
     assert capfd.readouterr().err == "", "an error is one line"
 
 

@@ -160,10 +160,10 @@ SAME: dict[str, list[dict[str, Any]]] = {
 def write_rope(directory: Path, spelling: dict[str, Any]) -> Path:
     """Replace the rotation in a checkpoint's config.json by this spelling."""
     path = directory / "config.json"
-    told = json.loads(path.read_text())
+    settings = json.loads(path.read_text())
     for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
-        told.pop(name, None)
-    path.write_text(json.dumps({**told, **spelling}))
+        settings.pop(name, None)
+    path.write_text(json.dumps({**settings, **spelling}))
     return directory
 
 
@@ -204,7 +204,7 @@ WHOLE_HEADS = [name for name in SAME if name not in ("half of each head", "all o
 def test_the_fingerprint_does_not_depend_on_the_spelling_of_the_rotation(
     name: str, checkpoint: Path
 ) -> None:
-    found = {identity_of(write_rope(checkpoint, told)).fingerprint for told in SAME[name]}
+    found = {identity_of(write_rope(checkpoint, settings)).fingerprint for settings in SAME[name]}
     assert len(found) == 1
     others = {
         identity_of(write_rope(checkpoint, SAME[other][0])).fingerprint
@@ -223,9 +223,9 @@ def test_canonical_rotations_are_equal_exactly_if_their_frequencies_are(
     directory = save_tiny(config_class, tmp_path, num_hidden_layers=1, hidden_size=256, head_dim=64)
     found: dict[str, set[tuple[Any, ...]]] = {}
     computed: dict[tuple[Any, ...], set[str]] = {}
-    for told in (told for spellings in SAME.values() for told in spellings):
+    for settings in (settings for spellings in SAME.values() for settings in spellings):
         try:
-            config = AutoConfig.from_pretrained(write_rope(directory, told))
+            config = AutoConfig.from_pretrained(write_rope(directory, settings))
             rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
         except Exception:
             # Phi-3 accepts only the default rotation.
@@ -251,9 +251,9 @@ def test_head_dim_may_be_given_or_derived(tmp_path: Path) -> None:
     for index, head_dim in enumerate(given):
         directory = save_tiny(transformers.LlamaConfig, tmp_path / str(index))
         path = directory / "config.json"
-        told = json.loads(path.read_text())
-        del told["head_dim"]
-        path.write_text(json.dumps({**told, **head_dim}))
+        settings = json.loads(path.read_text())
+        del settings["head_dim"]
+        path.write_text(json.dumps({**settings, **head_dim}))
         found.add(identity_of(directory).fingerprint)
     assert len(found) == 1
 

@@ -8,15 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.budgets import resolve
+from a2sf.cache.policy_tensors import PolicyTensors
+from a2sf.cache.slots import Slots
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.pooled import pooled_budgets
 from a2sf.offline.teacher_forcing import Example
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 
 
-def settled(
+def resolved(
     heads: int, layers: int = 1, length: int = 200, **requested_policy: object
 ) -> EffectivePolicy:
     return resolve(
@@ -45,7 +47,7 @@ def prompts(scores: np.ndarray) -> Slots:
     return slots
 
 
-def dealt(scores: np.ndarray, policy: EffectivePolicy, *floors: float | None) -> list[list[int]]:
+def pooled(scores: np.ndarray, policy: EffectivePolicy, *floors: float | None) -> list[list[int]]:
     rows, _, tokens = scores.shape
     tensors = PolicyTensors.stack([policy] * rows, [200] * rows, torch.device("cpu"))
     length = torch.full((rows,), tokens)
@@ -79,8 +81,8 @@ def test_budgets_equal_the_rule_written_out(
 ) -> None:
     # All scores differ: ties would change the split between heads, but not the sum.
     scores = np.random.default_rng(seed).permutation(heads * 40).reshape(1, heads, 40) / 7
-    policy = settled(heads, budget=budget)
-    (found,) = dealt(scores, policy, floor)
+    policy = resolved(heads, budget=budget)
+    (found,) = pooled(scores, policy, floor)
     assert found == written_out(scores[0], policy, floor)
     assert sum(found) == heads * budget
     assert min(found) >= policy.sinks + policy.recent + 1
@@ -89,14 +91,14 @@ def test_budgets_equal_the_rule_written_out(
 def test_a_head_with_all_the_highest_scores_gets_the_pool_minus_the_floor() -> None:
     scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None]
     # 20 slots per head, 4 of them reserved. Of the pool of 32, the loser gets a fifth of 16.
-    assert dealt(scores, settled(2, budget=20), 0.2) == [[33, 7]]
-    assert dealt(scores, settled(2, budget=20), 0.0) == [[36, 4]]
+    assert pooled(scores, resolved(2, budget=20), 0.2) == [[33, 7]]
+    assert pooled(scores, resolved(2, budget=20), 0.0) == [[36, 4]]
 
 
 def test_rows_without_the_rule_and_short_prompts_keep_their_slots() -> None:
     scores = np.stack([np.full(60, 5.0), np.full(60, 1.0)])[None].repeat(2, axis=0)
-    assert dealt(scores, settled(2, budget=20), None, 0.2) == [[20, 20], [33, 7]]
-    assert dealt(scores[:1, :, :15], settled(2, budget=20), 0.2) == [[20, 20]]
+    assert pooled(scores, resolved(2, budget=20), None, 0.2) == [[20, 20], [33, 7]]
+    assert pooled(scores[:1, :, :15], resolved(2, budget=20), 0.2) == [[20, 20]]
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(8, 30), st.integers(1, 9))
@@ -106,7 +108,7 @@ def test_a_head_that_evicted_during_the_prompt_does_not_grow(
     # The state after the last block of a prompt of 100 tokens, with older tokens evicted.
     stored = budget - 1 + block
     scores = np.random.default_rng(seed).permutation(heads * stored).reshape(1, heads, stored) / 7
-    policy = settled(heads, budget=budget)
+    policy = resolved(heads, budget=budget)
     slots = prompts(scores)
     slots.whole.position[0] += 100 - stored
     slots.whole.position[0, :, :, 0] = 0
@@ -126,16 +128,16 @@ def test_teacher_forcing_applies_the_rule_to_each_row_separately(
     tiny_model: LoadedModel, example: Example
 ) -> None:
     heads, layers = tiny_model.shape.num_kv_heads, tiny_model.shape.num_layers
-    plain = settled(heads, layers, length=60, budget=14)
-    pooled = plain.model_copy(update={"pooled_floor": 0.2})
+    plain = resolved(heads, layers, length=60, budget=14)
+    shared = plain.model_copy(update={"pooled_floor": 0.2})
     equal = plain.model_copy(update={"pooled_floor": 1.0})
     short = replace(example, prompt_tokens=8)
     alone = [
         teacher_forcing.predict(tiny_model, [one], [policy])[0].logits
-        for one, policy in ((example, plain), (example, pooled), (short, pooled))
+        for one, policy in ((example, plain), (example, shared), (short, shared))
     ]
     together = teacher_forcing.predict(
-        tiny_model, [example, example, short], [plain, pooled, pooled], batch=8
+        tiny_model, [example, example, short], [plain, shared, shared], batch=8
     )
     for mine, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(mine.logits, theirs, atol=1e-4, rtol=1e-4)

@@ -129,6 +129,6 @@ def test_prompts_take_the_documented_memory(
     tiny_model: LoadedModel, examples: list[Example]
 ) -> None:
     known = teacher_forcing.read_prompts(tiny_model, examples)
-    held = sum(tensor.nbytes for one in known for layer in one.projected for tensor in layer)
+    nbytes = sum(tensor.nbytes for one in known for layer in one.projected for tensor in layer)
     tokens = sum(prompt for _, prompt in LENGTHS)
-    assert held == prompts.nbytes(tiny_model.shape, tiny_model.dtype, tokens)
+    assert nbytes == prompts.nbytes(tiny_model.shape, tiny_model.dtype, tokens)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from a2sf.cache.budgets import resolve
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.offline.teacher_forcing import Example
-from a2sf.policy import CachePolicy, EffectivePolicy, resolve
+from a2sf.policy import CachePolicy, EffectivePolicy
 from tests.written_out import Head
 
 TEXT = tuple(torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist())

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from a2sf.cache.budgets import resolve
 from a2sf.errors import (
     Conflict,
     InvalidArgument,
@@ -18,7 +19,7 @@ from a2sf.errors import (
     TableError,
     TableInvalid,
 )
-from a2sf.policy import CachePolicy, Heads, resolve
+from a2sf.policy import CachePolicy, Heads
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import MAX_FILE_BYTES, save_table
 from service.backend.default_table import check_default

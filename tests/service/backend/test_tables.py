@@ -260,7 +260,7 @@ async def test_a_request_with_another_split_is_served_if_every_head_fits(
     assert alone.finished.cache.kept_tokens == 20
     with pytest.raises(
         InvalidArgument,
-        match=r"^input\.cache_policy\.budget: budget is 21 tokens a head on average, of which "
+        match=r"^input\.cache_policy\.budget: budget is 21 tokens per head on average, and "
         "head_share gives layer 0 head 1 63 slots; layer 0 head 1 has 60 slots",
     ):
         await answer(budget=21)

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from a2sf.cache.budgets import resolve
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import CachePolicy, resolve
+from a2sf.policy import CachePolicy
 from a2sf.requests import CacheStatistics, Finished, FinishReason, Started, Timings, Usage
 from service.client.responses import stream_event
 from service.client.results import Delta, StreamStarted

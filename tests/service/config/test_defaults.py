@@ -137,6 +137,18 @@ async def test_the_served_policies_include_min_budget(
     assert (await client.get_model()).default_cache_policy.min_budget == 16
 
 
+async def test_a_ratio_that_leaves_no_room_is_refused_by_its_field(
+    start_server: StartServer,
+) -> None:
+    _, client, _ = await start_server()
+    policy = CachePolicy(alpha=0.5, budget_ratio=0.05, min_budget=0, sinks=9)
+    with pytest.raises(
+        InvalidArgument,
+        match=r"^input\.cache_policy\.budget_ratio: budget_ratio 0\.05 of 100 tokens is 5 tokens, ",
+    ):
+        await client.generate([7] * 80, max_new_tokens=20, cache_policy=policy)
+
+
 async def test_min_budget_out_of_range_is_refused_by_its_field(start_server: StartServer) -> None:
     _, client, address = await start_server()
     requested_policy = CachePolicy(alpha=0.5, budget_ratio=0.2, min_budget=65)

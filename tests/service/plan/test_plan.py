@@ -15,8 +15,8 @@ from a2sf.tablefile import save_table
 from service.backend.loading import load_core
 from service.config.options import slots_per_head
 from service.config.settings import load
-from tests.a2sf.model.test_families import save
 from tests.broken import added
+from tests.families import save
 from tests.service.planning import planned, refused, shown
 from tests.tables import make_table
 from tests.tiny import save_tiny_llama

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from a2sf.cache.budgets import resolve
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import CachePolicy, resolve
+from a2sf.policy import CachePolicy
 from tuner.evaluation.objective import effective
 from tuner.evaluation.slot_rules import FLOOR, AdaKV, Pyramid
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from a2sf.policy import deal as deal_shares
+from a2sf.cache.budgets import split_slots as deal_shares
 from tuner.search.slot_split import predict_costs, split_slots
 from tuner.search.space import shares
 

@@ -1,16 +1,19 @@
 """Compiled kernels are cached in a safe folder, and run in parallel with Python's threads."""
 
 import ctypes
+import importlib.util
+import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import numba
 import numpy as np
 import pytest
 from numba import carray, types
 
-from a2sf.cache.kernels import compiling, walk_programs
+from a2sf.cache.kernels import compiling, walk_memory
 
 SIGNATURE = types.void(types.voidptr)
 TURNS = 300_000_000
@@ -23,7 +26,7 @@ def answer(data):  # type: ignore[no-untyped-def]
 def wait(data):  # type: ignore[no-untyped-def]
     """Count up; stop early when another thread writes a higher number."""
     counter = carray(data, 1, np.int64)
-    while walk_programs._next(walk_programs._longs(counter.ctypes.data)) < TURNS:
+    while walk_memory.increment(walk_memory.longs_at(counter.ctypes.data)) < TURNS:
         pass
 
 
@@ -38,7 +41,7 @@ def test_a_kernel_runs_in_the_requested_number_of_threads() -> None:
 
 def test_other_python_threads_run_while_a_kernel_runs() -> None:
     count = ctypes.c_int64(0)
-    program = compiling.compiled(wait, SIGNATURE)
+    program = compiling.compiled(wait, SIGNATURE, uses=[walk_memory])
     at_work = threading.Thread(target=compiling.run, args=(program, ctypes.addressof(count), 1))
     at_work.start()
     while count.value == 0:
@@ -47,6 +50,43 @@ def test_other_python_threads_run_while_a_kernel_runs() -> None:
     at_work.join()
     # The kernel was still running and has seen the number.
     assert count.value == 2 * TURNS + 1
+
+
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a file again, as another process would."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_change_in_a_module_that_the_kernel_uses_compiles_the_kernel_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    used, kernel = tmp_path / "used_by_kernel.py", tmp_path / "kernel.py"
+    kernel.write_text(
+        "import numpy as np\n"
+        "from numba import carray\n"
+        "from used_by_kernel import number\n"
+        "def write(data):\n"
+        "    carray(data, 1, np.int64)[0] = number()\n"
+    )
+    found = []
+    for answer in (41, 42, 42):
+        used.write_text(f"from numba import njit\n@njit\ndef number():\n    return {answer}\n")
+        uses = load(used, monkeypatch)
+        write = load(kernel, monkeypatch).write
+        number = ctypes.c_int64(0)
+        program = compiling.compiled(write, SIGNATURE, uses=[uses])
+        compiling.run(program, ctypes.addressof(number), 1)
+        found.append(number.value)
+    assert found == [41, 42, 42]
+    # One file per version: the third call has loaded the second's.
+    assert len(list(tmp_path.rglob("*.nbc"))) == 2
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which the extra gpu brings")
 
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import decode, decode_programs, score_update
+from a2sf.cache.passes import DecodePass
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.scoring import EMPTY
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from tests.head_slots import head_of
 from tests.interpreting import interpreting, poisoned
 from tests.kernel_cases import check, check_chain, make, random_case, served_case

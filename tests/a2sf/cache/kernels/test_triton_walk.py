@@ -63,9 +63,9 @@ def test_a_walk_with_served_shapes_equals_the_law() -> None:
     check(served_case(0, most=16))
 
 
-@pytest.mark.parametrize("dealt", [False, True])
-def test_a_long_walk_evicts_the_same_tokens_as_the_law(dealt: bool) -> None:
-    case = make(7, most=40, dealt=dealt, rows=2, slots=(9, 20), seen=3)
+@pytest.mark.parametrize("unequal", [False, True])
+def test_a_long_walk_evicts_the_same_tokens_as_the_law(unequal: bool) -> None:
+    case = make(7, most=40, unequal=unequal, rows=2, slots=(9, 20), seen=3)
     assert check(case, written=True) == 0
     assert int((case.end - case.start).max()) == 40
 
@@ -87,7 +87,7 @@ def test_a_walk_with_a_wrong_law_is_detected() -> None:
 
 
 def test_recording_does_not_change_results() -> None:
-    twins = [make(11, most=6, dealt=True, rows=2, slots=(5, 20)) for _ in range(2)]
+    twins = [make(11, most=6, unequal=True, rows=2, slots=(5, 20)) for _ in range(2)]
     (output, visible), (same, none) = (
         case.walk(recorded=recorded) for case, recorded in zip(twins, (True, False), strict=True)
     )
@@ -100,19 +100,19 @@ def test_recording_does_not_change_results() -> None:
 
 
 def test_memory_outside_the_slots_does_not_change() -> None:
-    case = make(13, dealt=True, rows=3, slots=(2, 12), seen=30)
+    case = make(13, unequal=True, rows=3, slots=(2, 12), seen=30)
     owned = torch.zeros_like(case.slots.score, dtype=torch.bool)
-    held = torch.zeros(len(case.slots.keys), dtype=torch.bool, device=DEVICE)
+    used = torch.zeros(len(case.slots.keys), dtype=torch.bool, device=DEVICE)
     for row, head in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
         width = int(case.slots.width[row, head])
         marks, vectors = int(case.slots.marks[row, head]), int(case.slots.vectors[row, head])
         owned[marks : marks + width] = True
-        held[vectors : vectors + width] = True
+        used[vectors : vectors + width] = True
     case.walk(recorded=False)
     assert (case.slots.position[~owned] == EMPTY).all()
     assert case.slots.score[~owned].isnan().all()
-    assert case.slots.keys[~held].isnan().all()
-    assert case.slots.values[~held].isnan().all()
+    assert case.slots.keys[~used].isnan().all()
+    assert case.slots.values[~used].isnan().all()
     assert not case.slots.score[owned].isnan().any()
 
 
@@ -178,7 +178,7 @@ def test_a_layer_is_one_launch_and_the_heads_with_the_most_work_start_first(
 ) -> None:
     launched = Launched(triton_walk_programs.walk)
     monkeypatch.setattr(triton_walk_programs, "walk", launched)
-    case: Case = make(2, dealt=True, rows=3, slots=(2, 30), seen=40, most=6)
+    case: Case = make(2, unequal=True, rows=3, slots=(2, 30), seen=40, most=6)
     case.end = case.start + torch.tensor([6, 2, 6], device=DEVICE)
     case.walk(recorded=False)
     (order,) = launched.order

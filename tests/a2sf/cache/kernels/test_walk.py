@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from a2sf.cache import scoring
-from a2sf.cache.attention import DecodePass
 from a2sf.cache.kernels import walk, walk_programs
 from a2sf.cache.kernels.walk import Walker
+from a2sf.cache.passes import DecodePass
+from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
-from a2sf.cache.slots import PolicyTensors, Slots
+from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
 from a2sf.policy import EffectivePolicy
 from tests.head_slots import head_of

@@ -92,15 +92,15 @@ def test_without_the_library_the_message_says_what_to_install(
 
 def test_a_plan_reads_only_the_header(checkpoint: Path, tmp_path: Path) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")
-    told = read_model_spec(str(path), device_type="cpu")
-    assert (told.shape.num_layers, told.shape.num_kv_heads, told.shape.vocab_size) == (3, 2, 272)
+    spec = read_model_spec(str(path), device_type="cpu")
+    assert (spec.shape.num_layers, spec.shape.num_kv_heads, spec.shape.vocab_size) == (3, 2, 272)
     # The weights are overwritten: a plan must not read them.
     from a2sf.model.gguf_file.header import Header
 
     first = min(tensor.start for tensor in Header("m", path).tensors.values())
     content = path.read_bytes()
     path.write_bytes(content[:first] + b"\xff" * (len(content) - first))
-    assert read_model_spec(str(path), device_type="cpu").shape == told.shape
+    assert read_model_spec(str(path), device_type="cpu").shape == spec.shape
 
 
 def test_a_directory_without_any_model_says_what_is_accepted(tmp_path: Path) -> None:
