@@ -1,5 +1,5 @@
-# Thin: each target calls one tool with the pinned environment, which is made when it is missing.
-# `demo` installs into it what serving and its model need, the other targets the rest as well.
+# Each target calls one tool in the environment, which is created with pinned versions if it is missing.
+# `demo` installs only what serving and its model need; the other targets install everything.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,30 +14,30 @@ help: ## Show the targets
 INSTALL = $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 $(BIN)/pip:
-	@echo 'Making an environment in $(VENV).'
+	@echo 'Creating an environment in $(VENV).'
 	@$(PYTHON) -m venv $(VENV)
 
-# What is developed with brings all that serving needs.
+# The environment for development contains everything that serving needs.
 $(BIN)/.serve: pyproject.toml constraints.txt | $(BIN)/pip
 	@if [ -e $(BIN)/.installed ] && ! [ pyproject.toml -nt $(BIN)/.installed ] \
 	  && ! [ constraints.txt -nt $(BIN)/.installed ]; then exit 0; fi; \
-	  echo 'Installing what serving needs into $(VENV): PyTorch for the most part, some minutes.'; \
+	  echo 'Installing the service into $(VENV), mostly PyTorch: some minutes.'; \
 	  $(INSTALL) '.[serve,gguf]'
 	@touch $@
 
 $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
-	@echo 'Installing all that this project is developed with into $(VENV): some minutes.'
+	@echo 'Installing everything for development into $(VENV): some minutes.'
 	@$(INSTALL) '.[dev]'
 	@touch $@
 
 demo: $(BIN)/.serve ## Ask a real model under a full cache, a window and a fitted table
 	@$(BIN)/python -m scripts.demo
 
-real-model: $(BIN)/.installed ## Fetch a small model that people use (93 MB) to build/real/smollm2
+real-model: $(BIN)/.installed ## Download SmolLM2-135M-Instruct (93 MB) to build/real/smollm2
 	$(BIN)/python -m scripts.real_model
 
-# A worker for each core (WORKERS=1 for one alone), each with one compute thread, as the servers that
-# its tests start. A file stays with one worker, so what the file starts or loads is so once.
+# One worker for each core (WORKERS=1 for one only). Each worker, and each server that it starts, has
+# one compute thread. All tests of a file run in one worker, so the file starts or loads things once.
 WORKERS ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -77,7 +77,7 @@ bench: $(BIN)/.installed ## Measure decoding and prefill beside peers, evaluatio
 bench-gpu: $(BIN)/.installed ## Check on a GPU, then measure beside peers for ten minutes; results in benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
 
-findings: $(BIN)/.installed ## Measure what benchmarks/FINDINGS.md says again, and compare
+findings: $(BIN)/.installed ## Measure the figures of benchmarks/FINDINGS.md again, and compare
 	$(BIN)/python -m benchmarks.findings --check
 
 refit: $(BIN)/.installed ## Fit the shipped table again, after the reference model has changed
@@ -85,7 +85,7 @@ refit: $(BIN)/.installed ## Fit the shipped table again, after the reference mod
 	$(BIN)/python -m tuner --dataset mathqa --out build/refit/mathqa.json
 	cp build/refit/mathqa.json a2sf/reference/tables/
 
-tables: $(BIN)/.installed ## Fit the tables that the findings look at
+tables: $(BIN)/.installed ## Fit the tables of the findings
 	mkdir -p build/tables
 	for name in recall state; do \
 	  $(BIN)/python -m tuner --dataset $$name --out build/tables/$$name.json \
@@ -96,7 +96,7 @@ proto: $(BIN)/.installed ## Generate service/pb and the table's JSON Schema agai
 	$(BIN)/python scripts/generate_proto.py
 	$(BIN)/python scripts/export_schema.py
 
-contract: $(BIN)/.installed ## Record the contract as released: from then on it may only grow
+contract: $(BIN)/.installed ## Record the contract as released: from then on, fields can only be added
 	$(BIN)/buf build proto --exclude-source-info --output proto/released.binpb
 
 clean: ## Remove the environment and every cache

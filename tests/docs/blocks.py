@@ -10,10 +10,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ("bash", "python")
 """Languages of what a reader types, or saves as a file. Each such block runs, or is in NOT_RUN."""
 
-SHOWN = ("console", "json", "text", "yaml")
+SHOWN = ("console", "diff", "json", "text", "yaml")
 """Languages of what a page only shows."""
 
 NOT_RUN: tuple[tuple[str, str, str], ...] = (
+    (
+        "CONTRIBUTING.md",
+        "python",
+        "tests code that the page's patches add; tests/docs/test_contributing.py runs it",
+    ),
     ("README.md", "make demo", "installs for minutes; tests/test_end_to_end.py runs the demo"),
     ("docs/tuner.md", "make real-model", "fits for 35 minutes"),
     (
