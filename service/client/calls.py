@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, Unavailable
 from a2sf.schema import AlphaTable
 from service.client import requests, responses
 from service.client.options import Chat, GenerationOptions
@@ -26,6 +26,7 @@ from service.client.results import (
 )
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
+from service.status import NoRoom
 
 DEFAULT_TIMEOUT_S = 300.0
 """Default deadline of a completion, in seconds."""
@@ -44,6 +45,13 @@ class Call(Generic[T_co]):
     method: str
     request: Message
     read: Callable[[Any], T_co]
+    changes_server: bool = False
+    """Whether a lost answer leaves open what the server did, so that only the caller may repeat the
+    call."""
+
+    def may_repeat(self, error: NoRoom | Unavailable) -> bool:
+        """Whether the call may be made again after this error, if nothing was answered."""
+        return isinstance(error, NoRoom) or not self.changes_server
 
 
 def stream_generate(
@@ -100,13 +108,25 @@ def get_alpha_table(name: str) -> Call[AlphaTable]:
 def activate_alpha_table(name: str | None, etag: str) -> Call[Activated]:
     """Build the call that changes the default table."""
     request = pb.ActivateAlphaTableRequest(name=name or "", etag=etag)
-    return Call(pb_grpc.AdminServiceStub, "ActivateAlphaTable", request, responses.activated)
+    return Call(
+        pb_grpc.AdminServiceStub,
+        "ActivateAlphaTable",
+        request,
+        responses.activated,
+        changes_server=True,
+    )
 
 
 def reload_alpha_tables() -> Call[Reloaded]:
     """Build the call that reloads the directory of tables."""
     request = pb.ReloadAlphaTablesRequest()
-    return Call(pb_grpc.AdminServiceStub, "ReloadAlphaTables", request, responses.reloaded)
+    return Call(
+        pb_grpc.AdminServiceStub,
+        "ReloadAlphaTables",
+        request,
+        responses.reloaded,
+        changes_server=True,
+    )
 
 
 def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple[str, ...]]:
@@ -120,6 +140,7 @@ def abort_requests(request_ids: Sequence[str], all_requests: bool) -> Call[tuple
         "AbortRequests",
         request,
         lambda message: tuple(message.request_ids),
+        changes_server=True,
     )
 
 

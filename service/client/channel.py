@@ -1,4 +1,4 @@
-"""Opens channels to a server: address, encryption, token, retries, load balancing.
+"""Opens channels to a server: address, encryption, token, load balancing.
 
 Owns the options of a channel and the rule about which targets may get a token. The channels for
 asyncio and for threads are opened in the same way. Knows nothing of calls.
@@ -19,36 +19,6 @@ from service.pb import inference_pb2 as pb
 from service.status import METADATA_OPTIONS
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-MODEL = pb.DESCRIPTOR.services_by_name["ModelService"].full_name
-ADMIN = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
-
-RETRIES: dict[str, Any] = {
-    "methodConfig": [
-        {
-            # Of the admin calls, only the one that changes nothing: if another one is lost, the
-            # caller must find out whether it took effect.
-            "name": [
-                {"service": INFERENCE},
-                {"service": MODEL},
-                {"service": ADMIN, "method": "GetLoad"},
-            ],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "5s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    # Each failed attempt takes one token and each success returns one; below half of them, gRPC
-    # does not retry, so servers that are down are not flooded. We use the largest number that gRPC
-    # allows, because a server that dies fails all its calls at once, and each may need another
-    # server.
-    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
-}
-"""Retries by gRPC itself, for calls that failed before any part of their response arrived.
-`service.client.rounds` retries calls that found no room."""
 
 BALANCING: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -66,8 +36,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", -1),
     # A server that comes back is found within this time; the default is up to two minutes.
     ("grpc.max_reconnect_backoff_ms", 10_000),
-    # gRPC never retries a larger request. The default is 256 KiB; a prompt may exceed 1 MiB.
-    ("grpc.per_rpc_retry_buffer_size", 16 * 2**20),
+    # `service.client.rounds` retries.
+    ("grpc.enable_retries", 0),
     *METADATA_OPTIONS,
 )
 
@@ -165,11 +135,9 @@ class ChannelOptions(Given):
             )
         # With one address there is no other server to try. Ask it directly, so that its own error
         # says what is wrong.
-        config = RETRIES | BALANCING if balanced and may_be_several(target) else RETRIES
-        settings: list[tuple[str, Any]] = [
-            *CHANNEL_OPTIONS,
-            ("grpc.service_config", json.dumps(config)),
-        ]
+        settings: list[tuple[str, Any]] = [*CHANNEL_OPTIONS]
+        if balanced and may_be_several(target):
+            settings.append(("grpc.service_config", json.dumps(BALANCING)))
         if self.tls is not None and self.tls.server_name is not None:
             settings.append(("grpc.ssl_target_name_override", self.tls.server_name))
         elif self.tls is not None and is_list(target):

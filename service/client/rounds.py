@@ -1,14 +1,17 @@
-"""Retries a call after RESOURCE_EXHAUSTED: at the next server at once, then after a delay.
+"""Retries a call that found no room, or no server: when, and how often.
 
 Owns the number of attempts and the delays. Knows nothing of calls or channels. gRPC's own retries
-would wait before trying another server, because a full server gives a delay only for itself.
+are off: they would wait before trying another server, because a full server gives a delay only for
+itself; and in grpcio 1.85 a call whose retry finds no server may never end, not even at its
+deadline.
 """
 
+import random
 import time
 
 import grpc
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, Unavailable
 from service.status import DeadlineExceeded, NoRoom
 
 ROUNDS = 4
@@ -17,6 +20,13 @@ ROUNDS = 4
 MAX_TIMEOUT_S = 1e9
 """Longest deadline, about thirty years. gRPC counts nanoseconds in 64 bits, and treats a value that
 does not fit, such as infinity, as a deadline in the past."""
+
+ATTEMPTS = 4
+"""Attempts that may end as Unavailable, including the first."""
+
+FIRST_WAIT_S = 0.2
+"""Delay before the second of these attempts; each later delay is twice as long. All vary by a fifth
+at random, so that the calls of a server that died do not return at the same time."""
 
 SERVERS_A_ROUND = 2
 """Servers to try per round, if there are several. With more, a call would find room a little
@@ -42,18 +52,24 @@ class Rounds:
         self._deadline = time.monotonic() + timeout_s
         self._servers = SERVERS_A_ROUND if several else 1
         self._refusals = 0
+        self._failures = 0
 
     @property
     def left_s(self) -> float:
         """Seconds until the deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def wait_s(self, refusal: NoRoom) -> float:
-        """Seconds to wait before the next attempt. Raises `refusal` if there is none left."""
-        self._refusals += 1
-        if self._refusals % self._servers:
-            return 0.0
-        wait_s = refusal.retry_after_s
-        if self._refusals == ROUNDS * self._servers or wait_s is None or wait_s >= self.left_s:
-            raise refusal
+    def wait_s(self, error: NoRoom | Unavailable) -> float:
+        """Seconds to wait before the next attempt. Raises `error` if there is none left."""
+        if isinstance(error, NoRoom):
+            self._refusals += 1
+            if self._refusals % self._servers:
+                return 0.0
+            last, wait_s = self._refusals == ROUNDS * self._servers, error.retry_after_s
+        else:
+            self._failures += 1
+            last = self._failures == ATTEMPTS
+            wait_s = FIRST_WAIT_S * 2 ** (self._failures - 1) * random.uniform(0.8, 1.2)
+        if last or wait_s is None or wait_s >= self.left_s:
+            raise error
         return wait_s

@@ -1,7 +1,8 @@
 """Makes calls: a channel, a deadline for every call, and the project's own errors.
 
-Owns how calls are made, with asyncio and with threads: it retries a call that finds no room, and
-cancels a stream that is left early (gRPC does not, so the server would continue without a reader).
+Owns how calls are made, with asyncio and with threads: it repeats a call that finds no room or no
+server, while nothing of its answer has arrived, and cancels a stream that is left early (gRPC does
+not, so the server would continue without a reader).
 Knows nothing of what calls ask.
 """
 
@@ -135,8 +136,10 @@ class AsyncTransport:
                 with self._calls.converted_errors(timeout_s):
                     answer = await self._calls.start(call, rounds.left_s)
                 return call.read(answer)
-            except NoRoom as refusal:
-                wait_s = rounds.wait_s(refusal)
+            except (NoRoom, Unavailable) as error:
+                if not call.may_repeat(error):
+                    raise
+                wait_s = rounds.wait_s(error)
             await asyncio.sleep(wait_s)
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
@@ -151,10 +154,10 @@ class AsyncTransport:
                         event = call.read(message)
                         if event is not None:
                             yield event
-            except NoRoom as refusal:
-                if started:
+            except (NoRoom, Unavailable) as error:
+                if started or not call.may_repeat(error):
                     raise
-                wait_s = rounds.wait_s(refusal)
+                wait_s = rounds.wait_s(error)
             else:
                 return
             finally:
@@ -196,8 +199,10 @@ class SyncTransport:
                 with self._calls.converted_errors(timeout_s):
                     answer = self._calls.start(call, rounds.left_s)
                 return call.read(answer)
-            except NoRoom as refusal:
-                wait_s = rounds.wait_s(refusal)
+            except (NoRoom, Unavailable) as error:
+                if not call.may_repeat(error):
+                    raise
+                wait_s = rounds.wait_s(error)
             time.sleep(wait_s)
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
@@ -212,10 +217,10 @@ class SyncTransport:
                         event = call.read(message)
                         if event is not None:
                             yield event
-            except NoRoom as refusal:
-                if started:
+            except (NoRoom, Unavailable) as error:
+                if started or not call.may_repeat(error):
                     raise
-                wait_s = rounds.wait_s(refusal)
+                wait_s = rounds.wait_s(error)
             else:
                 return
             finally:

@@ -98,10 +98,9 @@ def test_a_token_is_not_shown() -> None:
 def test_targets_with_several_addresses_are_balanced_by_health(target: str, several: bool) -> None:
     def configured(balanced: bool) -> Any:
         settings = dict(PLAIN_TEXT.settings(target, balanced=balanced))
-        return json.loads(settings["grpc.service_config"])
+        return json.loads(settings.get("grpc.service_config", "{}"))
 
     config = configured(balanced=True)
-    assert config["methodConfig"][0]["retryPolicy"]["maxAttempts"] == 4
     assert ("loadBalancingConfig" in config) == several
     assert ("healthCheckConfig" in config) == several
 
@@ -110,8 +109,8 @@ def test_targets_with_several_addresses_are_balanced_by_health(target: str, seve
 def test_an_admin_client_accepts_only_one_server(client: type[SyncAdminClient]) -> None:
     # The admin port does not report the health of the inference service: balanced, it would be
     # taken for one that never serves.
-    config = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))["grpc.service_config"]
-    assert "healthCheckConfig" not in json.loads(config)
+    settings = dict(PLAIN_TEXT.settings("dns:///a2sf:50052", balanced=False))
+    assert "grpc.service_config" not in settings
     with pytest.raises(InvalidArgument, match="create one admin client for each"):
         client("127.0.0.1:1,127.0.0.1:2")
 

@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, closing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from itertools import pairwise
 from typing import Any
 
@@ -129,6 +129,27 @@ async def test_unavailable_before_the_start_is_retried(collect: Collect) -> None
     async with serving(answer) as (fake, target):
         assert len(await collect(target, WAIT_S)) == 3
     assert fake.attempts == 2
+
+
+@both
+async def test_a_server_that_stays_unavailable_is_reported_after_four_attempts(
+    collect: Collect,
+) -> None:
+    async with serving(lambda context, _: fail(context, Unavailable("not yet"))) as (fake, to):
+        with pytest.raises(Unavailable, match="not yet"):
+            await collect(to, WAIT_S)
+    assert fake.attempts == 4
+
+
+@both
+async def test_a_call_ends_if_its_server_is_gone_at_the_retry(collect: Collect) -> None:
+    async def answer(context: Context, _: int) -> None:
+        await asyncio.gather(stack.aclose(), fail(context, Unavailable("going")))
+
+    async with AsyncExitStack() as stack, asyncio.timeout(WAIT_S):
+        _, target = await stack.enter_async_context(serving(answer))
+        with pytest.raises(Unavailable, match=r"connection to .* failed"):
+            await collect(target, 20)
 
 
 @both
