@@ -247,4 +247,4 @@ async def test_invalid_table_files_are_listed_with_the_reason(served: Served) ->
     reasons = {table.name: table.reason for table in listed.refused}
     assert set(reasons) == {"broken", "long", "no-text-\N{REPLACEMENT CHARACTER}"}
     assert "not whole JSON" in reasons["broken"]
-    assert "sha256 is '000" in reasons["long"]
+    assert "the file says sha256 '000" in reasons["long"]
