@@ -16,7 +16,7 @@ from a2sf import reference
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.engine.parallel import Follower, LeadingEngine
-from a2sf.errors import InvalidArgument, NotFound, Unsupported
+from a2sf.errors import InvalidArgument, NotFound, TableError, Unsupported
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.locate import REFERENCE
 from a2sf.model.tensor_parallel import Ranks, leave, num_processes
@@ -128,10 +128,10 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
 
 @contextmanager
 def _option_named(option: str) -> Iterator[None]:
-    """Begin an error about something that does not exist or is not supported with its option."""
+    """Begin an error about what cannot be found, read or supported with its option."""
     try:
         yield
-    except (NotFound, Unsupported) as error:
+    except (NotFound, Unsupported, TableError) as error:
         raise type(error)(f"{option}: {error}") from error
 
 
