@@ -28,6 +28,9 @@ from collections.abc import Iterable
 class A2SFError(Exception):
     """Base class. The message is one or two sentences that may be shown to the user."""
 
+    request_id: str = ""
+    """Id of the request in the server's log, if a server reported the error; else empty."""
+
 
 class InvalidArgument(A2SFError, ValueError):
     """A value of the caller is not accepted.

@@ -31,6 +31,9 @@ RETRY_AFTER_MS = 500
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Trailer with the retry delay, which gRPC clients with a retry policy follow by themselves."""
 
+NO_REQUEST_ID = "-"
+"""The request id of a call that failed before the server gave it one."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailer that carries the google.rpc status."""
 
@@ -203,7 +206,8 @@ def code_of(error: errors.A2SFError) -> grpc.StatusCode:
 def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2SFError:
     """Convert a failed call to the error that the server raised, as far as it is known.
 
-    `timeout_s` is the deadline of the call, for the message if it passed.
+    Its `request_id` is the server's, or empty if the status has no details. `timeout_s` is the
+    deadline of the call, for the message if it passed.
     """
     # At runtime, every error of a call is also a call, for both kinds of channel; its static type
     # does not say so.
@@ -215,6 +219,21 @@ def from_wire(error: grpc.RpcError, timeout_s: float | None = None) -> errors.A2
         for message_type in (info, bad_request, retry):
             if detail.Is(message_type.DESCRIPTOR):
                 detail.Unpack(message_type)
+    converted = _converted(code, message, info, bad_request, retry, timeout_s)
+    request_id = info.metadata.get("request_id", "") if info.domain == DOMAIN else ""
+    if request_id != NO_REQUEST_ID:
+        converted.request_id = request_id
+    return converted
+
+
+def _converted(
+    code: grpc.StatusCode,
+    message: str,
+    info: error_details_pb2.ErrorInfo,
+    bad_request: error_details_pb2.BadRequest,
+    retry: error_details_pb2.RetryInfo,
+    timeout_s: float | None,
+) -> errors.A2SFError:
     if bad_request.field_violations:
         return InvalidRequest((v.field, v.description) for v in bad_request.field_violations)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -4,6 +4,8 @@ Owns loading, which runs in the engine's thread, and its errors. Knows nothing o
 how the server starts and stops. `service.backend.default_table` decides which tables fit.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,7 +16,7 @@ from a2sf import reference
 from a2sf.engine.admission import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.engine.parallel import Follower, LeadingEngine
-from a2sf.errors import InvalidArgument, NotFound
+from a2sf.errors import InvalidArgument, NotFound, TableError, Unsupported
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.locate import REFERENCE
 from a2sf.model.tensor_parallel import Ranks, leave, num_processes
@@ -55,7 +57,7 @@ def load_core(options: ServerOptions) -> Core:
     directory = options.tables
     if directory is not None and not directory.is_dir():
         # Checked before the model is loaded, which is slow.
-        raise NotFound(f"tables directory {directory}: no such directory")
+        raise NotFound(f"--tables: {directory}: no such directory")
     threads = set_threads(options.threads)
     ranks = Ranks.join(options.device) if num_processes() > 1 else None
     model = _load_model(options, ranks)
@@ -65,7 +67,9 @@ def load_core(options: ServerOptions) -> Core:
         directory = shipped
     tables = TableCatalog(directory, model.identity)
     if options.default_table is not None:
-        shape = row_shape(options, tables.now.lookup(options.default_table))
+        with _option_named("--default-table"):
+            default = tables.now.lookup(options.default_table)
+        shape = row_shape(options, default)
         config = options.engine_config(shape)
     rows = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
     tables.set_default(
@@ -112,13 +116,23 @@ def load_follower(options: ServerOptions) -> Follower:
 
 
 def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
-    return load_model(
-        options.model,
-        revision=options.revision,
-        device=options.device,
-        dtype=options.dtype,
-        ranks=ranks,
-    )
+    with _option_named("--model"):
+        return load_model(
+            options.model,
+            revision=options.revision,
+            device=options.device,
+            dtype=options.dtype,
+            ranks=ranks,
+        )
+
+
+@contextmanager
+def _option_named(option: str) -> Iterator[None]:
+    """Begin an error about what cannot be found, read or supported with its option."""
+    try:
+        yield
+    except (NotFound, Unsupported, TableError) as error:
+        raise type(error)(f"{option}: {error}") from error
 
 
 def _describe_rows(rows: Heads, options: ServerOptions) -> str:

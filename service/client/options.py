@@ -4,7 +4,7 @@ The counterpart of `service.client.results`. Knows nothing of messages.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
@@ -21,8 +21,8 @@ class GenerationOptions(TypedDict, total=False):
     time_limit_s: float
     """Seconds after which the completion ends with the tokens so far; unlike a deadline, it loses
     nothing."""
-    sampling: Sampling
-    """How tokens are sampled."""
+    sampling: Sampling | Mapping[str, Any]
+    """How tokens are sampled: a `Sampling`, or a mapping with the same fields."""
     stop: Sequence[str]
     """Strings that end the completion; its text does not include them."""
     stop_token_ids: Sequence[int]
@@ -32,8 +32,9 @@ class GenerationOptions(TypedDict, total=False):
     a chat."""
     special_tokens_in_content: bool
     """Encode control tokens that chat messages spell out as control tokens, not as text."""
-    cache_policy: CachePolicy
-    """What the cache may evict; by default the server's policy."""
+    cache_policy: CachePolicy | Mapping[str, Any]
+    """What the cache may evict: a `CachePolicy`, or a mapping with the same fields; by default the
+    server's policy."""
     request_id: str
     """Id of the request in the server's logs; by default the server makes a random one."""
     token_ids: bool

@@ -15,12 +15,14 @@ from google.protobuf.message import Message
 from a2sf.errors import InvalidArgument
 from a2sf.policy import CachePolicy
 from a2sf.requests import ChatMessage, Sampling
+from a2sf.validation import Given
 from service.client.options import Chat, GenerationOptions
 from service.pb import inference_pb2 as pb
 from service.policy_messages import policy_to_message
 from service.status import Violations, field_prefix
 
 MessageT = TypeVar("MessageT", bound=Message)
+GivenT = TypeVar("GivenT", bound=Given)
 
 
 def generation_input(
@@ -37,7 +39,6 @@ def generation_input(
             f"{', '.join(sorted(GenerationOptions.__annotations__))}"
         )
     violations, message = Violations(), pb.GenerationInput()
-    sampling = options.get("sampling", Sampling())
     output = {name: options.get(name) for name in pb.OutputOptions.DESCRIPTOR.fields_by_name}
     with violations.collect():
         if isinstance(options.get("stop"), str):
@@ -45,10 +46,12 @@ def generation_input(
             raise InvalidArgument("input.stop", "one string; give a list of strings")
         message.stop.extend(_build(pb.GenerationInput, "input.", stop=options.get("stop")).stop)
     with violations.collect():
+        sampling = _value(Sampling, options.get("sampling"), "input.sampling")
         sampling_fields = sampling.model_dump(exclude_none=True)
         message.sampling.CopyFrom(_build(pb.Sampling, "input.sampling.", **sampling_fields))
     with violations.collect():
-        message.cache_policy.CopyFrom(_policy(options.get("cache_policy", CachePolicy())))
+        policy = _value(CachePolicy, options.get("cache_policy"), "input.cache_policy")
+        message.cache_policy.CopyFrom(_policy(policy))
     with violations.collect():
         message.output.CopyFrom(_build(pb.OutputOptions, "input.output.", **output))
     with violations.collect():
@@ -112,6 +115,26 @@ def _accepted_range(kind: int) -> str:
     return f"; accepted: 0 to {2**bits - 1}" if bits else ""
 
 
+def _value(cls: type[GivenT], given: object, where: str) -> GivenT:
+    """Return `given`, or the value that a mapping describes; None: the defaults of all fields."""
+    if given is None:
+        return cls()
+    if isinstance(given, Mapping):
+        return _from_mapping(cls, given, where)
+    if not isinstance(given, cls):
+        raise InvalidArgument(
+            where,
+            f"{type(given).__name__}; accepted: a {cls.__name__}, or a mapping with its fields",
+        )
+    return given
+
+
+def _from_mapping(cls: type[GivenT], given: Mapping[Any, Any], where: str) -> GivenT:
+    with field_prefix(where):
+        # Only strings can be names of fields; another key is refused by its own text.
+        return cls(**{str(key): value for key, value in given.items()})
+
+
 def _policy(policy: CachePolicy) -> pb.CachePolicy:
     try:
         return policy_to_message(policy)
@@ -131,6 +154,18 @@ def _write_prompt(
     if isinstance(prompt, str):
         message.text = _build(type(message), where, text=prompt).text
         return
+    has_ids = isinstance(message, pb.GenerationInput)
+    accepted = "text, a list of token ids, or a list of chat messages"
+    if not has_ids:
+        accepted = "text, or a list of chat messages"
+    if not isinstance(prompt, Sequence):
+        raise InvalidArgument(f"{where}prompt", f"{type(prompt).__name__}; accepted: {accepted}")
+    if not prompt:
+        raise InvalidArgument(
+            f"{where}prompt",
+            f"an empty {type(prompt).__name__} is neither token ids nor a chat; "
+            f"accepted: {accepted}",
+        )
     ids = [part for part in prompt if isinstance(part, int)]
     if len(ids) < len(prompt):
         if ids:
@@ -151,8 +186,7 @@ def _write_prompt(
 
 def _chat_message(part: object, where: str) -> pb.ChatMessage:
     if isinstance(part, Mapping):
-        with field_prefix(where):
-            part = ChatMessage(**part)
+        part = _from_mapping(ChatMessage, part, where)
     if not isinstance(part, ChatMessage):
         raise InvalidArgument(where, "accepted: a ChatMessage, or a mapping of role and content")
     one = part

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from a2sf import __version__
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, did_you_mean
 from service.config.groups import GROUPS
 from service.config.options import ServerOptions
 
@@ -181,7 +181,12 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InvalidArgument instead of printing usage and exiting."""
-        raise InvalidArgument("command line", f"{message}; see --help")
+        kind, _, unknown = message.partition(": ")
+        hint = ""
+        if kind == "unrecognized arguments":
+            given = unknown.split()[0].partition("=")[0]
+            hint = did_you_mean(given, self._option_string_actions)
+        raise InvalidArgument("command line", f"{message}{hint}; see --help")
 
 
 def _read(path: Path) -> dict[str, Any]:

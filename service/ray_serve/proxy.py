@@ -23,7 +23,7 @@ from service.rpc.malformed import (
     rebuild_handler,
 )
 from service.rpc.stall import stream_writer
-from service.status import DETAILS_KEY, to_wire
+from service.status import DETAILS_KEY, NO_REQUEST_ID, to_wire
 
 STALL_TIMEOUT_S: float = ServerOptions.model_fields["stall_timeout_s"].default
 """Seconds within which a client must accept an event, or its request is aborted; as in the
@@ -126,7 +126,7 @@ def _stream(route: Stream) -> Callable[[Any, Context], Awaitable[None]]:
         except Aborted as error:
             # Cancel before the status is sent: that waits behind what the client has not read.
             reading.cancel()
-            status = to_wire(error, "-")
+            status = to_wire(error, NO_REQUEST_ID)
             await context.abort(status.code, status.details, status.trailers)
         finally:
             reading.cancel()
@@ -149,7 +149,7 @@ async def _end_failed_call(context: Context) -> None:
     # A replica reports all of its failures itself, with details.
     error = None if DETAILS_KEY in dict(trailers) else _service_error(code, details)
     if error is not None:
-        status = to_wire(error, "-")
+        status = to_wire(error, NO_REQUEST_ID)
         code, details, trailers = status.code, status.details, (*trailers, *status.trailers)
     await context.abort(code, details, trailers)
 

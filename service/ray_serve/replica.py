@@ -6,6 +6,7 @@ nothing of the proxy or of other replicas.
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -25,7 +26,7 @@ from service.ray_serve.context import CallContext, Ended, RayContext
 from service.rpc.auth import TokenFile
 from service.rpc.inference import InferenceServicer, ModelServicer
 from service.rpc.startup import make_backend, warm
-from service.status import WireStatus, to_wire
+from service.status import NO_REQUEST_ID, WireStatus, to_wire
 from service.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -136,7 +137,7 @@ class Replica:
         if request.service not in ("", *SERVICES):
             with suppress(Ended):
                 error = NotFound(f"no service {request.service!r}; known: {', '.join(SERVICES)}")
-                await _abort(CallContext(grpc_context), to_wire(error, "-"))
+                await _abort(CallContext(grpc_context), to_wire(error, NO_REQUEST_ID))
         return status(status=status.NOT_SERVING if self._crashed else status.SERVING)
 
     async def Watch(  # noqa: N802
@@ -150,7 +151,7 @@ class Replica:
 
         async def refuse() -> None:
             error = Unsupported("health cannot be watched under Ray Serve; call Check")
-            await _abort(context, to_wire(error, "-"))
+            await _abort(context, to_wire(error, NO_REQUEST_ID))
 
         async for message in context.messages(refuse(), health_pb2.HealthCheckResponse()):
             yield message
@@ -174,8 +175,9 @@ class Replica:
             return
         problem = self._tokens.problem(context.invocation_metadata())
         if problem is not None:
-            log.info("call refused", method=method, reason=problem)
-            await _abort(context, to_wire(Unauthenticated(problem), "-"))
+            request_id = uuid.uuid4().hex
+            log.info("call refused", request_id=request_id, method=method, reason=problem)
+            await _abort(context, to_wire(Unauthenticated(problem), request_id))
 
     def _on_crash(self, crashed: "asyncio.Future[BaseException]") -> None:
         self._backend.gate.close("the engine of this replica has died; try again")

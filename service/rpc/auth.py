@@ -10,6 +10,7 @@ import hmac
 import re
 import stat
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,16 @@ class BearerAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def _refusal(self, method: str, problem: str) -> "Handler":
         async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            log.info("call refused", method=method, peer=context.peer(), reason=problem)
-            status = to_wire(Unauthenticated(problem), "-")
+            # The client's own id is in the message, which is not read.
+            request_id = uuid.uuid4().hex
+            log.info(
+                "call refused",
+                request_id=request_id,
+                method=method,
+                peer=context.peer(),
+                reason=problem,
+            )
+            status = to_wire(Unauthenticated(problem), request_id)
             self._metrics.answered(method.rpartition("/")[2], status.code.name, 0.0)
             await context.abort(status.code, status.details, status.trailers)
 

@@ -13,7 +13,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from a2sf.errors import InvalidRequest
-from service.status import to_wire
+from service.status import NO_REQUEST_ID, to_wire
 
 if TYPE_CHECKING:
     from service.telemetry.metrics import Metrics
@@ -59,7 +59,7 @@ async def abort_undecodable(method: str, context: Context) -> None:
         f"cannot be read: the message of {name} is truncated, is not in the Protocol Buffers "
         "format, or has a string that is not UTF-8"
     )
-    status = to_wire(InvalidRequest([("request", problem)]), "-")
+    status = to_wire(InvalidRequest([("request", problem)]), NO_REQUEST_ID)
     await context.abort(status.code, status.details, status.trailers)
 
 
@@ -115,5 +115,5 @@ class DecodingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _abort(self, method: str, context: Context) -> None:
         name, outcome = method.rpartition("/")[2], grpc.StatusCode.INVALID_ARGUMENT.name
         self._metrics.answered(name, outcome, 0.0)
-        log.info("answered", request_id="-", method=name, outcome=outcome, seconds=0.0)
+        log.info("answered", request_id=NO_REQUEST_ID, method=name, outcome=outcome, seconds=0.0)
         await abort_undecodable(method, context)

@@ -94,6 +94,17 @@ def test_every_name_on_the_page_is_exported(exported: dict[str, set[str]]) -> No
     assert set(NAME.findall(PAGE)) <= names
 
 
+def test_every_alert_on_the_page_has_an_expression_that_can_be_copied() -> None:
+    section = PAGE.partition("## Useful alerts")[2].partition("\n## ")[0]
+    alerts = re.findall(r"^\| ([A-Z][a-z ]+) \|", section, re.MULTILINE)
+    block = re.search(r"^```text\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    comments, expressions = block[1].splitlines()[::2], block[1].splitlines()[1::2]
+    assert [f"# {alert}" for alert in alerts if alert != "Alert"] == comments
+    assert "\\" not in block[1]
+    assert len(expressions) == len(comments)
+
+
 def test_every_event_on_the_page_is_one_that_the_service_logs() -> None:
     events = re.findall(
         r"^\| `([a-z][^`]*)` \| (?:critical|error|warning|info) \|", PAGE, re.MULTILINE

@@ -293,6 +293,8 @@ def _report_line(error: A2SFError) -> None:
 def _report_json(error: A2SFError) -> None:
     """Print an error as a JSON object: `code`, `message`, and any known details."""
     shown: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
+    if error.request_id:
+        shown["request_id"] = error.request_id
     if violations := _violations(error):
         shown["field_violations"] = [{"field": f, "description": d} for f, d in violations]
     elif isinstance(error, NoRoom) and error.retry_after_s is not None:

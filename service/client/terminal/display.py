@@ -78,6 +78,7 @@ class TextDisplay:
         self._mid_line = False
         self._live = _LiveFigures() if sys.stderr.isatty() else None
         self._policy = ""
+        self._heads_differ = False
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -100,6 +101,7 @@ class TextDisplay:
         match event:
             case StreamStarted():
                 self._policy = describe_policy(effective_policy(event), event.min_budget)
+                self._heads_differ = len(set(chain(*event.head_budgets))) > 1
                 if self._live is not None:
                     self._live.started(event)
                 if event.prompt is not None:
@@ -115,7 +117,7 @@ class TextDisplay:
                 print()
                 for token in self._tokens:
                     print(_token_line(token))
-                print(figures(event, self._policy), flush=True)
+                print(figures(event, self._policy, self._heads_differ), flush=True)
 
     def _write(self, text: str) -> None:
         if sys.stdout.isatty():
@@ -219,16 +221,20 @@ def effective_policy(event: StreamStarted) -> CachePolicy:
     return CachePolicy.model_validate(numbers)
 
 
-def figures(event: Finished, policy: str) -> str:
-    """Describe the figures of a completion and its policy in one line."""
+def figures(event: Finished, policy: str, heads_differ: bool) -> str:
+    """Describe the figures of a completion and its policy in one line.
+
+    With `heads_differ`, the number of tokens that each head kept is a mean over heads.
+    """
     usage, cache, timings = event.usage, event.cache, event.timings
     tokens = usage.completion_tokens
     # The prefill gives the first token; `decode_s` covers the others.
     rate = f"{(tokens - 1) / timings.decode_s:.1f} tokens/s" if timings.decode_s > 0 else "at once"
+    average = " on average" if heads_differ else ""
     return (
         f"{tokens} tokens ({event.reason.value}), {rate}; {policy}; "
-        f"each head kept {cache.kept_tokens} of "
-        f"{cache.kept_tokens + cache.evicted_tokens} tokens, evicted {cache.evicted_tokens}; "
+        f"each head kept {cache.kept_tokens} of {cache.kept_tokens + cache.evicted_tokens} "
+        f"tokens{average}, evicted {cache.evicted_tokens}; "
         f"KV {decimal(cache.kv_bytes)} against {decimal(cache.kv_bytes_full)} in a full cache"
     )
 

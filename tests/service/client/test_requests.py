@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from google.protobuf.wrappers_pb2 import FloatValue
 
-from a2sf.errors import InvalidArgument, InvalidRequest
+import service.client
+from a2sf.errors import InvalidArgument, InvalidRequest, NonFinite, TableError
 from a2sf.policy import CachePolicy
 from a2sf.requests import Sampling
 from service.client import ChannelOptions, ChatMessage, Tls, requests
 from service.pb import inference_pb2 as pb
+from service.status import CODES
 
 
 def test_every_field_of_a_request_can_be_set() -> None:
@@ -76,6 +78,11 @@ def test_conversations_accept_values_and_mappings() -> None:
         (["text"], "input.chat.messages[0]", "accepted: a ChatMessage, or a mapping"),
         ([2**32], "input.token_ids.ids", "out of range"),
         ("\ud800", "input.text", "surrogate"),
+        (None, "input.prompt", "NoneType; accepted: text, a list of token ids, or a list of chat"),
+        (5, "input.prompt", "int; accepted: text"),
+        ({"role": "user", "content": "x"}, "input.prompt", "dict; accepted: text"),
+        ([], "input.prompt", "an empty list is neither token ids nor a chat"),
+        ([{1: "user"}], "input.chat.messages[0].role", "required"),
     ],
 )
 def test_an_invalid_prompt_is_refused_by_its_field(prompt: Any, field: str, problem: str) -> None:
@@ -96,6 +103,56 @@ def test_all_values_that_do_not_fit_are_reported_together() -> None:
         "input.stop",
         "input.stop_token_ids",
     ]
+
+
+def test_sampling_and_policy_accept_values_and_mappings() -> None:
+    by_value = requests.generation_input(
+        "x",
+        1,
+        {
+            "sampling": Sampling(temperature=0.0, seed=3),
+            "cache_policy": CachePolicy(preset="h2o", budget=8),
+        },
+    )
+    by_mapping = requests.generation_input(
+        "x",
+        1,
+        {
+            "sampling": {"temperature": 0.0, "seed": 3},
+            "cache_policy": {"preset": "h2o", "budget": 8},
+        },
+    )
+    assert by_value == by_mapping
+    without = requests.generation_input("x", 1, {})
+    assert without == requests.generation_input("x", 1, {"sampling": {}, "cache_policy": {}})
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "problem"),
+    [
+        ({"cache_policy": {"preset": "h20"}}, "input.cache_policy.preset", "did you mean h2o"),
+        ({"cache_policy": {"bugdet": 3}}, "input.cache_policy.bugdet", "did you mean budget"),
+        ({"cache_policy": "h2o"}, "input.cache_policy", "str; accepted: a CachePolicy, or a map"),
+        ({"cache_policy": Sampling()}, "input.cache_policy", "Sampling; accepted: a CachePolicy"),
+        ({"sampling": {"temperature": -1}}, "input.sampling.temperature", "greater than or equal"),
+        ({"sampling": 0.5}, "input.sampling", "float; accepted: a Sampling, or a mapping"),
+    ],
+)
+def test_an_invalid_mapping_is_refused_by_its_field(options: Any, field: str, problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem) as caught:
+        requests.generation_input("x", 1, options)
+    assert caught.value.field == field
+
+
+def test_the_client_package_has_the_values_and_errors_of_a_call() -> None:
+    for name in service.client.__all__:
+        assert getattr(service.client, name).__class__ is not None
+    assert service.client.CachePolicy is CachePolicy
+    assert service.client.Sampling is Sampling
+    assert service.client.InvalidArgument is InvalidArgument
+    # Every error that the wire gives, but for the kinds of a table's error.
+    kinds = {cls for cls in CODES if cls.__base__ is not TableError and cls is not NonFinite}
+    assert {cls.__name__ for cls in kinds} <= {*service.client.__all__}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,13 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tables", "/no/such/tables"], "/no/such/tables: no such directory"),
-        (["--default-table", "mathqa"], "no alpha table 'mathqa'; served: none"),
+        (["--tables", "/no/such/tables"], "error: --tables: /no/such/tables: no such directory"),
+        (
+            ["--default-table", "mathqa"],
+            "error: --default-table: no alpha table 'mathqa'; ",
+        ),
+        (["--model", "/no/such/model"], "error: --model: "),
+        (["--max-bacth", "2"], "unrecognized arguments: --max-bacth 2; did you mean --max-batch?"),
         (["--default-budget", "65"], "accepted: 5 (sinks and the newest token) to 64 (slots)"),
         (["--default-budget", "4"], "accepted: 5"),
         (["--min-budget", "65"], "--min-budget: 65; accepted: 0 (none) to 64 (slots)"),

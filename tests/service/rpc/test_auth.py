@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
-from a2sf.errors import InvalidArgument
+from a2sf.errors import InvalidArgument, Unauthenticated
+from service.client import ChannelOptions, Client
 from service.config import files
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
@@ -316,9 +317,14 @@ async def test_tokens_and_credentials_are_never_logged(
         async with grpc.aio.insecure_channel(address) as channel:
             await refusal(describe(channel, bearer(WRONG)))
             await describe(channel, bearer(TOKEN))
-    refused = [line for line in logs if line["event"] == "call refused"]
+        options = ChannelOptions(token=WRONG)
+        async with Client(address, options) as client:
+            with pytest.raises(Unauthenticated) as caught:
+                await client.get_model()
+    *refused, last = [line for line in logs if line["event"] == "call refused"]
     assert len(refused) == 1
     assert refused[0]["method"] == "/a2sf.inference.v1.ModelService/GetModel"
+    assert caught.value.request_id == last["request_id"] != ""
     assert "token-0123" not in str(logs)
 
 

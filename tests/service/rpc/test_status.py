@@ -11,6 +11,7 @@ from a2sf.policy import CachePolicy
 from service.status import (
     CODES,
     DETAILS_KEY,
+    NO_REQUEST_ID,
     PUSHBACK_KEY,
     RemoteError,
     WireStatus,
@@ -54,6 +55,7 @@ def test_an_error_arrives_with_the_same_class_and_message(error: errors.A2SFErro
     back = from_wire(over_the_wire(to_wire(error, "r1")))
     assert isinstance(back, type(error))
     assert str(back) == str(error)
+    assert back.request_id == "r1"
     if isinstance(error, errors.InvalidArgument):
         assert isinstance(back, errors.InvalidArgument)
         assert back.violations == error.violations
@@ -114,4 +116,11 @@ def test_a_passed_deadline_is_reported_with_its_length() -> None:
 
 def test_a_status_from_elsewhere_is_converted_by_its_code() -> None:
     refused = over_the_wire(WireStatus(grpc.StatusCode.UNAVAILABLE, "no connection", ()))
-    assert isinstance(from_wire(refused), errors.Unavailable)
+    back = from_wire(refused)
+    assert isinstance(back, errors.Unavailable)
+    assert back.request_id == ""
+
+
+def test_a_call_without_a_request_id_has_an_empty_one() -> None:
+    back = from_wire(over_the_wire(to_wire(errors.NotFound("gone"), NO_REQUEST_ID)))
+    assert back.request_id == ""
