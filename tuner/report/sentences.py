@@ -59,13 +59,13 @@ def verdict_line(table: AlphaTable) -> str:
     if evidence.verdict == "better":
         return f"Better: on held-out examples the table costs less than {named}: {interval}."
     carried = (
-        "that uniform alpha"
-        if is_uniform(table.policy)
+        "that uniform setting"
+        if carries_uniform(table)
         else "the fitted table, as --keep-table asked"
     )
     return (
-        f"No better than uniform: held-out examples do not show the table below {named}: "
-        f"{interval}. The file carries {carried}."
+        f"Not shown to be better than uniform: held-out examples do not show the table below "
+        f"{named}: {interval}. The file carries {carried}."
     )
 
 
@@ -76,10 +76,17 @@ def setting_words(setting: UniformSetting) -> str:
 
 
 def advice_line(table: AlphaTable) -> str:
-    """Return the advice on a table in one sentence: its gain, and what the cache still loses."""
+    """Return the advice on a table: its verdict, and the loss of the policy that the file carries.
+
+    The evidence has no NLL of the uniform setting, so the loss of that one is its KL alone.
+    """
     evidence = table.evidence
-    lost = f"it loses {evidence.table.mean:.3g} nats of KL a token against the full cache"
-    nll = evidence.lost_nll
+    if carries_uniform(table):
+        what, kl, nll = "the uniform setting in the file", evidence.baselines["uniform"], None
+    else:
+        what = "it" if evidence.verdict == "better" else "the fitted table in the file"
+        kl, nll = evidence.table, evidence.lost_nll
+    lost = f"{what} loses {kl.mean:.3g} nats of KL a token against the full cache"
     if nll is not None:
         # Rounded before formatting, and + 0.0, to avoid "-0".
         more = round(100 * math.expm1(min(nll.mean, 100.0)), 1) + 0.0
@@ -87,12 +94,16 @@ def advice_line(table: AlphaTable) -> str:
             f", and the true next token costs {figure(nll, sign=True)} nats more "
             f"(perplexity {more:+.3g} %)"
         )
-    if evidence.table.mean > HIGH_KL:
+    if kl.mean > HIGH_KL:
         return f"The budget is too small to serve well: {lost}; fit one with a larger budget."
     if evidence.verdict == "better":
         return f"Use this table: {lost}."
+    few = ""
+    if evidence.examples < enough_examples(table):
+        few = f", for which {evidence.examples} held-out examples are too few"
     return (
-        f"One uniform setting does as well: {lost}, and one alpha per head gains nothing certain."
+        f"It is not shown that a table with an alpha per head is better than one uniform setting"
+        f"{few}: {lost}."
     )
 
 
@@ -100,7 +111,7 @@ def caution_line(table: AlphaTable) -> str | None:
     """Return a warning if the held-out examples are too few for the verdict."""
     evidence = table.evidence
     compared = max(len(evidence.p_holm), 1)
-    enough = statistics.enough_examples(compared)
+    enough = enough_examples(table)
     if evidence.examples < enough:
         return (
             f"Too few examples: {evidence.examples} held-out examples cannot show a difference "
@@ -113,6 +124,23 @@ def caution_line(table: AlphaTable) -> str | None:
             f"with --holdout {FEW_EXAMPLES} or more before relying on it."
         )
     return None
+
+
+def enough_examples(table: AlphaTable) -> int:
+    """The fewest held-out examples that can show a difference among the table's comparisons."""
+    return statistics.enough_examples(max(len(table.evidence.p_holm), 1))
+
+
+def carries_uniform(table: AlphaTable) -> bool:
+    """Whether the file carries the best uniform setting in place of the fitted table."""
+    policy, best = table.policy, table.evidence.uniform
+    if table.evidence.verdict == "better" or not is_uniform(policy):
+        return False
+    # A kept table may have one alpha as well, with another protection.
+    return best is None or (
+        (policy.alpha[0][0], policy.recent_share, policy.sinks)
+        == (best.alpha, best.recent_share, best.sinks)
+    )
 
 
 def is_uniform(policy: TablePolicy) -> bool:

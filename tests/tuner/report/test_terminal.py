@@ -8,7 +8,7 @@ from rich.console import Console
 
 from a2sf.model.loader import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
-from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
+from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table, not_better
 from tuner.report.sentences import (
     FEW_EXAMPLES,
     advice_line,
@@ -25,7 +25,7 @@ UNIFORM = ((0.9, 0.9),) * 3
 
 
 def judged(model: LoadedModel, verdict: str, alpha: Any, gap: tuple[float, ...]) -> AlphaTable:
-    table = make_table(model.identity, alpha=alpha)
+    table = make_table(model.identity, alpha=alpha, recent=None, recent_share=0.25, sinks=4)
     mean, low, high = gap
     evidence = table.evidence.model_copy(
         update={
@@ -48,7 +48,7 @@ def test_a_better_table_is_reported_with_interval_and_share(tiny_model: LoadedMo
 @pytest.mark.parametrize(
     ("alpha", "carried"),
     [
-        (UNIFORM, "carries that uniform alpha"),
+        (UNIFORM, "carries that uniform setting"),
         (TABLE, "carries the fitted table, as --keep-table asked"),
     ],
 )
@@ -56,7 +56,7 @@ def test_the_verdict_of_a_table_that_is_not_better_names_the_contents_of_the_fil
     tiny_model: LoadedModel, alpha: Any, carried: str
 ) -> None:
     line = verdict_line(judged(tiny_model, "no_better_than_uniform", alpha, (0.01, -0.01, 0.03)))
-    assert line.startswith("No better than uniform: ")
+    assert line.startswith("Not shown to be better than uniform: ")
     assert "+0.0100 [-0.0100, +0.0300] nats, +5 %" in line
     assert carried in line
 
@@ -72,21 +72,68 @@ def test_the_advice_has_the_loss_and_a_recommendation() -> None:
         "Use this table: it loses 0.048 nats of KL a token against the full cache, and the true "
         "next token costs +0.0110 [+0.0050, +0.0170] nats more (perplexity +1.1 %)."
     )
-    assert advice_line(told(lost_nll=lost, verdict="no_better_than_uniform")).startswith(
-        "One uniform setting does as well: it loses 0.048 nats"
-    )
     # From before likelihoods were kept.
     assert advice_line(told()) == (
         "Use this table: it loses 0.048 nats of KL a token against the full cache."
     )
 
 
-@pytest.mark.parametrize("verdict", ["better", "no_better_than_uniform"])
-def test_a_cache_with_a_high_kl_is_never_recommended(verdict: str) -> None:
-    poor = Estimate(mean=4.63, low=4.2, high=5.1)
-    line = advice_line(told(verdict=verdict, table=poor, lost_nll=poor))
+def test_the_advice_gives_the_kl_of_the_uniform_setting_if_the_file_carries_it() -> None:
+    assert advice_line(not_better(kept=False)) == (
+        "It is not shown that a table with an alpha per head is better than one uniform setting: "
+        "the uniform setting in the file loses 0.305 nats of KL a token against the full cache."
+    )
+
+
+def test_the_advice_gives_the_figures_of_a_kept_table() -> None:
+    assert advice_line(not_better(kept=True)) == (
+        "It is not shown that a table with an alpha per head is better than one uniform setting: "
+        "the fitted table in the file loses 0.052 nats of KL a token against the full cache, and "
+        "the true next token costs +0.0110 [+0.0100, +0.0125] nats more (perplexity +1.1 %)."
+    )
+
+
+@pytest.mark.parametrize(("kept", "figures"), [(False, "loses 0.305 "), (True, "loses 0.052 ")])
+def test_the_shown_advice_is_of_the_policy_that_the_file_carries(kept: bool, figures: str) -> None:
+    (line,) = (line for line in shown(not_better(kept=kept)) if line.startswith("It is not shown"))
+    assert figures in line
+
+
+def test_a_kept_table_of_one_alpha_is_not_taken_for_the_best_uniform_setting() -> None:
+    table = not_better(kept=False)
+    kept = table.model_copy(update={"policy": table.policy.model_copy(update={"sinks": 0})})
+    assert "the fitted table in the file loses 0.052 nats" in advice_line(kept)
+    assert "carries the fitted table, as --keep-table asked" in verdict_line(kept)
+
+
+def test_the_advice_says_that_the_examples_are_too_few_for_a_verdict() -> None:
+    assert (
+        "better than one uniform setting, for which 5 held-out examples are too few: the uniform"
+        in advice_line(not_better(kept=False, examples=5))
+    )
+
+
+def test_a_cache_with_a_high_kl_is_never_recommended() -> None:
+    poor, good = Estimate(mean=4.63, low=4.2, high=5.1), Estimate(mean=0.1, low=0.1, high=0.1)
+    end = "; fit one with a larger budget."
+    line = advice_line(told(table=poor, lost_nll=poor))
     assert line.startswith("The budget is too small to serve well: it loses 4.63 nats")
-    assert line.endswith("fit one with a larger budget.")
+    assert line.endswith(end)
+    kept = advice_line(not_better(kept=True, table=poor, baselines={"uniform": good}))
+    assert kept.startswith("The budget is too small to serve well: the fitted table in the file")
+    uniform = advice_line(not_better(kept=False, table=good, baselines={"uniform": poor}))
+    assert uniform == (
+        "The budget is too small to serve well: the uniform setting in the file loses 4.63 nats of "
+        f"KL a token against the full cache{end}"
+    )
+
+
+def test_the_high_kl_of_a_policy_that_the_file_does_not_carry_is_no_reason_to_refuse_it() -> None:
+    poor, good = Estimate(mean=4.63, low=4.2, high=5.1), Estimate(mean=0.1, low=0.1, high=0.1)
+    for kept, figures in ((True, {"table": good}), (False, {"baselines": {"uniform": good}})):
+        others = {"table": poor, "baselines": {"uniform": poor}, **figures}
+        assert "loses 0.1 nats" in advice_line(not_better(kept=kept, **others))
+        assert "too small" not in advice_line(not_better(kept=kept, **others))
 
 
 def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
