@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, Field
 
 from a2sf.schema import Count, Digest, Estimate, Frozen, Positive, Ratio, StoredIdentity
 from tuner.evaluation.results import Policy
-from tuner.report.sentences import FEW_EXAMPLES
+from tuner.evaluation.statistics import FEW_EXAMPLES
 
 STEPS = 100
 """Budgets are multiples of 1 / STEPS of the length."""

@@ -8,14 +8,15 @@ import math
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.evaluation import statistics
+from tuner.evaluation.statistics import FEW_EXAMPLES
 from tuner.search.space import Shares
 
 HIGH_KL = 0.5
 """KL in nats per token above which a cache changes a model's output, whatever the table."""
 
 
-FEW_EXAMPLES = 16
-"""Number of held-out examples below which bootstrap intervals are rough."""
+MORE_SEQUENCES = "more rows in the data, or a smaller --length"
+"""What makes more sequences from a data set."""
 
 
 def policy_line(policy: TablePolicy) -> str:
@@ -107,23 +108,49 @@ def advice_line(table: AlphaTable) -> str:
     )
 
 
-def caution_line(table: AlphaTable) -> str | None:
-    """Return a warning if the held-out examples are too few for the verdict."""
+def caution_line(table: AlphaTable, remedy: str | None = None) -> str | None:
+    """Return a warning if the held-out examples are too few for the verdict, or None.
+
+    `remedy` is what gives more of them. Only the fit knows it; without it, the line names all that
+    may help.
+    """
     evidence = table.evidence
-    compared = max(len(evidence.p_holm), 1)
-    enough = enough_examples(table)
-    if evidence.examples < enough:
+    remedy = remedy or (
+        f"a larger --holdout; if the data gives no more sequences, {MORE_SEQUENCES}; and if the "
+        "time cut the proof, more --minutes"
+    )
+    return few_examples_line(evidence.examples, enough_examples(table), remedy)
+
+
+def few_examples_line(examples: int, enough: int, remedy: str) -> str | None:
+    """Return a warning about a number of held-out examples, with what gives more; None if many."""
+    if examples < enough:
         return (
-            f"Too few examples: {evidence.examples} held-out examples cannot show a difference "
-            f"after the correction for {compared} comparisons; prove it with --holdout "
-            f"{FEW_EXAMPLES} or more, at least {enough}."
+            f"Too few examples: {examples} held-out examples cannot show a difference after the "
+            f"correction for all comparisons. A verdict needs at least {enough}, and good "
+            f"intervals {FEW_EXAMPLES}. What helps: {remedy}."
         )
-    if evidence.examples < FEW_EXAMPLES:
+    if examples < FEW_EXAMPLES:
         return (
-            f"Few examples: {evidence.examples} held-out examples give rough intervals; prove it "
-            f"with --holdout {FEW_EXAMPLES} or more before relying on it."
+            f"Few examples: {examples} held-out examples give rough intervals; good ones need "
+            f"{FEW_EXAMPLES}. What helps: {remedy}."
         )
     return None
+
+
+def more_examples(*, made: int, available: int, used: int) -> str:
+    """Say what gives a proof more held-out examples.
+
+    Args:
+        made: sequences that the fit made for the proof.
+        available: sequences that the data gives, counted up to FEW_EXAMPLES or `made`.
+        used: sequences that fitted into the time.
+    """
+    helps = ["more --minutes"] if used < made else []
+    if made < FEW_EXAMPLES:
+        enough = available >= FEW_EXAMPLES
+        helps.append(f"--holdout {FEW_EXAMPLES} or more" if enough else MORE_SEQUENCES)
+    return ", and ".join(helps)
 
 
 def enough_examples(table: AlphaTable) -> int:

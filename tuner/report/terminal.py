@@ -59,7 +59,7 @@ def print_outcome(
         "NLL, nats a token: " + ", ".join(f"{name} {figure(value)}" for name, value in nll),
     )
     _line(console, "")
-    _verdict(console, table)
+    _verdict(console, table, outcome.remedy)
     for note in outcome.notes:
         _line(console, note)
     _line(console, f"Study {study_kept}: {_continuation(outcome.limits)}.")
@@ -171,8 +171,8 @@ def heat_map(console: Console, policy: TablePolicy) -> None:
             console.print(text, soft_wrap=True)
 
 
-def _verdict(console: Console, table: AlphaTable) -> None:
-    for line in (verdict_line(table), advice_line(table), caution_line(table)):
+def _verdict(console: Console, table: AlphaTable, remedy: str | None = None) -> None:
+    for line in (verdict_line(table), advice_line(table), caution_line(table, remedy)):
         if line is not None:
             _line(console, line)
 

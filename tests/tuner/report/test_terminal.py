@@ -15,6 +15,7 @@ from tuner.report.sentences import (
     caution_line,
     half_life,
     is_uniform,
+    more_examples,
     policy_line,
     verdict_line,
 )
@@ -136,7 +137,7 @@ def test_the_high_kl_of_a_policy_that_the_file_does_not_carry_is_no_reason_to_re
         assert "too small" not in advice_line(not_better(kept=kept, **others))
 
 
-def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
+def test_too_few_examples_are_named_with_everything_that_may_help() -> None:
     assert caution_line(told()) is None
     few = caution_line(told(examples=FEW_EXAMPLES - 1))
     assert few is not None
@@ -144,12 +145,27 @@ def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
         f"Few examples: {FEW_EXAMPLES - 1} held-out examples give rough intervals"
     )
     none = caution_line(told(examples=4))
-    assert none is not None
-    assert (
-        "4 held-out examples cannot show a difference after the correction for 5 comparisons"
-        in none
+    assert none == (
+        "Too few examples: 4 held-out examples cannot show a difference after the correction for "
+        "all comparisons. A verdict needs at least 8, and good intervals 16. What helps: a larger "
+        "--holdout; if the data gives no more sequences, more rows in the data, or a smaller "
+        "--length; and if the time cut the proof, more --minutes."
     )
-    assert "at least 8" in none
+
+
+@pytest.mark.parametrize(
+    ("made", "available", "used", "helps"),
+    [
+        (5, 5, 5, "more rows in the data, or a smaller --length"),
+        (5, 16, 5, "--holdout 16 or more"),
+        (60, 60, 9, "more --minutes"),
+        (12, 12, 9, "more --minutes, and more rows in the data, or a smaller --length"),
+    ],
+)
+def test_the_advice_on_few_examples_names_what_gives_more_of_them(
+    made: int, available: int, used: int, helps: str
+) -> None:
+    assert more_examples(made=made, available=available, used=used) == helps
 
 
 def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:
