@@ -5,6 +5,7 @@ file shown later gives the same figures as the fit. Knows nothing of colours or 
 """
 
 import math
+from collections.abc import Collection, Sequence
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.evaluation import statistics
@@ -197,6 +198,21 @@ def figure(value: Estimate, *, sign: bool = False) -> str:
     # Rounded before formatting, and + 0.0, to avoid "-0.0000".
     mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Return rows of cells as lines: columns as wide as their widest cell, two spaces apart.
+
+    `right` has the places of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _short(value: float) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from a2sf.model.loader import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
 from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table, not_better
+from tests.tuner.pages import RATIOS, evaluation
 from tuner.report.sentences import (
     FEW_EXAMPLES,
     advice_line,
@@ -19,7 +20,7 @@ from tuner.report.sentences import (
     policy_line,
     verdict_line,
 )
-from tuner.report.terminal import heat_map, show
+from tuner.report.terminal import heat_map, print_evaluation, show
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
@@ -229,6 +230,33 @@ def test_each_paired_difference_has_its_corrected_p() -> None:
     (head,) = (i for i, line in enumerate(lines) if line.endswith("p after Holm"))
     for line, (name, (_, p)) in zip(lines[head + 2 :], BASELINES.items(), strict=False):
         assert (line.split()[0], line.split()[-1]) == (name, f"{p:.2g}")
+
+
+def test_columns_of_large_figures_do_not_touch() -> None:
+    large = Estimate(mean=11.8281, low=10.478, high=13.1781)
+    table = told(table=large, baselines={"uniform": large}, paired={"uniform": large})
+    stage = table.search.stages[0].model_copy(update={"held_out": large, "paired": large})
+    table = table.model_copy(
+        update={"search": table.search.model_copy(update={"stages": (stage,)})}
+    )
+    text, row = "11.8281 [10.4780, 13.1781]", "+11.8281 [+10.4780, +13.1781]"
+    assert len([line for line in shown(table) if f"  {text}  {row}" in line]) == 2
+
+
+def test_columns_of_an_evaluation_do_not_touch() -> None:
+    large = Estimate(mean=11.8281, low=10.478, high=13.1781)
+    honest = evaluation(sizes=RATIOS[:1])
+    cells = tuple(
+        cell.model_copy(update={"kl": large, "nll": large}) if cell.size else cell
+        for cell in honest.cells
+    )
+    file = StringIO()
+    print_evaluation(Console(file=file), honest.model_copy(update={"cells": cells}))
+    text = "11.8281 [10.4780, 13.1781]"
+    rows = [line for line in file.getvalue().splitlines() if text in line]
+    assert rows
+    for row in rows:
+        assert f"  {text}  {text}  " in row
 
 
 def test_a_table_from_before_stages_were_kept_prints_none() -> None:
