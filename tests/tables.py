@@ -193,6 +193,37 @@ def fitted_table(identity: ModelIdentity, *, seed: int = 0, **updates: Any) -> A
     return seal(**{**fields, **updates})
 
 
+def not_better(*, kept: bool, **evidence: Any) -> AlphaTable:
+    """A fit whose table is not shown to be better; all its figures differ from the uniform ones.
+
+    The file carries the uniform setting, or with `kept` the fitted table.
+    """
+    table = fitted_table(IDENTITY)
+    uniform = table.evidence.uniform
+    assert uniform is not None
+    changes = {
+        "verdict": "no_better_than_uniform",
+        "table": spread(0.052),
+        "lost_nll": spread(0.011),
+        "baselines": {**table.evidence.baselines, "uniform": spread(0.3048)},
+        **evidence,
+    }
+    policy = table.policy
+    if not kept:
+        rows = IDENTITY.num_layers, IDENTITY.num_kv_heads
+        policy = policy.model_copy(
+            update={
+                "alpha": ((uniform.alpha,) * rows[1],) * rows[0],
+                "head_share": ((1.0,) * rows[1],) * rows[0],
+                "recent_share": uniform.recent_share,
+                "sinks": uniform.sinks,
+            }
+        )
+    return table.model_copy(
+        update={"policy": policy, "evidence": table.evidence.model_copy(update=changes)}
+    )
+
+
 def spread(mean: float) -> Estimate:
     """A cost with an interval about it."""
     return Estimate(mean=mean, low=round(mean * 0.91, 6), high=round(mean * 1.14, 6))

@@ -80,7 +80,8 @@ def search(settings: BudgetSettings) -> BudgetSearch:
             raise InvalidArgument(
                 "--examples",
                 f"{settings.examples} of at most {settings.length} tokens, and {part.split} of "
-                f"{source.name} gives {len(examples)}; lower --examples, or change --length",
+                f"{source.name} gives {len(examples)}; lower --examples, add rows, "
+                "or change --length (a smaller one gives more sequences)",
             )
         feasible = _feasible(policy, model, examples, settings)
         begun = time.monotonic()

@@ -135,7 +135,8 @@ def _plan(
         raise InvalidArgument(
             "--examples",
             f"{settings.examples} of at most {settings.length} tokens, and {part.split} of "
-            f"{source.name} gives {len(items)}; lower --examples, or change --length",
+            f"{source.name} gives {len(items)}; lower --examples, add rows, "
+            "or change --length (a smaller one gives more sequences)",
         )
     kinds = {_judged_by(item) for item in items}
     kind = kinds.pop() if len(kinds) == 1 else None

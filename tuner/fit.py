@@ -26,6 +26,7 @@ from tuner.evaluation import objective, statistics
 from tuner.evaluation.objective import Objective
 from tuner.progress import Progress
 from tuner.proof import Proof
+from tuner.report.sentences import few_examples_line, more_examples
 from tuner.search.space import FitSpec
 from tuner.search.stages import SearchResult, search
 from tuner.search.trials import Trials
@@ -53,6 +54,8 @@ class Outcome:
     """Steps that `trials` or `minutes` cut short, one sentence each."""
     limits: tuple[str, ...]
     """The options that ended the fit, sorted: --minutes, --trials, both or none."""
+    remedy: str
+    """What gives the proof more held-out examples."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class FitData:
     datasets: Sequence[Dataset]
     calibration: Sequence[Example]
     held_out: Sequence[Example]
+    available: int
+    """Held-out examples that the data gives, counted up to a number that is enough."""
 
     @property
     def names(self) -> str:
@@ -72,6 +77,12 @@ class FitData:
     def validation_split(self) -> str:
         """The held-out parts, by name."""
         return "+".join(dict.fromkeys(dataset.validation.split for dataset in self.datasets))
+
+    def remedy(self, used: int | None = None) -> str:
+        """What gives more held-out examples; `used`: those that fitted into the time, if known."""
+        made = len(self.held_out)
+        used = made if used is None else used
+        return more_examples(made=made, available=self.available, used=used)
 
     def provenance(self, seed: int) -> Calibration:
         """The calibration data, as the table's file records it."""
@@ -99,7 +110,11 @@ def fit(settings: FitSettings) -> Outcome:
             settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
         )
         teacher_forcing.prepare(model)
-        data = FitData(chosen, *mixture.examples_of(model, chosen, settings))
+        made = mixture.sequences_of(model, chosen, settings)
+        data = FitData(chosen, made.calibration, made.held_out, made.available)
+        few = few_examples_line(len(data.held_out), statistics.MIN_EXAMPLES, data.remedy())
+        if few is not None:
+            progress.say(few)
         spec = FitSpec(
             num_layers=model.shape.num_layers,
             num_kv_heads=model.shape.num_kv_heads,
@@ -133,6 +148,7 @@ def fit(settings: FitSettings) -> Outcome:
         nll={name: statistics.estimate(c.nll, seed=settings.seed) for name, c in costs.items()},
         notes=tuple(trials.notes),
         limits=tuple(sorted(trials.limits)),
+        remedy=data.remedy(len(proved.full_nll)),
     )
 
 

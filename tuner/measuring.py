@@ -44,9 +44,10 @@ def evaluate(
         str,
         typer.Option(
             help="With commas between them: full; window or h2o[:SINKS]; tova_per_head, random, "
-            "a2sf:ALPHA, pyramid[:ALPHA] or adakv[:ALPHA], each with [:RECENT[:SINKS]], RECENT in "
-            "tokens (8) or as a share of the rest (.5); a2sf for several of them; the file or "
-            "shipped name of an alpha table."
+            "a2sf:ALPHA, pyramid[:ALPHA] or adakv[:ALPHA], each with [:RECENT[:SINKS]]; a2sf for "
+            "several of them; the file or shipped name of an alpha table. RECENT is the share (.5) "
+            "of a head's slots, minus the sinks, that always holds the newest tokens, or their "
+            "number (8); default .5, but 0 for tova_per_head. ALPHA is 1 and SINKS 4 by default."
         ),
     ] = "full,window,h2o,tova_per_head,random,a2sf",
     ratios: Annotated[

@@ -24,6 +24,7 @@ from tuner.data import packing
 from tuner.evaluation import objective, statistics
 from tuner.evaluation.objective import ROWS_PER_PASS, Candidate, Cost, Objective
 from tuner.evaluation.slot_rules import AdaKV, Pyramid
+from tuner.evaluation.statistics import MIN_EXAMPLES
 from tuner.search.space import FitSpec
 from tuner.search.stages import SearchResult
 from tuner.search.trials import Trials
@@ -36,10 +37,6 @@ BASELINE_PRESETS = ("h2o", "window", "tova_per_head", "random")
 BASELINES = len(BASELINE_PRESETS) + 5
 """Includes PyramidKV's schedule and AdaKV's rule, each with two alphas, and the best setting by
 layers."""
-
-MIN_EXAMPLES = 9
-"""Fewest held-out examples of a proof, if as many were asked for. With fewer, not even a gain in
-every example could be significant after the correction for ten comparisons: 10 x 2 / 2^8 is .08."""
 
 
 def max_rows(held_out: int, stages: int) -> int:

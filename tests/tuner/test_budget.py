@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel
+from a2sf.schema import Estimate
+from service.config.options import MIN_BUDGET
 from tests.tuner.commands import run
 from tuner.budget import BudgetSettings, max_measurements, search, smallest
 from tuner.data import packing
@@ -19,7 +21,7 @@ from tuner.evaluation import statistics
 from tuner.evaluation.objective import Objective
 from tuner.evaluation.policy_specs import parse
 from tuner.evaluation.results import Size
-from tuner.report.budget_answer import BudgetSearch, answer
+from tuner.report.budget_answer import SERVER_FLOOR, BudgetSearch, answer, lines
 
 
 @given(st.integers(1, 60), st.integers(1, 99), st.integers(0, 120))
@@ -205,13 +207,39 @@ def test_the_command_prints_the_sentence_the_table_and_the_document(
     )
     assert code == 0
     found = BudgetSearch.model_validate_json(out_json.read_text(encoding="utf-8"))
-    lines = out.splitlines()
-    assert lines[0] == answer(found)
-    assert lines[1].startswith("Few examples: 4 give rough limits")
-    rows = [line.split() for line in lines if re_row(line)]
+    printed = out.splitlines()
+    assert printed[0] == answer(found)
+    assert printed[1].startswith("Few examples: 4 give rough limits")
+    assert printed[2].startswith("A server keeps at least --min-budget tokens, 128 by default")
+    rows = [line.split() for line in printed if re_row(line)]
     assert [float(row[0]) for row in rows] == [one.ratio for one in found.measured]
     assert [row[-1] for row in rows] == ["yes" if one.within else "no" for one in found.measured]
     assert str(tmp_path) not in found.command
+
+
+def test_an_answer_below_the_floor_of_a_server_says_so(settings: dict[str, Any]) -> None:
+    found = search(BudgetSettings(**{**settings, "within": 0.99}))
+    assert SERVER_FLOOR == MIN_BUDGET
+    floor = f"A server keeps at least --min-budget tokens, {MIN_BUDGET} by default"
+
+    def said(slots: float, ratio: float | None = found.ratio) -> bool:
+        measured = tuple(one.model_copy(update={"slots": slots}) for one in found.measured)
+        changed = found.model_copy(update={"measured": measured, "ratio": ratio})
+        return any(line.startswith(floor) for line in lines(changed))
+
+    assert said(MIN_BUDGET - 1)
+    assert not said(MIN_BUDGET)
+
+
+def test_columns_of_large_figures_do_not_touch(settings: dict[str, Any]) -> None:
+    found = search(BudgetSettings(**{**settings, "within": 0.99}))
+    large = Estimate(mean=11.8281, low=10.478, high=13.1781)
+    measured = tuple(
+        one.model_copy(update={"kl": large, "perplexity": large}) for one in found.measured
+    )
+    rows = [line for line in lines(found.model_copy(update={"measured": measured})) if re_row(line)]
+    for row in rows:
+        assert "  +1182.81 % [+1047.80, +1317.81]  11.8281 [10.4780, 13.1781]  " in row
 
 
 def re_row(line: str) -> bool:

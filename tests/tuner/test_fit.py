@@ -189,6 +189,7 @@ def test_the_time_ends_a_fit_with_a_verdict_on_fewer_held_out_examples(
     )
     assert "run the same command again with more --minutes to continue." in text.getvalue()
     assert any("The proof uses" in note for note in outcome.notes)
+    assert outcome.remedy == "more --minutes"
     assert any(
         "The best uniform setting is the best of" in note or "proof" in note
         for note in outcome.notes
@@ -270,14 +271,40 @@ def test_more_examples_than_there_are_is_refused_with_how_many_there_are(
         fit(settings(**{field: 500}))
 
 
-def test_fewer_held_out_examples_than_the_default_are_taken_as_they_are(
-    settings: MakeSettings, tmp_path: Path
-) -> None:
+@pytest.fixture
+def ten_held_out_rows(tmp_path: Path) -> Path:
+    """A data directory with `few`, whose ten held-out rows give four sequences of 128 tokens."""
     (tmp_path / "few").mkdir()
     write_rows(tmp_path / "few" / "calibration.jsonl", sums(0, 20))
     write_rows(tmp_path / "few" / "validation.jsonl", sums(20, 30))
-    outcome = fit(settings(dataset="few", data_dir=tmp_path, holdout=None, trials=0))
+    return tmp_path
+
+
+@pytest.mark.parametrize("holdout", [None, 4])
+def test_too_few_held_out_rows_are_reported_before_the_search_with_what_helps(
+    settings: MakeSettings,
+    ten_held_out_rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    holdout: int | None,
+) -> None:
+    outcome = fit(settings(dataset="few", data_dir=ten_held_out_rows, holdout=holdout, trials=0))
     assert outcome.table.evidence.examples == 4
+    before, _, _ = capsys.readouterr().err.partition("stage 1 of")
+    (line,) = (line for line in before.splitlines() if line.startswith("Too few examples: 4 "))
+    assert line.endswith(
+        "A verdict needs at least 9, and good intervals 16. What helps: more rows in the data, or "
+        "a smaller --length."
+    )
+    assert outcome.remedy == "more rows in the data, or a smaller --length"
+
+
+def test_more_held_out_sequences_than_there_are_is_refused_with_what_helps(
+    settings: MakeSettings, ten_held_out_rows: Path
+) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        fit(settings(dataset="few", data_dir=ten_held_out_rows, holdout=16))
+    for words in ("gives 4; add rows, or change --length (a smaller one", "a verdict needs 9"):
+        assert words in str(refused.value)
 
 
 @pytest.fixture

@@ -31,10 +31,15 @@ def test_bare_options_fit_and_print_figures_verdict_and_how_to_serve(
     uniform = table.evidence.baselines["uniform"]
     assert f"{uniform.mean:.4f} [{uniform.low:.4f}, {uniform.high:.4f}]" in out
     assert ("\nBetter: " in out) == (table.evidence.verdict == "better")
-    assert ("\nNo better than uniform: " in out) == (table.evidence.verdict != "better")
+    assert ("\nNot shown to be better than uniform: " in out) == (
+        table.evidence.verdict != "better"
+    )
     assert f"--model {tiny_model_dir} --tables {tmp_path} --default-table sums" in out
     assert (tmp_path / "sums.journal").exists()
     assert "run the same command again with more --trials to continue." in out
+    # The data has more sequences than the four that were asked for.
+    assert "\nToo few examples: 4 held-out examples" in out
+    assert "What helps: --holdout 16 or more.\n" in out
 
 
 def test_a_table_whose_file_does_not_end_in_json_is_renamed_to_be_served(

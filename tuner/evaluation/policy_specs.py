@@ -31,8 +31,8 @@ protected window, because each is informative only together with the other."""
 SPELLING = (
     "full; window[:SINKS]; h2o[:SINKS]; tova_per_head, random, a2sf:ALPHA, pyramid[:ALPHA] or "
     "adakv[:ALPHA], each with [:RECENT[:SINKS]] after it, where RECENT is tokens (8) or, with a "
-    "point, a share of the rest (.5); a2sf, for several of them; or the file or shipped name of an "
-    "alpha table"
+    f"point, a share of the rest (.5), by default {DEFAULT_RECENT}, but 0 for tova_per_head; a2sf, "
+    f"for {len(DEFAULT_A2SF)} of them; or the file or shipped name of an alpha table"
 )
 
 _PARTS = {  # the parts that may follow a name
@@ -123,14 +123,22 @@ def parse(written: str, model: LoadedModel) -> list[PolicySpec]:
     Raises InvalidArgument for a policy that cannot be read or is given twice, NotFound for a
     missing file, and TableError for a table of another model.
     """
-    found = [
-        policy for one in written.split(",") if one.strip() for policy in _read(one.strip(), model)
-    ]
+    given = [one.strip() for one in written.split(",") if one.strip()]
+    for one in given:
+        if given.count(one) > 1:
+            raise InvalidArgument("--policies", f"{one!r} is given twice")
+    found = [policy for one in given for policy in _read(one, model)]
     if not found:
         raise InvalidArgument("--policies", f"none given; accepted: {SPELLING}")
     names = [policy.name for policy in found]
     for name in names:
         if names.count(name) > 1:
+            if name in DEFAULT_A2SF and name in given:
+                raise InvalidArgument(
+                    "--policies",
+                    f"'a2sf' stands for several settings and contains {name!r}; leave out one of "
+                    "the two",
+                )
             raise InvalidArgument("--policies", f"{name!r} is given twice")
     return found
 

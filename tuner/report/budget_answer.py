@@ -10,13 +10,18 @@ from pydantic import AwareDatetime, Field
 
 from a2sf.schema import Count, Digest, Estimate, Frozen, Positive, Ratio, StoredIdentity
 from tuner.evaluation.results import Policy
-from tuner.report.sentences import FEW_EXAMPLES
+from tuner.evaluation.statistics import FEW_EXAMPLES
+from tuner.report.sentences import columns
 
 STEPS = 100
 """Budgets are multiples of 1 / STEPS of the length."""
 
 LARGEST = (STEPS - 1) / STEPS
 """The largest budget that is measured: at the whole length nothing is evicted."""
+
+
+SERVER_FLOOR = 128
+"""Tokens that a server keeps by default, however few a ratio gives."""
 
 
 class Measurement(Frozen):
@@ -59,7 +64,8 @@ class BudgetSearch(Frozen):
     full_nll: Estimate = Field(description="With the full cache, nats a token.")
     measured: tuple[Measurement, ...] = Field(description="By falling budget.")
     ratio: Ratio | None = Field(
-        description="The smallest budget within the accepted increase; None if none is."
+        description="The smallest budget within the accepted increase; None if none is. A server "
+        "keeps at least its --min-budget tokens, 128 by default."
     )
 
 
@@ -103,19 +109,24 @@ def lines(found: BudgetSearch) -> Iterator[str]:
             f"Few examples: {found.examples} give rough limits; measure --examples "
             f"{FEW_EXAMPLES} or more before relying on it."
         )
+    if any(one.ratio == found.ratio and one.slots < SERVER_FLOOR for one in found.measured):
+        yield (
+            f"A server keeps at least --min-budget tokens, {SERVER_FLOOR} by default; to use fewer "
+            "slots, start it with a lower --min-budget, or give min_budget in the request."
+        )
     yield ""
     yield (
         f"{found.examples} examples of {found.dataset} ({found.split}), {found.tokens} tokens, "
         f"{found.counted} positions counted; {found.confidence:.0%} intervals of each budget by "
         f"itself; full cache {found.full_nll.mean:.4f} nats a token"
     )
-    yield f"  {'budget':<8}{'slots':>7}  {'perplexity':<30}{'KL to full, nats':<28}within"
+    rows = [["budget", "slots", "perplexity", "KL to full, nats", "within"]]
     for one in found.measured:
         kl = f"{one.kl.mean:.4f} [{one.kl.low:.4f}, {one.kl.high:.4f}]"
-        yield (
-            f"  {one.ratio:<8g}{one.slots:>7.0f}  {_interval(one.perplexity):<30}{kl:<28}"
-            f"{'yes' if one.within else 'no'}"
-        )
+        within = "yes" if one.within else "no"
+        rows.append([f"{one.ratio:g}", f"{one.slots:.0f}", _interval(one.perplexity), kl, within])
+    for line in columns(rows, right=[1]):
+        yield f"  {line}"
 
 
 def percent(share: float) -> str:

@@ -5,17 +5,19 @@ file shown later gives the same figures as the fit. Knows nothing of colours or 
 """
 
 import math
+from collections.abc import Collection, Sequence
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.evaluation import statistics
+from tuner.evaluation.statistics import FEW_EXAMPLES
 from tuner.search.space import Shares
 
 HIGH_KL = 0.5
 """KL in nats per token above which a cache changes a model's output, whatever the table."""
 
 
-FEW_EXAMPLES = 16
-"""Number of held-out examples below which bootstrap intervals are rough."""
+MORE_SEQUENCES = "more rows in the data, or a smaller --length"
+"""What makes more sequences from a data set."""
 
 
 def policy_line(policy: TablePolicy) -> str:
@@ -59,13 +61,13 @@ def verdict_line(table: AlphaTable) -> str:
     if evidence.verdict == "better":
         return f"Better: on held-out examples the table costs less than {named}: {interval}."
     carried = (
-        "that uniform alpha"
-        if is_uniform(table.policy)
+        "that uniform setting"
+        if carries_uniform(table)
         else "the fitted table, as --keep-table asked"
     )
     return (
-        f"No better than uniform: held-out examples do not show the table below {named}: "
-        f"{interval}. The file carries {carried}."
+        f"Not shown to be better than uniform: held-out examples do not show the table below "
+        f"{named}: {interval}. The file carries {carried}."
     )
 
 
@@ -76,10 +78,17 @@ def setting_words(setting: UniformSetting) -> str:
 
 
 def advice_line(table: AlphaTable) -> str:
-    """Return the advice on a table in one sentence: its gain, and what the cache still loses."""
+    """Return the advice on a table: its verdict, and the loss of the policy that the file carries.
+
+    The evidence has no NLL of the uniform setting, so the loss of that one is its KL alone.
+    """
     evidence = table.evidence
-    lost = f"it loses {evidence.table.mean:.3g} nats of KL a token against the full cache"
-    nll = evidence.lost_nll
+    if carries_uniform(table):
+        what, kl, nll = "the uniform setting in the file", evidence.baselines["uniform"], None
+    else:
+        what = "it" if evidence.verdict == "better" else "the fitted table in the file"
+        kl, nll = evidence.table, evidence.lost_nll
+    lost = f"{what} loses {kl.mean:.3g} nats of KL a token against the full cache"
     if nll is not None:
         # Rounded before formatting, and + 0.0, to avoid "-0".
         more = round(100 * math.expm1(min(nll.mean, 100.0)), 1) + 0.0
@@ -87,32 +96,79 @@ def advice_line(table: AlphaTable) -> str:
             f", and the true next token costs {figure(nll, sign=True)} nats more "
             f"(perplexity {more:+.3g} %)"
         )
-    if evidence.table.mean > HIGH_KL:
+    if kl.mean > HIGH_KL:
         return f"The budget is too small to serve well: {lost}; fit one with a larger budget."
     if evidence.verdict == "better":
         return f"Use this table: {lost}."
+    few = ""
+    if evidence.examples < enough_examples(table):
+        few = f", for which {evidence.examples} held-out examples are too few"
     return (
-        f"One uniform setting does as well: {lost}, and one alpha per head gains nothing certain."
+        f"It is not shown that a table with an alpha per head is better than one uniform setting"
+        f"{few}: {lost}."
     )
 
 
-def caution_line(table: AlphaTable) -> str | None:
-    """Return a warning if the held-out examples are too few for the verdict."""
+def caution_line(table: AlphaTable, remedy: str | None = None) -> str | None:
+    """Return a warning if the held-out examples are too few for the verdict, or None.
+
+    `remedy` is what gives more of them. Only the fit knows it; without it, the line names all that
+    may help.
+    """
     evidence = table.evidence
-    compared = max(len(evidence.p_holm), 1)
-    enough = statistics.enough_examples(compared)
-    if evidence.examples < enough:
+    remedy = remedy or (
+        f"a larger --holdout; if the data gives no more sequences, {MORE_SEQUENCES}; and if the "
+        "time cut the proof, more --minutes"
+    )
+    return few_examples_line(evidence.examples, enough_examples(table), remedy)
+
+
+def few_examples_line(examples: int, enough: int, remedy: str) -> str | None:
+    """Return a warning about a number of held-out examples, with what gives more; None if many."""
+    if examples < enough:
         return (
-            f"Too few examples: {evidence.examples} held-out examples cannot show a difference "
-            f"after the correction for {compared} comparisons; prove it with --holdout "
-            f"{FEW_EXAMPLES} or more, at least {enough}."
+            f"Too few examples: {examples} held-out examples cannot show a difference after the "
+            f"correction for all comparisons. A verdict needs at least {enough}, and good "
+            f"intervals {FEW_EXAMPLES}. What helps: {remedy}."
         )
-    if evidence.examples < FEW_EXAMPLES:
+    if examples < FEW_EXAMPLES:
         return (
-            f"Few examples: {evidence.examples} held-out examples give rough intervals; prove it "
-            f"with --holdout {FEW_EXAMPLES} or more before relying on it."
+            f"Few examples: {examples} held-out examples give rough intervals; good ones need "
+            f"{FEW_EXAMPLES}. What helps: {remedy}."
         )
     return None
+
+
+def more_examples(*, made: int, available: int, used: int) -> str:
+    """Say what gives a proof more held-out examples.
+
+    Args:
+        made: sequences that the fit made for the proof.
+        available: sequences that the data gives, counted up to FEW_EXAMPLES or `made`.
+        used: sequences that fitted into the time.
+    """
+    helps = ["more --minutes"] if used < made else []
+    if made < FEW_EXAMPLES:
+        enough = available >= FEW_EXAMPLES
+        helps.append(f"--holdout {FEW_EXAMPLES} or more" if enough else MORE_SEQUENCES)
+    return ", and ".join(helps)
+
+
+def enough_examples(table: AlphaTable) -> int:
+    """The fewest held-out examples that can show a difference among the table's comparisons."""
+    return statistics.enough_examples(max(len(table.evidence.p_holm), 1))
+
+
+def carries_uniform(table: AlphaTable) -> bool:
+    """Whether the file carries the best uniform setting in place of the fitted table."""
+    policy, best = table.policy, table.evidence.uniform
+    if table.evidence.verdict == "better" or not is_uniform(policy):
+        return False
+    # A kept table may have one alpha as well, with another protection.
+    return best is None or (
+        (policy.alpha[0][0], policy.recent_share, policy.sinks)
+        == (best.alpha, best.recent_share, best.sinks)
+    )
 
 
 def is_uniform(policy: TablePolicy) -> bool:
@@ -142,6 +198,21 @@ def figure(value: Estimate, *, sign: bool = False) -> str:
     # Rounded before formatting, and + 0.0, to avoid "-0.0000".
     mean, low, high = (round(x, 4) + 0.0 for x in (value.mean, value.low, value.high))
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Return rows of cells as lines: columns as wide as their widest cell, two spaces apart.
+
+    `right` has the places of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _short(value: float) -> str:

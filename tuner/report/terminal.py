@@ -21,6 +21,7 @@ from tuner.report.sentences import (
     advice_line,
     calibration_line,
     caution_line,
+    columns,
     figure,
     half_life,
     policy_line,
@@ -59,7 +60,7 @@ def print_outcome(
         "NLL, nats a token: " + ", ".join(f"{name} {figure(value)}" for name, value in nll),
     )
     _line(console, "")
-    _verdict(console, table)
+    _verdict(console, table, outcome.remedy)
     for note in outcome.notes:
         _line(console, note)
     _line(console, f"Study {study_kept}: {_continuation(outcome.limits)}.")
@@ -129,13 +130,14 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         )
         for size in dict.fromkeys(cell.size for cell in evaluation.cells if cell.size):
             _line(console, "")
-            _line(console, f"  {size!s:<18}" + "".join(f"{name:<26}" for name in HEADINGS.values()))
+            rows = [[str(size), *HEADINGS.values()]]
             for policy in evaluation.policies:
                 cell = evaluation.cell(task.name, policy.name, size)
                 if cell is not None:
                     figures = (getattr(cell, name) for name in HEADINGS)
-                    shown = (f"{figure(value) if value else '-':<26}" for value in figures)
-                    _line(console, f"  {policy.name:<18}" + "".join(shown))
+                    rows.append([policy.name, *(figure(one) if one else "-" for one in figures)])
+            for line in columns(rows):
+                _line(console, f"  {line}")
             for comparison in evaluation.main_comparisons(task.name, size):
                 _line(console, comparison_line(comparison))
         _line(console, "")
@@ -171,8 +173,8 @@ def heat_map(console: Console, policy: TablePolicy) -> None:
             console.print(text, soft_wrap=True)
 
 
-def _verdict(console: Console, table: AlphaTable) -> None:
-    for line in (verdict_line(table), advice_line(table), caution_line(table)):
+def _verdict(console: Console, table: AlphaTable, remedy: str | None = None) -> None:
+    for line in (verdict_line(table), advice_line(table), caution_line(table, remedy)):
         if line is not None:
             _line(console, line)
 
@@ -185,12 +187,16 @@ def _figures(console: Console, table: AlphaTable) -> None:
         f"{evidence.objective}; {evidence.confidence:.0%} intervals",
     )
     p = {name: f"{value:.2g}" for name, value in evidence.p_holm.items()}
-    head = f"  {'':<14}{'cost':<28}{'fitted table minus this, paired':<33}"
-    _line(console, f"{head}{'p after Holm' if p else ''}".rstrip())
-    _line(console, f"  {'fitted table':<14}{figure(evidence.table)}")
-    for name, value in evidence.baselines.items():
-        gap = figure(evidence.paired[name], sign=True)
-        _line(console, f"  {name:<14}{figure(value):<28}{gap:<33}{p.get(name, '')}".rstrip())
+    rows = [
+        ["", "cost", "fitted table minus this, paired", "p after Holm" if p else ""],
+        ["fitted table", figure(evidence.table), "", ""],
+        *(
+            [name, figure(value), figure(evidence.paired[name], sign=True), p.get(name, "")]
+            for name, value in evidence.baselines.items()
+        ),
+    ]
+    for line in columns(rows):
+        _line(console, f"  {line}")
 
 
 def _stages(console: Console, table: AlphaTable) -> None:
@@ -198,19 +204,24 @@ def _stages(console: Console, table: AlphaTable) -> None:
     if not stages:
         return
     _line(console, "")
-    width = max(len("stage"), *(len(stage.name) for stage in stages)) + 2
-    _line(
-        console,
-        f"  {'stage':<{width}}{'trials':>6}{'evaluations':>13}{'time':>12}{'calibration':>13}  "
-        f"{'held out':<26}minus best uniform, paired",
-    )
-    for stage in stages:
-        _line(
-            console,
-            f"  {stage.name:<{width}}{stage.trials:>6}{stage.evaluations:>13.1f}"
-            f"{duration(stage.seconds):>12}{stage.calibration:>13.4f}  "
-            f"{figure(stage.held_out):<26}{figure(stage.paired, sign=True)}",
-        )
+    head = ["stage", "trials", "evaluations", "time", "calibration", "held out"]
+    rows = [
+        [*head, "minus best uniform, paired"],
+        *(
+            [
+                stage.name,
+                f"{stage.trials}",
+                f"{stage.evaluations:.1f}",
+                duration(stage.seconds),
+                f"{stage.calibration:.4f}",
+                figure(stage.held_out),
+                figure(stage.paired, sign=True),
+            ]
+            for stage in stages
+        ),
+    ]
+    for line in columns(rows, right=range(1, 5)):
+        _line(console, f"  {line}")
 
 
 def _style(alpha: float) -> Style:

@@ -68,6 +68,8 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
         ("a2sf:nan", "nan; accepted: 0 to 1"),
         ("random:-1", "-1; accepted"),
         ("h2o,h2o", "'h2o' is given twice"),
+        ("a2sf,a2sf", "'a2sf' is given twice"),
+        ("a2sf,a2sf:.9:0", "'a2sf' stands for several settings and contains 'a2sf:.9:0'"),
         ("a2sf:.5:.5:4:9", "accepted: full"),
         ("../mathqa", "accepted: full"),
     ],

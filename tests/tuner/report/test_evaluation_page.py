@@ -197,7 +197,18 @@ def test_pictures_shrink_to_the_width_of_a_phone() -> None:
 
 def test_on_a_phone_the_figures_of_a_table_may_take_several_lines() -> None:
     _, narrow = render(evaluation()).split("@media (max-width: 45rem)")
-    assert "th, td { white-space: normal; }" in narrow.split("@media print")[0]
+    narrow, _, _ = narrow.partition("@media print")
+    assert "th, td { white-space: normal; }" in narrow
+    # Words stay whole.
+    assert "th[scope=row] { overflow-wrap: normal;" in narrow
+
+
+def test_every_table_scrolls_and_shades_the_edge_beyond_which_it_continues() -> None:
+    text = render(evaluation(tables=[table()]))
+    assert text.count("<table") == text.count('<div class="wide"><table')
+    (rule,) = re.findall(r"^\.wide \{[^}]*\}", text, re.M)
+    assert "overflow-x: auto" in rule
+    assert rule.count("local") == rule.count("var(--shade)") == 2
 
 
 def test_the_page_begins_with_its_conclusion() -> None:

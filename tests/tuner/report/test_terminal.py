@@ -8,24 +8,26 @@ from rich.console import Console
 
 from a2sf.model.loader import LoadedModel
 from a2sf.schema import AlphaTable, Estimate, UniformSetting
-from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table
+from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table, not_better
+from tests.tuner.pages import RATIOS, evaluation
 from tuner.report.sentences import (
     FEW_EXAMPLES,
     advice_line,
     caution_line,
     half_life,
     is_uniform,
+    more_examples,
     policy_line,
     verdict_line,
 )
-from tuner.report.terminal import heat_map, show
+from tuner.report.terminal import heat_map, print_evaluation, show
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
 
 
 def judged(model: LoadedModel, verdict: str, alpha: Any, gap: tuple[float, ...]) -> AlphaTable:
-    table = make_table(model.identity, alpha=alpha)
+    table = make_table(model.identity, alpha=alpha, recent=None, recent_share=0.25, sinks=4)
     mean, low, high = gap
     evidence = table.evidence.model_copy(
         update={
@@ -48,7 +50,7 @@ def test_a_better_table_is_reported_with_interval_and_share(tiny_model: LoadedMo
 @pytest.mark.parametrize(
     ("alpha", "carried"),
     [
-        (UNIFORM, "carries that uniform alpha"),
+        (UNIFORM, "carries that uniform setting"),
         (TABLE, "carries the fitted table, as --keep-table asked"),
     ],
 )
@@ -56,7 +58,7 @@ def test_the_verdict_of_a_table_that_is_not_better_names_the_contents_of_the_fil
     tiny_model: LoadedModel, alpha: Any, carried: str
 ) -> None:
     line = verdict_line(judged(tiny_model, "no_better_than_uniform", alpha, (0.01, -0.01, 0.03)))
-    assert line.startswith("No better than uniform: ")
+    assert line.startswith("Not shown to be better than uniform: ")
     assert "+0.0100 [-0.0100, +0.0300] nats, +5 %" in line
     assert carried in line
 
@@ -72,24 +74,71 @@ def test_the_advice_has_the_loss_and_a_recommendation() -> None:
         "Use this table: it loses 0.048 nats of KL a token against the full cache, and the true "
         "next token costs +0.0110 [+0.0050, +0.0170] nats more (perplexity +1.1 %)."
     )
-    assert advice_line(told(lost_nll=lost, verdict="no_better_than_uniform")).startswith(
-        "One uniform setting does as well: it loses 0.048 nats"
-    )
     # From before likelihoods were kept.
     assert advice_line(told()) == (
         "Use this table: it loses 0.048 nats of KL a token against the full cache."
     )
 
 
-@pytest.mark.parametrize("verdict", ["better", "no_better_than_uniform"])
-def test_a_cache_with_a_high_kl_is_never_recommended(verdict: str) -> None:
-    poor = Estimate(mean=4.63, low=4.2, high=5.1)
-    line = advice_line(told(verdict=verdict, table=poor, lost_nll=poor))
+def test_the_advice_gives_the_kl_of_the_uniform_setting_if_the_file_carries_it() -> None:
+    assert advice_line(not_better(kept=False)) == (
+        "It is not shown that a table with an alpha per head is better than one uniform setting: "
+        "the uniform setting in the file loses 0.305 nats of KL a token against the full cache."
+    )
+
+
+def test_the_advice_gives_the_figures_of_a_kept_table() -> None:
+    assert advice_line(not_better(kept=True)) == (
+        "It is not shown that a table with an alpha per head is better than one uniform setting: "
+        "the fitted table in the file loses 0.052 nats of KL a token against the full cache, and "
+        "the true next token costs +0.0110 [+0.0100, +0.0125] nats more (perplexity +1.1 %)."
+    )
+
+
+@pytest.mark.parametrize(("kept", "figures"), [(False, "loses 0.305 "), (True, "loses 0.052 ")])
+def test_the_shown_advice_is_of_the_policy_that_the_file_carries(kept: bool, figures: str) -> None:
+    (line,) = (line for line in shown(not_better(kept=kept)) if line.startswith("It is not shown"))
+    assert figures in line
+
+
+def test_a_kept_table_of_one_alpha_is_not_taken_for_the_best_uniform_setting() -> None:
+    table = not_better(kept=False)
+    kept = table.model_copy(update={"policy": table.policy.model_copy(update={"sinks": 0})})
+    assert "the fitted table in the file loses 0.052 nats" in advice_line(kept)
+    assert "carries the fitted table, as --keep-table asked" in verdict_line(kept)
+
+
+def test_the_advice_says_that_the_examples_are_too_few_for_a_verdict() -> None:
+    assert (
+        "better than one uniform setting, for which 5 held-out examples are too few: the uniform"
+        in advice_line(not_better(kept=False, examples=5))
+    )
+
+
+def test_a_cache_with_a_high_kl_is_never_recommended() -> None:
+    poor, good = Estimate(mean=4.63, low=4.2, high=5.1), Estimate(mean=0.1, low=0.1, high=0.1)
+    end = "; fit one with a larger budget."
+    line = advice_line(told(table=poor, lost_nll=poor))
     assert line.startswith("The budget is too small to serve well: it loses 4.63 nats")
-    assert line.endswith("fit one with a larger budget.")
+    assert line.endswith(end)
+    kept = advice_line(not_better(kept=True, table=poor, baselines={"uniform": good}))
+    assert kept.startswith("The budget is too small to serve well: the fitted table in the file")
+    uniform = advice_line(not_better(kept=False, table=good, baselines={"uniform": poor}))
+    assert uniform == (
+        "The budget is too small to serve well: the uniform setting in the file loses 4.63 nats of "
+        f"KL a token against the full cache{end}"
+    )
 
 
-def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
+def test_the_high_kl_of_a_policy_that_the_file_does_not_carry_is_no_reason_to_refuse_it() -> None:
+    poor, good = Estimate(mean=4.63, low=4.2, high=5.1), Estimate(mean=0.1, low=0.1, high=0.1)
+    for kept, figures in ((True, {"table": good}), (False, {"baselines": {"uniform": good}})):
+        others = {"table": poor, "baselines": {"uniform": poor}, **figures}
+        assert "loses 0.1 nats" in advice_line(not_better(kept=kept, **others))
+        assert "too small" not in advice_line(not_better(kept=kept, **others))
+
+
+def test_too_few_examples_are_named_with_everything_that_may_help() -> None:
     assert caution_line(told()) is None
     few = caution_line(told(examples=FEW_EXAMPLES - 1))
     assert few is not None
@@ -97,12 +146,27 @@ def test_too_few_examples_are_named_before_anyone_relies_on_them() -> None:
         f"Few examples: {FEW_EXAMPLES - 1} held-out examples give rough intervals"
     )
     none = caution_line(told(examples=4))
-    assert none is not None
-    assert (
-        "4 held-out examples cannot show a difference after the correction for 5 comparisons"
-        in none
+    assert none == (
+        "Too few examples: 4 held-out examples cannot show a difference after the correction for "
+        "all comparisons. A verdict needs at least 8, and good intervals 16. What helps: a larger "
+        "--holdout; if the data gives no more sequences, more rows in the data, or a smaller "
+        "--length; and if the time cut the proof, more --minutes."
     )
-    assert "at least 8" in none
+
+
+@pytest.mark.parametrize(
+    ("made", "available", "used", "helps"),
+    [
+        (5, 5, 5, "more rows in the data, or a smaller --length"),
+        (5, 16, 5, "--holdout 16 or more"),
+        (60, 60, 9, "more --minutes"),
+        (12, 12, 9, "more --minutes, and more rows in the data, or a smaller --length"),
+    ],
+)
+def test_the_advice_on_few_examples_names_what_gives_more_of_them(
+    made: int, available: int, used: int, helps: str
+) -> None:
+    assert more_examples(made=made, available=available, used=used) == helps
 
 
 def test_the_advice_and_the_caution_stand_below_the_verdict() -> None:
@@ -166,6 +230,33 @@ def test_each_paired_difference_has_its_corrected_p() -> None:
     (head,) = (i for i, line in enumerate(lines) if line.endswith("p after Holm"))
     for line, (name, (_, p)) in zip(lines[head + 2 :], BASELINES.items(), strict=False):
         assert (line.split()[0], line.split()[-1]) == (name, f"{p:.2g}")
+
+
+def test_columns_of_large_figures_do_not_touch() -> None:
+    large = Estimate(mean=11.8281, low=10.478, high=13.1781)
+    table = told(table=large, baselines={"uniform": large}, paired={"uniform": large})
+    stage = table.search.stages[0].model_copy(update={"held_out": large, "paired": large})
+    table = table.model_copy(
+        update={"search": table.search.model_copy(update={"stages": (stage,)})}
+    )
+    text, row = "11.8281 [10.4780, 13.1781]", "+11.8281 [+10.4780, +13.1781]"
+    assert len([line for line in shown(table) if f"  {text}  {row}" in line]) == 2
+
+
+def test_columns_of_an_evaluation_do_not_touch() -> None:
+    large = Estimate(mean=11.8281, low=10.478, high=13.1781)
+    honest = evaluation(sizes=RATIOS[:1])
+    cells = tuple(
+        cell.model_copy(update={"kl": large, "nll": large}) if cell.size else cell
+        for cell in honest.cells
+    )
+    file = StringIO()
+    print_evaluation(Console(file=file), honest.model_copy(update={"cells": cells}))
+    text = "11.8281 [10.4780, 13.1781]"
+    rows = [line for line in file.getvalue().splitlines() if text in line]
+    assert rows
+    for row in rows:
+        assert f"  {text}  {text}  " in row
 
 
 def test_a_table_from_before_stages_were_kept_prints_none() -> None:
