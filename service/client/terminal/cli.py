@@ -4,7 +4,6 @@ Owns the flags and the exit codes: 0; 1 for a failed call (one line on stderr); 
 are refused before any call; 130 when interrupted. Knows nothing of how calls are made or shown.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,8 +22,9 @@ from service.client.options import GenerationOptions
 from service.client.sync import SyncClient
 from service.client.terminal.display import JsonLinesDisplay, TextDisplay
 from service.client.terminal.interrupt import INTERRUPTED, Interrupt
+from service.client.terminal.reporting import report_json, report_line
 from service.client.terminal.session import Session
-from service.status import NoRoom, Violations, code_of, field_prefix
+from service.status import Violations, field_prefix
 
 Checked = TypeVar("Checked", bound=Given)
 
@@ -182,7 +182,7 @@ def complete(
         raise typer.BadParameter("--system needs --chat")
     if server_name is not None and not (tls or tls_ca or tls_cert or tls_key):
         raise typer.BadParameter("--server-name needs --tls or --tls-ca")
-    report = _report_json if as_json else _report_line
+    report = report_json if as_json else report_line
     # If another program calls this, Ctrl-C is left to that program.
     interrupt = context.obj or Interrupt()
     policy_flags = {
@@ -280,29 +280,3 @@ def _first_token(path: Path) -> str:
         if line.strip() and not line.startswith("#"):
             return line.strip()
     raise InvalidArgument("--token-file", f"{path} holds no token")
-
-
-def _report_line(error: A2SFError) -> None:
-    # Print the partial completion before the error.
-    sys.stdout.flush()
-    # Report all problems, so that the user need not fix them one by one.
-    problems = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
-    typer.echo(f"error: {' '.join(problems.split())}", err=True)
-
-
-def _report_json(error: A2SFError) -> None:
-    """Print an error as a JSON object: `code`, `message`, and any known details."""
-    shown: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
-    if error.request_id:
-        shown["request_id"] = error.request_id
-    if violations := _violations(error):
-        shown["field_violations"] = [{"field": f, "description": d} for f, d in violations]
-    elif isinstance(error, NoRoom) and error.retry_after_s is not None:
-        shown["retry_after_seconds"] = error.retry_after_s
-    sys.stdout.flush()
-    typer.echo(json.dumps({"error": shown}), err=True)
-
-
-def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
-    """Return the invalid fields with their problems; empty if the error is not about fields."""
-    return error.violations if isinstance(error, InvalidArgument) else ()

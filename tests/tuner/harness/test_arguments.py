@@ -56,7 +56,8 @@ def test_a_wrong_argument_is_named_with_what_is_accepted(
 
 def test_a_sequence_too_short_for_its_policy_is_reported_with_its_length() -> None:
     model = harness_model(policy="a2sf:.9", ratio=0.2)
-    with pytest.raises(InvalidArgument, match=r"a sequence has 4 tokens; budget_ratio 0\.2 of 4 tokens is 1 tokens, "):
+    words = r"a sequence has 4 tokens; budget_ratio 0\.2 of 4 tokens is 1 tokens, "
+    with pytest.raises(InvalidArgument, match=words):
         likelihoods(model, [("a", " b c")])
 
 
