@@ -26,11 +26,10 @@ from tuner.evaluation import objective, statistics
 from tuner.evaluation.objective import Objective
 from tuner.progress import Progress
 from tuner.proof import Proof
-from tuner.report.sentences import few_examples_line, more_examples
 from tuner.search.space import FitSpec
 from tuner.search.stages import SearchResult, search
 from tuner.search.trials import Trials
-from tuner.settings import FitSettings
+from tuner.settings import MIN_EXAMPLES, FitSettings, few_examples_line, more_examples
 from tuner.study.ledger import Ledger
 from tuner.study.storage import open_storage
 
@@ -112,7 +111,7 @@ def fit(settings: FitSettings) -> Outcome:
         teacher_forcing.prepare(model)
         made = mixture.sequences_of(model, chosen, settings)
         data = FitData(chosen, made.calibration, made.held_out, made.available)
-        few = few_examples_line(len(data.held_out), statistics.MIN_EXAMPLES, data.remedy())
+        few = few_examples_line(len(data.held_out), MIN_EXAMPLES, data.remedy())
         if few is not None:
             progress.say(few)
         spec = FitSpec(

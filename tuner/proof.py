@@ -24,11 +24,10 @@ from tuner.data import packing
 from tuner.evaluation import objective, statistics
 from tuner.evaluation.objective import ROWS_PER_PASS, Candidate, Cost, Objective
 from tuner.evaluation.slot_rules import AdaKV, Pyramid
-from tuner.evaluation.statistics import MIN_EXAMPLES
 from tuner.search.space import FitSpec
 from tuner.search.stages import SearchResult
 from tuner.search.trials import Trials
-from tuner.settings import PER_LAYER, PROOF
+from tuner.settings import MIN_EXAMPLES, PER_LAYER, PROOF
 from tuner.study.ledger import Ledger
 from tuner.study.records import PointCost
 

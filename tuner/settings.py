@@ -1,7 +1,7 @@
 """The settings of a fit.
 
-Owns the fields, the names of the stages, and the line printed at the start. Knows nothing of
-command lines or of how a table is found.
+Owns the fields, the names of the stages, the line printed at the start, and how many held-out
+examples are enough. Knows nothing of command lines or of how a table is found.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,17 @@ PER_LAYER = "per layer"
 """The baseline with all heads of a layer alike."""
 
 DEFAULT_STAGES = ("sensitivity", "alphas", "protection", "polish")
+
+
+MIN_EXAMPLES = 9
+"""Fewest held-out examples of a proof, if as many were asked for. With fewer, not even a gain in
+every example could be significant after the correction for ten comparisons: 10 x 2 / 2^8 is .08."""
+
+FEW_EXAMPLES = 16
+"""Number of held-out examples below which bootstrap intervals are rough."""
+
+MORE_SEQUENCES = "more rows in the data, or a smaller --length"
+"""What makes more sequences from a data set."""
 
 
 def bare_name(out: Path) -> str:
@@ -90,3 +101,34 @@ class FitSettings:
             f"({', '.join(self.parts)}), at most {limit}, after the model is loaded. Table: "
             f"{self.out}; study: {study}."
         )
+
+
+def few_examples_line(examples: int, enough: int, remedy: str) -> str | None:
+    """Return a warning about a number of held-out examples, with what gives more; None if many."""
+    if examples < enough:
+        return (
+            f"Too few examples: {examples} held-out examples cannot show a difference after the "
+            f"correction for all comparisons. A verdict needs at least {enough}, and good "
+            f"intervals {FEW_EXAMPLES}. What helps: {remedy}."
+        )
+    if examples < FEW_EXAMPLES:
+        return (
+            f"Few examples: {examples} held-out examples give rough intervals; good ones need "
+            f"{FEW_EXAMPLES}. What helps: {remedy}."
+        )
+    return None
+
+
+def more_examples(*, made: int, available: int, used: int) -> str:
+    """Say what gives a proof more held-out examples.
+
+    Args:
+        made: sequences that the fit made for the proof.
+        available: sequences that the data gives, counted up to FEW_EXAMPLES or `made`.
+        used: sequences that fitted into the time.
+    """
+    helps = ["more --minutes"] if used < made else []
+    if made < FEW_EXAMPLES:
+        enough = available >= FEW_EXAMPLES
+        helps.append(f"--holdout {FEW_EXAMPLES} or more" if enough else MORE_SEQUENCES)
+    return ", and ".join(helps)

@@ -12,8 +12,7 @@ from a2sf.model.loader import LoadedModel
 from a2sf.offline.teacher_forcing import Example
 from tuner.data import packing
 from tuner.data.parts import Dataset
-from tuner.evaluation.statistics import FEW_EXAMPLES, MIN_EXAMPLES
-from tuner.settings import FitSettings
+from tuner.settings import FEW_EXAMPLES, MIN_EXAMPLES, FitSettings
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,6 @@ from a2sf.schema import Estimate
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 
-MIN_EXAMPLES = 9
-"""Fewest held-out examples of a proof, if as many were asked for. With fewer, not even a gain in
-every example could be significant after the correction for ten comparisons: 10 x 2 / 2^8 is .08."""
-
-FEW_EXAMPLES = 16
-"""Number of held-out examples below which bootstrap intervals are rough."""
-
 
 def estimate(
     values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES

@@ -10,8 +10,8 @@ from pydantic import AwareDatetime, Field
 
 from a2sf.schema import Count, Digest, Estimate, Frozen, Positive, Ratio, StoredIdentity
 from tuner.evaluation.results import Policy
-from tuner.evaluation.statistics import FEW_EXAMPLES
 from tuner.report.sentences import columns
+from tuner.settings import FEW_EXAMPLES
 
 STEPS = 100
 """Budgets are multiples of 1 / STEPS of the length."""

@@ -9,15 +9,11 @@ from collections.abc import Collection, Sequence
 
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.evaluation import statistics
-from tuner.evaluation.statistics import FEW_EXAMPLES
 from tuner.search.space import Shares
+from tuner.settings import MORE_SEQUENCES, few_examples_line
 
 HIGH_KL = 0.5
 """KL in nats per token above which a cache changes a model's output, whatever the table."""
-
-
-MORE_SEQUENCES = "more rows in the data, or a smaller --length"
-"""What makes more sequences from a data set."""
 
 
 def policy_line(policy: TablePolicy) -> str:
@@ -121,37 +117,6 @@ def caution_line(table: AlphaTable, remedy: str | None = None) -> str | None:
         "time cut the proof, more --minutes"
     )
     return few_examples_line(evidence.examples, enough_examples(table), remedy)
-
-
-def few_examples_line(examples: int, enough: int, remedy: str) -> str | None:
-    """Return a warning about a number of held-out examples, with what gives more; None if many."""
-    if examples < enough:
-        return (
-            f"Too few examples: {examples} held-out examples cannot show a difference after the "
-            f"correction for all comparisons. A verdict needs at least {enough}, and good "
-            f"intervals {FEW_EXAMPLES}. What helps: {remedy}."
-        )
-    if examples < FEW_EXAMPLES:
-        return (
-            f"Few examples: {examples} held-out examples give rough intervals; good ones need "
-            f"{FEW_EXAMPLES}. What helps: {remedy}."
-        )
-    return None
-
-
-def more_examples(*, made: int, available: int, used: int) -> str:
-    """Say what gives a proof more held-out examples.
-
-    Args:
-        made: sequences that the fit made for the proof.
-        available: sequences that the data gives, counted up to FEW_EXAMPLES or `made`.
-        used: sequences that fitted into the time.
-    """
-    helps = ["more --minutes"] if used < made else []
-    if made < FEW_EXAMPLES:
-        enough = available >= FEW_EXAMPLES
-        helps.append(f"--holdout {FEW_EXAMPLES} or more" if enough else MORE_SEQUENCES)
-    return ", and ".join(helps)
 
 
 def enough_examples(table: AlphaTable) -> int:

@@ -11,16 +11,15 @@ from a2sf.schema import AlphaTable, Estimate, UniformSetting
 from tests.tables import BASELINES, IDENTITY, brought_up, fitted_table, make_table, not_better
 from tests.tuner.pages import RATIOS, evaluation
 from tuner.report.sentences import (
-    FEW_EXAMPLES,
     advice_line,
     caution_line,
     half_life,
     is_uniform,
-    more_examples,
     policy_line,
     verdict_line,
 )
 from tuner.report.terminal import heat_map, print_evaluation, show
+from tuner.settings import FEW_EXAMPLES, more_examples
 
 TABLE = ((0.0, 0.5), (0.9, 1.0), (0.3, 0.99))
 UNIFORM = ((0.9, 0.9),) * 3
