@@ -11,7 +11,9 @@ import pytest
 
 from a2sf.errors import A2SFError, Aborted, InvalidRequest, NotFound, ResourceExhausted, Unavailable
 from service.client import Client
+from service.client.calls import Call
 from service.client.channel import PLAIN_TEXT, open_aio
+from service.client.transport import AsyncTransport
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.ray_serve import proxy
@@ -65,7 +67,7 @@ async def serving(made: Made) -> AsyncIterator[str]:
 
 
 async def generate(address: str) -> Any:
-    """Call as the client does, with its retries."""
+    """Call once."""
     async with open_aio(address, PLAIN_TEXT, balanced=False) as channel:
         return await pb_grpc.InferenceServiceStub(channel).Generate(pb.GenerateRequest())
 
@@ -82,9 +84,24 @@ async def drain(call: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize("ask", [generate, stream])
+async def generate_by_client(transport: AsyncTransport) -> Any:
+    stub = pb_grpc.InferenceServiceStub
+    call = Call(stub, "Generate", pb.GenerateRequest(), lambda message: message)
+    return await transport.unary(call, WAIT_S)
+
+
+async def stream_by_client(transport: AsyncTransport) -> Any:
+    stub = pb_grpc.InferenceServiceStub
+    call = Call(stub, "StreamGenerate", pb.StreamGenerateRequest(), lambda message: message)
+    return [message async for message in transport.stream(call, WAIT_S)]
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [(generate_by_client, pb.GenerateResponse(text="x")), (stream_by_client, [DELTA])],
+)
 async def test_a_request_lost_with_its_replica_is_retried_by_the_client(
-    ask: Callable[[str], Awaitable[Any]],
+    ask: Callable[[AsyncTransport], Awaitable[Any]], answer: Any
 ) -> None:
     tries = 0
 
@@ -94,10 +111,10 @@ async def test_a_request_lost_with_its_replica_is_retried_by_the_client(
         if tries < 3:
             die(context)
         else:
-            yield pb.GenerateResponse(text="x") if ask is generate else DELTA
+            yield answer if ask is generate_by_client else DELTA
 
-    async with serving(made) as address:
-        assert await ask(address) == (pb.GenerateResponse(text="x") if ask is generate else [DELTA])
+    async with serving(made) as address, AsyncTransport(address) as transport:
+        assert await ask(transport) == answer
     assert tries == 3
 
 
