@@ -79,7 +79,7 @@ def test_an_interrupted_fit_prints_how_to_continue_and_loses_nothing(
     measured = finished(journal)
     assert measured[: len(kept)] == kept
     assert len(set(measured)) == len(measured)
-    assert load_table(tmp_path / "sums.json").search.trials == 3
+    assert load_table(tmp_path / "sums.json").search.trials == 6
     assert "Wrote " in out
 
 
