@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from a2sf.errors import InvalidArgument, Unavailable
+from a2sf.errors import InvalidArgument
 from a2sf.schema import AlphaTable
 from service.client import requests, responses
 from service.client.options import Chat, GenerationOptions
@@ -26,7 +26,6 @@ from service.client.results import (
 )
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
-from service.status import NoRoom
 
 DEFAULT_TIMEOUT_S = 300.0
 """Default deadline of a completion, in seconds."""
@@ -48,10 +47,6 @@ class Call(Generic[T_co]):
     changes_server: bool = False
     """Whether a lost answer leaves open what the server did, so that only the caller may repeat the
     call."""
-
-    def may_repeat(self, error: NoRoom | Unavailable) -> bool:
-        """Whether the call may be made again after this error, if nothing was answered."""
-        return isinstance(error, NoRoom) or not self.changes_server
 
 
 def stream_generate(

@@ -36,8 +36,11 @@ sooner, but full servers would have to refuse many more calls."""
 class Rounds:
     """The attempts of one call, with a deadline of `timeout_s` seconds from creation."""
 
-    def __init__(self, timeout_s: float, *, several: bool) -> None:
+    def __init__(self, timeout_s: float, *, several: bool, after_unavailable: bool) -> None:
         """Start the deadline.
+
+        `several`: whether there are other servers to try. `after_unavailable`: whether the call may
+        be repeated if it is unknown what the server did.
 
         Raises InvalidArgument for a timeout that is too long or NaN, and DeadlineExceeded if it is
         not positive: gRPC lets such a call succeed if the server is fast.
@@ -51,6 +54,7 @@ class Rounds:
             )
         self._deadline = time.monotonic() + timeout_s
         self._servers = SERVERS_A_ROUND if several else 1
+        self._after_unavailable = after_unavailable
         self._refusals = 0
         self._failures = 0
 
@@ -68,7 +72,7 @@ class Rounds:
             last, wait_s = self._refusals == ROUNDS * self._servers, error.retry_after_s
         else:
             self._failures += 1
-            last = self._failures == ATTEMPTS
+            last = self._failures == ATTEMPTS or not self._after_unavailable
             wait_s = FIRST_WAIT_S * 2 ** (self._failures - 1) * random.uniform(0.8, 1.2)
         if last or wait_s is None or wait_s >= self.left_s:
             raise error

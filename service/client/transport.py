@@ -2,8 +2,7 @@
 
 Owns how calls are made, with asyncio and with threads: it repeats a call that finds no room or no
 server, while nothing of its answer has arrived, and cancels a stream that is left early (gRPC does
-not, so the server would continue without a reader).
-Knows nothing of what calls ask.
+not, so the server would continue without a reader). Knows nothing of what calls ask.
 """
 
 import asyncio
@@ -61,8 +60,8 @@ class _Calls:
                 raise
             raise _closed() from None
 
-    def rounds(self, timeout_s: float) -> Rounds:
-        return Rounds(timeout_s, several=self._several)
+    def rounds(self, call: Call[Any], timeout_s: float) -> Rounds:
+        return Rounds(timeout_s, several=self._several, after_unavailable=not call.changes_server)
 
     def close(self) -> None:
         """Refuse new calls; call it before closing the channel."""
@@ -130,21 +129,19 @@ class AsyncTransport:
 
     async def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call with one response."""
-        rounds = self._calls.rounds(timeout_s)
+        rounds = self._calls.rounds(call, timeout_s)
         while True:
             try:
                 with self._calls.converted_errors(timeout_s):
                     answer = await self._calls.start(call, rounds.left_s)
                 return call.read(answer)
             except (NoRoom, Unavailable) as error:
-                if not call.may_repeat(error):
-                    raise
                 wait_s = rounds.wait_s(error)
             await asyncio.sleep(wait_s)
 
     async def stream(self, call: Call[T | None], timeout_s: float) -> AsyncGenerator[T, None]:
         """Make a call with a stream of events; yield those that `call.read` converts."""
-        rounds, started = self._calls.rounds(timeout_s), False
+        rounds, started = self._calls.rounds(call, timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
             try:
@@ -155,7 +152,7 @@ class AsyncTransport:
                         if event is not None:
                             yield event
             except (NoRoom, Unavailable) as error:
-                if started or not call.may_repeat(error):
+                if started:
                     raise
                 wait_s = rounds.wait_s(error)
             else:
@@ -193,21 +190,19 @@ class SyncTransport:
 
     def unary(self, call: Call[T], timeout_s: float) -> T:
         """Make a call with one response."""
-        rounds = self._calls.rounds(timeout_s)
+        rounds = self._calls.rounds(call, timeout_s)
         while True:
             try:
                 with self._calls.converted_errors(timeout_s):
                     answer = self._calls.start(call, rounds.left_s)
                 return call.read(answer)
             except (NoRoom, Unavailable) as error:
-                if not call.may_repeat(error):
-                    raise
                 wait_s = rounds.wait_s(error)
             time.sleep(wait_s)
 
     def stream(self, call: Call[T | None], timeout_s: float) -> Generator[T, None, None]:
         """Make a call with a stream of events; yield those that `call.read` converts."""
-        rounds, started = self._calls.rounds(timeout_s), False
+        rounds, started = self._calls.rounds(call, timeout_s), False
         while True:
             rpc = self._calls.start(call, rounds.left_s)
             try:
@@ -218,7 +213,7 @@ class SyncTransport:
                         if event is not None:
                             yield event
             except (NoRoom, Unavailable) as error:
-                if started or not call.may_repeat(error):
+                if started:
                     raise
                 wait_s = rounds.wait_s(error)
             else:

@@ -44,8 +44,8 @@ _HEALTH = "/grpc.health.v1.Health/"
 class TokenFile:
     """The tokens of a file, one per line; blank lines and lines that begin with `#` are skipped.
 
-    A changed file is read again within a second. If the new content is invalid, the error is logged
-    and the earlier tokens stay valid.
+    A call reads a changed file again, if the last look at it is a second ago. If the new content is
+    invalid, the error is logged and the earlier tokens stay valid.
     """
 
     def __init__(self, path: Path, flag: str) -> None:

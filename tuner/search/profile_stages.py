@@ -24,7 +24,7 @@ do not add up."""
 
 
 MAX_PROPOSALS = 2 * len(POWERS) + 3
-"""Largest number of settings that `split_slots` and `alphas` together propose."""
+"""Largest number of settings that `split_by_profile` and `alphas` together propose."""
 
 
 MIN_SHARE = 0.2
@@ -32,7 +32,7 @@ MIN_SHARE = 0.2
 length."""
 
 
-def split_slots(trials: Trials, best: TrialResult, profile: Profile) -> TrialResult:
+def split_by_profile(trials: Trials, best: TrialResult, profile: Profile) -> TrialResult:
     """Measure settings with slots split by the profile, as a stage; return the best.
 
     Slots are split by each head's cost at the alpha nearest to the best setting's.
@@ -62,11 +62,11 @@ def alphas(trials: Trials, best: TrialResult, profile: Profile) -> TrialResult:
 def search_per_layer(trials: Trials, best: TrialResult, profile: Profile) -> TrialResult:
     """Measure settings from the profile in which all heads of a layer are alike; return the best.
 
-    A baseline from the same profile by the same steps as `split_slots` and `alphas`. The gain of a
-    table over it is the value of separate heads.
+    A baseline from the same profile by the same steps as `split_by_profile` and `alphas`. The gain
+    of a table over it is the value of separate heads.
     """
     layers = profile.by_layer()
-    return alphas(trials, split_slots(trials, best, layers), layers)
+    return alphas(trials, split_by_profile(trials, best, layers), layers)
 
 
 def _split_settings(

@@ -69,7 +69,7 @@ class Profile:
             costs, noise = (np.take_along_axis(x, best, axis=-1)[..., 0] for x in (costs, noise))
         else:
             costs, noise = costs[..., alpha], noise[..., alpha]
-        return slot_split.split_slots(
+        return slot_split.split_by_cost(
             costs, self.budgets, mean=mean, floor=floor, max_slots=self.length, noise=noise
         )
 

@@ -14,7 +14,7 @@ EXPONENTS = (0.25, 4.0)
 """Outside the measured budgets, cost falls with a power of the slots: the limits of this power."""
 
 
-def split_slots(
+def split_by_cost(
     costs: ArrayLike,
     budgets: Sequence[int],
     *,
@@ -73,7 +73,7 @@ def predict_costs(
     of the heads whose costs are all above it.
 
     Args:
-        costs, budgets, noise: as for `split_slots`.
+        costs, budgets, noise: as for `split_by_cost`.
         at: slots to predict for, from 1.
 
     Returns:

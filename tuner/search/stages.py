@@ -93,7 +93,7 @@ def run_stages(
                     )
                     if profile is not None:
                         stage = (
-                            profile_stages.split_slots
+                            profile_stages.split_by_profile
                             if name == "sensitivity"
                             else profile_stages.alphas
                         )

@@ -1,9 +1,9 @@
 """Reads requests: from messages to the core's values.
 
 Owns the steps of reading a completion request (`read_request`), the names of fields in errors, and
-which fields a request must have. A field with the same
-meaning has the same name in the proto and in the core, so most of this is a copy. Raises
-InvalidRequest with dotted proto names. Knows nothing of responses, handlers or threads.
+which fields a request must have. A field with the same meaning has the same name in the proto and
+in the core, so most of this is a copy. Raises InvalidRequest with dotted proto names. Knows nothing
+of responses, handlers or threads.
 """
 
 import re

@@ -1,16 +1,18 @@
-"""A call that finds full servers tries the next one at once, then waits, then fails."""
+"""When a call that found no room, or no server, is repeated, and how often."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
-from a2sf.errors import ResourceExhausted
-from service.client import Client, SyncClient
+from a2sf.errors import ResourceExhausted, Unavailable
+from service.client import AdminClient, Client, SyncAdminClient, SyncClient
 from service.pb import inference_pb2 as pb
+from service.pb import inference_pb2_grpc as pb_grpc
 from service.status import NoRoom
 from tests.service.client.test_channel import UP, Model, with_health
 from tests.service.client.test_channel import serving as serving_model
@@ -79,6 +81,50 @@ async def test_a_unary_call_also_fails_after_four_rounds(by: Any) -> None:
     async with serving_model(busy) as port:
         await by(f"127.0.0.1:{port}", describe)
     assert len(busy.metadata) == 4
+
+
+async def administer_by_asyncio(target: str, ask: Callable[[Any], Any]) -> None:
+    async with AdminClient(target) as client:
+        await ask(client)
+
+
+async def administer_by_threads(target: str, ask: Callable[[Any], Any]) -> None:
+    with SyncAdminClient(target) as client:
+        await asyncio.to_thread(ask, client)
+
+
+@pytest.mark.parametrize(
+    ("ask", "attempts"),
+    [
+        (lambda admin: admin.get_load(), 4),
+        (lambda admin: admin.reload_alpha_tables(), 1),
+        (lambda admin: admin.activate_alpha_table("t", etag="e"), 1),
+        (lambda admin: admin.abort_requests(["a"]), 1),
+    ],
+)
+@pytest.mark.parametrize("by", [administer_by_asyncio, administer_by_threads])
+async def test_an_admin_call_that_changes_the_server_is_not_repeated(
+    ask: Callable[[Any], Any], attempts: int, by: Any
+) -> None:
+    made = 0
+
+    async def lost(request: Any, context: Context) -> None:
+        nonlocal made
+        made += 1
+        await fail(context, Unavailable("lost"))
+
+    server = grpc.aio.server()
+    names = ("GetLoad", "ReloadAlphaTables", "ActivateAlphaTable", "AbortRequests")
+    admin = SimpleNamespace(**dict.fromkeys(names, lost))
+    pb_grpc.add_AdminServiceServicer_to_server(admin, server)  # type: ignore[arg-type]
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        with pytest.raises(Unavailable, match="lost"):
+            await by(target, ask)
+    finally:
+        await server.stop(0)
+    assert made == attempts
 
 
 @both

@@ -69,7 +69,7 @@ def test_slots_and_then_alphas_follow_the_profile() -> None:
     planted = ByHead(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
-        dealt = profile_stages.split_slots(trials, best, PROFILE)
+        dealt = profile_stages.split_by_profile(trials, best, PROFILE)
     shares = np.array(dealt.setting.head_share)
     # Where all fall with the first power, slots go with the roots of the sizes.
     off = 1 + 0.1 * (log_tau_of(0.93) - np.vectorize(log_tau_of)(WANTED)) ** 2
@@ -91,7 +91,7 @@ def test_the_baseline_by_layers_treats_all_heads_of_a_layer_equally() -> None:
     assert all(len(set(row)) == 1 for row in slot_rule.setting.alpha)
     assert len(set(slot_rule.setting.head_share)) > 1
     with trials.stage("heads", 20):
-        dealt = profile_stages.split_slots(trials, best, PROFILE)
+        dealt = profile_stages.split_by_profile(trials, best, PROFILE)
         assert profile_stages.alphas(trials, dealt, PROFILE).mean < slot_rule.mean
 
 
@@ -99,7 +99,7 @@ def test_a_proposal_without_a_measured_gain_is_not_taken() -> None:
     planted = Planted(START)
     trials, best = started(planted)
     with trials.stage("sensitivity", 20):
-        assert profile_stages.split_slots(trials, best, PROFILE) is best
+        assert profile_stages.split_by_profile(trials, best, PROFILE) is best
     with trials.stage("alphas", 20):
         assert profile_stages.alphas(trials, best, PROFILE) is best
     assert len(planted.calls) > 3
