@@ -83,7 +83,6 @@ def main(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     chosen = {name: PLANS[name] for name in plans.split(",")}
     model = load_model("reference", device="cpu")
-    reload = partial(load_model, "reference", device="cpu", pack=False)
     data = datasets.load(dataset, datasets.data_directory(None))
     shape = model.shape
     spec = FitSpec(shape.num_layers, shape.num_kv_heads, None, ratio, 0)
@@ -98,7 +97,7 @@ def main(
         bar = unseen.cost(spec.policy(uniform.setting)).mean
         for name, stages in chosen.items():
             plan = _trials(seen, spec)
-            bests, _ = run_stages(plan, uniform, stages, trials, seed, reload)
+            bests, _ = run_stages(plan, uniform, stages, trials, seed)
             best = list(bests.values())[-1]
             stage_totals = [plan.stage_totals[stage] for stage in stages]
             rows.append(

@@ -95,7 +95,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 
     from a2sf.model.loader import load_model
 
-    model = load_model(str(gguf), device="cpu", dtype="bfloat16", pack=False)
+    model = load_model(str(gguf), device="cpu", dtype="bfloat16")
     ends = sorted(model.eos_token_ids)
     model.module.generation_config = GenerationConfig(
         bos_token_id=model.tokenizer.bos_token_id,

@@ -28,6 +28,7 @@ ORDER = {
         "requests",
         "threads",
         "reference",
+        "native",
         "cache",
         "model",
         "text",

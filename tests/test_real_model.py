@@ -168,7 +168,7 @@ def test_the_file_holds_what_two_other_readers_find_in_it(real_gguf: Path) -> No
         if not key.startswith("GGUF."):
             mine: Any = header.settings[key]
             assert (header.strings(key) if isinstance(mine, Strings) else mine) == field.contents()
-    ours = load_model(str(real_gguf), device="cpu", dtype="float32", pack=False)
+    ours = load_model(str(real_gguf), device="cpu", dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(real_gguf.parent, gguf_file=real_gguf.name)
     wanted = theirs.state_dict()
     assert ours.module.state_dict().keys() == wanted.keys()
@@ -177,8 +177,8 @@ def test_the_file_holds_what_two_other_readers_find_in_it(real_gguf: Path) -> No
 
 
 def test_the_checkpoint_is_the_file_in_bfloat16(real_gguf: Path, real_model_dir: Path) -> None:
-    stored = load_model(str(real_model_dir), device="cpu", dtype="bfloat16", pack=False)
-    direct = load_model(str(real_gguf), device="cpu", dtype="bfloat16", pack=False)
+    stored = load_model(str(real_model_dir), device="cpu", dtype="bfloat16")
+    direct = load_model(str(real_gguf), device="cpu", dtype="bfloat16")
     for name, tensor in stored.module.state_dict().items():
         assert torch.equal(tensor, direct.module.state_dict()[name]), name
     assert stored.eos_token_ids == direct.eos_token_ids

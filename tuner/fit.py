@@ -5,10 +5,9 @@ held-out examples. The code assumes one worker: the ledger shares measurements a
 stores them. Knows nothing of command lines; progress goes to standard error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 import optuna
 
@@ -132,8 +131,7 @@ def fit(settings: FitSettings) -> Outcome:
             progress=progress,
             max_trials=settings.trials,
         )
-        load = _differentiable(settings, model)
-        found = search(trials, settings.stages, settings.trials, settings.seed, load)
+        found = search(trials, settings.stages, settings.trials, settings.seed)
         candidates = proof.candidates(spec, found, settings.seed)
         stages = {name: spec.policy(best.setting) for name, best in found.bests.items()}
         proved = proof.prove(ledger, trials, model, data.held_out, candidates, stages)
@@ -171,19 +169,6 @@ def _open_study(settings: FitSettings, model: LoadedModel, data: FitData) -> tup
     # One dtype for all workers and runs: figures in different dtypes are not comparable.
     chosen_here = {"dtype": model.dtype_reason} if settings.dtype == "auto" else {}
     return Ledger(storage, settings.study, definition, chosen=chosen_here), kind
-
-
-def _differentiable(settings: FitSettings, model: LoadedModel) -> Callable[[], LoadedModel]:
-    """Return a function that loads the model once more, with gradients enabled."""
-    return partial(
-        load_model,
-        settings.model,
-        revision=settings.revision,
-        device=settings.device,
-        # The dtype chosen before; a second choice may differ, because it depends on a measurement.
-        dtype=model.dtype_name,
-        pack=False,
-    )
 
 
 def _sealed(

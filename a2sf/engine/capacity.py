@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import prod
 
 from a2sf.cache.slots import SLOT_OVERHEAD_BYTES
-from a2sf.model import packed_linear
 from a2sf.model.spec import ModelSpec
 from a2sf.policy import Heads
 
@@ -24,8 +23,7 @@ class Weights:
     parameters: int
     """Number of parameters; a tensor shared by two layers counts once."""
     nbytes: int
-    """Bytes of the loaded parameters and buffers. On a processor an output head that is tied to the
-    embedding is packed as a second copy, and counts twice."""
+    """Bytes of the loaded parameters and buffers; a shared tensor counts once."""
     step_nbytes: int
     """Bytes that every decode step reads: all but an embedding that is only used for look-up."""
     head_parameters: int
@@ -45,14 +43,11 @@ def weights(spec: ModelSpec) -> Weights:
     count = sum(parameter.numel() for parameter in parameters)
     embedding = module.get_input_embeddings().weight
     head = module.get_output_embeddings().weight
-    looked_up = embedding is not head
-    if not looked_up and _packs(spec):
-        nbytes, looked_up = nbytes + head.nbytes, True
     tied = embedding is head
     return Weights(
         parameters=count,
         nbytes=nbytes,
-        step_nbytes=nbytes - (embedding.nbytes if looked_up else 0),
+        step_nbytes=nbytes - (0 if tied else embedding.nbytes),
         head_parameters=head.numel(),
         step_parameters=count - (0 if tied else embedding.numel()),
         stored_parameters=_stored_parameters(spec),
@@ -113,11 +108,6 @@ def prompt_operations(spec: ModelSpec, weights: Weights, tokens: int) -> int:
 def _group(spec: ModelSpec) -> int:
     """Query heads that share a KV head."""
     return spec.shape.num_attention_heads // spec.shape.num_kv_heads
-
-
-def _packs(spec: ModelSpec) -> bool:
-    """Whether `linear.pack` would pack the linear layers."""
-    return spec.device_type == "cpu" and packed_linear.packs(spec.dtype)
 
 
 def _stored_parameters(spec: ModelSpec) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from a2sf.errors import InvalidArgument
-from a2sf.model import packed_linear
+from a2sf.model import linear
 
 DTYPES = {
     "float64": torch.float64,
@@ -101,7 +101,7 @@ def bfloat16_unit() -> tuple[str | None, str]:
     found = capabilities()
     for unit, called in _UNITS.items():
         if found.get(unit):
-            if packed_linear.packs(torch.bfloat16):
+            if linear.multiplies_bfloat16():
                 return called, ""
             return None, f"torch makes no use of the processor's {called}"
     return None, "the processor does not multiply bfloat16 in hardware"
@@ -116,9 +116,11 @@ def bfloat16_speedups(config: Any) -> dict[int, float]:
     wide = min(config.hidden_size, _LARGEST)
     long = min(getattr(config, "intermediate_size", None) or 4 * wide, _LARGEST)
     layers = {
-        dtype: packed_linear.PackedLinear.of(torch.nn.Linear(wide, long, bias=False, dtype=dtype))
+        dtype: torch.nn.Sequential(torch.nn.Linear(wide, long, bias=False, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
     }
+    for layer in layers.values():
+        linear.accelerate(layer)
     ratios = {}
     with torch.inference_mode():
         for rows in _ROWS:

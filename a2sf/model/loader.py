@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from a2sf.errors import InvalidArgument, NotFound, Unsupported, one_line
-from a2sf.model import dtypes, families, gguf_file, locate, packed_linear, partial_decoder
+from a2sf.model import dtypes, families, gguf_file, linear, locate, partial_decoder
 from a2sf.model.fingerprint import BYTES_A_WEIGHT, key_starts
 from a2sf.model.identity import identity_of
 from a2sf.model.layer_attention import ATTENTION_NAME, LayerAttention, for_local_heads
@@ -43,7 +43,7 @@ class LoadedModel:
     shape: ModelShape
     """The sizes in this process: if ranks share the model, it counts only this rank's heads."""
     module: Any
-    """The transformers model, in evaluation mode; its linear layers may be packed."""
+    """The transformers model, in evaluation mode; on processors with `linear.ProcessorLinear`."""
     tokenizer: Any
     """The transformers fast tokenizer."""
     device: torch.device
@@ -97,15 +97,11 @@ class LoadedModel:
             attention: computes the attention of every layer.
             layer_input: a layer's index and its input, from `compute_layer_input`. The layers below
                 it are not run.
-            differentiable: whether gradients flow to the results of `attention`. The model must
-                have been loaded with `pack=False`.
+            differentiable: whether gradients flow to the results of `attention`.
 
         Returns:
             [rows, width, hidden], after the final norm, for `logits`.
         """
-        # torch would only warn, and return gradients that ignore the packed layers.
-        packed = any(isinstance(part, packed_linear.PackedLinear) for part in self.module.modules())
-        assert not (differentiable and packed), "load the model with pack=False"
         with torch.inference_mode(not differentiable):
             if self.local_heads is not None:
                 attention = for_local_heads(attention, self.local_heads)
@@ -154,7 +150,6 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    pack: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer, from safetensors or GGUF, without remote code.
@@ -164,10 +159,8 @@ def load_model(
         revision: branch, tag or commit, for a hub id.
         device: "auto" (CUDA if available, else the processor), "cpu", "cuda" or "cuda:N".
         dtype: "auto", see `dtypes.choose`, or a name such as "bfloat16".
-        pack: whether to pack the weights for a processor. Packed layers have no gradients; pass
-            False for gradients.
         ranks: the processes that share the model's heads; all of them must call this function.
-            Each uses its rank's device, and weights are not packed. None: one process holds all.
+            Each uses its rank's device. None: one process holds all.
 
     Raises:
         NotFound: there is no such model, or it cannot be reached.
@@ -234,9 +227,9 @@ def load_model(
                 f"{', '.join(sorted(map(str, loaded[f'{kind}_keys'])))}"
             )
     module = module.to(target).eval().requires_grad_(False)
-    # transformers hooks the sum over ranks to these layers; packing would remove it.
-    if pack and not ranks:
-        packed_linear.pack(module)
+    # transformers replaces the weights of these layers by parts of them, and sums over ranks.
+    if not ranks:
+        linear.accelerate(module)
     model = LoadedModel(
         identity=identity,
         shape=shape,

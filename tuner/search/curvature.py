@@ -50,7 +50,7 @@ def effects(
     H_q D) numbers, and about rows x counted x vocabulary x 6.
 
     Args:
-        model: loaded with `pack=False`.
+        model: the model.
         examples: the rows.
         policies: the policy of all heads in each walk, with one prefill_chunk.
         tick: called `ticks` times during the work.

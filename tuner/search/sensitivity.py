@@ -8,7 +8,7 @@ or which settings follow from a profile (`tuner.search.profile_stages`).
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,15 +94,12 @@ class Profile:
         return found
 
 
-def measure_profile(
-    trials: Trials, best: Setting, load: Callable[[], LoadedModel]
-) -> Profile | None:
+def measure_profile(trials: Trials, best: Setting) -> Profile | None:
     """Make the profile with the protection of `best`; None if there is no time for any example.
 
     Args:
         trials: knows the remaining time, and stores results.
         best: the setting whose protection is used.
-        load: loads the trials' model with `pack=False`; called only if a result is not stored yet.
     """
     spec, model, examples = trials.spec, trials.objective.model, trials.objective.examples
     lengths = [len(example.token_ids) for example in examples]
@@ -123,7 +120,6 @@ def measure_profile(
     rows = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     began = trials.seconds_spent
     until = began + TIME_SHARE * trials.stage_seconds_left
-    loaded: list[LoadedModel] = []
     sums: list[NDArray[np.float64]] = []
     count = 0
     ticks = 0
@@ -135,14 +131,11 @@ def measure_profile(
         share = ticks / (len(rows) * curvature.ticks(model))
         trials.show(f"profiling every head, {share:.0%}", time.perf_counter() - begun)
 
-    def prepare() -> None:
-        loaded[:] = loaded or [load()]
-
     def make(batch: list[int]) -> tuple[Any, float]:
         nonlocal begun
         begun = time.perf_counter()
         texts = [examples[row] for row in batch]
-        found = curvature.effects(loaded[0], texts, policies, tick)
+        found = curvature.effects(model, texts, policies, tick)
         costs = (found.square().mean(dim=1) / 2).numpy()
         figures = np.stack([costs.sum(axis=0), np.square(costs).sum(axis=0)])
         return _digits(figures), curvature.work(len(policies)) * len(batch) / len(examples)
@@ -166,7 +159,7 @@ def measure_profile(
                 trials.notes.append(note)
             break
         key = f"{name}/{number}"
-        sums.append(np.array(trials.compute_once(key, partial(make, rows[number]), prepare)))
+        sums.append(np.array(trials.compute_once(key, partial(make, rows[number]))))
         count += len(rows[number])
         ticks = len(sums) * curvature.ticks(model)
     if not count:

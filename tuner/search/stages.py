@@ -4,10 +4,9 @@ Owns the shares of the trials and of the time that each stage may take, and when
 `per layer` is searched. Knows nothing of data, of the proof or of files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from a2sf.model.loader import LoadedModel
 from a2sf.schema import UniformSetting
 from tuner.search import profile_stages, samplers, sensitivity
 from tuner.search.moves import CoordinateSearch
@@ -44,12 +43,11 @@ def search(
     stages: Sequence[str],
     max_trials: int,
     seed: int,
-    load: Callable[[], LoadedModel],
 ) -> SearchResult:
     """Find the best uniform setting with at most half of the trials; improve it with the rest."""
     uniform, best = best_uniform(trials, max_trials // 2)
     rest = max(max_trials - trials.stage_totals["uniform"].trials, 0)
-    found, per_layer = run_stages(trials, best, stages, rest, seed, load)
+    found, per_layer = run_stages(trials, best, stages, rest, seed)
     return SearchResult(uniform, {"uniform": best, **found}, per_layer, trials.stage_totals)
 
 
@@ -59,7 +57,6 @@ def run_stages(
     stages: Sequence[str],
     max_trials: int,
     seed: int,
-    load: Callable[[], LoadedModel],
 ) -> tuple[dict[str, TrialResult], TrialResult | None]:
     """Run the stages; return the best setting after each, and the best setting by layers.
 
@@ -72,8 +69,6 @@ def run_stages(
         max_trials: of all stages together. Stages that end only with the trials share equally the
             trials and the time that are left.
         seed: for random draws, which only `tpe`, `structured` and `cma` make.
-        load: loads the model once more, with gradients enabled; for `sensitivity` and `alphas`,
-            which share one profile.
     """
     bests = {}
     start, per_layer = best, None
@@ -89,7 +84,7 @@ def run_stages(
             match name:
                 case "sensitivity" | "alphas":
                     profile = profile or sensitivity.measure_profile(
-                        trials, coordinate_search.best.setting, load
+                        trials, coordinate_search.best.setting
                     )
                     if profile is not None:
                         stage = (

@@ -147,23 +147,16 @@ class Trials:
             bounds.append(max(self._max_trials - count, 0) * done / count + proof)
         return done, min(bounds, default=None)
 
-    def compute_once(
-        self,
-        key: str,
-        make: Callable[[], tuple[Any, float]],
-        prepare: Callable[[], object] = lambda: None,
-    ) -> Any:
+    def compute_once(self, key: str, make: Callable[[], tuple[Any, float]]) -> Any:
         """Return the JSON value that a worker stored first, and account for its work.
 
         Args:
             key: unique within the stage.
             make: returns the value and its work in evaluations; called if no value is stored yet.
-            prepare: called before `make`; its time is not counted.
         """
         key = f"{self._stage}/{key}"
         known = self._ledger.decided(key)
         if known is None:
-            prepare()
             began = time.perf_counter()
             value, evaluations = make()
             seconds = time.perf_counter() - began

@@ -6,8 +6,11 @@ only where they are used.
 
 import importlib.util
 import os
+import sys
 
 import torch
+
+from a2sf import native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Model dtypes of the Triton kernels; scores and softmax are always float32."""
@@ -46,10 +49,8 @@ def processor_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the device is {device.type}; accepted: cpu"
     if dtype not in PROCESSOR_DTYPES:
         return f"the model is in {_name(dtype)}; accepted: {_names(PROCESSOR_DTYPES)}"
-    from a2sf.cache.kernels import compiling
-
-    if not compiling.available():
-        return "torch's OpenMP library has no GNU entry points (GOMP_parallel)"
+    if not native.available():
+        return f"the system is {sys.platform}; accepted: linux"
     return None
 
 

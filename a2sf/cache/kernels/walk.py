@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2sf.cache.kernels import compiling, walk_memory, walk_programs
-from a2sf.cache.kernels.walk_memory import BROUGHT, CALL, HEAD, SIGNATURE
+from a2sf.cache.kernels import walk_programs, walk_records
+from a2sf.cache.kernels.walk_records import BROUGHT, CALL, HEAD
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.slots import Slots
+from a2sf.native import compiling, memory, team
 
 _PROGRAMS = {
     torch.float32: walk_programs.walk_float32,
@@ -37,7 +38,7 @@ _LINE = _LINE_BYTES // 4
 @cache
 def program(dtype: torch.dtype) -> int:
     """Compile the kernel for slots of a dtype, or load it; return its address."""
-    return compiling.compiled(_PROGRAMS[dtype], SIGNATURE, uses=[walk_memory])
+    return compiling.compiled(_PROGRAMS[dtype], uses=[walk_records, memory])
 
 
 class Walker:
@@ -157,7 +158,7 @@ class Walker:
         )
         self._scale[layer] = scale
         self._begun[0] = self._working[0] = 0
-        compiling.run(self._program, self._addresses[layer], threads)
+        team.run(self._program, self._addresses[layer], threads)
 
     def _share_work(self) -> None:
         """Sort the heads of each layer by their work, the largest first."""

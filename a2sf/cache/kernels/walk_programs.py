@@ -1,11 +1,11 @@
 """numba kernels of the law for processors: one row and KV head at a time, token after token.
 
 Owns the update of one head's slots by new tokens: the victim, the new key and value, attention over
-the slots in use, and the scores. `walk` calls it. Knows only the records and addresses of
-`walk_memory`.
+the slots in use, and the scores. `walk` calls it. Knows only the addresses in the records of
+`walk_records`.
 
-All compiled code must be in this file or in `walk_memory`. numba's cache notices changes only in
-the file of the cached function; `compiling` adds the content of `walk_memory` to the key.
+All compiled code must be in this file, in `walk_records` or in `native.memory`. numba's cache
+notices changes only in the file of the cached function; `walk` names the other two for the key.
 """
 
 # numba infers types.
@@ -14,23 +14,20 @@ the file of the cached function; `compiling` adds the content of `walk_memory` t
 import numpy as np
 from numba import carray, float32, int32, njit, uint32
 
-from a2sf.cache.kernels.walk_memory import (
-    CALL,
-    HEAD,
+from a2sf.cache.kernels.walk_records import CALL, HEAD
+from a2sf.native.memory import (
+    SUMS,
+    add,
     bits_to_float,
     bytes_at,
     floats_at,
     halves_at,
-    increment,
     integers_at,
     longs_at,
     memory_at,
     store,
     widen,
 )
-
-# Fast-math flags that stay correct for NaN and infinity.
-_SUMS = {"reassoc", "contract"}
 
 _NEVER = np.int32(2**31 - 1)
 
@@ -108,7 +105,7 @@ def _victim(score_bits, position, in_use, low, high):
     return 0
 
 
-@njit(fastmath=_SUMS)
+@njit(fastmath=SUMS)
 def _logits(query, group, dim, keys, in_use, logits, room):
     """Write query [group, dim] times keys [in_use, dim] to logits [group, room]."""
     whole = in_use & ~3
@@ -137,7 +134,7 @@ def _logits(query, group, dim, keys, in_use, logits, room):
             logits[g * room + s] = total
 
 
-@njit(fastmath=_SUMS)
+@njit(fastmath=SUMS)
 def _exponentials(logits, bits, first, in_use):
     """Replace logits by e^(logit - highest); returns their sum."""
     top = int32(-(2**31))
@@ -153,7 +150,7 @@ def _exponentials(logits, bits, first, in_use):
     return total
 
 
-@njit(fastmath=_SUMS)
+@njit(fastmath=SUMS)
 def _weighted(weights, group, room, dim, values, in_use, total):
     """Write weights [group, room] times values [in_use, dim] to total [group, dim]."""
     for i in range(group * dim):
@@ -263,8 +260,8 @@ def _work(data, numbers, size):
     call = carray(data, 1, CALL)[0]
     heads = carray(memory_at(call.heads), call.pairs, HEAD)
     order, begun = longs_at(call.order), longs_at(call.begun)
-    scratch = call.scratch + 4 * call.scratch_size * increment(longs_at(call.working))
-    turn = increment(begun)
+    scratch = call.scratch + 4 * call.scratch_size * add(longs_at(call.working), 1)
+    turn = add(begun, 1)
     while turn < call.pairs:
         pair = order[turn]
         row, kv_head = pair // call.kv_heads, pair % call.kv_heads
@@ -282,7 +279,7 @@ def _work(data, numbers, size):
             numbers(call.stored_values + size * head.vectors),
             scratch,
         )
-        turn = increment(begun)
+        turn = add(begun, 1)
 
 
 def walk_float32(data):

@@ -75,7 +75,7 @@ def test_teacher_forcing_in_bfloat16_equals_float32_up_to_rounding(
     tiny_model_dir, tiny_model: LoadedModel
 ) -> None:
     # The weights are exact in bfloat16, so only computed values are rounded.
-    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
+    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16")
     assert decoding.choose_kernels("auto", half) == "numba"
     rng = random.Random(3)
     example = teacher_forcing.Example(

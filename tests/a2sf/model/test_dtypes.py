@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from a2sf.errors import InvalidArgument
-from a2sf.model import dtypes, packed_linear
+from a2sf.model import dtypes, linear
 from a2sf.model.dtypes import bfloat16_speedups, bfloat16_unit
 from a2sf.model.loader import load_model
 from a2sf.model.spec import read_model_spec
@@ -21,12 +21,12 @@ CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, dtype=torch.float16)
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Simulate a processor with these units and these speed-ups of bfloat16."""
 
-    def let(*ratios: float, packs: bool = True, **units: bool) -> None:
+    def let(*ratios: float, native: bool = True, **units: bool) -> None:
         monkeypatch.setattr(dtypes, "bfloat16_unit", bfloat16_unit)
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda: MappingProxyType(units), raising=False
         )
-        monkeypatch.setattr(packed_linear, "packs", lambda _: packs)
+        monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: native)
         measured = dict(enumerate(ratios))
         monkeypatch.setattr(
             dtypes, "bfloat16_speedups", lambda _: measured or pytest.fail("something was measured")
@@ -66,7 +66,7 @@ def test_auto_is_float32_without_a_measurement_if_there_is_no_unit(
 
 
 def test_auto_is_float32_if_torch_does_not_use_the_unit(processor: Any) -> None:
-    processor(packs=False, amx_bf16=True)
+    processor(native=False, amx_bf16=True)
     chosen = dtypes.choose("auto", "cpu", CONFIG)
     assert (chosen.name, chosen.reason) == (
         "float32",
@@ -126,8 +126,6 @@ def test_the_measurement_covers_both_dtypes_and_all_numbers_of_rows(
         return (100.0 if first else 1.0) * (3.0 if values.dtype == torch.float32 else 2.0)
 
     monkeypatch.setattr(dtypes, "_seconds", seconds)
-    plain = packed_linear.PackedLinear(torch.zeros(0), None)
-    monkeypatch.setattr(packed_linear.PackedLinear, "of", lambda layer: plain)
     assert bfloat16_speedups(CONFIG) == {16: 1.5, 128: 1.5}
     assert given[:2] == [(torch.float32, (16, 64)), (torch.bfloat16, (16, 64))]
     assert len(given) == 2 * 2 * 6
@@ -140,6 +138,6 @@ def test_a_model_and_its_spec_have_the_same_dtype_and_reason(
     spec = read_model_spec(str(tiny_model_dir), device_type="cpu")
     assert spec.dtype == torch.bfloat16
     assert "AMX-BF16" in spec.dtype_reason
-    model = load_model(str(tiny_model_dir), device="cpu", pack=False)
+    model = load_model(str(tiny_model_dir), device="cpu")
     assert (model.dtype, model.dtype_reason) == (spec.dtype, spec.dtype_reason)
     assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}

@@ -174,14 +174,11 @@ def test_weights_take_the_planned_bytes_on_either_device(
     directory = save(architecture, tmp_path, tie_word_embeddings=tied)
     for dtype in ("float32", "bfloat16"):
         given = ("--model", directory, "--dtype", dtype, "--budget", 8, "--max-batch", 1)
-        packed = load_model(str(directory), device="cpu", dtype=dtype)
-        on_cpu, on_cuda = planned("--device", "cpu", *given), planned("--device", "cuda", *given)
-        assert on_cpu["memory"]["weights_bytes"] == held_bytes(packed)
-        # Nothing is packed on a GPU: the tensors are those of a model that is not.
-        plain = load_model(str(directory), device="cpu", dtype=dtype, pack=False)
-        assert on_cuda["memory"]["weights_bytes"] == held_bytes(plain)
-        stored = on_cuda["weights"]["stored_parameters"]
-        assert stored == on_cuda["weights"]["parameters"]
+        loaded = load_model(str(directory), device="cpu", dtype=dtype)
+        for device in ("cpu", "cuda"):
+            plan = planned("--device", device, *given)
+            assert plan["memory"]["weights_bytes"] == held_bytes(loaded)
+            assert plan["weights"]["stored_parameters"] == plan["weights"]["parameters"]
 
 
 def test_config_json_alone_is_enough_for_a_plan(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -32,11 +32,6 @@ def examples(tiny_model: LoadedModel, small_data: Path) -> list[Example]:
     return packing.examples(tiny_model, part, count=4, length=96, seed=0)
 
 
-@pytest.fixture(scope="module")
-def unpacked(tiny_model_dir: Path) -> LoadedModel:
-    return load_model(str(tiny_model_dir), device="cpu", dtype="float64", pack=False)
-
-
 def alone(policy: EffectivePolicy, layer: int, head: int, length: int) -> EffectivePolicy:
     """The policy in one head; every other keeps all."""
 
@@ -55,22 +50,24 @@ def alone(policy: EffectivePolicy, layer: int, head: int, length: int) -> Effect
 
 
 def test_the_estimate_predicts_the_cost_of_each_head_alone(
-    unpacked: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+    tiny_model_64: LoadedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So many draws that the estimate's own error is a few hundredths.
     monkeypatch.setattr(curvature, "SAMPLES", 400)
     at = spec(0.5)
     policy = at.policy(at.uniform(SETTING))
-    found = curvature.effects(unpacked, examples, [policy]).square().mean(dim=(0, 1))[..., 0] / 2
+    found = (
+        curvature.effects(tiny_model_64, examples, [policy]).square().mean(dim=(0, 1))[..., 0] / 2
+    )
     true = torch.zeros(3, 2, dtype=torch.float64)
-    full = full_cache(unpacked, examples)
+    full = full_cache(tiny_model_64, examples)
     for layer in range(3):
         for head in range(2):
             policies = [
-                alone(effective(policy, unpacked, n), layer, head, n)
+                alone(effective(policy, tiny_model_64, n), layer, head, n)
                 for n in (len(example.token_ids) for example in examples)
             ]
-            predicted = teacher_forcing.predict(unpacked, examples, policies)
+            predicted = teacher_forcing.predict(tiny_model_64, examples, policies)
             kls = [divergence(*row)[0] for row in zip(examples, predicted, full, strict=True)]
             true[layer, head] = float(np.mean(kls))
     assert true.max() > 1.5 * true.min()
@@ -79,16 +76,16 @@ def test_the_estimate_predicts_the_cost_of_each_head_alone(
 
 
 def test_a_budget_of_the_whole_length_changes_no_output(
-    unpacked: LoadedModel, examples: list[Example]
+    tiny_model_64: LoadedModel, examples: list[Example]
 ) -> None:
     at = FitSpec(3, 2, budget=200, budget_ratio=None, prefill_chunk=0)
-    found = curvature.effects(unpacked, examples[:1], [at.policy(at.uniform(SETTING))])
+    found = curvature.effects(tiny_model_64, examples[:1], [at.policy(at.uniform(SETTING))])
     assert found.abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("chunk", [0, 16])
 def test_rows_and_policies_stand_for_themselves(
-    unpacked: LoadedModel, examples: list[Example], chunk: int
+    tiny_model_64: LoadedModel, examples: list[Example], chunk: int
 ) -> None:
     frames = [spec(ratio, chunk) for ratio in (0.2, 0.5)]
     policies = [at.policy(at.uniform(SETTING)) for at in frames]
@@ -98,43 +95,45 @@ def test_rows_and_policies_stand_for_themselves(
         counted=tuple(range(20, 39)),
     )
     rows = [short, examples[1]]
-    together = curvature.effects(unpacked, rows, policies)
+    together = curvature.effects(tiny_model_64, rows, policies)
     assert together.shape == (2, curvature.SAMPLES, 3, 2, 2)
     for number, row in enumerate(rows):
         for place, policy in enumerate(policies):
-            single = curvature.effects(unpacked, [row], [policy])
+            single = curvature.effects(tiny_model_64, [row], [policy])
             torch.testing.assert_close(single[0, ..., 0], together[number, ..., place])
 
 
-def test_the_reported_work_is_the_work_done(unpacked: LoadedModel, examples: list[Example]) -> None:
+def test_the_reported_work_is_the_work_done(
+    tiny_model_64: LoadedModel, examples: list[Example]
+) -> None:
     at = spec(0.3)
     ticks: list[int] = []
     curvature.effects(
-        unpacked, examples[:1], [at.policy(at.uniform(SETTING))], lambda: ticks.append(1)
+        tiny_model_64, examples[:1], [at.policy(at.uniform(SETTING))], lambda: ticks.append(1)
     )
-    assert len(ticks) == curvature.ticks(unpacked)
+    assert len(ticks) == curvature.ticks(tiny_model_64)
 
 
 def test_heads_of_one_layer_do_not_influence_each_other(
-    unpacked: LoadedModel, examples: list[Example]
+    tiny_model_64: LoadedModel, examples: list[Example]
 ) -> None:
     at = spec(0.3)
     setting = at.uniform(SETTING)
     both = at.policy(setting)
     one = at.policy(setting.with_head(1, 0, 0.0))
-    found = curvature.effects(unpacked, examples, [both, one])
+    found = curvature.effects(tiny_model_64, examples, [both, one])
     changed = (found[..., 0] - found[..., 1]).abs().amax(dim=(0, 1)) > 1e-12
     assert changed.tolist() == [[False, False], [True, False], [False, False]]
 
 
 def test_a_model_in_half_precision_foretells_the_same(
-    unpacked: LoadedModel, tiny_model_dir: Path, examples: list[Example]
+    tiny_model_64: LoadedModel, tiny_model_dir: Path, examples: list[Example]
 ) -> None:
-    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16", pack=False)
+    half = load_model(str(tiny_model_dir), device="cpu", dtype="bfloat16")
     policies = [spec(0.3).policy(spec(0.3).uniform(SETTING))]
     one, other = (
         curvature.effects(model, examples, policies).square().mean(dim=(0, 1))
-        for model in (half, unpacked)
+        for model in (half, tiny_model_64)
     )
     # Other words are drawn from figures that are rounded, and few of them.
     np.testing.assert_allclose(one.log(), other.log(), atol=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from optuna.storages import InMemoryStorage
 
-from a2sf.model.loader import LoadedModel, load_model
+from a2sf.model.loader import LoadedModel
 from a2sf.schema import TablePolicy, UniformSetting
 from tests.tuner.planted import SPEC, Clock, Planted, table, trials_of
 from tuner.data import packing
@@ -118,11 +118,6 @@ def test_at_measured_budgets_the_curves_equal_the_measured_costs() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def unpacked(tiny_model_dir: Path) -> LoadedModel:
-    return load_model(str(tiny_model_dir), device="cpu", dtype="float32", pack=False)
-
-
 def real(
     model: LoadedModel, small_data: Path, storage: Any = None, minutes: float | None = None
 ) -> Trials:
@@ -134,26 +129,27 @@ def real(
     return Trials(ledger, Objective(model, examples, label="test"), spec, minutes)
 
 
-def looked(trials: Trials, load: Any) -> Profile | None:
+def looked(trials: Trials) -> Profile | None:
     with trials.stage("sensitivity", 20):
-        return sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), load)
+        return sensitivity.measure_profile(trials, trials.spec.uniform(SETTING))
 
 
 SETTING = UniformSetting(alpha=0.9, recent_share=0.25, sinks=2)
 
 
 def test_a_profile_is_stored_and_never_measured_twice(
-    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
     storage = InMemoryStorage()
-    first = looked(real(unpacked, small_data, storage), lambda: unpacked)
+    first = looked(real(tiny_model, small_data, storage))
 
-    def no_load() -> LoadedModel:
+    def effects(*arguments: Any) -> torch.Tensor:
         raise AssertionError("known already")
 
-    trials = real(unpacked, small_data, storage)
-    again = looked(trials, no_load)
+    monkeypatch.setattr(curvature, "effects", effects)
+    trials = real(tiny_model, small_data, storage)
+    again = looked(trials)
     assert first is not None
     assert again is not None
     np.testing.assert_array_equal(first.costs, again.costs)
@@ -164,11 +160,11 @@ def test_a_profile_is_stored_and_never_measured_twice(
 
 
 def test_the_number_of_rows_profiled_together_changes_nothing(
-    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = looked(real(unpacked, small_data), lambda: unpacked)
+    together = looked(real(tiny_model, small_data))
     monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
-    alone = looked(real(unpacked, small_data), lambda: unpacked)
+    alone = looked(real(tiny_model, small_data))
     assert together is not None
     assert alone is not None
     np.testing.assert_allclose(alone.costs, together.costs, rtol=1e-3, atol=1e-9)
@@ -178,7 +174,7 @@ def test_the_number_of_rows_profiled_together_changes_nothing(
 
 
 def test_a_profile_of_fewer_examples_is_noted(
-    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+    tiny_model: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr(sensitivity, "MAX_ROWS", 1)
     monkeypatch.setattr("tuner.search.trials.time.perf_counter", lambda: clock.now)
@@ -189,8 +185,8 @@ def test_a_profile_of_fewer_examples_is_noted(
         return honest(*arguments)
 
     monkeypatch.setattr(curvature, "effects", slow)
-    trials = real(unpacked, small_data, minutes=1)
-    found = looked(trials, lambda: unpacked)
+    trials = real(tiny_model, small_data, minutes=1)
+    found = looked(trials)
     assert found is not None
     # Of 60 s a third is for the proof, and of the rest six tenths for the look.
     assert found.examples == 2
@@ -198,42 +194,24 @@ def test_a_profile_of_fewer_examples_is_noted(
 
 
 def test_without_time_for_one_example_that_is_said_once(
-    unpacked: LoadedModel, small_data: Path
+    tiny_model: LoadedModel, small_data: Path
 ) -> None:
-    trials = real(unpacked, small_data, minutes=2.5 / 60)
+    trials = real(tiny_model, small_data, minutes=2.5 / 60)
     with trials.stage("uniform", 1):
         trials.stage_totals["uniform"] = StageTotals(trials=1, evaluations=1.0, seconds=1.0)
     for stage in ("sensitivity", "alphas"):
         with trials.stage(stage, 20):
             assert trials.trials_left > 0
-            assert (
-                sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), lambda: unpacked)
-                is None
-            )
+            assert sensitivity.measure_profile(trials, trials.spec.uniform(SETTING)) is None
     assert trials.notes == [
         "There was no time for the sensitivity profile: it needs more --minutes."
     ]
 
 
-def test_the_time_to_load_the_model_for_the_profile_is_not_counted(
-    unpacked: LoadedModel, small_data: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    monkeypatch.setattr("tuner.search.trials.time.perf_counter", lambda: clock.now)
-
-    def load() -> LoadedModel:
-        clock.now += 100
-        return unpacked
-
-    trials = real(unpacked, small_data)
-    assert looked(trials, load) is not None
-    assert clock.now == 100
-    assert trials.seconds_spent == 0
-
-
-def test_without_trials_no_profile_is_measured(unpacked: LoadedModel, small_data: Path) -> None:
-    trials = real(unpacked, small_data)
+def test_without_trials_no_profile_is_measured(tiny_model: LoadedModel, small_data: Path) -> None:
+    trials = real(tiny_model, small_data)
     with trials.stage("sensitivity", 0):
-        found = sensitivity.measure_profile(trials, trials.spec.uniform(SETTING), lambda: unpacked)
+        found = sensitivity.measure_profile(trials, trials.spec.uniform(SETTING))
     assert found is None
 
 

@@ -154,7 +154,7 @@ def test_k_quants_are_unpacked_as_in_another_library(kind: str, tmp_path: Path) 
     # The library cannot quantise to K-quants, so the blocks are made here.
     path = with_raw_tensor(path, tmp_path / "k.gguf", "blk.0.ffn_up.weight", blocks, type_)
     want = dequantize(torch.from_numpy(blocks.reshape(-1)), type_.value).reshape(96, 256)
-    weight = load(path, pack=False).module.model.layers[0].mlp.up_proj.weight
+    weight = load(path).module.model.layers[0].mlp.up_proj.weight
     assert want.abs().max() > 0.1
     torch.testing.assert_close(weight, want)
 

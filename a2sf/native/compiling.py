@@ -1,65 +1,31 @@
-"""Compiles numba kernels for processors, caches them on disk, and runs them in threads.
+"""Compiles numba kernels for processors, and caches them on disk.
 
-Owns the cache's location and the threads. Kernels run in the threads of torch's OpenMP, so that
-there is only one thread pool: two would compete for the processor. Needs no other compiler. Knows
-nothing of what the kernels compute.
+Owns the cache's location. Needs no other compiler. Knows nothing of what the kernels compute, or
+in which threads they run.
 
 numba caches next to the source, else in the user's cache folder, or in NUMBA_CACHE_DIR. If none of
 these is writable, we use a private folder among the temporary files. If that fails too, each
 process compiles again.
 """
 
-import ctypes
 import hashlib
 import inspect
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 import numba
-import torch
+from numba import types
+
+SIGNATURE = types.void(types.voidptr)
+"""A kernel takes the address of its arguments, which all threads share."""
 
 
-@cache
-def _parallel() -> Any:
-    """Find `GOMP_parallel` in the OpenMP library that torch uses; None if it has none.
-
-    Searched through torch's library, because the process may have loaded another copy of OpenMP.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        found = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    found.restype = None
-    return found
-
-
-def available() -> bool:
-    """Whether kernels can run: whether torch's OpenMP library has GNU's entry points."""
-    return _parallel() is not None
-
-
-def run(program: int, data: int, threads: int) -> None:
-    """Run a kernel in `threads` threads, including this one, without holding the GIL.
-
-    Args:
-        program: the address of a C function that takes a pointer.
-        data: the argument for each thread.
-        threads: at least 1.
-    """
-    _parallel()(program, data, threads, 0)
-
-
-def compiled(
-    function: Callable[[Any], None], signature: Any, *, uses: Sequence[ModuleType] = ()
-) -> int:
+def compiled(function: Callable[[Any], None], *, uses: Sequence[ModuleType] = ()) -> int:
     """Compile a kernel, or load it from the cache; return its address.
 
     Takes seconds the first time on a machine, and a fraction of a second later. The kernel stays
@@ -67,21 +33,20 @@ def compiled(
 
     Args:
         function: the kernel.
-        signature: its numba signature.
         uses: the other modules whose compiled code or constants the kernel uses.
     """
     function = _keyed(function, uses)
     try:
-        return _kept(numba.cfunc(signature, cache=True)(function))
+        return _kept(numba.cfunc(SIGNATURE, cache=True)(function))
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
     folder = _own_folder()
     if folder is None:
-        return _kept(numba.cfunc(signature)(function))
+        return _kept(numba.cfunc(SIGNATURE)(function))
     usual, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
-        return _kept(numba.cfunc(signature, cache=True)(function))
+        return _kept(numba.cfunc(SIGNATURE, cache=True)(function))
     finally:
         numba.config.CACHE_DIR = usual
 

@@ -1,55 +1,22 @@
-"""Compiled kernels are cached in a safe folder, and run in parallel with Python's threads."""
+"""Compiled kernels are cached, also where only a private folder is writable."""
 
 import ctypes
 import importlib.util
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from types import ModuleType
 
 import numba
 import numpy as np
 import pytest
-from numba import carray, types
+from numba import carray
 
-from a2sf.cache.kernels import compiling, walk_memory
-
-SIGNATURE = types.void(types.voidptr)
-TURNS = 300_000_000
+from a2sf.native import compiling, team
 
 
 def answer(data):  # type: ignore[no-untyped-def]
     carray(data, 1, np.int64)[0] = 42
-
-
-def wait(data):  # type: ignore[no-untyped-def]
-    """Count up; stop early when another thread writes a higher number."""
-    counter = carray(data, 1, np.int64)
-    while walk_memory.increment(walk_memory.longs_at(counter.ctypes.data)) < TURNS:
-        pass
-
-
-def test_a_kernel_runs_in_the_requested_number_of_threads() -> None:
-    number = ctypes.c_int64(0)
-    program = compiling.compiled(answer, SIGNATURE)
-    for threads in (1, 2):
-        number.value = 0
-        compiling.run(program, ctypes.addressof(number), threads)
-        assert number.value == 42
-
-
-def test_other_python_threads_run_while_a_kernel_runs() -> None:
-    count = ctypes.c_int64(0)
-    program = compiling.compiled(wait, SIGNATURE, uses=[walk_memory])
-    at_work = threading.Thread(target=compiling.run, args=(program, ctypes.addressof(count), 1))
-    at_work.start()
-    while count.value == 0:
-        pass
-    count.value = 2 * TURNS
-    at_work.join()
-    # The kernel was still running and has seen the number.
-    assert count.value == 2 * TURNS + 1
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -81,8 +48,8 @@ def test_a_change_in_a_module_that_the_kernel_uses_compiles_the_kernel_again(
         uses = load(used, monkeypatch)
         write = load(kernel, monkeypatch).write
         number = ctypes.c_int64(0)
-        program = compiling.compiled(write, SIGNATURE, uses=[uses])
-        compiling.run(program, ctypes.addressof(number), 1)
+        program = compiling.compiled(write, uses=[uses])
+        team.run(program, ctypes.addressof(number), 1)
         found.append(number.value)
     assert found == [41, 42, 42]
     # One file per version: the third call has loaded the second's.
@@ -100,14 +67,14 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def runs(program: int) -> bool:
     number = ctypes.c_int64(0)
-    compiling.run(program, ctypes.addressof(number), 1)
+    team.run(program, ctypes.addressof(number), 1)
     return number.value == 42
 
 
 def test_without_another_writable_folder_kernels_are_cached_in_a_private_one(
     nowhere: Path,
 ) -> None:
-    assert runs(compiling.compiled(answer, SIGNATURE))
+    assert runs(compiling.compiled(answer))
     (folder,) = nowhere.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert list(folder.rglob("*.nbc"))
@@ -128,5 +95,5 @@ def test_kernels_are_not_loaded_from_a_folder_that_others_can_write(
         folder.symlink_to(nowhere / "elsewhere")
     else:
         folder.touch()
-    assert runs(compiling.compiled(answer, SIGNATURE))
+    assert runs(compiling.compiled(answer))
     assert not list(nowhere.rglob("*.nbc"))

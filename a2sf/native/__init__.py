@@ -1,0 +1,8 @@
+"""Compiling and running kernels on processors, with numba and without another compiler."""
+
+import sys
+
+
+def available() -> bool:
+    """Whether kernels can run here. Their threads need POSIX semaphores in unnamed memory."""
+    return sys.platform == "linux"
