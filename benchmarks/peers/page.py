@@ -37,17 +37,15 @@ NOTES = """\
 What to know of the peers: OpenVINO evicts whole blocks of 32 tokens and kvpress once in a turn, so
 both hold more than the budget (see the tokens a row holds). Rows of transformers continuous
 batching share the pages of their prompt, which favours it; on a processor it has no paged kernel.
-Rows of all other peers hold copies of their own. This engine multiplies by weights laid out for
-oneDNN, as OpenVINO does, and the other peers by torch's own float32 kernels, which are slow on this
-processor: the line of this engine with all tokens kept shows what that alone gives, and the other
-lines what eviction adds.
+Rows of all other peers hold copies of their own. In a decode step, this engine multiplies
+by its own kernels for few rows, OpenVINO by oneDNN, and the other peers by torch's float32 kernels,
+which are slow on this processor: the line of this engine with all tokens kept shows what that alone
+gives, and the other lines what eviction adds.
 
-Where OpenVINO is faster than this engine, and how: both multiply by the same library, which takes
-most of this engine's step. OpenVINO compiles the rest into one graph, with norms, rotation and
-activation fused, and attends in one kernel that reads each key and value once. Here they are
-separate operations of torch, some microseconds each, and attention is two batched products that
-do not reach the memory's bandwidth. So its lead is largest where a step is short: small models,
-batch 1, bfloat16."""
+Where OpenVINO is faster than this engine, and how: OpenVINO compiles the whole step into one graph,
+with norms, rotation and activation fused. Here these are separate operations of torch, called from
+Python, some microseconds each: about .4 ms a layer. So its lead is largest where a step is short:
+small models and few rows."""
 
 
 def markdown(document: dict[str, Any], source: str) -> str:

@@ -253,7 +253,7 @@ def _tokens(call, head, pair, query, keys, values, output, stored_keys, stored_v
 
 @njit
 def _work(data, numbers, size):
-    """Process heads, one after the other, until none is left; OpenMP runs this in every thread.
+    """Process heads, one after the other, until none is left; every thread of the team runs this.
 
     `numbers` turns addresses into pointers; `size` is the size of a number in bytes.
     """
