@@ -103,10 +103,12 @@ def _team() -> Team:
 
 
 def _forget() -> None:
-    _team.cache_clear()
+    """Make a new team in a forked process, which has no helpers."""
+    if _team.cache_info().currsize:
+        atexit.unregister(_team().end)
+        _team.cache_clear()
 
 
-# A forked process has no helpers.
 os.register_at_fork(after_in_child=_forget)
 
 
