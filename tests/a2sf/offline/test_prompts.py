@@ -18,7 +18,10 @@ from tuner.evaluation.objective import effective
 LENGTHS = ((14, 9), (40, 12), (30, 30), (25, 1))
 """Number of tokens of each text and of its prompt; one text ends with its prompt."""
 
-WISHES = (
+ROUNDING = {"rtol": 1e-4, "atol": 5e-5}
+"""Few rows are multiplied by another kernel than many, so float32 rounds differently."""
+
+REQUESTED = (
     CachePolicy(alpha=0.9, budget=7, recent=2),
     CachePolicy(preset="window", budget=8),
     CachePolicy(preset="random", budget=9, random_seed=5),
@@ -39,7 +42,7 @@ def examples() -> list[Example]:
 def policies(model: LoadedModel, examples: list[Example]) -> list[EffectivePolicy]:
     return [
         effective(requested_policy, model, len(example.token_ids))
-        for requested_policy, example in zip(WISHES, examples, strict=True)
+        for requested_policy, example in zip(REQUESTED, examples, strict=True)
     ]
 
 
@@ -61,7 +64,7 @@ def test_predictions_with_given_prompts_equal_those_of_whole_texts(
         tiny_model, examples, rules, batch=batch, similarity=True, prompts=known
     )
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.logits, other.logits, **ROUNDING)
         torch.testing.assert_close(one.similarity, other.similarity, rtol=1e-5, atol=1e-6)
     full = teacher_forcing.predict(tiny_model, examples, None)
     assert not torch.allclose(got[1].logits, full[1].logits), "something was evicted"
@@ -111,7 +114,7 @@ def test_a_layer_input_can_be_combined_with_given_prompts(
         assert [len(one) for one in below.hidden] == [length - prompt for length, prompt in LENGTHS]
         got = teacher_forcing.predict(tiny_model, examples, rules, layer_input=below, prompts=known)
         for one, other in zip(got, want, strict=True):
-            torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one.logits, other.logits, **ROUNDING)
 
 
 def test_padding_does_not_affect_texts_with_given_prompts(
