@@ -132,26 +132,28 @@ def size(inputs: PlanInputs) -> Sizing:
     )
     options = _options(inputs, spec)
     shape = spec.shape
-    shares: Shares | None = None
+    shares: Shares = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
+    row_slots: Heads | None = None
     if inputs.default_table is not None:
         table = _table(inputs, spec)
-        if len(set(chain(*slots_per_head(options["slots"], table.policy.head_share)))) == 1:
+        shares = table.policy.head_share
+        slots = slots_per_head(options["slots"], shares, shape.max_context)
+        if len(set(chain(*slots))) == 1:
             options["default_budget"] = inputs.budget
         server = ServerOptions(**options)
-        shares = row_shape(server, table)
-        slots = server.engine_config(shares).head_slots(shape.num_layers, shape.num_kv_heads)
+        row_slots = row_shape(server, table, shape.max_context)
         check_default(server, slots, shape.max_context, table)
     else:
         options["default_budget"] = inputs.budget
-    config = ServerOptions(**options).engine_config(shares)
+    config = ServerOptions(**options).engine_config(row_slots)
     head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
     staging_slots = config.staging_slots(shape.max_context)
     context, context_from = _context(inputs, shape.max_context)
     weights = capacity.weights(spec)
     heads = shape.num_layers * shape.num_kv_heads
     row = capacity.slots_nbytes(spec, 1, head_slots)
-    equal = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
-    staging = capacity.slots_nbytes(spec, 1, slots_per_head(staging_slots, equal))
+    equal = ((staging_slots,) * shape.num_kv_heads,) * shape.num_layers
+    staging = capacity.slots_nbytes(spec, 1, equal)
     full_sequence = capacity.vectors_nbytes(spec, heads * context)
     if inputs.memory is None:
         assert inputs.max_batch is not None
@@ -162,7 +164,7 @@ def size(inputs: PlanInputs) -> Sizing:
         rows = _rows(inputs, room - staging, row)
         most = max(room // full_sequence, 0)
         full_rows = most if inputs.max_batch is None else min(most, inputs.max_batch)
-    budgets = split_slots(inputs.budget, shares or equal, context)
+    budgets = split_slots(inputs.budget, shares, context)
     return Sizing(
         spec=spec,
         weights=weights,
