@@ -135,9 +135,16 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
 
 @contextmanager
 def _option_named(option: str) -> Iterator[None]:
-    """Begin an error about what cannot be found, read or supported with its option."""
+    """Begin an error about what cannot be found, read or supported with its option.
+
+    An argument that has the name of another option is reported as that option.
+    """
     try:
         yield
+    except InvalidArgument as error:
+        if error.field in ("device", "dtype"):
+            raise InvalidArgument(f"--{error.field}", error.problem) from error
+        raise
     except (NotFound, Unsupported, TableError) as error:
         raise type(error)(f"{option}: {error}") from error
 

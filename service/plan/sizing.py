@@ -117,7 +117,11 @@ def size(inputs: PlanInputs) -> Sizing:
     if inputs.device not in DEVICES:
         raise InvalidArgument("--device", f"{inputs.device!r}; accepted: {', '.join(DEVICES)}")
     if inputs.memory is None and inputs.max_batch is None:
-        raise InvalidArgument("--gpu-memory", "missing; give it, --gpu or --max-batch")
+        raise InvalidArgument(
+            "--gpu-memory",
+            "missing, and without it the number of sequences is unknown; accepted: a size such as "
+            "80GB, or instead --gpu with a known name, or --max-batch with a number of sequences",
+        )
     least = DEFAULT_SINKS + 1
     if inputs.budget < least:
         raise InvalidArgument(
@@ -225,12 +229,12 @@ def _options(inputs: PlanInputs, spec: ModelSpec) -> dict[str, Any]:
 def _rows(inputs: PlanInputs, room: int, row: int) -> int:
     """Return how many rows to plan for. Raises InvalidArgument if they do not fit."""
     most = room // row
-    if inputs.max_batch is not None:
+    if inputs.max_batch is not None and most >= 1:
         if inputs.max_batch > most:
             raise InvalidArgument(
                 "--max-batch",
                 f"{inputs.max_batch} rows of {units.binary(row)} do not fit beside weights, "
-                f"staging row and reserve; accepted: {_most(most)}",
+                f"staging row and reserve; accepted: at most {most}",
             )
         return inputs.max_batch
     if most < 1:
@@ -241,10 +245,6 @@ def _rows(inputs: PlanInputs, room: int, row: int) -> int:
             "--dtype",
         )
     return most
-
-
-def _most(rows: int) -> str:
-    return f"at most {rows}" if rows > 0 else "none, so give more memory or a smaller --budget"
 
 
 def _table(inputs: PlanInputs, spec: ModelSpec) -> AlphaTable:
