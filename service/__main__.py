@@ -63,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _print(event: str, line: str, **fields: str) -> None:
+def _print(event: str, line: str, **fields: str | int) -> None:
     # The reader of stdout may have gone; the server continues.
     with suppress(BrokenPipeError):
         print(line, flush=True)
 
 
-def _log(event: str, line: str, **fields: str) -> None:
+def _log(event: str, line: str, **fields: str | int) -> None:
     # If a collector reads stdout and stderr as one stream, every line must be JSON.
     log.info(event, **fields)
 

@@ -31,7 +31,7 @@ _CONNECTION_LOST = "the processes of the model lost their connection"
 class Announce(Protocol):
     """Announces the state of the server to the user."""
 
-    def __call__(self, event: str, line: str, **fields: str) -> None:
+    def __call__(self, event: str, line: str, **fields: str | int) -> None:
         """Show `line` to people, or give `event` and its fields to programs."""
 
 
@@ -46,6 +46,7 @@ async def run(options: ServerOptions, announce: Announce) -> int:
     if not is_first_rank():
         return _follow(options)
     stopping, has_served = asyncio.Event(), False
+    before_drain: tuple[int, int] | None = None
     with _signals(stopping), _port_file(options.port_file) as write_port:
         server = Server(options)
         try:
@@ -71,9 +72,21 @@ async def run(options: ServerOptions, announce: Announce) -> int:
                 warming.cancel()
             if not server.crashed.done():
                 announce("stopping", "stopping")
+                before_drain = server.ended_completions
                 await server.drain(options.grace_s, options.settle_s)
         finally:
             await server.stop()
+    if before_drain is not None and not server.crashed.done():
+        finished, unfinished = (
+            now - before for now, before in zip(server.ended_completions, before_drain, strict=True)
+        )
+        announce(
+            "stopped",
+            f"stopped; completions that ended while stopping: {finished} finished, "
+            f"{unfinished} unfinished",
+            finished=finished,
+            unfinished=unfinished,
+        )
     if server.thread_left_running:
         # If a thread runs native code, a normal exit of the interpreter would abort.
         log.warning("the engine's thread is still busy; the process exits without it")

@@ -93,6 +93,11 @@ class Server:
         return self._gate.num_calls
 
     @property
+    def ended_completions(self) -> tuple[int, int]:
+        """Number of completions since the start that finished, and that ended otherwise."""
+        return self._gate.finished, self._gate.unfinished
+
+    @property
     def crashed(self) -> "asyncio.Future[BaseException]":
         """Done once the engine has died; then only `stop` may be called."""
         return self._runner.crashed

@@ -40,7 +40,7 @@ DEFAULT_MINUTES, REFERENCE_MINUTES = 30, 8
 
 app = typer.Typer(
     help="Fit tables of forgetting factors, prove them, and compare cache policies. Options "
-    "without a command mean fit: python -m tuner --dataset mathqa",
+    "without a command mean fit: python -m tuner --dataset recall",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -55,8 +55,9 @@ def fit(
     dataset: Annotated[
         str,
         typer.Option(
-            help="A known name such as mathqa, a folder or file of rows (.jsonl) or text, or a "
-            "dataset repository on the Hugging Face hub; several, with commas, to fit their "
+            help="recall, state, arith or copy, which are generated and need no data; a public "
+            "set such as mathqa, from --data-dir; a folder or file of rows (.jsonl) or text; or a "
+            "dataset repository on the Hugging Face hub. Several, with commas, to fit their "
             "mixture. docs/tuner.md has the forms of rows."
         ),
     ],

@@ -94,6 +94,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
                 description=policy.description,
                 alpha=policy.table.policy.alpha if policy.table else None,
                 sha256=policy.table.sha256 if policy.table else None,
+                fitted_at=policy.fitted_at,
             )
             for policy in policies
         ),

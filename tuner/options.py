@@ -26,7 +26,11 @@ ModelOption = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DataDirOption = Annotated[
-    Path | None, typer.Option(help="Directory of the datasets. Default: $A2SF_DATA_DIR.")
+    Path | None,
+    typer.Option(
+        help="Directory of the public datasets and your folders: DIR/NAME/calibration.jsonl and "
+        "validation.jsonl, or .txt. Default: $A2SF_DATA_DIR."
+    ),
 ]
 LengthOption = Annotated[int, typer.Option(help="Largest number of tokens of one sequence.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

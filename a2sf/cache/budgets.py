@@ -75,10 +75,15 @@ def split_slots(
     return tuple(tuple(islice(heads, len(layer))) for layer in shares)
 
 
-def slots_for(budget: int, shares: Sequence[Sequence[float]]) -> int:
-    """Return the mean slots per head that give every head at least `budget` slots."""
+def slots_for(budget: int, shares: Sequence[Sequence[float]], most: int) -> int:
+    """Return the mean slots per head with which `split_slots` gives every head at least `budget`.
+
+    `most` is as for `split_slots`: the most slots that a head can use.
+    """
     weights = [Fraction(share) for layer in shares for share in layer]
-    return math.ceil(budget * sum(weights, Fraction()) / (len(weights) * min(weights)))
+    limit = Fraction(max(budget, most))
+    heads = (min(budget * weight / min(weights), limit) for weight in weights)
+    return math.ceil(sum(heads, Fraction()) / len(weights))
 
 
 def resolve(

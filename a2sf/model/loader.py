@@ -285,7 +285,14 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InvalidArgument("device", f"{name!r}; accepted: auto, cpu, cuda, cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidArgument("device", f"{name!r}, but this machine has no CUDA device; use cpu")
-    return torch.device(name)
+        raise InvalidArgument("device", f"{name!r}; accepted: auto, cpu, cuda, cuda:0 and so on")
+    device = torch.device(name)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        numbered = "".join(f", cuda:{number}" for number in range(found))
+        raise InvalidArgument(
+            "device",
+            f"{name!r}, but the number of CUDA devices that torch finds is {found}; accepted here: "
+            f"auto, cpu{', cuda' * bool(found)}{numbered}",
+        )
+    return device

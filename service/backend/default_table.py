@@ -12,7 +12,7 @@ import structlog
 from a2sf.cache.budgets import resolve, slots_for
 from a2sf.engine.admission import EngineConfig
 from a2sf.errors import InvalidArgument, TableInvalid
-from a2sf.policy import CachePolicy, Heads, policy_if_omitted
+from a2sf.policy import DEFAULT_SINKS, CachePolicy, Heads, policy_if_omitted
 from a2sf.schema import AlphaTable
 from service.backend.tables import TableStore
 from service.config.options import ServerOptions, Shares, slots_per_head
@@ -38,27 +38,28 @@ def log_default_policy(config: EngineConfig, store: TableStore) -> None:
     )
 
 
-def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
-    """Return the shares by which the default table shapes rows, or None if all are equal.
+def row_shape(options: ServerOptions, table: AlphaTable, max_context: int) -> Heads | None:
+    """Return the slots of a row's heads as the default table splits them, or None if all are equal.
 
     Raises InvalidArgument, with everything that is too large, unless the defaults of the server and
     of the table fit at every length: their budgets, and their lower bounds of a ratio. A request
     with equal heads, or one no longer than its budget, needs the whole budget in every head.
     """
     policy, shares = table.policy, table.policy.head_share
-    slots = slots_per_head(options.slots, shares)
+    slots = slots_per_head(options.slots, shares, max_context)
     narrowest, layer, head = min(
         (has, layer, head) for layer, row in enumerate(slots) for head, has in enumerate(row)
     )
     limits = (
         (f"{table.name} was fitted for a budget of", policy.budget or 0, None),
         (f"min_budget of {table.name} is", policy.min_budget or 0, None),
-        ("--default-budget is", options.default_budget_for(shares), "--default-budget"),
-        ("--min-budget is", options.min_budget_for(shares), "--min-budget"),
+        ("sinks and the newest token are", DEFAULT_SINKS + 1, None),
+        ("--default-budget is", options.default_budget_for(slots), "--default-budget"),
+        ("--min-budget is", options.min_budget_for(slots), "--min-budget"),
     )
     too_large = [limit for limit in limits if limit[1] > narrowest]
     if not too_large:
-        return None if len(set(chain(*slots))) == 1 else shares
+        return None if len(set(chain(*slots))) == 1 else slots
     room = f"a row has {options.slots} slots"
     if narrowest < options.slots:
         room = (
@@ -67,7 +68,7 @@ def row_shape(options: ServerOptions, table: AlphaTable) -> Shares | None:
             "budget, needs the whole budget in every head"
         )
     wanted = max(tokens for _, tokens, _ in too_large)
-    fix = f"give --slots {slots_for(wanted, shares)} or more"
+    fix = f"give --slots {slots_for(wanted, shares, max_context)} or more"
     if all(option is not None for _, _, option in too_large):
         fix += ", or " + " and ".join(f"{option} {narrowest} or less" for _, _, option in too_large)
     problem = " and ".join(f"{words} {tokens} tokens" for words, tokens, _ in too_large)
@@ -90,7 +91,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     """
     policy, start = table.policy, f"start the server with --default-table {table.name}"
     cannot = f"alpha table {table.name!r} cannot be the default"
-    wanted = slots_per_head(options.slots, policy.head_share)
+    wanted = slots_per_head(options.slots, policy.head_share, max_context)
     alike = wanted == rows
     if policy.budget is None:
         if not alike:
@@ -107,13 +108,13 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
             )
         floor, narrowest = policy.min_budget, min(chain(*rows))
         if floor is None:
-            floor = options.min_budget_for(policy.head_share)
+            floor = options.min_budget_for(wanted)
         if floor > narrowest:
             raise TableInvalid(
                 f"{cannot}: its budget is never below {floor} tokens (min_budget), a request of "
                 f"that length needs {floor} slots in every head, and the narrowest head has "
                 f"{narrowest}; {start} and "
-                f"--slots {slots_for(floor, policy.head_share)} or more"
+                f"--slots {slots_for(floor, policy.head_share, max_context)} or more"
             )
         return
     # A request that sets a ratio gets at least the table's min_budget.
@@ -122,7 +123,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     peaks = (
         [[budget] * len(row) for row in rows]
         if alike
-        else _max_slots_per_head(budget, policy.head_share)
+        else _max_slots_per_head(budget, policy.head_share, max_context)
     )
     _, layer, head = max(
         (peak - has, -layer, -head)
@@ -134,7 +135,7 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         raise TableInvalid(
             f"{cannot}: its {name} of {budget} tokens, split by its head_share, takes up to "
             f"{peak} slots of layer {-layer} head {-head}, which has {has}; {start} and "
-            f"--slots {slots_for(budget, policy.head_share)} or more"
+            f"--slots {slots_for(budget, policy.head_share, max_context)} or more"
         )
     try:
         # Heads with small shares get the fewest slots when the sequence is longest.
@@ -151,8 +152,8 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         raise TableInvalid(f"{cannot}: {error.problem}") from error
 
 
-def _max_slots_per_head(budget: int, shares: Shares) -> list[list[int]]:
-    """Return the most slots that each head takes of `budget`, over sequences of all lengths.
+def _max_slots_per_head(budget: int, shares: Shares, max_context: int) -> list[list[int]]:
+    """Return the most slots that each head takes of `budget`, over all lengths up to `max_context`.
 
     No head takes more slots than the sequence has tokens; the rest goes to the other heads. So a
     head takes the most slots at the greatest length that it can hold completely; heads with larger
@@ -162,6 +163,7 @@ def _max_slots_per_head(budget: int, shares: Shares) -> list[list[int]]:
     total = budget * len(weights)
 
     def peak(weight: float) -> int:
-        return math.ceil(total * weight / sum(min(weight, other) for other in weights))
+        alone = math.ceil(total * weight / sum(min(weight, other) for other in weights))
+        return min(alone, max(budget, max_context))
 
     return [[peak(weight) for weight in row] for row in shares]

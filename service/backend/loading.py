@@ -69,7 +69,7 @@ def load_core(options: ServerOptions) -> Core:
     if options.default_table is not None:
         with _option_named("--default-table"):
             default = tables.now.lookup(options.default_table)
-        shape = row_shape(options, default)
+        shape = row_shape(options, default, model.shape.max_context)
         config = options.engine_config(shape)
     rows = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
     tables.set_default(
@@ -101,6 +101,13 @@ def load_core(options: ServerOptions) -> Core:
         refused=len(tables.now.refused),
         default_table=options.default_table,
     )
+    if max(chain(*rows)) > model.shape.max_context:
+        log.warning(
+            "rows are longer than the model's context",
+            slots=config.slots,
+            max_context=model.shape.max_context,
+            advice=f"memory is unused; lower --slots to {model.shape.max_context}",
+        )
     log_default_policy(config, tables.now)
     return Core(model=model, engine=engine, config=config, tables=tables)
 
@@ -128,9 +135,16 @@ def _load_model(options: ServerOptions, ranks: Ranks | None) -> LoadedModel:
 
 @contextmanager
 def _option_named(option: str) -> Iterator[None]:
-    """Begin an error about what cannot be found, read or supported with its option."""
+    """Begin an error about what cannot be found, read or supported with its option.
+
+    An argument that has the name of another option is reported as that option.
+    """
     try:
         yield
+    except InvalidArgument as error:
+        if error.field in ("device", "dtype"):
+            raise InvalidArgument(f"--{error.field}", error.problem) from error
+        raise
     except (NotFound, Unsupported, TableError) as error:
         raise type(error)(f"{option}: {error}") from error
 

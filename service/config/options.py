@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError, model_validator
 
-from a2sf.cache.budgets import slots_for, split_slots
+from a2sf.cache.budgets import split_slots
 from a2sf.errors import InvalidArgument
 from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
 from a2sf.validation import first_problem
@@ -96,25 +96,25 @@ class ServerOptions(
             )
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def default_budget_for(self, head_share: Shares | None) -> int:
-        """Default budget of a request, if rows have these shares (None: equal heads)."""
+    def default_budget_for(self, row: Heads | None) -> int:
+        """Default budget of a request; `row`: the slots of a row's heads (None: equal heads)."""
         if self.default_budget is not None:
             return self.default_budget
-        return self._narrowest(head_share)
+        return self._narrowest(row)
 
-    def min_budget_for(self, head_share: Shares | None) -> int:
-        """Lower bound of a ratio if request and table set none (None: equal heads)."""
+    def min_budget_for(self, row: Heads | None) -> int:
+        """Lower bound of a ratio if request and table set none; `row` as in default_budget_for."""
         if self.min_budget is not None:
             return self.min_budget
         # A quarter, so that a table that gives some heads four times the mean fits too. A request
         # whose length equals the floor needs that many slots in every head.
-        return min(MIN_BUDGET, self.slots // 4, self._narrowest(head_share))
+        return min(MIN_BUDGET, self.slots // 4, self._narrowest(row))
 
-    def _narrowest(self, head_share: Shares | None) -> int:
-        return min(chain(*slots_per_head(self.slots, head_share or ((1.0,),))))
+    def _narrowest(self, row: Heads | None) -> int:
+        return min(chain(*row)) if row else self.slots
 
-    def engine_config(self, head_share: Shares | None) -> "EngineConfig":
-        """The engine's sizes. `head_share`: the shares of a row's heads; None: equal heads.
+    def engine_config(self, row: Heads | None) -> "EngineConfig":
+        """The engine's sizes. `row`: the slots of a row's heads, by `slots_per_head`; None: equal.
 
         Raises InvalidArgument if sizes contradict each other.
         """
@@ -122,26 +122,25 @@ class ServerOptions(
         from a2sf.engine.admission import EngineConfig
 
         least = DEFAULT_SINKS + 1
-        budget = self.default_budget_for(head_share)
-        if self.default_budget is None and budget < least:
+        budget = self.default_budget_for(row)
+        if self.slots < least:
             raise InvalidArgument(
-                "--slots",
-                f"{self.slots}, and the narrowest head gets {budget} of them; accepted: "
-                f"{slots_for(least, head_share or ((1.0,),))} or more",
+                "--slots", f"{self.slots}; accepted: {least} (sinks and the newest token) or more"
             )
         if not least <= budget <= self.slots:
             raise InvalidArgument(
                 "--default-budget",
                 f"{budget}; accepted: {least} (sinks and the newest token) to {self.slots} (slots)",
             )
-        if (floor := self.min_budget_for(head_share)) > self.slots:
+        if (floor := self.min_budget_for(row)) > self.slots:
             raise InvalidArgument(
                 "--min-budget", f"{floor}; accepted: 0 (none) to {self.slots} (slots)"
             )
         try:
             return EngineConfig(
                 slots=self.slots,
-                head_share=head_share,
+                # Slots as weights: split in proportion to them, the same slots give the same row.
+                head_share=row,
                 max_batch=self.max_batch,
                 max_prefill_tokens=self.max_prefill_tokens,
                 step_tokens=self.step_tokens,
@@ -156,9 +155,14 @@ class ServerOptions(
             raise InvalidArgument("options", first_problem(error)) from error
 
 
-def slots_per_head(slots: int, shares: Shares) -> Heads:
-    """Return the slots of each layer and head of a row with `slots`, split by `shares`."""
-    return split_slots(slots, shares, slots * sum(map(len, shares)))
+def slots_per_head(slots: int, shares: Shares, max_context: int) -> Heads:
+    """Return the slots of each layer and head of a row with `slots`, split by `shares`.
+
+    No head gets more than `max_context`, the tokens of the longest sequence: it could not fill
+    them. The other heads get the rest, so the bytes of a row are the same. With that many `slots`,
+    all heads are equal.
+    """
+    return split_slots(slots, shares, max_context)
 
 
 def is_loopback(host: str) -> bool:

@@ -124,8 +124,13 @@ def load(arguments: Sequence[str]) -> LoadedSettings:
         **{name: flag(name) for name in flags},
     }
     try:
+        given = {**file, **environment, **flags}
+        # `none` restores the default, also of a setting that cannot be unset.
         options = ServerOptions.model_validate(
-            {**file, **environment, **flags}, strict=False, by_alias=True, by_name=False
+            {name: value for name, value in given.items() if value is not None},
+            strict=False,
+            by_alias=True,
+            by_name=False,
         )
     except ValidationError as error:
         raise _invalid_setting(error, sources) from None
@@ -212,8 +217,31 @@ def _invalid_setting(error: ValidationError, sources: Mapping[str, str]) -> Inva
         return refusal
     name = str(problem["loc"][0])
     source = "" if sources[name] == flag(name) else f" (from {sources[name]})"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return InvalidArgument(flag(name), f"{problem['input']!r}{source}: {message}")
+    return InvalidArgument(flag(name), f"{problem['input']!r}{source}; accepted: {_accepted(name)}")
+
+
+def _accepted(name: str) -> str:
+    """Describe in words what a setting accepts, by its JSON Schema."""
+    schema = ServerOptions.model_json_schema()["properties"][name]
+    schema = schema.get("anyOf", [schema])[0]
+    match schema:
+        case {"enum": [*words]}:
+            return ", ".join(words)
+        case {"type": "boolean"}:
+            return "true or false"
+        case {"type": "integer" | "number" as kind}:
+            number = "a whole number" if kind == "integer" else "a finite number"
+            match schema:
+                case {"minimum": least, "maximum": most}:
+                    return f"{number} from {least} to {most}"
+                case {"minimum": least}:
+                    return f"{number}, {least:g} or more"
+                case {"exclusiveMinimum": least}:
+                    return f"{number} above {least:g}"
+                case _:
+                    return number
+        case _:
+            return "text"
 
 
 def _misspelt(environment: Iterable[str]) -> Iterable[str]:

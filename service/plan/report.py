@@ -132,6 +132,11 @@ def _memory(plan: Plan) -> Iterator[str]:
         sizing.slab,
         f"{sizing.rows:,} {'row' if sizing.rows == 1 else 'rows'} of {_slots(sizing)}",
     )
+    if max(chain(*sizing.head_slots)) > sizing.spec.shape.max_context:
+        yield (
+            f"  A sequence fills at most {sizing.spec.shape.max_context:,} slots of a head (the "
+            "model's context); the others are unused memory."
+        )
     if sizing.memory is not None:
         logits = binary(capacity.logits_nbytes(sizing.spec, sizing.rows))
         note = f"--reserve {plan.reserve_said}; a step's logits take {logits} of it"

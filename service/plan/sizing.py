@@ -117,7 +117,11 @@ def size(inputs: PlanInputs) -> Sizing:
     if inputs.device not in DEVICES:
         raise InvalidArgument("--device", f"{inputs.device!r}; accepted: {', '.join(DEVICES)}")
     if inputs.memory is None and inputs.max_batch is None:
-        raise InvalidArgument("--gpu-memory", "missing; give it, --gpu or --max-batch")
+        raise InvalidArgument(
+            "--gpu-memory",
+            "missing, and without it the number of sequences is unknown; accepted: a size such as "
+            "80GB, or instead --gpu with a known name, or --max-batch with a number of sequences",
+        )
     least = DEFAULT_SINKS + 1
     if inputs.budget < least:
         raise InvalidArgument(
@@ -132,26 +136,28 @@ def size(inputs: PlanInputs) -> Sizing:
     )
     options = _options(inputs, spec)
     shape = spec.shape
-    shares: Shares | None = None
+    shares: Shares = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
+    row_slots: Heads | None = None
     if inputs.default_table is not None:
         table = _table(inputs, spec)
-        if len(set(chain(*slots_per_head(options["slots"], table.policy.head_share)))) == 1:
+        shares = table.policy.head_share
+        slots = slots_per_head(options["slots"], shares, shape.max_context)
+        if len(set(chain(*slots))) == 1:
             options["default_budget"] = inputs.budget
         server = ServerOptions(**options)
-        shares = row_shape(server, table)
-        slots = server.engine_config(shares).head_slots(shape.num_layers, shape.num_kv_heads)
+        row_slots = row_shape(server, table, shape.max_context)
         check_default(server, slots, shape.max_context, table)
     else:
         options["default_budget"] = inputs.budget
-    config = ServerOptions(**options).engine_config(shares)
+    config = ServerOptions(**options).engine_config(row_slots)
     head_slots = config.head_slots(shape.num_layers, shape.num_kv_heads)
     staging_slots = config.staging_slots(shape.max_context)
     context, context_from = _context(inputs, shape.max_context)
     weights = capacity.weights(spec)
     heads = shape.num_layers * shape.num_kv_heads
     row = capacity.slots_nbytes(spec, 1, head_slots)
-    equal = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
-    staging = capacity.slots_nbytes(spec, 1, slots_per_head(staging_slots, equal))
+    equal = ((staging_slots,) * shape.num_kv_heads,) * shape.num_layers
+    staging = capacity.slots_nbytes(spec, 1, equal)
     full_sequence = capacity.vectors_nbytes(spec, heads * context)
     if inputs.memory is None:
         assert inputs.max_batch is not None
@@ -162,7 +168,7 @@ def size(inputs: PlanInputs) -> Sizing:
         rows = _rows(inputs, room - staging, row)
         most = max(room // full_sequence, 0)
         full_rows = most if inputs.max_batch is None else min(most, inputs.max_batch)
-    budgets = split_slots(inputs.budget, shares or equal, context)
+    budgets = split_slots(inputs.budget, shares, context)
     return Sizing(
         spec=spec,
         weights=weights,
@@ -223,12 +229,12 @@ def _options(inputs: PlanInputs, spec: ModelSpec) -> dict[str, Any]:
 def _rows(inputs: PlanInputs, room: int, row: int) -> int:
     """Return how many rows to plan for. Raises InvalidArgument if they do not fit."""
     most = room // row
-    if inputs.max_batch is not None:
+    if inputs.max_batch is not None and most >= 1:
         if inputs.max_batch > most:
             raise InvalidArgument(
                 "--max-batch",
                 f"{inputs.max_batch} rows of {units.binary(row)} do not fit beside weights, "
-                f"staging row and reserve; accepted: {_most(most)}",
+                f"staging row and reserve; accepted: at most {most}",
             )
         return inputs.max_batch
     if most < 1:
@@ -239,10 +245,6 @@ def _rows(inputs: PlanInputs, room: int, row: int) -> int:
             "--dtype",
         )
     return most
-
-
-def _most(rows: int) -> str:
-    return f"at most {rows}" if rows > 0 else "none, so give more memory or a smaller --budget"
 
 
 def _table(inputs: PlanInputs, spec: ModelSpec) -> AlphaTable:

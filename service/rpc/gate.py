@@ -20,6 +20,8 @@ class Gate:
         self._num_calls = 0
         self._admitted = 0
         self._capacity = 0
+        self._finished = 0
+        self._unfinished = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -37,6 +39,16 @@ class Gate:
     def capacity(self) -> int:
         """The most completions under way at a time; 0 until the gate is first opened."""
         return self._capacity
+
+    @property
+    def finished(self) -> int:
+        """Completions that have ended without an error, since the start."""
+        return self._finished
+
+    @property
+    def unfinished(self) -> int:
+        """Completions that have ended otherwise since the start: by client, server or error."""
+        return self._unfinished
 
     def open(self, capacity: int) -> None:
         """Admit calls, and at most `capacity` completions at a time: rows plus waiting requests.
@@ -80,6 +92,11 @@ class Gate:
         self._admitted += 1
         try:
             yield
+        except BaseException:
+            self._unfinished += 1
+            raise
+        else:
+            self._finished += 1
         finally:
             self._admitted -= 1
 

@@ -50,6 +50,23 @@ def test_compose_reserves_a_gpu(compose: dict[str, Any], service: str) -> None:
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 
 
+def test_the_service_for_processors_differs_only_in_its_build_and_its_device(
+    compose: dict[str, Any],
+) -> None:
+    on_gpu, on_cpu = compose["services"]["service"], compose["services"]["service-cpu"]
+    assert on_cpu["build"]["args"]["ACCELERATOR"] == "cpu"
+    assert on_cpu["build"] | {"args": None} == on_gpu["build"] | {"args": None}
+    assert on_cpu["build"]["args"].keys() == on_gpu["build"]["args"].keys()
+    assert on_cpu["deploy"] == {}
+    # It never starts by itself, and is found under the name that Prometheus reads.
+    assert on_cpu["profiles"] == ["cpu"]
+    assert on_cpu["networks"]["default"]["aliases"] == ["service"]
+    own = {"image", "build", "profiles", "deploy", "networks"}
+    assert {k: v for k, v in on_cpu.items() if k not in own} == {
+        k: v for k, v in on_gpu.items() if k not in own
+    }
+
+
 @pytest.mark.parametrize("service", OURS)
 def test_compose_builds_a_target_that_exists_with_arguments_that_it_has(
     compose: dict[str, Any], service: str
@@ -132,7 +149,9 @@ def test_no_password_stands_in_the_file(compose: dict[str, Any]) -> None:
 
 def test_compose_publishes_plain_text_to_this_machine_alone(compose: dict[str, Any]) -> None:
     ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
-    assert len(ports) == 3
+    # Those of `service` twice: service-cpu stands in for it.
+    assert len(set(ports)) == 3
+    assert len(ports) == 4
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
@@ -149,7 +168,7 @@ def test_compose_mounts_what_is_there(compose: dict[str, Any]) -> None:
 
 
 def test_images_of_others_are_pinned(compose: dict[str, Any]) -> None:
-    for name in compose["services"].keys() - set(OURS):
+    for name in compose["services"].keys() - {*OURS, "service-cpu"}:
         image = compose["services"][name]["image"]
         assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+)?", image), image
 

@@ -17,8 +17,8 @@ SHORTER: tuple[tuple[str, str, str], ...] = (
     # A fit and a comparison of their usual sizes take minutes each.
     (
         "README.md",
-        "--out tables/mathqa",
-        "--trials 2 --examples 4 --length 128 --out tables/mathqa",
+        "--out tables/recall.json",
+        "--trials 2 --examples 4 --length 128 --out tables/recall.json",
     ),
     ("README.md", "--ratios .1,.2,.4,.6", "--examples 2 --length 128 --ratios .1,.2"),
     (

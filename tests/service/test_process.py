@@ -84,6 +84,8 @@ async def test_sigterm_lets_a_running_stream_finish(start_process: StartProcess)
         assert isinstance(last, Finished)
         assert last.usage.completion_tokens == 300
         assert await process.ended() == 0, process.log
+    last_line = process.log.splitlines()[-1]
+    assert last_line == "stopped; completions that ended while stopping: 1 finished, 0 unfinished"
 
 
 @pytest.mark.timeout(300)
@@ -146,6 +148,7 @@ async def test_requests_that_exceed_the_grace_are_ended_and_the_exit_code_is_0(
             async for _ in events:
                 pass
         assert await process.ended() == 0, process.log
+    assert process.log.splitlines()[-1].endswith("while stopping: 0 finished, 1 unfinished")
 
 
 async def test_a_second_signal_ends_the_process_at_once(start_process: StartProcess) -> None:
@@ -215,8 +218,9 @@ async def test_with_json_logs_every_line_is_json(
     process.process.send_signal(signal.SIGTERM)
     assert await process.ended() == 0, process.log
     lines = [json.loads(line) for line in process.log.splitlines()]
-    assert lines[-1]["event"] in ("stopping", "answered")
     assert "stopping" in {line["event"] for line in lines}
+    assert lines[-1]["event"] == "stopped"
+    assert (lines[-1]["finished"], lines[-1]["unfinished"]) == (0, 0), "only those of the drain"
     # Each call can be found, those of operators too.
     ids = [line["request_id"] for line in lines if line["event"] == "answered"]
     assert "mine" in ids

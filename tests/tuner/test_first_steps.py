@@ -12,6 +12,7 @@ from a2sf import reference
 from a2sf.tablefile import load_table
 from tests.tuner.commands import ROOT, command, run
 from tests.tuner.conftest import sums, write_rows
+from tuner.data.datasets import REGISTRY, PublishedDataset
 from tuner.settings import FitSettings
 
 
@@ -146,6 +147,27 @@ def test_an_unknown_dataset_is_reported_with_the_nearest_and_all_known_names(
         assert (code, out) == (2, "")
         assert told in line
         assert f", and sums in {small_data}; looked for {small_data / given}" in line
+
+
+def test_the_help_and_the_guide_say_which_data_sets_need_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, told, _ = run(monkeypatch, capsys, "fit", "--help")
+    told = " ".join(told.split())
+    assert "recall, state, arith or copy, which are generated and need no data" in told
+    assert "DIR/NAME/calibration.jsonl" in told
+    generated, public = "Generated", "Public"
+    guide = {
+        kind: line
+        for line in (ROOT / "docs" / "tuner.md").read_text().splitlines()
+        for kind in (generated, public)
+        if line.startswith(f"- **{kind}**")
+    }
+    for name, entry in REGISTRY.items():
+        if isinstance(entry, PublishedDataset):
+            assert f"`{name}`" in guide[public]
+        elif "_" not in name:  # the others are forms of recall and state
+            assert f"`{name}`" in guide[generated]
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,7 @@ def test_a_damaged_table_file_is_reported_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_of_the_readme_fits_the_packaged_model_to_mathqa(
-    data_dir: Path, tmp_path: Path
-) -> None:
+def test_the_packaged_model_can_be_fitted_to_mathqa(data_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command(
             "--dataset", "mathqa", "--trials", 4, "--examples", 4, "--out", tmp_path / "m.json"

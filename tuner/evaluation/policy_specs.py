@@ -69,6 +69,14 @@ class PolicySpec:
         return self.requested_policy.preset != "full"
 
     @property
+    def fitted_at(self) -> Size | None:
+        """The size that the policy's table was fitted at; None without a table."""
+        if self.table is None:
+            return None
+        fitted = self.table.policy
+        return Size(ratio=fitted.budget_ratio, slots=fitted.budget)
+
+    @property
     def description(self) -> str:
         """The policy in words, for a reader of a report."""
         if self.table is not None:

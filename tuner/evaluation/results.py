@@ -66,6 +66,9 @@ class Policy(Frozen):
         default=None, description="[num_layers][num_kv_heads], for tables."
     )
     sha256: Digest | None = Field(default=None, description="For tables.")
+    fitted_at: Size | None = Field(
+        default=None, description="For tables: the size that they were fitted at."
+    )
 
 
 class Cell(Frozen):

@@ -69,16 +69,22 @@ def _lowest(evaluation: Evaluation, task: str) -> dict[Size, Cell]:
     }
 
 
+def _main_size(evaluation: Evaluation, task: str) -> Size | None:
+    """The size that the first table was fitted at, if it was measured; else the smallest one."""
+    sizes = _sizes(evaluation, task)
+    fitted = (policy.fitted_at for policy in evaluation.policies)
+    return next((size for size in fitted if size in sizes), next(iter(sizes), None))
+
+
 def _conclusion(evaluation: Evaluation, task: str) -> str:
-    """State in one sentence which policy loses least at the smallest size, compared with others.
+    """State in one sentence which policy loses least at the main size, compared with others.
 
     The others are tables, the best uniform setting, h2o and window. The comparisons show whether a
     lead is significant.
     """
-    sizes = _sizes(evaluation, task)
-    if not sizes:
+    size = _main_size(evaluation, task)
+    if size is None:
         return f"{task}: only the full cache was run, so nothing was lost."
-    size = sizes[0]
     best = _lowest(evaluation, task)[size]
     full = next((cell for cell in evaluation.cells if cell.task == task and not cell.size), None)
     others = [cell for cell in _shown_cells(evaluation, task, size) if cell.policy != best.policy]
@@ -137,9 +143,10 @@ def _maps(evaluation: Evaluation, task: str, salt: str) -> list[Panels]:
         words = "KL to the full cache by policy and size, nats; dark is far from the full cache"
         svg = heatmaps.kl_map(evaluation, task, sizes, label=f"{task}: {words}", salt=f"{salt}-kl")
         drawn.append(Panels((Picture(Markup(svg)),), f"{words}."))
-    if sizes and (cells := _shown_cells(evaluation, task, sizes[0])):
+    size = _main_size(evaluation, task)
+    if size is not None and (cells := _shown_cells(evaluation, task, size)):
         words = (
-            f"Attention similarity by layer and KV head at {sizes[0]}; dark heads lose most of "
+            f"Attention similarity by layer and KV head at {size}; dark heads lose most of "
             "the attention that they had with the full cache"
         )
         labels = [f"{task}, {cell.policy}: {words}" for cell in cells]

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from scipy.optimize import isotonic_regression
 
 from a2sf.schema import Estimate
 from tuner.evaluation.results import Evaluation, Metric, Size
@@ -169,11 +171,12 @@ def _curve(axes: Axes, metric: Metric, series: _Series, styles: dict[str, Style]
 
 
 def _name_lines(axes: Axes, series: _Series, styles: dict[str, Style]) -> None:
-    """Write each policy's name at the right end of its line; move overlapping names apart."""
+    """Write each policy's name at the right end of its line, or near it if names would overlap."""
     low, high = axes.get_ylim()
     scale: Callable[[float], float] = math.log if axes.get_yscale() == "log" else float
     # The axes' approximate height in points; the exact layout is computed later.
-    points = 72 * 2.2 / (scale(high) - scale(low))
+    height = 72 * 2.2
+    points = height / (scale(high) - scale(low))
     ends = []
     for name, found in series.items():
         if found and styles[name].named:
@@ -181,19 +184,30 @@ def _name_lines(axes: Axes, series: _Series, styles: dict[str, Style]) -> None:
             ends.append(
                 (scale(min(max(end.mean, low), high)), end.mean, name, value_of(found[-1][0]))
             )
-    place = -math.inf
-    for at, mean, name, x in sorted(ends):
-        wanted = (at - scale(low)) * points
-        place = max(wanted, place + LABEL_GAP)
+    ends.sort()
+    wanted = [(at - scale(low)) * points for at, *_ in ends]
+    for (_, mean, name, x), at, place in zip(ends, wanted, spread(wanted, height), strict=True):
         axes.annotate(
             plain(name),
             (x, min(max(mean, low), high)),
-            xytext=(8, place - wanted),
+            xytext=(8, place - at),
             textcoords="offset points",
             va="center",
             color=styles[name].colour,
             annotation_clip=False,
         )
+
+
+def spread(wanted: Sequence[float], height: float) -> list[float]:
+    """Return places at least LABEL_GAP apart, from 0 to `height`, as near to `wanted` as possible.
+
+    `wanted` ascends; all are in points. Too many for the height continue above it.
+    """
+    gaps = LABEL_GAP * np.arange(len(wanted))
+    # In places without their gaps, "at least a gap apart" means "not descending".
+    apart = isotonic_regression(np.asarray(wanted, dtype=float) - gaps).x if wanted else gaps
+    room = max(height - gaps[-1], 0.0) if wanted else 0.0
+    return [float(place) for place in np.clip(apart, 0.0, room) + gaps]
 
 
 def _size_axis(axes: Axes, sizes: Sequence[Size]) -> None:

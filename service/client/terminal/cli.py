@@ -6,20 +6,29 @@ are refused before any call; 130 when interrupted. Knows nothing of how calls ar
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import grpc
 import typer
 
-from a2sf.errors import A2SFError, InvalidArgument
+from a2sf.errors import A2SFError
 from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
 from a2sf.validation import Given
 from service.client.calls import DEFAULT_TIMEOUT_S
-from service.client.channel import ChannelOptions, Tls
 from service.client.options import GenerationOptions
 from service.client.sync import SyncClient
+from service.client.terminal.connection import (
+    InsecureToken,
+    ServerName,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    UseTls,
+    channel_options,
+    exit_code,
+    server_option,
+)
 from service.client.terminal.display import JsonLinesDisplay, TextDisplay
 from service.client.terminal.interrupt import INTERRUPTED, Interrupt
 from service.client.terminal.reporting import report_json, report_line
@@ -38,14 +47,11 @@ def _panel(title: str) -> Any:
     return option
 
 
-_server = _panel("Server")
 _length = _panel("Length")
 _sampling = _panel("Sampling")
 _policy = _panel("Cache policy")
 _output = _panel("Output")
 _chat = _panel("Conversation")
-
-_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "metavar": "FILE"}
 
 
 @app.command(no_args_is_help=True)
@@ -60,38 +66,22 @@ def complete(
     ] = None,
     target: Annotated[
         str,
-        _server(
+        server_option(
             help="The server, HOST:PORT; or several: dns:///NAME:PORT for a name with several "
             "addresses, or a list, IP:PORT,IP:PORT."
         ),
     ] = "127.0.0.1:50051",
     timeout: Annotated[
-        float, _server(help="Deadline of the call, in seconds.")
+        float, server_option(help="Deadline of the call, in seconds.")
     ] = DEFAULT_TIMEOUT_S,
-    token_file: Annotated[
-        Path | None, _server(help="File with the bearer token for the server.", **_FILE)
-    ] = None,
-    insecure_token: Annotated[
-        bool,
-        _server("--insecure-token", help="Send the token even in plain text to another machine."),
-    ] = False,
-    tls: Annotated[
-        bool, _server("--tls", help="Encrypt, and trust the public certificate authorities.")
-    ] = False,
-    tls_ca: Annotated[
-        Path | None, _server(help="Encrypt, and trust these certificates (PEM).", **_FILE)
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, _server(help="The client's certificate (PEM).", **_FILE)
-    ] = None,
-    tls_key: Annotated[
-        Path | None, _server(help="Private key (PEM) of --tls-cert.", **_FILE)
-    ] = None,
-    server_name: Annotated[
-        str | None,
-        _server(help="Name in the server's certificate, if the target has another or none."),
-    ] = None,
-    request_id: Annotated[str, _server(help="Id of the request in the server's log.")] = "",
+    token_file: TokenFile = None,
+    insecure_token: InsecureToken = False,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    server_name: ServerName = None,
+    request_id: Annotated[str, server_option(help="Id of the request in the server's log.")] = "",
     chat: Annotated[
         bool,
         _chat(
@@ -173,6 +163,8 @@ def complete(
 ) -> None:
     """Complete PROMPT on a running server; print tokens as they arrive, then the figures.
 
+    `a2sf-client admin` has the commands of the admin port; - reads the prompt "admin" from stdin.
+
     Exit codes: 0; 1 for a failed call; 2 for wrong usage, or a value that is refused before any
     call; 130 when interrupted.
     """
@@ -180,8 +172,6 @@ def complete(
         raise typer.BadParameter("give PROMPT, or --chat for a conversation")
     if system is not None and not chat:
         raise typer.BadParameter("--system needs --chat")
-    if server_name is not None and not (tls or tls_ca or tls_cert or tls_key):
-        raise typer.BadParameter("--server-name needs --tls or --tls-ca")
     report = report_json if as_json else report_line
     # If another program calls this, Ctrl-C is left to that program.
     interrupt = context.obj or Interrupt()
@@ -230,13 +220,14 @@ def complete(
             )
             if time_limit is not None:
                 options["time_limit_s"] = time_limit
-            encrypted = tls or tls_ca or tls_cert or tls_key
-            channel = ChannelOptions(
-                token=_first_token(token_file) if token_file else None,
+            channel = channel_options(
+                token_file=token_file,
                 insecure_token=insecure_token,
-                tls=Tls(root_ca=tls_ca, cert=tls_cert, key=tls_key, server_name=server_name)
-                if encrypted
-                else None,
+                tls=tls,
+                tls_ca=tls_ca,
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                server_name=server_name,
             )
             given = sys.stdin.read() if prompt == "-" else prompt
             with SyncClient(target, channel) as client:
@@ -252,7 +243,7 @@ def complete(
                     session.complete(given)
     except A2SFError as error:
         report(error)
-        raise typer.Exit(2 if _refused_here(error) else 1) from None
+        raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
@@ -262,21 +253,7 @@ def complete(
         raise typer.Exit(1) from None
 
 
-def _refused_here(error: A2SFError) -> bool:
-    """Whether the client itself refused a value; a server's refusal comes from a failed call."""
-    return isinstance(error, InvalidArgument) and not isinstance(error.__cause__, grpc.RpcError)
-
-
 def _checked(cls: type[Checked], name: str, values: dict[str, Any]) -> Checked:
     """Build a value from the flags that were given. Raises InvalidArgument with their names."""
     with field_prefix(name):
         return cls(**{k: v for k, v in values.items() if v is not None})
-
-
-def _first_token(path: Path) -> str:
-    """Read a file in the server's format: one token per line, blank lines, and # comments."""
-    # Invalid UTF-8 becomes an invalid token, and is refused as such.
-    for line in path.read_text(errors="replace").splitlines():
-        if line.strip() and not line.startswith("#"):
-            return line.strip()
-    raise InvalidArgument("--token-file", f"{path} holds no token")

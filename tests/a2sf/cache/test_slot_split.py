@@ -1,6 +1,6 @@
 """The slots of all heads are split in proportion to their shares, within limits."""
 
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from a2sf.cache.budgets import slots_for, split_slots
@@ -89,10 +89,11 @@ def test_slots_that_a_head_cannot_use_go_to_the_others_by_share() -> None:
     assert split_slots(5, ((1.0, 1.0), (1.0, 6.0)), 15) == ((2, 2), (3, 13))
 
 
-@given(st.integers(1, 500), SHARES)
+@given(st.integers(1, 500), SHARES, st.integers(1, 2000) | st.just(10**9))
+@example(128, [[4.0, 1.0, 0.5]], 400)
 def test_slots_for_returns_the_fewest_slots_that_give_every_head_the_budget(
-    budget: int, shares: list[list[float]]
+    budget: int, shares: list[list[float]], most: int
 ) -> None:
-    slots, most = slots_for(budget, shares), 10**9
+    slots = slots_for(budget, shares, most)
     assert min(flat(split_slots(slots, shares, most))) >= budget
     assert min(flat(split_slots(slots - 1, shares, most))) <= budget

@@ -144,6 +144,22 @@ def test_an_unknown_device_or_dtype_is_refused(
         load_model(str(tiny_model_dir), **options)
 
 
+@pytest.mark.parametrize(
+    ("found", "asked", "says"),
+    [
+        (0, "cuda", "torch finds is 0; accepted here: auto, cpu$"),
+        (2, "cuda:2", "torch finds is 2; accepted here: auto, cpu, cuda, cuda:0, cuda:1$"),
+    ],
+)
+def test_a_cuda_device_that_is_not_there_is_refused_with_those_that_are(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, found: int, asked: str, says: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    with pytest.raises(InvalidArgument, match=says):
+        load_model(str(tiny_model_dir), device=asked, dtype="float32")
+
+
 def test_a_checkpoint_without_all_weights_is_refused(checkpoint: Path) -> None:
     from safetensors.torch import load_file, save_file
 

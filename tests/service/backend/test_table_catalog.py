@@ -280,8 +280,9 @@ def test_an_accepted_default_table_fits_requests_of_every_length(
 ) -> None:
     identity = IDENTITY.model_copy(update={"num_layers": 3})
     table = make_table(identity, head_share=wanted, budget=budget, sinks=0, recent=0)
-    options, rows = ServerOptions(slots=slots), slots_per_head(slots, dealt)
+    options = ServerOptions(slots=slots)
     longest = 3 * budget + 2
+    rows = slots_per_head(slots, dealt, longest)
 
     def fits(rows: Heads) -> bool:
         try:
@@ -350,7 +351,7 @@ def test_accepted_default_tables_depend_on_the_split_of_rows(
     budget = {"budget": None} if "budget_ratio" in settings else {}
     table = make_table(IDENTITY, **{"sinks": 0, "recent": 0, **budget, **settings})
     options = ServerOptions(slots=40)
-    rows = slots_per_head(40, by_layer(*dealt))
+    rows = slots_per_head(40, by_layer(*dealt), 1000)
     if reason is None:
         check_default(options, rows, 1000, table)
         return

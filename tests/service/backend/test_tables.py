@@ -18,11 +18,12 @@ from a2sf.errors import (
     TableInvalid,
     TableMismatch,
 )
-from a2sf.model.loader import load_model
+from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
 from a2sf.requests import Sampling
 from a2sf.schema import ModelIdentity
-from a2sf.tablefile import save_table
+from a2sf.tablefile import load_table, save_table
+from service.backend.default_table import row_shape
 from service.backend.loading import load_core
 from service.backend.tables import TableCatalog
 from service.client.results import Completion
@@ -298,15 +299,46 @@ def test_without_a_default_budget_requests_get_the_slots_of_the_narrowest_head(
 ) -> None:
     options = ServerOptions(tables=shaped, default_table="ratio", slots=60)
     assert options.default_budget_for(None) == 60
-    assert options.default_budget_for(SHARES) == 30
-    assert options.engine_config(SHARES).default_policy.budget == 30
+    table = load_table(shaped / "ratio.json")
+    row = row_shape(options, table, 10**6)
+    assert options.default_budget_for(row) == 30
+    assert options.engine_config(row).default_policy.budget == 30
     assert options.model_copy(update={"slots": 1024}).default_budget_for(None) == 1024
     narrow = options.model_copy(update={"slots": 8})
     with pytest.raises(
-        InvalidArgument, match=r"^--slots: 8, and the narrowest head gets 4 of them; "
+        InvalidArgument, match=r"newest token are 5 tokens, .* gets 4, .*; give --slots 10 or more$"
     ):
-        narrow.engine_config(SHARES)
-    narrow.model_copy(update={"slots": 10}).engine_config(SHARES)
+        row_shape(narrow, table, 10**6)
+    assert row_shape(narrow.model_copy(update={"slots": 10}), table, 10**6) is not None
+    with pytest.raises(InvalidArgument, match=r"^--slots: 4; accepted: 5 "):
+        narrow.model_copy(update={"slots": 4}).engine_config(None)
+
+
+async def test_a_row_gives_slots_that_the_longest_sequence_cannot_fill_to_the_other_heads(
+    start_server: StartServer, tiny_model_dir: Path, tiny_model: LoadedModel, tmp_path: Path
+) -> None:
+    """Without a limit, the first of these heads would get 768 of 256 slots, for 512 tokens."""
+    shape = {"head_share": SHARES, "budget": None, "budget_ratio": 0.2, "recent": 0, "sinks": 0}
+    save_table(make_table(tiny_model.identity, name="ratio", **shape), tmp_path / "ratio.json")
+    server, client, _ = await start_server(
+        model=str(tiny_model_dir), tables=tmp_path, default_table="ratio", slots=256
+    )
+    assert tiny_model.shape.max_context == 512
+    assert server.core.config.head_slots(3, 2) == ((512, 341), (171, 171), (170, 171))
+    # The longest request needs all of the row, with the largest budget.
+    answer = await client.generate([7] * 502, max_new_tokens=10, cache_policy={"budget": 256})
+    assert answer.started.head_budgets == ((512, 341), (171, 171), (170, 171))
+
+
+async def test_rows_beyond_the_context_are_allocated_with_a_warning(
+    start_server: StartServer, tiny_model_dir: Path
+) -> None:
+    with capture_logs() as lines:
+        await start_server(model=str(tiny_model_dir), slots=512)
+        await start_server(model=str(tiny_model_dir), slots=513)
+    (warning,) = [line for line in lines if line["event"].startswith("rows are longer")]
+    assert (warning["log_level"], warning["slots"]) == ("warning", 513)
+    assert warning["advice"] == "memory is unused; lower --slots to 512"
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,11 @@ pytestmark = pytest.mark.usefixtures("as_it_was")
         (["--default-budget", "65"], "accepted: 5 (sinks and the newest token) to 64 (slots)"),
         (["--default-budget", "4"], "accepted: 5"),
         (["--min-budget", "65"], "--min-budget: 65; accepted: 0 (none) to 64 (slots)"),
-        (["--device", "abacus"], "accepted: auto, cpu, cuda"),
-        (["--dtype", "float3"], "accepted: auto"),
+        (
+            ["--device", "abacus"],
+            "error: --device: 'abacus'; accepted: auto, cpu, cuda, cuda:0 and so on",
+        ),
+        (["--dtype", "float3"], "error: --dtype: 'float3'; accepted: auto"),
         (["--port-file", "/no/such/folder/port"], "/no/such/folder: no such directory"),
         (["--max-batch", "1000000000000"], "do not fit into memory; lower --max-batch"),
         (["--host", "192.0.2.1"], "--insecure-bind"),

@@ -173,9 +173,10 @@ def test_min_budget_defaults_to_a_quarter_of_a_small_row_or_its_narrowest_head()
     assert options.min_budget_for(None) == MIN_BUDGET
     assert ServerOptions(slots=100).min_budget_for(None) == 25
     # The narrowest of these heads has half of the mean, and of those a tenth.
-    assert ServerOptions(slots=100).min_budget_for(SHARES) == 25
-    assert ServerOptions(slots=100).min_budget_for(((1.9, 0.1),)) == 10
-    assert ServerOptions(slots=100, min_budget=0).min_budget_for(SHARES) == 0
+    row = slots_per_head(100, SHARES, 10**6)
+    assert ServerOptions(slots=100).min_budget_for(row) == 25
+    assert ServerOptions(slots=100).min_budget_for(((190, 10),)) == 10
+    assert ServerOptions(slots=100, min_budget=0).min_budget_for(row) == 0
     assert options.engine_config(None).default_policy.min_budget == MIN_BUDGET
 
 
@@ -263,7 +264,7 @@ async def test_server_budgets_must_fit_the_rows_of_a_default_table_with_a_fixed_
 
 
 def test_min_budget_of_a_table_with_a_fixed_budget_must_fit(identity: ModelIdentity) -> None:
-    options, rows = ServerOptions(slots=60, default_budget=8), slots_per_head(60, SHARES)
+    options, rows = ServerOptions(slots=60, default_budget=8), slots_per_head(60, SHARES, 10**6)
 
     def fixed(floor: int) -> AlphaTable:
         shape = {"head_share": SHARES, "budget": 20, "recent": 0, "sinks": 0}
@@ -276,7 +277,7 @@ def test_min_budget_of_a_table_with_a_fixed_budget_must_fit(identity: ModelIdent
 
 def test_a_table_whose_min_budget_does_not_fit_cannot_be_the_default(ratio: Ratio) -> None:
     options = ServerOptions(slots=60, default_budget=8)
-    rows = slots_per_head(60, SHARES)
+    rows = slots_per_head(60, SHARES, 10**6)
     check_default(options, rows, 10**6, ratio(30))
     check_default(options, rows, 10**6, ratio(None))
     with pytest.raises(

@@ -77,6 +77,10 @@ def test_none_restores_the_default_and_an_empty_variable_is_ignored(
     assert load(["--config", str(file)]).options.tables == Path("/file")
     monkeypatch.setenv("A2SF_TABLES", "none")
     assert load(["--config", str(file)]).options.tables is None
+    # So it does for a setting that always has a value.
+    assert load(["--config", str(file), "--max-batch", "none"]).options.max_batch == 8
+    monkeypatch.setenv("A2SF_MAX_BATCH", "none")
+    assert load(["--config", str(file)]).options.max_batch == 8
 
 
 def test_the_last_of_a_repeated_flag_wins() -> None:
@@ -167,12 +171,12 @@ def test_the_printed_configuration_names_the_source_of_each_value(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--port", "70000"], "--port: 70000: input should be less than or equal to 65535"),
-        (["--max-batch", "0"], "--max-batch: 0: input should be greater than or equal to 1"),
-        (["--max-batch", "many"], "--max-batch: 'many': input should be a valid integer"),
-        (["--grace", "-1"], "--grace: -1.0: input should be greater than or equal to 0"),
-        (["--grace", "inf"], "--grace: inf: input should be a finite number"),
-        (["--log-level", "loud"], "--log-level: 'loud': input should be 'debug', 'info', 'warni"),
+        (["--port", "70000"], "--port: 70000; accepted: a whole number from 0 to 65535"),
+        (["--max-batch", "0"], "--max-batch: 0; accepted: a whole number, 1 or more"),
+        (["--max-batch", "many"], "--max-batch: 'many'; accepted: a whole number, 1 or more"),
+        (["--grace", "-1"], "--grace: -1.0; accepted: a finite number, 0 or more"),
+        (["--grace", "inf"], "--grace: inf; accepted: a finite number, 0 or more"),
+        (["--log-level", "loud"], "--log-level: 'loud'; accepted: debug, info, warning, error"),
         (["--max-bathc", "1"], "unrecognized arguments: --max-bathc 1"),
         (["--grace-s", "1"], "unrecognized arguments: --grace-s 1"),
         (["--max-b", "1"], "unrecognized arguments: --max-b 1"),

@@ -134,7 +134,7 @@ def test_options_override_the_figures_of_a_named_gpu() -> None:
     ("arguments", "message"),
     [
         (("--budget", 4, "--gpu", "l4"), "--budget: 4; accepted: 5 (sinks and the newest"),
-        (("--budget", 50), "--gpu-memory: missing; give it, --gpu or --max-batch"),
+        (("--budget", 50), "accepted: a size such as 80GB, or instead --gpu with"),
         ((*SMALL, "--slots", 99), "--slots: 99; accepted: 100"),
         ((*SMALL, "--device", "cuda:0"), "--device: 'cuda:0'; accepted: cuda, cpu"),
         ((*SMALL, "--dtype", "int8"), "accepted: auto, float64"),
@@ -144,6 +144,7 @@ def test_options_override_the_figures_of_a_named_gpu() -> None:
         ((*SMALL, "--default-table", "x"), "no alpha table 'x'"),
         ((*SMALL, "--tables", "/no/such", "--default-table", "x"), "/no/such: no such directory"),
         (("--budget", 50, "--gpu-memory", "10MB"), "one row need"),
+        (("--budget", 50, "--gpu-memory", "10MB", "--max-batch", 3), "one row need"),
         ((*SMALL, "--utilisation", 0), "--utilisation: 0; accepted"),
         ((*SMALL, "--utilisation", 1.1), "--utilisation: 1.1; accepted"),
         ((*SMALL, "--step-ms", 0), "--step-ms: 0; accepted: more than 0"),

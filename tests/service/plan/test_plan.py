@@ -90,21 +90,22 @@ def test_a_table_that_splits_slots_shapes_plan_and_server_alike(
     plan = planned("--model", tiny_model_dir, "--device", "cpu", "--gpu-memory", "10MB", *given)
     slots = plan["this_cache"]["head_slots"]
     assert sum(map(sum, slots)) == 3 * 2 * 64
-    assert tuple(map(tuple, slots)) == slots_per_head(64, shares)
+    assert tuple(map(tuple, slots)) == slots_per_head(64, shares, 512)
     assert_allocates_what_was_planned(plan)
 
 
 def test_the_text_lists_the_slots_of_each_head_if_they_differ(
-    tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
+    long_model_dir: Path, tmp_path: Path
 ) -> None:
     shares = ((0.3, 0.5), (1.0, 3.0), (7.7, 0.9))
-    table = make_table(tiny_model.identity, head_share=shares, budget=None, budget_ratio=0.2)
+    identity = load_model(str(long_model_dir), device="cpu").identity
+    table = make_table(identity, head_share=shares, budget=None, budget_ratio=0.2)
     save_table(table, tmp_path / "table.json")
     given = ("--tables", tmp_path, "--default-table", table.name, "--budget", 640)
-    plan = shown("--model", tiny_model_dir, "--device", "cpu", "--max-batch", 2, *given)
+    plan = shown("--model", long_model_dir, "--device", "cpu", "--max-batch", 2, *given)
     _, _, table_of_slots = plan.partition("one line per layer, one number per KV head\n")
     lines = [line.split() for line in table_of_slots.splitlines()[:3]]
-    slots = slots_per_head(640, shares)
+    slots = slots_per_head(640, shares, 10**6)
     assert lines == [
         ["layer", f"{layer}", *(f"{one:,}" for one in row)] for layer, row in enumerate(slots)
     ]
@@ -114,7 +115,11 @@ def test_the_text_lists_the_slots_of_each_head_if_they_differ(
 
 def test_the_slots_of_many_heads_continue_on_the_next_line(tmp_path: Path) -> None:
     model = save_tiny_llama(
-        tmp_path / "model", hidden_size=240, num_attention_heads=30, num_key_value_heads=30
+        tmp_path / "model",
+        hidden_size=240,
+        num_attention_heads=30,
+        num_key_value_heads=30,
+        max_position_embeddings=10**6,
     )
     identity = load_model(str(model), device="cpu", dtype="float32").identity
     shares = ((4.0,) * 29 + (0.25,), (1.0,) * 30, (1.0,) * 30)
@@ -131,15 +136,33 @@ def test_the_slots_of_many_heads_continue_on_the_next_line(tmp_path: Path) -> No
 
 
 def test_a_table_that_the_server_would_refuse_is_refused(
-    tiny_model: LoadedModel, tiny_model_dir: Path, tmp_path: Path
+    long_model_dir: Path, tmp_path: Path
 ) -> None:
+    identity = load_model(str(long_model_dir), device="cpu").identity
     # A budget of 24 has no room for what it protects and the newest token: 25.
     shape = {"layer_share": (0.3, 1.0, 7.7), "budget": 24, "sinks": 2, "recent": 22}
-    table = make_table(tiny_model.identity, **shape)
+    table = make_table(identity, **shape)
     save_table(table, tmp_path / "table.json")
     given = ("--tables", tmp_path, "--default-table", table.name, "--max-batch", 1)
-    assert "cannot be the default" in refused("--model", tiny_model_dir, *given, "--budget", 240)
-    assert "give --slots 241 or more" in refused("--model", tiny_model_dir, *given, "--budget", 200)
+    assert "cannot be the default" in refused("--model", long_model_dir, *given, "--budget", 240)
+    assert "give --slots 241 or more" in refused("--model", long_model_dir, *given, "--budget", 200)
+
+
+def test_no_head_is_planned_more_slots_than_the_longest_sequence_has_tokens() -> None:
+    given = ("--device", "cpu", "--max-batch", 1, "--tables", ROOT / "benchmarks" / "tables")
+    plan = planned(*given, "--default-table", "recall", "--budget", 100, "--slots", 512)
+    slots = plan["this_cache"]["head_slots"]
+    assert plan["model"]["max_context"] == 1024
+    assert max(map(max, slots)) == 1024
+    assert sum(map(sum, slots)) == 6 * 4 * 512
+    assert_allocates_what_was_planned(plan)
+
+
+def test_the_plan_says_that_slots_beyond_the_context_are_unused() -> None:
+    given = ("--device", "cpu", "--max-batch", 1, "--budget")
+    warning = "A sequence fills at most 1,024 slots of a head"
+    assert warning in shown(*given, 1025)
+    assert warning not in shown(*given, 1024)
 
 
 def test_the_packaged_model_with_an_unequal_table() -> None:

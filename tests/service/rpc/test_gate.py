@@ -45,6 +45,16 @@ def test_completions_above_the_capacity_are_refused_with_the_numbers() -> None:
     assert (gate.num_calls, gate.admitted) == (0, 0)
 
 
+def test_completions_are_counted_by_how_they_end() -> None:
+    gate = Gate()
+    gate.open(2)
+    with gate.enter(), gate.admit(), gate.enter():
+        with pytest.raises(Unavailable), gate.admit():
+            raise Unavailable("cut off")
+        assert (gate.finished, gate.unfinished) == (0, 1)
+    assert (gate.finished, gate.unfinished) == (1, 1)
+
+
 def test_calls_without_a_completion_need_no_place() -> None:
     gate = Gate()
     gate.open(1)

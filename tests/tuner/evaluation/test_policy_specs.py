@@ -87,6 +87,7 @@ def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path:
     save_table(table, tmp_path / "mine.json")
     (found,) = policy_specs.parse(str(tmp_path / "mine.json"), tiny_model)
     assert found.name == table.name
+    assert found.fitted_at == Size(slots=table.policy.budget)
     at = found.at(Size(ratio=0.5), prefill_chunk=7, seed=0)
     assert isinstance(at, TablePolicy)
     assert at == table.policy.model_copy(update={"budget": None, "budget_ratio": 0.5})

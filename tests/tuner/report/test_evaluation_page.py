@@ -1,15 +1,19 @@
 """The HTML report: everything is in it, nothing is loaded, and names stay names."""
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from a2sf.schema import Estimate
 from tests.tables import IDENTITY
 from tests.tuner.pages import NAMES, RATIOS, SLOTS, Page, around, compared, evaluation, table
 from tuner.evaluation.results import Evaluation, Metric
 from tuner.report.evaluation_page import render
+from tuner.report.pictures import LABEL_GAP, spread
 
 DOCUMENTS: dict[str, dict[str, Any]] = {
     "several sizes": {},
@@ -211,6 +215,14 @@ def test_every_table_scrolls_and_shades_the_edge_beyond_which_it_continues() -> 
     assert rule.count("local") == rule.count("var(--shade)") == 2
 
 
+def test_the_conclusion_is_about_the_size_that_a_table_was_fitted_at() -> None:
+    fitted = table().model_copy(update={"fitted_at": RATIOS[1]})
+    assert "mathqa, 1-shot, ratio 0.2: " in render(evaluation(tables=[fitted]))
+    unmeasured = table().model_copy(update={"fitted_at": SLOTS[0]})
+    for tables in ([unmeasured], []):
+        assert "mathqa, 1-shot, ratio 0.1: " in render(evaluation(tables=tables))
+
+
 def test_the_page_begins_with_its_conclusion() -> None:
     document = evaluation(names=("full", "h2o", "a2sf:0.5"), tables=[table()])
     at = RATIOS[0]
@@ -344,3 +356,21 @@ def test_a_large_evaluation_stays_a_page_that_can_be_mailed() -> None:
         model=identity,
     )
     assert len(render(document).encode()) < 3_000_000
+
+
+@given(st.lists(st.floats(0, 160), max_size=12))
+def test_names_at_the_ends_of_lines_do_not_overlap_and_stay_beside_the_panel(
+    ends: list[float],
+) -> None:
+    wanted = sorted(ends)
+    places = spread(wanted, 160.0)
+    assert all(b - a >= LABEL_GAP - 1e-9 for a, b in pairwise(places))
+    assert all(-1e-9 <= place <= 160 + 1e-9 for place in places)
+    if all(b - a >= LABEL_GAP for a, b in pairwise(wanted)):
+        assert places == pytest.approx(wanted)
+
+
+def test_names_of_lines_that_end_at_the_top_continue_downwards() -> None:
+    assert spread([160.0, 160.0, 160.0], 160.0) == [138.0, 149.0, 160.0]
+    # Elsewhere they are centred on the ends of their lines.
+    assert spread([80.0, 80.0, 80.0], 160.0) == pytest.approx([69.0, 80.0, 91.0])
