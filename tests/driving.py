@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2sf.cache.budgets import resolve
 from a2sf.cache.scoring import EMPTY
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy

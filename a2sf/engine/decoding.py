@@ -19,13 +19,11 @@ from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots
+from a2sf.engine.config import Kernels as Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.model.layer_attention import LayerAttention
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
-
-Kernels = Literal["auto", "torch", "triton", "numba"]
-"""The accepted values of the option `kernels`."""
 
 Backend = Literal["torch", "triton", "numba"]
 """An implementation of the law."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from a2sf.cache.slots import SLOT_OVERHEAD_BYTES, Slots
 from a2sf.engine import admission, decoding
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.row_sampler import Drawn, RowSampler
 from a2sf.engine.sequence import Sequence
 from a2sf.engine.staging import BatchWide, Staging

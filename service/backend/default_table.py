@@ -10,7 +10,7 @@ from itertools import chain
 import structlog
 
 from a2sf.cache.budgets import resolve, slots_for
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.errors import InvalidArgument, TableInvalid
 from a2sf.policy import DEFAULT_SINKS, CachePolicy, Heads, policy_if_omitted
 from a2sf.schema import AlphaTable

@@ -11,8 +11,6 @@ from typing import Any
 
 from a2sf import reference
 from a2sf.cache.budgets import split_slots
-from a2sf.engine import capacity
-from a2sf.engine.capacity import Weights
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.model import dtypes
 from a2sf.model.locate import REFERENCE
@@ -22,7 +20,8 @@ from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.backend.default_table import check_default, row_shape
 from service.config.options import ServerOptions, Shares, slots_per_head
-from service.plan import units
+from service.plan import capacity, units
+from service.plan.capacity import Weights
 
 DEVICES = ("cuda", "cpu")
 
