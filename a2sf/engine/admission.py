@@ -46,8 +46,6 @@ def check(request: GenerationRequest, model: LoadedModel, config: EngineConfig) 
         num_layers=model.shape.num_layers,
         num_kv_heads=model.identity.num_kv_heads,
     )
-    if model.local_heads is not None:
-        policy = policy.model_copy(update={"local_heads": model.local_heads})
     needed = policy.staging_slots(prompt)
     available = config.staging_slots(model.shape.max_context)
     if needed > available:

@@ -110,8 +110,9 @@ class SteppedDecoder:
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
             # As narrow as the rows allow: torch computes over all slots of a view.
-            slots = self._slab.view(slice(0, rows), most_of(policies))
-            stacked = PolicyTensors.stack(policies, lengths, self._model.device)
+            widest = self._model.select_heads(most_of(policies))
+            slots = self._slab.view(slice(0, rows), widest)
+            stacked = PolicyTensors.stack(policies, lengths, self._model.device, self._model.heads)
             self._batch = rows, make_steps(self._backend, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
         forward = self._batch[1](start)
@@ -120,8 +121,8 @@ class SteppedDecoder:
 
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
-    """Return the largest budget of any policy, for each layer and head of this process."""
-    layers = zip(*(policy.local_budgets for policy in policies), strict=True)
+    """Return the largest budget of any policy, for each layer and head."""
+    layers = zip(*(policy.head_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 
