@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from a2sf.cache.budgets import split_slots
+from a2sf.cache.slot_shares import split_slots
 from a2sf.errors import InvalidArgument
 from a2sf.policy import DEFAULT_METHOD, CachePolicy, Heads
 from a2sf.schema import Count, Frozen, Positive, Weight

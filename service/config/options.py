@@ -11,7 +11,6 @@ from typing import Self
 
 from pydantic import ValidationError, model_validator
 
-from a2sf.cache.budgets import split_slots
 from a2sf.engine.config import EngineConfig
 from a2sf.errors import InvalidArgument
 from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
@@ -30,9 +29,6 @@ from service.config.groups import (
 MIN_BUDGET = 128
 """With fewer slots, short requests under a ratio lose too much quality. See
 benchmarks/FINDINGS.md, "How few slots a ratio may come to"."""
-
-Shares = tuple[tuple[float, ...], ...]
-"""One weight per layer and KV head. Slots are split among heads in proportion to the weights."""
 
 
 class ServerOptions(
@@ -142,16 +138,6 @@ class ServerOptions(
             )
         except ValidationError as error:
             raise InvalidArgument("options", first_problem(error)) from error
-
-
-def slots_per_head(slots: int, shares: Shares, max_context: int) -> Heads:
-    """Return the slots of each layer and head of a row with `slots`, split by `shares`.
-
-    No head gets more than `max_context`, the tokens of the longest sequence: it could not fill
-    them. The other heads get the rest, so the bytes of a row are the same. With that many `slots`,
-    all heads are equal.
-    """
-    return split_slots(slots, shares, max_context)
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Self
 
+from a2sf.cache.slot_shares import Shares
 from a2sf.schema import TablePolicy, UniformSetting
 
 LOG_TAU_MAX = math.log(2000)
@@ -19,9 +20,6 @@ here."""
 
 Alphas = tuple[tuple[float, ...], ...]
 """[num_layers][num_kv_heads]"""
-
-Shares = tuple[tuple[float, ...], ...]
-"""[num_layers][num_kv_heads], with mean 1"""
 
 
 def alpha_of(log_tau: float) -> float:

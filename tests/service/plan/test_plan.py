@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from a2sf.cache.slot_shares import slots_per_head
 from a2sf.model import dtypes, families
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.spec import read_model_spec
 from a2sf.tablefile import save_table
 from service.backend.loading import load_core
-from service.config.options import slots_per_head
 from service.config.settings import load
 from tests.broken import added
 from tests.families import save
