@@ -113,8 +113,8 @@ def test_ports_are_those_that_the_server_listens_on(
         for port in service["spec"]["ports"]:
             assert port["port"] == ports[port["targetPort"]]
     (network,) = overlay.all("NetworkPolicy")
-    told = {p["port"] for rule in network["spec"]["ingress"] for p in rule["ports"]}
-    assert told == set(ports)
+    allowed = {p["port"] for rule in network["spec"]["ingress"] for p in rule["ports"]}
+    assert allowed == set(ports)
 
 
 def test_one_service_gives_the_servers_own_addresses_and_one_a_single_one(

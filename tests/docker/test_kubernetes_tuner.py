@@ -124,12 +124,12 @@ def test_a_lost_worker_is_replaced_and_one_that_was_told_wrong_ends_the_job(
 ) -> None:
     spec = job(overlay)
     assert spec["backoffLimitPerIndex"] > 1
-    lost, told_wrong = spec["podFailurePolicy"]["rules"]
+    lost, wrong_usage = spec["podFailurePolicy"]["rules"]
     assert lost["action"] == "Ignore"
     assert [c["type"] for c in lost["onPodConditions"]] == ["DisruptionTarget"]
-    assert told_wrong["action"] == "FailJob"
+    assert wrong_usage["action"] == "FailJob"
     # As the command line exits; a database that is away is 69, and worth another try.
-    assert told_wrong["onExitCodes"] == {"containerName": "fit", "operator": "In", "values": [2]}
+    assert wrong_usage["onExitCodes"] == {"containerName": "fit", "operator": "In", "values": [2]}
     assert spec["template"]["spec"]["initContainers"][0]["name"] == "fit"
 
 

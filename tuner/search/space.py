@@ -75,13 +75,6 @@ class Setting:
             for layer, row in enumerate(self.head_share)
         )
 
-    def with_head_slots(self, layer: int, head: int, factor: float) -> Self:
-        """The same with `factor` times the slots for one head."""
-        return self._with_shares(
-            [s * factor if (at, place) == (layer, head) else s for place, s in enumerate(row)]
-            for at, row in enumerate(self.head_share)
-        )
-
     def with_shares_to(self, power: float) -> Self:
         """The same with every share to a power: below 1 slots differ less, above 1 more."""
         return self._with_shares([share**power for share in row] for row in self.head_share)

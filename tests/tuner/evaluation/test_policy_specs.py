@@ -58,7 +58,7 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("written", "message"),
     [
         ("", "none given; accepted: full; window"),
         ("snapkv", "'snapkv'; accepted: full; window"),
@@ -75,11 +75,11 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
     ],
 )
 def test_unreadable_policies_are_refused_with_the_accepted_forms(
-    tiny_model: LoadedModel, written: str, told: str
+    tiny_model: LoadedModel, written: str, message: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
         policy_specs.parse(written, tiny_model)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path: Path) -> None:
