@@ -79,7 +79,7 @@ def placed(words: list[str], directory: Path) -> list[str]:
     return [word.replace("/tables", str(directory)) for word in words]
 
 
-def test_every_flag_is_one_that_the_tuner_takes(settings: FitSettings) -> None:
+def test_the_tuner_accepts_every_flag(settings: FitSettings) -> None:
     assert settings.storage == "postgresql://", "who connects, and how, is in the Secret alone"
     assert settings.study
 
@@ -119,7 +119,7 @@ def test_workers_are_alike_and_the_first_to_end_ends_the_job(overlay: Rendered) 
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_a_lost_worker_is_replaced_and_one_that_was_told_wrong_ends_the_job(
+def test_a_lost_worker_is_replaced_and_wrong_usage_ends_the_job(
     overlay: Rendered,
 ) -> None:
     spec = job(overlay)
@@ -133,7 +133,7 @@ def test_a_lost_worker_is_replaced_and_one_that_was_told_wrong_ends_the_job(
     assert spec["template"]["spec"]["initContainers"][0]["name"] == "fit"
 
 
-def test_the_connection_is_told_by_variables_of_postgresql(overlay: Rendered) -> None:
+def test_the_connection_is_set_by_variables_of_postgresql(overlay: Rendered) -> None:
     known = {default.envvar.decode() for default in Conninfo.get_defaults() if default.envvar}
     assert known >= CONNECTION
     (source,) = fit_and_table(overlay)[0]["envFrom"]

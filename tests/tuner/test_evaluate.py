@@ -132,7 +132,7 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     assert cell.kl == statistics.estimate(cell.by_example["kl"])
 
 
-def test_the_likeliest_choice_is_that_of_transformers(
+def test_the_likeliest_choice_equals_transformers(
     run: Run, tiny_model: LoadedModel, tiny_model_dir: Path, small_data: Path
 ) -> None:
     found = run(policies="full,window", shots=(1,), sizes=(Size(ratio=0.4),), examples=12)

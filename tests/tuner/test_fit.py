@@ -218,7 +218,7 @@ def test_too_little_time_for_the_proof_is_reported_with_the_minutes_needed(
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("better", [False, True])
-def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_for(
+def test_the_file_has_the_uniform_alpha_unless_the_table_is_better_or_requested(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, better: bool, keep: bool
 ) -> None:
     def verdict(*arguments: object, **options: object) -> Evidence:
@@ -281,7 +281,7 @@ def ten_held_out_rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("holdout", [None, 4])
-def test_too_few_held_out_rows_are_reported_before_the_search_with_what_helps(
+def test_too_few_held_out_rows_are_reported_before_the_search_with_a_remedy(
     settings: MakeSettings,
     ten_held_out_rows: Path,
     capsys: pytest.CaptureFixture[str],
@@ -298,7 +298,7 @@ def test_too_few_held_out_rows_are_reported_before_the_search_with_what_helps(
     assert outcome.remedy == "more rows in the data, or a smaller --length"
 
 
-def test_more_held_out_sequences_than_there_are_is_refused_with_what_helps(
+def test_too_many_held_out_sequences_are_refused_with_a_remedy(
     settings: MakeSettings, ten_held_out_rows: Path
 ) -> None:
     with pytest.raises(InvalidArgument) as refused:
@@ -317,7 +317,7 @@ def two_datasets(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_mixture_has_as_many_examples_of_each_dataset_and_is_named_after_all(
+def test_a_mixture_has_equally_many_examples_of_each_dataset_and_names_all(
     settings: MakeSettings, two_datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[Example]] = []

@@ -83,7 +83,7 @@ def on_a_terminal(*arguments: object, columns: int) -> str:
     return b"".join(read).decode()
 
 
-def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
+def test_a_fit_with_output_to_a_file_reports_its_stages_in_plain_lines(
     flags: list[object], tmp_path: Path
 ) -> None:
     output = in_a_file(*flags)
@@ -188,6 +188,6 @@ def test_plain_lines_appear_slowly_but_at_once_when_a_part_begins(
     ]
 
 
-def test_a_span_of_time_is_said_as_people_say_it() -> None:
+def test_a_duration_is_shown_in_fitting_units() -> None:
     said = [duration(seconds) for seconds in (0.4, 119, 120, 3600, 7300)]
     assert said == ["0 s", "119 s", "2 min", "60 min", "2 h 2 min"]

@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_plan_refuses_what_a_server_refuses_in_the_same_words(
+def test_a_plan_and_a_server_refuse_the_same_values_in_the_same_words(
     name: str, checkpoint: Path
 ) -> None:
     BROKEN[name].change(checkpoint)

@@ -58,7 +58,7 @@ def assert_allocates_what_was_planned(plan: dict[str, Any]) -> None:
     ids=lambda sizes: " ".join(map(str, sizes)),
 )
 @pytest.mark.parametrize("name", ["reference", "tiny"])
-def test_the_server_allocates_what_was_planned(
+def test_the_server_allocates_the_planned_bytes(
     name: str, sizes: tuple[object, ...], dtype: str, tiny_model_dir: Path
 ) -> None:
     model = tiny_model_dir if name == "tiny" else name

@@ -131,7 +131,7 @@ def test_short_conversations_share_a_sequence_and_only_answers_are_predicted(
         assert item.answers == ()
 
 
-def test_asked_one_at_a_time_each_conversation_is_a_sequence(
+def test_with_one_question_each_conversation_is_a_sequence(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     rows = [said(f"What is {n}?", f"It is {n}.") for n in range(10)]

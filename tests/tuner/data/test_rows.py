@@ -32,7 +32,9 @@ def test_a_choice_row_lists_lettered_choices_and_answers_with_the_text() -> None
         ({"prompt": "Say it: ", "completion": "it"}, "it"),
     ],
 )
-def test_the_other_forms_of_rows_answer_in_their_own_words(row: dict[str, Any], said: str) -> None:
+def test_other_kinds_of_rows_keep_the_words_of_their_answers(
+    row: dict[str, Any], said: str
+) -> None:
     turn = row_of(row)
     assert isinstance(turn, Turn)
     assert turn.answer == said

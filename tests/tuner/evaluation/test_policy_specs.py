@@ -95,7 +95,7 @@ def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path:
     assert (settled.budget, settled.alpha) == (50, table.policy.alpha)
 
 
-def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
+def test_a_pyramid_has_the_requested_size_and_prompt_block(
     tiny_model: LoadedModel,
 ) -> None:
     (found,) = policy_specs.parse("pyramid:.9", tiny_model)
@@ -106,7 +106,7 @@ def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
     assert "as PyramidKV splits them, uniform alpha 0.9" in found.description
 
 
-def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
+def test_adakv_has_the_requested_size_and_prompt_block(
     tiny_model: LoadedModel,
 ) -> None:
     (found,) = policy_specs.parse("adakv:.9", tiny_model)

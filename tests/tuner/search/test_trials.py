@@ -62,7 +62,7 @@ def test_the_time_ends_measurements_that_are_compared_with_a_best() -> None:
         assert trials.measure("b", [WORSE], best=best) == []
 
 
-def test_the_stored_layer_input_is_that_of_the_best_setting() -> None:
+def test_the_stored_layer_input_belongs_to_the_best_setting() -> None:
     planted = Planted(BEST)
     trials = trials_of(planted)
     with trials.stage("s", 9):
