@@ -5,15 +5,12 @@ Owns `CachePolicy` (the fields that a request, a table or the server may set), t
 numbers (`a2sf.cache.budgets`), of tensors, or of transport.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from a2sf.schema import Alpha, AlphaTable, Count, Frozen, Positive, Ratio, Share
 from a2sf.validation import Given
-
-T = TypeVar("T")
 
 Heads = tuple[tuple[int, ...], ...]
 """One number per head, [num_layers][num_kv_heads]."""
@@ -138,31 +135,6 @@ class EffectivePolicy(Frozen):
         description="Teacher forcing only. If set, the scores at the end of the prompt split the "
         "slots of a layer again, and each head keeps at least this share of its budget.",
     )
-    local_heads: tuple[Count, Positive] | None = Field(
-        default=None,
-        description="(first, end): this process has the KV heads first to end - 1 of each layer; "
-        "None: all heads.",
-    )
-
-    @property
-    def first_head(self) -> int:
-        """The first KV head of this process."""
-        return 0 if self.local_heads is None else self.local_heads[0]
-
-    @property
-    def local_alpha(self) -> tuple[tuple[float, ...], ...]:
-        """`alpha` of the heads of this process: [num_layers][heads]."""
-        return select_heads(self.alpha, self.local_heads)
-
-    @property
-    def local_budgets(self) -> tuple[tuple[int, ...], ...]:
-        """`head_budgets` of the heads of this process: [num_layers][heads] slots."""
-        return select_heads(self.head_budgets, self.local_heads)
-
-    @property
-    def local_recents(self) -> tuple[tuple[int, ...], ...]:
-        """`head_recents` of the heads of this process: [num_layers][heads] tokens."""
-        return select_heads(self.head_recents, self.local_heads)
 
     @property
     def scored(self) -> bool:
@@ -173,11 +145,4 @@ class EffectivePolicy(Frozen):
         """Slots per head that a prompt of this length needs during prefill."""
         if self.prefill_chunk == 0:
             return prompt_tokens
-        return min(prompt_tokens, max(map(max, self.local_budgets)) - 1 + self.prefill_chunk)
-
-
-def select_heads(
-    rows: Sequence[tuple[T, ...]], heads: tuple[int, int] | None
-) -> tuple[tuple[T, ...], ...]:
-    """Return the heads heads[0] to heads[1] - 1 of each layer's row [num_kv_heads]; None: all."""
-    return tuple(rows) if heads is None else tuple(row[slice(*heads)] for row in rows)
+        return min(prompt_tokens, max(map(max, self.head_budgets)) - 1 + self.prefill_chunk)

@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy

@@ -28,7 +28,7 @@ import numpy
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import load_model
 from a2sf.policy import CachePolicy

@@ -37,12 +37,10 @@ PLANS: dict[str, tuple[str, ...]] = {
     "climb": ("slots", "layers", "heads", "protection", "polish"),
     "default": DEFAULT_STAGES,
     "sensitivity": ("sensitivity", "alphas"),
-    "structured": ("structured",),
     "cma": ("cma",),
 }
 """The plans to compare: Optuna's TPE over all heads; the coordinate stages for alphas alone, for
-slots alone, and for both; the tuner's default, and its profile alone; and each other stage
-alone."""
+slots alone, and for both; the tuner's default, and its profile alone; and CMA-ES over layers."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class Broken(NamedTuple):
     """A change to a checkpoint, and the expected part of the error message."""
 
     change: Callable[[Path], None]
-    told: str
+    message: str
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -24,8 +24,8 @@ def config(**changes: Any) -> Callable[[Path], None]:
 
     def change(directory: Path) -> None:
         path = directory / "config.json"
-        told = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in told.items() if v is not ...}))
+        settings = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
 
     return change
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2sf.cache.budgets import resolve
 from a2sf.cache.scoring import EMPTY
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import PRESETS, CachePolicy, EffectivePolicy
@@ -170,7 +170,7 @@ def rows_of(engine: Engine) -> dict[str, tuple[Tensor, Tensor]]:
         rows.append((engine._prefilling, engine._staging.row, 0))
     kept = {}
     for sequence, slots, row in rows:
-        budgets = sequence.policy.local_budgets
+        budgets = engine.model.select_heads(sequence.policy.head_budgets)
         heads = [
             [head_of(slots, layer, row, head) for head in range(len(budgets[layer]))]
             for layer in range(len(budgets))

@@ -104,7 +104,7 @@ def test_memory_is_flat_from_request_to_request(tmp_path: Path) -> None:
 
 
 def demo(*flags: str, **environment: str) -> str:
-    """What the demonstration prints where nobody watches it on a terminal."""
+    """The demonstration's output without a terminal."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.demo", *flags],
         cwd=ROOT,

@@ -37,7 +37,7 @@ def test_the_model_recalls_as_the_findings_must_be_able_to_assume() -> None:
     assert min(card["state"], card["arith"]) >= 0.4
 
 
-def test_a_figure_beyond_the_tolerance_and_a_missing_cell_are_told() -> None:
+def test_a_figure_beyond_the_tolerance_and_a_missing_cell_are_reported() -> None:
     known = KNOWN["studies"][0]
     cell = known["cells"][0]
     assert differences(known, known) == []

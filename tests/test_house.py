@@ -203,7 +203,7 @@ def declared(extra: str | None) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["a2sf", "service", "tuner"])
-def test_whatever_is_imported_is_declared_by_the_extras_of_its_part(part: str) -> None:
+def test_imports_are_declared_by_the_extras_of_their_part(part: str) -> None:
     """Otherwise a part would work only where something else is installed as well."""
     makers = packages_distributions()
     for path in [*sources(part), *(ROOT / part).rglob("pb/**/*.py")]:

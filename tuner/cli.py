@@ -126,10 +126,10 @@ def fit(
     the measured cost of fewer slots in each head alone; alphas chooses each head's alpha by the
     same measurements; protection chooses the recent window and the sinks; polish takes small steps
     in all of these. Further stages, for comparison: slots splits the slots among layers by trial;
-    layers and heads try alphas; tpe, structured and cma search all alphas, a few numbers, or the
-    layers, as a whole. Without --stages: sensitivity, alphas, protection, polish. A table whose
-    heads have unequal slots needs a server with rows of the same shape; leave out sensitivity and
-    slots for a table that any server accepts.
+    layers and heads try alphas; tpe and cma search all alphas, or the layers, as a whole. Without
+    --stages: sensitivity, alphas, protection, polish. A table whose heads have unequal slots needs
+    a server with rows of the same shape; leave out sensitivity and slots for a table that any
+    server accepts.
     """
     check_ranges(
         {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tuner.progress import duration
 
-OPEN_ENDED_STAGES = ("polish", "tpe", "structured", "cma")
+OPEN_ENDED_STAGES = ("polish", "tpe", "cma")
 """Stages that continue as long as there are trials; the others end by themselves."""
 
 STAGES = ("sensitivity", "alphas", "slots", "layers", "heads", "protection", *OPEN_ENDED_STAGES)

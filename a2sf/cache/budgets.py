@@ -1,16 +1,16 @@
 """From a policy's optional fields to plain numbers: the budget, window and alpha of every head.
 
-Owns `resolve`, which combines the fields of the request, its table and the server, the numbers of
-the presets, and the split of slots among heads. In its result no budget is a ratio and no window a
-share. Knows nothing of tensors or of transport.
+Owns `resolve`, which combines the fields of the request, its table and the server, and the numbers
+of the presets. In its result no budget is a ratio and no window a share. `a2sf.cache.slot_shares`
+splits slots among heads. Knows nothing of tensors or of transport.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import chain, islice, pairwise
+from itertools import chain
 
+from a2sf.cache.slot_shares import split_slots
 from a2sf.errors import InvalidArgument
 from a2sf.policy import (
     DEFAULT_PREFILL_CHUNK,
@@ -20,70 +20,6 @@ from a2sf.policy import (
     Heads,
 )
 from a2sf.schema import AlphaTable, TablePolicy
-
-
-def split_slots(
-    budget: int, shares: Sequence[Sequence[float]], most: int, least: int = 0
-) -> tuple[tuple[int, ...], ...]:
-    """Split layers x heads x `budget` slots among all heads in proportion to their shares.
-
-    No head gets more than `most`. If the budget is at least `least`, no head gets less than that.
-    The other heads split the rest in proportion to their shares. If `budget` is `most` or more,
-    every head gets `budget`. The running total over layers and heads is rounded (halves up), so
-    that the sum is exact and equal shares get equal slots.
-
-    Args:
-        budget: slots per head, averaged over all heads.
-        shares: [layers][heads] positive weights; only their proportions matter.
-        most: the most slots that a head can use, such as the sequence's length.
-        least: the fewest slots that a head needs to hold what is protected.
-
-    Returns:
-        [layers][heads] slots; their sum is `layers * heads * budget`. A head with a very small
-        share may get 0.
-    """
-    if budget >= most:
-        return tuple((budget,) * len(layer) for layer in shares)
-    least = min(least, budget)
-    # Whole numbers throughout: in floats a rounded total could give a head more than `most`.
-    ratios = [share.as_integer_ratio() for layer in shares for share in layer]
-    unit = max(denominator for _, denominator in ratios)
-    weights = [numerator * (unit // denominator) for numerator, denominator in ratios]
-    slots, weight = budget * len(weights), sum(weights)
-    settled: dict[int, int] = {}
-    while True:
-        open_heads = [head for head in range(len(weights)) if head not in settled]
-        over = {h: x for h in open_heads if (x := weights[h] * slots - most * weight) >= 0}
-        under = {h: x for h in open_heads if (x := least * weight - weights[h] * slots) > 0}
-        if not over and not under:
-            break
-        # Settle the side with the larger total first: the slots that it frees or takes move the
-        # heads of the other side towards the allowed range.
-        full = sum(over.values()) >= sum(under.values())
-        for head in over if full else under:
-            settled[head] = most if full else least
-            slots, weight = slots - settled[head], weight - weights[head]
-    fixed, open_weight, total = 0, 0, [0]
-    for head, share in enumerate(weights):
-        if head in settled:
-            fixed += settled[head]
-        else:
-            open_weight += share
-        by_share = (2 * slots * open_weight + weight) // (2 * weight) if weight else 0
-        total.append(fixed + by_share)
-    heads = (end - begin for begin, end in pairwise(total))
-    return tuple(tuple(islice(heads, len(layer))) for layer in shares)
-
-
-def slots_for(budget: int, shares: Sequence[Sequence[float]], most: int) -> int:
-    """Return the mean slots per head with which `split_slots` gives every head at least `budget`.
-
-    `most` is as for `split_slots`: the most slots that a head can use.
-    """
-    weights = [Fraction(share) for layer in shares for share in layer]
-    limit = Fraction(max(budget, most))
-    heads = (min(budget * weight / min(weights), limit) for weight in weights)
-    return math.ceil(sum(heads, Fraction()) / len(weights))
 
 
 def resolve(

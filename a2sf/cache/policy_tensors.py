@@ -13,7 +13,7 @@ from torch import Tensor
 
 from a2sf.cache import scoring
 from a2sf.cache.layout import Run
-from a2sf.policy import EffectivePolicy, Heads
+from a2sf.policy import EffectivePolicy
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,39 @@ class PolicyTensors:
 
     @classmethod
     def stack(
-        cls, policies: Sequence[EffectivePolicy], lengths: Sequence[int], device: torch.device
+        cls,
+        policies: Sequence[EffectivePolicy],
+        lengths: Sequence[int],
+        device: torch.device,
+        heads: slice = slice(None),
     ) -> Self:
         """Stack one policy per row.
 
-        `lengths` are the most tokens of each row's sequence. A row with room for all of them never
-        evicts, so its scores are not computed. All policies must be for the same heads.
+        Args:
+            policies: one per row.
+            lengths: the most tokens of each row's sequence. A row with room for all of them never
+                evicts, so its scores are not computed.
+            device: where the tensors are.
+            heads: the KV heads of this process; by default, all heads.
         """
 
         def integers(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        def of_heads(values: Sequence[Heads]) -> Tensor:
-            return torch.tensor(values, device=device).transpose(0, 1).contiguous()
+        def of_heads(values: Sequence[Sequence[Sequence[float]]], dtype: torch.dtype) -> Tensor:
+            every = torch.tensor(values, dtype=dtype, device=device)
+            return every[:, :, heads].transpose(0, 1).contiguous()
 
-        alphas = [p.local_alpha for p in policies]
-        alpha = torch.tensor(alphas, dtype=torch.float64, device=device)
-        layers = torch.arange(alpha.shape[1], device=device)
+        layers = torch.arange(len(policies[0].alpha), device=device)
         scored = [
             p.scored and min(map(min, p.head_budgets)) < length
             for p, length in zip(policies, lengths, strict=True)
         ]
         return cls(
-            first_heads=scoring.first_heads(layers, policies[0].first_head),
-            alpha=alpha.transpose(0, 1).contiguous(),
-            budget=of_heads([p.local_budgets for p in policies]),
-            recent=of_heads([p.local_recents for p in policies]),
+            first_heads=scoring.first_heads(layers, heads.start or 0),
+            alpha=of_heads([p.alpha for p in policies], torch.float64),
+            budget=of_heads([p.head_budgets for p in policies], torch.int64),
+            recent=of_heads([p.head_recents for p in policies], torch.int64),
             sinks=integers([p.sinks for p in policies]),
             random_seed=integers(
                 [-1 if p.random_seed is None else p.random_seed for p in policies]

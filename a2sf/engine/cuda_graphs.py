@@ -109,7 +109,7 @@ class FusedDecoder:
     ) -> None:
         """As `decoding.Decoder.join`."""
         self._slab.copy_row(row, source, source_row, counts)
-        one = PolicyTensors.stack([policy], [max_len], self._model.device)
+        one = PolicyTensors.stack([policy], [max_len], self._model.device, self._model.heads)
         self._policy.copy_row(row, one, 0)
         self._scored[row] = one.any_scored
         self._unplanned.add(row)

@@ -19,13 +19,11 @@ from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots
+from a2sf.engine.config import Kernels as Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.model.layer_attention import LayerAttention
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import EffectivePolicy, Heads
-
-Kernels = Literal["auto", "torch", "triton", "numba"]
-"""The accepted values of the option `kernels`."""
 
 Backend = Literal["torch", "triton", "numba"]
 """An implementation of the law."""
@@ -112,8 +110,9 @@ class SteppedDecoder:
         if self._batch is None or self._batch[0] != rows:
             policies, lengths = zip(*(self._rows[row] for row in range(rows)), strict=True)
             # As narrow as the rows allow: torch computes over all slots of a view.
-            slots = self._slab.view(slice(0, rows), most_of(policies))
-            stacked = PolicyTensors.stack(policies, lengths, self._model.device)
+            widest = self._model.select_heads(most_of(policies))
+            slots = self._slab.view(slice(0, rows), widest)
+            stacked = PolicyTensors.stack(policies, lengths, self._model.device, self._model.heads)
             self._batch = rows, make_steps(self._backend, slots, stacked)
         ids, start = torch.tensor([token_ids, positions], device=self._model.device)
         forward = self._batch[1](start)
@@ -122,8 +121,8 @@ class SteppedDecoder:
 
 
 def most_of(policies: Sequence[EffectivePolicy]) -> Heads:
-    """Return the largest budget of any policy, for each layer and head of this process."""
-    layers = zip(*(policy.local_budgets for policy in policies), strict=True)
+    """Return the largest budget of any policy, for each layer and head."""
+    layers = zip(*(policy.head_budgets for policy in policies), strict=True)
     return tuple(tuple(map(max, zip(*heads, strict=True))) for heads in layers)
 
 

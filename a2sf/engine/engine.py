@@ -18,13 +18,13 @@ from torch import Tensor
 
 from a2sf.cache.slots import SLOT_OVERHEAD_BYTES, Slots
 from a2sf.engine import admission, decoding
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.row_sampler import Drawn, RowSampler
 from a2sf.engine.sequence import Sequence
 from a2sf.engine.staging import BatchWide, Staging
 from a2sf.errors import InvalidArgument, ResourceExhausted, raise_if_fatal
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import Heads, select_heads
+from a2sf.policy import Heads
 from a2sf.requests import CacheStatistics, Event, Failed, GenerationRequest, StepEvent
 
 
@@ -52,7 +52,7 @@ class Engine:
         self.kernels = decoding.choose_kernels(config.kernels, model)
         """The chosen implementation of the law: torch, triton or numba."""
         slots = config.head_slots(model.shape.num_layers, model.identity.num_kv_heads)
-        self._slab = self._allocate(config.max_batch, select_heads(slots, model.local_heads))
+        self._slab = self._allocate(config.max_batch, model.select_heads(slots))
         graphs = config.cuda_graphs and model.device.type == "cuda"
         self._decoder = decoding.make_decoder(model, self._slab, self.kernels, graphs=graphs)
         staging = config.staging_slots(model.shape.max_context)
@@ -222,9 +222,8 @@ class Engine:
         try:
             slots = self._staging.finish(sequence)
             sequence.running = True
-            self._decoder.join(
-                row, slots, 0, sequence.local_stored, sequence.policy, sequence.max_len
-            )
+            stored = self.model.select_heads(sequence.stored)
+            self._decoder.join(row, slots, 0, stored, sequence.policy, sequence.max_len)
         except BaseException as error:
             self._fail(sequence, error)
             self._forget(sequence)

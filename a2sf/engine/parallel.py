@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from a2sf.engine import sampling
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.model.tensor_parallel import RankLost, Ranks

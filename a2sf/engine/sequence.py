@@ -10,7 +10,7 @@ from typing import Self
 
 from a2sf.engine import sampling
 from a2sf.model.loader import LoadedModel
-from a2sf.policy import EffectivePolicy, Heads, select_heads
+from a2sf.policy import EffectivePolicy, Heads
 from a2sf.requests import (
     CacheStatistics,
     Delta,
@@ -108,11 +108,6 @@ class Sequence:
         return sum(map(sum, self.stored))
 
     @property
-    def local_stored(self) -> Heads:
-        """As `stored`, for the heads of this process."""
-        return select_heads(self.stored, self.policy.local_heads)
-
-    @property
     def block(self) -> tuple[int, int]:
         """The current or next block of the prompt: its start and its length, in tokens."""
         start = self.prefilled // self._chunk * self._chunk
@@ -121,7 +116,7 @@ class Sequence:
     @property
     def in_order(self) -> bool:
         """Whether nothing is evicted from the prompt before the end of the current block."""
-        return self.block[0] < min(map(min, self.policy.local_budgets))
+        return self.block[0] < min(map(min, self.policy.head_budgets))
 
     @property
     def max_len(self) -> int:

@@ -93,7 +93,7 @@ class Staging:
         assert self._piece is not None, "nothing was read"
         if not math.isfinite(self._largest):
             raise NonFinite(NOT_FINITE)
-        stored = self._integers(sequence.local_stored)[:, None]
+        stored = self._stored(sequence)
         length = self._integers([len(sequence.request.prompt_ids)])
         end_prompt(self._piece.slots, stored, length, self._piece.policy)
         return self._piece.slots
@@ -104,7 +104,9 @@ class Staging:
         first = sequence.prefilled
         start, length = sequence.block
         width = min(start + length - first, self._step_tokens)
-        policy = PolicyTensors.stack([sequence.policy], [sequence.max_len], self._model.device)
+        policy = PolicyTensors.stack(
+            [sequence.policy], [sequence.max_len], self._model.device, self._model.heads
+        )
         # Slots fill in order until the first eviction, so later slots are not needed yet.
         most = sequence.policy.staging_slots(len(prompt))
         needed = min(most, first + width)
@@ -127,7 +129,7 @@ class Staging:
                 policy,
                 start=self._integers([start]),
                 lengths=self._integers([length]),
-                used=self._integers(sequence.local_stored)[:, None],
+                used=self._stored(sequence),
                 width=width,
                 first=first - start,
                 in_order=sequence.in_order,
@@ -150,6 +152,10 @@ class Staging:
             raise
         torch.maximum(self._largest, hidden.abs().amax().float(), out=self._largest)
         return logits
+
+    def _stored(self, sequence: Sequence) -> Tensor:
+        """Return the tokens stored in each head of this process, [layers, 1, H_kv]."""
+        return self._integers(self._model.select_heads(sequence.stored))[:, None]
 
     def _integers(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)

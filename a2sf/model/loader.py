@@ -31,6 +31,7 @@ from a2sf.model.spec import (
     shape_of,
 )
 from a2sf.model.tensor_parallel import Ranks, num_processes
+from a2sf.policy import Heads
 from a2sf.schema import ModelIdentity
 
 
@@ -54,6 +55,15 @@ class LoadedModel:
     heads. None: all heads."""
     dtype_reason: str = "asked for"
     """The reason for this dtype, for people to read."""
+
+    @property
+    def heads(self) -> slice:
+        """The KV heads of this process, among all heads of a layer."""
+        return slice(None) if self.local_heads is None else slice(*self.local_heads)
+
+    def select_heads(self, rows: Heads) -> Heads:
+        """Return the numbers of this process's heads, of [num_layers][num_kv_heads] numbers."""
+        return tuple(row[self.heads] for row in rows)
 
     @property
     def dtype_name(self) -> str:

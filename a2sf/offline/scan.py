@@ -80,7 +80,7 @@ class Scan:
         lengths = [length for _, length in sizes]
         longest_prompt = max(prompts)
         steps = max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))
-        layers = [*zip(*(p.local_budgets for p in policies), strict=True)]
+        layers = [*zip(*(p.head_budgets for p in policies), strict=True)]
         budgets = [max(map(max, mine)) for mine in layers]
         evicts = [
             any(min(row) < length for row, length in zip(mine, lengths, strict=True))

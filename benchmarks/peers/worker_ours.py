@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy

@@ -4,18 +4,18 @@ Owns the rules that make a request without a policy fit at every length, and the
 nothing of files, of the model's weights, or of handlers.
 """
 
-import math
 from itertools import chain
 
 import structlog
 
-from a2sf.cache.budgets import resolve, slots_for
-from a2sf.engine.admission import EngineConfig
+from a2sf.cache.budgets import resolve
+from a2sf.cache.slot_shares import max_slots_per_head, slots_for, slots_per_head
+from a2sf.engine.config import EngineConfig
 from a2sf.errors import InvalidArgument, TableInvalid
 from a2sf.policy import DEFAULT_SINKS, CachePolicy, Heads, policy_if_omitted
 from a2sf.schema import AlphaTable
 from service.backend.tables import TableStore
-from service.config.options import ServerOptions, Shares, slots_per_head
+from service.config.options import ServerOptions
 from service.policy_messages import describe_policy
 
 log = structlog.get_logger(__name__)
@@ -121,9 +121,9 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
     budget = max(policy.budget, policy.min_budget or 0)
     name = "budget" if budget == policy.budget else "min_budget"
     peaks = (
-        [[budget] * len(row) for row in rows]
+        tuple((budget,) * len(row) for row in rows)
         if alike
-        else _max_slots_per_head(budget, policy.head_share, max_context)
+        else max_slots_per_head(budget, policy.head_share, max_context)
     )
     _, layer, head = max(
         (peak - has, -layer, -head)
@@ -150,20 +150,3 @@ def check_default(options: ServerOptions, rows: Heads, max_context: int, table: 
         )
     except InvalidArgument as error:
         raise TableInvalid(f"{cannot}: {error.problem}") from error
-
-
-def _max_slots_per_head(budget: int, shares: Shares, max_context: int) -> list[list[int]]:
-    """Return the most slots that each head takes of `budget`, over all lengths up to `max_context`.
-
-    No head takes more slots than the sequence has tokens; the rest goes to the other heads. So a
-    head takes the most slots at the greatest length that it can hold completely; heads with larger
-    shares hold that length completely too.
-    """
-    weights = list(chain(*shares))
-    total = budget * len(weights)
-
-    def peak(weight: float) -> int:
-        alone = math.ceil(total * weight / sum(min(weight, other) for other in weights))
-        return min(alone, max(budget, max_context))
-
-    return [[peak(weight) for weight in row] for row in shares]

@@ -13,7 +13,7 @@ from itertools import chain
 import structlog
 
 from a2sf import reference
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.engine.parallel import Follower, LeadingEngine
 from a2sf.errors import InvalidArgument, NotFound, TableError, Unsupported

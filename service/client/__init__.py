@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from service.client.aio import AdminClient, Client
     from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
     from service.client.channel import ChannelOptions, Tls
-    from service.client.options import Chat, GenerationOptions
+    from service.client.requests import Chat, GenerationOptions
     from service.client.results import Delta, StreamStarted
     from service.client.sync import SyncAdminClient, SyncClient
     from service.status import Cancelled, DeadlineExceeded, NoRoom, RemoteError
@@ -88,7 +88,7 @@ if not TYPE_CHECKING:
         "service.client.aio": ("AdminClient", "Client"),
         "service.client.calls": ("DEFAULT_TIMEOUT_S", "DESCRIBE_TIMEOUT_S"),
         "service.client.channel": ("ChannelOptions", "Tls"),
-        "service.client.options": ("Chat", "GenerationOptions"),
+        "service.client.requests": ("Chat", "GenerationOptions"),
         "service.client.results": ("Delta", "StreamStarted"),
         "service.client.sync": ("SyncAdminClient", "SyncClient"),
         "service.status": ("Cancelled", "DeadlineExceeded", "NoRoom", "RemoteError"),

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from a2sf.errors import InvalidArgument
 from a2sf.schema import AlphaTable
 from service.client import requests, responses
-from service.client.options import Chat, GenerationOptions
+from service.client.requests import Chat, GenerationOptions
 from service.client.results import (
     Activated,
     Completion,

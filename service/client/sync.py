@@ -10,7 +10,7 @@ from typing import Unpack
 from a2sf.schema import AlphaTable
 from service.client import calls
 from service.client.calls import DEFAULT_TIMEOUT_S, DESCRIBE_TIMEOUT_S
-from service.client.options import Chat, GenerationOptions
+from service.client.requests import Chat, GenerationOptions
 from service.client.results import (
     Activated,
     Completion,

@@ -1,15 +1,17 @@
 """The settings of the server, with the help text of each.
 
 Owns names, types, defaults and help. Each group is a class; its docstring is the heading in the
-help, and each field's docstring is the field's help. Knows nothing of how settings depend on each
+help, and each field's docstring is the field's help. Settings of the engine take their defaults
+and help from `a2sf.engine.config`. Knows nothing of how settings depend on each
 other (`service.config.options`), or of where values come from (`service.config.settings`).
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from a2sf.engine.config import EngineConfig, Kernels
 from a2sf.model.locate import REFERENCE
 from a2sf.schema import Count, Frozen, NotNegative, Positive
 
@@ -27,6 +29,12 @@ class _Group(Frozen):
     model_config = ConfigDict(
         validate_by_name=True, validate_by_alias=True, use_attribute_docstrings=True
     )
+
+
+def _of_engine(name: str) -> Any:
+    """Return a field with the default and the help of the engine's field of this name."""
+    field = EngineConfig.model_fields[name]
+    return Field(default=field.default, description=field.description)
 
 
 class ModelOptions(_Group):
@@ -47,13 +55,8 @@ class ModelOptions(_Group):
     default."""
     threads: Positive | None = None
     """CPU threads for computation; without it, as many as the process may use."""
-    kernels: Literal["auto", "torch", "triton", "numba"] = "auto"
-    """Implementation of eviction: torch operations, Triton kernels on a GPU, or numba kernels on a
-    CPU. auto picks Triton or numba if it supports the device, the dtype and the head size, else
-    torch."""
-    cuda_graphs: bool = True
-    """Run the Triton kernels in CUDA graphs, captured at startup. Not used when several processes
-    share the model."""
+    kernels: Kernels = _of_engine("kernels")
+    cuda_graphs: bool = _of_engine("cuda_graphs")
 
 
 class TableOptions(_Group):
@@ -73,12 +76,8 @@ class TableOptions(_Group):
 class CapacityOptions(_Group):
     """Capacity"""
 
-    max_batch: Positive = 8
-    """Requests that decode together."""
-    slots: Positive = 1024
-    """Slots per head of a row, averaged over heads. This is the largest budget of a request, in
-    tokens. If the default table splits slots unequally, a request with an equal budget in every
-    head can have at most the slots of the narrowest head."""
+    max_batch: Positive = _of_engine("max_batch")
+    slots: Positive = _of_engine("slots")
     default_budget: Positive | None = None
     """Budget of requests that name none, in tokens; without it, the slots of the narrowest head. A
     sequence that fits into the budget is exact."""
@@ -86,12 +85,9 @@ class CapacityOptions(_Group):
     """Lower bound, in tokens, of a budget given as a ratio, by a request or by a table. A shorter
     request keeps all of its tokens. 0: no lower bound; without it 128, a quarter of the slots, or
     the slots of the narrowest head, whichever is the least."""
-    max_prefill_tokens: Positive | None = None
-    """Longest prompt block, in tokens; without it, the model's context, but at most 8192."""
-    step_tokens: Positive = 512
-    """Prompt tokens computed between two decode steps."""
-    max_waiting: Count = 64
-    """Requests that may wait for a row; the server refuses any more."""
+    max_prefill_tokens: Positive | None = _of_engine("max_prefill_tokens")
+    step_tokens: Positive = _of_engine("step_tokens")
+    max_waiting: Count = _of_engine("max_waiting")
     max_message_bytes: Positive = 4 * 2**20
     """Largest request message that the server reads, in bytes."""
     max_prompt_bytes: Positive = 2**20

@@ -7,11 +7,11 @@ all that needs no model and no file. Knows nothing of where values come from
 
 import ipaddress
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import ValidationError, model_validator
 
-from a2sf.cache.budgets import split_slots
+from a2sf.engine.config import EngineConfig
 from a2sf.errors import InvalidArgument
 from a2sf.policy import DEFAULT_METHOD, DEFAULT_SINKS, Heads
 from a2sf.validation import first_problem
@@ -26,15 +26,9 @@ from service.config.groups import (
     TableOptions,
 )
 
-if TYPE_CHECKING:
-    from a2sf.engine.admission import EngineConfig
-
 MIN_BUDGET = 128
 """With fewer slots, short requests under a ratio lose too much quality. See
 benchmarks/FINDINGS.md, "How few slots a ratio may come to"."""
-
-Shares = tuple[tuple[float, ...], ...]
-"""One weight per layer and KV head. Slots are split among heads in proportion to the weights."""
 
 
 class ServerOptions(
@@ -113,14 +107,11 @@ class ServerOptions(
     def _narrowest(self, row: Heads | None) -> int:
         return min(chain(*row)) if row else self.slots
 
-    def engine_config(self, row: Heads | None) -> "EngineConfig":
+    def engine_config(self, row: Heads | None) -> EngineConfig:
         """The engine's sizes. `row`: the slots of a row's heads, by `slots_per_head`; None: equal.
 
         Raises InvalidArgument if sizes contradict each other.
         """
-        # Imported here because it loads torch; help and flag errors must not wait for that.
-        from a2sf.engine.admission import EngineConfig
-
         least = DEFAULT_SINKS + 1
         budget = self.default_budget_for(row)
         if self.slots < least:
@@ -138,31 +129,15 @@ class ServerOptions(
             )
         try:
             return EngineConfig(
-                slots=self.slots,
+                **self.model_dump(include=set(EngineConfig.model_fields)),
                 # Slots as weights: split in proportion to them, the same slots give the same row.
                 head_share=row,
-                max_batch=self.max_batch,
-                max_prefill_tokens=self.max_prefill_tokens,
-                step_tokens=self.step_tokens,
-                max_waiting=self.max_waiting,
-                kernels=self.kernels,
-                cuda_graphs=self.cuda_graphs,
                 default_policy=DEFAULT_METHOD.model_copy(
                     update={"budget": budget, "min_budget": floor}
                 ),
             )
         except ValidationError as error:
             raise InvalidArgument("options", first_problem(error)) from error
-
-
-def slots_per_head(slots: int, shares: Shares, max_context: int) -> Heads:
-    """Return the slots of each layer and head of a row with `slots`, split by `shares`.
-
-    No head gets more than `max_context`, the tokens of the longest sequence: it could not fill
-    them. The other heads get the rest, so the bytes of a row are the same. With that many `slots`,
-    all heads are equal.
-    """
-    return split_slots(slots, shares, max_context)
 
 
 def is_loopback(host: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from a2sf.engine.config import DEFAULT_MAX_PREFILL_TOKENS
 from a2sf.errors import InvalidArgument
 from a2sf.model.locate import REFERENCE
 from service.plan import devices, units
@@ -95,7 +96,8 @@ def plan(
         _cache(
             metavar="N",
             min=1,
-            help="Longest prompt block. [default: the model's context, at most 8192]",
+            help="Longest prompt block. [default: the model's context, at most "
+            f"{DEFAULT_MAX_PREFILL_TOKENS}]",
         ),
     ] = None,
     context: Annotated[

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from a2sf.engine import capacity
 from a2sf.errors import InvalidArgument
+from service.plan import capacity
 from service.plan.sizing import Sizing
 
 

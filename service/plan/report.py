@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from a2sf.engine import capacity
-from a2sf.engine.capacity import Weights
 from a2sf.model import dtypes
 from service.config.settings import NAMES, flag
+from service.plan import capacity
+from service.plan.capacity import Weights
 from service.plan.pace import Pace, TimeSources, Workload
 from service.plan.sizing import Sizing
 from service.plan.units import binary

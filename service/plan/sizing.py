@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from a2sf import reference
-from a2sf.cache.budgets import split_slots
-from a2sf.engine import capacity
-from a2sf.engine.capacity import Weights
+from a2sf.cache.slot_shares import Shares, slots_per_head, split_slots
 from a2sf.errors import A2SFError, InvalidArgument, NotFound, TableMismatch
 from a2sf.model import dtypes
 from a2sf.model.locate import REFERENCE
@@ -21,8 +19,9 @@ from a2sf.policy import DEFAULT_SINKS, Heads
 from a2sf.schema import AlphaTable
 from a2sf.tablefile import load_table
 from service.backend.default_table import check_default, row_shape
-from service.config.options import ServerOptions, Shares, slots_per_head
-from service.plan import units
+from service.config.options import ServerOptions
+from service.plan import capacity, units
+from service.plan.capacity import Weights
 
 DEVICES = ("cuda", "cpu")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.engine.parallel import Follower, LeadingEngine
 from a2sf.errors import A2SFError

@@ -1,4 +1,4 @@
-"""Cache policies: valid combinations of fields, and the heads of one process."""
+"""Cache policies: valid combinations of fields."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import pytest
 
 from a2sf.errors import InvalidRequest
 from a2sf.policy import CachePolicy
-from tests.policies import resolve_for_test, table_with_shares
 
 
 @pytest.mark.parametrize(
@@ -37,18 +36,3 @@ from tests.policies import resolve_for_test, table_with_shares
 def test_invalid_and_contradictory_fields_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         CachePolicy(**fields)
-
-
-def test_local_budgets_are_those_of_the_heads_of_the_process() -> None:
-    table = table_with_shares(
-        (4.0, 3.0, 2.0, 1.0), (1.0, 1.0, 1.0, 3.0), budget=40, recent=3, sinks=0
-    )
-    policy = resolve_for_test(CachePolicy(table="made-up"), slots=200, **table)
-    first, second = (policy.model_copy(update={"local_heads": heads}) for heads in ((0, 2), (2, 4)))
-    assert policy.local_budgets == policy.head_budgets == ((80, 60, 40, 20), (20, 20, 20, 60))
-    assert (first.local_budgets, second.local_budgets) == (
-        ((80, 60), (20, 20)),
-        ((40, 20), (20, 60)),
-    )
-    assert second.local_recents == ((3, 3), (3, 3))
-    assert second.local_alpha == tuple(row[2:] for row in policy.alpha)

@@ -36,7 +36,7 @@ def test_a_table_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 
 
-def test_the_digest_is_that_of_the_canonical_json_written_out(tmp_path: Path) -> None:
+def test_the_digest_is_the_one_of_the_canonical_json(tmp_path: Path) -> None:
     save_table(make_table(IDENTITY, name="na-me"), tmp_path / "t.json")
     # As a program in any language would: parse, drop, sort, no spaces, UTF-8, hash.
     script = (
@@ -54,7 +54,7 @@ def test_the_digest_is_that_of_the_canonical_json_written_out(tmp_path: Path) ->
     assert done.stdout.strip() == "True"
 
 
-def test_the_exported_json_schema_is_that_of_the_code() -> None:
+def test_the_exported_json_schema_equals_the_one_of_the_code() -> None:
     exported = json.loads((ROOT / "proto" / "alpha_table.schema.json").read_text())
     assert exported == schema.json_schema()
 
@@ -158,7 +158,7 @@ def test_a_table_keeps_its_floor(floor: int | None, tmp_path: Path) -> None:
     assert load_table(tmp_path / "t.json").policy.min_budget == floor
 
 
-def test_a_file_that_says_the_same_in_other_words_has_the_digest_of_its_full_form(
+def test_a_file_in_another_notation_has_the_digest_of_its_full_form(
     tmp_path: Path,
 ) -> None:
     table = make_table(IDENTITY, head_share=((1.0, 1.0), (1.0, 1.0)))
@@ -236,7 +236,7 @@ def test_an_old_file_is_brought_up_step_by_step_with_a_new_digest() -> None:
         tablefile.upgrade(before, steps={2: three}, current=3)
 
 
-def test_a_file_of_version_1_means_what_it_meant() -> None:
+def test_a_file_of_version_1_keeps_its_meaning() -> None:
     table = brought_up(IDENTITY)
     assert (table.schema_version, table.policy.head_share) == (3, ((1.0, 1.0), (1.0, 1.0)))
     assert (table.evidence.p_holm, table.evidence.uniform, table.search.stages) == ({}, None, ())

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from a2sf import reference
 from a2sf.engine import admission
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.model.loader import LoadedModel
 from a2sf.offline import teacher_forcing
 from a2sf.policy import CachePolicy

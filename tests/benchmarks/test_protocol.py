@@ -1,4 +1,4 @@
-"""A worker answers line by line, and whatever it does, the one who asks learns of it."""
+"""A worker answers line by line, and every failure reaches the caller."""
 
 import os
 import sys
@@ -44,9 +44,9 @@ def test_output_of_libraries_is_not_part_of_the_answers(client: Client) -> None:
 
 
 def test_an_error_is_reported_and_the_worker_continues(client: Client) -> None:
-    with pytest.raises(Refused, match="KeyError: 'layers'") as told:
+    with pytest.raises(Refused, match="KeyError: 'layers'") as caught:
         fill(client, fake_worker.BROKEN)
-    assert told.value.supported
+    assert caught.value.supported
     with pytest.raises(Refused, match="KeyError"):
         client.ask(30, do="steps", seat="a", untimed=0, count=1)
     assert fill(client)["kv_bytes"] == 1024
@@ -55,9 +55,9 @@ def test_an_error_is_reported_and_the_worker_continues(client: Client) -> None:
 
 
 def test_unsupported_requests_are_distinguished_from_failures(client: Client) -> None:
-    with pytest.raises(Refused, match="beyond it") as told:
+    with pytest.raises(Refused, match="beyond it") as caught:
         fill(client, fake_worker.UNSUPPORTED)
-    assert not told.value.supported
+    assert not caught.value.supported
 
 
 def test_an_unknown_command_is_an_error(client: Client) -> None:

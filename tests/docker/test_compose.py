@@ -37,7 +37,7 @@ def compose() -> dict[str, Any]:
     return interpolated({})
 
 
-def test_every_variable_has_a_line_that_says_what_it_is() -> None:
+def test_every_variable_is_described_in_one_line() -> None:
     text = COMPOSE.read_text()
     explained = re.findall(r"^# (A2SF_\w+) +\w", text, re.MULTILINE)
     used = re.findall(r"\$\{(\w+):-", text)
@@ -129,7 +129,7 @@ def test_tuners_share_one_study_in_the_database_that_is_there(
     assert database["POSTGRES_PASSWORD"] == "secret"
 
 
-def test_as_many_tuners_as_asked_for_wait_for_a_database_in_good_health() -> None:
+def test_the_requested_number_of_tuners_waits_for_a_healthy_database() -> None:
     services = interpolated({"A2SF_WORKERS": "4"})["services"]
     assert services["tuner"]["deploy"]["replicas"] == 4
     assert services["tuner"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
@@ -141,7 +141,7 @@ def test_as_many_tuners_as_asked_for_wait_for_a_database_in_good_health() -> Non
     ]
 
 
-def test_no_password_stands_in_the_file(compose: dict[str, Any]) -> None:
+def test_the_file_contains_no_password(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
             assert "PASSWORD" not in name or not value
@@ -155,7 +155,7 @@ def test_compose_publishes_plain_text_to_this_machine_alone(compose: dict[str, A
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-def test_compose_mounts_what_is_there(compose: dict[str, Any]) -> None:
+def test_compose_mounts_only_files_that_exist(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         for volume in service["volumes"]:
             source, _, *rights = volume.split(":")
@@ -173,7 +173,7 @@ def test_images_of_others_are_pinned(compose: dict[str, Any]) -> None:
         assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+)?", image), image
 
 
-def test_compose_mounts_what_prometheus_and_grafana_read(compose: dict[str, Any]) -> None:
+def test_compose_mounts_the_files_of_prometheus_and_grafana(compose: dict[str, Any]) -> None:
     readers = [compose["services"][name] for name in ("prometheus", "grafana")]
     assert all(service["profiles"] == ["sight"] for service in readers)
     volumes = [volume.split(":") for service in readers for volume in service["volumes"]]
@@ -204,6 +204,6 @@ def test_compose_takes_away_every_right_that_is_not_needed(compose: dict[str, An
 
 
 @pytest.mark.parametrize("service", OURS)
-def test_what_is_compiled_below_home_can_be_run(compose: dict[str, Any], service: str) -> None:
+def test_programs_compiled_below_home_can_run(compose: dict[str, Any], service: str) -> None:
     # Docker mounts a tmpfs without that right, and the kernels' launchers are then not loaded.
     assert compose["services"][service]["tmpfs"] == [f"{variables(service)['HOME']}:exec"]

@@ -69,7 +69,7 @@ def test_the_table_has_every_argument_with_its_default() -> None:
     }
 
 
-def test_what_runs_takes_the_arguments_of_its_command_line() -> None:
+def test_containers_take_the_arguments_of_their_command_lines() -> None:
     for words in of("docker", "run"):
         (place,) = [at for at, word in enumerate(words) if word.startswith("a2sf-")]
         assert words[place] in manifest_images()

@@ -105,7 +105,7 @@ def test_every_alert_on_the_page_has_an_expression_that_can_be_copied() -> None:
     assert len(expressions) == len(comments)
 
 
-def test_every_event_on_the_page_is_one_that_the_service_logs() -> None:
+def test_the_service_logs_every_event_on_the_page() -> None:
     events = re.findall(
         r"^\| `([a-z][^`]*)` \| (?:critical|error|warning|info) \|", PAGE, re.MULTILINE
     )
@@ -114,7 +114,7 @@ def test_every_event_on_the_page_is_one_that_the_service_logs() -> None:
     assert [event for event in events if f'"{event}"' not in source] == []
 
 
-def test_every_label_on_the_dashboard_is_one_that_its_metric_has(dashboard: dict[str, Any]) -> None:
+def test_metrics_have_every_label_on_the_dashboard(dashboard: dict[str, Any]) -> None:
     metrics = Metrics(["StreamGenerate"])
     labels = {
         label

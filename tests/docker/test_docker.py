@@ -93,7 +93,7 @@ def test_the_base_is_pinned_by_an_argument() -> None:
         assert bases <= {"${PYTHON_IMAGE}", *stages()}
 
 
-def test_what_comes_from_other_hosts_is_for_arguments_to_say() -> None:
+def test_only_build_arguments_name_other_hosts() -> None:
     assert set(arguments()) == {
         *("PYTHON_IMAGE", "ACCELERATOR", "TORCH_INDEX_URL", "VERSION", "REVISION", "SOURCE")
     }
@@ -109,7 +109,7 @@ def test_an_image_runs_as_a_numeric_user_that_is_not_root(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_users_that_nobody_named_can_write_where_the_image_s_own_does(target: str) -> None:
+def test_unknown_users_can_write_where_the_user_of_the_image_can(target: str) -> None:
     user, group = last(target, "USER").split(":")
     # What an engine gives a user that it does not know.
     assert group == "0"
@@ -135,7 +135,7 @@ def test_an_image_keeps_models_and_tables_in_volumes(target: str) -> None:
     assert volumes & set(Path(variables(target)["HF_HOME"]).parents)
 
 
-def test_the_service_is_asked_for_its_health_over_grpc_where_it_listens() -> None:
+def test_the_health_check_calls_grpc_where_the_service_listens() -> None:
     shell, flag, script = json.loads(last("service", "HEALTHCHECK").split("CMD ", 1)[1])
     assert (shell, flag) == ("sh", "-c")
     port = variables("service")["A2SF_PORT"]
@@ -146,7 +146,7 @@ def test_the_service_is_asked_for_its_health_over_grpc_where_it_listens() -> Non
     assert last("service", "EXPOSE") == port
 
 
-def test_a_health_check_is_given_up_no_sooner_than_by_itself() -> None:
+def test_the_timeout_of_a_health_check_exceeds_the_deadline_of_its_call() -> None:
     (seconds,) = re.findall(r"--timeout=(\d+)s", last("service", "HEALTHCHECK"))
     asked = get_command(health.app).make_context("health", []).params
     assert float(seconds) > asked["timeout"]
@@ -189,7 +189,7 @@ def test_only_the_images_for_cuda_have_a_compiler_and_its_headers_are_tried() ->
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_our_code_comes_after_the_libraries_in_a_layer_of_its_own(target: str) -> None:
+def test_our_code_is_a_separate_layer_after_the_libraries(target: str) -> None:
     copied = [rest for word, rest in stages()[target][1] if word == "COPY"]
     assert copied == [
         f"--from={target}-libraries /opt/venv /opt/venv",
@@ -199,7 +199,7 @@ def test_our_code_comes_after_the_libraries_in_a_layer_of_its_own(target: str) -
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_labels_tell_what_an_image_is_and_where_it_came_from(target: str) -> None:
+def test_labels_describe_an_image_and_its_source(target: str) -> None:
     words = [rest for word, rest in inherited(target) if word == "LABEL"]
     labels = dict(each.split("=", 1) for rest in words for each in shlex.split(rest))
     given = arguments()
@@ -248,7 +248,7 @@ def test_the_image_test_names_the_packages_that_it_misses(tmp_path: Path) -> Non
     assert f"apt-get install {' '.join(PROGRAMS)}" in done.stderr
 
 
-def test_the_image_test_s_build_reaches_what_pip_here_reaches(
+def test_the_build_of_the_image_test_uses_the_index_of_pip_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheels, index = tmp_path / "wheels", tmp_path / "index" / "simple"

@@ -51,12 +51,12 @@ def options(overlay: Rendered, monkeypatch: pytest.MonkeyPatch) -> ServerOptions
 
 
 @pytest.mark.parametrize("directory", kustomizations(), ids=lambda d: d.name)
-def test_what_a_directory_renders_to_is_what_kubernetes_takes(directory: Path) -> None:
+def test_kubernetes_takes_the_rendered_directories(directory: Path) -> None:
     for resource in render(directory):
         assert problems(resource) == [], resource["metadata"]["name"]
 
 
-def test_a_slip_in_a_manifest_is_found(production: Rendered) -> None:
+def test_a_typo_in_a_manifest_is_found(production: Rendered) -> None:
     service = {**production.one("Service"), "spec": {"clusterip": "None"}}
     oldest, newest = problems(service)
     assert "spec" in oldest
@@ -73,9 +73,7 @@ def test_every_component_is_part_of_an_overlay() -> None:
     assert used == set((MANIFESTS / "components").iterdir())
 
 
-def test_every_setting_is_one_that_the_server_takes(
-    overlay: Rendered, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_takes_every_setting(overlay: Rendered, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in overlay.settings.items():
         monkeypatch.setenv(name, value)
     loaded = load([])
@@ -113,8 +111,8 @@ def test_ports_are_those_that_the_server_listens_on(
         for port in service["spec"]["ports"]:
             assert port["port"] == ports[port["targetPort"]]
     (network,) = overlay.all("NetworkPolicy")
-    told = {p["port"] for rule in network["spec"]["ingress"] for p in rule["ports"]}
-    assert told == set(ports)
+    allowed = {p["port"] for rule in network["spec"]["ingress"] for p in rule["ports"]}
+    assert allowed == set(ports)
 
 
 def test_one_service_gives_the_servers_own_addresses_and_one_a_single_one(
@@ -156,7 +154,7 @@ def asked(probe: Resource) -> tuple[str, str]:
     return given["target"].removeprefix("127.0.0.1:"), given["service"]
 
 
-def test_probes_ask_for_what_the_health_service_knows(
+def test_probes_use_names_that_the_health_service_knows(
     overlay: Rendered, options: ServerOptions
 ) -> None:
     for probe in probes(overlay).values():
@@ -233,7 +231,7 @@ def test_every_file_of_a_setting_is_a_key_of_a_mounted_secret(
     assert named == (set() if options.tls_cert is None else KEYS.keys())
 
 
-def test_tables_come_from_a_config_map_that_may_come_later_and_change(
+def test_tables_are_in_a_config_map_that_may_be_created_later_and_change(
     overlay: Rendered, options: ServerOptions
 ) -> None:
     assert options.tables is not None
@@ -245,7 +243,7 @@ def test_tables_come_from_a_config_map_that_may_come_later_and_change(
     assert re.fullmatch(r"a2sf-settings-\w{10}", settings["metadata"]["name"])
 
 
-def test_what_the_image_writes_is_in_volumes(overlay: Rendered) -> None:
+def test_the_image_writes_only_to_volumes(overlay: Rendered) -> None:
     volumes = mounted(overlay)
     written = {name: image()[name] for name in ("HF_HOME", "HOME") if name in image()}
     assert "HF_HOME" in written

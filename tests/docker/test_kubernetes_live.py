@@ -201,7 +201,7 @@ async def test_production_is_not_ready_while_it_settles_and_ends_within_its_time
             process.process.send_signal(signal.SIGTERM)
             await process.logged("stopping")
             assert await pod.probe("readiness", address) == 1
-            # Endpoints take time to go: whoever still comes is served.
+            # Endpoints take time to go: calls that still arrive are served.
             answer = await client.generate("Once", max_new_tokens=2, ignore_eos=True)
             assert answer.finished.usage.completion_tokens == 2
         assert await process.ended() == 0, process.log
@@ -209,7 +209,7 @@ async def test_production_is_not_ready_while_it_settles_and_ends_within_its_time
 
 
 async def health_of(address: str, probe: Resource) -> str:
-    """What a gRPC probe is told, or the code of its failure."""
+    """The answer to a gRPC probe, or the code of its failure."""
     request = health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", ""))
     async with grpc.aio.insecure_channel(address) as channel:
         try:

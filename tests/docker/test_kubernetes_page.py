@@ -57,7 +57,7 @@ def made(words: list[str], directory: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_what_the_page_has_people_make_is_what_the_manifests_mount(tmp_path: Path) -> None:
+def test_the_manifests_mount_the_objects_that_the_page_creates(tmp_path: Path) -> None:
     found = [made(words, tmp_path) for words in commands() if words[0] == "create"]
     keys = {one["metadata"]["name"]: set(one["data"]) for one in found}
     assert keys == {
@@ -75,9 +75,7 @@ def test_what_the_page_has_people_make_is_what_the_manifests_mount(tmp_path: Pat
 @pytest.mark.parametrize(
     "words", [words for words in commands() if words[0] not in ("create", "config")], ids=" ".join
 )
-def test_every_other_command_is_one_that_only_lacks_a_cluster(
-    words: list[str], tmp_path: Path
-) -> None:
+def test_every_other_command_needs_only_a_cluster(words: list[str], tmp_path: Path) -> None:
     words = [word.replace("$pod", "pod/a2sf-tuner-0") for word in words]
     if "-k" in words:
         directory = ROOT / words[words.index("-k") + 1]

@@ -23,7 +23,7 @@ def gauges() -> set[str]:
     return {family.name for family in metrics.registry.collect() if family.type == "gauge"}
 
 
-def test_servers_are_as_many_as_waiting_and_running_requests_need(
+def test_the_number_of_servers_follows_waiting_and_running_requests(
     production: Rendered, gauges: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = settled(production, monkeypatch)
@@ -44,7 +44,7 @@ def test_servers_are_as_many_as_waiting_and_running_requests_need(
     assert wanted["a2sf_requests_running"] < options.max_batch
 
 
-def test_the_adapter_hands_on_the_metrics_that_the_autoscaler_asks_for(
+def test_the_adapter_provides_the_metrics_of_the_autoscaler(
     production: Rendered, gauges: set[str]
 ) -> None:
     path = MANIFESTS / "components" / "autoscaling" / "adapter-values.yaml"

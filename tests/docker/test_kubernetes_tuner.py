@@ -79,7 +79,7 @@ def placed(words: list[str], directory: Path) -> list[str]:
     return [word.replace("/tables", str(directory)) for word in words]
 
 
-def test_every_flag_is_one_that_the_tuner_takes(settings: FitSettings) -> None:
+def test_the_tuner_accepts_every_flag(settings: FitSettings) -> None:
     assert settings.storage == "postgresql://", "who connects, and how, is in the Secret alone"
     assert settings.study
 
@@ -119,21 +119,21 @@ def test_workers_are_alike_and_the_first_to_end_ends_the_job(overlay: Rendered) 
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_a_lost_worker_is_replaced_and_one_that_was_told_wrong_ends_the_job(
+def test_a_lost_worker_is_replaced_and_wrong_usage_ends_the_job(
     overlay: Rendered,
 ) -> None:
     spec = job(overlay)
     assert spec["backoffLimitPerIndex"] > 1
-    lost, told_wrong = spec["podFailurePolicy"]["rules"]
+    lost, wrong_usage = spec["podFailurePolicy"]["rules"]
     assert lost["action"] == "Ignore"
     assert [c["type"] for c in lost["onPodConditions"]] == ["DisruptionTarget"]
-    assert told_wrong["action"] == "FailJob"
+    assert wrong_usage["action"] == "FailJob"
     # As the command line exits; a database that is away is 69, and worth another try.
-    assert told_wrong["onExitCodes"] == {"containerName": "fit", "operator": "In", "values": [2]}
+    assert wrong_usage["onExitCodes"] == {"containerName": "fit", "operator": "In", "values": [2]}
     assert spec["template"]["spec"]["initContainers"][0]["name"] == "fit"
 
 
-def test_the_connection_is_told_by_variables_of_postgresql(overlay: Rendered) -> None:
+def test_the_connection_is_set_by_variables_of_postgresql(overlay: Rendered) -> None:
     known = {default.envvar.decode() for default in Conninfo.get_defaults() if default.envvar}
     assert known >= CONNECTION
     (source,) = fit_and_table(overlay)[0]["envFrom"]

@@ -65,7 +65,7 @@ def test_every_reason_not_to_run_a_block_belongs_to_one() -> None:
         assert len(reasons(block)) <= 1, block.name
 
 
-def test_what_is_run_shorter_stands_on_its_page() -> None:
+def test_commands_that_tests_shorten_are_on_the_page() -> None:
     for page, said, _ in SHORTER:
         assert any(said in block.text for block in RUN_HERE if block.page == page), (page, said)
 

@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from a2sf.engine import admission
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.errors import A2SFError, TableError
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy

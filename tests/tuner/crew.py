@@ -123,7 +123,7 @@ def opened(address: str | Path) -> Iterator[BaseStorage]:
 
 
 def undisturbed(directory: Path) -> list[list[dict[str, Any]]]:
-    """What one worker finds whom nobody disturbs, without the seconds it took."""
+    """The result of one undisturbed worker, without the seconds it took."""
     directory.mkdir()
     with opened(directory / "alone.journal") as storage:
         found = search(Ledger(storage, "s", {"seed": 0}), directory, 0.0)

@@ -4,7 +4,7 @@
 
 STORAGE is a URL or the path of a journal. It notes in DIRECTORY/events, in lines of
 kind, batch, index and process, when it begins and ends a point and when it has passed a batch, and
-writes what it was told of every point to DIRECTORY/PID.json.
+writes its answer for every point to DIRECTORY/PID.json.
 """
 
 import json

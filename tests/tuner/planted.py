@@ -62,13 +62,13 @@ class Planted:
 
 
 class Clock:
-    """Time that passes when told to; as a fixture `clock`, what measuring is timed by."""
+    """A clock that tests set; with the fixture `clock`, measurements are timed by it."""
 
     now = 0.0
 
 
 class Timed(Planted):
-    """One whose every example takes so many seconds of a clock."""
+    """A planted objective whose every example takes `row` seconds of a clock."""
 
     def __init__(self, clock: Clock, row: float, target: Setting | None = None) -> None:
         super().__init__(target or table((0.9, 0.8), (0.5, 0.0), (1.0, 0.99)), examples=32)

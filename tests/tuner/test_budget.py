@@ -1,4 +1,4 @@
-"""The smallest budget near the full cache: found, or not, and told in a sentence."""
+"""The smallest budget near the full cache: found, or not, and stated in a sentence."""
 
 import math
 from pathlib import Path
@@ -103,8 +103,8 @@ def test_the_smallest_possible_budget_is_named_as_such(
 ) -> None:
     found = search(BudgetSettings(**{**settings, "within": 0.99}))
     lowest = found.measured[-1].model_copy(update={"ratio": 0.01, "within": True})
-    told = answer(found.model_copy(update={"ratio": 0.01, "measured": (lowest,)}))
-    assert told.endswith(" there, and no smaller budget was considered.")
+    sentence = answer(found.model_copy(update={"ratio": 0.01, "measured": (lowest,)}))
+    assert sentence.endswith(" there, and no smaller budget was considered.")
 
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60))
@@ -150,8 +150,8 @@ def test_more_examples_are_suggested_if_only_the_mean_is_within_the_limit(
     found = search(BudgetSettings(**{**settings, "up_to": 0.3, "within": 1e-7}))
     (top,) = found.measured
     between = (top.perplexity.mean + top.perplexity.high) / 2
-    told = answer(found.model_copy(update={"within": between}))
-    assert told.endswith(
+    sentence = answer(found.model_copy(update={"within": between}))
+    assert sentence.endswith(
         "its mean is within it, so more --examples may show it; otherwise try a larger --up-to."
     )
 
@@ -165,7 +165,7 @@ def test_budgets_too_small_for_the_protected_tokens_are_skipped(settings: dict[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("full",), "POLICY: 'full' keeps every token; accepted: one table or policy"),
         (("a2sf",), "POLICY: 'a2sf' is 12 policies; accepted: one table or policy"),
@@ -183,12 +183,12 @@ def test_mistakes_of_the_user_are_reported_in_one_line(
     small_data: Path,
     tiny_model_dir: Path,
     flags: tuple[object, ...],
-    told: str,
+    message: str,
 ) -> None:
     data = ("--dataset", "sums", "--data-dir", small_data, "--model", tiny_model_dir)
     code, out, line = run(monkeypatch, capsys, "budget", *flags, "--length", 128, *data)
     assert (code, out) == (2, "")
-    assert told in line
+    assert message in line
 
 
 def test_the_command_prints_the_sentence_the_table_and_the_document(

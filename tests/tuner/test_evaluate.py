@@ -132,7 +132,7 @@ def test_eviction_costs_and_the_figures_are_the_written_out_ones(
     assert cell.kl == statistics.estimate(cell.by_example["kl"])
 
 
-def test_the_likeliest_choice_is_that_of_transformers(
+def test_the_likeliest_choice_equals_transformers(
     run: Run, tiny_model: LoadedModel, tiny_model_dir: Path, small_data: Path
 ) -> None:
     found = run(policies="full,window", shots=(1,), sizes=(Size(ratio=0.4),), examples=12)
@@ -231,7 +231,7 @@ def test_the_document_survives_json(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ({"examples": 500}, "500 of at most 128 tokens, and validation of sums gives"),
         (
@@ -244,14 +244,14 @@ def test_the_document_survives_json(run: Run) -> None:
     ],
 )
 def test_impossible_evaluations_are_refused_before_any_pass(
-    run: Run, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, overrides: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         teacher_forcing, "predictions", lambda *_, **__: pytest.fail("a pass was begun")
     )
     with pytest.raises(InvalidArgument) as caught:
         run(**overrides)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_name_of_a_data_file_may_contain_a_comma(run: Run, tmp_path: Path) -> None:

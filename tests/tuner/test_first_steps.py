@@ -1,4 +1,4 @@
-"""What somebody meets who tries the tuner for the first time."""
+"""The first commands of a new user of the tuner."""
 
 import json
 import subprocess
@@ -37,11 +37,11 @@ def test_without_arguments_the_commands_are_listed(
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    told = "".join(capsys.readouterr())
-    assert "Error" not in told
-    assert "Usage: a2sf-tune" in told
+    shown = "".join(capsys.readouterr())
+    assert "Error" not in shown
+    assert "Usage: a2sf-tune" in shown
     for name in ("fit", "evaluate", "budget", "report", "tables"):
-        assert f"  {name} " in told
+        assert f"  {name} " in shown
 
 
 def test_an_unknown_command_is_reported_with_the_nearest_one(
@@ -124,7 +124,7 @@ def test_tables_of_several_names_have_a_study_each(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("mathqq", "dataset 'mathqq' not found; did you mean mathqa? Known names are mathqa, open"),
         ("sum", "dataset 'sum' not found; did you mean sums? Known"),
@@ -138,14 +138,14 @@ def test_an_unknown_dataset_is_reported_with_the_nearest_and_all_known_names(
     small_data: Path,
     tmp_path: Path,
     given: str,
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ("--dataset", given, "--data-dir", small_data)
     for name in ("fit", "evaluate"):
         code, out, line = run(monkeypatch, capsys, name, *flags)
         assert (code, out) == (2, "")
-        assert told in line
+        assert message in line
         assert f", and sums in {small_data}; looked for {small_data / given}" in line
 
 
@@ -171,7 +171,7 @@ def test_the_help_and_the_guide_say_which_data_sets_need_files(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--stages", "polsh"), "each at most once; did you mean polish?"),
         (("--policies", "tova_per_hed"), "alpha table; did you mean tova_per_head?"),
@@ -183,13 +183,13 @@ def test_other_unknown_names_are_reported_with_the_nearest_too(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     flags: tuple[object, ...],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = "fit" if flags[0] == "--stages" else "evaluate"
     code, _, line = run(monkeypatch, capsys, name, "--dataset", "recall", *flags)
     assert code == 2
-    assert told in line
+    assert message in line
 
 
 def test_a_shipped_table_is_shown_and_reported_by_its_name(
@@ -234,13 +234,15 @@ def test_the_split_of_a_single_file_is_printed_before_the_fit(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = done.stderr.splitlines()
+    lines = done.stderr.splitlines()
     split = (
         "Data: mine.jsonl holds questions or prompts with answers; calibration: all but the last "
         "20% (200 rows), validation: the last 20% (50 rows). The search uses calibration, the "
         "proof validation."
     )
-    assert told.index(split) < next(i for i, line in enumerate(told) if line.startswith("stage 1"))
+    assert lines.index(split) < next(
+        i for i, line in enumerate(lines) if line.startswith("stage 1")
+    )
     table = load_table(out)
     assert (table.calibration.dataset, table.evidence.dataset) == ("mine.jsonl", "mine.jsonl")
     assert json.loads(out.read_text())["calibration"]["dataset"] == "mine.jsonl"

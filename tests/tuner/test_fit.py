@@ -98,18 +98,18 @@ def test_the_baseline_by_layers_leaves_most_of_the_time_to_the_table(
 
 
 @pytest.mark.parametrize(
-    ("trials", "compared", "told"),
+    ("trials", "compared", "note"),
     [
         (4, False, "No setting by layers was measured: more --trials or --minutes would"),
         (5, True, "The search for the best setting by layers ended after 1 trial: more --trials"),
     ],
 )
 def test_a_shortened_search_by_layers_is_noted(
-    settings: MakeSettings, trials: int, compared: bool, told: str
+    settings: MakeSettings, trials: int, compared: bool, note: str
 ) -> None:
     outcome = fit(settings(stages=("sensitivity", "alphas"), trials=trials))
     assert ("per layer" in outcome.table.evidence.baselines) == compared
-    assert sum(note.startswith(told) for note in outcome.notes) == 1
+    assert sum(line.startswith(note) for line in outcome.notes) == 1
 
 
 def test_a_repeated_fit_reuses_its_trials_and_gives_the_same_table(
@@ -153,9 +153,9 @@ def test_a_study_is_measured_in_one_dtype_by_all_workers(
     fit(settings(dtype="auto"))
     monkeypatch.setattr(dtypes, "bfloat16_unit", lambda: ("AMX-BF16", ""))
     monkeypatch.setattr(dtypes, "bfloat16_speedups", lambda _: {16: 2.0, 128: 8.0})
-    with pytest.raises(InvalidArgument) as told:
+    with pytest.raises(InvalidArgument) as caught:
         fit(settings(dtype="auto"))
-    assert str(told.value) == (
+    assert str(caught.value) == (
         "study: 'sums' in this storage was made for another fit: dtype is 'float32' there and "
         "'bfloat16' here, because with AMX-BF16, bfloat16 is at least 2.00 times as fast here; "
         "give --dtype float32, or another --study or --out"
@@ -206,9 +206,9 @@ def test_too_little_time_for_the_proof_is_reported_with_the_minutes_needed(
         return honest(self, rows)
 
     monkeypatch.setattr(tuner.evaluation.objective.Objective, "_pass", second)
-    with pytest.raises(InvalidArgument, match=r"^minutes: .*same command with --minutes") as told:
+    with pytest.raises(InvalidArgument, match=r"^minutes: .*same command with --minutes") as caught:
         fit(settings(trials=50, minutes=0.1))
-    enough = float(re.search(r"--minutes ([\d.]+) or more", str(told.value))[1])  # type: ignore[index]
+    enough = float(re.search(r"--minutes ([\d.]+) or more", str(caught.value))[1])  # type: ignore[index]
     before = clock.now
     outcome = fit(settings(trials=50, minutes=enough))
     assert outcome.table.evidence.examples == 4
@@ -218,7 +218,7 @@ def test_too_little_time_for_the_proof_is_reported_with_the_minutes_needed(
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("better", [False, True])
-def test_the_file_carries_the_uniform_alpha_unless_the_table_is_better_or_asked_for(
+def test_the_file_has_the_uniform_alpha_unless_the_table_is_better_or_requested(
     settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, better: bool, keep: bool
 ) -> None:
     def verdict(*arguments: object, **options: object) -> Evidence:
@@ -281,7 +281,7 @@ def ten_held_out_rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("holdout", [None, 4])
-def test_too_few_held_out_rows_are_reported_before_the_search_with_what_helps(
+def test_too_few_held_out_rows_are_reported_before_the_search_with_a_remedy(
     settings: MakeSettings,
     ten_held_out_rows: Path,
     capsys: pytest.CaptureFixture[str],
@@ -298,7 +298,7 @@ def test_too_few_held_out_rows_are_reported_before_the_search_with_what_helps(
     assert outcome.remedy == "more rows in the data, or a smaller --length"
 
 
-def test_more_held_out_sequences_than_there_are_is_refused_with_what_helps(
+def test_too_many_held_out_sequences_are_refused_with_a_remedy(
     settings: MakeSettings, ten_held_out_rows: Path
 ) -> None:
     with pytest.raises(InvalidArgument) as refused:
@@ -317,7 +317,7 @@ def two_datasets(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_mixture_has_as_many_examples_of_each_dataset_and_is_named_after_all(
+def test_a_mixture_has_equally_many_examples_of_each_dataset_and_names_all(
     settings: MakeSettings, two_datasets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[Example]] = []

@@ -39,7 +39,7 @@ def start(*command: str) -> subprocess.Popen[str]:
     )
 
 
-def told(process: subprocess.Popen[str]) -> list[str]:
+def interrupt(process: subprocess.Popen[str]) -> list[str]:
     """Interrupt a process; return what it leaves on the screen, without bars that are wiped."""
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
@@ -61,7 +61,7 @@ def test_an_interrupted_fit_prints_how_to_continue_and_loses_nothing(
     try:
         wait_for(lambda: note.exists() or process.poll() is not None, 120)
         assert process.poll() is None, process.communicate()
-        assert told(process)[-1] == LINE
+        assert interrupt(process)[-1] == LINE
     finally:
         process.kill()
         process.communicate()
@@ -92,7 +92,7 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(flags: list[st
 
     try:
         wait_for(importing, 100)
-        assert told(process) == [LINE]
+        assert interrupt(process) == [LINE]
     finally:
         process.kill()
         process.communicate()
@@ -102,7 +102,7 @@ def test_a_second_interruption_ends_at_once() -> None:
     program = (
         "import signal, sys, time\n"
         "from tuner.interrupt import message_on_interrupt\n"
-        "with message_on_interrupt('told'):\n"
+        "with message_on_interrupt('message'):\n"
         "    try:\n"
         "        print('ready', file=sys.stderr, flush=True)\n"
         "        signal.pause()\n"

@@ -80,7 +80,7 @@ def test_tables_show_prints_the_contents_of_the_file(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--budget", 0), "--budget: 0; accepted: 1 or more"),
         (("--budget-ratio", 1.5), "--budget-ratio: 1.5; accepted: above 0 and below 1"),
@@ -111,13 +111,13 @@ def test_mistakes_of_the_user_are_reported_in_the_last_line_with_exit_code_2(
     small_fit: list[object],
     tmp_path: Path,
     flags: tuple[object, ...],
-    told: str,
+    message: str,
 ) -> None:
     code, out, line = run(monkeypatch, capsys, *small_fit, *flags)
     assert code == 2
     assert out == ""
     assert line.lower().startswith("error: ")
-    assert told in line
+    assert message in line
     assert not (tmp_path / "sums.json").exists()
 
 
@@ -150,7 +150,7 @@ def test_without_the_extra_the_error_names_the_package_to_install(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (lambda text: text[: len(text) // 2], "not whole JSON, perhaps cut short"),
         (lambda text: text.replace('"schema_version": 3', '"schema_version": 99'), "is 99"),
@@ -164,7 +164,7 @@ def test_a_damaged_table_file_is_reported_in_one_line(
     settings: MakeSettings,
     tmp_path: Path,
     spoil: object,
-    told: str,
+    message: str,
 ) -> None:
     from a2sf.tablefile import save_table
 
@@ -179,7 +179,7 @@ def test_a_damaged_table_file_is_reported_in_one_line(
     code, out, line = run(monkeypatch, capsys, "tables", "show", path)
     assert (code, out) == (2, "")
     assert line.startswith(f"error: alpha table {path}: ")
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.slow
@@ -230,4 +230,4 @@ def test_a_broken_checkpoint_is_reported_in_one_line(
     code, out, last = run(monkeypatch, capsys, command, *said, *wanted)
     assert (code, out) == (2, "")
     assert last.startswith("error: ")
-    assert BROKEN[name].told in last
+    assert BROKEN[name].message in last

@@ -40,7 +40,7 @@ def test_evaluate_prints_every_figure_and_writes_json_and_html(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--ratios", "0"), "--ratios: '0'; accepted: numbers above 0 and below 1"),
         (("--ratios", ".2,.2"), "--ratios: '.2'; accepted: numbers above 0 and below 1, each once"),
@@ -59,8 +59,8 @@ def test_evaluate_reports_mistakes_of_the_user_in_one_line(
     capsys: pytest.CaptureFixture[str],
     small_evaluation: list[object],
     flags: tuple[object, ...],
-    told: str,
+    message: str,
 ) -> None:
     code, out, line = run(monkeypatch, capsys, *small_evaluation, *flags)
     assert (code, out) == (2, "")
-    assert told in line
+    assert message in line

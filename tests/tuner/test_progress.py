@@ -83,13 +83,13 @@ def on_a_terminal(*arguments: object, columns: int) -> str:
     return b"".join(read).decode()
 
 
-def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
+def test_a_fit_with_output_to_a_file_reports_its_stages_in_plain_lines(
     flags: list[object], tmp_path: Path
 ) -> None:
-    told = in_a_file(*flags)
-    assert "\r" not in told
-    assert "\x1b" not in told
-    first, data, *lines = told.splitlines()
+    output = in_a_file(*flags)
+    assert "\r" not in output
+    assert "\x1b" not in output
+    first, data, *lines = output.splitlines()
     out = tmp_path / "made" / "sums.json"
     assert first.endswith(
         f"to sums: 7 stages ({', '.join(FIT_STAGES)}), at most 2 min of measuring and 30 trials, "
@@ -109,12 +109,12 @@ def test_a_fit_that_writes_to_a_file_tells_its_stages_in_plain_lines(
     assert all(re.search(r"; at most about \d+ (s|min) left$", line) for line in begun)
     # No more than the stages: nothing took half a minute.
     assert [line for line in lines if line.startswith("stage ")] == begun
-    assert not re.search(r"\d+/\d+|it/s|%\|", told)
+    assert not re.search(r"\d+/\d+|it/s|%\|", output)
 
 
 def test_a_fit_on_a_terminal_updates_one_line_and_erases_it(flags: list[object]) -> None:
-    told = on_a_terminal(*flags, columns=160)
-    shown = [line for line in told.split("\r") if line.strip()]
+    output = on_a_terminal(*flags, columns=160)
+    shown = [line for line in output.split("\r") if line.strip()]
     assert shown[0].startswith("Fitting a table for ")
     stages = [line for line in shown if "stage " in line]
     assert len(stages) > len(FIT_STAGES)
@@ -125,21 +125,21 @@ def test_a_fit_on_a_terminal_updates_one_line_and_erases_it(flags: list[object])
         for line in stages
     )
     # The line is overwritten with blanks at the end.
-    assert re.search(r"\r {40,}\r$", told)
+    assert re.search(r"\r {40,}\r$", output)
 
 
 def test_an_evaluation_shows_its_task_and_the_remaining_time(
     small_evaluation: list[object],
 ) -> None:
-    told = in_a_file(*small_evaluation, "--shots", "0,1")
-    assert "\r" not in told
-    lines = told.splitlines()
+    output = in_a_file(*small_evaluation, "--shots", "0,1")
+    assert "\r" not in output
+    lines = output.splitlines()
     assert [line.split(";")[0] for line in lines if line.startswith("task ")] == [
         "task 1 of 2: sums, 0-shot",
         "task 2 of 2: sums, 1-shot",
     ]
     assert any("6 passes" in line for line in lines)
-    assert re.search(r"task 2 of 2: sums, 1-shot; about \d+ s left", told)
+    assert re.search(r"task 2 of 2: sums, 1-shot; about \d+ s left", output)
     # A terminal that does not know its width.
     assert "task 1 of 1: sums, packed" in on_a_terminal(*small_evaluation, columns=0)
 
@@ -188,6 +188,6 @@ def test_plain_lines_appear_slowly_but_at_once_when_a_part_begins(
     ]
 
 
-def test_a_span_of_time_is_said_as_people_say_it() -> None:
+def test_a_duration_is_shown_in_fitting_units() -> None:
     said = [duration(seconds) for seconds in (0.4, 119, 120, 3600, 7300)]
     assert said == ["0 s", "119 s", "2 min", "60 min", "2 h 2 min"]

@@ -188,7 +188,7 @@ def test_a_killed_fit_continues_from_its_measurements(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_three_workers_of_which_one_is_killed_find_the_same_as_one(
+def test_three_workers_with_one_killed_find_the_same_as_one_worker(
     small_fit: list[object], tmp_path: Path
 ) -> None:
     journal = tmp_path / "shared.journal"

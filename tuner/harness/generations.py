@@ -6,7 +6,7 @@ Owns the size of the engine. Knows nothing of the harness's requests.
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy

@@ -7,9 +7,9 @@ file shown later gives the same figures as the fit. Knows nothing of colours or 
 import math
 from collections.abc import Collection, Sequence
 
+from a2sf.cache.slot_shares import Shares
 from a2sf.schema import AlphaTable, Estimate, TablePolicy, UniformSetting
 from tuner.evaluation import statistics
-from tuner.search.space import Shares
 from tuner.settings import MORE_SEQUENCES, few_examples_line
 
 HIGH_KL = 0.5

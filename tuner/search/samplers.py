@@ -28,9 +28,6 @@ MAX_INFEASIBLE_ROUNDS = 25
 """Rounds in a row without a feasible setting, after which the search ends. In an infeasible setting
 some layer has only protected slots."""
 
-KNOTS = 3
-"""Depths at which a structured table has parameters; between them it is interpolated."""
-
 LOG2_SHARE = (-3.0, 3.0)
 """From an eighth of the budget to eight times as much, before all are scaled to the same total."""
 
@@ -139,12 +136,6 @@ def tpe(state: CoordinateSearch, seed: int) -> None:
     _run_optimiser(state, "tpe", space, Tpe(space, _start_cost(space, state.best), seed))
 
 
-def structured(state: CoordinateSearch, seed: int) -> None:
-    """Search few numbers by TPE: log tau and slots by depth, and the protection."""
-    space = by_depth(state.best.setting)
-    _run_optimiser(state, "structured", space, Tpe(space, _start_cost(space, state.best), seed))
-
-
 def cma(state: CoordinateSearch, seed: int) -> None:
     """Search the alpha and the slots of every layer, and the protection, by CMA-ES."""
     space = by_layer(state.best.setting)
@@ -188,32 +179,6 @@ def by_layer(best: Setting) -> Space:
         chosen = _with_layer_shares(best, [2 ** numbers[f"log2_share.{layer}"] for layer in layers])
         for layer in layers:
             chosen = chosen.with_layer(layer, alpha_of(numbers[f"log_tau.{layer}"]))
-        return _with_protection(chosen, numbers)
-
-    return _space_from({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)
-
-
-def by_depth(best: Setting) -> Space:
-    """Log tau and share at a few depths, and the protection."""
-    layers = len(best.alpha)
-    knots = np.linspace(0, layers - 1, min(KNOTS, layers))
-    taus = np.array([np.mean([log_tau_of(alpha) for alpha in row]) for row in best.alpha])
-    logs = np.log2(np.mean(best.head_share, axis=1))
-    ranges: dict[str, tuple[float, float]] = {}
-    start: dict[str, float] = {}
-    for number, knot in enumerate(knots):
-        ranges |= {f"log_tau@{number}": (0.0, LOG_TAU_MAX), f"log2_share@{number}": LOG2_SHARE}
-        start[f"log_tau@{number}"] = float(np.interp(knot, range(layers), taus))
-        start[f"log2_share@{number}"] = float(np.interp(knot, range(layers), logs))
-
-    def along(numbers: Mapping[str, float], name: str) -> list[float]:
-        values = [numbers[f"{name}@{number}"] for number in range(len(knots))]
-        return [float(value) for value in np.interp(range(layers), knots, values)]
-
-    def setting(numbers: Mapping[str, float]) -> Setting:
-        chosen = _with_layer_shares(best, [2**power for power in along(numbers, "log2_share")])
-        for layer, log_tau in enumerate(along(numbers, "log_tau")):
-            chosen = chosen.with_layer(layer, alpha_of(log_tau))
         return _with_protection(chosen, numbers)
 
     return _space_from({**ranges, **_PROTECTION}, {**start, **_protection_of(best)}, setting)

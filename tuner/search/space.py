@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Self
 
+from a2sf.cache.slot_shares import Shares
 from a2sf.schema import TablePolicy, UniformSetting
 
 LOG_TAU_MAX = math.log(2000)
@@ -19,9 +20,6 @@ here."""
 
 Alphas = tuple[tuple[float, ...], ...]
 """[num_layers][num_kv_heads]"""
-
-Shares = tuple[tuple[float, ...], ...]
-"""[num_layers][num_kv_heads], with mean 1"""
 
 
 def alpha_of(log_tau: float) -> float:
@@ -75,13 +73,6 @@ class Setting:
         return self._with_shares(
             [s * factor if layer in layers else s for s in row]
             for layer, row in enumerate(self.head_share)
-        )
-
-    def with_head_slots(self, layer: int, head: int, factor: float) -> Self:
-        """The same with `factor` times the slots for one head."""
-        return self._with_shares(
-            [s * factor if (at, place) == (layer, head) else s for place, s in enumerate(row)]
-            for at, row in enumerate(self.head_share)
         )
 
     def with_shares_to(self, power: float) -> Self:

@@ -68,7 +68,7 @@ def run_stages(
         stages: names of STAGES, in order.
         max_trials: of all stages together. Stages that end only with the trials share equally the
             trials and the time that are left.
-        seed: for random draws, which only `tpe`, `structured` and `cma` make.
+        seed: for random draws, which only `tpe` and `cma` make.
     """
     bests = {}
     start, per_layer = best, None
@@ -95,8 +95,6 @@ def run_stages(
                         coordinate_search.best = stage(trials, coordinate_search.best, profile)
                 case "tpe":
                     samplers.tpe(coordinate_search, seed)
-                case "structured":
-                    samplers.structured(coordinate_search, seed)
                 case "cma":
                     samplers.cma(coordinate_search, seed)
                 case _:

@@ -28,7 +28,7 @@ from service.client.terminal.connection import (
     exit_code,
     server_option,
 )
-from service.client.terminal.reporting import report_line
+from service.client.terminal.display import report_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 

@@ -15,7 +15,7 @@ from a2sf.policy import CachePolicy, Preset
 from a2sf.requests import Sampling
 from a2sf.validation import Given
 from service.client.calls import DEFAULT_TIMEOUT_S
-from service.client.options import GenerationOptions
+from service.client.requests import GenerationOptions
 from service.client.sync import SyncClient
 from service.client.terminal.connection import (
     InsecureToken,
@@ -29,9 +29,8 @@ from service.client.terminal.connection import (
     exit_code,
     server_option,
 )
-from service.client.terminal.display import JsonLinesDisplay, TextDisplay
+from service.client.terminal.display import JsonLinesDisplay, TextDisplay, report_json, report_line
 from service.client.terminal.interrupt import INTERRUPTED, Interrupt
-from service.client.terminal.reporting import report_json, report_line
 from service.client.terminal.session import Session
 from service.status import Violations, field_prefix
 

@@ -1,16 +1,19 @@
-"""Shows a completion on the command line, as text or as JSON lines.
+"""Shows a completion or an error on the command line, as text or as JSON.
 
 Owns which output goes to which stream. As text, the completion goes to stdout as it arrives, and
 one line of figures follows at the end. If stderr is a terminal, a live line of figures is shown
-below the text until the end. Knows nothing of calls.
+below the text until the end. An error goes to stderr, in one line. Knows nothing of exit codes or
+of calls.
 """
 
+import json
 import sys
 import time
 from itertools import chain
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+import typer
 from google.protobuf.json_format import MessageToJson
 from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,11 +22,13 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from a2sf.errors import A2SFError, InvalidArgument
 from a2sf.policy import CachePolicy
 from a2sf.requests import Finished
 from service.client.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 from service.pb import inference_pb2 as pb
 from service.policy_messages import describe_policy
+from service.status import NoRoom, code_of
 
 # A terminal obeys control characters, and a model may write any of them.
 _CONTROLS = {
@@ -246,3 +251,30 @@ def _token_line(token: TokenLogprobs) -> str:
 
 def _logprob(token: TokenLogprob) -> str:
     return f"{token.text!r} {token.logprob:.4f}"
+
+
+def report_line(error: A2SFError) -> None:
+    """Print an error as one line that lists all its problems."""
+    # Print the partial completion before the error.
+    sys.stdout.flush()
+    # Report all problems, so that the user need not fix them one by one.
+    problems = "; ".join(f"{f}: {d}" for f, d in _violations(error)) or str(error)
+    typer.echo(f"error: {' '.join(problems.split())}", err=True)
+
+
+def report_json(error: A2SFError) -> None:
+    """Print an error as a JSON object: `code`, `message`, and any known details."""
+    shown: dict[str, Any] = {"code": code_of(error).name, "message": str(error)}
+    if error.request_id:
+        shown["request_id"] = error.request_id
+    if violations := _violations(error):
+        shown["field_violations"] = [{"field": f, "description": d} for f, d in violations]
+    elif isinstance(error, NoRoom) and error.retry_after_s is not None:
+        shown["retry_after_seconds"] = error.retry_after_s
+    sys.stdout.flush()
+    typer.echo(json.dumps({"error": shown}), err=True)
+
+
+def _violations(error: A2SFError) -> tuple[tuple[str, str], ...]:
+    """Return the invalid fields with their problems; empty if the error is not about fields."""
+    return error.violations if isinstance(error, InvalidArgument) else ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from a2sf.errors import A2SFError
 from a2sf.requests import ChatMessage
 from service.client import calls
-from service.client.options import GenerationOptions
+from service.client.requests import GenerationOptions
 from service.client.results import Delta
 from service.client.sync import SyncClient
 from service.client.terminal.display import Display

@@ -1,10 +1,13 @@
 """Requests that cannot be served are refused early, with the field and the accepted values."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from a2sf.engine.admission import check
+from a2sf.engine.config import EngineConfig
 from a2sf.errors import InvalidArgument, ResourceExhausted, TableMismatch
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.policy import CachePolicy
@@ -128,6 +131,20 @@ def test_a_prompt_longer_than_the_staging_row_is_served_in_chunks(tiny_model: Lo
     requested_policy = CachePolicy(preset="h2o", budget=24, prefill_chunk=10)
     engine.submit(request("r", range(200), cache_policy=requested_policy))
     assert len(tokens(run(engine)["r"])) == 20
+
+
+@pytest.mark.parametrize("local_heads", [None, (0, 1), (1, 2)])
+def test_all_processes_of_a_model_refuse_the_same_prompts(
+    tiny_model: LoadedModel, local_heads: tuple[int, int] | None
+) -> None:
+    """If only some refused a prompt, the engines would no longer run in lockstep."""
+    model = replace(tiny_model, local_heads=local_heads)
+    shares = ((1.0, 3.0), (1.0, 1.0), (1.0, 1.0))
+    table = make_table(model.identity, head_share=shares, budget=20, prefill_chunk=1)
+    one = request("r", range(100), cache_policy=CachePolicy(table=table.name))
+    config = EngineConfig(slots=64, max_prefill_tokens=25)
+    with pytest.raises(InvalidArgument, match="100 tokens need 45 staging slots"):
+        check(one.model_copy(update={"table": table}), model, config)
 
 
 def test_a_duplicate_request_id_is_refused(tiny_model: LoadedModel) -> None:

@@ -299,7 +299,7 @@ def test_the_largest_budget_is_the_slab_s_slots(
         assert content(streams[one.request_id]) == content(alone(tiny_model_64, one))
 
 
-def test_the_longest_exact_prompt_is_the_staging_row_s_slots(tiny_model_64: LoadedModel) -> None:
+def test_the_longest_exact_prompt_fills_the_staging_row(tiny_model_64: LoadedModel) -> None:
     engine = engine_for(tiny_model_64, max_prefill_tokens=40)
     chunked = CachePolicy(preset="h2o", budget=31, prefill_chunk=10)
     wider = chunked.model_copy(update={"prefill_chunk": 11})

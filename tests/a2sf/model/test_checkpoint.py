@@ -40,7 +40,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence_before_its_weights_are_r
     with pytest.raises((NotFound, Unsupported)) as caught:
         load_model(str(checkpoint), device="cpu")
     message = str(caught.value)
-    assert BROKEN[name].told in message
+    assert BROKEN[name].message in message
     assert "checkpoint" in message
     assert "\n" not in message
     assert len(message) < 800

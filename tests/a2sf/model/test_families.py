@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from a2sf.engine import admission
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.model import families
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.offline import teacher_forcing

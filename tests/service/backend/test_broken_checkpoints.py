@@ -35,12 +35,12 @@ def checkpoint(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_plan_refuses_what_a_server_refuses_in_the_same_words(
+def test_a_plan_and_a_server_refuse_the_same_values_in_the_same_words(
     name: str, checkpoint: Path
 ) -> None:
     BROKEN[name].change(checkpoint)
     line = refused("--model", checkpoint, *SIZES)
-    assert BROKEN[name].told in line
+    assert BROKEN[name].message in line
     with pytest.raises(A2SFError) as caught:
         load_model(str(checkpoint), device="cpu")
     assert line == f"error: {caught.value}\n"
@@ -68,4 +68,4 @@ def test_a_broken_checkpoint_fails_the_start_with_one_line(name: str, checkpoint
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ")
-    assert BROKEN[name].told in line
+    assert BROKEN[name].message in line

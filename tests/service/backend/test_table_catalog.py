@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from a2sf.cache.budgets import resolve
+from a2sf.cache.slot_shares import Shares, slots_per_head
 from a2sf.errors import (
     Conflict,
     InvalidArgument,
@@ -24,7 +25,7 @@ from a2sf.schema import AlphaTable
 from a2sf.tablefile import MAX_FILE_BYTES, save_table
 from service.backend.default_table import check_default
 from service.backend.tables import TableCatalog
-from service.config.options import ServerOptions, Shares, slots_per_head
+from service.config.options import ServerOptions
 from tests.tables import IDENTITY, make_table
 
 UNFIT = 99

@@ -22,7 +22,7 @@ from service.client import (
     SyncClient,
 )
 from service.client.results import StreamEvent, StreamStarted
-from service.client.rounds import MAX_TIMEOUT_S
+from service.client.transport import MAX_TIMEOUT_S
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.status import Cancelled, DeadlineExceeded, NoRoom, to_wire

@@ -7,13 +7,14 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from a2sf.cache.slot_shares import slots_per_head
 from a2sf.errors import InvalidArgument, InvalidRequest, TableInvalid
 from a2sf.policy import DEFAULT_METHOD, CachePolicy
 from a2sf.schema import AlphaTable, ModelIdentity
 from a2sf.tablefile import save_table
 from service.backend.default_table import check_default
 from service.backend.loading import load_core
-from service.config.options import MIN_BUDGET, ServerOptions, slots_per_head
+from service.config.options import MIN_BUDGET, ServerOptions
 from service.pb import inference_pb2 as pb
 from service.pb import inference_pb2_grpc as pb_grpc
 from service.policy_messages import describe_policy

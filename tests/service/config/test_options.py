@@ -121,7 +121,7 @@ def as_flags(values: dict[str, Any]) -> Iterator[str]:
             yield f"{flag(name)}={value}"
 
 
-def told_by(options: ServerOptions) -> dict[str, Any]:
+def settings_of(options: ServerOptions) -> dict[str, Any]:
     return {name: getattr(options, field) for field, name in NAMES.items()}
 
 
@@ -133,7 +133,7 @@ def test_every_setting_can_come_from_every_source(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert set(EVERYTHING) == set(NAMES.values())
-    assert all(value != told_by(ServerOptions())[name] for name, value in EVERYTHING.items())
+    assert all(value != settings_of(ServerOptions())[name] for name, value in EVERYTHING.items())
     arguments: list[str] = []
     if place == "flags":
         arguments = list(as_flags(EVERYTHING))
@@ -148,7 +148,7 @@ def test_every_setting_can_come_from_every_source(
         printed = tmp_path / "printed.toml"
         printed.write_text(capsys.readouterr().out)
         arguments = ["--config", str(printed)]
-    assert told_by(load(arguments).options) == EVERYTHING
+    assert settings_of(load(arguments).options) == EVERYTHING
 
 
 def test_the_printed_configuration_names_the_source_of_each_value(

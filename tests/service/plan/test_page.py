@@ -19,7 +19,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "output"), OUTPUTS, ids=["small", "one", "fleet"])
-def test_the_page_shows_what_the_commands_print(arguments: str, output: str) -> None:
+def test_the_page_shows_the_output_of_the_commands(arguments: str, output: str) -> None:
     assert shown(*arguments.split()) == output
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from a2sf.cache.slot_shares import slots_per_head
 from a2sf.model import dtypes, families
 from a2sf.model.loader import LoadedModel, load_model
 from a2sf.model.spec import read_model_spec
 from a2sf.tablefile import save_table
 from service.backend.loading import load_core
-from service.config.options import slots_per_head
 from service.config.settings import load
 from tests.broken import added
 from tests.families import save
@@ -58,7 +58,7 @@ def assert_allocates_what_was_planned(plan: dict[str, Any]) -> None:
     ids=lambda sizes: " ".join(map(str, sizes)),
 )
 @pytest.mark.parametrize("name", ["reference", "tiny"])
-def test_the_server_allocates_what_was_planned(
+def test_the_server_allocates_the_planned_bytes(
     name: str, sizes: tuple[object, ...], dtype: str, tiny_model_dir: Path
 ) -> None:
     model = tiny_model_dir if name == "tiny" else name

@@ -207,7 +207,7 @@ async def test_responses_equal_those_of_the_server_without_ray(client: Client, p
     assert await client.tokenize(prompts[0]) == tokens
 
 
-async def test_both_replicas_work_at_once_and_ray_queues_what_they_cannot_hold(
+async def test_both_replicas_work_at_once_and_ray_queues_further_calls(
     application: Application,
 ) -> None:
     count = REPLICAS * (ROWS + WAITING) + 6

@@ -66,7 +66,7 @@ async def test_a_stream_has_one_start_then_deltas_then_one_finish(
     await until(lambda: idle(server))
 
 
-async def test_generate_returns_what_the_stream_delivers(start_server: StartServer) -> None:
+async def test_generate_returns_the_same_as_the_stream(start_server: StartServer) -> None:
     _, client, _ = await start_server()
     options: dict[str, Any] = {"max_new_tokens": 12, "sampling": Sampling(seed=3)}
     whole = await client.generate("One, two", **options)

@@ -82,7 +82,7 @@ def test_if_the_template_drops_an_answer_only_later_answers_count(
 
 
 @pytest.mark.parametrize(
-    ("template", "contents", "told"),
+    ("template", "contents", "message"),
     [
         (STRICT, ("Be kind", "Hi", "Hello"), "does not accept these messages (no system)"),
         (TURNS, ("Hi<eos>", "Hello"), "a message spells a control token"),
@@ -90,14 +90,14 @@ def test_if_the_template_drops_an_answer_only_later_answers_count(
     ],
 )
 def test_messages_that_the_template_refuses_are_reported_with_file_and_line(
-    model: LoadedModel, template: str, contents: tuple[str, ...], told: str
+    model: LoadedModel, template: str, contents: tuple[str, ...], message: str
 ) -> None:
     model.tokenizer.chat_template = template
     first = "system" if len(contents) == 3 else "user"
     with pytest.raises(InvalidArgument) as caught:
         turns_of(model, conversation(*contents, first=first), 500)
     assert str(caught.value).startswith("dataset: mine.jsonl, line 3: ")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_model_without_a_template_is_refused_with_an_alternative(model: LoadedModel) -> None:
@@ -131,7 +131,7 @@ def test_short_conversations_share_a_sequence_and_only_answers_are_predicted(
         assert item.answers == ()
 
 
-def test_asked_one_at_a_time_each_conversation_is_a_sequence(
+def test_with_one_question_each_conversation_is_a_sequence(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     rows = [said(f"What is {n}?", f"It is {n}.") for n in range(10)]

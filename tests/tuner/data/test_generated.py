@@ -98,7 +98,7 @@ def test_state_answers_with_the_last_thing_taken() -> None:
             assert split_of("state", name, history[-1]) == "train"
 
 
-def test_only_a_talk_has_asked_before_and_for_nothing_else() -> None:
+def test_only_a_talk_contains_earlier_questions() -> None:
     for form in ("sentence", "pair", "story", "talk"):
         for seed in range(30):
             episode = recall_episode(Random(seed), split="train", facts=20, questions=5, form=form)

@@ -165,11 +165,11 @@ def test_too_short_a_length_for_two_facts_gives_nothing(tiny_model: LoadedModel)
 def test_answers_index_the_counted_positions(tiny_model: LoadedModel) -> None:
     (item,) = packing.items(tiny_model, part_of(*QUESTIONS), count=1, length=100, seed=0)
     ids, counted = item.example.token_ids, item.example.counted
-    told = [
+    answers = [
         text_of(tiny_model, tuple(ids[counted[index] + 1] for index in answer))
         for answer in item.answers
     ]
-    assert told == [turn.answer.strip() for turn in QUESTIONS[: len(told)]]
+    assert answers == [turn.answer.strip() for turn in QUESTIONS[: len(answers)]]
     assert item.alternatives == ()
 
 

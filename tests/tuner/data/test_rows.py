@@ -32,7 +32,9 @@ def test_a_choice_row_lists_lettered_choices_and_answers_with_the_text() -> None
         ({"prompt": "Say it: ", "completion": "it"}, "it"),
     ],
 )
-def test_the_other_forms_of_rows_answer_in_their_own_words(row: dict[str, Any], said: str) -> None:
+def test_other_kinds_of_rows_keep_the_words_of_their_answers(
+    row: dict[str, Any], said: str
+) -> None:
     turn = row_of(row)
     assert isinstance(turn, Turn)
     assert turn.answer == said
@@ -97,11 +99,11 @@ def test_a_row_of_an_unknown_form_is_reported_with_file_line_and_contents(
     path.write_text(path.read_text(encoding="utf-8") + row + "\n", encoding="utf-8")
     with pytest.raises(InvalidArgument) as caught:
         read_file(path)
-    told = str(caught.value)
-    assert told.startswith(f"dataset: {path}, line 3: found ")
-    assert found in told
-    assert all(form.pattern in told for form in FORMS)
-    assert "secret words" not in told
+    message = str(caught.value)
+    assert message.startswith(f"dataset: {path}, line 3: found ")
+    assert found in message
+    assert all(form.pattern in message for form in FORMS)
+    assert "secret words" not in message
 
 
 def test_rows_of_two_kinds_in_a_file_are_refused(tmp_path: Path) -> None:

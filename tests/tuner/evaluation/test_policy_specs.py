@@ -58,7 +58,7 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("written", "message"),
     [
         ("", "none given; accepted: full; window"),
         ("snapkv", "'snapkv'; accepted: full; window"),
@@ -75,11 +75,11 @@ def test_a_bare_a2sf_is_several_alphas(tiny_model: LoadedModel) -> None:
     ],
 )
 def test_unreadable_policies_are_refused_with_the_accepted_forms(
-    tiny_model: LoadedModel, written: str, told: str
+    tiny_model: LoadedModel, written: str, message: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
         policy_specs.parse(written, tiny_model)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_table_keeps_all_but_its_own_budget(tiny_model: LoadedModel, tmp_path:
     assert (settled.budget, settled.alpha) == (50, table.policy.alpha)
 
 
-def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
+def test_a_pyramid_has_the_requested_size_and_prompt_block(
     tiny_model: LoadedModel,
 ) -> None:
     (found,) = policy_specs.parse("pyramid:.9", tiny_model)
@@ -106,7 +106,7 @@ def test_a_pyramid_has_the_size_and_the_prompt_block_that_are_asked_for(
     assert "as PyramidKV splits them, uniform alpha 0.9" in found.description
 
 
-def test_adakv_has_the_size_and_the_prompt_block_that_are_asked_for(
+def test_adakv_has_the_requested_size_and_prompt_block(
     tiny_model: LoadedModel,
 ) -> None:
     (found,) = policy_specs.parse("adakv:.9", tiny_model)

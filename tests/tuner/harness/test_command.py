@@ -204,4 +204,4 @@ def test_the_harness_reports_a_broken_checkpoint_in_one_line(
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    assert BROKEN[name].told in last
+    assert BROKEN[name].message in last

@@ -13,7 +13,7 @@ from tests.driving import engine_for, request, run
 from tests.tuner.harness.asking import PROMPTS, TABLE, generate, harness_model, plain_text
 
 
-def test_full_generation_is_that_of_transformers(plain: Any) -> None:
+def test_full_generation_equals_transformers(plain: Any) -> None:
     model = harness_model(batch_size=2)
     expected = [plain_text(plain, model.tok_encode(prompt), 20) for prompt in PROMPTS]
     assert generate(model, max_gen_toks=20) == expected

@@ -27,13 +27,13 @@ def test_no_requests_have_no_answers() -> None:
 
 
 class Cache:
-    """What the harness's own cache is told."""
+    """Records what is added to the harness's cache."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, Any]] = []
+        self.added: list[tuple[str, Any]] = []
 
     def add_partial(self, kind: str, arguments: Any, answer: Any) -> None:
-        self.told.append((arguments[0], answer))
+        self.added.append((arguments[0], answer))
 
 
 def test_requests_that_are_not_finite_are_an_error_after_all_others_are_answered(
@@ -55,4 +55,4 @@ def test_requests_that_are_not_finite_are_an_error_after_all_others_are_answered
         cache = model.cache_hook = Cache()
         with pytest.raises(NonFinite, match="1 of 3 requests failed, the first as number 2: "):
             ask()
-        assert [name for name, _ in sorted(cache.told)] == ["as good", "good"]
+        assert [name for name, _ in sorted(cache.added)] == ["as good", "good"]

@@ -162,7 +162,7 @@ def test_too_few_examples_are_named_with_everything_that_may_help() -> None:
         (12, 12, 9, "more --minutes, and more rows in the data, or a smaller --length"),
     ],
 )
-def test_the_advice_on_few_examples_names_what_gives_more_of_them(
+def test_the_advice_on_few_examples_says_how_to_get_more(
     made: int, available: int, used: int, helps: str
 ) -> None:
     assert more_examples(made=made, available=available, used=used) == helps

@@ -193,7 +193,7 @@ def test_a_profile_of_fewer_examples_is_noted(
     assert any("uses 2 of 4 examples" in note for note in trials.notes)
 
 
-def test_without_time_for_one_example_that_is_said_once(
+def test_too_little_time_for_one_example_is_reported_once(
     tiny_model: LoadedModel, small_data: Path
 ) -> None:
     trials = real(tiny_model, small_data, minutes=2.5 / 60)

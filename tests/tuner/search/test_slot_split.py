@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from a2sf.cache.budgets import split_slots
+from a2sf.cache.slot_shares import split_slots
 from tuner.search.slot_split import predict_costs, split_by_cost
 from tuner.search.space import shares
 

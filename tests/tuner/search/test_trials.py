@@ -62,7 +62,7 @@ def test_the_time_ends_measurements_that_are_compared_with_a_best() -> None:
         assert trials.measure("b", [WORSE], best=best) == []
 
 
-def test_the_stored_layer_input_is_that_of_the_best_setting() -> None:
+def test_the_stored_layer_input_belongs_to_the_best_setting() -> None:
     planted = Planted(BEST)
     trials = trials_of(planted)
     with trials.stage("s", 9):
@@ -87,9 +87,9 @@ def test_a_gain_below_its_standard_error_counts_as_zero() -> None:
     assert after(1.0, whole=False).gain(before) == 0
 
 
-def test_a_setting_that_leaves_a_head_nothing_that_competes_is_not_feasible() -> None:
+def test_a_setting_with_only_protected_slots_in_a_head_is_not_feasible() -> None:
     trials = trials_of(Planted(BEST))
     assert trials.feasible(BEST)
-    # Of 40 slots a head, however few its share: what is short is lifted to what it needs.
-    assert trials.feasible(BEST.with_head_slots(0, 0, 1 / 20))
+    # A head with a small share gets the slots that it needs, from the other heads.
+    assert trials.feasible(BEST.with_layer_slots((0,), 1 / 20))
     assert not trials.feasible(replace(BEST, sinks=40))

@@ -31,7 +31,7 @@ def asked(storage: BaseStorage) -> int:
     return len(study.trials)
 
 
-def test_the_kind_of_a_storage_is_told(tmp_path: Path) -> None:
+def test_the_kind_of_a_storage_is_returned(tmp_path: Path) -> None:
     journal = tmp_path / "x.journal"
     assert open_storage(None, journal)[1] == "journal"
     assert open_storage(f"sqlite:///{tmp_path}/x.db", tmp_path / "unused.journal")[1] == "sqlite"

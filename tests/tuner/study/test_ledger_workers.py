@@ -60,7 +60,7 @@ def test_the_point_of_a_killed_worker_is_measured_by_another(tmp_path: Path) -> 
     assert_sound(journal)
 
 
-def test_all_workers_killed_and_one_resumed_find_what_an_undisturbed_one_finds(
+def test_killed_and_resumed_workers_find_the_same_as_an_undisturbed_worker(
     tmp_path: Path,
 ) -> None:
     journal = tmp_path / "x.journal"

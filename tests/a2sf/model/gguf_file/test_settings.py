@@ -81,7 +81,7 @@ def test_factors_of_one_scale_nothing(checkpoint: Path, tmp_path: Path) -> None:
     )
 
 
-def test_without_the_library_the_message_says_what_to_install(
+def test_without_the_library_the_message_names_the_package_to_install(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_gguf(checkpoint, tmp_path / "m.gguf")

@@ -3,7 +3,7 @@
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from a2sf.cache.budgets import slots_for, split_slots
+from a2sf.cache.slot_shares import slots_for, split_slots
 from tests.policies import flat
 
 SHARES = st.integers(1, 4).flatmap(

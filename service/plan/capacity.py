@@ -1,6 +1,6 @@
 """Bytes and operations of a model and its cache, computed before any allocation.
 
-Owns the arithmetic. The sizes of the weights come from the model's spec. Knows nothing of time,
+Owns this arithmetic. The sizes of the weights come from the model's spec. Knows nothing of time,
 prices, or how a server is started.
 """
 
