@@ -26,7 +26,8 @@ from scripts.real_model import DIRECTORY as REAL
 from tuner.evaluation import machine
 
 HERE = "this build"
-FILE = Path(passes.__file__)
+FILE = "benchmarks/passes.py"
+"""Each build times itself, because interfaces move."""
 LONGEST_S = 1800.0
 
 
@@ -50,7 +51,7 @@ class Build:
     def __init__(self, root: Path, log: Path, **load: Any) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root)}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self._client = Client([sys.executable, str(FILE)], environment, log)
+        self._client = Client([sys.executable, str(root / FILE)], environment, log)
         self.loaded = self._client.ask(LONGEST_S, do="load", **load)
 
     def run(self, kind: str) -> dict[str, Any]:

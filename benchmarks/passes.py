@@ -1,8 +1,7 @@
 """Times passes on given texts, in a process of one build; called by `evaluation`.
 
 Run as a file, with that build first on PYTHONPATH. Each command is a JSON line on stdin, each
-answer a JSON line on stdout. Uses only interfaces that all builds have had since texts were first
-walked layer by layer.
+answer a JSON line on stdout. Builds may differ in everything but these lines.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from a2sf.cache.scoring import EMPTY
 from a2sf.engine import sampling
-from a2sf.engine.decoding import Kernels
+from a2sf.engine.config import Kernels
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.requests import Delta, StepEvent

@@ -7,7 +7,7 @@ own types check everything else. Knows nothing of rows or schedules.
 from itertools import chain
 
 from a2sf.cache.budgets import resolve
-from a2sf.engine.config import EngineConfig as EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.sequence import find_stop_reasons
 from a2sf.errors import InvalidArgument
 from a2sf.model.loader import LoadedModel

@@ -19,7 +19,7 @@ from a2sf.cache.passes import DecodePass
 from a2sf.cache.policy_tensors import PolicyTensors
 from a2sf.cache.retention import RetentionRecorder
 from a2sf.cache.slots import Slots
-from a2sf.engine.config import Kernels as Kernels
+from a2sf.engine.config import Kernels
 from a2sf.errors import InvalidArgument
 from a2sf.model.layer_attention import LayerAttention
 from a2sf.model.loader import LoadedModel

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from a2sf.cache.slots import SLOT_OVERHEAD_BYTES
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from benchmarks.gpu.filling import Rows, policies
 from benchmarks.gpu.models import plain, token_bytes
 from benchmarks.gpu.peers import Dynamic

@@ -14,6 +14,7 @@ from torch import Tensor
 from a2sf.cache.budgets import resolve
 from a2sf.cache.slots import Slots
 from a2sf.engine import decoding
+from a2sf.engine.config import Kernels
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy, EffectivePolicy, Heads
 from a2sf.schema import TablePolicy
@@ -113,7 +114,7 @@ class Rows:
             dtype=model.dtype,
             device=model.device,
         )
-        asked: decoding.Kernels = "torch" if kernels == "torch" else "auto"
+        asked: Kernels = "torch" if kernels == "torch" else "auto"
         self.kernels = decoding.choose_kernels(asked, model)
         on_gpu = model.device.type == "cuda"
         self.decoder = decoding.make_decoder(

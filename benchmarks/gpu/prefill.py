@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from a2sf.cache import scoring
 from a2sf.engine import decoding
-from a2sf.engine.admission import EngineConfig
+from a2sf.engine.config import EngineConfig
 from a2sf.engine.engine import Engine
 from a2sf.model.loader import LoadedModel
 from a2sf.policy import CachePolicy
