@@ -95,7 +95,7 @@ function figures({ reason, usage, cache }) {
   const why = reason.replace('FINISH_REASON_', '').toLowerCase();
   return (
     `${usage.completionTokens} tokens (${why}); each head kept ${cache.keptTokens} of ` +
-    `${cache.keptTokens + cache.evictedTokens} tokens, evicted ${cache.evictedTokens}`
+    `${cache.keptTokens + cache.evictedTokens} tokens on average, evicted ${cache.evictedTokens}`
   );
 }
 
