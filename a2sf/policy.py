@@ -32,7 +32,8 @@ The method of the A2SF paper (arXiv 2407.20485) is a uniform `alpha`; ours is a 
 """
 
 PRESETS: tuple[Preset, ...] = ("full", "window", "h2o", "tova_per_head", "random")
-_OWN_RECENT = ("full", "window", "h2o")
+OWN_RECENT: tuple[Preset, ...] = ("full", "window", "h2o")
+"""Presets that set their own recent window; full also sets its own budget."""
 
 
 class CachePolicy(Given):
@@ -66,7 +67,7 @@ class CachePolicy(Given):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(f"give at most one of {', '.join(names)}; got {', '.join(given)}")
-        if self.preset in _OWN_RECENT:
+        if self.preset in OWN_RECENT:
             for name in ("recent", "recent_share"):
                 if getattr(self, name) is not None:
                     raise ValueError(

@@ -369,8 +369,11 @@ def check(case: Case, *, written: bool = False) -> int:
             mine_now, theirs_now = after.scores(), witness.scores()
             assert mine_now.keys() == theirs_now.keys()
             for position, score in theirs_now.items():
-                mine = mine_now[position]
-                assert abs(mine - score) <= 5 * SCORE_TOLERANCE * score + 1e-6, (position, score)
+                score_now = mine_now[position]
+                assert abs(score_now - score) <= 5 * SCORE_TOLERANCE * score + 1e-6, (
+                    position,
+                    score,
+                )
             stored = {int(p): k for p, k in zip(after.position, after.keys, strict=True)}
             for at in stored.keys() & set(range(begin, end)):
                 assert torch.equal(stored[at], keys[row, head, at])

@@ -18,10 +18,10 @@ Shares = tuple[tuple[float, ...], ...]
 def split_slots(budget: int, shares: Sequence[Sequence[float]], most: int, least: int = 0) -> Heads:
     """Split layers x heads x `budget` slots among all heads in proportion to their shares.
 
-    No head gets more than `most`. If the budget is at least `least`, no head gets less than that.
-    The other heads split the rest in proportion to their shares. If `budget` is `most` or more,
-    every head gets `budget`. The running total over layers and heads is rounded (halves up), so
-    that the sum is exact and equal shares get equal slots.
+    If `budget` is `most` or more, every head gets `budget`. Otherwise no head gets more than
+    `most`, and none less than `least`, or than the budget if that is smaller. The other heads split
+    the rest in proportion to their shares. The running total over layers and heads is rounded
+    (halves up), so that the sum is exact and equal shares get equal slots.
 
     Args:
         budget: slots per head, averaged over all heads.
@@ -94,11 +94,12 @@ def max_slots_per_head(budget: int, shares: Shares, max_context: int) -> Heads:
     head takes the most slots at the greatest length that it can hold completely; heads with larger
     shares hold that length completely too.
     """
-    weights = list(chain(*shares))
+    # Exact, because a sum in floats could give a head one slot too many.
+    weights = [Fraction(weight) for weight in chain(*shares)]
     total = budget * len(weights)
 
-    def peak(weight: float) -> int:
+    def peak(weight: Fraction) -> int:
         alone = math.ceil(total * weight / sum(min(weight, other) for other in weights))
         return min(alone, max(budget, max_context))
 
-    return tuple(tuple(map(peak, row)) for row in shares)
+    return tuple(tuple(peak(Fraction(weight)) for weight in row) for row in shares)

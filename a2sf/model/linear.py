@@ -12,7 +12,7 @@ from a2sf import native
 from a2sf.native import products
 
 MOST_ROWS = 64
-"""Input rows up to which the kernel is used. With more, torch's products are as fast or faster."""
+"""Input rows up to which the kernel is used. With more, torch's float32 products are as fast."""
 
 _BLOCK = 1 << 20
 """Numbers of weights that are converted to float32 at a time."""
@@ -30,7 +30,7 @@ class ProcessorLinear(torch.nn.Linear):
 
     def forward(self, values: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        # The kernel has no gradients.
+        # The kernel has no gradients, and models are run in inference mode where none are needed.
         if not torch.is_inference_mode_enabled():
             return super().forward(values)
         if values.numel() <= MOST_ROWS * self.in_features:
@@ -44,10 +44,7 @@ class ProcessorLinear(torch.nn.Linear):
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether torch's products of bfloat16 are fast on this processor.
-
-    oneDNN has them only for processors with instructions for it (AVX-512 and newer).
-    """
+    """Whether torch's products of bfloat16 are fast on this processor, by oneDNN's own rule."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -63,8 +60,8 @@ def accelerate(module: torch.nn.Module) -> None:
         if type(part) is not torch.nn.Linear:
             continue
         weight = part.weight
-        if weight.device.type == "cpu" and weight.dtype in products.DTYPES:
-            assert weight.is_contiguous()
+        on_cpu = weight.device.type == "cpu" and weight.is_contiguous()
+        if on_cpu and weight.dtype in products.DTYPES:
             products.program(weight.dtype)
             ProcessorLinear.take_over(part)
 

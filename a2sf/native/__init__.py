@@ -4,5 +4,5 @@ import sys
 
 
 def available() -> bool:
-    """Whether kernels can run here. Their threads need POSIX semaphores in unnamed memory."""
+    """Whether kernels can run here. Their threads need unnamed POSIX semaphores."""
     return sys.platform == "linux"

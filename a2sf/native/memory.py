@@ -1,6 +1,6 @@
-"""What every numba kernel needs: pointers, formats of numbers, and an atomic counter.
+"""What compiled code needs: pointers, formats of numbers, atomic operations, calls of C functions.
 
-Owns how compiled code loads, stores and counts. Knows nothing of what the kernels compute.
+Owns how kernels, and the threads that run them, use memory. Knows nothing of what they compute.
 """
 
 # numba infers types.
@@ -94,7 +94,7 @@ def compare_and_swap(context, counter, expected, new):
 
 @intrinsic
 def call(context, function, argument):
-    """Call the C function at an address with a pointer or without an argument."""
+    """Call the C function at an address with a pointer, which a function may ignore."""
 
     def generate(context, builder, signature, arguments):
         pointer = ir.IntType(8).as_pointer()

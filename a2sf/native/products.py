@@ -1,7 +1,7 @@
 """Products of few rows and a weight matrix.
 
 Owns a kernel for decode steps, in which reading the weights takes most of the time. torch's own
-kernels read them at half of the memory's bandwidth or less, and this one at most of it. Knows
+kernels read them at half of the memory's bandwidth or less, and this one at nearly all of it. Knows
 nothing of layers.
 """
 
@@ -23,15 +23,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of the weights; the kernel computes in float32."""
 
 _TURN = 1 << 14
-"""Numbers of weights that a thread takes at a time: they fit into its cache for the next rows."""
+"""Weights that a thread multiplies in one turn: they stay in its cache for the next rows."""
 
 _WORTH_A_THREAD = 1 << 16
-"""Numbers of weights per additional thread: reading them takes about as long as waking a thread."""
+"""Weights per additional thread: reading them takes about as long as waking a thread."""
 
 _Call = ctypes.c_int64 * 8
 """The arguments of the kernel: the addresses of values [rows, in], weight [out, in], bias [out]
-(0: none) and output [rows, out]; then rows, in, out, and the counter of turns taken. Values are
-float32; the others are in the dtype of the weights."""
+(0: none) and output [rows, out]; then rows, in, out, and the number of turns taken, at first 0.
+Values are float32; the others are in the dtype of the weights."""
 
 
 @cache
@@ -46,7 +46,7 @@ def multiply(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         values: [..., in], on the processor, in the dtype of the weight or in float32.
         weight: [out, in], contiguous, in one of DTYPES.
-        bias: [out] in the same dtype, or None.
+        bias: [out], contiguous, in the same dtype, or None.
 
     Returns:
         [..., out] in the dtype of the weight.
@@ -115,7 +115,7 @@ def _write(output, index, value):
 def _multiply(data, numbers, size):
     """Multiply some outputs at a time until none is left; every thread of the team runs this.
 
-    Each thread reads its weights in the order of memory, which keeps prefetching going.
+    Each thread reads its weights in the order of memory, so that the processor prefetches them.
     `numbers` turns addresses into pointers; `size` is the size of a weight in bytes.
     """
     call = carray(data, 8, np.int64)

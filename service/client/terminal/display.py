@@ -23,7 +23,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from a2sf.errors import A2SFError, InvalidArgument
-from a2sf.policy import CachePolicy
+from a2sf.policy import OWN_RECENT, CachePolicy
 from a2sf.requests import Finished
 from service.client.results import Delta, StreamEvent, StreamStarted, TokenLogprob, TokenLogprobs
 from service.pb import inference_pb2 as pb
@@ -218,8 +218,7 @@ def effective_policy(event: StreamStarted) -> CachePolicy:
         numbers = {"alpha": event.alpha}
     else:
         numbers = {"preset": event.method}
-    # These presets set their own window, and preset full its own budget.
-    if event.method not in ("full", "window", "h2o"):
+    if event.method not in OWN_RECENT:
         numbers["recent"] = event.recent
     if event.method != "full":
         numbers["budget"] = event.budget

@@ -1,9 +1,10 @@
 """The slots of all heads are split in proportion to their shares, within limits."""
 
+import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from a2sf.cache.slot_shares import slots_for, split_slots
+from a2sf.cache.slot_shares import max_slots_per_head, slots_for, split_slots
 from tests.policies import flat
 
 SHARES = st.integers(1, 4).flatmap(
@@ -97,3 +98,9 @@ def test_slots_for_returns_the_fewest_slots_that_give_every_head_the_budget(
     slots = slots_for(budget, shares, most)
     assert min(flat(split_slots(slots, shares, most))) >= budget
     assert min(flat(split_slots(slots - 1, shares, most))) <= budget
+
+
+@pytest.mark.parametrize("budget", [64, 100, 512])
+def test_equal_shares_never_take_more_slots_than_the_budget(budget: int) -> None:
+    # In floats, the sum of ten shares of .1 is less than 1.
+    assert max_slots_per_head(budget, ((0.1,) * 5,) * 2, 4096) == ((budget,) * 5,) * 2

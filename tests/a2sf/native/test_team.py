@@ -87,6 +87,31 @@ def test_another_thread_s_call_during_a_call_is_done_alone() -> None:
     calling.join()
 
 
+def test_without_more_threads_the_caller_does_the_work_with_those_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    mine = team.Team()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    numbers = (ctypes.c_int64 * 4)()
+    mine.run(kernel(sum_up), ctypes.addressof(numbers), 3)
+    assert list(numbers) == [PARTS + 1, PARTS * (PARTS - 1) // 2, 1, 0]
+
+
+def test_a_kernel_that_hangs_does_not_keep_a_process_alive() -> None:
+    code = (
+        "import threading, tests.a2sf.native.test_team as t;"
+        "t.run(t.meet, 2, gate=2);"
+        "threading.Thread(target=t.run, args=(t.wait, 2), daemon=True).start()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_forked_process_does_the_work_alone() -> None:
     assert run(meet, 2, gate=2)[CAME] == 2
     reading, writing = os.pipe()
