@@ -133,7 +133,7 @@ class Bench:
         model = environments.model_for(variant.environment, self.model, self.name)
         client = self._clients[name] = Client(
             environments.command(variant.environment, variant.module, variant.arguments),
-            environments.surroundings(self.threads),
+            environments.surroundings(self.threads) | variant.variables,
             environments.STORE / "logs" / f"{name}.log",
         )
         answer = client.ask(

@@ -37,8 +37,9 @@ NOTES = """\
 What to know of the peers: OpenVINO evicts whole blocks of 32 tokens and kvpress once in a turn, so
 both hold more than the budget (see the tokens a row holds). Rows of transformers continuous
 batching share the pages of their prompt, which favours it; on a processor it has no paged kernel.
-Rows of all other peers hold copies of their own. In a decode step, this engine multiplies
-by its own kernels for few rows, OpenVINO by oneDNN, and the other peers by torch's float32 kernels,
+Rows of all other peers hold copies of their own. torch's threads sleep while they wait in this
+engine, as in its server, and spin in the other peers. In a decode step, this engine multiplies by
+its own kernels for few rows, OpenVINO by oneDNN, and the other peers by torch's float32 kernels,
 which are slow on this processor: the line of this engine with all tokens kept shows what that alone
 gives, and the other lines what eviction adds.
 

@@ -34,6 +34,11 @@ class Variant:
     slot_bytes: int = 0
     """Bytes read in addition to a token's keys and values, per layer and KV head."""
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables that the engine's own programs set before they load torch."""
+        return {"OMP_WAIT_POLICY": "PASSIVE"} if self.module == "worker_ours" else {}
+
     def step_bytes(
         self, shape: Shape, *, dtype: str, context: int, batch: int, budget: int | None
     ) -> int:
