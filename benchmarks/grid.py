@@ -26,7 +26,6 @@ from benchmarks.peers.variants import VARIANTS, bandwidth, predicted_ms
 from tuner.evaluation import machine
 
 PLOTTED_BUDGET = 512
-PLOTTED_BATCHES = (1, 16)
 
 
 def rows_of(variants: list[str], budgets: list[int]) -> list[Row]:
@@ -96,7 +95,7 @@ def main(
     results.write()
     out.with_suffix(".md").write_text(page.markdown(results.document, out.name))
     picture = out.with_suffix(".svg")
-    page.plot(results.document, picture, budget=PLOTTED_BUDGET, batches=PLOTTED_BATCHES)
+    page.plot(results.document, picture, budget=PLOTTED_BUDGET)
     typer.echo(f"written to {out}, and .md and .svg beside it")
 
 

@@ -141,19 +141,22 @@ def _shown(entry: Entry | None, show: Show, label: str, reasons: list[str]) -> s
     return f"{entry['status']} ({reasons.index(reason) + 1})"
 
 
-def plot(document: dict[str, Any], out: Path, *, budget: int, batches: tuple[int, ...]) -> None:
+def plot(document: dict[str, Any], out: Path, *, budget: int) -> None:
     """Draw tokens/s over the context: one row per model and dtype, one column per batch.
 
-    Each variant is a line.
+    The columns are the smallest and the largest batch that all rows have. Each variant is a line.
     """
     rows = {
         key: cells
         for key, cells in groups(document).items()
         # A single context makes no line.
-        if len({cell["context"] for cell in cells if cell["batch"] in batches}) > 1
+        if len({cell["context"] for cell in cells}) > 1
     }
-    if not rows:
+    common = [{cell["batch"] for cell in cells} for cells in rows.values()]
+    measured = set.intersection(*common) if common else set()
+    if not measured:
         return
+    batches = tuple(sorted({min(measured), max(measured)}))
     with figure_style("grid"):
         out.write_text(_drawn(rows, budget, batches), encoding="utf-8")
 

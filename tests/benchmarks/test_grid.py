@@ -236,8 +236,18 @@ def test_the_page_shows_ratios_first_and_every_reason() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_picture_has_a_line_for_each_variant_that_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "grid.svg"
-    page.plot(document(), out, budget=512, batches=(1, 16))
+    page.plot(document(), out, budget=512)
     text = out.read_text()
     assert "ours, a2sf" in text
     assert "transformers generate" in text
     assert "continuous batching" not in text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_picture_has_no_panel_for_a_batch_that_was_not_measured(tmp_path: Path) -> None:
+    out, measured = tmp_path / "grid.svg", document()
+    batches = sorted({cell["batch"] for cell in measured["cells"]})
+    measured["cells"] = [cell for cell in measured["cells"] if cell["batch"] == batches[0]]
+    page.plot(measured, out, budget=512)
+    assert f"batch {batches[0]}" in out.read_text()
+    assert out.read_text().count("batch ") == 1
