@@ -23,8 +23,8 @@ DTYPES = {
 }
 
 _UNITS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
-"""Processor units that multiply bfloat16: torch's name -> usual name. Without one, prompts
-are multiplied in float32, and take no less time."""
+"""Processor units that multiply bfloat16: torch's name -> usual name. Without one, prompts are
+multiplied in float32 and take no less time."""
 
 _FASTER = 1.2
 """The speed-up from which bfloat16 is chosen. Above 1, because bfloat16 rounds more, and because
@@ -116,7 +116,7 @@ def bfloat16_speedups(config: Any) -> dict[int, float]:
     wide = min(config.hidden_size, _LARGEST)
     long = min(getattr(config, "intermediate_size", None) or 4 * wide, _LARGEST)
     layers = {
-        dtype: torch.nn.Sequential(torch.nn.Linear(wide, long, bias=False, dtype=dtype))
+        dtype: torch.nn.Linear(wide, long, bias=False, dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     }
     for layer in layers.values():

@@ -15,7 +15,7 @@ MOST_ROWS = 64
 """Input rows up to which the kernel is used. With more, torch's float32 products are as fast."""
 
 _BLOCK = 1 << 20
-"""Numbers of weights that are converted to float32 at a time."""
+"""Weights that are converted to float32 at a time."""
 
 
 class ProcessorLinear(torch.nn.Linear):
@@ -45,7 +45,8 @@ class ProcessorLinear(torch.nn.Linear):
 
 def multiplies_bfloat16() -> bool:
     """Whether torch's products of bfloat16 are fast on this processor, by oneDNN's own rule."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def accelerate(module: torch.nn.Module) -> None:

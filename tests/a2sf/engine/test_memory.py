@@ -216,8 +216,7 @@ def test_resident_memory_does_not_grow_over_ten_thousand_tokens() -> None:
 @pytest.mark.timeout(600)
 def test_resident_memory_does_not_grow_over_hundreds_of_requests() -> None:
     measured = in_a_fresh_process(along_many_requests, 20, 16)
-    # After 60 to 160 requests, depending on the seed, oneDNN has compiled for all row counts. After
-    # that, we measured no growth.
+    # The first requests also fill the caches of libraries, so growth counts from the 180th on.
     assert measured[-1] - measured[8] < 1.0, f"MiB after each 20 requests: {measured}"
 
 

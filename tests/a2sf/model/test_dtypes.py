@@ -111,9 +111,6 @@ def test_an_unknown_dtype_is_refused() -> None:
         dtypes.check("int8")
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
-)
 def test_the_measurement_covers_both_dtypes_and_all_numbers_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

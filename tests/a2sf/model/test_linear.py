@@ -7,6 +7,7 @@ from torch.nn import Embedding, Linear, Module, Sequential
 from a2sf.model import linear
 from a2sf.model.linear import MOST_ROWS, ProcessorLinear, accelerate
 from a2sf.model.loader import LoadedModel
+from a2sf.native import products
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -46,6 +47,30 @@ def test_a_layer_equals_torch_s(
     torch.testing.assert_close(
         found.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_multiplies_few_rows_and_torch_many(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernel = []
+
+    def multiply(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        by_kernel.append(values.numel() // 8)
+        return torch.nn.functional.linear(values, weight, bias)
+
+    monkeypatch.setattr(products, "multiply", multiply)
+    layer = ProcessorLinear.take_over(Linear(8, 5, dtype=dtype))
+    with torch.inference_mode():
+        for rows in (1, MOST_ROWS, MOST_ROWS + 1):
+            layer(torch.randn(rows, 8, dtype=dtype))
+    assert by_kernel == [1, MOST_ROWS]
+
+
+def test_without_onednn_bfloat16_is_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert not linear.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
